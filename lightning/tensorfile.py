@@ -1,0 +1,163 @@
+"""Named tensors in safetensors files: names and shapes from the headers alone, then one tensor (or some of its rows) at a time.
+
+The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
+until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
+The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' names -> (torch's name, bytes an element)
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+
+
+class TensorFileError(ValueError):
+    """A file that is not what it should be; the message names the file and, where there is one, the tensor."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `offset` bytes into `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
+
+    Raises TensorFileError for a file that is truncated, corrupt or of another kind, OSError if it cannot be opened.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            found = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise TensorFileError(f"{path}: the safetensors header is corrupt") from e
+    entries: dict[str, Entry] = {}
+    end = 0
+    for name, (dtype, shape, offsets) in found.items():
+        if dtype not in DTYPES:
+            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
+        entry = Entry(path, dtype, shape, 8 + length + offsets[0])
+        if offsets[1] - offsets[0] != entry.bytes or offsets[0] < 0:
+            raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")
+        entries[name] = entry
+        end = max(end, 8 + length + offsets[1])
+    if end > size:
+        cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
+        raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
+    return entries, metadata
+
+
+class TensorStore(Mapping[str, Entry]):
+    """The tensors of one safetensors file, or of the shards that a folder's index names, by name.
+
+    A mapping name -> `Entry` (dtype, shape); `read` brings the data. Opened from headers alone.
+    """
+
+    def __init__(self, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
+        self.entries = entries
+        self.metadata = metadata or {}
+
+    @classmethod
+    def open(cls, path: Path) -> TensorStore:
+        """`path` is a safetensors file, or an index (`*.safetensors.index.json`) whose shards lie beside it."""
+        if not path.name.endswith(INDEX_SUFFIX):
+            return cls(*read_header(path))
+        try:
+            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise TensorFileError(f"{path}: not a safetensors index") from e
+        if absent := [s for s in shards if not (path.parent / s).is_file()]:
+            raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
+        by_shard = {s: read_header(path.parent / s)[0] for s in shards}
+        entries: dict[str, Entry] = {}
+        for name, shard in weight_map.items():
+            if name not in by_shard[shard]:
+                raise TensorFileError(f"{path}: tensor {name} is not in {shard}, where the index puts it")
+            entries[name] = by_shard[shard][name]
+        return cls(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({e.file for e in self.entries.values()})
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """`names` in the order in which a disk reads them fastest."""
+        return sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].offset))
+
+    def read(self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in the file's dtype.
+
+        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
+        """
+        import torch
+
+        entry = self.entries[name]
+        shape, offset = entry.shape, entry.offset
+        if rows is not None:
+            step = entry.bytes // shape[0] if shape[0] else 0
+            start, stop, _ = rows.indices(shape[0])
+            shape, offset = (max(0, stop - start), *shape[1:]), offset + start * step
+        dtype, width = DTYPES[entry.dtype]
+        count = math.prod(shape) * width
+        data = torch.empty(count, dtype=torch.uint8) if buffer is None else buffer[:count]
+        if count:
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(offset)
+                view, done = memoryview(data.numpy()), 0
+                while done < count:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise TensorFileError(f"{entry.file}: ended inside tensor {name}")
+                    done += got
+        return data.view(getattr(torch, dtype)).reshape(shape)

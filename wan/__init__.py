@@ -1,0 +1,19 @@
+"""Wan2.2 video generation. The public classes are imported on first use, so that `import wan` stays cheap."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wan.image2video import WanI2V as WanI2V
+    from wan.text2video import WanT2V as WanT2V
+    from wan.textimage2video import WanTI2V as WanTI2V
+
+_HOMES = {"WanT2V": "wan.text2video", "WanI2V": "wan.image2video", "WanTI2V": "wan.textimage2video"}
+__all__ = ["WanI2V", "WanT2V", "WanTI2V"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wan' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

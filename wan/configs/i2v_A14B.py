@@ -1,0 +1,23 @@
+"""Wan2.2 image-to-video: two 14B experts, the Wan2.1 VAE, the image given as extra channels."""
+
+from easydict import EasyDict
+
+from wan.configs.shared_config import shared_config
+
+i2v_A14B = EasyDict(
+    shared_config,
+    experts={"high": "high_noise_model", "low": "low_noise_model"},
+    vae_checkpoint="Wan2.1_VAE.pth",
+    vae_stride=(4, 8, 8),
+    boundary=0.900,
+    sizes=("1280*720", "720*1280", "832*480", "480*832"),
+    frame_num=81,
+    sample_fps=16,
+    # base model; guidance is (low noise, high noise)
+    sample_solver="unipc",
+    sample_steps=40,
+    sample_shift=5.0,
+    sample_guide_scale=(3.5, 3.5),
+    example_prompt="The scene comes alive: soft wind moves through it while the camera slowly pushes in.",
+    example_image="examples/i2v_input.png",
+)

@@ -1,0 +1,21 @@
+"""What all Wan2.2 models share. Dtypes are torch dtypes or their names: this package imports no torch."""
+
+from easydict import EasyDict
+
+shared_config = EasyDict(
+    # text encoder
+    t5_checkpoint="models_t5_umt5-xxl-enc-bf16.pth",
+    t5_tokenizer="google/umt5-xxl",
+    t5_dtype="bfloat16",
+    text_len=512,
+    # transformer
+    param_dtype="bfloat16",
+    num_train_timesteps=1000,
+    patch_size=(1, 2, 2),
+    # used for the unconditional pass when no negative prompt is given; part of the models
+    sample_neg_prompt=(
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+        "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+        "杂乱的背景，三条腿，背景人很多，倒着走"
+    ),
+)
