@@ -1,1 +1,1 @@
-"""The Lightning layer: LoRAs and distilled weights for Wan2.2. It knows names, tensors and releases, never the network."""
+"""The Lightning layer: LoRAs and distilled weights for Wan2.2. It knows names and tensors, never the network."""

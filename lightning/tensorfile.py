@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: names and shapes from the headers alone, then one tensor (or some of its rows) at a time.
+"""Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
 
 The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
 until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
@@ -33,6 +33,8 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+# safetensors' names -> struct's, for single numbers
+SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
@@ -131,9 +133,39 @@ class TensorStore(Mapping[str, Entry]):
     def files(self) -> list[Path]:
         return sorted({e.file for e in self.entries.values()})
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         """`names` in the order in which a disk reads them fastest."""
         return sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].offset))
+
+    def scalars(self, names: Iterable[str]) -> dict[str, float]:
+        """The values of one-element tensors, without torch. Raises TensorFileError for any other tensor."""
+        values: dict[str, float] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        for path, wanted in by_file.items():
+            with path.open("rb") as file:
+                for name in wanted:
+                    entry = self.entries[name]
+                    if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
+                        raise TensorFileError(f"{path}: tensor {name} is not a single number ({entry.dtype})")
+                    file.seek(entry.offset)
+                    raw = file.read(entry.bytes)
+                    if entry.dtype == "BF16":  # the upper half of a float32
+                        raw = b"\0\0" + raw
+                    values[name] = float(struct.unpack(f"<{SCALAR_FORMATS[entry.dtype]}", raw)[0])
+        return values
+
+    def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
+        """Size of the buffer that `read` needs."""
+        entry = self.entries[name]
+        if rows is None or not entry.shape or not entry.shape[0]:
+            return entry.bytes
+        return entry.bytes // entry.shape[0] * len(range(*rows.indices(entry.shape[0])))
 
     def read(self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in the file's dtype.
@@ -154,7 +186,7 @@ class TensorStore(Mapping[str, Entry]):
         if count:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(offset)
-                view, done = memoryview(data.numpy()), 0
+                view, done = data.numpy().data, 0
                 while done < count:
                     got = file.readinto(view[done:])
                     if not got:

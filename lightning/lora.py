@@ -1,0 +1,291 @@
+"""LoRA files: open any published family, account for every tensor against the model's names, or refuse with the reason.
+
+Everything here works on headers (names, shapes, dtypes) and the few bytes of the alphas; no torch is imported.
+
+    W' = W + strength * (alpha / rank) * up @ down          pairs: up [out, rank], down [rank, in]
+    p' = p + strength * diff                                whole differences of weights, biases, modulation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import names
+from lightning.releases import LoraError, Release, recognise
+from lightning.resolve import Resolved, resolve
+from lightning.tensorfile import TensorFileError, TensorStore
+
+__all__ = ["Coverage", "Lora", "LoraError", "check", "files_of"]
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALTERED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT initialisations whose LoRA belongs to a changed base
+RELEASED_FILES = {
+    "high": "high_noise_model.safetensors",
+    "low": "low_noise_model.safetensors",
+    "model": "diffusion_pytorch_model.safetensors",
+}
+BLOCK_LAYERS = 10  # linear layers in a block: q, k, v, o twice and the two of the feed-forward
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One LoRA file for one expert, at a strength. `open` reads its header and its alphas.
+
+    expert: "high", "low" or "model" where it is known; needed for diffusers files that hold both experts.
+    default_alpha: what to assume for modules without an alpha; None means alpha = rank, or what the release needs.
+    """
+
+    path: Path
+    strength: float
+    store: TensorStore
+    keys: Mapping[str, names.Key]  # by tensor name, where a LoRA family explains the name
+    alphas: Mapping[str, float]  # by tensor name
+    config: Mapping[str, Any]  # PEFT's settings where the file comes with them
+    default_alpha: float | None
+    release: Release | None
+    expert: str | None
+
+    @classmethod
+    def open(
+        cls, path: Path, strength: float = 1.0, default_alpha: float | None = None, expert: str | None = None
+    ) -> Lora:
+        """`path` is a safetensors file or a PEFT folder. Raises LoraError if it cannot be one."""
+        if not math.isfinite(strength):
+            raise LoraError(f"LoRA {path}: the strength must be a finite number, not {strength}")
+        if default_alpha is not None and not (math.isfinite(default_alpha) and default_alpha > 0):
+            raise LoraError(f"LoRA {path}: alpha must be a number above 0, not {default_alpha}")
+        config, file = (_peft_folder(path), path / PEFT_WEIGHTS) if path.is_dir() else ({}, path)
+        if not file.is_file():
+            raise LoraError(f"LoRA {file}: no such file")
+        try:
+            store = TensorStore.open(file)
+            keys = {name: key for name in store if (key := names.parse(name))}
+            alphas = store.scalars(name for name, key in keys.items() if key.kind == "alpha")
+        except (TensorFileError, OSError) as e:
+            raise LoraError(f"LoRA {e}") from e
+        if bad := [name for name, alpha in alphas.items() if not math.isfinite(alpha) or alpha == 0]:
+            raise LoraError(f"LoRA {file}: {bad[0]} is {alphas[bad[0]]}, which is no usable alpha")
+        config = config or _diffusers_config(file, store.metadata, expert)
+        return cls(path, strength, store, keys, alphas, config, default_alpha, recognise(path), expert)
+
+    @property
+    def assumed_alpha(self) -> float | None:
+        """The alpha of modules that store none, None for alpha = rank."""
+        if self.default_alpha is not None:
+            return self.default_alpha
+        return self.release.default_alpha if self.release else None
+
+    def scale(self, stem: str, alpha_name: str | None, rank: int) -> float:
+        """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank."""
+        if alpha_name is not None:
+            return self.alphas[alpha_name] / rank
+        if self.config:
+            patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
+            fitting = (a for pattern, a in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", stem))
+            alpha = float(next(fitting, self.config.get("lora_alpha", 8)))  # 8 is PEFT's own default
+            return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return 1.0 if self.assumed_alpha is None else self.assumed_alpha / rank
+
+    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
+        """Where every tensor goes in a model with these parameters."""
+        return resolve(self.store, self.keys, self.scale, shapes, self.expert)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one LoRA does to one model, tensor by tensor; `summary` is the line for the user."""
+
+    path: str
+    release: str | None
+    strength: float
+    tensors: int
+    pairs: tuple[int, int]  # applied, brought
+    differences: tuple[int, int]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]  # alpha / rank
+    ignored: list[str]
+    skipped: list[str]
+    unmatched: list[str]
+    warnings: list[str]
+
+    def summary(self) -> str:
+        parts = [f"{self.pairs[0]}/{self.pairs[1]} pairs"] if self.pairs[1] else []
+        if self.differences[1]:
+            parts.append(f"{self.differences[0]}/{self.differences[1]} differences")
+        if self.scales:
+            parts.append("alpha/rank " + " to ".join(f"{s:g}" for s in _ends(self.scales)))
+        if self.strength != 1.0:
+            parts.append(f"strength {self.strength:g}")
+        if self.ignored:
+            parts.append(f"{len(self.ignored)} ignored (Wan2.1 image branch or the other expert)")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} skipped (patch embedding for another number of channels)")
+        return ", ".join([*parts, f"{len(self.unmatched)} unmatched"])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(
+    lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, expert: str | None = None, allow_partial: bool = False
+) -> Coverage:
+    """What `lora` does to the model whose parameters are `shapes`; from headers, in milliseconds.
+
+    expert: what the file is used for, to warn if its name says another. allow_partial: names that nothing explains
+    are a warning. Raises LoraError for a file that matches nothing, does not fit, or holds what is not understood.
+    """
+    found = lora.resolve(shapes)
+    pairs = [d for d in found.deltas if d.rank]
+    if problems := _problems(lora, found, allow_partial):
+        raise LoraError(f"LoRA {lora.path}: " + "; ".join(problems))
+    stray = [lora.keys[name].kind for name in found.unmatched if name in lora.keys]
+    warnings = _warnings(lora, found, shapes, expert or lora.expert)
+    differences = len(found.deltas) - len(pairs)
+    return Coverage(
+        path=str(lora.path),
+        release=lora.release.name if lora.release else None,
+        strength=lora.strength,
+        tensors=len(lora.store),
+        pairs=(len(pairs), len(pairs) + stray.count("down")),
+        differences=(differences, differences + sum(kind.startswith("diff") for kind in stray)),
+        ranks=tuple(sorted({d.rank for d in pairs})),
+        scales=tuple(sorted({d.scale for d in pairs})),
+        ignored=found.ignored,
+        skipped=found.skipped,
+        unmatched=found.unmatched,
+        warnings=warnings,
+    )
+
+
+def files_of(lora_dir: Path, experts: Sequence[str]) -> dict[str, Path]:
+    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing.
+
+    A released folder has one file of a fixed name for each expert. Other folders serve as well if exactly one of
+    their files is named after the expert (`..._high_noise_...`, `..._LOW_...`).
+    """
+    if not lora_dir.is_dir():
+        raise LoraError(f"--lora_dir {lora_dir}: no such folder")
+    here = sorted(lora_dir.glob("*.safetensors"))
+    files: dict[str, Path] = {}
+    for expert in experts:
+        named = [file for file in here if expert_of(file.name) == expert]
+        if (lora_dir / RELEASED_FILES[expert]) in here:
+            files[expert] = lora_dir / RELEASED_FILES[expert]
+        elif len(named) == 1:
+            files[expert] = named[0]
+    if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
+        found = ", ".join(file.name for file in here) or "no safetensors file"
+        raise LoraError(f"--lora_dir {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
+    return files
+
+
+def expert_of(name: str) -> str | None:
+    """ "high" or "low" where a file or folder name says so, and only one of them."""
+    said = set(re.findall(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)", name.lower()))
+    return said.pop() if len(said) == 1 else None
+
+
+def _problems(lora: Lora, found: Resolved, allow_partial: bool) -> list[str]:
+    """Why this file is refused: one clause for each reason, with counts and the first names."""
+    total, problems = len(lora.store), []
+    if found.unsupported:
+        kinds = sorted({m[1] for name in found.unsupported if (m := names.UNSUPPORTED.search(name))})
+        problems.append(f"holds {_some(found.unsupported, total)} of a kind not supported: {', '.join(kinds)}")
+    if found.conflicts:
+        first, reason = next(iter(found.conflicts.items()))
+        problems.append(f"{len(found.conflicts)} of {total} tensors do not fit the model (first: {first} {reason})")
+    if not found.deltas and not problems:
+        what = "is a full weight file, not a LoRA (see --expert)" if found.is_full_weights else "nothing in it matches"
+        problems.append(f"{what}: 0 of {total} tensors belong to this model" + _first(found.unmatched or found.ignored))
+    elif found.unmatched and not allow_partial:
+        problems.append(
+            f"{_some(found.unmatched, total)} match no part of the model; --lora_allow_partial applies the rest"
+        )
+    return problems
+
+
+def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None) -> list[str]:
+    warnings = []
+    named = expert_of(lora.path.name) or expert_of(lora.path.absolute().parent.name)
+    if {named, expert} == {"high", "low"}:
+        warnings.append(f"LoRA {lora.path} is named after the {named}-noise expert but used for the {expert}-noise one")
+    task = names.task_of(shapes)
+    if lora.release and task and task not in lora.release.tasks:
+        warnings.append(f"LoRA {lora.path} was published for {' and '.join(lora.release.tasks)}, this is {task}")
+    if found.unmatched:
+        warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
+    pairs = [d for d in found.deltas if d.rank]
+    if lora.alphas or lora.config or not pairs:
+        return warnings
+    ranks = sorted({d.rank for d in pairs})
+    if lora.default_alpha is None and lora.assumed_alpha is not None:
+        warnings.append(
+            f"LoRA {lora.path} stores no alpha; {lora.assumed_alpha:g}/rank is applied, which this release needs "
+            f"(--lora_alpha overrides)"
+        )
+    elif lora.assumed_alpha is None and ranks == [64] and _like_first_upload(lora):
+        warnings.append(
+            f"LoRA {lora.path} stores no alpha and looks like the first Lightning upload, which needs --lora_alpha 8; "
+            f"alpha/rank 1 is applied"
+        )
+    return warnings
+
+
+def _like_first_upload(lora: Lora) -> bool:
+    """Without prefix, in float32, named lora_down/lora_up: the only published file that lacks the alpha it needs."""
+    return all(
+        entry.dtype == "F32" and name.startswith("blocks.") and ".lora_" in name for name, entry in lora.store.items()
+    )
+
+
+def _peft_folder(folder: Path) -> dict[str, Any]:
+    """The settings of a folder that PEFT saved; raises LoraError if it is none, or not of plain LoRA."""
+    if not (folder / PEFT_CONFIG).is_file():
+        held = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no safetensors file"
+        raise LoraError(f"LoRA {folder} is a folder without {PEFT_CONFIG}; name one file (it holds {held})")
+    return _plain_lora(folder / PEFT_CONFIG, (folder / PEFT_CONFIG).read_bytes())
+
+
+def _diffusers_config(file: Path, metadata: Mapping[str, str], expert: str | None) -> dict[str, Any]:
+    """PEFT's settings as diffusers stores them in a file's metadata: each name behind the component's."""
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    config = _plain_lora(file, metadata["lora_adapter_metadata"])
+    component = "transformer_2." if expert == "low" and any(k.startswith("transformer_2.") for k in config) else ""
+    component = component or "transformer."
+    return {name.removeprefix(component): value for name, value in config.items() if name.startswith(component)}
+
+
+def _plain_lora(file: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as e:
+        raise LoraError(f"LoRA {file}: the adapter settings are not JSON") from e
+    if not isinstance(config, dict):
+        raise LoraError(f"LoRA {file}: the adapter settings are not a JSON object")
+    plain = {name.rpartition(".")[2]: value for name, value in config.items()}
+    if plain.get("use_dora") or str(plain.get("peft_type") or "LORA") != "LORA":
+        kind = "DoRA" if plain.get("use_dora") else plain["peft_type"]
+        raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only plain LoRA")
+    if str(plain.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
+        raise LoraError(f"LoRA {file}: its base is not the released one ({plain['init_lora_weights']} changes it)")
+    return config
+
+
+def _some(tensors: Sequence[str], total: int) -> str:
+    return f"{len(tensors)} of {total} tensors" + _first(tensors)
+
+
+def _first(tensors: Sequence[str]) -> str:
+    more = ", ..." if len(tensors) > 3 else ""
+    return f" (first: {', '.join(tensors[:3])}{more})" if tensors else ""
+
+
+def _ends(values: Sequence[float]) -> tuple[float, ...]:
+    return (values[0],) if len(values) == 1 else (values[0], values[-1])

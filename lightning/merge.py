@@ -1,0 +1,131 @@
+"""The deltas of all LoRAs of one expert, added to its weights one tensor at a time while they stream in.
+
+    W' = W + sum over the LoRAs of strength * ((alpha / rank) * up @ down  or  diff)
+
+Product and sum are float32 and rounded once, by whoever casts the result. The product is made in blocks of rows that
+stay in the processor's cache, and into buffers that live on from call to call: a fresh 100 MB of memory for each
+temporary costs several times the arithmetic. Each row's product is the same numbers as that of the whole matrix.
+
+Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning.lora import Lora, LoraError
+from lightning.resolve import Delta
+
+BLOCK_BYTES = 4 << 20  # of float32 product at a time: fits the second-level cache of a core or two
+
+
+@dataclass(frozen=True)
+class _Part:
+    lora: Lora
+    delta: Delta
+
+
+class Merge:
+    """What the LoRAs of one expert add to a model with parameters `shapes`; call it on each weight.
+
+    Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used. The order of
+    the LoRAs does not matter, to the bit. device: where to compute and to leave the results (default: the CPU).
+    linear_pairs=False leaves the pairs on 2-D weights out, for a model that carries them as adapters.
+    """
+
+    def __init__(
+        self,
+        loras: Sequence[Lora],
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device | None = None,
+        *,
+        linear_pairs: bool = True,
+    ) -> None:
+        self.shapes = shapes
+        self.device = device or torch.device("cpu")
+        self.parts: dict[str, list[_Part]] = {}
+        for lora in sorted(loras, key=lambda lora: (str(lora.path), lora.strength)):
+            found = lora.resolve(shapes)
+            if found.conflicts:
+                first, reason = next(iter(found.conflicts.items()))
+                raise LoraError(f"LoRA {lora.path}: {first} {reason}")
+            for delta in found.deltas:
+                if lora.strength and (linear_pairs or not delta.rank or len(shapes[delta.target]) != 2):
+                    self.parts.setdefault(delta.target, []).append(_Part(lora, delta))
+        self._buffers: dict[str, Tensor] = {}
+
+    def touches(self, name: str) -> bool:
+        return name in self.parts
+
+    def __call__(self, name: str, weight: Tensor, rows: slice | None = None) -> Tensor:
+        """`weight` (any dtype) plus its deltas, in float32 on the device; an untouched weight comes back as it is.
+
+        rows: `weight` is only these rows of the parameter. The result may lie in a buffer, valid until the next call.
+        """
+        if name not in self.parts:
+            return weight
+        parts = self.parts[name]
+        start, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
+        if tuple(weight.shape) != (max(0, stop - start), *self.shapes[name][1:]):
+            raise ValueError(f"{name}: rows {start}:{stop} of {list(self.shapes[name])} given as {list(weight.shape)}")
+        terms = [self._load(part, slice(start, stop)) for part in parts]
+        source = weight.reshape(len(weight), -1)
+        result = self._buffer("result", source.shape)
+        step = self._rows_at_once(source.shape[1])
+        for top in range(0, len(source), step):
+            block = slice(top, top + step)
+            change = self._buffer("change", result[block].shape)
+            terms[0].write(block, change)
+            for term in terms[1:]:
+                other = self._buffer("other", change.shape)
+                term.write(block, other)
+                change += other
+            torch.add(result[block].copy_(source[block]), change, out=result[block])
+        return result.view(weight.shape)
+
+    def _rows_at_once(self, columns: int) -> int:
+        whole = 1 << 30
+        return max(16, BLOCK_BYTES // (4 * max(1, columns))) if self.device.type == "cpu" else whole
+
+    def _buffer(self, use: str, shape: Sequence[int]) -> Tensor:
+        """float32 memory for one use, kept and grown from call to call."""
+        count = math.prod(shape)
+        kept = self._buffers.get(use)
+        if kept is None or kept.numel() < count:
+            kept = self._buffers[use] = torch.empty(count, device=self.device)
+        return kept[:count].view(*shape)
+
+    def _load(self, part: _Part, rows: slice) -> _Term:
+        """Read one delta's tensors (these rows of `up` or of the difference) in float32 onto the device."""
+        lora, delta = part.lora, part.delta
+        tensors = []
+        for name, which in zip(delta.tensors, (rows, None), strict=False):
+            tensor = lora.store.read(name, which)
+            if not tensor.isfinite().all():
+                raise LoraError(f"LoRA {lora.path}: tensor {name} holds NaN or Inf")
+            tensors.append(tensor.to(self.device, torch.float32).reshape(len(tensor), -1))
+        down = tensors[1] if delta.rank else None
+        return _Term(tensors[0], down, delta.scale * lora.strength)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """factor * up @ down, or factor * up where there is no down. Shapes: up [O, R] or [O, I], down [R, I]."""
+
+    up: Tensor
+    down: Tensor | None
+    factor: float
+
+    def write(self, block: slice, out: Tensor) -> None:
+        """Put rows `block` of the term into `out` [rows, I]."""
+        if self.down is None:
+            out.copy_(self.up[block])
+        else:
+            torch.mm(self.up[block], self.down, out=out)
+        if self.factor != 1.0:
+            out.mul_(self.factor)

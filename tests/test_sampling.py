@@ -1,0 +1,135 @@
+"""Schedules against the originals' numbers, the plan of steps, and the denoise loop on a closed-form field."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan.modules.model import Prompt
+from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
+from wan.utils.errors import JobError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
+
+
+def parts(key: str) -> tuple[str, int, float]:
+    solver, steps, shift = key.split("_")
+    return {"dpmpp": "dpm++"}.get(solver, solver), int(steps[1:]), float(shift.removeprefix("shift"))
+
+
+@pytest.mark.parametrize("key", GOLDEN["schedules"])
+def test_timesteps_and_sigmas_are_the_originals(key: str) -> None:
+    schedule = make_schedule(*parts(key))
+    assert schedule.timesteps == GOLDEN["schedules"][key]["timesteps"]
+    sigmas = getattr(schedule, "sigmas", None)
+    sigmas = schedule.scheduler.sigmas if sigmas is None else sigmas
+    assert sigmas.tolist() == GOLDEN["schedules"][key]["sigmas"]
+
+
+@pytest.mark.parametrize("key", GOLDEN["trajectories"])
+def test_trajectories_are_the_originals(key: str) -> None:
+    schedule = make_schedule(*parts(key))
+    x = torch.tensor([-1.5, -0.4, 0.05, 0.9, 2.0]).view(1, 5, 1, 1, 1)
+    for index, t in enumerate(schedule.timesteps):
+        x = schedule.step(torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, index, x)
+    assert x.flatten().tolist() == GOLDEN["trajectories"][key]
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+def test_explicit_timesteps_are_visited_as_given(solver: str) -> None:
+    given = [1000.0, 937.5, 833.33, 625.0]
+    visited = make_schedule(solver, 4, 5.0, given).timesteps
+    assert visited == pytest.approx(given, abs=1e-3 if solver == "euler" else 1.0)
+
+
+def test_duplicate_integer_timesteps_do_not_lead_unipc_astray() -> None:
+    schedule = make_schedule("unipc", 100, 12.0)
+    assert schedule.timesteps[0] == schedule.timesteps[1]
+    x = torch.ones(1, 1, 1, 1, 1)
+    for index in range(100):
+        x = schedule.step(0.1 * x, index, x)
+    assert torch.isfinite(x).all()
+
+
+def experts_of(timesteps: list[float], boundary: float, **more: int) -> str:
+    plan = plan_steps(timesteps, boundary=boundary, guidance=(3.0, 4.0), **more)
+    assert all(step.guidance == (4.0 if step.expert == "high" else 3.0) for step in plan)
+    return "".join(step.expert[0] for step in plan)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "boundary", "high"),
+    [(4, 5, 0.875, 2), (4, 5, 0.9, 2), (8, 5, 0.875, 4), (8, 5, 0.9, 3), (4, 8, 0.875, 3), (12, 5, 0.875, 6)],
+)
+def test_expert_boundary_counts(steps: int, shift: float, boundary: float, high: int) -> None:
+    plan = experts_of(make_schedule("euler", steps, shift).timesteps, boundary)
+    assert plan == "h" * high + "l" * (steps - high)
+
+
+def test_a_timestep_on_the_boundary_is_high() -> None:
+    timesteps = make_schedule("euler", 12, 5.0).timesteps
+    assert 875.0 in timesteps
+    assert experts_of([875.0, 874.9], 0.875) == "hl"
+
+
+def test_base_schedules_split_as_the_originals() -> None:
+    assert experts_of(make_schedule("unipc", 40, 12.0).timesteps, 0.875).count("h") == 26
+    assert experts_of(make_schedule("unipc", 40, 5.0).timesteps, 0.9).count("h") == 15
+
+
+def test_explicit_counts_and_scales_win() -> None:
+    assert experts_of([1000.0, 900.0, 800.0], 0.875, high_steps=1) == "hll"
+    plan = plan_steps([1000.0, 500.0], boundary=None, guidance=(1, 1), guidance_steps=(3.5, 1.0), lora_steps=(0.0, 1.0))
+    assert plan == [Step(1000.0, "model", 3.5, 0.0), Step(500.0, "model", 1.0, 1.0)]
+    assert str(plan[0]) == "t=1000.0 model cfg 3.5 lora 0"
+
+
+class Field:
+    """A velocity field in place of the network: what it is asked is written down."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value, self.asked = value, []
+
+    def ready(self, name: str, lora: float):
+        def network(latent, timestep, prompt, pinned):
+            self.asked.append((name, lora, timestep, prompt.rows.item(), latent.shape[0], pinned))
+            return torch.full_like(latent[:2], self.value * prompt.rows.item())
+
+        return network
+
+
+def test_guidance_runs_both_passes_only_where_the_scale_is_not_one() -> None:
+    field, schedule = Field(), make_schedule("euler", 2, 1.0)
+    steps = [Step(1000.0, "high", 3.0, 1.0), Step(500.0, "low", 1.0, 1.0)]
+    text, negative = Prompt(torch.tensor(2.0)), Prompt(torch.tensor(1.0))
+    x = denoise(field, torch.zeros(2, 1, 1, 1), Conditioning(text, negative), schedule, steps)
+    assert [(a[0], a[3]) for a in field.asked] == [("high", 2.0), ("high", 1.0), ("low", 2.0)]
+    assert x.unique().item() == pytest.approx(-0.5 * (1 + 3 * (2 - 1)) - 0.5 * 2)
+
+
+def test_channels_are_set_beside_and_the_first_frame_stays() -> None:
+    field, schedule = Field(), make_schedule("euler", 2, 1.0)
+    steps = plan_steps(schedule.timesteps, boundary=None, guidance=(1.0, 1.0))
+    frame = torch.full((2, 1, 1, 1), 7.0)
+    condition = Conditioning(Prompt(torch.tensor(1.0)), channels=torch.zeros(3, 2, 1, 1), first_frame=frame)
+    x = denoise(field, torch.zeros(2, 2, 1, 1), condition, schedule, steps)
+    assert {(a[4], a[5]) for a in field.asked} == {(5, 1)}
+    assert x[:, 0].unique().item() == 7.0
+    assert x[:, 1].unique().item() == pytest.approx(-1.0)
+
+
+def test_a_changed_lora_scale_makes_the_layers_read_the_prompt_again() -> None:
+    text = Prompt(torch.tensor(1.0))
+    layer = torch.nn.Identity()
+    text.once(layer, lambda: "old")
+    steps = [Step(1000.0, "high", 1.0, 0.0), Step(500.0, "high", 1.0, 1.0)]
+    denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text), make_schedule("euler", 2, 1.0), steps)
+    assert text.once(layer, lambda: "fresh") == "fresh"
+
+
+def test_nan_stops_the_job_and_names_the_step() -> None:
+    schedule = make_schedule("euler", 4, 5.0)
+    steps = plan_steps(schedule.timesteps, boundary=0.875, guidance=(1.0, 1.0))
+    with pytest.raises(JobError, match=r"after step 1 of 4 \(t=1000.0 high cfg 1\)"):
+        denoise(Field(float("nan")), torch.zeros(2, 1, 1, 1), Conditioning(Prompt(torch.tensor(1.0))), schedule, steps)

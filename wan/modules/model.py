@@ -1,0 +1,277 @@
+"""The Wan2.2 diffusion transformer (DiT).
+
+Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned),
+F, H, W token grid, C latent channels. There is no batch axis: guidance runs its two passes one after the other.
+
+Precision follows the parameters: a linear layer runs in the dtype of its weight, the residual stream, the norms'
+statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
+
+Parallelism has two seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks) and
+`SelfAttention.attend` (attention over all tokens). Their defaults are the plain case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan.modules.attention import Attend, sdpa
+from wan.modules.rope import rotary_table, rotate
+
+PATCH = (1, 2, 2)
+Made = TypeVar("Made")
+# (row of the time embedding, the tokens it applies to)
+Spans = Sequence[tuple[int, slice]]
+
+
+class WanModel(nn.Module):
+    """Predicts the flow-matching velocity of a latent video (Peebles & Xie, arXiv 2212.09748, with 3-axis RoPE)."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        ffn_dim: int,
+        in_dim: int,
+        out_dim: int,
+        num_heads: int,
+        num_layers: int,
+        text_dim: int,
+        freq_dim: int = 256,
+        text_len: int = 512,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.freq_dim, self.text_len, self.num_heads, self.head_width = freq_dim, text_len, num_heads, dim // num_heads
+        self.tokens: TokenSplit = TokenSplit()
+        self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
+        self.head = Head(dim, out_dim, eps)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, int | float | str], text_dim: int) -> WanModel:
+        """Build from a checkpoint's config.json; `text_dim`, which it lacks, is read off `text_embedding.0.weight`."""
+        names = ("dim", "ffn_dim", "in_dim", "out_dim", "num_heads", "num_layers", "freq_dim", "text_len")
+        sizes = {name: int(config[name]) for name in names}
+        return cls(**sizes, text_dim=text_dim, eps=float(config["eps"]))
+
+    def forward(self, latent: Tensor, timestep: float, prompt: Prompt, pinned_frames: int = 0) -> Tensor:
+        """[C_in, f, h, w] latent at `timestep` (0 to 1000) -> float32 [C_out, f, h, w] velocity.
+
+        The tokens of the first `pinned_frames` latent frames are clean and get timestep 0.
+        """
+        x = self.patch_embedding(latent[None].to(self.patch_embedding.weight.dtype))[0]
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        x = rearrange(x, "d f h w -> (f h w) d")
+        total = x.shape[0]
+        start, stop = self.tokens.span(total)
+        x = self.tokens.shard(x)
+        rotary = rotary_table(grid, self.head_width, start, stop, x.device)
+
+        times = [0.0, timestep] if pinned_frames else [timestep]
+        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device)).float()
+        rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
+        spans = _spans(pinned_frames * grid[1] * grid[2], start, stop)
+
+        text = prompt.once(self, lambda: _run(self.text_embedding, prompt.padded(self.text_len)))
+        for block in self.blocks:
+            x = block(x, rows, spans, rotary, total, prompt, text)
+        x = self.tokens.gather(self.head(x, time, spans), total)
+        f, h, w = grid
+        return rearrange(x, "(f h w) (q r c) -> c f (h q) (w r)", f=f, h=h, w=w, q=PATCH[1], r=PATCH[2])
+
+    def use_attention(self, attend: Attend) -> None:
+        """Let every attention of the model run through this back end."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = attend
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(
+        self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
+    ) -> Tensor:
+        """x [L, D] (overwritten once it is float32), rows float32 [T, 6, D], text [text_len, D] -> float32 [L, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
+        dtype = self.self_attn.q.weight.dtype
+
+        y = self.self_attn(modulated_norm(x, shift1, scale1, spans, self.eps, dtype), rotary, total)
+        # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
+        x = add_gated(x.float(), y, gate1, spans)
+        del y
+        norm = F.layer_norm(
+            x, self.norm3.normalized_shape, self.norm3.weight.float(), self.norm3.bias.float(), self.eps
+        )
+        x += self.cross_attn(norm.to(dtype), prompt, text)
+        del norm
+        y = self.ffn(modulated_norm(x, shift2, scale2, spans, self.eps, dtype))
+        return add_gated(x, y, gate2, spans)
+
+
+class Attention(nn.Module):
+    """The layers that self- and cross-attention share: projections, and RMS norms over the whole width D."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.backend: Attend = sdpa
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[L, D] -> [L, N, d]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    """Attention of all video tokens to each other, with rotary positions."""
+
+    def forward(self, x: Tensor, rotary: Tensor, total: int) -> Tensor:
+        """This rank's tokens [L, D] -> [L, D]; `total` is the number of real tokens over all ranks."""
+        q = rotate(self.heads(self.norm_q(self.q(x))), rotary).to(x.dtype)
+        k = rotate(self.heads(self.norm_k(self.k(x))), rotary).to(x.dtype)
+        v = self.heads(self.v(x))
+        del x
+        return self.o(self.attend(q, k, v, total).flatten(1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
+        """[L, N, d] each -> [L, N, d]. The seam: a parallel run puts another function here."""
+        return self.backend(q, k[:total], v[:total])
+
+
+class CrossAttention(Attention):
+    """Attention of the video tokens to the text, all `text_len` rows of it: the padding is attended, as in training."""
+
+    def forward(self, x: Tensor, prompt: Prompt, text: Tensor) -> Tensor:
+        """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
+        k, v = prompt.once(self, lambda: self.keys_values(text))
+        q = self.heads(self.norm_q(self.q(x))).to(x.dtype)
+        del x
+        return self.o(self.backend(q, k, v).flatten(1))
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.norm_k(self.k(text))).to(text.dtype), self.heads(self.v(text))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467): float32 statistics, rounded to x's dtype, scaled."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class Head(nn.Module):
+    """The last modulated norm and the projection of every token to its patch."""
+
+    def __init__(self, dim: int, out_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+        self.head = nn.Linear(dim, PATCH[0] * PATCH[1] * PATCH[2] * out_dim)
+
+    def forward(self, x: Tensor, time: Tensor, spans: Spans) -> Tensor:
+        """x [L, D], time float32 [T, D] -> float32 [L, patch * C_out]."""
+        shift, scale = (self.modulation + time[:, None]).unbind(1)
+        return self.head(modulated_norm(x, shift, scale, spans, self.eps, self.head.weight.dtype)).float()
+
+
+class Prompt:
+    """One encoded prompt, and what each layer has made of it so far: both depend on nothing else.
+
+    rows: [n, text_dim] encoder output, n at most the model's `text_len`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+    def padded(self, length: int) -> Tensor:
+        return F.pad(self.rows, (0, 0, 0, length - self.rows.shape[0]))
+
+    def once(self, layer: nn.Module, make: Callable[[], Made]) -> Made:
+        """`make()` for this layer, or what it gave the first time. Forgotten when the layer is."""
+        if layer not in self._made:
+            self._made[layer] = make()
+        return self._made[layer]  # type: ignore[return-value]  # each layer stores one kind of thing
+
+    def forget(self) -> None:
+        """Drop what layers made, after their weights have changed."""
+        self._made.clear()
+
+
+class TokenSplit:
+    """How the tokens are divided over ranks. The plain case: one rank has them all."""
+
+    def span(self, total: int) -> tuple[int, int]:
+        """First token and end of this rank's share of `total` tokens; the end may lie beyond: padding."""
+        return 0, total
+
+    def shard(self, x: Tensor) -> Tensor:
+        """[total, ...] on every rank -> this rank's share."""
+        return x
+
+    def gather(self, x: Tensor, total: int) -> Tensor:  # noqa: ARG002 - the signature of the seam
+        """Inverse of `shard`, padding dropped, on every rank."""
+        return x
+
+
+def sinusoid(times: Sequence[float], width: int) -> Tensor:
+    """[cos | sin] of t * 10000^(-i / half), angles in float64 -> float32 [T, width] (arXiv 1706.03762, section 3.5)."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.tensor(times, dtype=torch.float64), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, spans: Spans, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
+    out = torch.empty_like(x, dtype=dtype)
+    for row, span in spans:
+        norm = F.layer_norm(x[span], x.shape[-1:], eps=eps)
+        torch.addcmul(shift[row], norm, 1 + scale[row], out=out[span])
+    return out
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+    """x + y * gate with each token's row of [T, D], into the float32 x [L, D]."""
+    for row, span in spans:
+        x[span].addcmul_(y[span], gate[row])
+    return x
+
+
+def _spans(pinned: int, start: int, stop: int) -> Spans:
+    """Which of this rank's tokens `start` to `stop` take the pinned row, which the current timestep's."""
+    edge = min(max(pinned - start, 0), stop - start)
+    both = [(0, slice(0, edge)), (1 if pinned else 0, slice(edge, stop - start))]
+    return [(row, span) for row, span in both if span.start < span.stop]
+
+
+def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Apply `layers` in the dtype of their weights."""
+    weight = next(layers.parameters())
+    return layers(x.to(weight.dtype))

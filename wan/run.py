@@ -1,0 +1,264 @@
+"""From checked jobs to videos on disk: texts first, then each job alone; what is finished is never lost.
+
+Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from wan.record import Plan, completed, describe, found_at_place, read_latents, save_latents
+from wan.request import Job, Run, Settings
+from wan.utils.errors import InputError, JobError, WanError
+from wan.utils.progress import Progress
+from wan.utils.video import VideoWriter, save_contact_sheet
+
+# Their message says enough; anything else that stops a job is a bug and keeps its traceback.
+EXPECTED = (WanError, OSError, MemoryError, torch.OutOfMemoryError)
+
+
+class Decoder(Protocol):
+    """What `--decode_latents` needs: the VAE."""
+
+    @property
+    def fps(self) -> int: ...
+
+    def decode(self, latent: torch.Tensor, tiled: bool = False) -> Iterator[torch.Tensor]:
+        """[C, T, h, w] -> float32 chunks [3, t, H, W] in [-1, 1], first frames first."""
+
+
+class Pipeline(Decoder, Protocol):
+    """What a run needs of the loaded models."""
+
+    def texts(self, job: Job) -> list[str]:
+        """What must be encoded for a job: its prompt, and the negative one if guidance uses it."""
+
+    def encode(self, texts: Iterable[str], progress: Progress) -> None: ...
+
+    def release_text_encoder(self) -> None: ...
+
+    def sample(self, job: Job, progress: Progress) -> torch.Tensor:
+        """The final latent, float32 [C, T, h, w]."""
+
+    def info(self) -> dict[str, Any]:
+        """Device, dtype, attention, ... for the record."""
+
+
+def run_jobs(
+    run: Run, plan: Plan, progress: Progress, load: Callable[[Settings, Progress], Pipeline] | None = None
+) -> int:
+    """Make every video of `run` that is not there yet; the number of jobs that failed.
+
+    A failed job is reported and the others go on, unless `on_error` is "stop". load: default `wan.pipeline.load`.
+    InputError, before anything is loaded, if a file is in the way.
+    """
+    jobs = _jobs_to_do(run, progress)
+    failures: list[str] = []
+    saved = 0
+    if jobs:
+        if load is None:
+            from wan import pipeline
+
+            load = pipeline.load
+        pipe = load(run.settings, progress)
+        pipe.encode([text for job in jobs for text in pipe.texts(job)], progress)
+        pipe.release_text_encoder()
+        shared = dict(progress.seconds)
+        for job in jobs:
+            progress.say(f"video {job.index + 1} of {len(run.jobs)}: {job.save_file}")
+            try:
+                _make(run, job, plan, pipe, progress, shared)
+                saved += 1
+            except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
+                failures.append(_report(job, error, progress))
+                if run.settings.on_error == "stop":
+                    break
+    _sum_up(run, saved, len(jobs), failures, progress)
+    return len(failures)
+
+
+def decode_only(
+    settings: Settings,
+    latents_file: Path,
+    save_file: Path,
+    progress: Progress,
+    load: Callable[[Settings, Progress], Decoder] | None = None,
+) -> None:
+    """Finish a job from its kept latents. load: default `wan.pipeline.load_vae`. InputError, JobError, OSError."""
+    latent, record = read_latents(latents_file)
+    if (made_for := record["settings"]["task"]) != settings.task:
+        raise InputError(f"--decode_latents {latents_file}: made with --task {made_for}, not {settings.task}")
+    if save_file.exists() and not settings.overwrite:
+        raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
+    if load is None:
+        from wan import pipeline
+
+        load = pipeline.load_vae
+    vae = load(settings, progress)
+    _check_place(save_file)
+    frames = _save_video(vae, latent, save_file, settings, record, progress, {})
+    if settings.preview:
+        save_contact_sheet(save_file, frames)
+    progress.say(f"saved {save_file}")
+    progress.say(progress.table())
+
+
+def _jobs_to_do(run: Run, progress: Progress) -> list[Job]:
+    """Without those that `--resume` finds done. InputError naming every file that is in the way."""
+    settings = run.settings
+    todo, problems = [], []
+    for job in run.jobs:
+        if not settings.resume:
+            if job.save_file.exists() and not settings.overwrite:
+                problems.append(
+                    f"{job.save_file}: exists already; --overwrite replaces it, --resume skips it if it fits"
+                )
+            todo.append(job)
+            continue
+        found = found_at_place(settings, job)
+        if found == "whole":
+            progress.say(f"video {job.index + 1} of {len(run.jobs)} is there already: {job.save_file}")
+            continue
+        if found == "other" and not settings.overwrite:
+            problems.append(f"{job.save_file}: was made with other settings; --overwrite replaces it")
+        todo.append(job)
+    if problems:
+        raise InputError(problems)
+    return todo
+
+
+def _make(run: Run, job: Job, plan: Plan, pipe: Pipeline, progress: Progress, shared: dict[str, float]) -> None:
+    """One job, start to end. shared: seconds by stage that all jobs share (loading, texts)."""
+    settings = run.settings
+    earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
+    _check_place(job.save_file)
+    record = describe(run, job, plan, pipe.info())
+    latent = pipe.sample(job, progress)
+    kept = None
+    try:
+        if settings.save_latents:
+            kept = _latents_name(job.save_file)
+            save_latents(kept, latent, record)
+        frames = _save_video(pipe, latent, job.save_file, settings, record, progress, earlier)
+    except BaseException as error:
+        hint = _keep(settings, job, latent, record, error)
+        error.add_note(hint)
+        if not isinstance(error, Exception):  # interrupted: nobody reports it later
+            progress.say(hint)
+        raise
+    progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
+    if settings.preview:
+        save_contact_sheet(job.save_file, frames)
+
+
+def _save_video(
+    decoder: Decoder,
+    latent: torch.Tensor,
+    path: Path,
+    settings: Settings,
+    record: dict[str, Any],
+    progress: Progress,
+    earlier: dict[str, float],
+) -> int:
+    """Decode into the file, in tiles if memory does not suffice for the whole; the number of frames.
+
+    earlier: seconds by stage that are not this video's.
+    """
+
+    def attempt(tiled: bool) -> int:
+        with VideoWriter(path, decoder.fps) as video:
+            with progress.stage("decode", unit="frame"):
+                for chunk in decoder.decode(latent, tiled=tiled):
+                    if not chunk.isfinite().all():
+                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
+                    video.write(chunk)
+                    progress.advance(chunk.shape[1])
+            with progress.stage("save"):
+                spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
+                video.finish(completed(record, video, spent))
+        return video.frames
+
+    try:
+        return attempt(settings.vae_tiling)
+    except torch.OutOfMemoryError:
+        if settings.vae_tiling:
+            raise
+    # Out here the failed attempt's tensors are no longer held by the exception.
+    progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
+    if latent.is_cuda:
+        torch.cuda.empty_cache()
+    return attempt(True)
+
+
+def _check_place(save_file: Path) -> None:
+    """Before the long work: can a file be made here?"""
+    try:
+        save_file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_file.parent).close()
+    except OSError as e:
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+
+
+def _keep(settings: Settings, job: Job, latent: torch.Tensor, record: dict[str, Any], error: BaseException) -> str:
+    """Save the latents of a job that failed after its last step; a sentence that says where and how to go on."""
+    problems = []
+    for folder in (job.save_file.parent, Path(tempfile.gettempdir())):
+        path = _latents_name(folder / job.save_file.name)
+        try:
+            save_latents(path, latent, record)
+        except OSError as e:
+            problems.append(f"{path}: {e.strerror}")
+        else:
+            return f"the finished latents are kept; to make the video of them: {_finishing(settings, job, path, error)}"
+    return f"and the finished latents could not be kept ({'; '.join(problems)})"
+
+
+def _latents_name(save_file: Path) -> Path:
+    return save_file.with_name(f"{save_file.stem}.latents.safetensors")
+
+
+def _finishing(settings: Settings, job: Job, latents: Path, error: BaseException) -> str:
+    """The command that decodes the kept latents; on the CPU if the device's memory did not suffice even in tiles."""
+    device = "cpu" if isinstance(error, torch.OutOfMemoryError) else settings.device
+    words = ["python", "generate.py", "--task", settings.task, "--ckpt_dir", settings.ckpt_dir]
+    words += ["--decode_latents", latents, "--save_file", job.save_file]
+    words += [] if device == "auto" else ["--device", device]
+    words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
+    words += ["--vae_tiling"] if settings.vae_tiling else []
+    words += ["--overwrite"] if settings.overwrite else []
+    return shlex.join(map(str, words))
+
+
+def _report(job: Job, error: Exception, progress: Progress) -> str:
+    """Say that a job failed and why; the sentence comes back for the summary."""
+    if not isinstance(error, EXPECTED):
+        progress.say("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = f"out of memory on the device ({str(error).splitlines()[0]})"
+    else:
+        reason = str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
+    sentence = "; ".join([f"{job.source}: {reason}", *getattr(error, "__notes__", [])])
+    progress.event("failed", {"index": job.index, "file": str(job.save_file), "reason": sentence})
+    progress.say(f"failed: {sentence}")
+    return sentence
+
+
+def _sum_up(run: Run, saved: int, tried: int, failures: list[str], progress: Progress) -> None:
+    counts = {
+        "saved": saved,
+        "there already": len(run.jobs) - tried,
+        "failed": len(failures),
+        "not tried": tried - saved - len(failures),
+    }
+    progress.say(progress.table())
+    progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
+    if len(run.jobs) > 1:
+        for sentence in failures:
+            progress.say(f"  {sentence}")

@@ -1,0 +1,219 @@
+"""Sampling: the schedules, the plan of steps, and the one denoise loop for all tasks.
+
+Shapes: C latent channels, f, h, w latent frames, rows, columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning.schedule import TRAIN_TIMESTEPS, EulerSchedule
+from wan.modules.model import Prompt, WanModel
+from wan.utils.errors import JobError
+
+SOLVERS = ("euler", "unipc", "dpm++")
+
+
+class Schedule(Protocol):
+    """A solver over its timesteps, for one video: multistep solvers remember."""
+
+    timesteps: list[float]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the plan: what is printed before loading is what runs."""
+
+    timestep: float
+    expert: str  # "high", "low" or "model"
+    guidance: float  # 1: no unconditional pass
+    lora: float  # scale on every LoRA's strength
+
+    @property
+    def guided(self) -> bool:
+        return abs(self.guidance - 1.0) > 1e-6
+
+    def __str__(self) -> str:
+        lora = "" if self.lora == 1.0 else f" lora {self.lora:g}"
+        return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is sampled."""
+
+    solver: str  # one of SOLVERS
+    steps: int
+    shift: float
+    guidance: tuple[float, float]  # (low noise, high noise)
+    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, in place of steps and shift
+    high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
+    guidance_steps: tuple[float, ...] | None = None  # by step, in place of `guidance`
+    lora_steps: tuple[float, ...] | None = None  # LoRA scale by step; None: 1
+
+    def schedule(self) -> Schedule:
+        return make_schedule(self.solver, self.steps, self.shift, self.timesteps)
+
+    def plan(self, boundary: float | None) -> list[Step]:
+        return plan_steps(
+            self.schedule().timesteps,
+            boundary=boundary,
+            guidance=self.guidance,
+            high_steps=self.high_steps,
+            guidance_steps=self.guidance_steps,
+            lora_steps=self.lora_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a task gives the loop."""
+
+    text: Prompt
+    negative: Prompt | None = None  # None where no step is guided
+    channels: Tensor | None = None  # [20, f, h, w] mask and image latent, set beside the noisy latent (I2V)
+    first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
+
+
+class Experts(Protocol):
+    """The denoising networks by name."""
+
+    def ready(self, name: str, lora: float) -> WanModel:
+        """The network on the compute device, its LoRAs at this scale."""
+        ...
+
+
+def plan_steps(
+    timesteps: Sequence[float],
+    *,
+    boundary: float | None,
+    guidance: tuple[float, float],
+    high_steps: int | None = None,
+    guidance_steps: Sequence[float] | None = None,
+    lora_steps: Sequence[float] | None = None,
+) -> list[Step]:
+    """Which expert, guidance and LoRA scale each timestep gets.
+
+    boundary: the high-noise expert serves timesteps >= 1000 * boundary; None for a single model. `high_steps`
+    overrides it by a count. guidance is (low noise, high noise).
+    """
+    plan = []
+    for index, timestep in enumerate(timesteps):
+        if boundary is None:
+            expert = "model"
+        elif high_steps is not None:
+            expert = "high" if index < high_steps else "low"
+        else:
+            expert = "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
+        scale = guidance_steps[index] if guidance_steps else guidance[0 if expert == "low" else 1]
+        plan.append(Step(timestep, expert, scale, lora_steps[index] if lora_steps else 1.0))
+    return plan
+
+
+@torch.no_grad()
+def denoise(
+    experts: Experts,
+    noise: Tensor,
+    conditioning: Conditioning,
+    schedule: Schedule,
+    steps: Sequence[Step],
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> Tensor:
+    """Noise float32 [C, f, h, w] -> latent of the same shape.
+
+    JobError naming the step at which the latent stopped being finite.
+    """
+    text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
+    sample = _pin(noise, pinned)
+    scale = steps[0].lora
+    for index, step in enumerate(steps):
+        model = experts.ready(step.expert, step.lora)
+        if step.lora != scale:  # what the layers made of the prompts was made with other weights
+            scale = step.lora
+            for prompt in (text, negative):
+                if prompt is not None:
+                    prompt.forget()
+
+        latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
+        frames = 0 if pinned is None else pinned.shape[1]
+        velocity = model(latent, step.timestep, text, frames)
+        if step.guided:
+            assert negative is not None, "a guided step needs the negative prompt's encoding"
+            free = model(latent, step.timestep, negative, frames)
+            velocity = free + step.guidance * (velocity - free)
+
+        sample = _pin(schedule.step(velocity, index, sample), pinned)
+        if not torch.isfinite(sample).all():
+            raise JobError(
+                f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
+                "a corrupt weight file or an unsuitable attention kernel does this: try --attention sdpa"
+            )
+        on_step(step)
+    return sample
+
+
+def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
+    return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
+
+
+def make_schedule(solver: str, steps: int, shift: float, timesteps: Sequence[float] | None = None) -> Schedule:
+    """A fresh schedule of `solver`; explicit final `timesteps` take the place of `steps` and `shift`."""
+    if solver == "euler":
+        return EulerSchedule.spaced(steps, shift) if timesteps is None else EulerSchedule.at(timesteps)
+    if timesteps is not None:
+        levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
+    elif solver == "unipc":
+        # the original's grid starts at the largest training level, 0.999 rounded to float32
+        levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
+    else:
+        levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
+    return _LibrarySchedule(_unipc(levels, shift) if solver == "unipc" else _dpmpp(levels, shift))
+
+
+class _LibrarySchedule:
+    """A multistep scheduler of diffusers. Its timesteps are integers, cut down from 1000 sigma as in the original."""
+
+    def __init__(self, scheduler: Any) -> None:
+        scheduler.set_begin_index(0)  # else it finds its place by value, and two equal timesteps lead it astray
+        self.scheduler = scheduler
+        self.timesteps = [float(t) for t in scheduler.timesteps]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        timestep = self.scheduler.timesteps[index]
+        return self.scheduler.step(velocity, timestep, sample, return_dict=False)[0]
+
+
+def _unipc(levels: np.ndarray, shift: float) -> Any:
+    """UniPC (arXiv 2302.04867), order 2, B2(h), predicting x0."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(sigmas=levels)
+    return scheduler
+
+
+def _dpmpp(levels: np.ndarray, shift: float) -> Any:
+    """DPM-Solver++ (arXiv 2211.01095), order 2, midpoint.
+
+    The class takes no levels of its own and starts at 0.999, the original at 1: its grid is overwritten.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(len(levels))
+    sigmas = shift * levels / (1 + (shift - 1) * levels)
+    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
+    scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
+    return scheduler

@@ -1,0 +1,214 @@
+"""What the three tasks share: the networks of one checkpoint, and text -> conditioning -> latent -> video with them.
+
+Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames, rows, columns of the video.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from easydict import EasyDict
+from PIL import Image
+from torch import Tensor
+
+from lightning.lora import Lora, files_of
+from lightning.merge import Merge
+from wan.modules.attention import BACKENDS, choose
+from wan.modules.model import Prompt
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.vae import WanVAE
+from wan.sampling import Conditioning, Sampling, Step, denoise
+from wan.utils.checkpoints import Checkpoint, as_dtype, free_memory, load, parameter_dtypes
+from wan.utils.errors import InputError
+from wan.utils.progress import Progress
+from wan.utils.residency import Experts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a task conditions on besides the text: the latent's shape, and what the image gives."""
+
+    shape: tuple[int, int, int, int]
+    channels: Tensor | None = None
+    first_frame: Tensor | None = None
+
+
+class VideoTask(ABC):
+    """One task's networks. Opening reads headers only; each network is loaded when it is first needed."""
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        config: EasyDict,
+        checkpoint_dir: str | Path,
+        lora_dir: str | Path | None = None,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_sp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+        convert_model_dtype: bool = False,
+        *,
+        device: torch.device | None = None,
+        loras: Mapping[str, list[Lora]] | None = None,
+        lora_mode: str = "merge",
+        expert_files: Mapping[str, Path] | None = None,
+        attention: str = "auto",
+        noise_device: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        """The original's arguments, then ours.
+
+        config: one of WAN_CONFIGS. loras: by expert, in place of lora_dir. init_on_cpu: experts wait in host memory
+        and are brought to the device when needed. InputError listing everything that is wrong with the files.
+        """
+        self.config, self.progress = config, progress or Progress(quiet=True)
+        if device is None:
+            device = torch.device("cuda", device_id) if torch.cuda.is_available() else torch.device("cpu")
+        self.device, self.noise_device = device, device if noise_device == "auto" else torch.device(noise_device)
+        self.dtype, self.t5_dtype = as_dtype(config.param_dtype), as_dtype(config.t5_dtype)
+        self.text_device = torch.device("cpu") if t5_cpu else device
+        self.home = torch.device("cpu") if init_on_cpu else device
+        self.convert_model_dtype, self.lora_mode = convert_model_dtype, lora_mode
+        self.checkpoint = Checkpoint(Path(checkpoint_dir), self.name, config, expert_files)
+        self.checkpoint.raise_problems()
+        if loras is None:
+            files = files_of(Path(lora_dir), list(config.experts)) if lora_dir else {}
+            loras = {name: [Lora.open(path)] for name, path in files.items()}
+        self.loras = loras
+        first, _ = next(iter(self.checkpoint.experts.values()))
+        try:
+            self.attention = choose(attention, device, self.dtype, first.num_heads, first.head_width)
+        except ValueError as e:
+            raise InputError(str(e)) from e
+        self._contexts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+        """What this task makes of an image and a size (width, height; with an image only their product counts)."""
+
+    def latent_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
+        """[C, f, h, w] of a video of `size` (width, height) and 4n + 1 frames."""
+        time, rows, columns = self.vae.stride
+        return self.vae.z_dim, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
+
+    # -- text
+
+    def encode(self, texts: Iterable[str]) -> None:
+        """Run the text encoder on every text that has not been encoded before, and keep the result."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
+        if not fresh:
+            return
+        encoder, tokenizer = self.text_encoder
+        with self.progress.stage("text", total=len(fresh)), torch.no_grad():
+            for text in fresh:
+                self._contexts[text] = encoder(torch.tensor(tokenizer(text), device=self.text_device)).to(self.device)
+                self.progress.advance(1)
+
+    @cached_property
+    def text_encoder(self) -> tuple[UMT5Encoder, UMT5Tokenizer]:
+        assert self.checkpoint.text_encoder is not None
+        module, store = self.checkpoint.text_encoder
+        tokenizer = UMT5Tokenizer(self.checkpoint.folder / self.config.t5_tokenizer, self.config.text_len)
+        with self._loading("text encoder", store.path.stat().st_size) as report:
+            return load(module, store, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report), tokenizer
+
+    def release_text_encoder(self) -> None:
+        self.__dict__.pop("text_encoder", None)
+        free_memory()
+
+    # -- denoising
+
+    @cached_property
+    def experts(self) -> Experts:
+        models = {}
+        dtype = parameter_dtypes(self.dtype, self.convert_model_dtype)
+        for name, (module, store) in self.checkpoint.experts.items():
+            loras = self.loras.get(name, [])
+            merge = Merge(loras, store.shapes, self.device) if loras else None
+            with self._loading(f"{name} expert", sum(e.bytes for e in store.values())) as report:
+                models[name] = load(module, store, home=self.home, dtype=dtype, merge=merge, report=report)
+            models[name].use_attention(BACKENDS[self.attention])
+        return Experts(models, self.device)
+
+    def sample(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        image: Image.Image | None,
+        size: tuple[int, int],
+        frames: int,
+        seed: int,
+        sampling: Sampling,
+        on_step: Callable[[Step], None] = lambda _: None,
+    ) -> Tensor:
+        """The final latent, float32 [C, f, h, w] on the device."""
+        steps = sampling.plan(self.config.boundary)
+        texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
+        self.encode(texts)
+        text, *negative = (Prompt(self._contexts[text]) for text in texts)
+        start = self.start(image, size, frames)
+        generator = torch.Generator(self.noise_device).manual_seed(seed)
+        noise = torch.randn(start.shape, generator=generator, device=self.noise_device).to(self.device)
+        conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
+        experts = self.experts
+        with self.progress.stage("denoise", total=len(steps)):
+            return denoise(experts, noise, conditioning, sampling.schedule(), steps, on_step)
+
+    # -- pixels
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        assert self.checkpoint.vae is not None
+        module, store = self.checkpoint.vae
+        with self._loading("VAE", store.path.stat().st_size) as report:
+            return load(module, store, home=self.device, dtype=lambda _: torch.float32, report=report)
+
+    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers."""
+        with torch.no_grad():
+            yield from self.vae.decode(latent.to(self.device), tiles=(2, 2) if tiled else (1, 1))
+
+    @contextmanager
+    def _loading(self, what: str, size: int) -> Iterator[Callable[[int], None]]:
+        with self.progress.stage("load", total=size, unit="B"):
+            yield lambda count: self.progress.advance(count, what)
+
+    # -- the original's `generate`
+
+    def _generate(
+        self,
+        prompt: str,
+        image: Image.Image | None,
+        size: tuple[int, int],
+        frame_num: int,
+        shift: float,
+        sample_solver: str,
+        sampling_steps: int,
+        guide_scale: float | tuple[float, float],
+        n_prompt: str,
+        seed: int,
+        offload_model: bool,
+    ) -> Tensor:
+        """What the three public `generate` methods do: the whole video, float32 [3, F, H, W] in [-1, 1]."""
+        low, high = guide_scale if isinstance(guide_scale, tuple | list) else (guide_scale, guide_scale)
+        sampling = Sampling(sample_solver, sampling_steps, shift, (float(low), float(high)))
+        if seed < 0:
+            seed = torch.seed() % (1 << 31)
+        self.experts.offload = offload_model
+        latent = self.sample(prompt, n_prompt or self.config.sample_neg_prompt, image, size, frame_num, seed, sampling)
+        if offload_model:
+            self.experts.leave()
+            self.release_text_encoder()
+        return torch.cat(list(self.decode(latent)), dim=1)

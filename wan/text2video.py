@@ -1,0 +1,34 @@
+"""Text to video with Wan2.2-T2V-A14B: the video starts from noise of the size asked for."""
+
+from PIL import Image
+from torch import Tensor
+
+from wan.task import Start, VideoTask
+
+
+class WanT2V(VideoTask):
+    """Wan2.2-T2V-A14B."""
+
+    name = "t2v-A14B"
+
+    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:  # noqa: ARG002 - no image
+        return Start(self.latent_shape(size, frames))
+
+    def generate(
+        self,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float | tuple[float, float] = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> Tensor:
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; size is (width, height), guide_scale (low, high noise)."""
+        return self._generate(
+            input_prompt, None, size, frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed,
+            offload_model,
+        )  # fmt: skip

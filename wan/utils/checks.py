@@ -1,0 +1,169 @@
+"""Checks of single values: each takes what was given, notes what is wrong with it, and goes on with something usable.
+
+Everything wrong with a request is shown at once, so a failed check returns a stand-in instead of raising.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from wan.utils.errors import InputError
+
+COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
+
+
+class Check:
+    """Collects problems, which stop the run, and warnings, which do not."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def problem(self, sentence: str) -> None:
+        self.problems.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+    def stop(self) -> None:
+        """Raises InputError if there were problems."""
+        if self.problems:
+            raise InputError(self.problems)
+
+    def choice(self, flag: str, given: str | None, allowed: Sequence[str], other: str = "") -> str:
+        """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""
+        if given is None or given in allowed or (other and re.fullmatch(other, given)):
+            return given or allowed[0]
+        self.problem(f"{flag} {given!r} is not one of {', '.join(allowed)}{meant(given, allowed)}")
+        return allowed[0]
+
+    def number(self, flag: str, given: float | None, default: float, low: float, high: float) -> float:
+        """A finite number from `low` to `high`."""
+        if given is None:
+            return default
+        if not math.isfinite(given):
+            self.problem(f"{flag} must be a finite number from {low:g} to {high:g}, not {given}")
+            return default
+        if not low <= given <= high:
+            nearest = min(max(given, low), high)
+            self.problem(f"{flag} {given:g} is out of range; it goes from {low:g} to {high:g}, the nearest is {nearest:g}")
+            return default
+        return given
+
+    def whole(self, flag: str, given: int | None, default: int, low: int, high: int) -> int:
+        return int(self.number(flag, given, default, low, high))
+
+    def pair(
+        self, flag: str, given: str | None, default: tuple[float, float], low: float, high: float
+    ) -> tuple[float, float]:
+        """`A` (twice the same) or `A,B`."""
+        if given is None:
+            return default
+        parts = given.split(",")
+        numbers = [number for part in parts if (number := real(part)) is not None]
+        if len(numbers) != len(parts) or len(parts) > 2:
+            self.problem(f"{flag} takes one number or two with a comma between, not {given!r}")
+            return default
+        first, last = (self.number(flag, number, default[0], low, high) for number in (numbers[0], numbers[-1]))
+        return first, last
+
+    def size(self, flag: str, given: str, step: int) -> tuple[int, int]:
+        """(width, height) of `W*H` or `WxH`, multiples of `step`."""
+        match = re.fullmatch(r"\s*(\d{1,6})\s*[*xX×]\s*(\d{1,6})\s*", given)
+        if not match:
+            self.problem(f"{flag} {given!r} is not a size; write width*height, such as 832*480 or 832x480")
+            return step, step
+        width, height = int(match[1]), int(match[2])
+        valid = [max(step, round(side / step) * step) for side in (width, height)]
+        if valid != [width, height]:
+            self.problem(
+                f"{flag} {width}*{height}: both sides must be multiples of {step}; the nearest size is {valid[0]}*{valid[1]}"
+            )
+        return valid[0], valid[1]
+
+    def frames(self, flag: str, given: int) -> int:
+        """A frame count of the form 4n+1: the first frame stands alone, the VAE folds the others by four."""
+        below = max(1, (given - 1) // 4 * 4 + 1)
+        if given == below:
+            return given
+        nearest = f"{below} or {below + 4}" if given > 1 else "1"
+        self.problem(f"{flag} {given} is not of the form 4n+1; the nearest valid values are {nearest}")
+        return below
+
+    def timesteps(self, given: str) -> tuple[float, ...] | None:
+        """An explicit list of final timesteps: falling, within (0, 1000]."""
+        flag = "--timesteps"
+        values = [real(part) for part in given.split(",")]
+        numbers = tuple(value for value in values if value is not None and math.isfinite(value))
+        if len(numbers) != len(values):
+            self.problem(f"{flag} takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}")
+            return None
+        if outside := [value for value in numbers if not 0 < value <= 1000]:
+            self.problem(f"{flag}: {outside[0]:g} is outside (0, 1000]")
+        elif len(set(numbers)) != len(numbers):
+            self.problem(f"{flag} {given} names a timestep twice; each must be below the one before")
+        elif list(numbers) != sorted(numbers, reverse=True):
+            self.problem(f"{flag} {given} does not fall; each must be below the one before")
+        else:
+            self._look_at(numbers)
+            return numbers
+        return None
+
+    def _look_at(self, timesteps: tuple[float, ...]) -> None:
+        """Warns of lists that mean something else elsewhere: some programs take the list from before the shift."""
+        if timesteps[0] != 1000:
+            self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")
+        shift = effective_shift(timesteps)
+        if shift is None:
+            return
+        listed = ", ".join(f"{value:g}" for value in timesteps)
+        if math.isclose(shift, 1.0, rel_tol=0.03):
+            final = ",".join(f"{shifted(value / 1000, 5.0) * 1000:.6g}" for value in timesteps)
+            self.warn(f"--timesteps {listed} looks like a list from before the shift; after shift 5 it is {final}")
+        for first in COMMON_SHIFTS:
+            for second in COMMON_SHIFTS:
+                if first <= second and math.isclose(shift, first * second, rel_tol=0.03):
+                    once = ",".join(f"{shifted(1 - i / len(timesteps), second) * 1000:.6g}" for i in range(len(timesteps)))
+                    self.warn(
+                        f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
+                        f"shifted once by {second:g} it is {once}"
+                    )
+                    return
+
+
+def shifted(u: float, shift: float) -> float:
+    """The flow-matching time shift s u / (1 + (s - 1) u) (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def effective_shift(timesteps: Sequence[float]) -> float | None:
+    """The one shift that makes these timesteps of evenly spaced ones, None if there is none.
+
+    Shifting by a, then b, is shifting by a b, so a list that was shifted twice shows the product.
+    """
+    count = len(timesteps)
+    if count < 3 or timesteps[0] != 1000:
+        return None
+    sigmas = [timestep / 1000 for timestep in timesteps[1:]]
+    even = [1 - i / count for i in range(1, count)]
+    shifts = [sigma * (1 - u) / (u * (1 - sigma)) for sigma, u in zip(sigmas, even, strict=True)]
+    middle = sorted(shifts)[len(shifts) // 2]
+    return middle if all(math.isclose(shift, middle, rel_tol=0.03) for shift in shifts) else None
+
+
+def real(text: str) -> float | None:
+    """The number that `text` spells, None if it spells none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def meant(given: str, allowed: Sequence[str]) -> str:
+    """A suggestion to append to a sentence about a word that is not among `allowed`."""
+    close = get_close_matches(given.replace("-", "_"), allowed, 1) or get_close_matches(given, allowed, 1)
+    return f"; did you mean {close[0]}?" if close else ""
