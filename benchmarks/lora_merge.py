@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -82,10 +82,11 @@ def main() -> None:
 
 
 def _peft_layer(weight: Tensor, up: Tensor, down: Tensor, alpha: float) -> Linear:
+    """A linear layer of these weights with the LoRA as peft's adapter on it."""
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    rank = up.shape[1]
-    layer = Linear(base, "lora", r=rank, lora_alpha=alpha, config=LoraConfig(r=rank, lora_alpha=int(alpha)))
+    config = LoraConfig(r=up.shape[1], lora_alpha=int(alpha), target_modules=["layer"])
+    layer: Linear = inject_adapter_in_model(config, nn.ModuleDict({"layer": base}), "lora")["layer"]
     layer.lora_A["lora"].weight.data = down
     layer.lora_B["lora"].weight.data = up
     return layer

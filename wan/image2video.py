@@ -18,10 +18,15 @@ class WanI2V(VideoTask):
 
     name = "i2v-A14B"
 
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        """The video takes the image's ratio and about `size`'s area."""
+    @staticmethod
+    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
+        """The image's ratio and about `size`'s area."""
         assert image is not None, "image-to-video needs an image"
-        size = i2v_size(image.width, image.height, size[0] * size[1])
+        return i2v_size(image.width, image.height, size[0] * size[1])
+
+    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+        assert image is not None, "image-to-video needs an image"
+        size = self.video_size(image, size)
         shape = self.latent_shape(size, frames)
         with self.progress.stage("image"), torch.no_grad():
             latent = self.vae.encode_first_frame(i2v_tensor(image, size).to(self.device), frames)

@@ -94,6 +94,11 @@ class VideoTask(ABC):
             raise InputError(str(e)) from e
         self._contexts: dict[str, Tensor] = {}
 
+    @staticmethod
+    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:  # noqa: ARG004 - see children
+        """(width, height) of the video for this image and `--size`."""
+        return size
+
     @abstractmethod
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         """What this task makes of an image and a size (width, height; with an image only their product counts)."""

@@ -13,11 +13,15 @@ class WanTI2V(VideoTask):
 
     name = "ti2v-5B"
 
+    @staticmethod
+    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
+        """With an image its ratio and at most `size`'s area, without one `size`."""
+        return ti2v_size(image.width, image.height, size[0] * size[1]) if image else size
+
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        """With an image the video takes its ratio and at most `size`'s area; without one, `size`."""
+        size = self.video_size(image, size)
         if image is None:
             return Start(self.latent_shape(size, frames))
-        size = ti2v_size(image.width, image.height, size[0] * size[1])
         with self.progress.stage("image"), torch.no_grad():
             first_frame = self.vae.encode(ti2v_tensor(image, size)[:, None].to(self.device))
         return Start(self.latent_shape(size, frames), first_frame=first_frame)

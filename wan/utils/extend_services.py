@@ -214,7 +214,7 @@ def text_of(answer: Any) -> str:
     return text
 
 
-def _dashscope_messages(question: Question) -> list[dict[str, Any]]:
+def _dashscope_messages(question: Question) -> list[Any]:
     if question.image is None:
         return [{"role": "system", "content": question.system}, {"role": "user", "content": question.text}]
     parts = [{"text": never_a_file(question.text)}, {"image": data_uri(question.image)}]

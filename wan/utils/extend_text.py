@@ -10,7 +10,7 @@ from pathlib import Path
 # reads 512 tokens and would cut the rest off silently.
 LONGEST_ANSWER = 2400  # characters
 
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```[\w+-]*\n?(.*?)```", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "「": "」", "『": "』", "«": "»", "**": "**"}
 _NAMED = r"(?:prompt|description|version|caption|rewrite)"

@@ -33,7 +33,7 @@ CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 STALL_SECONDS = 600.0  # an encoder that takes nothing for so long is given up
 # An untagged file is read as BT.709 by most players, while ffmpeg would convert by BT.601: say and do the same thing.
 COLOURS = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
-TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
+TO_YUV = "scale=out_color_matrix=bt709:out_range=tv"
 
 
 class VideoWriter:

@@ -1,0 +1,51 @@
+"""What several tests need: the golden numbers, the small checkpoints, and settings to run them with."""
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from easydict import EasyDict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wan.configs import WAN_CONFIGS
+
+TESTS = Path(__file__).parent
+TINY = TESTS.parent / "examples" / "tiny"
+CASES = {case["name"]: case for case in json.loads((TESTS / "golden" / "cases.json").read_text())}
+FOLDERS = {"t2v-A14B": "Wan2.2-T2V-A14B", "i2v-A14B": "Wan2.2-I2V-A14B", "ti2v-5B": "Wan2.2-TI2V-5B"}
+LORAS = {"t2v-A14B": "lora-t2v", "i2v-A14B": "lora-i2v", "ti2v-5B": "lora-ti2v"}
+
+
+@cache
+def golden() -> dict[str, Tensor]:
+    """What the original pipelines computed, by `case.stage`."""
+    return load_file(TESTS / "golden" / "expected.safetensors")
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a released network."""
+    content = json.loads((TESTS / "manifests" / f"manifest_{name}.json").read_text())
+    return {k: tuple(v["shape"] if isinstance(v, dict) else v) for k, v in content.items()}
+
+
+def checkpoint(task: str) -> Path:
+    return TINY / FOLDERS[task]
+
+
+def lora_dir(task: str) -> Path:
+    return TINY / LORAS[task]
+
+
+def config_of(task: str, dtype: torch.dtype = torch.float32) -> EasyDict:
+    config = copy.deepcopy(WAN_CONFIGS[task])
+    config.param_dtype = config.t5_dtype = dtype
+    return config
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest error over the stage's largest magnitude."""
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,147 @@
+"""What is shown while a run works, and the times by stage."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wan.utils import progress as module
+from wan.utils.progress import Progress, duration, peak_memory, quantity
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time stands still until a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_times_are_exclusive_and_add_up(clock: list[float]) -> None:
+    progress = Progress(quiet=True)
+    for _ in range(2):
+        with progress.stage("outer"):
+            clock[0] += 1
+            with progress.stage("inner"):
+                clock[0] += 3
+            clock[0] += 1
+    clock[0] += 10
+    assert progress.seconds == {"outer": 4.0, "inner": 6.0}
+    lines = progress.table().splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["inner", "6.00", "s", "30.0%"],
+        ["outer", "4.00", "s", "20.0%"],
+        ["other", "10.00", "s", "50.0%"],
+        ["total", "20.00", "s", "100.0%"],
+    ]
+    assert lines[-1].startswith("peak memory: RAM ")
+
+
+def test_a_stage_that_fails_is_timed_and_not_called_done(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    with pytest.raises(ValueError, match="no"), progress.stage("load"):
+        clock[0] += 2
+        raise ValueError("no")
+    assert progress.seconds == {"load": 2.0}
+    assert stream.getvalue() == ""
+
+
+def test_sparse_lines_in_a_log(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    with progress.stage("load", total=28_600_000_000, unit="B"):
+        for _ in range(286):
+            clock[0] += 0.1
+            progress.advance(100_000_000)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "load 2.90/28.60 GB 10% | 1 GB/s | 26 s left"
+    assert len(lines) == 10
+    assert lines[-1] == "load 28.6 GB in 29 s"
+
+
+def test_slow_steps_each_have_a_line(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    with progress.stage("denoise", total=4, unit="step"):
+        for expert in ("high", "high", "low", "low"):
+            clock[0] += 90
+            progress.advance(1, note=f"{expert} noise")
+    assert stream.getvalue().splitlines() == [
+        "denoise step 1/4 | 1 min 30 s a step | 4 min 30 s left | high noise",
+        "denoise step 2/4 | 1 min 30 s a step | 3 min 00 s left | high noise",
+        "denoise step 3/4 | 1 min 30 s a step | 1 min 30 s left | low noise",
+        "denoise step 4/4 | 1 min 30 s a step | low noise",
+        "denoise 4 steps in 6 min 00 s",
+    ]
+
+
+def test_one_line_on_a_terminal(clock: list[float]) -> None:
+    stream = Terminal()
+    progress = Progress(stream=stream)
+    with progress.stage("decode", unit="frame"):
+        for _ in range(100):
+            clock[0] += 0.01
+            progress.advance(1)
+        progress.say("a word")
+    text = stream.getvalue()
+    assert text.count("\n") == 2
+    assert 9 <= text.count("\r") - 2 <= 10  # redrawn ten times a second, not a hundred
+    assert "\r\x1b[Ka word\n" in text
+    assert text.endswith("\r\x1b[Kdecode 100 frames in 1.0 s\n")
+
+
+def test_json_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    progress = Progress(json=True, stream=stream)
+    with progress.stage("denoise", total=2, unit="step"):
+        clock[0] += 1
+        progress.advance(1, note="high")
+        progress.advance(1, note="low")
+    progress.say("猫")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["event"] for e in events] == ["begin", "advance", "advance", "end", "message"]
+    assert events[1] == {
+        "event": "advance", "stage": "denoise", "done": 1.0, "total": 2, "unit": "step", "note": "high", "seconds": 1.0
+    }  # fmt: skip
+    assert events[3]["whole"] is True
+    assert events[4]["text"] == "猫"
+    assert stream.getvalue() == ""
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for progress in (Progress(quiet=True), Progress(json=True, quiet=True)):
+        with progress.stage("load", total=2, unit="B"):
+            progress.advance(2)
+        progress.say("a word")
+        assert progress.seconds["load"] >= 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_units() -> None:
+    assert [quantity(v, "B") for v in (12, 3.5e5, 1.2e9)] == ["12 B", "350 kB", "1.2 GB"]
+    assert [quantity(v, "frame") for v in (1, 81)] == ["1 frame", "81 frames"]
+    assert [duration(s) for s in (0.44, 42, 187, 7500)] == ["0.4 s", "42 s", "3 min 07 s", "2 h 05 min"]
+    assert [duration(s) for s in (9.97, 59.8, 3599.7)] == ["10 s", "1 min 00 s", "1 h 00 min"]
+
+
+def test_peak_memory_grows_with_use() -> None:
+    before = peak_memory()["RAM"]
+    block = bytearray(before + 50_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory()["RAM"] > before + 40_000_000
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys; from wan.utils.progress import Progress; Progress().table(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

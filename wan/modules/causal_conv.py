@@ -1,0 +1,223 @@
+"""The layers that both video autoencoders are made of, run over a clip chunk by chunk.
+
+Shapes: T frames, H rows, W columns, C channels, O output channels. A chunk is [T, H, W, C]: channels last in memory, so
+that the channel norm reads contiguous rows and convolutions get their fastest layout. One clip at a time, no batch axis.
+
+Every layer that looks back in time finds the frames it needs in a `ClipState`, so any division of a clip into chunks
+gives the numbers of the whole clip. Causal means zeros before frame 0. The resamplers treat frame 0 by a rule of its own:
+it is neither doubled nor halved in time, and the time convolution of `Upsample` never sees it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
+
+
+class ClipState:
+    """What one pass over one clip keeps from chunk to chunk, by layer. Made for a pass, so no clip sees another."""
+
+    def __init__(self) -> None:
+        self._started: set[object] = set()
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def starts_clip(self, layer: object) -> bool:
+        """Whether this is the layer's first chunk, the one that holds frame 0."""
+        first = layer not in self._started
+        self._started.add(layer)
+        return first
+
+    def restore(self, layer: nn.Module, out: Tensor) -> None:
+        """Fill `out` with the frames last kept for the layer, with zeros before the first."""
+        if layer in self._frames:
+            out.copy_(self._frames[layer])
+        else:
+            out.zero_()
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Keep a copy: a view would hold the whole chunk in memory."""
+        self._frames[layer] = frames.clone()
+
+
+def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Apply a convolution to [T, H, W, C], one with a 2D kernel frame by frame. The batch axis is added first, not
+    last: only then do the strides of a one-clip batch count as channels last."""
+    if isinstance(conv, nn.Conv2d):
+        framewise: Tensor = conv(rearrange(x, "t h w c -> t c h w"))
+        return rearrange(framewise, "t c h w -> t h w c")
+    clip: Tensor = conv(x[None].permute(0, 4, 1, 2, 3))
+    return rearrange(clip[0], "c t h w -> t h w c")
+
+
+def causal_conv(conv: nn.Conv3d, x: Tensor, state: ClipState, norm: RMSNorm | None = None) -> Tensor:
+    """Convolve a chunk with the frames before it in front: [T, H, W, C] -> [T, H, W, O].
+
+    norm: applied to the chunk first, followed by SiLU. Its result is written straight behind the history, so that
+    joining the two costs no pass over the chunk; the border in space is the convolution's own padding.
+    """
+    history = conv.kernel_size[0] - 1
+    frames = x.new_empty(history + x.shape[0], *x.shape[1:])
+    state.restore(conv, frames[:history])
+    if norm is None:
+        frames[history:] = x
+    else:
+        torch.ops.aten.silu.out(norm(x), out=frames[history:])
+    state.keep(conv, frames[-history:])
+    return convolve(conv, frames)
+
+
+def blocks(fine: Tensor, frames: int) -> Tensor:
+    """View [T*frames, 2H, 2W, C] as [T, frames, H, 2, W, 2, C]: what one coarse pixel covers, to be written in place."""
+    return rearrange(fine, "(t f) (h p) (w q) c -> t f h p w q c", f=frames, p=2, q=2)
+
+
+class RMSNorm(nn.Module):
+    """Divide each pixel by the root mean square of its channels, then scale by gamma."""
+
+    def __init__(self, channels: int, axes: int) -> None:
+        """axes: how many axes of size 1 follow the channels in the checkpoint's gamma."""
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.flatten()
+        return F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU, causal 3x3x3 convolution, plus the block's input."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(  # the numbers are the checkpoint's; those absent had no parameters
+            {
+                "0": RMSNorm(channels, axes=3),
+                "2": nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1)),
+                "3": RMSNorm(out_channels, axes=3),
+                "6": nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1)),
+            }
+        )
+        self.shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: Tensor, state: ClipState) -> Tensor:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y = causal_conv(conv1, x, state, norm1)
+        y = causal_conv(conv2, y, state, norm2)
+        return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
+
+
+class Attention(nn.Module):
+    """One head as wide as the channels, over the pixels of each frame by itself, plus the block's input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = convolve(self.to_qkv, self.norm(x))
+        q, k, v = rearrange(qkv, "t h w (three c) -> three t 1 (h w) c", three=3)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return convolve(self.proj, rearrange(seen, "t 1 (h w) c -> t h w c", h=x.shape[1])).add_(x)
+
+
+class Downsample(nn.Module):
+    """Halve H and W and, with `in_time`, then T: [T, H, W, C] -> [T or T/2, H/2, W/2, C]."""
+
+    def __init__(self, channels: int, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2, padding=2)})
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, state: ClipState) -> Tensor:
+        """The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
+        first row and column gives the same numbers without a padded copy of the input."""
+        x = convolve(self.resample["1"], x)[:, 1:, 1:]
+        if self.time_conv is None:
+            return x
+        first = state.starts_clip(self)
+        frames = x.new_empty(1 + x.shape[0], *x.shape[1:])
+        state.restore(self.time_conv, frames[:1])
+        frames[1:] = x
+        state.keep(self.time_conv, x[-1:])
+        if not first:
+            return convolve(self.time_conv, frames)
+        return torch.cat([x[:1], convolve(self.time_conv, frames[1:])]) if len(x) > 1 else x
+
+
+class Upsample(nn.Module):
+    """With `in_time` double T, then double H and W: [T, H, W, C] -> [T or 2T, 2H, 2W, O]; 2T - 1 where the clip starts."""
+
+    def __init__(self, channels: int, out_channels: int, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, state: ClipState) -> Tensor:
+        """The time convolution's two halves of channels are the earlier and the later frame. Interleaving them and
+        repeating pixels is one copy into the enlarged chunk."""
+        rate = 2 if self.time_conv else 1
+        alone = 1 if self.time_conv and state.starts_clip(self) else 0
+        frames, height, width, channels = x.shape
+        fine = x.new_empty(alone + rate * (frames - alone), 2 * height, 2 * width, channels)
+        blocks(fine[:alone], 1).copy_(rearrange(x[:alone], "t h w c -> t 1 h 1 w 1 c"))
+        if frames > alone:
+            rest = causal_conv(self.time_conv, x[alone:], state) if self.time_conv else x
+            blocks(fine[alone:], rate).copy_(rearrange(rest, "t h w (f c) -> t f h 1 w 1 c", f=rate))
+        return convolve(self.resample["1"], fine)
+
+
+class AverageShortcut:
+    """Add a level's input, averaged over `space` x `space` pixels, to its output.
+
+    With frames=2 each channel c becomes the channels 2c (earlier frame) and 2c+1 (later frame); the clip counts as
+    preceded by one frame of zeros.
+    """
+
+    def __init__(self, frames: int, space: int) -> None:
+        self.frames, self.space = frames, space
+
+    def __call__(self, y: Tensor, x: Tensor, starts: bool) -> Tensor:
+        if starts and self.frames == 2:
+            x = F.pad(x, (0, 0) * 3 + (1, 0))
+        sizes = {"f": self.frames, "p": self.space, "q": self.space}
+        return y.add_(reduce(x, "(t f) (h p) (w q) c -> t h w (c f)", "mean", **sizes))
+
+
+class RepeatShortcut:
+    """Add a level's input, each pixel repeated over what it covers in the output, to that output.
+
+    Where the level halves the channels, channels 2o and 2o+1 go to the even and the odd rows of output channel o.
+    """
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def __call__(self, y: Tensor, x: Tensor, starts: bool) -> Tensor:
+        rows = x.shape[-1] // y.shape[-1]
+        coarse = rearrange(x, "t h w (o p) -> t 1 h p w 1 o", p=rows)
+        alone = 1 if starts and self.frames == 2 else 0
+        blocks(y[:alone], 1).add_(coarse[:alone])
+        blocks(y[alone:], self.frames).add_(coarse[alone:])
+        return y
+
+
+class Level:
+    """The layers that work at one resolution, inside a parameter-free shortcut if there is one.
+
+    Not a module: checkpoints name the same layers in two ways, and the owner registers them.
+    """
+
+    def __init__(self, layers: list[nn.Module], shortcut: AverageShortcut | RepeatShortcut | None) -> None:
+        self.layers, self.shortcut = layers, shortcut
+
+    def __call__(self, x: Tensor, state: ClipState) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = layer(y, state)
+        return y if self.shortcut is None else self.shortcut(y, x, state.starts_clip(self))

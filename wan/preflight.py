@@ -1,0 +1,192 @@
+"""What can be known before any weight is read, from headers, images and the machine; and the plan of the run.
+
+Every problem found is reported, not the first one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from easydict import EasyDict
+
+from lightning.lora import Coverage, LoraError, check
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import PATCH
+from wan.pipeline import TASKS, compute_device, open_loras, sampling_of
+from wan.request import Job, Run, Settings
+from wan.sampling import Step
+from wan.utils.checkpoints import Checkpoint, as_dtype, fetch, parameter_dtypes
+from wan.utils.errors import InputError
+from wan.utils.images import open_image
+from wan.utils.video import check_encoder
+
+Found = TypeVar("Found")
+MP4_BYTES_PER_PIXEL = 0.15  # generous: a noisy 720p clip needs about 0.1
+
+
+@dataclass
+class Plan:
+    """What the run will do, as printed before it starts and as kept in every record."""
+
+    settings: Settings
+    steps: list[Step] = field(default_factory=list)
+    coverage: dict[str, list[Coverage]] = field(default_factory=dict)  # by expert
+    fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its header
+    device: str = ""
+    dtype: str = ""
+    memory: dict[str, int] = field(default_factory=dict)  # part -> bytes
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        s = self.settings
+        steps = " | ".join(f"step {i} {step}" for i, step in enumerate(self.steps, 1))
+        preset = f", settings of {s.preset}" if s.preset else ""
+        lines = [f"{s.task} from {s.ckpt_dir}, {s.solver}, shift {s.shift:g}, {len(self.steps)} steps{preset}", steps]
+        for expert, loras in self.coverage.items():
+            lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
+        lines += [f"expert {expert}: {path}" for expert, path in s.expert_files.items()]
+        residency = ", experts in host memory until needed" if s.offload_model and self.device != "cpu" else ""
+        lines.append(f"{self.device}, {self.dtype}, attention {s.attention}{residency}")
+        parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.memory.items())
+        lines.append(f"weights in memory, GB: {parts}")
+        for job in self.jobs:
+            ratio = f" (from {job['image']})" if job["image"] else ""
+            size = f"{job['size'][0]}x{job['size'][1]}{ratio}, {job['frames']} frames, {job['tokens']:,} tokens"
+            lines.append(f"job {job['index'] + 1}: {size}, seed {job['seed']} -> {job['save_file']}")
+        return lines + [f"warning: {text}" for text in self.warnings]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "steps": [asdict(step) for step in self.steps],
+            "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in self.coverage.items()},
+            "headers_sha256": self.fingerprints,
+            "device": self.device,
+            "dtype": self.dtype,
+            "weight_bytes": self.memory,
+            "jobs": self.jobs,
+            "warnings": self.warnings,
+        }
+
+
+class _Problems(list[str]):
+    def attempt(self, work: Callable[[], Found]) -> Found | None:
+        """`work()`, or None if it finds the input bad: its problems join the list."""
+        try:
+            return work()
+        except InputError as e:
+            self.extend(e.problems)
+        except LoraError as e:
+            self.append(str(e))
+        return None
+
+
+def preflight(run: Run) -> Plan:
+    """Check everything that needs no weight and say what will happen. InputError with all problems."""
+    problems, s = _Problems(), run.settings
+    config = copy.deepcopy(WAN_CONFIGS[s.task])
+    plan = Plan(s, warnings=list(run.warnings))
+    problems.attempt(check_encoder)
+    device = problems.attempt(lambda: compute_device(s.device))
+    if device:
+        plan.device = str(device)
+        fp32 = s.dtype == "fp32" or (s.dtype == "auto" and device.type == "cpu")
+        plan.dtype = "float32" if fp32 else str(as_dtype(config.param_dtype)).removeprefix("torch.")
+    plan.steps = sampling_of(s).plan(config.boundary)
+    _check_lora_steps(s, plan.steps, problems)
+    folder = problems.attempt(lambda: fetch(s.ckpt_dir, s.task, config))
+    if folder:
+        checkpoint = Checkpoint(folder, s.task, config, s.expert_files)
+        problems.extend(checkpoint.problems)
+        _add_loras(plan, checkpoint, problems)
+        _add_weights(plan, checkpoint, config)
+    for job in run.jobs:
+        described = problems.attempt(lambda job=job: _describe(job, s.task, config))  # type: ignore[misc]
+        plan.jobs += [described] if described else []
+    _check_disk(plan, problems)
+    if problems:
+        raise InputError(problems)
+    return plan
+
+
+def _check_lora_steps(settings: Settings, steps: list[Step], problems: list[str]) -> None:
+    if settings.lora_mode == "merge" and any(step.lora != 1.0 for step in steps):
+        problems.append(
+            f"--preset {settings.preset} changes the LoRA's strength between steps, which a merged LoRA cannot: "
+            "add --lora_mode adapter"
+        )
+
+
+def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
+    loras = problems.attempt(lambda: open_loras(plan.settings)) or {}
+    for expert, (_, store) in checkpoint.experts.items():
+        for lora in loras.get(expert, []):
+            found = problems.attempt(
+                lambda lora=lora, store=store, expert=expert: check(  # type: ignore[misc]
+                    lora, store.shapes, expert=expert, allow_partial=plan.settings.lora_allow_partial
+                )
+            )
+            if found:
+                plan.coverage.setdefault(expert, []).append(found)
+                plan.warnings += found.warnings
+                plan.fingerprints[str(lora.path)] = _fingerprint(lora.store.shapes, lora.path)
+
+
+def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
+    """Bytes of the weights as they will lie in memory, and the headers' hashes."""
+    dtype = as_dtype(plan.dtype or config.param_dtype)
+    dtype_of = parameter_dtypes(dtype, plan.settings.convert_model_dtype)
+    for name, (module, store) in checkpoint.experts.items():
+        plan.memory[f"{name} expert"] = sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
+        plan.fingerprints |= {str(file): _fingerprint(store.shapes, file) for file in store.files}
+    for name, part, width in (
+        ("text encoder", checkpoint.text_encoder, dtype.itemsize),
+        ("VAE", checkpoint.vae, torch.float32.itemsize),
+    ):
+        if part:
+            plan.memory[name] = sum(p.numel() for p in part[0].parameters()) * width
+            plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].shapes, part[1].path)
+
+
+def _fingerprint(shapes: Any, path: Path) -> str:
+    """SHA-256 over names, shapes and size of a file: cheap, and another release has another one."""
+    size = path.stat().st_size if path.is_file() else 0
+    return hashlib.sha256(json.dumps([sorted(shapes.items()), size]).encode()).hexdigest()
+
+
+def _describe(job: Job, task: str, config: EasyDict) -> dict[str, Any]:
+    image = open_image(job.image) if job.image else None
+    width, height = TASKS[task].video_size(image, job.size)
+    time, rows, columns = config.vae_stride
+    tokens = ((job.frame_num - 1) // time + 1) * (height // rows // PATCH[1]) * (width // columns // PATCH[2])
+    return {
+        "index": job.index,
+        "size": [width, height],
+        "image": f"{image.width}x{image.height}, the area of {job.size[0]}x{job.size[1]}" if image else None,
+        "frames": job.frame_num,
+        "tokens": tokens,
+        "seed": job.seed,
+        "save_file": str(job.save_file),
+    }
+
+
+def _check_disk(plan: Plan, problems: list[str]) -> None:
+    needed: dict[Path, float] = {}
+    for job in plan.jobs:
+        folder = Path(job["save_file"]).absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        pixels = job["frames"] * job["size"][0] * job["size"][1]
+        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            problems.append(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")

@@ -1,0 +1,258 @@
+"""From the flags as given to a run that can start: defaults by task and weights, prompts and images read, all checked.
+
+Everything here needs no weight and no torch. All problems are collected into one `InputError`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from easydict import EasyDict
+
+from wan.configs import WAN_CONFIGS
+from wan.recipe import Weights, choose_sampling, choose_weights
+from wan.request import Job, Request, Run, Settings
+from wan.utils.checks import Check
+from wan.utils.errors import InputError
+from wan.utils.images import I2V_STEP, TI2V_STEP, i2v_size, open_image, ti2v_size
+from wan.utils.prompt_extend import ExtendSettings
+from wan.utils.prompts import Row, normal, output_name, read_paths, read_rows
+
+ATTENTION = ("auto", "sdpa", "cudnn", "flash2", "flash3")
+LARGEST_SEED = 2**63 - 1
+DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
+
+
+def resolve(request: Request) -> Run:
+    """Every default filled, every check made that needs no weight. Raises InputError with all problems."""
+    if request.replay is not None:
+        request = replayed(request)
+    check = Check()
+    task = check.choice("--task", request.task, tuple(WAN_CONFIGS))
+    check.stop()  # all other defaults and limits hang on the task
+    config = WAN_CONFIGS[task]
+    seed = request.base_seed if request.base_seed is not None else -1
+    if seed > LARGEST_SEED:
+        check.problem(f"--base_seed {seed} is too large, at most {LARGEST_SEED}")
+    request = replace(request, base_seed=seed if seed >= 0 else secrets.randbelow(DRAWN_SEEDS))
+    weights = choose_weights(request, task, tuple(config.experts), check)
+    settings = _settings(request, task, config, weights, check)
+    extend = _extension(request, task, check)
+    rows: list[Row] = []
+    jobs: list[Job] = []
+    decode = None
+    if request.decode_latents is not None:
+        decode = _decode(request, check)
+    else:
+        rows = _rows(request, task, config, extend is not None, check)
+        jobs = _jobs(request, task, config, weights, rows, check)
+        if request.extend_only is None:
+            _check_outputs(request, [job.save_file for job in jobs], check)
+        else:
+            _check_extend_only(request, check)
+    check.stop()
+    extend_only = Path(request.extend_only) if request.extend_only is not None else None
+    return Run(
+        settings, tuple(jobs), tuple(check.warnings), request.as_dict(), tuple(rows), extend, extend_only, decode
+    )
+
+
+def replayed(request: Request) -> Request:
+    """The request that a record holds, narrowed to the record's one video, with the flags of `request` on top."""
+    from wan.utils.video import read_record
+
+    path = Path(request.replay or "")
+    record = read_record(path)
+    try:
+        job = record["job"]
+        earlier = dict(record["request"])
+        width, height = job["size"]
+        earlier |= {
+            "size": f"{width}*{height}",
+            "base_seed": job["seed"],
+            **{name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")},
+        }
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"--replay {path}: not the record of a video") from e
+    for name in (*NOT_REPLAYED, *(name for name in earlier if name.startswith("prompt_extend"))):
+        earlier.pop(name, None)
+    given = request.as_dict()
+    for name, others in INSTEAD_OF.items():
+        if name in given:
+            earlier = {key: value for key, value in earlier.items() if key not in others}
+    try:
+        return Request.from_dict({**earlier, **given})
+    except InputError as e:
+        raise InputError(f"--replay {path}: {problem}" for problem in e.problems) from e
+
+
+# What belongs to one start of the program, or is settled by the record's job.
+NOT_REPLAYED = ("replay", "dry_run", "json", "debug", "overwrite", "resume", "decode_latents", "extend_only")
+NOT_REPLAYED += ("prompt_file", "image_path_file", "num_videos", "seconds", "use_prompt_extend", "no_extend_cache")
+# A flag given beside --replay also takes the place of these.
+INSTEAD_OF = {
+    "prompt_file": ("prompt", "image", "negative_prompt"),
+    "image_path_file": ("image",),
+    "seconds": ("frame_num",),
+    "timesteps": ("sample_steps", "sample_shift", "sample_solver"),
+    "sample_steps": ("timesteps",),
+    "sample_shift": ("timesteps",),
+    "sample_solver": ("timesteps",),
+    "lora_dir": ("lora_strength", "preset"),
+    "save_dir": ("save_file",),
+}
+
+
+def _settings(request: Request, task: str, config: EasyDict, weights: Weights, check: Check) -> Settings:
+    sampling = choose_sampling(request, config, weights, check)
+    if sampling.lora_steps and request.lora_mode == "merge":
+        check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
+    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
+    processes = _check_processes(request, check)
+    return Settings(
+        task=task,
+        ckpt_dir=_checkpoint_folder(request, task, check),
+        loras=weights.loras,
+        lora_mode=check.choice("--lora_mode", request.lora_mode, modes),
+        lora_allow_partial=bool(request.lora_allow_partial),
+        lora_alpha=None if request.lora_alpha is None else check.number("--lora_alpha", request.lora_alpha, 1, 1e-3, 1e4),
+        expert_files=weights.expert_files,
+        preset=weights.release.name if weights.release else None,
+        solver=sampling.solver,
+        steps=sampling.steps,
+        shift=sampling.shift,
+        guidance=sampling.guidance,
+        timesteps=sampling.timesteps,
+        high_steps=sampling.high_steps,
+        lora_steps=sampling.lora_steps,
+        guidance_steps=sampling.guidance_steps,
+        device=check.choice("--device", request.device, ("auto", "cuda", "cpu", "mps"), other=r"cuda:\d+"),
+        dtype=check.choice("--dtype", request.dtype, ("auto", "bf16", "fp32")),
+        attention=check.choice("--attention", request.attention, ATTENTION),
+        noise_device=check.choice("--noise_device", request.noise_device, ("auto", "cpu")),
+        offload_model=processes == 1 if request.offload_model is None else request.offload_model,
+        t5_cpu=bool(request.t5_cpu),
+        convert_model_dtype=bool(request.convert_model_dtype),
+        vae_tiling=bool(request.vae_tiling),
+        t5_fsdp=bool(request.t5_fsdp),
+        dit_fsdp=bool(request.dit_fsdp),
+        ulysses_size=request.ulysses_size or 1,
+        ring_size=request.ring_size or 1,
+        save_latents=bool(request.save_latents),
+        preview=bool(request.preview),
+        overwrite=bool(request.overwrite),
+        resume=bool(request.resume),
+        on_error=check.choice("--on_error", request.on_error, ("continue", "stop")),
+    )
+
+
+def _checkpoint_folder(request: Request, task: str, check: Check) -> Path:
+    """A folder, or a hub id whose files are fetched later."""
+    model, size = task.split("-")
+    repository = f"Wan-AI/Wan2.2-{model.upper()}-{size}"
+    get = f"get one with: hf download {repository} --local-dir ./Wan2.2-{model.upper()}-{size}"
+    given = request.ckpt_dir
+    if given is None:
+        if request.extend_only is None:
+            check.problem(f"--ckpt_dir is missing: it names the folder of the {task} checkpoint; {get}")
+        return Path(repository)
+    path = Path(given).expanduser()
+    if path.is_dir() or is_hub_id(given):
+        return path
+    check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """`owner/name`, unless there is something here that it may mean as a path."""
+    owner, _, rest = name.partition("/")
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and bool(rest) and not Path(owner).exists()
+
+
+def _check_processes(request: Request, check: Check) -> int:
+    """How many processes torchrun started (1 without it), and whether the flags fit that number."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    ulysses = check.whole("--ulysses_size", request.ulysses_size, 1, 1, 1024)
+    ring = check.whole("--ring_size", request.ring_size, 1, 1, 1024)
+    asked = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
+    asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
+    if asked and processes == 1:
+        count = ulysses * ring if ulysses * ring > 1 else 8
+        check.problem(
+            f"{' '.join(asked)} needs several processes; start it with: torchrun --nproc-per-node {count} generate.py ..."
+        )
+    elif processes % (ulysses * ring):
+        legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+        check.problem(
+            f"--ulysses_size {ulysses} (x --ring_size {ring}) must divide the {processes} processes; legal are {legal}"
+        )
+    return processes
+
+
+def _extension(request: Request, task: str, check: Check) -> ExtendSettings | None:
+    """How prompts are to be extended; None if they are used as they are."""
+    method = check.choice("--prompt_extend_method", request.prompt_extend_method, ("local_qwen", "dashscope", "openai"))
+    language = check.choice("--prompt_extend_target_lang", request.prompt_extend_target_lang, ("zh", "en"))
+    on_error = check.choice("--prompt_extend_on_error", request.prompt_extend_on_error, ("raw", "fail"))
+    if not (request.use_prompt_extend or request.extend_only):
+        return None
+    return ExtendSettings(
+        task=task,
+        method=method,
+        model=request.prompt_extend_model,
+        language=language,
+        seed=request.base_seed or 0,
+        on_error=on_error,
+        use_cache=not request.no_extend_cache,
+        device=request.device or "auto",
+    )
+
+
+def _rows(request: Request, task: str, config: EasyDict, extended: bool, check: Check) -> list[Row]:
+    """The prompts, each with its image; the task's example where nothing was given."""
+    if request.prompt_file is not None:
+        if request.prompt is not None:
+            check.problem("--prompt and --prompt_file exclude each other; give one of them")
+        rows, blank = read_rows(Path(request.prompt_file), check.problems)
+        if blank:
+            check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
+    elif request.prompt is not None:
+        rows = [Row(request.prompt.strip(), "--prompt")]
+    else:
+        pictured = request.image is not None or request.image_path_file is not None
+        imagined = extended and pictured and "t2v" != task
+        rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
+    rows = _with_images(request, task, config, rows, check)
+    for row in rows:
+        if not row.prompt and not (extended and row.image):
+            check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
+    return rows
+
+
+def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
+    if request.image_path_file is not None:
+        images = read_paths(Path(request.image_path_file), check.problems)
+        if request.image is not None:
+            check.problem("--image and --image_path_file exclude each other; give one of them")
+        if named := next((row for row in rows if row.image), None):
+            check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
+        if rows and images and len(rows) != len(images):
+            check.problem(
+                f"{len(rows)} prompts but {len(images)} images in {request.image_path_file}: they are paired one to one"
+            )
+        rows = [
+            replace(row, image=image, source=f"{row.source}, {source}")
+            for row, (source, image) in zip(rows, images, strict=False)
+        ]
+    elif request.image is not None:
+        rows = [row if row.image else replace(row, image=Path(request.image).expanduser()) for row in rows]
+    if config.conditions == "text":
+        if any(row.image for row in rows):
+            check.warn(f"{task} takes no image; the one given is ignored (i2v-A14B and ti2v-5B take one)")
+        return [replace(row, image=None) for row in rows]
+    return rows
