@@ -74,7 +74,7 @@ class Merge:
         if tuple(weight.shape) != (max(0, stop - start), *self.shapes[name][1:]):
             raise ValueError(f"{name}: rows {start}:{stop} of {list(self.shapes[name])} given as {list(weight.shape)}")
         terms = [self._load(part, slice(start, stop)) for part in parts]
-        source = weight.reshape(len(weight), -1)
+        source = _matrix(weight)
         result = self._buffer("result", source.shape)
         step = self._rows_at_once(source.shape[1])
         for top in range(0, len(source), step):
@@ -109,9 +109,14 @@ class Merge:
             tensor = lora.store.read(name, which)
             if not tensor.isfinite().all():
                 raise LoraError(f"LoRA {lora.path}: tensor {name} holds NaN or Inf")
-            tensors.append(tensor.to(self.device, torch.float32).reshape(len(tensor), -1))
+            tensors.append(_matrix(tensor).to(self.device, torch.float32))
         down = tensors[1] if delta.rank else None
         return _Term(tensors[0], down, delta.scale * lora.strength)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """All axes but the first flattened; a vector becomes a column."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,12 @@ NETWORKS = {
     "i2v-A14B": (5120, 13824, 40, 36, 16),
     "ti2v-5B": (3072, 14336, 30, 48, 48),
 }
+# Where a checkpoint folder of a task keeps its experts.
+EXPERTS = {
+    "t2v-A14B": {"high": "high_noise_model", "low": "low_noise_model"},
+    "i2v-A14B": {"high": "high_noise_model", "low": "low_noise_model"},
+    "ti2v-5B": {"model": "."},
+}
 TEXT_WIDTH, TIME_WIDTH = 4096, 256
 PATCH = (1, 2, 2)
 

@@ -137,6 +137,9 @@ class TensorStore(Mapping[str, Entry]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
 
+    def file(self, name: str) -> Path:
+        return self.entries[name].file
+
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         """`names` in the order in which a disk reads them fastest."""
         return sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].offset))

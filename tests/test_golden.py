@@ -101,7 +101,7 @@ def test_prompt_to_pixels(case: dict, task: VideoTask, monkeypatch: pytest.Monke
 def test_bf16_stays_near_float32(case: dict) -> None:
     """bf16 has 8 bits: a rounding is 2^-9 = 0.2 %, and a forward of the small network chains about 30 of them a block.
 
-    The root of the mean square is what rounding moves evenly; measured 0.4-1.5 % over all cases' first calls.
+    The root mean square is what rounding moves evenly; measured 0.31-0.40 % over all cases' first calls.
     """
     task, name = open_task(case, torch.bfloat16), case["name"]
     image = image_of(case)
@@ -113,8 +113,7 @@ def test_bf16_stays_near_float32(case: dict) -> None:
     with torch.no_grad():
         found = model(latent, t[-1].item(), Prompt(golden()[f"{name}.context"]), 0 if start.first_frame is None else 1)
     error = ((found - out).square().mean() / out.square().mean()).sqrt().item()
-    print(name, "bf16 rms error", error)
-    assert 1e-4 < error < 2e-2, "not bf16 at all, or further off than rounding explains"
+    assert 1e-3 < error < 1e-2, "not bf16 at all, or further off than rounding explains"
     video = generate(task, case)
     assert list(video.shape) == case["video_shape"]
     assert torch.isfinite(video).all()

@@ -48,7 +48,7 @@ class WanI2V(VideoTask):
         seed: int = -1,
         offload_model: bool = True,
     ) -> Tensor:
-        """The original's call: float32 [3, F, H, W] in [-1, 1] with the image's ratio; guide_scale (low, high noise)."""
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise)."""
         return self._generate(
             input_prompt, img, (max_area, 1), frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt,
             seed, offload_model,

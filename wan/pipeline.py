@@ -87,7 +87,9 @@ class Pipeline:
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""
         device = self.task.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        )
         return {
             "device": f"{device} ({name})",
             "dtype": str(self.task.dtype).removeprefix("torch."),

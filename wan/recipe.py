@@ -77,14 +77,11 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
 def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Sampling:
     """Solver, steps, shift and guidance: as given, else the release's, else by task and distilled or not."""
     single = len(config.experts) == 1
-    base = config.sample_guide_scale
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
     release = weights.release or Release("", (), "lora", "")
-    if weights.distilled:
-        defaults = (release.solver, release.steps, release.shift, release.guidance)
-    else:
-        pair = tuple(map(float, base)) if isinstance(base, tuple) else (float(base), float(base))
-        defaults = (config.sample_solver, config.sample_steps, config.sample_shift, pair)
+    made_for = (release.solver, release.steps, release.shift, release.guidance)
+    base = (config.sample_solver, config.sample_steps, config.sample_shift, _pair(config.sample_guide_scale))
+    defaults = made_for if weights.distilled else base
     timesteps = check.timesteps(request.timesteps) if request.timesteps is not None else None
     given = (request.timesteps, request.sample_solver, request.sample_steps, request.sample_shift)
     if weights.distilled and given == (None, None, None, None):
@@ -106,10 +103,17 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
     lora_steps = by_step.lora_steps if by_step else None
     guidance_steps = by_step.guidance_steps if by_step and request.sample_guide_scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        check.problem(f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out")
+        check.problem(
+            f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
+        )
     sampling = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
     _look_at(sampling, weights, release, check)
     return sampling
+
+
+def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
+    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    return float(low), float(high)
 
 
 def _lora_dir(request: Request, experts: Sequence[str], check: Check) -> list[LoraChoice]:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning.tensorfile import TensorFileError, TensorStore
-from wan.request import Job, Run, Settings
+from wan.request import Job, Run
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import peak_memory
 from wan.utils.video import VideoWriter, count_frames, read_record, replacing
@@ -32,20 +32,17 @@ HOW_NOT_WHAT |= {"t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size"}
 WHAT_OF_A_JOB = ("prompt", "negative_prompt", "image_sha256", "size", "frame_num", "seed")
 
 
-class Plan(Protocol):
-    """What preflight found; only its plain form matters here."""
+def describe(run: Run, job: Job, plan: dict[str, Any], pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's record as far as it is known before there is a video.
 
-    def as_dict(self) -> dict[str, Any]: ...
-
-
-def describe(run: Run, job: Job, plan: Plan, pipeline: dict[str, Any]) -> dict[str, Any]:
-    """A job's record as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
+    plan: of the whole run, as plain data. pipeline: `info()` of the pipeline in use.
+    """
     return {
         "schema": SCHEMA,
         "request": plain(run.request),
         "settings": plain(run.settings),
         "job": described(job),
-        "plan": plain(plan.as_dict()),
+        "plan": plain(plan),
         "pipeline": plain(pipeline),
         "versions": versions(),
     }
@@ -64,11 +61,11 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
     }
 
 
-def found_at_place(settings: Settings, job: Job) -> str:
+def found_at_place(run: Run, job: Job, plan: dict[str, Any]) -> str:
     """What lies at `job.save_file`: "nothing", "whole" (this very video), "damaged" (this one, cut off) or "other"."""
     if not job.save_file.exists():
         return "nothing"
-    wanted = essence({"settings": plain(settings), "job": described(job)})
+    wanted = essence(describe(run, job, plan, {}))
     # a video that was cut off in its index may still have its record beside it
     for source in (job.save_file, job.save_file.with_suffix(".json")):
         try:
@@ -84,7 +81,8 @@ def found_at_place(settings: Settings, job: Job) -> str:
 def essence(record: dict[str, Any]) -> dict[str, Any]:
     """What decides how the video looks. KeyError, TypeError or AttributeError if this is no record."""
     settings = {name: value for name, value in record["settings"].items() if name not in HOW_NOT_WHAT}
-    return {"settings": settings, "job": {name: record["job"][name] for name in WHAT_OF_A_JOB}}
+    job = {name: record["job"][name] for name in WHAT_OF_A_JOB}
+    return {"settings": settings, "job": job, "weights": record["plan"]["headers_sha256"]}
 
 
 def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.utils.errors import InputError
 from wan.utils.prompts import Row
 
 if TYPE_CHECKING:
@@ -86,9 +85,8 @@ class Request:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Request:
-        """From words (flags) or JSON values (a record). InputError listing every one that cannot be read."""
-        problems: list[str] = []
+    def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
+        """From words (flags) or JSON values (a record); what cannot be read is left out and noted in `problems`."""
         known = {item.name: str(item.type) for item in fields(cls)}
         read: dict[str, Any] = {}
         for name, value in values.items():
@@ -102,8 +100,6 @@ class Request:
                 read[name] = convert(value)
             except (TypeError, ValueError):
                 problems.append(f"--{name} takes {wanted}, not {value!r}")
-        if problems:
-            raise InputError(problems)
         return cls(**read)
 
 

@@ -5,8 +5,8 @@ Everything here needs no weight and no torch. All problems are collected into on
 
 from __future__ import annotations
 
-import math
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,26 +15,30 @@ from pathlib import Path
 from easydict import EasyDict
 
 from wan.configs import WAN_CONFIGS
+from wan.jobs import LARGEST_SEED, check_outputs, make_jobs, prompt_rows
 from wan.recipe import Weights, choose_sampling, choose_weights
 from wan.request import Job, Request, Run, Settings
 from wan.utils.checks import Check
 from wan.utils.errors import InputError
-from wan.utils.images import I2V_STEP, TI2V_STEP, i2v_size, open_image, ti2v_size
 from wan.utils.prompt_extend import ExtendSettings
-from wan.utils.prompts import Row, normal, output_name, read_paths, read_rows
+from wan.utils.prompts import Row
 
 ATTENTION = ("auto", "sdpa", "cudnn", "flash2", "flash3")
-LARGEST_SEED = 2**63 - 1
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 
-def resolve(request: Request) -> Run:
-    """Every default filled, every check made that needs no weight. Raises InputError with all problems."""
-    if request.replay is not None:
-        request = replayed(request)
+def resolve(request: Request, problems: Sequence[str] = ()) -> Run:
+    """Every default filled, every check made that needs no weight.
+
+    Raises InputError with all problems at once; `problems` are those that were found before.
+    """
     check = Check()
+    check.problems.extend(problems)
+    if request.replay is not None:
+        request = replayed(request, check)
     task = check.choice("--task", request.task, tuple(WAN_CONFIGS))
-    check.stop()  # all other defaults and limits hang on the task
+    if task != (request.task or task):
+        check.stop()  # all other defaults and limits hang on the task
     config = WAN_CONFIGS[task]
     seed = request.base_seed if request.base_seed is not None else -1
     if seed > LARGEST_SEED:
@@ -45,28 +49,28 @@ def resolve(request: Request) -> Run:
     extend = _extension(request, task, check)
     rows: list[Row] = []
     jobs: list[Job] = []
-    decode = None
+    decode: tuple[Path, Path] | None = None
+    extend_only = Path(request.extend_only).expanduser() if request.extend_only is not None else None
     if request.decode_latents is not None:
         decode = _decode(request, check)
     else:
-        rows = _rows(request, task, config, extend is not None, check)
-        jobs = _jobs(request, task, config, weights, rows, check)
-        if request.extend_only is None:
-            _check_outputs(request, [job.save_file for job in jobs], check)
+        rows = prompt_rows(request, task, config, extend is not None, check)
+        jobs = make_jobs(request, task, config, weights, rows, check)
+        if extend_only is None:
+            check_outputs(request, [job.save_file for job in jobs], check)
         else:
-            _check_extend_only(request, check)
+            _check_extend_only(extend_only, request, check)
     check.stop()
-    extend_only = Path(request.extend_only) if request.extend_only is not None else None
     return Run(
         settings, tuple(jobs), tuple(check.warnings), request.as_dict(), tuple(rows), extend, extend_only, decode
     )
 
 
-def replayed(request: Request) -> Request:
+def replayed(request: Request, check: Check) -> Request:
     """The request that a record holds, narrowed to the record's one video, with the flags of `request` on top."""
     from wan.utils.video import read_record
 
-    path = Path(request.replay or "")
+    path = Path(request.replay or "").expanduser()
     record = read_record(path)
     try:
         job = record["job"]
@@ -79,21 +83,30 @@ def replayed(request: Request) -> Request:
         }
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e
-    for name in (*NOT_REPLAYED, *(name for name in earlier if name.startswith("prompt_extend"))):
-        earlier.pop(name, None)
+    earlier = {name: value for name, value in earlier.items() if name not in NOT_REPLAYED}
     given = request.as_dict()
     for name, others in INSTEAD_OF.items():
         if name in given:
             earlier = {key: value for key, value in earlier.items() if key not in others}
-    try:
-        return Request.from_dict({**earlier, **given})
-    except InputError as e:
-        raise InputError(f"--replay {path}: {problem}" for problem in e.problems) from e
+    problems: list[str] = []
+    request = Request.from_dict({**earlier, **given}, problems)
+    check.problems.extend(f"--replay {path}: {problem}" for problem in problems)
+    return request
 
 
 # What belongs to one start of the program, or is settled by the record's job.
-NOT_REPLAYED = ("replay", "dry_run", "json", "debug", "overwrite", "resume", "decode_latents", "extend_only")
+NOT_REPLAYED: tuple[str, ...] = (
+    "replay",
+    "dry_run",
+    "json",
+    "debug",
+    "overwrite",
+    "resume",
+    "decode_latents",
+    "extend_only",
+)
 NOT_REPLAYED += ("prompt_file", "image_path_file", "num_videos", "seconds", "use_prompt_extend", "no_extend_cache")
+NOT_REPLAYED += ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_on_error")
 # A flag given beside --replay also takes the place of these.
 INSTEAD_OF = {
     "prompt_file": ("prompt", "image", "negative_prompt"),
@@ -120,7 +133,9 @@ def _settings(request: Request, task: str, config: EasyDict, weights: Weights, c
         loras=weights.loras,
         lora_mode=check.choice("--lora_mode", request.lora_mode, modes),
         lora_allow_partial=bool(request.lora_allow_partial),
-        lora_alpha=None if request.lora_alpha is None else check.number("--lora_alpha", request.lora_alpha, 1, 1e-3, 1e4),
+        lora_alpha=None
+        if request.lora_alpha is None
+        else check.number("--lora_alpha", request.lora_alpha, 1, 1e-3, 1e4),
         expert_files=weights.expert_files,
         preset=weights.release.name if weights.release else None,
         solver=sampling.solver,
@@ -183,9 +198,8 @@ def _check_processes(request: Request, check: Check) -> int:
     asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
     if asked and processes == 1:
         count = ulysses * ring if ulysses * ring > 1 else 8
-        check.problem(
-            f"{' '.join(asked)} needs several processes; start it with: torchrun --nproc-per-node {count} generate.py ..."
-        )
+        command = f"torchrun --nproc-per-node {count} generate.py ..."
+        check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
         check.problem(
@@ -213,46 +227,19 @@ def _extension(request: Request, task: str, check: Check) -> ExtendSettings | No
     )
 
 
-def _rows(request: Request, task: str, config: EasyDict, extended: bool, check: Check) -> list[Row]:
-    """The prompts, each with its image; the task's example where nothing was given."""
-    if request.prompt_file is not None:
-        if request.prompt is not None:
-            check.problem("--prompt and --prompt_file exclude each other; give one of them")
-        rows, blank = read_rows(Path(request.prompt_file), check.problems)
-        if blank:
-            check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
-    elif request.prompt is not None:
-        rows = [Row(request.prompt.strip(), "--prompt")]
-    else:
-        pictured = request.image is not None or request.image_path_file is not None
-        imagined = extended and pictured and "t2v" != task
-        rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
-    rows = _with_images(request, task, config, rows, check)
-    for row in rows:
-        if not row.prompt and not (extended and row.image):
-            check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
-    return rows
+def _decode(request: Request, check: Check) -> tuple[Path, Path]:
+    """(latents, video) of --decode_latents; the video lies beside its latents unless --save_file says otherwise."""
+    latents = Path(request.decode_latents or "").expanduser()
+    if not latents.is_file():
+        check.problem(f"--decode_latents {latents}: no such file")
+    stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
+    video = Path(request.save_file).expanduser() if request.save_file else latents.with_name(f"{stem}.mp4")
+    check_outputs(request, [video], check)
+    return latents, video
 
 
-def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
-    if request.image_path_file is not None:
-        images = read_paths(Path(request.image_path_file), check.problems)
-        if request.image is not None:
-            check.problem("--image and --image_path_file exclude each other; give one of them")
-        if named := next((row for row in rows if row.image), None):
-            check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
-        if rows and images and len(rows) != len(images):
-            check.problem(
-                f"{len(rows)} prompts but {len(images)} images in {request.image_path_file}: they are paired one to one"
-            )
-        rows = [
-            replace(row, image=image, source=f"{row.source}, {source}")
-            for row, (source, image) in zip(rows, images, strict=False)
-        ]
-    elif request.image is not None:
-        rows = [row if row.image else replace(row, image=Path(request.image).expanduser()) for row in rows]
-    if config.conditions == "text":
-        if any(row.image for row in rows):
-            check.warn(f"{task} takes no image; the one given is ignored (i2v-A14B and ti2v-5B take one)")
-        return [replace(row, image=None) for row in rows]
-    return rows
+def _check_extend_only(file: Path, request: Request, check: Check) -> None:
+    if file.suffix.lower() not in (".txt", ".jsonl"):
+        check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
+    if file.exists() and not request.overwrite:
+        check.problem(f"--extend_only {file}: exists already; --overwrite replaces it")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import shlex
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from wan.record import Plan, completed, describe, found_at_place, read_latents, save_latents
+from wan.pipeline import Pipeline
+from wan.preflight import Plan
+from wan.record import completed, describe, found_at_place, read_latents, save_latents
 from wan.request import Job, Run, Settings
 from wan.utils.errors import InputError, JobError, WanError
 from wan.utils.progress import Progress
@@ -24,57 +26,28 @@ from wan.utils.video import VideoWriter, save_contact_sheet
 EXPECTED = (WanError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
-class Decoder(Protocol):
-    """What `--decode_latents` needs: the VAE."""
-
-    @property
-    def fps(self) -> int: ...
-
-    def decode(self, latent: torch.Tensor, tiled: bool = False) -> Iterator[torch.Tensor]:
-        """[C, T, h, w] -> float32 chunks [3, t, H, W] in [-1, 1], first frames first."""
-
-
-class Pipeline(Decoder, Protocol):
-    """What a run needs of the loaded models."""
-
-    def texts(self, job: Job) -> list[str]:
-        """What must be encoded for a job: its prompt, and the negative one if guidance uses it."""
-
-    def encode(self, texts: Iterable[str], progress: Progress) -> None: ...
-
-    def release_text_encoder(self) -> None: ...
-
-    def sample(self, job: Job, progress: Progress) -> torch.Tensor:
-        """The final latent, float32 [C, T, h, w]."""
-
-    def info(self) -> dict[str, Any]:
-        """Device, dtype, attention, ... for the record."""
-
-
 def run_jobs(
-    run: Run, plan: Plan, progress: Progress, load: Callable[[Settings, Progress], Pipeline] | None = None
+    run: Run, plan: Plan, progress: Progress, load: Callable[[Settings, Progress], Pipeline] = Pipeline
 ) -> int:
     """Make every video of `run` that is not there yet; the number of jobs that failed.
 
-    A failed job is reported and the others go on, unless `on_error` is "stop". load: default `wan.pipeline.load`.
-    InputError, before anything is loaded, if a file is in the way.
+    A failed job is reported and the others go on, unless `on_error` is "stop". load: opens the models.
+    InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
-    jobs = _jobs_to_do(run, progress)
+    facts = plan.as_dict()
+    jobs = _jobs_to_do(run, facts, progress)
     failures: list[str] = []
     saved = 0
     if jobs:
-        if load is None:
-            from wan import pipeline
-
-            load = pipeline.load
         pipe = load(run.settings, progress)
-        pipe.encode([text for job in jobs for text in pipe.texts(job)], progress)
+        pipe.encode(text for job in jobs for text in pipe.texts(job))
         pipe.release_text_encoder()
+        pipe.load_networks()
         shared = dict(progress.seconds)
         for job in jobs:
             progress.say(f"video {job.index + 1} of {len(run.jobs)}: {job.save_file}")
             try:
-                _make(run, job, plan, pipe, progress, shared)
+                _make(run, job, facts, pipe, progress, shared)
                 saved += 1
             except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
                 failures.append(_report(job, error, progress))
@@ -89,28 +62,24 @@ def decode_only(
     latents_file: Path,
     save_file: Path,
     progress: Progress,
-    load: Callable[[Settings, Progress], Decoder] | None = None,
+    load: Callable[[Settings, Progress], Pipeline] = Pipeline,
 ) -> None:
-    """Finish a job from its kept latents. load: default `wan.pipeline.load_vae`. InputError, JobError, OSError."""
+    """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError, OSError."""
     latent, record = read_latents(latents_file)
     if (made_for := record["settings"]["task"]) != settings.task:
         raise InputError(f"--decode_latents {latents_file}: made with --task {made_for}, not {settings.task}")
     if save_file.exists() and not settings.overwrite:
         raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
-    if load is None:
-        from wan import pipeline
-
-        load = pipeline.load_vae
-    vae = load(settings, progress)
     _check_place(save_file)
-    frames = _save_video(vae, latent, save_file, settings, record, progress, {})
+    pipe = load(settings, progress)
+    frames = _save_video(pipe, latent, save_file, settings, record, progress, {})
     if settings.preview:
         save_contact_sheet(save_file, frames)
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
 
 
-def _jobs_to_do(run: Run, progress: Progress) -> list[Job]:
+def _jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     settings = run.settings
     todo, problems = [], []
@@ -122,7 +91,7 @@ def _jobs_to_do(run: Run, progress: Progress) -> list[Job]:
                 )
             todo.append(job)
             continue
-        found = found_at_place(settings, job)
+        found = found_at_place(run, job, plan)
         if found == "whole":
             progress.say(f"video {job.index + 1} of {len(run.jobs)} is there already: {job.save_file}")
             continue
@@ -134,13 +103,15 @@ def _jobs_to_do(run: Run, progress: Progress) -> list[Job]:
     return todo
 
 
-def _make(run: Run, job: Job, plan: Plan, pipe: Pipeline, progress: Progress, shared: dict[str, float]) -> None:
+def _make(
+    run: Run, job: Job, plan: dict[str, Any], pipe: Pipeline, progress: Progress, shared: dict[str, float]
+) -> None:
     """One job, start to end. shared: seconds by stage that all jobs share (loading, texts)."""
     settings = run.settings
     earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
     _check_place(job.save_file)
     record = describe(run, job, plan, pipe.info())
-    latent = pipe.sample(job, progress)
+    latent = pipe.sample(job)
     kept = None
     try:
         if settings.save_latents:
@@ -159,7 +130,7 @@ def _make(run: Run, job: Job, plan: Plan, pipe: Pipeline, progress: Progress, sh
 
 
 def _save_video(
-    decoder: Decoder,
+    pipe: Pipeline,
     latent: torch.Tensor,
     path: Path,
     settings: Settings,
@@ -173,9 +144,9 @@ def _save_video(
     """
 
     def attempt(tiled: bool) -> int:
-        with VideoWriter(path, decoder.fps) as video:
+        with VideoWriter(path, pipe.fps) as video:
             with progress.stage("decode", unit="frame"):
-                for chunk in decoder.decode(latent, tiled=tiled):
+                for chunk in pipe.decode(latent, tiled=tiled):
                     if not chunk.isfinite().all():
                         raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
                     video.write(chunk)

@@ -95,7 +95,7 @@ class VideoTask(ABC):
         self._contexts: dict[str, Tensor] = {}
 
     @staticmethod
-    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:  # noqa: ARG004 - see children
+    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the video for this image and `--size`."""
         return size
 

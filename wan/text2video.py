@@ -11,7 +11,7 @@ class WanT2V(VideoTask):
 
     name = "t2v-A14B"
 
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:  # noqa: ARG002 - no image
+    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         return Start(self.latent_shape(size, frames))
 
     def generate(
@@ -27,7 +27,7 @@ class WanT2V(VideoTask):
         seed: int = -1,
         offload_model: bool = True,
     ) -> Tensor:
-        """The original's call: float32 [3, F, H, W] in [-1, 1]; size is (width, height), guide_scale (low, high noise)."""
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; size (width, height), guide_scale (low, high noise)."""
         return self._generate(
             input_prompt, None, size, frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed,
             offload_model,

@@ -41,7 +41,7 @@ class WanTI2V(VideoTask):
         seed: int = -1,
         offload_model: bool = True,
     ) -> Tensor:
-        """The original's call: float32 [3, F, H, W] in [-1, 1]; size (width, height) without, max_area with an image."""
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; size without, max_area with an image."""
         return self._generate(
             input_prompt, img, (max_area, 1) if img else size, frame_num, shift, sample_solver, sampling_steps,
             guide_scale, n_prompt, seed, offload_model,

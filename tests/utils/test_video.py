@@ -1,4 +1,4 @@
-"""mp4s: what comes back from them, and that they are whole or absent whatever happens to the encoder, the disk or us."""
+"""mp4s: what comes back from them; and that they are whole or absent, whatever happens to encoder, disk or process."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ from wan.utils.video import (
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int"]  # ffmpeg's quick conversion to RGB is 1 too dark
-AWKWARD = {"prompt": "一只猫 said: \"it's; =#\\ \\n ok\"\n\r\tend 😀 \u2028", "n": 1.5, "none": None}
+AWKWARD = {"prompt": '一只猫 said: "it\'s; =#\\ \\n ok"\n\r\tend 😀 \u2028', "n": 1.5, "none": None}
 
 
 def smooth(frames: int, height: int, width: int) -> torch.Tensor:
@@ -225,7 +225,9 @@ try:
 except JobError as error:
     print("JobError:", error)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     first, *more = done.stdout.splitlines()
     assert more == []
     expected = "the video encoder failed" if room == 10_000 else "the video could not be completed"

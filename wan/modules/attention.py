@@ -18,8 +18,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's scaled_dot_product_attention, with the kernel PyTorch picks."""
-    out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
-    return out[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

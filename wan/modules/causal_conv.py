@@ -1,11 +1,11 @@
 """The layers that both video autoencoders are made of, run over a clip chunk by chunk.
 
-Shapes: T frames, H rows, W columns, C channels, O output channels. A chunk is [T, H, W, C]: channels last in memory, so
-that the channel norm reads contiguous rows and convolutions get their fastest layout. One clip at a time, no batch axis.
+Shapes: T frames, H rows, W columns, C channels, O output channels. A chunk is [T, H, W, C]: channels last in memory,
+so that the norm reads contiguous rows and convolutions get their fastest layout. One clip at a time, no batch axis.
 
 Every layer that looks back in time finds the frames it needs in a `ClipState`, so any division of a clip into chunks
-gives the numbers of the whole clip. Causal means zeros before frame 0. The resamplers treat frame 0 by a rule of its own:
-it is neither doubled nor halved in time, and the time convolution of `Upsample` never sees it.
+gives the numbers of the whole clip. Causal means zeros before frame 0. The resamplers treat frame 0 by a rule of its
+own: it is neither doubled nor halved in time, and the time convolution of `Upsample` never sees it.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ class ClipState:
         self._frames[layer] = frames.clone()
 
 
-def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Apply a convolution to [T, H, W, C], one with a 2D kernel frame by frame. The batch axis is added first, not
-    last: only then do the strides of a one-clip batch count as channels last."""
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame."""
     if isinstance(conv, nn.Conv2d):
         framewise: Tensor = conv(rearrange(x, "t h w c -> t c h w"))
         return rearrange(framewise, "t c h w -> t h w c")
+    # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
     clip: Tensor = conv(x[None].permute(0, 4, 1, 2, 3))
     return rearrange(clip[0], "c t h w -> t h w c")
 
 
-def causal_conv(conv: nn.Conv3d, x: Tensor, state: ClipState, norm: RMSNorm | None = None) -> Tensor:
-    """Convolve a chunk with the frames before it in front: [T, H, W, C] -> [T, H, W, O].
+def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, activate: bool = False) -> Tensor:
+    """A chunk, through SiLU if `activate`, behind the frames before it that `conv` reads: what to convolve.
 
-    norm: applied to the chunk first, followed by SiLU. Its result is written straight behind the history, so that
-    joining the two costs no pass over the chunk; the border in space is the convolution's own padding.
+    SiLU writes its result straight behind the history, so joining the two costs no pass over the chunk; the border in
+    space is the convolution's own padding.
     """
-    history = conv.kernel_size[0] - 1
+    history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
     state.restore(conv, frames[:history])
-    if norm is None:
-        frames[history:] = x
+    if activate:
+        torch.ops.aten.silu.out(x, out=frames[history:])
     else:
-        torch.ops.aten.silu.out(norm(x), out=frames[history:])
+        frames[history:] = x
     state.keep(conv, frames[-history:])
-    return convolve(conv, frames)
+    return frames
 
 
 def blocks(fine: Tensor, frames: int) -> Tensor:
-    """View [T*frames, 2H, 2W, C] as [T, frames, H, 2, W, 2, C]: what one coarse pixel covers, to be written in place."""
+    """View [T*frames, 2H, 2W, C] as [T, frames, H, 2, W, 2, C], by the coarse pixel that covers it, to write into."""
     return rearrange(fine, "(t f) (h p) (w q) c -> t f h p w q c", f=frames, p=2, q=2)
 
 
@@ -93,20 +93,20 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.residual = nn.ModuleDict(  # the numbers are the checkpoint's; those absent had no parameters
-            {
-                "0": RMSNorm(channels, axes=3),
-                "2": nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1)),
-                "3": RMSNorm(out_channels, axes=3),
-                "6": nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1)),
-            }
-        )
+        norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
+        conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
+        conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
+        # The numbers are the checkpoint's; those between had no parameters.
+        self.residual = nn.ModuleDict({"0": norm1, "2": conv1, "3": norm2, "6": conv2})
+        self.steps = (norm1, conv1), (norm2, conv2)
         self.shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        y = causal_conv(conv1, x, state, norm1)
-        y = causal_conv(conv2, y, state, norm2)
+        y = x
+        for norm, conv in self.steps:  # a name is reused at each step, so that its last tensor is freed
+            y = norm(y)
+            y = join_history(conv, y, state, activate=True)
+            y = convolve(conv, y)
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
 
@@ -141,17 +141,14 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         first = state.starts_clip(self)
-        frames = x.new_empty(1 + x.shape[0], *x.shape[1:])
-        state.restore(self.time_conv, frames[:1])
-        frames[1:] = x
-        state.keep(self.time_conv, x[-1:])
+        frames = join_history(self.time_conv, x, state)
         if not first:
             return convolve(self.time_conv, frames)
         return torch.cat([x[:1], convolve(self.time_conv, frames[1:])]) if len(x) > 1 else x
 
 
 class Upsample(nn.Module):
-    """With `in_time` double T, then double H and W: [T, H, W, C] -> [T or 2T, 2H, 2W, O]; 2T - 1 where the clip starts."""
+    """With `in_time` double T, then double H and W: [T, H, W, C] -> [T or 2T, 2H, 2W, O]; 2T - 1 at a clip's start."""
 
     def __init__(self, channels: int, out_channels: int, in_time: bool) -> None:
         super().__init__()
@@ -167,7 +164,9 @@ class Upsample(nn.Module):
         fine = x.new_empty(alone + rate * (frames - alone), 2 * height, 2 * width, channels)
         blocks(fine[:alone], 1).copy_(rearrange(x[:alone], "t h w c -> t 1 h 1 w 1 c"))
         if frames > alone:
-            rest = causal_conv(self.time_conv, x[alone:], state) if self.time_conv else x
+            rest = x[alone:]
+            if self.time_conv:
+                rest = convolve(self.time_conv, join_history(self.time_conv, rest, state))
             blocks(fine[alone:], rate).copy_(rearrange(rest, "t h w (f c) -> t f h 1 w 1 c", f=rate))
         return convolve(self.resample["1"], fine)
 

@@ -165,12 +165,12 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, prompt: Prompt, text: Tensor) -> Tensor:
         """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
         k, v = prompt.once(self, lambda: self.keys_values(text))
-        q = self.heads(self.norm_q(self.q(x))).to(x.dtype)
+        q = self.heads(self.norm_q(self.q(x), x.dtype))
         del x
         return self.o(self.backend(q, k, v).flatten(1))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(self.norm_k(self.k(text))).to(text.dtype), self.heads(self.v(text))
+        return self.heads(self.norm_k(self.k(text), text.dtype)), self.heads(self.v(text))
 
 
 class RMSNorm(nn.Module):
@@ -181,8 +181,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[L, D] -> `dtype` [L, D]. The products are written in their final dtype: no float32 copy of x is made."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        normalised = torch.mul(x, scale, out=torch.empty_like(x))
+        return torch.mul(normalised, self.weight, out=torch.empty_like(x, dtype=dtype))
 
 
 class Head(nn.Module):
@@ -235,7 +239,7 @@ class TokenSplit:
         """[total, ...] on every rank -> this rank's share."""
         return x
 
-    def gather(self, x: Tensor, total: int) -> Tensor:  # noqa: ARG002 - the signature of the seam
+    def gather(self, x: Tensor, total: int) -> Tensor:
         """Inverse of `shard`, padding dropped, on every rank."""
         return x
 

@@ -150,7 +150,7 @@ class WanVAE(nn.Module):
     # Latents to pixels
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
+    def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
         """[z, L, h, w] -> chunks [3, t, H, W] float32 in [-1, 1], in order of time, 4L - 3 frames in all.
 
         chunk: latent frames per call of the network: more is faster and takes more memory.

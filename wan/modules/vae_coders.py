@@ -24,7 +24,8 @@ from wan.modules.causal_conv import (
     ResidualBlock,
     RMSNorm,
     Upsample,
-    causal_conv,
+    convolve,
+    join_history,
 )
 
 WIDTHS = (1, 2, 4, 4)  # of the encoder's levels, in multiples of the first; the decoder's in reverse
@@ -41,16 +42,19 @@ class Coder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
         self.middle = nn.ModuleList([ResidualBlock(middle, middle), Attention(middle), ResidualBlock(middle, middle)])
-        head = {"0": RMSNorm(last, axes=3), "2": nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))}
-        self.head = nn.ModuleDict(head)
+        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
+
+    def run_first(self, x: Tensor, state: ClipState) -> Tensor:
+        return convolve(self.conv1, join_history(self.conv1, x, state))
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
         return after(attention(before(x, state)), state)
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
-        norm, conv = self.head.values()
-        return causal_conv(conv, x, state, norm)
+        norm, conv = self.last
+        return convolve(conv, join_history(conv, norm(x), state, activate=True))
 
 
 class Encoder(Coder):
@@ -71,7 +75,7 @@ class Encoder(Coder):
 
     def stages(self, state: ClipState) -> list[Stage]:
         """All that comes before the middle."""
-        stages = [Stage(lambda x: causal_conv(self.conv1, x, state), convolutions=1, halves_time=False)]
+        stages = [Stage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
         for index, level in enumerate(self.levels):
             stages.append(Stage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
         return stages
@@ -101,7 +105,7 @@ class Decoder(Coder):
 
     def start(self, x: Tensor, state: ClipState) -> Tensor:
         """All that needs whole frames."""
-        return self.run_middle(causal_conv(self.conv1, x, state), state)
+        return self.run_middle(self.run_first(x, state), state)
 
     def finish(self, x: Tensor, region: Region, state: ClipState) -> Tensor:
         """From whole frames of the latent grid to the region's pixels. Each level takes in the region and its rim; what
@@ -133,7 +137,7 @@ class Stage(NamedTuple):
 
 
 def reuse_constant_tail(run: Callable[[Tensor], Tensor], chunks: Iterable[Tensor], constant: int) -> Iterator[Tensor]:
-    """Run each chunk, but once an output chunk begins at frame `constant` or later hand it out again for all to come."""
+    """Run each chunk, but once an output begins at frame `constant` or later hand it out again for all to come."""
     out, start, settled = torch.empty(0), 0, False
     for chunk in chunks:
         if not settled:

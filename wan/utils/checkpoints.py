@@ -29,6 +29,7 @@ from wan.utils.errors import InputError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB_IDS = {task: f"Wan-AI/Wan2.2-{name}" for task, name in
            {"t2v-A14B": "T2V-A14B", "i2v-A14B": "I2V-A14B", "ti2v-5B": "TI2V-5B"}.items()}  # fmt: skip
+IMAGE_CHANNELS = 4  # I2V's mask; the image's latent comes on top
 REOPEN_BYTES = 1 << 28
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,6 +39,7 @@ class Store(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def file(self, name: str) -> Path: ...
     def in_file_order(self, names: Iterable[str]) -> list[str]: ...
     def buffer_bytes(self, name: str, rows: slice | None = None) -> int: ...
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor: ...
@@ -57,11 +59,14 @@ class PickleStore:
             state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as e:
             raise TensorFileError(f"{self.path}: holds more than plain tensors, or is damaged; not opened") from e
-        except (RuntimeError, EOFError, ValueError) as e:
+        except (RuntimeError, OSError, EOFError, ValueError) as e:
             raise TensorFileError(f"{self.path}: truncated or damaged, or not a zipped .pth file") from e
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise TensorFileError(f"{self.path}: not a flat dictionary of tensors")
         return state
+
+    def file(self, name: str) -> Path:
+        return self.path
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=list(self.shapes).index)
@@ -85,7 +90,9 @@ class Checkpoint:
     (module on meta, store) pairs, present for what could be opened.
     """
 
-    def __init__(self, folder: Path, task: str, config: EasyDict, expert_files: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, folder: Path, task: str, config: EasyDict, expert_files: Mapping[str, Path] | None = None
+    ) -> None:
         self.folder, self.task, self.config = folder, task, config
         self.problems: list[str] = []
         self.experts: dict[str, tuple[WanModel, TensorStore]] = {}
@@ -96,6 +103,7 @@ class Checkpoint:
                 self._try(self._open_expert, name, folder / where, (expert_files or {}).get(name))
             self._try(self._open_text_encoder)
             self._try(self._open_vae)
+            self._check_fit()
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -159,8 +167,27 @@ class Checkpoint:
         path = self.folder / self.config.vae_checkpoint
         self.vae = self._open_pickle(path, WanVAE.from_shapes)
 
+    def _check_fit(self) -> None:
+        """The parts must belong to one model, and to the task."""
+        if not self.vae or not self.text_encoder:
+            return
+        vae, text_dim = self.vae[0], self.text_encoder[1].shapes["token_embedding.weight"][1]
+        if vae.stride != self.config.vae_stride:
+            self.problems.append(f"{self.vae[1].path}: has stride {vae.stride}, --task {self.task} needs another VAE")
+            return
+        extra = IMAGE_CHANNELS + vae.z_dim if self.task == "i2v-A14B" else 0
+        for store in (store for _, store in self.experts.values()):
+            channels, width = store.shapes["patch_embedding.weight"][1], store.shapes["text_embedding.0.weight"][1]
+            if channels != vae.z_dim + extra:
+                self.problems.append(
+                    f"{store.files[0].parent}: takes {channels} channels, --task {self.task} gives {vae.z_dim + extra}: "
+                    "a checkpoint of another task?"
+                )
+            if width != text_dim:
+                self.problems.append(f"{store.files[0].parent}: reads text of width {width}, the encoder has {text_dim}")
+
     def _open_pickle(
-        self, path: Path, build: Callable[[dict[str, tuple[int, ...]]], Module]
+        self, path: Path, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
     ) -> tuple[Module, PickleStore]:
         store = PickleStore(path)
         try:
@@ -212,7 +239,9 @@ def fetch(ckpt_dir: Path, task: str, config: EasyDict) -> Path:
         return Path(snapshot_download(str(ckpt_dir), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise InputError(f"--ckpt_dir {ckpt_dir} is no folder here and could not be fetched from the hub: {reason}") from e
+        raise InputError(
+            f"--ckpt_dir {ckpt_dir} is no folder here and could not be fetched from the hub: {reason}"
+        ) from e
 
 
 def load(
@@ -226,7 +255,7 @@ def load(
 ) -> Module:
     """Give a meta-built module its weights on `home`: read, merge, cast, place, one tensor after the other.
 
-    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. InputError for a tensor with NaN or Inf.
+    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. InputError as from `read_ahead`.
     """
     names = [name for name, _ in module.named_parameters()]
     state = {}
@@ -241,9 +270,7 @@ def load(
 def finished(
     name: str, tensor: Tensor, home: torch.device, dtype: torch.dtype, merge: Merge | None, rows: slice | None = None
 ) -> Tensor:
-    """One tensor (or `rows` of it) as the module keeps it: checked, merged in float32, cast once; never a view."""
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise InputError(f"tensor {name} holds NaN or Inf: the file is corrupt")
+    """One tensor (or `rows` of it) as the module keeps it: merged in float32, cast once; never a view."""
     if merge is not None and merge.touches(name):
         tensor = merge(name, tensor, rows)
     return tensor.to(home).to(dtype, copy=True)
@@ -254,7 +281,7 @@ def read_ahead(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor or its `rows`) in the order of the file, the next one being read while the caller works on this.
 
-    A tensor is valid until the next is asked for: two buffers are used in turn.
+    A tensor is valid until the next is asked for: two buffers are used in turn. InputError for one with NaN or Inf.
     """
     order = store.in_file_order(names)
     largest = max((store.buffer_bytes(name, rows(name)) for name in order), default=0)
@@ -266,6 +293,9 @@ def read_ahead(
             assert pending is not None
             tensor = pending.result()
             pending = next(reads, None)  # into the buffer that the caller has just done with
+            # the sum of finite numbers may overflow: then look at each
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+                raise InputError(f"{store.file(name)}: tensor {name} holds NaN or Inf: the file is corrupt")
             yield name, tensor
 
 

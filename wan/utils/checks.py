@@ -50,7 +50,9 @@ class Check:
             return default
         if not low <= given <= high:
             nearest = min(max(given, low), high)
-            self.problem(f"{flag} {given:g} is out of range; it goes from {low:g} to {high:g}, the nearest is {nearest:g}")
+            self.problem(
+                f"{flag} {given:g} is out of range; it goes from {low:g} to {high:g}, the nearest is {nearest:g}"
+            )
             return default
         return given
 
@@ -80,9 +82,8 @@ class Check:
         width, height = int(match[1]), int(match[2])
         valid = [max(step, round(side / step) * step) for side in (width, height)]
         if valid != [width, height]:
-            self.problem(
-                f"{flag} {width}*{height}: both sides must be multiples of {step}; the nearest size is {valid[0]}*{valid[1]}"
-            )
+            nearest = f"{valid[0]}*{valid[1]}"
+            self.problem(f"{flag} {width}*{height}: both sides must be multiples of {step}; the nearest is {nearest}")
         return valid[0], valid[1]
 
     def frames(self, flag: str, given: int) -> int:
@@ -127,7 +128,9 @@ class Check:
         for first in COMMON_SHIFTS:
             for second in COMMON_SHIFTS:
                 if first <= second and math.isclose(shift, first * second, rel_tol=0.03):
-                    once = ",".join(f"{shifted(1 - i / len(timesteps), second) * 1000:.6g}" for i in range(len(timesteps)))
+                    once = ",".join(
+                        f"{shifted(1 - i / len(timesteps), second) * 1000:.6g}" for i in range(len(timesteps))
+                    )
                     self.warn(
                         f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
                         f"shifted once by {second:g} it is {once}"

@@ -29,9 +29,13 @@ class LocalQwen:
         self.image_processor: Any = None  # None: a model that reads text only
 
     def __enter__(self) -> Self:
+        from huggingface_hub.errors import StrictDataclassError  # a config whose values contradict each other
+        from safetensors import SafetensorError  # a damaged weight file
+
+        expected = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
         try:
             self._load()
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except expected as error:
             self._free()
             raise AnswerError(f"{self.name} cannot be loaded: {_first_line(error)}", ends_all=True) from error
         return self
@@ -72,7 +76,8 @@ class LocalQwen:
             placement = {"dtype": torch.bfloat16, "device_map": device_map}
         sees = hasattr(AutoConfig.from_pretrained(self.name), "vision_config")
         auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        self.model, found = auto_class.from_pretrained(self.name, output_loading_info=True, **placement)
+        loaded: Any = auto_class.from_pretrained(self.name, output_loading_info=True, **placement)
+        self.model, found = loaded
         if found["missing_keys"]:
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}")
         self.model.eval()
@@ -135,7 +140,7 @@ def _template_file(model: str) -> str:
     import json
     from pathlib import Path
 
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(model, "chat_template.json")
     template: str = json.loads(Path(str(path)).read_text("utf-8"))["chat_template"]

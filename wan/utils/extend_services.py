@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
@@ -26,6 +26,7 @@ from PIL import Image
 from wan.utils.extend_text import AnswerError, Question
 
 DASHSCOPE_URL = "https://dashscope.aliyuncs.com/api/v1"
+VARIABLES = {"dashscope": ("DASH_API_KEY", "DASH_API_URL"), "openai": ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
 LARGEST_SEED = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
 
@@ -134,6 +135,21 @@ class OpenAICompatible:
         except (openai.APIError, ValueError) as error:
             raise AnswerError(f"the service's answer cannot be read ({type(error).__name__})") from error
         return text_of(answer)
+
+
+def service_problems(method: str, model: str | None) -> Iterator[str]:
+    """What is wrong with a service's settings, a sentence each; nobody is asked, and the key is never shown."""
+    key_name, url_name = VARIABLES[method]
+    key, url = service_key(key_name), os.environ.get(url_name, "")
+    if method == "openai" and model is None:
+        yield "--prompt_extend_method openai needs a model name: give one with --prompt_extend_model"
+    if not key and (method == "dashscope" or not url):
+        own = f", or the address of a server of your own in {url_name}" if method == "openai" else ""
+        yield f"--prompt_extend_method {method} needs a key in the environment variable {key_name}{own}"
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        yield f"the key in {key_name} holds characters that a key cannot have"
+    if url and not url.startswith(("http://", "https://")):
+        yield f"{url_name} must be an address that starts with http:// or https://, not {url!r}"
 
 
 def service_key(variable: str) -> str:

@@ -69,7 +69,7 @@ def clean(answer: str) -> str:
         before = text
         text = _unquote(_LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text)
     text = " ".join(text.split())
-    if not text:
+    if not any(character.isalnum() for character in text):
         raise AnswerError("the answer is empty")
     if len(text) > LONGEST_ANSWER:
         raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
@@ -80,7 +80,7 @@ def _unquote(text: str) -> str:
     """Without the pair of quotes around the whole text; quotes that belong to its parts stay."""
     for opening, closing in _QUOTES.items():
         inner = text[len(opening) : -len(closing)]
-        enclosed = len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing)
+        enclosed = len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing)
         if enclosed and opening not in inner and closing not in inner:
             return inner.strip()
     return text

@@ -39,7 +39,7 @@ class Stage:
         parts = [f"{self.name} {extent(self.done, self.total, self.unit)}"]
         if self.done and elapsed > 0:
             rate = self.done / elapsed
-            parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} a {self.unit}")
+            parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
             if self.total and self.done < self.total:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
         return " | ".join([*parts, *([self.note] if self.note else [])])
@@ -170,10 +170,9 @@ def quantity(value: float, unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """`0.4 s`, `42 s`, `3 min 07 s`, `2 h 05 min`"""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +16,8 @@ from PIL import Image
 from wan.configs import WAN_CONFIGS
 from wan.utils.errors import InputError
 from wan.utils.extend_cache import cache_key, read_cached, write_cached
+from wan.utils.extend_local import LocalQwen
+from wan.utils.extend_services import DashScope, OpenAICompatible, service_problems
 from wan.utils.extend_text import AnswerError, Question, clean, neutralise
 from wan.utils.system_prompts import LANGUAGES, NO_WORDS, system_prompt
 
@@ -72,21 +73,190 @@ class Extended:
     error: str | None  # why the user's own prompt was kept
 
 
-def extend(
-    settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]
-) -> list[Extended]:
-    """The extended prompts, in order; `report` gets one line an item, with both prompts, when it is settled.
+def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
+    """The extended prompts, in order; `report` gets one line an item, with both prompts, as soon as it is settled.
 
-    Equal questions are asked once; items without an image are all asked before the model for images is opened.
-    Raises InputError from `check`, and with on_error "fail" at the first item that gets no answer.
+    Equal questions are asked once. Raises InputError: what `check` finds, and with on_error "fail" the first item
+    that gets no answer.
     """
     check(settings, items)
-    questions = [_question(settings, item) for item in items]
-    models = [_model(settings, question.image is not None) for question in questions]
-    keys = [
-        cache_key(question, settings.method, model, settings.language, settings.seed)
-        for question, model in zip(questions, models, strict=True)
+    asks = [_Ask.of(settings, item) for item in items]
+    kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
+    outcomes = {key: _Outcome(prompt, cached=True) for key, prompt in kept.items() if prompt is not None}
+    results: dict[int, Extended] = {}
+    for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
+        places = [place for place, ask in enumerate(asks) if ask.model == model]
+        missing = {asks[place].key: asks[place] for place in places if asks[place].key not in outcomes}
+        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
+            for place in places:
+                ask, item, title = asks[place], items[place], f"prompt {place + 1} of {len(items)}"
+                if ask.key not in outcomes:
+                    outcomes[ask.key] = next(answers)
+                outcome = outcomes[ask.key]
+                prompt = item.prompt if outcome.prompt is None else outcome.prompt
+                results[place] = Extended(prompt, item.prompt, item.image, model, outcome.cached, outcome.error)
+                if outcome.error is not None and settings.on_error == "fail":
+                    raise InputError(f"{title}, {_short(item)}, was not extended: {outcome.error}")
+                report(_line(title, results[place]))
+    return [results[place] for place in range(len(items))]
+
+
+def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
+    """Everything that can be known before a model is loaded or a service asked. Raises InputError with all of it."""
+    problems = [
+        f"prompt extension: {name} {value!r} is unknown; use one of {', '.join(allowed)} ({flag})"
+        for name, value, allowed, flag in (
+            ("task", settings.task, tuple(WAN_CONFIGS), "--task"),
+            ("method", settings.method, METHODS, "--prompt_extend_method"),
+            ("language", settings.language, LANGUAGES, "--prompt_extend_target_lang"),
+            ("on_error", settings.on_error, ON_ERROR, "--prompt_extend_on_error"),
+        )
+        if value not in allowed
     ]
-    kept = {key: read_cached(key) for key in keys} if settings.use_cache else {}
-    answers = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
-    ...
+    if not problems:
+        problems = [*_method_problems(settings), *_item_problems(settings.task, items)]
+    if problems:
+        raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One item as it is asked: the question, the model that gets it, and the cache's name for the pair."""
+
+    question: Question
+    model: str
+    key: str
+
+    @classmethod
+    def of(cls, settings: ExtendSettings, item: ExtendItem) -> _Ask:
+        image = item.image if _looks(settings.task) else None
+        words = item.prompt.strip()
+        question = Question(
+            system=system_prompt(settings.language, has_image=image is not None, has_words=bool(words)),
+            text=neutralise(words) or NO_WORDS[settings.language],
+            image=image,
+        )
+        model = model_for(settings.method, settings.model, has_image=image is not None)
+        return cls(question, model, cache_key(question, settings.method, model, settings.language, settings.seed))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """An extended prompt, or the reason why there is none."""
+
+    prompt: str | None
+    cached: bool = False
+    error: str | None = None
+
+
+def model_for(method: str, model: str | None, *, has_image: bool) -> str:
+    """The model's full name or folder: the default, or what was asked for (a folder wins over a short name)."""
+    if model is None:
+        return DEFAULT_MODELS[method, has_image]
+    if method != "local_qwen":
+        return model
+    folder = Path(model).expanduser()
+    return str(folder) if folder.exists() else SHORT_NAMES.get(model, model)
+
+
+def _answers(
+    settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
+) -> Generator[_Outcome]:
+    """One outcome for each question. The model is opened at the first and freed at the end.
+
+    What no question can get around (a refused key, a model that does not load, a service that failed in all its
+    attempts twice in a row) ends the asking; the rest get the same reason.
+    """
+    given, ended = 0, ""
+    try:
+        with _open(settings, model) as answer:
+            failed_in_row = 0
+            for ask in asks:
+                try:
+                    outcome = _Outcome(clean(answer(ask.question)))
+                    failed_in_row = 0
+                except AnswerError as error:
+                    failed_in_row = failed_in_row + 1 if error.passing else 0
+                    if error.ends_all or failed_in_row == 2:
+                        raise
+                    outcome = _Outcome(None, error=str(error))
+                _keep(settings, ask, outcome, report)
+                yield outcome
+                given += 1
+    except AnswerError as error:
+        ended = str(error)
+    for _ in asks[given:]:
+        yield _Outcome(None, error=ended)
+
+
+def _open(settings: ExtendSettings, model: str) -> AbstractContextManager[Callable[[Question], str]]:
+    if settings.method == "local_qwen":
+        return LocalQwen(model, settings.seed, settings.device)
+    return (DashScope if settings.method == "dashscope" else OpenAICompatible)(model, settings.seed)
+
+
+def _keep(settings: ExtendSettings, ask: _Ask, outcome: _Outcome, report: Callable[[str], None]) -> None:
+    """Into the cache with a fresh answer; a cache that cannot be written costs a warning, not the run."""
+    if not settings.use_cache or outcome.prompt is None:
+        return
+    try:
+        write_cached(ask.key, outcome.prompt, ask.question, ask.model)
+    except (OSError, RuntimeError) as error:
+        report(f"warning: the extended prompt is not kept for later runs: {error}")
+
+
+def _method_problems(settings: ExtendSettings) -> Iterator[str]:
+    method = settings.method
+    for package in PACKAGES[method]:
+        if find_spec(package) is None:
+            extra = f"pip install 'wan-lightning[{method}]'" if method == package else f"pip install {package}"
+            yield f"--prompt_extend_method {method} needs the package {package}, which is not installed: {extra}"
+    if method == "local_qwen":
+        folder = Path(settings.model or "").expanduser()
+        looks_like_path = settings.model is not None and (folder.is_absolute() or settings.model.startswith("."))
+        if looks_like_path and not folder.exists():
+            yield f"--prompt_extend_model {settings.model}: there is no such folder"
+        elif folder.exists() and settings.model and not (folder / "config.json").is_file():
+            yield f"--prompt_extend_model {settings.model}: the folder holds no model (config.json is missing)"
+    else:
+        yield from service_problems(method, settings.model)
+
+
+def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
+    for number, item in enumerate(items, 1):
+        looked_at = item.image if _looks(task) else None
+        if not item.prompt.strip() and looked_at is None:
+            yield f"prompt {number} of {len(items)} is empty, and there is no image to describe instead (--prompt)"
+        if task.startswith("i2v") and item.image is None:
+            yield f"prompt {number} of {len(items)} has no image, which {task} needs (--image)"
+        if looked_at is not None and (reason := _unreadable(looked_at)):
+            yield f"prompt {number} of {len(items)}: the image {looked_at} cannot be read: {reason}"
+
+
+def _looks(task: str) -> bool:
+    """Whether the task uses an image at all; text-to-video is extended from its text alone."""
+    return not task.startswith("t2v")
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why the image cannot be decoded, or None."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _line(title: str, result: Extended) -> str:
+    original = " ".join(result.original.split())
+    if result.error is not None:
+        return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'
+    return f'{title} ({result.model}{", cached" if result.cached else ""}): "{original}" -> "{result.prompt}"'
+
+
+def _short(item: ExtendItem) -> str:
+    text = " ".join(item.prompt.split())
+    return f'"{text[:60]}..."' if len(text) > 60 else f'"{text}"'

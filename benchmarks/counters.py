@@ -1,0 +1,87 @@
+"""Deterministic costs: what a piece of model code reads, writes and keeps alive, counted on meta tensors.
+
+No data, no kernel, no clock: full-size networks are counted on any machine, and the numbers repeat exactly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts, for every operation that is not a view: bytes read (each input once) and written (each output once).
+
+    traffic: bytes read + written; calls: operations; live, peak: bytes of tensors made inside and still referenced, now
+    and at most. Weights and other tensors made before are not part of `live`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = self.calls = self.live = self.peak = 0
+        self.by_operation: Counter[str] = Counter()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read, written = list(_tensors((args, kwargs))), list(_tensors(out))
+        inputs = {_storage(t) for t in read}
+        aliases = all(_storage(t) in inputs for t in written)
+        mutates = func._schema.is_mutable
+        allocates = "empty" in func.__name__
+        if not allocates and not (aliases and not mutates):
+            amount = sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
+            if mutates and "out" in (kwargs or {}):
+                amount -= sum(t.nbytes for t in written)  # the destination is among the inputs but is not read
+            self.traffic += amount
+            self.calls += 1
+            self.by_operation[str(func)] += amount
+        for tensor in written:
+            self._track(tensor)
+        return out
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = _storage(tensor)
+        if key in self._known or storage.nbytes() == 0:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+@torch.library.custom_op("benchmarks::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A fused attention kernel, as the counter sees one: reads q, k, v, writes the output. [L, N, d] each."""
+    raise NotImplementedError("for counting on meta tensors only")
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001 - the signature of the operation
+    return torch.empty_like(q)
+
+
+__all__ = ["CostCounter", "FlopCounterMode", "attention"]

@@ -1,0 +1,213 @@
+"""`python -m lightning inspect FILE|DIR`: what a LoRA or distilled weight is, from its header alone, without torch.
+`python -m lightning bake`: write a checkpoint with LoRAs merged in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import names
+from lightning.distilled import holds_expert, open_expert
+from lightning.lora import PEFT_CONFIG, Lora, LoraError, check, expert_of, files_of
+from lightning.releases import Release, recognise
+from lightning.tensorfile import TensorFileError, TensorStore
+
+TASKS = tuple(names.NETWORKS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input, 130 when interrupted. Errors are one line on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.command(args))
+    except (LoraError, TensorFileError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
+    commands = parser.add_subparsers(required=True, metavar="inspect|bake")
+    inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
+    inspect.add_argument("path", type=Path, help="a safetensors file, a release folder, or a folder saved by PEFT")
+    inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
+    inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
+    inspect.add_argument("--json", action="store_true", help="a JSON list, one object a file")
+    inspect.set_defaults(command=_inspect)
+    bake = commands.add_parser("bake", help="write a checkpoint with LoRAs merged in, in the released layout")
+    bake.add_argument("--task", choices=TASKS, required=True)
+    bake.add_argument("--ckpt_dir", type=Path, required=True, help="the base checkpoint")
+    bake.add_argument("--lora_dir", type=Path, help="a release folder, one file for each expert")
+    bake.add_argument("--lora_strength", default="1", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
+    bake.add_argument("--lora", action="append", default=[], metavar="[EXPERT=]PATH[:STRENGTH]", help="repeatable")
+    bake.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
+    bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
+    bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+    bake.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    bake.set_defaults(command=_bake)
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    if not args.path.exists():
+        raise LoraError(f"{args.path}: no such file or folder")
+    files = [args.path]
+    if args.path.is_dir() and not (args.path / PEFT_CONFIG).is_file():
+        files = sorted(args.path.glob("*.safetensors"))
+        if not files:
+            raise LoraError(f"{args.path}: no safetensors file in this folder")
+    reports = [_examine(file, [args.task] if args.task else TASKS, args.lora_alpha) for file in files]
+    if args.json:
+        print(json.dumps(reports, indent=2))
+    else:
+        print("\n\n".join(_lines(report) for report in reports))
+    errors = [report["error"] for report in reports if report["error"]]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _examine(file: Path, tasks: Sequence[str], alpha: float | None) -> dict[str, Any]:
+    """Everything the header and the name tell about one file. `error`: why it fits none of the tasks, else None."""
+    release = recognise(file)
+    report: dict[str, Any] = {
+        "path": str(file),
+        "kind": "LoRA",
+        "release": release.name if release else None,
+        "source": release.source if release else None,
+        "settings": _settings(release) if release else None,
+        "note": release.note if release else "",
+        "stored": [],
+        "gigabytes": 0.0,
+        "alphas": [],
+        "fits": [],
+        "coverage": None,
+        "error": None,
+    }
+    try:
+        if file.is_file() and holds_expert(store := TensorStore.open(file)):
+            report |= {"kind": "full expert", **_storage(store)}
+            shapes = open_expert(file).shapes
+            report["fits"] = [task for task in tasks if names.released_shapes(task) == shapes]
+            if not report["fits"]:
+                report["error"] = f"{file}: names or shapes are not those of {' or '.join(tasks)}"
+            return report
+        lora = Lora.open(file, default_alpha=alpha)
+    except (LoraError, TensorFileError) as e:
+        return report | {"error": str(e)}
+    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
+    errors = []
+    for task in _likely_first(tasks, release):
+        try:
+            coverage = check(lora, names.released_shapes(task), expert=expert_of(file.name))
+        except LoraError as e:
+            errors.append(str(e))
+            continue
+        report["fits"].append(task)
+        report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
+    return report | {"error": None if report["fits"] else errors[0]}
+
+
+def _storage(store: TensorStore) -> dict[str, Any]:
+    dtypes = sorted({entry.dtype for entry in store.values()})
+    return {"stored": dtypes, "gigabytes": round(sum(entry.bytes for entry in store.values()) / 1e9, 3)}
+
+
+def _likely_first(tasks: Sequence[str], release: Release | None) -> list[str]:
+    """The release's own tasks before the others, so that the report is about what the file was made for."""
+    return sorted(tasks, key=lambda task: task not in (release.tasks if release else ()))
+
+
+def _settings(release: Release) -> dict[str, Any]:
+    fields = ("steps", "solver", "shift", "boundary", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
+    return {name: value for name in fields if (value := getattr(release, name)) is not None}
+
+
+def _lines(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    coverage = report["coverage"]
+    rows = [("kind", f"{report['kind']}, {'/'.join(report['stored'])}, {report['gigabytes']:.2f} GB")]
+    rows.append(("release", f"{report['release']} ({report['source']})" if report["release"] else "not recognised"))
+    rows.append(("fits", ", ".join(report["fits"]) or "none of the tasks"))
+    if coverage:
+        rows.append(("coverage", coverage["summary"]))
+        rows.append(("rank", ", ".join(str(rank) for rank in coverage["ranks"]) or "-"))
+        rows.append(("alpha", ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"))
+    if report["settings"]:
+        settings = report["settings"].items()
+        rows.append(("settings", ", ".join(f"{name} {_plain(value)}" for name, value in settings if name != "sizes")))
+        sizes = report["settings"]["sizes"]
+        rows.append(("sizes", ", ".join(f"{width}*{height}" for width, height in sizes)))
+    if report["note"]:
+        rows.append(("note", report["note"]))
+    rows += [("warning", warning) for warning in (coverage or {}).get("warnings", ())]
+    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in rows)])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(_plain(v) for v in value)
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _bake(args: argparse.Namespace) -> int:
+    import torch
+
+    from lightning.bake import bake
+
+    experts = list(names.EXPERTS[args.task])
+    choices: list[tuple[str, Path, float]] = []
+    if args.lora_dir:
+        strengths = [_strength(part) for part in args.lora_strength.split(",")]
+        if len(strengths) > len(experts):
+            raise LoraError(f"--lora_strength {args.lora_strength}: {args.task} takes {len(experts)} at most")
+        for expert, file in files_of(args.lora_dir, experts).items():
+            choices.append((expert, file, strengths[-1] if expert == "low" else strengths[0]))
+    for text in args.lora:
+        choices += _choices(text, experts)
+    loras: dict[str, list[Lora]] = {expert: [] for expert in experts}
+    for expert, path, strength in choices:
+        loras[expert].append(Lora.open(path, strength, args.lora_alpha, expert))
+    bake(
+        args.task,
+        args.ckpt_dir,
+        loras,
+        args.out,
+        dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
+        allow_partial=args.lora_allow_partial,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    return 0
+
+
+def _choices(text: str, experts: Sequence[str]) -> list[tuple[str, Path, float]]:
+    """`[EXPERT=]PATH[:STRENGTH]`; without an expert the one the file is named after, else every expert."""
+    expert, equals, rest = text.partition("=")
+    if not equals or expert not in ("high", "low", "model"):
+        expert, rest = "", text
+    if expert and expert not in experts:
+        raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+    path, colon, tail = rest.rpartition(":")
+    if Path(rest).exists() or not colon:
+        path, tail = rest, "1"
+    named = expert_of(Path(path).name)
+    chosen = [expert] if expert else [name for name in experts if named not in experts or name == named]
+    return [(name, Path(path), _strength(tail)) for name in chosen]
+
+
+def _strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise LoraError(f"{text!r} is no LoRA strength; a number such as 0.8 is") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

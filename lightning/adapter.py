@@ -1,0 +1,70 @@
+"""LoRAs kept apart from the weights, as peft adapters: their scale can change between two steps of one video.
+
+    y = W x + b + scale * strength * (alpha / rank) * up (down x)
+
+Only pairs on linear layers can be adapters. Everything else a LoRA brings (differences, pairs on the patch embedding)
+is merged while loading, by `Merge(loras, shapes, linear_pairs=False)`, and keeps the strength it had then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lightning.lora import Lora
+
+
+def add_adapters(model: nn.Module, loras: Sequence[Lora]) -> None:
+    """Put the pairs of `loras` on the linear layers of a loaded model, in each layer's dtype and on its device.
+
+    The model's parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`): load the weights first.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    layers = dict(model.named_modules())
+    plans = [
+        (lora, [d for d in lora.resolve(shapes).deltas if d.rank and len(shapes[d.target]) == 2]) for lora in loras
+    ]
+    for number, (lora, deltas) in enumerate(plans):
+        if not deltas:
+            continue
+        modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
+        ranks = {module: delta.rank for module, delta in modules.items()}
+        alphas = {module: delta.scale * lora.strength * delta.rank for module, delta in modules.items()}
+        config = LoraConfig(
+            r=deltas[0].rank,
+            lora_alpha=next(iter(alphas.values())),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            target_modules=list(modules),
+        )
+        inject_adapter_in_model(config, model, _name(number), low_cpu_mem_usage=True)
+        state: dict[str, Tensor] = {}
+        for module, delta in modules.items():
+            weight = layers[module].weight
+            assert isinstance(weight, Tensor)
+            for part, tensor in zip(("lora_B", "lora_A"), delta.tensors, strict=True):
+                state[f"{module}.{part}.weight"] = lora.store.read(tensor).flatten(1).to(weight.device, weight.dtype)
+        set_peft_model_state_dict(model, state, _name(number), low_cpu_mem_usage=True)
+    set_scale(model, 1.0)
+
+
+def set_scale(model: nn.Module, scale: float, number: int | None = None) -> None:
+    """Scale all adapters, or that of LoRA `number`, relative to its own strength. At 0 it costs nothing."""
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for name in module.scaling:
+            if number is None or name == _name(number):
+                module.set_scale(name, scale)
+        active = [name for name, value in module.scaling.items() if value]
+        if active:
+            module.set_adapter(active)
+        module.enable_adapters(bool(active))
+    model.requires_grad_(False)  # peft makes active adapters trainable
+
+
+def _name(number: int) -> str:
+    return f"lora_{number}"

@@ -1,0 +1,133 @@
+"""Whole distilled experts in one file (LightX2V's models, merged checkpoints of other front ends), as a TensorStore.
+
+Names lose the prefix some files carry. Weights quantised with one scale for the tensor or one for each row (fp8, int8)
+are given back as float32, W = q * scale, which loses nothing beyond that product's rounding. Other kinds are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.lora import LoraError
+from lightning.releases import recognise
+from lightning.tensorfile import Entry, TensorFileError, TensorStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
+ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
+MARKER = "scaled_fp8"
+FLOATS = ("F32", "F16", "BF16")
+QUANTISED = ("F8_E4M3", "F8_E5M2", "I8")
+A_WEIGHT = "blocks.0.self_attn.q.weight"  # every expert has it, and no LoRA
+
+
+class ExpertStore(TensorStore):
+    """A TensorStore whose quantised weights read as float32. Its entries tell the shape and dtype that `read` gives."""
+
+    def __init__(self, stored: dict[str, Entry], scales: dict[str, Entry], metadata: dict[str, str]) -> None:
+        """stored: by the base's names. scales: weight name -> its scale."""
+        given = {
+            name: Entry(e.file, "F32", e.shape, e.offset) if e.dtype in QUANTISED else e for name, e in stored.items()
+        }
+        super().__init__(given, metadata)
+        self._stored = TensorStore(stored)
+        self._scales = TensorStore(scales)
+
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        """As TensorStore.read; quantised weights come as q * scale in float32."""
+        import torch
+
+        if self._stored[name].dtype not in QUANTISED:
+            return self._stored.read(name, rows, buffer)
+        stored = self._stored.read(name, rows)
+        room = torch.empty(4 * stored.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * stored.numel()]
+        weight = room.view(torch.float32).view(stored.shape).copy_(stored)
+        if name in self._scales:
+            one_for_each_row = math.prod(self._scales[name].shape) > 1
+            scale = self._scales.read(name, rows if one_for_each_row else None).float()
+            weight.mul_(scale.reshape(-1, *[1] * (weight.dim() - 1)))
+        return weight
+
+
+def open_expert(path: Path) -> ExpertStore:
+    """One safetensors file as the replacement of an expert, under the base's names.
+
+    Raises TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
+    """
+    raw = TensorStore.open(path)
+    stored = {_plain(name): entry for name, entry in raw.items()}
+    if not holds_expert(raw):
+        raise LoraError(f"--expert {path}: not a full expert, {A_WEIGHT} is missing (a LoRA goes to --lora)")
+    stored.pop(MARKER, None)
+    scales: dict[str, Entry] = {}
+    for name in list(stored):
+        if name.endswith(ACTIVATION_SCALES):
+            del stored[name]
+        elif name.endswith(SCALES):
+            scales[f"{name.rpartition('.')[0]}.weight"] = stored.pop(name)
+    problems = [problem for name in {*stored, *scales} if (problem := _problem(name, stored, scales))]
+    if problems:
+        raise LoraError(
+            f"--expert {path}: {len(problems)} tensors are stored in a form this toolkit does not read "
+            f"(first: {min(problems)}); fp8 and int8 with one scale for a tensor or a row are read"
+        )
+    return ExpertStore(stored, scales, raw.metadata)
+
+
+def holds_expert(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an expert's own weights, not additions to them."""
+    return any(_plain(name) == A_WEIGHT for name in names)
+
+
+def is_full_expert(path: Path) -> bool:
+    """Whether the file is a full expert. False for files that cannot be opened."""
+    try:
+        return holds_expert(TensorStore.open(path))
+    except (TensorFileError, OSError):
+        return False
+
+
+def distilled_twice(expert_file: Path, lora_file: Path) -> str | None:
+    """Why this LoRA must not go onto this full expert (both are distillations), None if nothing says so."""
+    expert, lora = recognise(expert_file), recognise(lora_file)
+    if expert is None or lora is None or not is_full_expert(expert_file):
+        return None
+    return (
+        f"{expert_file} is distilled already ({expert.name}); the LoRA {lora_file} ({lora.name}) would distill it again"
+    )
+
+
+def _plain(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _problem(name: str, stored: dict[str, Entry], scales: dict[str, Entry]) -> str | None:
+    """What keeps this weight from being read, None if nothing does."""
+    entry, scale = stored.get(name), scales.get(name)
+    if entry is None:
+        return f"{name} has a scale but is missing"
+    if entry.dtype not in FLOATS + QUANTISED:
+        return f"{name} is {entry.dtype}"
+    if entry.dtype == "I8" and scale is None:
+        return f"{name} is int8 without a scale"
+    if scale is None:
+        return None
+    if entry.dtype not in QUANTISED:
+        return f"{name} has a scale but is {entry.dtype}"
+    if scale.dtype not in FLOATS or scale.shape not in _scale_shapes(entry.shape):
+        return f"{name} has a scale of {list(scale.shape)} {scale.dtype}"
+    return None
+
+
+def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """One number, or one for each row."""
+    return [(), (1,), (1, 1), shape[:1], (*shape[:1], *[1] * (len(shape) - 1))]

@@ -1,0 +1,461 @@
+"""A batch from jobs to files, with a small network in the place of the models: what is saved, kept, skipped, said."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wan.run
+from wan.record import essence, plain, read_latents
+from wan.request import Job, LoraChoice, Run, Settings
+from wan.run import decode_only, run_jobs
+from wan.utils.errors import InputError, JobError
+from wan.utils.progress import Progress
+from wan.utils.video import VideoWriter, count_frames, read_record
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = Settings(
+    task="t2v-A14B", ckpt_dir=Path("weights"), loras=(LoraChoice("high", Path("a b.safetensors"), 0.5),),
+    lora_mode="merge", lora_allow_partial=False, lora_alpha=None, expert_files={}, preset=None, solver="euler", steps=4,
+    shift=5.0, guidance=(1.0, 1.0), timesteps=None, high_steps=None, lora_steps=None, guidance_steps=None,
+    device="auto", dtype="auto", attention="auto", noise_device="auto", offload_model=True, t5_cpu=False,
+    convert_model_dtype=False, vae_tiling=False, t5_fsdp=False, dit_fsdp=False, ulysses_size=1, ring_size=1,
+    save_latents=False, preview=False, overwrite=False, resume=False, on_error="continue",
+)  # fmt: skip
+
+
+class Plan:
+    def as_dict(self) -> dict:
+        return {"steps": [{"timestep": 1000.0}], "headers_sha256": {"weights/a.safetensors": "12ab"}}
+
+
+class Models(nn.Module):
+    """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
+
+    fps = 16
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.settings, self.progress = settings, progress
+        self.text = nn.Embedding(256, 4)
+        self.net = nn.Conv3d(4, 4, 1)
+        self.pixels = nn.ConvTranspose3d(4, 3, (1, 8, 8), stride=(1, 8, 8))
+        self.contexts: dict[str, Tensor] = {}
+        self.calls: list[str] = []
+        self.broken_steps: set[int] = set()  # jobs whose sampling fails
+        self.decode_errors: list[BaseException] = []  # one for each coming decode
+        self.poison = False
+
+    def texts(self, job: Job) -> list[str]:
+        return [job.prompt]
+
+    def encode(self, texts: Iterable[str]) -> None:
+        with self.progress.stage("text"), torch.no_grad():
+            self.contexts = {t: self.text(torch.tensor(list(t.encode()))).mean(0) for t in texts}
+        self.calls.append("encode")
+
+    def release_text_encoder(self) -> None:
+        del self.text
+        self.calls.append("release")
+
+    def load_networks(self) -> None:
+        self.calls.append("load")
+
+    def sample(self, job: Job) -> Tensor:
+        self.calls.append(f"sample {job.index}")
+        if job.index in self.broken_steps:
+            raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
+        width, height = job.size
+        shape = (4, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
+        with self.progress.stage("denoise", total=2), torch.no_grad():
+            for _ in range(2):
+                latent = self.net(latent) + self.contexts[job.prompt][:, None, None, None]
+                self.progress.advance(1)
+        return latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
+        self.calls.append("decode tiled" if tiled else "decode")
+        for i, frame in enumerate(latent.split(1, dim=1)):
+            chunk = self.pixels(frame).repeat(1, 1 if i == 0 else 4, 1, 1).tanh()
+            if i == 2 and self.decode_errors:
+                raise self.decode_errors.pop(0)
+            if i == 1 and self.poison:
+                chunk[0, 1, 2, 3] = float("nan")
+            yield chunk
+
+    def info(self) -> dict[str, str]:
+        return {"device": "cpu", "dtype": "float32", "attention": "sdpa"}
+
+
+def make_run(folder: Path, prompts: Iterable[str] = ("one", "二", "three"), **changes: Any) -> Run:
+    """The usual settings with `changes`; a job for each prompt."""
+    settings = dataclasses.replace(SETTINGS, **changes)
+    jobs = [
+        Job(i, prompt, prompt, "bad", None, (64, 48), 13, 7, folder / f"{i}.mp4", f"prompts.txt line {i + 1}")
+        for i, prompt in enumerate(prompts)
+    ]
+    return Run(settings, tuple(jobs), request={"task": settings.task, "base_seed": 7})
+
+
+class Outcome:
+    """One call of run_jobs: what it gave back, said, and asked of the models."""
+
+    def __init__(self, run: Run, **attributes: Any) -> None:
+        self.models: Models | None = None
+
+        def load(settings: Settings, progress: Progress) -> Models:
+            self.models = Models(settings, progress)
+            for name, value in attributes.items():
+                setattr(self.models, name, value)
+            return self.models
+
+        stream = io.StringIO()
+        try:
+            self.failed = run_jobs(run, Plan(), Progress(stream=stream), load)
+        finally:
+            self.said = stream.getvalue()
+
+    @property
+    def calls(self) -> list[str]:
+        return self.models.calls if self.models else []
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_three_jobs(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "er"
+    outcome = Outcome(make_run(folder, preview=True, save_latents=True))
+    assert outcome.failed == 0
+    assert outcome.calls[:3] == ["encode", "release", "load"]
+    assert outcome.calls[3:] == [w for i in range(3) for w in (f"sample {i}", "decode")]
+    kinds = (".json", ".latents.safetensors", ".mp4", ".png")
+    assert names(folder) == [f"{i}{kind}" for i in range(3) for kind in kinds]
+    assert [count_frames(folder / f"{i}.mp4") for i in range(3)] == [13, 13, 13]
+    for stage in ("text", "denoise", "decode", "save", "other", "total", "peak memory: RAM"):
+        assert f"\n{stage}" in outcome.said
+    assert "3 saved" in outcome.said.splitlines()[-1]
+
+
+def test_the_record(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    Outcome(run)
+    record = read_record(tmp_path / "1.mp4")
+    assert read_record(tmp_path / "1.json") == record
+    assert record["schema"] == 1
+    assert record["request"] == {"task": "t2v-A14B", "base_seed": 7}
+    assert record["settings"] == json.loads(json.dumps(plain(run.settings)))
+    assert record["settings"]["loras"] == [{"expert": "high", "path": "a b.safetensors", "strength": 0.5}]
+    assert record["job"]["prompt"] == record["job"]["original_prompt"] == "二"
+    assert (record["job"]["seed"], record["job"]["negative_prompt"], record["job"]["image_sha256"]) == (7, "bad", None)
+    assert record["plan"] == Plan().as_dict()
+    assert record["pipeline"]["attention"] == "sdpa"
+    assert {"python", "torch", "diffusers", "wan-lightning", "imageio-ffmpeg"} <= set(record["versions"])
+    assert record["output"] == {"file": "1.mp4", "frames": 13, "width": 64, "height": 48, "fps": 16}
+    assert set(record["seconds"]) == {"text", "denoise", "decode", "save"}
+    assert record["peak_memory_bytes"]["RAM"] > 1e6
+
+
+def test_seconds_are_of_this_video_and_of_what_all_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reading of the clock is one second later: equal jobs have equal times, however many went before."""
+    now = iter(range(10**6))
+    monkeypatch.setattr("wan.utils.progress.time.perf_counter", lambda: float(next(now)))
+    Outcome(make_run(tmp_path))
+    first, _, third = (read_record(tmp_path / f"{i}.mp4")["seconds"] for i in range(3))
+    assert first.pop("save", 0.0) == third.pop("save", 0.0) == 0.0
+    assert first == third
+    assert first["text"] > 0
+
+
+def test_nothing_of_the_environment_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASH_API_KEY", "sk-secret-word")
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    for path in tmp_path.iterdir():
+        assert b"sk-secret-word" not in path.read_bytes()
+
+
+def test_a_failed_job_among_three(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path), broken_steps={1})
+    assert outcome.failed == 1
+    assert names(tmp_path) == ["0.json", "0.mp4", "2.json", "2.mp4"]
+    sentence = "prompts.txt line 2: step 2 (t=937.5, high noise): NaN in the latent"
+    assert outcome.said.count(sentence) == 2  # when it happens, and at the end
+    assert "2 saved, 1 failed" in outcome.said
+    assert "Traceback" not in outcome.said
+
+
+def test_on_error_stop(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, on_error="stop"), broken_steps={1})
+    assert outcome.failed == 1
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+    assert "1 saved, 1 failed, 1 not tried" in outcome.said
+
+
+def test_a_bug_keeps_its_traceback_and_the_latents(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path), decode_errors=[TypeError("a bug")])
+    assert outcome.failed == 1
+    assert "Traceback" in outcome.said
+    assert "failed: prompts.txt line 1: TypeError: a bug; the finished latents are kept" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors", "1.json", "1.mp4", "2.json", "2.mp4"]
+
+
+def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"]), poison=True)
+    assert outcome.failed == 1
+    assert "NaN or Inf in the decoded frames after frame 1" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_out_of_memory_is_retried_in_tiles(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"]), decode_errors=[torch.OutOfMemoryError("CUDA out of memory\nlong")])
+    assert outcome.failed == 0
+    assert outcome.calls[-2:] == ["decode", "decode tiled"]
+    assert "out of memory in decode: once more, in tiles" in outcome.said
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_out_of_memory_in_tiles_too(tmp_path: Path, tiling: bool) -> None:
+    errors = [torch.OutOfMemoryError("CUDA out of memory\nlong") for _ in range(2)]
+    outcome = Outcome(make_run(tmp_path, ["one"], vae_tiling=tiling), decode_errors=errors)
+    assert outcome.failed == 1
+    assert outcome.calls[3:] == ["sample 0", *(["decode tiled"] if tiling else ["decode", "decode tiled"])]
+    assert "out of memory on the device (CUDA out of memory); the finished latents are kept" in outcome.said
+    assert "--device cpu" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_interrupted_in_decode(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Outcome(make_run(tmp_path), decode_errors=[KeyboardInterrupt()])
+    assert "the finished latents are kept" in caught.value.__notes__[0]
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_the_command_finishes_the_job(tmp_path: Path) -> None:
+    """The latents of a failed job, decoded later, are the video the job would have made."""
+    whole, broken = tmp_path / "whole", tmp_path / "bro ken"
+    Outcome(make_run(whole, ["one"]))
+    run = make_run(broken, ["one"], dtype="fp32", overwrite=True)
+    said = Outcome(run, decode_errors=[OSError(28, "No space left on device")]).said
+    command = shlex.split(next(line for line in said.splitlines() if line.startswith("failed: ")).split("of them: ")[1])
+    latents = broken / "0.latents.safetensors"
+    assert command == [
+        "python", "generate.py", "--task", "t2v-A14B", "--ckpt_dir", "weights", "--decode_latents", str(latents),
+        "--save_file", str(broken / "0.mp4"), "--dtype", "fp32", "--overwrite",
+    ]  # fmt: skip
+    decode_only(run.settings, latents, broken / "0.mp4", Progress(quiet=True), Models)
+    assert essence(read_record(broken / "0.mp4"))["job"] == essence(read_record(whole / "0.mp4"))["job"]
+    frames = [b"".join(raw_frames(folder / "0.mp4")) for folder in (whole, broken)]
+    assert frames[0] == frames[1]
+
+
+def raw_frames(path: Path) -> Iterator[bytes]:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(os.fspath(path))
+    next(reader)
+    return reader
+
+
+def test_what_decode_only_refuses(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latents, target = tmp_path / "0.latents.safetensors", tmp_path / "x.mp4"
+    quiet = Progress(quiet=True)
+
+    def refused(message: str, settings: Settings = SETTINGS, file: Path = latents, save_file: Path = target) -> None:
+        with pytest.raises(InputError, match=message):
+            decode_only(settings, file, save_file, quiet, Models)
+
+    refused("no such file", file=tmp_path / "absent.safetensors")
+    refused("not latents that a run kept", file=tmp_path / "0.mp4")
+    refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(SETTINGS, task="ti2v-5B"))
+    refused("exists already; --overwrite", save_file=tmp_path / "0.mp4")
+    latents.write_bytes(latents.read_bytes()[:-8])
+    refused("not latents that a run kept")
+
+
+def test_kept_latents_are_exact(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latent, record = read_latents(tmp_path / "0.latents.safetensors")
+    assert outcome.models is not None
+    assert torch.equal(latent, outcome.models.sample(make_run(tmp_path, ["one"]).jobs[0]))
+    assert record["job"]["prompt"] == "one"
+
+
+def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the folder of the video, then the one for temporary files; then it is said."""
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr("wan.run.tempfile.gettempdir", lambda: str(spare))
+    real, full = wan.run.save_latents, [tmp_path / "out"]
+
+    def save(path: Path, latent: Tensor, record: dict) -> None:
+        if path.parent in full:
+            raise OSError(28, "No space left on device")
+        real(path, latent, record)
+
+    monkeypatch.setattr("wan.run.save_latents", save)
+    said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
+    assert f"--decode_latents {spare / '0.latents.safetensors'}" in said
+    full.append(spare)
+    said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
+    assert "and the finished latents could not be kept" in said
+    assert said.count("0.latents.safetensors: No space left on device") == 2  # in both places
+
+
+def test_the_encoder_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = VideoWriter._start
+
+    def start_and_die(writer: VideoWriter, width: int, height: int) -> subprocess.Popen[bytes]:
+        process = start(writer, width, height)
+        if writer.path.stem == "1":
+            process.kill()
+        return process
+
+    monkeypatch.setattr(VideoWriter, "_start", start_and_die)
+    outcome = Outcome(make_run(tmp_path))
+    assert outcome.failed == 1
+    assert "the video encoder failed: killed by SIGKILL; the finished latents are kept" in outcome.said
+    assert names(tmp_path) == ["0.json", "0.mp4", "1.latents.safetensors", "2.json", "2.mp4"]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Files may not grow beyond 3 kB in the second job, as on a full disk: it fails alone and the process lives."""
+    script = f"""
+import resource, sys
+from pathlib import Path
+from tests import test_run
+from tests.test_run import Models, Outcome, make_run
+
+class Narrow(Models):
+    def decode(self, latent, tiled=False):
+        room = 3000 if self.calls[-1] == "sample 1" else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        return super().decode(latent, tiled)
+
+test_run.Models = Narrow
+outcome = Outcome(make_run(Path({os.fspath(tmp_path)!r})))
+print(outcome.said)
+sys.exit(outcome.failed)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "2 saved, 1 failed" in done.stdout
+    assert "failed: prompts.txt line 2: " in done.stdout
+    assert names(tmp_path)[:2] == ["0.json", "0.mp4"]
+    assert [n for n in names(tmp_path) if n.startswith("1")] == []
+    assert "the finished latents could not be kept" in done.stdout
+    assert "File too large" in done.stdout
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    run = make_run(tmp_path)
+    jobs = (dataclasses.replace(run.jobs[0], save_file=tmp_path / "file" / "0.mp4"), *run.jobs[1:])
+    outcome = Outcome(dataclasses.replace(run, jobs=jobs))
+    assert outcome.failed == 1
+    assert f"{tmp_path / 'file'}: no file can be written there" in outcome.said
+    assert "sample 0" not in outcome.calls  # before the long work
+    assert names(tmp_path) == ["1.json", "1.mp4", "2.json", "2.mp4", "file"]
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    for i in (0, 2):
+        (tmp_path / f"{i}.mp4").write_text("mine")
+    with pytest.raises(InputError) as caught:
+        Outcome(make_run(tmp_path))
+    assert [p.split(":")[0] for p in caught.value.problems] == [str(tmp_path / f"{i}.mp4") for i in (0, 2)]
+    with pytest.raises(InputError, match="other settings"):
+        Outcome(make_run(tmp_path, resume=True))
+    assert (tmp_path / "0.mp4").read_text() == "mine"
+    assert Outcome(make_run(tmp_path, overwrite=True)).failed == 0
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+def test_resume_skips_what_is_whole(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path), broken_steps={1})
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    outcome = Outcome(make_run(tmp_path, resume=True, preview=True, save_latents=True, on_error="stop"))
+    assert outcome.failed == 0
+    assert [c for c in outcome.calls if c.startswith("sample")] == ["sample 1"]
+    assert outcome.models is not None
+    assert list(outcome.models.contexts) == ["二"]
+    assert "1 saved, 2 there already" in outcome.said
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    again = Outcome(make_run(tmp_path, resume=True))
+    assert (again.failed, again.models) == (0, None)  # nothing to do: nothing is loaded
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in the index", "no index and no record beside"])
+def test_resume_makes_a_damaged_video_again(tmp_path: Path, damage: str) -> None:
+    Outcome(make_run(tmp_path, ["one"]))
+    path = tmp_path / "0.mp4"
+    data = path.read_bytes()
+    path.write_bytes(data[: -10 if damage == "cut" else 100])
+    if damage.startswith("no index"):
+        (tmp_path / "0.json").unlink()
+        with pytest.raises(InputError, match="other settings"):  # it could be anyone's
+            Outcome(make_run(tmp_path, ["one"], resume=True))
+        return
+    assert Outcome(make_run(tmp_path, ["one"], resume=True)).calls[3:] == ["sample 0", "decode"]
+    assert count_frames(path) == 13
+
+
+CHANGES = [
+    {"seed": 8}, {"prompt": "two"}, {"negative_prompt": "worse"}, {"frame_num": 17}, {"size": (64, 64)}, {"shift": 3.0},
+    {"steps": 5}, {"loras": ()}, {"dtype": "fp32"}, {"image": b"other"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: next(iter(c)))
+def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(b"an image")
+    run = make_run(tmp_path / "out", ["one"], resume=True)
+    run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], image=image),))
+    assert Outcome(run).calls != []
+    assert Outcome(run).calls == []
+    (name,) = change
+    if name == "image":
+        image.write_bytes(change["image"])
+    elif name in Job.__dataclass_fields__:
+        run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], **change),))
+    else:
+        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, **change))
+    with pytest.raises(InputError, match="made with other settings; --overwrite replaces it"):
+        Outcome(run)
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, overwrite=True))
+    assert Outcome(run).calls[-1] == "decode"
+    assert Outcome(run).calls == []
+
+
+def test_json_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def load(settings: Settings, progress: Progress) -> Models:
+        models = Models(settings, progress)
+        models.broken_steps = {0}
+        return models
+
+    run_jobs(make_run(tmp_path, ["one", "two"]), Plan(), Progress(json=True), load)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (failed,) = [e for e in events if e["event"] == "failed"]
+    assert (failed["index"], failed["reason"].startswith("prompts.txt line 1: step 2")) == (0, True)
+    (saved,) = [e for e in events if e["event"] == "saved"]
+    assert saved == {"event": "saved", "index": 1, "file": str(tmp_path / "1.mp4"), "frames": 13}

@@ -1,0 +1,286 @@
+"""Checkpoints: what is refused before a weight is read, what is refused while reading, and what loading costs."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning.tensorfile import TensorFileError, TensorStore
+from tests.support import TESTS, checkpoint, config_of
+from wan.utils.checkpoints import Checkpoint, PickleStore, fetch, load, parameter_dtypes, read_ahead
+from wan.utils.errors import InputError
+
+TASK = "t2v-A14B"
+SHARD = "high_noise_model/diffusion_pytorch_model-00002-of-00003.safetensors"
+INDEX = "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(checkpoint(TASK), tmp_path / "ckpt")
+    return tmp_path / "ckpt"
+
+
+def problems(folder: Path, task: str = TASK) -> list[str]:
+    return Checkpoint(folder, task, config_of(task)).problems
+
+
+def rewrite(file: Path, change) -> None:
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+def test_the_small_checkpoints_have_no_problems() -> None:
+    for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"):
+        assert problems(checkpoint(task), task) == []
+
+
+def test_all_missing_files_are_listed_with_the_download_command(folder: Path) -> None:
+    (folder / "Wan2.1_VAE.pth").unlink()
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    shutil.rmtree(folder / "low_noise_model")
+    (text,) = problems(folder)
+    for part in ("Wan2.1_VAE.pth", "tokenizer.json", "low_noise_model/config.json", "low_noise_model/diffusion_pytorch",
+                 "hf download Wan-AI/Wan2.2-T2V-A14B --local-dir Wan2.2-T2V-A14B"):  # fmt: skip
+        assert part in text
+
+
+def test_diffusers_layout_is_recognised(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{}")
+    (text,) = problems(folder)
+    assert "in diffusers' layout" in text
+    assert "hf download" in text
+
+
+def test_truncated_shard_names_file_and_tensor(folder: Path) -> None:
+    os.truncate(folder / SHARD, os.path.getsize(folder / SHARD) - 100)
+    (text,) = problems(folder)
+    assert SHARD in text
+    assert "truncated" in text
+    assert "tensor head.modulation is cut off" in text
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0" + b"{not json......}" * 4])
+def test_corrupt_shard_names_the_file(folder: Path, content: bytes) -> None:
+    (folder / SHARD).write_bytes(content)
+    (text,) = problems(folder)
+    assert SHARD in text
+
+
+def test_index_naming_an_absent_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    (text,) = problems(folder)
+    assert "shards that are not there: diffusion_pytorch_model-00002-of-00003.safetensors" in text
+
+
+def test_index_putting_a_tensor_into_the_wrong_shard(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    name = next(n for n, s in index["weight_map"].items() if s == shards[0])
+    index["weight_map"][name] = shards[1]
+    (folder / INDEX).write_text(json.dumps(index))
+    (text,) = problems(folder)
+    assert f"tensor {name} is not in {shards[1]}" in text
+
+
+def test_every_wrong_name_and_shape_is_listed(folder: Path) -> None:
+    def change(state):
+        state["blocks.1.ffn.2.strange"] = state.pop("blocks.1.ffn.2.bias")
+        state["head.head.bias"] = torch.zeros(7)
+
+    merged = {}
+    for shard in sorted((folder / "high_noise_model").glob("*.safetensors")):
+        merged |= load_file(shard)
+        shard.unlink()
+    (folder / INDEX).unlink()
+    change(merged)
+    save_file(merged, folder / "high_noise_model" / "diffusion_pytorch_model.safetensors")
+    text = "\n".join(problems(folder))
+    assert "1 tensors are missing: blocks.1.ffn.2.bias" in text
+    assert "1 tensors are unexpected: blocks.1.ffn.2.strange" in text
+    assert "head.head.bias has shape [7], expected [64]" in text
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"dim": "wide"}', "[1]"])
+def test_a_bad_config_json_is_named(folder: Path, content: str) -> None:
+    (folder / "low_noise_model" / "config.json").write_text(content)
+    (text,) = problems(folder)
+    assert "low_noise_model/config.json: not the configuration of a Wan transformer" in text
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path("ran").write_text, ("x",))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    torch.save({"conv1.weight": Malicious()}, folder / "Wan2.1_VAE.pth")
+    (text,) = problems(folder)
+    assert "Wan2.1_VAE.pth: holds more than plain tensors" in text
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", pickle.dumps({"a": 1})])
+def test_a_damaged_pth_is_named(folder: Path, content: bytes) -> None:
+    (folder / "Wan2.1_VAE.pth").write_bytes(content)
+    (text,) = problems(folder)
+    assert "Wan2.1_VAE.pth" in text
+
+
+def test_a_truncated_pth_is_named(folder: Path) -> None:
+    file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    os.truncate(file, os.path.getsize(file) // 2)
+    (text,) = problems(folder)
+    assert file.name in text
+
+
+def test_a_pth_of_other_things_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(TensorFileError, match="not a flat dictionary of tensors"):
+        PickleStore(tmp_path / "x.pth")
+
+
+def test_the_other_vae_is_refused(folder: Path) -> None:
+    shutil.copy(checkpoint("ti2v-5B") / "Wan2.2_VAE.pth", folder / "Wan2.1_VAE.pth")
+    text = "\n".join(problems(folder))
+    assert "Wan2.1_VAE.pth: has stride (4, 16, 16), --task t2v-A14B needs another VAE" in text
+
+
+def test_a_checkpoint_of_another_task_is_refused() -> None:
+    text = "\n".join(problems(checkpoint("i2v-A14B"), "t2v-A14B"))
+    assert "high_noise_model: takes 36 channels, --task t2v-A14B gives 16: a checkpoint of another task?" in text
+
+
+def test_nan_is_found_while_reading_and_named(folder: Path) -> None:
+    def change(state):
+        name = next(n for n in state if n.endswith("k.weight") and state[n].ndim == 2)
+        state[name][3, 5] = float("nan")
+        change.name = name
+
+    rewrite(folder / SHARD, change)
+    opened = Checkpoint(folder, TASK, config_of(TASK))
+    opened.raise_problems()
+    module, store = opened.experts["high"]
+    with pytest.raises(InputError, match=f"{SHARD}: tensor {change.name} holds NaN or Inf".replace(".", r"\.")):
+        load(module, store, home=CPU, dtype=lambda _: torch.float32)
+
+
+def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
+    big = torch.full((64,), 3e38)
+    save_file({"x": big}, tmp_path / "big.safetensors")
+    ((_, tensor),) = read_ahead(TensorStore.open(tmp_path / "big.safetensors"), ["x"])
+    assert torch.equal(tensor, big)
+
+
+def test_loading_casts_each_parameter_to_its_dtype() -> None:
+    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
+    module, store = opened.experts["low"]
+    model = load(module, store, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert "blocks.0.norm3.weight" in kept
+    assert "head.modulation" in kept
+    assert "time_projection.1.bias" in kept
+    assert "blocks.1.cross_attn.norm_k.weight" in kept
+    assert not {n for n in kept if ".modulation" in n and n.startswith("blocks")}
+    assert not {n for n in kept if n.startswith(("patch", "text")) or ".ffn." in n or n.endswith(".q.weight")}
+    assert torch.equal(model.blocks[0].ffn[0].weight, store.read("blocks.0.ffn.0.weight").bfloat16())
+
+
+def test_convert_model_dtype_casts_everything() -> None:
+    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
+    model = load(*opened.experts["low"], home=CPU, dtype=parameter_dtypes(torch.bfloat16, True))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_read_ahead_gives_every_tensor_and_its_rows() -> None:
+    store = TensorStore.open(checkpoint(TASK) / INDEX)
+    whole = {name: tensor.clone() for name, tensor in read_ahead(store, store)}
+    assert whole.keys() == store.keys()
+    for name, tensor in read_ahead(store, store, rows=lambda _: slice(1, 3)):
+        assert torch.equal(tensor, whole[name][1:3])
+
+
+def test_a_missing_folder_gives_the_download_command() -> None:
+    with pytest.raises(InputError, match="no/such/folder is not a folder; get the weights with: hf download Wan-AI"):
+        fetch(Path("no/such/folder"), TASK, config_of(TASK))
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"^--ckpt_dir Wan-AI/Nothing is no folder here and could not be fetched"):
+        fetch(Path("Wan-AI/Nothing"), TASK, config_of(TASK))
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from tests.support import config_of
+from wan.modules.model import WanModel
+from wan.modules.t5 import UMT5Encoder
+from lightning.tensorfile import TensorStore
+from wan.utils.checkpoints import PickleStore, load, parameter_dtypes
+torch.set_num_threads(1)
+path, kind = Path(sys.argv[1]), sys.argv[2]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if kind == "t5":
+    store = PickleStore(path)
+    with torch.device("meta"):
+        module = UMT5Encoder.from_shapes(store.shapes)
+    dtype = lambda _: torch.float32
+else:
+    store = TensorStore.open(path)
+    with torch.device("meta"):
+        module = WanModel(dim=1024, ffn_dim=4096, in_dim=16, out_dim=16, num_heads=8, num_layers=20, text_dim=256)
+    dtype = parameter_dtypes(torch.bfloat16, False)
+before = peak()
+load(module, store, home=torch.device("cpu"), dtype=dtype)
+final = sum(p.nbytes for p in module.parameters())
+print((peak() - before) / final, final)
+"""
+
+
+def peak_over_final(path: Path, kind: str) -> tuple[float, int]:
+    """Peak resident memory of a load in a process of its own, over the bytes of the loaded module."""
+    run = [sys.executable, "-c", MEASURE, str(path), kind]
+    ratio, final = subprocess.run(run, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout.split()
+    return float(ratio), int(final)
+
+
+def test_loading_a_gigabyte_peaks_at_the_final_bytes(tmp_path: Path) -> None:
+    """1.35 GB of float32 on disk becomes 0.7 GB of bf16; measured 1.05 of the final bytes, at most 1.25 allowed."""
+    from wan.modules.model import WanModel
+
+    with torch.device("meta"):
+        module = WanModel(dim=1024, ffn_dim=4096, in_dim=16, out_dim=16, num_heads=8, num_layers=20, text_dim=256)
+    state = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
+    save_file(state, tmp_path / "model.safetensors")
+    del state
+    assert (tmp_path / "model.safetensors").stat().st_size > 1e9
+    ratio, final = peak_over_final(tmp_path / "model.safetensors", "dit")
+    assert final > 5e8
+    assert ratio < 1.25
+
+
+def test_loading_a_text_encoder_peaks_at_the_final_bytes(tmp_path: Path) -> None:
+    """0.55 GB of bf16 in a .pth becomes 1.1 GB of float32; mapped pages must not stay resident."""
+    from wan.modules.t5 import UMT5Encoder
+
+    with torch.device("meta"):
+        module = UMT5Encoder(vocab=8192, dim=1024, dim_attn=1024, dim_ffn=2816, num_heads=16, num_layers=20)
+    state = {n: torch.randn(p.shape).bfloat16() for n, p in module.named_parameters()}
+    torch.save(state, tmp_path / "t5.pth")
+    del state
+    ratio, final = peak_over_final(tmp_path / "t5.pth", "t5")
+    assert final > 1e9
+    assert ratio < 1.25

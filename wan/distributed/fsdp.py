@@ -1,0 +1,59 @@
+"""Weights sharded over the ranks of a sequence group with PyTorch's FSDP2.
+
+A block's weights are gathered when it runs and dropped after it. Every parameter is cut along its first axis; a rank
+reads only its rows of each tensor, and a LoRA is merged on those rows. Each parameter has its final dtype before it is
+sharded, and there is no mixed-precision policy: that would cast what enters a block, the timestep's rows included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning.merge import Merge
+from wan.utils.checkpoints import Store, finished, read_ahead
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@torch.no_grad()
+def load_sharded(
+    module: Module,
+    store: Store,
+    mesh: DeviceMesh,
+    *,
+    home: torch.device,
+    dtype: Callable[[str], torch.dtype],
+    merge: Merge | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> Module:
+    """Like `wan.utils.checkpoints.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    module.eval().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtype(name))
+    blocks = module.get_submodule("blocks")
+    for unit in [*blocks.children(), module]:
+        # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole in any case
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    module.to_empty(device=home)
+    shards = dict(module.named_parameters())
+    rows = {name: shard_rows(p.shape[0], mesh.size(), mesh.get_local_rank()) for name, p in shards.items()}
+    mine = [name for name, share in rows.items() if share.start < share.stop]
+    for name, tensor in read_ahead(store, mine, rows.__getitem__, pin=home.type == "cuda"):
+        report(tensor.nbytes)
+        shard = shards[name]
+        assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
+        shard.to_local().copy_(finished(name, tensor, home, dtype(name), merge, rows[name]))
+    return module
+
+
+def shard_rows(count: int, ranks: int, rank: int) -> slice:
+    """Which of `count` rows FSDP2 puts on `rank`: equal shares rounded up, so the last ranks may have fewer or none."""
+    share = -(-count // ranks)
+    return slice(min(rank * share, count), min((rank + 1) * share, count))

@@ -1,0 +1,195 @@
+"""The videos to make: prompts with their images, seeds, sizes and output files, each checked.
+
+Everything wrong is noted in a `Check`; nothing is raised and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from easydict import EasyDict
+
+from wan.recipe import Weights
+from wan.request import Job, Request
+from wan.utils.checks import Check
+from wan.utils.errors import InputError
+from wan.utils.images import I2V_STEP, TI2V_STEP, i2v_size, open_image, ti2v_size
+from wan.utils.prompts import Row, normal, output_name, read_paths, read_rows
+
+ROOT = Path(__file__).parents[1]
+TAKES_IMAGE = ("i2v-A14B", "ti2v-5B")
+LARGEST_SEED = 2**63 - 1
+
+
+def prompt_rows(request: Request, task: str, config: EasyDict, extended: bool, check: Check) -> list[Row]:
+    """The prompts, each with its image; the task's example where nothing was given."""
+    if request.prompt_file is not None:
+        if request.prompt is not None:
+            check.problem("--prompt and --prompt_file exclude each other; give one of them")
+        rows, blank = read_rows(Path(request.prompt_file), check.problems)
+        if blank:
+            check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
+    elif request.prompt is not None:
+        rows = [Row(request.prompt.strip(), "--prompt")]
+    else:
+        pictured = request.image is not None or request.image_path_file is not None
+        imagined = extended and pictured and task in TAKES_IMAGE
+        rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
+        if not imagined:
+            check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
+    rows = _with_images(request, task, config, rows, check)
+    for row in rows:
+        if not row.prompt and not (extended and row.image):
+            check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
+    return rows
+
+
+def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
+    if request.image_path_file is not None:
+        images = read_paths(Path(request.image_path_file), check.problems)
+        if request.image is not None:
+            check.problem("--image and --image_path_file exclude each other; give one of them")
+        if named := next((row for row in rows if row.image), None):
+            check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
+        if rows and images and len(rows) != len(images):
+            check.problem(
+                f"{len(rows)} prompts but {len(images)} images in {request.image_path_file}: they are paired one to one"
+            )
+        rows = [
+            replace(row, image=image, source=f"{row.source}, {source}")
+            for row, (source, image) in zip(rows, images, strict=False)
+        ]
+    elif request.image is not None:
+        rows = [row if row.image else replace(row, image=Path(request.image).expanduser()) for row in rows]
+    if task not in TAKES_IMAGE:
+        if any(row.image for row in rows):
+            check.warn(f"{task} takes no image; the one given is ignored ({' and '.join(TAKES_IMAGE)} take one)")
+        return [replace(row, image=None) for row in rows]
+    bare = [row for row in rows if row.image is None]
+    if bare and "example_image" in config and request.image_path_file is None:
+        if request.prompt_file is not None:
+            check.problem(
+                f"{task} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
+                "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
+            )
+            return rows
+        check.warn(f"no --image given: the example picture {config.example_image} is used")
+        rows = [replace(row, image=ROOT / config.example_image) for row in rows]
+    return rows
+
+
+def make_jobs(
+    request: Request, task: str, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check
+) -> list[Job]:
+    """One job for each prompt and seed."""
+    default_size = request.size or config.sizes[0]
+    default_frames = _frame_num(request, config, check)
+    count = check.whole("--num_videos", request.num_videos, 1, 1, 100_000)
+    if request.save_file is not None and len(rows) * count > 1:
+        check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
+    save_dir = Path(request.save_dir or "outputs").expanduser()
+    pictures = _Pictures(task, check)
+    jobs: list[Job] = []
+    for row in rows:
+        flag = "--size" if row.size is None else f"{row.source}: size"
+        size = check.size(flag, row.size or default_size, TI2V_STEP if task == "ti2v-5B" else I2V_STEP)
+        frames = default_frames
+        if row.frame_num is not None:
+            frames = check.frames(f"{row.source}: frame_num", row.frame_num)
+        _look_at_extent(task, size, frames, config, weights, check)
+        if row.image:
+            pictures.check(row.source, row.image, size)
+        first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed or 0
+        if first + count - 1 > LARGEST_SEED:
+            check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
+        for seed in range(first, first + count):
+            named = save_dir / row.save_file if row.save_file is not None else None
+            if request.save_file is not None:
+                named = Path(request.save_file)
+            original = row.original_prompt or row.prompt
+            jobs.append(
+                Job(
+                    index=len(jobs),
+                    prompt=row.prompt,
+                    original_prompt=original,
+                    negative_prompt=row.negative_prompt or request.negative_prompt or config.sample_neg_prompt,
+                    image=row.image,
+                    size=size,
+                    frame_num=frames,
+                    seed=seed,
+                    save_file=(named or save_dir / output_name(task, len(jobs), seed, original)).expanduser(),
+                    source=row.source,
+                )
+            )
+    return jobs
+
+
+def _frame_num(request: Request, config: EasyDict, check: Check) -> int:
+    if request.seconds is None:
+        return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
+    if request.frame_num is not None:
+        check.problem("--seconds and --frame_num exclude each other; give one of them")
+    seconds = check.number("--seconds", request.seconds, 1.0, 1 / config.sample_fps, 600)
+    return math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
+
+
+def _look_at_extent(
+    task: str, size: tuple[int, int], frames: int, config: EasyDict, weights: Weights, check: Check
+) -> None:
+    """Warns of sizes and lengths that the weights in use were not trained for."""
+    trained = [tuple(map(int, text.split("*"))) for text in config.sizes]
+    name = task
+    if weights.release and weights.release.kind != "recipe":
+        trained, name = list(weights.release.sizes), weights.release.name
+    if size not in trained:
+        listed = ", ".join(f"{width}*{height}" for width, height in trained)
+        check.warn(f"size {size[0]}*{size[1]} is not among those {name} was trained for ({listed})")
+    if frames > config.frame_num:
+        check.warn(f"{frames} frames are more than the {config.frame_num} {task} was trained for; motion may repeat")
+
+
+class _Pictures:
+    """Opens each picture once, however many prompts name it."""
+
+    def __init__(self, task: str, check: Check) -> None:
+        self.size_rule = ti2v_size if task == "ti2v-5B" else i2v_size
+        self.collected = check
+        self.sizes: dict[Path, tuple[int, int] | None] = {}
+
+    def check(self, source: str, path: Path, area: tuple[int, int]) -> None:
+        try:
+            if path not in self.sizes:
+                self.sizes[path] = None  # a damaged one is reported where it is first named
+                self.sizes[path] = open_image(path).size
+            if found := self.sizes[path]:
+                self.size_rule(*found, area[0] * area[1])
+        except InputError as e:
+            self.collected.problem(f"{source}: {e}")
+
+
+def check_outputs(request: Request, files: Sequence[Path], check: Check) -> None:
+    """Every output can be written, none is in the way of another or of what is there already."""
+    if wrong := [file for file in files if file.suffix.lower() != ".mp4"]:
+        check.problem(f"{wrong[0]}: videos are written as .mp4; give --save_file that extension")
+    seen: dict[str, int] = {}
+    for index, file in enumerate(files):
+        first = seen.setdefault(os.path.normcase(normal(str(file.absolute()))), index)
+        if first != index:
+            check.problem(f"videos {first + 1} and {index + 1} would both be written to {file}")
+    there = [file for file in files if file.exists()]
+    if there and not (request.overwrite or request.resume):
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        check.problem(
+            f"{there[0]}{more}: exists already; --overwrite replaces it, --resume skips what is finished, "
+            "or choose another --save_dir"
+        )
+    for folder in sorted({file.absolute().parent for file in files}):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            check.problem(f"{folder}: the output folder is not writable; choose another --save_dir")
