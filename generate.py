@@ -11,6 +11,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.utils.checks import meant
@@ -18,6 +20,8 @@ from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
     from wan.request import Run
+    from wan.utils.progress import Progress
+    from wan.utils.prompt_extend import ExtendItem
 
 # By group: flag -> (what it takes, help). Taking nothing: a switch. "..." at the end: may be given several times.
 FLAGS: dict[str, dict[str, tuple[str, str]]] = {
@@ -115,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: dict[str, Any]) -> int:
     from wan.request import Request
     from wan.resolve import resolve
+    from wan.utils.progress import Progress
 
     problems: list[str] = []
     request = Request.from_dict(given, problems)
@@ -122,78 +127,71 @@ def _run(given: dict[str, Any]) -> int:
     if run.extend:
         from wan.utils import prompt_extend
 
-        prompt_extend.check(run.extend, _items(run))
+        prompt_extend.check(run.extend, _questions(run))
+    progress = Progress(json=bool(request.json), quiet=not _first_rank())
     if run.extend_only or run.decode:
         for warning in run.warnings:
-            _tell(f"warning: {warning}")
+            progress.say(f"warning: {warning}")
         if request.dry_run:
-            print("checked; nothing is made (--dry_run)")
+            _show(progress, "checked", {}, "all is well; nothing is made (--dry_run)")
             return 0
-    if run.extend_only:
-        return _extend_only(run)
-
-    from wan.utils.progress import Progress
-
-    progress = Progress(json=bool(request.json))
-    if run.decode:
-        from wan.run import decode_only
-
-        decode_only(run.settings, *run.decode, progress)
-        return 0
+        return _extend_only(run, progress) if run.extend_only else _decode_only(run, progress)
 
     from wan.preflight import preflight
 
     plan = preflight(run)
-    if progress.json:
-        progress.event("plan", plan.as_dict())
-    else:
-        print("\n".join(plan.lines()), flush=True)
+    _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
     if request.dry_run:
         return 0
 
     from wan.run import run_jobs
 
-    return 1 if run_jobs(_extended(run), plan, progress) else 0
+    return 1 if run_jobs(_extended(run, progress), plan, progress) else 0
 
 
-def _items(run: Run) -> list[Any]:
-    """The distinct questions: one for each prompt with its image."""
-    from wan.utils.prompt_extend import ExtendItem
+def _decode_only(run: Run, progress: Progress) -> int:
+    from wan.run import decode_only
 
-    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in run.rows)]
-
-
-def _answers(run: Run) -> dict[tuple[Any, Any], str]:
-    """The extended prompt by (prompt, image); empty if prompts are used as they are."""
-    if not run.extend:
-        return {}
-    from wan.utils.prompt_extend import extend
-
-    return {(answer.original, answer.image): answer.prompt for answer in extend(run.extend, _items(run), _tell)}
+    assert run.decode, "called for --decode_latents"
+    decode_only(run.settings, *run.decode, progress)
+    return 0
 
 
-def _extended(run: Run) -> Run:
-    """`run` with extended prompts; file names and originals stay those of the user's prompts."""
-    from dataclasses import replace
-
-    answers = _answers(run)
-    return replace(run, jobs=tuple(replace(j, prompt=answers.get((j.prompt, j.image), j.prompt)) for j in run.jobs))
-
-
-def _extend_only(run: Run) -> int:
-    from dataclasses import replace
-
+def _extend_only(run: Run, progress: Progress) -> int:
     from wan.utils.prompts import write_rows
 
     assert run.extend_only, "called for --extend_only"
-    answers = _answers(run)
+    answers = _answers(run, progress)
     rows = [
         replace(row, prompt=answers[row.prompt, row.image], original_prompt=row.original_prompt or row.prompt)
         for row in run.rows
     ]
     write_rows(run.extend_only, rows)
-    print(run.extend_only)
+    _show(progress, "extended", {"file": str(run.extend_only)}, str(run.extend_only))
     return 0
+
+
+def _extended(run: Run, progress: Progress) -> Run:
+    """`run` with extended prompts; file names and originals stay those of the user's prompts."""
+    if not run.extend:
+        return run
+    answers = _answers(run, progress)
+    return replace(run, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in run.jobs))
+
+
+def _answers(run: Run, progress: Progress) -> dict[tuple[str, Path | None], str]:
+    """The extended prompt by prompt and image."""
+    from wan.utils.prompt_extend import extend
+
+    assert run.extend, "called where prompts are to be extended"
+    return {(a.original, a.image): a.prompt for a in extend(run.extend, _questions(run), progress.say)}
+
+
+def _questions(run: Run) -> list[ExtendItem]:
+    """Each prompt with its image, once."""
+    from wan.utils.prompt_extend import ExtendItem
+
+    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in run.rows)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -236,10 +234,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> None:
+    """What was asked for, on stdout: text, or a JSON line with --json."""
+    if progress.json:
+        progress.event(kind, fields)
+    elif not progress.quiet:
+        print(text, flush=True)
+
+
 def _tell(text: str) -> None:
-    """A line on stderr; of the ranks of one run the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if _first_rank():
         print(text, file=sys.stderr, flush=True)
+
+
+def _first_rank() -> bool:
+    """Of the processes that torchrun started only the first speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast LoRA deltas are added to weights: ours, the plain expression, and peft's own merge, in one run.
 
-    python benchmarks/lora_merge.py [--size 5120] [--rank 64] [--repeat 5] [--threads N] [--device cpu] [--dtype float32]
+    python -m benchmarks.lora_merge [--size 5120] [--rank 64] [--repeat 5] [--threads N] [--device cpu] [--dtype T]
 
 The rate counts the float32 bytes of the merged weight. Excluded for all three: reading the base weight. Ours also
 reads its LoRA from the file on every call, the other two have it in memory.

@@ -1,6 +1,6 @@
 """The video autoencoders' decode: what it costs at full size, and how long it takes beside diffusers'.
 
-    python benchmarks/vae.py [--kind 2.1] [--chunk 2] [--tiles 2x2] [--size 96x64] [--frames 9] [--repeat 3]
+    python -m benchmarks.vae [--kind 2.1] [--chunk 2] [--tiles 2x2] [--size 96x64] [--frames 9] [--repeat 3]
 
 The counts are of 1280x720x81 (2.1) and 1280x704x121 (2.2) in float32, on fake tensors: a fused norm or attention is one
 operation, as on a GPU; weights are not part of the peak. The wall times are of the real widths with random weights, at
@@ -16,10 +16,11 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counters import CostCounter, FlopCounterMode
@@ -112,12 +113,12 @@ def time_decode(
     }
 
 
-def to_diffusers(vae: WanVAE) -> nn.Module:
+def to_diffusers(vae: WanVAE) -> Any:
     """diffusers' AutoencoderKLWan with the same weights."""
     nested = vae.patch == 2
     shape = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16} if nested else {}
     with torch.device("meta"):
-        peer: nn.Module = AutoencoderKLWan(
+        peer = AutoencoderKLWan(
             base_dim=vae.encoder.conv1.out_channels,
             decoder_base_dim=vae.decoder.head["2"].in_channels,
             z_dim=vae.z_dim,
@@ -149,9 +150,9 @@ def diffusers_name(name: str) -> str:
         own = f"{way}sampler" if sampler else f"resnets.{layer}"
         return name.replace(nested[0], f".{way}_blocks.{level}.{own}.")
     if flat := re.search(r"\.upsamples\.(\d+)\.", name):
-        level, layer = divmod(int(flat[1]), 4)
-        own = "upsamplers.0" if sampler else f"resnets.{layer}"
-        return name.replace(flat[0], f".up_blocks.{level}.{own}.")
+        block, resnet = divmod(int(flat[1]), 4)
+        own = "upsamplers.0" if sampler else f"resnets.{resnet}"
+        return name.replace(flat[0], f".up_blocks.{block}.{own}.")
     return name.replace(".downsamples.", ".down_blocks.")
 
 

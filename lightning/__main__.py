@@ -165,9 +165,11 @@ def _bake(args: argparse.Namespace) -> int:
     experts = list(names.EXPERTS[args.task])
     choices: list[tuple[str, Path, float]] = []
     if args.lora_dir:
-        strengths = [_strength(part) for part in args.lora_strength.split(",")]
-        if len(strengths) > len(experts):
-            raise LoraError(f"--lora_strength {args.lora_strength}: {args.task} takes {len(experts)} at most")
+        given = [_number(part) for part in args.lora_strength.split(",")]
+        strengths = [strength for strength in given if strength is not None]
+        if len(strengths) < len(given) or len(strengths) > len(experts):
+            allowed = "HIGH[,LOW]" if len(experts) > 1 else "one number"
+            raise LoraError(f"--lora_strength {args.lora_strength}: {args.task} takes {allowed}, such as 0.8")
         for expert, file in files_of(args.lora_dir, experts).items():
             choices.append((expert, file, strengths[-1] if expert == "low" else strengths[0]))
     for text in args.lora:
@@ -194,19 +196,20 @@ def _choices(text: str, experts: Sequence[str]) -> list[tuple[str, Path, float]]
         expert, rest = "", text
     if expert and expert not in experts:
         raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    path, colon, tail = rest.rpartition(":")
-    if Path(rest).exists() or not colon:
-        path, tail = rest, "1"
+    path, _, tail = rest.rpartition(":")
+    strength = None if Path(rest).exists() else _number(tail)  # a colon may be part of the name, or a drive's
+    if strength is None:
+        path, strength = rest, 1.0
     named = expert_of(Path(path).name)
     chosen = [expert] if expert else [name for name in experts if named not in experts or name == named]
-    return [(name, Path(path), _strength(tail)) for name in chosen]
+    return [(name, Path(path), strength) for name in chosen]
 
 
-def _strength(text: str) -> float:
+def _number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise LoraError(f"{text!r} is no LoRA strength; a number such as 0.8 is") from None
+        return None
 
 
 if __name__ == "__main__":

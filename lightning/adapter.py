@@ -8,6 +8,7 @@ is merged while loading, by `Merge(loras, shapes, linear_pairs=False)`, and keep
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -40,7 +41,9 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora]) -> None:
             alpha_pattern=alphas,
             target_modules=list(modules),
         )
-        inject_adapter_in_model(config, model, _name(number), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
+            inject_adapter_in_model(config, model, _name(number), low_cpu_mem_usage=True)
         state: dict[str, Tensor] = {}
         for module, delta in modules.items():
             weight = layers[module].weight

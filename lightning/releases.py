@@ -57,10 +57,11 @@ class Release:
 def recognise(path: Path) -> Release | None:
     """The release that a file or folder belongs to by its name and its folders' names, None if it says nothing.
 
-    The file's own name is asked before its folders': a file of one release may lie in a folder named after another.
+    The nearest name is asked first: a file of one release may lie in a folder named after another.
     """
-    parts = [part.lower().replace("_", "-") for part in path.absolute().parts[-3:]]
-    for text in (parts[-1], "/".join(parts)):
+    parts = [part.lower().replace("_", "-") for part in path.absolute().parts[-4:]]
+    for first in reversed(range(len(parts))):
+        text = "/".join(parts[first:])
         for release in RELEASES:
             if any(re.search(pattern, text) for pattern in release.patterns):
                 return release

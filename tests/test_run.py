@@ -35,8 +35,11 @@ SETTINGS = Settings(
 
 
 class Plan:
+    headers = "12ab"
+
     def as_dict(self) -> dict:
-        return {"steps": [{"timestep": 1000.0}], "headers_sha256": {"weights/a.safetensors": "12ab"}}
+        jobs = [{"index": i, "tokens": 120} for i in range(3)]
+        return {"steps": [{"timestep": 1000.0}], "headers_sha256": {"a.safetensors": self.headers}, "jobs": jobs}
 
 
 class Models(nn.Module):
@@ -162,7 +165,7 @@ def test_the_record(tmp_path: Path) -> None:
     assert record["settings"]["loras"] == [{"expert": "high", "path": "a b.safetensors", "strength": 0.5}]
     assert record["job"]["prompt"] == record["job"]["original_prompt"] == "二"
     assert (record["job"]["seed"], record["job"]["negative_prompt"], record["job"]["image_sha256"]) == (7, "bad", None)
-    assert record["plan"] == Plan().as_dict()
+    assert record["plan"] == {**Plan().as_dict(), "jobs": [{"index": 1, "tokens": 120}]}
     assert record["pipeline"]["attention"] == "sdpa"
     assert {"python", "torch", "diffusers", "wan-lightning", "imageio-ffmpeg"} <= set(record["versions"])
     assert record["output"] == {"file": "1.mp4", "frames": 13, "width": 64, "height": 48, "fps": 16}
@@ -316,7 +319,43 @@ def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.Monk
     full.append(spare)
     said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
     assert "and the finished latents could not be kept" in said
-    assert said.count("0.latents.safetensors: No space left on device") == 2  # in both places
+    for folder in full:
+        path = folder / "0.latents.safetensors"
+        assert f"warning: the latents cannot be kept as {path} (No space left on device)" in said
+
+
+def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The video is there; that the other file is not is a failure, and said."""
+
+    def save(path: Path, latent: Tensor, record: dict) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan.run.save_latents", save)
+    outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    assert outcome.failed == 1
+    assert "0.mp4: saved, but not its latents (there is no room for them)" in outcome.said
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+def test_killed_in_decode(tmp_path: Path) -> None:
+    """Not even a process that is killed loses the finished steps."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from tests import test_run
+from tests.test_run import Models, Outcome, make_run
+
+class Killed(Models):
+    def decode(self, latent, tiled=False):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+test_run.Models = Killed
+Outcome(make_run(Path({os.fspath(tmp_path)!r}), ["one"]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == -9
+    assert names(tmp_path) == ["0.latents.safetensors"]
+    decode_only(SETTINGS, tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), Models)
+    assert count_frames(tmp_path / "0.mp4") == 13
 
 
 def test_the_encoder_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,10 +383,10 @@ from tests import test_run
 from tests.test_run import Models, Outcome, make_run
 
 class Narrow(Models):
-    def decode(self, latent, tiled=False):
-        room = 3000 if self.calls[-1] == "sample 1" else resource.RLIM_INFINITY
+    def sample(self, job):
+        room = 3000 if job.index == 1 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        return super().decode(latent, tiled)
+        return super().sample(job)
 
 test_run.Models = Narrow
 outcome = Outcome(make_run(Path({os.fspath(tmp_path)!r})))
@@ -421,12 +460,12 @@ def test_resume_makes_a_damaged_video_again(tmp_path: Path, damage: str) -> None
 
 CHANGES = [
     {"seed": 8}, {"prompt": "two"}, {"negative_prompt": "worse"}, {"frame_num": 17}, {"size": (64, 64)}, {"shift": 3.0},
-    {"steps": 5}, {"loras": ()}, {"dtype": "fp32"}, {"image": b"other"},
+    {"steps": 5}, {"headers": "34cd"}, {"loras": ()}, {"dtype": "fp32"}, {"image": b"other"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: next(iter(c)))
-def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict) -> None:
+def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(b"an image")
     run = make_run(tmp_path / "out", ["one"], resume=True)
@@ -434,7 +473,9 @@ def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict) -> None
     assert Outcome(run).calls != []
     assert Outcome(run).calls == []
     (name,) = change
-    if name == "image":
+    if name == "headers":
+        monkeypatch.setattr(Plan, "headers", change["headers"])
+    elif name == "image":
         image.write_bytes(change["image"])
     elif name in Job.__dataclass_fields__:
         run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], **change),))

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from easydict import EasyDict
 
+from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, LoraError, check
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import PATCH
@@ -129,6 +130,10 @@ def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
     loras = problems.attempt(lambda: open_loras(plan.settings)) or {}
     for expert, (_, store) in checkpoint.experts.items():
         for lora in loras.get(expert, []):
+            replacement = plan.settings.expert_files.get(expert)
+            twice = distilled_twice(replacement, lora.path) if replacement else None
+            if twice and not plan.settings.lora_allow_partial:
+                problems.append(f"{twice}; --lora_allow_partial does it all the same")
             found = problems.attempt(
                 lambda lora=lora, store=store, expert=expert: check(  # type: ignore[misc]
                     lora, store.shapes, expert=expert, allow_partial=plan.settings.lora_allow_partial

@@ -42,7 +42,7 @@ def describe(run: Run, job: Job, plan: dict[str, Any], pipeline: Mapping[str, An
         "request": plain(run.request),
         "settings": plain(run.settings),
         "job": described(job),
-        "plan": plain(plan),
+        "plan": plain({**plan, "jobs": [entry for entry in plan["jobs"] if entry["index"] == job.index]}),
         "pipeline": plain(pipeline),
         "versions": versions(),
     }

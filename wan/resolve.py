@@ -40,10 +40,9 @@ def resolve(request: Request, problems: Sequence[str] = ()) -> Run:
     if task != (request.task or task):
         check.stop()  # all other defaults and limits hang on the task
     config = WAN_CONFIGS[task]
-    seed = request.base_seed if request.base_seed is not None else -1
-    if seed > LARGEST_SEED:
-        check.problem(f"--base_seed {seed} is too large, at most {LARGEST_SEED}")
-    request = replace(request, base_seed=seed if seed >= 0 else secrets.randbelow(DRAWN_SEEDS))
+    drawn = request.base_seed is None or request.base_seed < 0
+    seed = secrets.randbelow(DRAWN_SEEDS) if drawn else request.base_seed
+    request = replace(request, base_seed=check.whole("--base_seed", seed, 0, 0, LARGEST_SEED))
     weights = choose_weights(request, task, tuple(config.experts), check)
     settings = _settings(request, task, config, weights, check)
     extend = _extension(request, task, check)

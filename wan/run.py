@@ -112,19 +112,20 @@ def _make(
     _check_place(job.save_file)
     record = describe(run, job, plan, pipe.info())
     latent = pipe.sample(job)
-    kept = None
+    kept = _keep(job.save_file, latent, record, progress)  # before decoding: not even a killed process loses the steps
     try:
-        if settings.save_latents:
-            kept = _latents_name(job.save_file)
-            save_latents(kept, latent, record)
         frames = _save_video(pipe, latent, job.save_file, settings, record, progress, earlier)
     except BaseException as error:
-        hint = _keep(settings, job, latent, record, error)
+        hint = _how_to_finish(settings, job.save_file, kept, error)
         error.add_note(hint)
         if not isinstance(error, Exception):  # interrupted: nobody reports it later
             progress.say(hint)
         raise
     progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
+    if kept and not settings.save_latents:
+        kept.unlink()
+    if settings.save_latents and kept != _latents_beside(job.save_file):
+        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
     if settings.preview:
         save_contact_sheet(job.save_file, frames)
 
@@ -177,34 +178,35 @@ def _check_place(save_file: Path) -> None:
         raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
 
 
-def _keep(settings: Settings, job: Job, latent: torch.Tensor, record: dict[str, Any], error: BaseException) -> str:
-    """Save the latents of a job that failed after its last step; a sentence that says where and how to go on."""
-    problems = []
-    for folder in (job.save_file.parent, Path(tempfile.gettempdir())):
-        path = _latents_name(folder / job.save_file.name)
+def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
+    """Save the latents beside the video to come, or where temporary files go; None, and a warning, if neither works."""
+    wanted = _latents_beside(save_file)
+    for path in (wanted, Path(tempfile.gettempdir()) / wanted.name):
         try:
             save_latents(path, latent, record)
         except OSError as e:
-            problems.append(f"{path}: {e.strerror}")
+            progress.say(f"warning: the latents cannot be kept as {path} ({e.strerror})")
         else:
-            return f"the finished latents are kept; to make the video of them: {_finishing(settings, job, path, error)}"
-    return f"and the finished latents could not be kept ({'; '.join(problems)})"
+            return path
+    return None
 
 
-def _latents_name(save_file: Path) -> Path:
+def _latents_beside(save_file: Path) -> Path:
     return save_file.with_name(f"{save_file.stem}.latents.safetensors")
 
 
-def _finishing(settings: Settings, job: Job, latents: Path, error: BaseException) -> str:
-    """The command that decodes the kept latents; on the CPU if the device's memory did not suffice even in tiles."""
+def _how_to_finish(settings: Settings, save_file: Path, kept: Path | None, error: BaseException) -> str:
+    """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
+    if kept is None:
+        return "and the finished latents could not be kept"
     device = "cpu" if isinstance(error, torch.OutOfMemoryError) else settings.device
     words = ["python", "generate.py", "--task", settings.task, "--ckpt_dir", settings.ckpt_dir]
-    words += ["--decode_latents", latents, "--save_file", job.save_file]
+    words += ["--decode_latents", kept, "--save_file", save_file]
     words += [] if device == "auto" else ["--device", device]
     words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
     words += ["--vae_tiling"] if settings.vae_tiling else []
     words += ["--overwrite"] if settings.overwrite else []
-    return shlex.join(map(str, words))
+    return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"
 
 
 def _report(job: Job, error: Exception, progress: Progress) -> str:

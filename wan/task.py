@@ -138,14 +138,19 @@ class VideoTask(ABC):
     @cached_property
     def experts(self) -> Experts:
         models = {}
+        merged = self.lora_mode == "merge"
+        if not merged:
+            from lightning.adapter import add_adapters, set_scale  # takes seconds to import
         dtype = parameter_dtypes(self.dtype, self.convert_model_dtype)
         for name, (module, store) in self.checkpoint.experts.items():
             loras = self.loras.get(name, [])
-            merge = Merge(loras, store.shapes, self.device) if loras else None
+            merge = Merge(loras, store.shapes, self.device, linear_pairs=merged) if loras else None
             with self._loading(f"{name} expert", sum(e.bytes for e in store.values())) as report:
                 models[name] = load(module, store, home=self.home, dtype=dtype, merge=merge, report=report)
             models[name].use_attention(BACKENDS[self.attention])
-        return Experts(models, self.device)
+            if not merged:
+                add_adapters(models[name], loras)
+        return Experts(models, self.device, None if merged else set_scale)
 
     def sample(
         self,

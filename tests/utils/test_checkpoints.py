@@ -4,16 +4,15 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.loading import peak_over_final, write_text_encoder, write_transformer
 from lightning.tensorfile import TensorFileError, TensorStore
-from tests.support import TESTS, checkpoint, config_of
+from tests.support import checkpoint, config_of
 from wan.utils.checkpoints import Checkpoint, PickleStore, fetch, load, parameter_dtypes, read_ahead
 from wan.utils.errors import InputError
 
@@ -222,65 +221,18 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.Mon
         fetch(Path("Wan-AI/Nothing"), TASK, config_of(TASK))
 
 
-MEASURE = """
-import resource, sys, torch
-from pathlib import Path
-from tests.support import config_of
-from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder
-from lightning.tensorfile import TensorStore
-from wan.utils.checkpoints import PickleStore, load, parameter_dtypes
-torch.set_num_threads(1)
-path, kind = Path(sys.argv[1]), sys.argv[2]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-if kind == "t5":
-    store = PickleStore(path)
-    with torch.device("meta"):
-        module = UMT5Encoder.from_shapes(store.shapes)
-    dtype = lambda _: torch.float32
-else:
-    store = TensorStore.open(path)
-    with torch.device("meta"):
-        module = WanModel(dim=1024, ffn_dim=4096, in_dim=16, out_dim=16, num_heads=8, num_layers=20, text_dim=256)
-    dtype = parameter_dtypes(torch.bfloat16, False)
-before = peak()
-load(module, store, home=torch.device("cpu"), dtype=dtype)
-final = sum(p.nbytes for p in module.parameters())
-print((peak() - before) / final, final)
-"""
-
-
-def peak_over_final(path: Path, kind: str) -> tuple[float, int]:
-    """Peak resident memory of a load in a process of its own, over the bytes of the loaded module."""
-    run = [sys.executable, "-c", MEASURE, str(path), kind]
-    ratio, final = subprocess.run(run, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout.split()
-    return float(ratio), int(final)
-
-
 def test_loading_a_gigabyte_peaks_at_the_final_bytes(tmp_path: Path) -> None:
-    """1.35 GB of float32 on disk becomes 0.7 GB of bf16; measured 1.05 of the final bytes, at most 1.25 allowed."""
-    from wan.modules.model import WanModel
-
-    with torch.device("meta"):
-        module = WanModel(dim=1024, ffn_dim=4096, in_dim=16, out_dim=16, num_heads=8, num_layers=20, text_dim=256)
-    state = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
-    save_file(state, tmp_path / "model.safetensors")
-    del state
-    assert (tmp_path / "model.safetensors").stat().st_size > 1e9
-    ratio, final = peak_over_final(tmp_path / "model.safetensors", "dit")
-    assert final > 5e8
+    """1.35 GB of float32 on disk becomes 0.7 GB of bf16; measured 1.06 of the final bytes, at most 1.25 allowed."""
+    write_transformer(tmp_path / "model.safetensors", layers=20)
+    assert (tmp_path / "model.safetensors").stat().st_size > 1.3e9
+    ratio, final = peak_over_final("transformer", tmp_path / "model.safetensors")
+    assert final > 6.5e8
     assert ratio < 1.25
 
 
 def test_loading_a_text_encoder_peaks_at_the_final_bytes(tmp_path: Path) -> None:
     """0.55 GB of bf16 in a .pth becomes 1.1 GB of float32; mapped pages must not stay resident."""
-    from wan.modules.t5 import UMT5Encoder
-
-    with torch.device("meta"):
-        module = UMT5Encoder(vocab=8192, dim=1024, dim_attn=1024, dim_ffn=2816, num_heads=16, num_layers=20)
-    state = {n: torch.randn(p.shape).bfloat16() for n, p in module.named_parameters()}
-    torch.save(state, tmp_path / "t5.pth")
-    del state
-    ratio, final = peak_over_final(tmp_path / "t5.pth", "t5")
+    write_text_encoder(tmp_path / "t5.pth", layers=20)
+    ratio, final = peak_over_final("text_encoder", tmp_path / "t5.pth")
     assert final > 1e9
     assert ratio < 1.25

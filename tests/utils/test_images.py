@@ -168,7 +168,7 @@ def test_truncated(tmp_path, kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(InputError, match="the image cannot be read|not an image"):
+    with pytest.raises(InputError, match=r"the image cannot be read|not an image"):
         open_image(path)
 
 

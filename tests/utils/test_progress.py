@@ -68,11 +68,11 @@ def test_sparse_lines_in_a_log(clock: list[float]) -> None:
     with progress.stage("load", total=28_600_000_000, unit="B"):
         for _ in range(286):
             clock[0] += 0.1
-            progress.advance(100_000_000)
+            progress.advance(100_000_000, note="high expert")
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "load 2.90/28.60 GB 10% | 1 GB/s | 26 s left"
+    assert lines[0] == "load 2.90/28.60 GB 10% | 1 GB/s | 26 s left | high expert"
     assert len(lines) == 10
-    assert lines[-1] == "load 28.6 GB in 29 s"
+    assert lines[-1] == "load 28.6 GB in 29 s (high expert)"
 
 
 def test_slow_steps_each_have_a_line(clock: list[float]) -> None:

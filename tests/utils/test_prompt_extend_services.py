@@ -148,7 +148,8 @@ def test_control_tokens_are_neutralised(service, method):
 
 
 @pytest.mark.parametrize("spelling", ["{path}", "file://{path}", "~/secret.txt", "secret.txt", " secret.txt"])
-def test_a_prompt_that_names_a_file_uploads_nothing(service, pictures, tmp_path, monkeypatch, spelling):
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B"])
+def test_a_prompt_that_names_a_file_uploads_nothing(service, pictures, tmp_path, monkeypatch, spelling, task):
     home = tmp_path / "home"
     home.mkdir()
     for name in ("secret.txt", " secret.txt"):
@@ -157,11 +158,13 @@ def test_a_prompt_that_names_a_file_uploads_nothing(service, pictures, tmp_path,
     monkeypatch.setattr(dashscope, "base_http_api_url", service.url)  # where an upload would go
     monkeypatch.chdir(home)
     prompt = spelling.format(path=home / "secret.txt")
-    (result,) = ask("dashscope", ExtendItem(prompt, pictures[0]), task="i2v-A14B", use_cache=False)
+    (result,) = ask("dashscope", ExtendItem(prompt, pictures[0]), task=task, use_cache=False)
     assert result.error is None
-    assert [(request.method, request.path) for request in service.requests] == [("POST", DASHSCOPE_IMAGE)]
+    ((method, path),) = [(request.method, request.path) for request in service.requests]
+    assert (method, path) == ("POST", DASHSCOPE_TEXT if task == "t2v-A14B" else DASHSCOPE_IMAGE)
     assert "SECRET" not in json.dumps(service.requests[0].json)
-    assert messages(service.requests[0])[1]["content"][0]["text"].strip() == prompt.strip()
+    content = messages(service.requests[0])[1]["content"]
+    assert (content if isinstance(content, str) else content[0]["text"]).strip() == prompt.strip()
 
 
 def test_the_sdk_alone_would_upload_it(service, tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ def load_sharded(
     module.eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
-    blocks = module.get_submodule("blocks")
-    for unit in [*blocks.children(), module]:
+    units: list[nn.Module] = [*module.get_submodule("blocks").children(), module]
+    for unit in units:
         # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole in any case
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     module.to_empty(device=home)

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from wan.distributed.runtime import Runtime
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,7 +54,9 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     if sharded and layout.sequence == 1:
         larger = [size for size in legal if size > 1]
         hint = f"give --ulysses_size {_listed(larger)}" if larger else f"start more processes (divisors of {heads})"
-        return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video, and here each works alone; {hint}"]
+        return [
+            f"--dit_fsdp and --t5_fsdp shard over the processes that share a video, and here each works alone; {hint}"
+        ]
     return []
 
 
@@ -86,25 +86,24 @@ class Mesh:
         return self.sequence_rank // self.layout.ulysses
 
 
-def make_mesh(layout: Layout, runtime: Runtime, patience: timedelta) -> Mesh:
-    """The groups of `layout`; every process of the world must call this."""
+def make_mesh(layout: Layout, device: str, rank: int, patience: timedelta) -> Mesh:
+    """The groups of `layout` for tensors on `device` ("cuda" or "cpu"); every process of the world must call this."""
     if layout.world == 1:
         return Mesh()
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    sizes = (layout.data, layout.sequence)
-    outer = init_device_mesh(runtime.device.type, sizes, mesh_dim_names=("data", "sequence"))
+    outer = init_device_mesh(device, (layout.data, layout.sequence), mesh_dim_names=("data", "sequence"))
     sequence = outer.get_group("sequence") if layout.sequence > 1 else None
     ulysses, ring = sequence, None
     if layout.ring > 1:
-        sizes3 = (layout.data, layout.ring, layout.ulysses)
-        inner = init_device_mesh(runtime.device.type, sizes3, mesh_dim_names=("data", "ring", "ulysses"))
+        axes = {"data": layout.data, "ring": layout.ring, "ulysses": layout.ulysses}
+        inner = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
         ulysses = inner.get_group("ulysses") if layout.ulysses > 1 else None
         ring = inner.get_group("ring")
     members = [list(range(first, first + layout.sequence)) for first in range(0, layout.world, layout.sequence)]
     patients = [dist.new_group(ranks, timeout=patience, backend="gloo") for ranks in members]
-    data_rank, sequence_rank = divmod(runtime.rank, layout.sequence)
+    data_rank, sequence_rank = divmod(rank, layout.sequence)
     return Mesh(
         layout,
         data_rank,

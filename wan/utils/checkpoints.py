@@ -18,6 +18,8 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from lightning.distilled import open_expert
+from lightning.lora import LoraError
 from lightning.merge import Merge
 from lightning.names import keeps_float32
 from lightning.tensorfile import INDEX_SUFFIX, TensorFileError, TensorStore
@@ -113,7 +115,7 @@ class Checkpoint:
         """Open one part; what is wrong with it joins the list."""
         try:
             opener(*arguments)
-        except (TensorFileError, InputError, OSError) as e:
+        except (TensorFileError, LoraError, InputError, OSError) as e:
             self.problems.append(str(e))
 
     def _complete(self, expert_files: Mapping[str, Path]) -> bool:
@@ -145,8 +147,6 @@ class Checkpoint:
             assert weights is not None, "checked by _complete"
             store = TensorStore.open(weights)
         else:
-            from lightning.distilled import open_expert
-
             store = open_expert(replacement)
         if "text_embedding.0.weight" not in store:
             raise InputError(f"{store.files[0]}: not a Wan transformer: tensor text_embedding.0.weight is missing")

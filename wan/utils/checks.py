@@ -23,7 +23,8 @@ class Check:
         self.warnings: list[str] = []
 
     def problem(self, sentence: str) -> None:
-        self.problems.append(sentence)
+        if sentence not in self.problems:
+            self.problems.append(sentence)
 
     def warn(self, sentence: str) -> None:
         if sentence not in self.warnings:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from wan.utils.extend_text import AnswerError, Question
+from wan.utils.images import open_image
 
 MAX_ANSWER_TOKENS = 512  # the original's limit; the video model's text encoder reads no more either
 # Area limits of the image as the vision model sees it, in pixels: 256 to 1280 patches of 28x28, as in the original.
@@ -109,10 +114,7 @@ class LocalQwen:
         if question.image is None:
             return self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
 
-        from PIL import Image
-
-        with Image.open(question.image) as image:
-            pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+        pixels = self.image_processor(images=[open_image(question.image)], return_tensors="pt")
         token_id = self.model.config.image_token_id
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         patches = int(pixels["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
@@ -135,11 +137,20 @@ class LocalQwen:
             torch.mps.empty_cache()
 
 
+def local_problems(model: str | None) -> Iterator[str]:
+    """What is wrong before anything is loaded, a sentence each; a hub id is only tried when it is opened."""
+    for package in ("torch", "transformers", "accelerate"):
+        if find_spec(package) is None:
+            yield f"--prompt_extend_method local_qwen needs the package {package}: pip install {package}"
+    folder = Path(model or "").expanduser()
+    if model is not None and (folder.is_absolute() or model.startswith(".")) and not folder.exists():
+        yield f"--prompt_extend_model {model}: there is no such folder"
+    elif model is not None and folder.exists() and not (folder / "config.json").is_file():
+        yield f"--prompt_extend_model {model}: the folder holds no model (config.json is missing)"
+
+
 def _template_file(model: str) -> str:
     """The chat template that some releases keep in a file of its own. Raises OSError if there is none."""
-    import json
-    from pathlib import Path
-
     from transformers.utils.hub import cached_file
 
     path = cached_file(model, "chat_template.json")

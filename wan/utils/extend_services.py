@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image
+from PIL.Image import Resampling
 
 from wan.utils.extend_text import AnswerError, Question
+from wan.utils.images import open_image
 
 DASHSCOPE_URL = "https://dashscope.aliyuncs.com/api/v1"
 VARIABLES = {"dashscope": ("DASH_API_KEY", "DASH_API_URL"), "openai": ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
@@ -56,8 +58,6 @@ class DashScope:
         self.silence = logging.NullHandler()
 
     def __enter__(self) -> Self:
-        import dashscope  # noqa: F401 - here, so that its import does not count as time spent waiting for an answer
-
         # Without any handler the SDK's log of a failed request reaches stderr with a traceback.
         logging.getLogger("dashscope").addHandler(self.silence)
         return self
@@ -91,7 +91,7 @@ class DashScope:
             raise AnswerError(f"the service's answer cannot be read ({type(error).__name__})") from error
         if response.status_code != 200:
             details = f"{response.code or 'no code'}: {response.message}, request id {response.request_id or 'none'}"
-            raise refused(int(response.status_code), details, response.headers or {})
+            raise refused(int(response.status_code), details, response.get("headers") or {})
         return text_of(response.output)
 
 
@@ -131,7 +131,8 @@ class OpenAICompatible:
         except openai.APIConnectionError as error:
             raise no_connection(str(self.client.base_url)) from error
         except openai.APIStatusError as error:
-            raise refused(error.status_code, error.message, error.response.headers) from error
+            told = error.body.get("message") if isinstance(error.body, dict) else None
+            raise refused(error.status_code, str(told or error.message), error.response.headers) from error
         except (openai.APIError, ValueError) as error:
             raise AnswerError(f"the service's answer cannot be read ({type(error).__name__})") from error
         return text_of(answer)
@@ -139,6 +140,12 @@ class OpenAICompatible:
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
     """What is wrong with a service's settings, a sentence each; nobody is asked, and the key is never shown."""
+    try:
+        import_module(method)  # both packages are called like their methods
+    except ModuleNotFoundError as error:
+        yield f"--prompt_extend_method {method} needs the package {error.name}: pip install '.[{method}]' or {method}"
+    except ImportError as error:
+        yield f"--prompt_extend_method {method}: the package cannot be imported: {error}"
     key_name, url_name = VARIABLES[method]
     key, url = service_key(key_name), os.environ.get(url_name, "")
     if method == "openai" and model is None:
@@ -256,12 +263,11 @@ def never_a_file(text: str) -> str:
 
 def data_uri(path: Path) -> str:
     """The image as a PNG within the request: RGB, at most `IMAGE_AREA` pixels, aspect kept."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = open_image(path)
     scale = (IMAGE_AREA / (image.width * image.height)) ** 0.5
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size, Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -28,7 +28,7 @@ class Stage:
     unit: str
     began: float
     done: float = 0.0
-    note: str = ""
+    notes: tuple[str, ...] = ()  # the different ones so far, the last one last
     shown_at: float = 0.0
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
@@ -42,7 +42,7 @@ class Stage:
             parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
             if self.total and self.done < self.total:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
-        return " | ".join([*parts, *([self.note] if self.note else [])])
+        return " | ".join([*parts, *self.notes[-1:]])
 
 
 class Progress:
@@ -82,13 +82,15 @@ class Progress:
             self.event("end", end)
             if whole:
                 did = f" {extent(stage.done, None, unit)}" if stage.done else ""
-                self._print(f"{name}{did} in {duration(elapsed)}")
+                what = f" ({stage.notes[0]})" if len(stage.notes) == 1 else ""
+                self._print(f"{name}{did} in {duration(elapsed)}{what}")
 
     def advance(self, amount: float, note: str = "") -> None:
         """`amount` more of the innermost stage's unit is done; shown when something worth a line has happened."""
         stage = self._open[-1]
         stage.done += amount
-        stage.note = note
+        if note:
+            stage.notes = (*(other for other in stage.notes if other != note), note)
         now = time.perf_counter()
         age = now - stage.shown_at
         tenth = stage.total and stage.done - stage.shown_done >= stage.total / 10

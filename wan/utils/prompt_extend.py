@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-
-from PIL import Image
 
 from wan.configs import WAN_CONFIGS
 from wan.utils.errors import InputError
 from wan.utils.extend_cache import cache_key, read_cached, write_cached
-from wan.utils.extend_local import LocalQwen
+from wan.utils.extend_local import LocalQwen, local_problems
 from wan.utils.extend_services import DashScope, OpenAICompatible, service_problems
 from wan.utils.extend_text import AnswerError, Question, clean, neutralise
+from wan.utils.images import open_image
 from wan.utils.system_prompts import LANGUAGES, NO_WORDS, system_prompt
 
 METHODS = ("dashscope", "local_qwen", "openai")
@@ -36,7 +34,6 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-PACKAGES = {"dashscope": ("dashscope",), "local_qwen": ("torch", "transformers", "accelerate"), "openai": ("openai",)}
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,9 @@ def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
         if value not in allowed
     ]
     if not problems:
-        problems = [*_method_problems(settings), *_item_problems(settings.task, items)]
+        local = settings.method == "local_qwen"
+        of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
+        problems = [*of_method, *_item_problems(settings.task, items)]
     if problems:
         raise InputError(problems)
 
@@ -205,32 +204,17 @@ def _keep(settings: ExtendSettings, ask: _Ask, outcome: _Outcome, report: Callab
         report(f"warning: the extended prompt is not kept for later runs: {error}")
 
 
-def _method_problems(settings: ExtendSettings) -> Iterator[str]:
-    method = settings.method
-    for package in PACKAGES[method]:
-        if find_spec(package) is None:
-            extra = f"pip install 'wan-lightning[{method}]'" if method == package else f"pip install {package}"
-            yield f"--prompt_extend_method {method} needs the package {package}, which is not installed: {extra}"
-    if method == "local_qwen":
-        folder = Path(settings.model or "").expanduser()
-        looks_like_path = settings.model is not None and (folder.is_absolute() or settings.model.startswith("."))
-        if looks_like_path and not folder.exists():
-            yield f"--prompt_extend_model {settings.model}: there is no such folder"
-        elif folder.exists() and settings.model and not (folder / "config.json").is_file():
-            yield f"--prompt_extend_model {settings.model}: the folder holds no model (config.json is missing)"
-    else:
-        yield from service_problems(method, settings.model)
-
-
 def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
+    images = dict.fromkeys(item.image for item in items if item.image is not None and _looks(task))
+    unreadable = {image: reason for image in images if (reason := _unreadable(image))}
     for number, item in enumerate(items, 1):
-        looked_at = item.image if _looks(task) else None
-        if not item.prompt.strip() and looked_at is None:
-            yield f"prompt {number} of {len(items)} is empty, and there is no image to describe instead (--prompt)"
+        title = f"prompt {number} of {len(items)}"
+        if not item.prompt.strip() and item.image not in images:
+            yield f"{title} is empty, and there is no image to describe instead (--prompt)"
         if task.startswith("i2v") and item.image is None:
-            yield f"prompt {number} of {len(items)} has no image, which {task} needs (--image)"
-        if looked_at is not None and (reason := _unreadable(looked_at)):
-            yield f"prompt {number} of {len(items)}: the image {looked_at} cannot be read: {reason}"
+            yield f"{title} has no image, which {task} needs (--image)"
+        if item.image in unreadable:
+            yield f"{title}: {unreadable[item.image]}"
 
 
 def _looks(task: str) -> bool:
@@ -239,14 +223,11 @@ def _looks(task: str) -> bool:
 
 
 def _unreadable(path: Path) -> str | None:
-    """Why the image cannot be decoded, or None."""
+    """Why the image cannot be opened, or None."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return "there is no such file"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return " ".join(str(error).split())
+        open_image(path)
+    except InputError as error:
+        return str(error)
     return None
 
 

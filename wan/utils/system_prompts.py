@@ -192,5 +192,4 @@ def system_prompt(language: str, *, has_image: bool, has_words: bool) -> str:
     """The instructions for one item; with an image its motion is asked for, without one the whole scene."""
     kind = "text" if not has_image else "image" if has_words else "image_only"
     (fewest, most), examples = (MOTION_LENGTH, MOTION_EXAMPLES) if has_image else (TEXT_LENGTH, TEXT_EXAMPLES)
-    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(examples[language], 1))
-    return _PROMPTS[kind, language].format(fewest=fewest, most=most, examples=numbered)
+    return _PROMPTS[kind, language].format(fewest=fewest, most=most, examples="\n".join(examples[language]))

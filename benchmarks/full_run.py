@@ -1,0 +1,156 @@
+"""Prompt to mp4 at full size with random weights: time by stage and peak memory on the program's own path (G4-G10).
+
+The checkpoint is made of headers only (sparse files: no weight lies on disk); the networks get random weights where
+they compute. Loading is therefore not part of the times; everything else is what `generate.py` runs.
+
+    python -m benchmarks.full_run --task t2v-A14B --size 1280*720     # one GPU with 80 GB or more
+    python -m benchmarks.full_run --layers 2 --width 64 --size 64*48 --frames 9     # a small size, on any machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.measure import ROOT, machine, randomise, synchronize, table
+from lightning.names import NETWORKS, TEXT_WIDTH
+from wan.configs import WAN_CONFIGS
+from wan.modules.attention import BACKENDS
+from wan.modules.model import WanModel
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.vae import WanVAE
+from wan.pipeline import Pipeline
+from wan.preflight import preflight
+from wan.request import Request
+from wan.resolve import resolve
+from wan.run import run_jobs
+from wan.utils.checkpoints import WEIGHTS, parameter_dtypes
+from wan.utils.progress import Progress
+from wan.utils.residency import Experts
+
+VAE_WIDTHS = {"Wan2.1_VAE.pth": (16, 96, 96, False), "Wan2.2_VAE.pth": (48, 160, 256, True)}
+UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
+TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def on_meta(build: Callable[[], Network]) -> Network:
+    with torch.device("meta"):
+        return build()
+
+
+def write_headers(folder: Path, task: str, layers: int | None, width: int | None) -> None:
+    """A checkpoint in the released layout whose weights are holes in sparse files."""
+    config = WAN_CONFIGS[task]
+    dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
+    if width:
+        dim, ffn = width, 2 * width
+    sizes = {"dim": dim, "ffn_dim": ffn, "in_dim": channels_in, "out_dim": channels_out, "num_heads": max(1, dim // 128),
+             "num_layers": layers or blocks, "freq_dim": 256, "text_len": 512, "eps": 1e-6}  # fmt: skip
+    t5 = {**UMT5_XXL, "num_layers": layers or 24} | ({"dim": width, "dim_attn": 64, "dim_ffn": 64, "num_heads": 1}
+                                                     if width else {})  # fmt: skip
+    model = on_meta(lambda: WanModel.from_config(sizes, text_dim=t5["dim"]))
+    for where in config.experts.values():
+        (folder / where).mkdir(parents=True, exist_ok=True)
+        (folder / where / "config.json").write_text(json.dumps(sizes))
+        write_sparse(folder / where / WEIGHTS, model)
+    z_dim, encoder, decoder, nested = VAE_WIDTHS[config.vae_checkpoint]
+    if width:
+        encoder, decoder = 16, 16
+    parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5),
+             config.vae_checkpoint: lambda: WanVAE(z_dim, encoder, decoder, nested)}  # fmt: skip
+    for name, build in parts.items():
+        with torch.serialization.skip_data():
+            torch.save(on_meta(build).to_empty(device="cpu").state_dict(), folder / name)
+    shutil.copytree(TOKENIZER, folder / "google")
+
+
+def write_sparse(path: Path, module: nn.Module) -> None:
+    header, offset = {}, 0
+    for name, parameter in module.named_parameters():
+        size = parameter.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+
+
+class RandomWeights(Pipeline):
+    """The pipeline with random weights made where they compute, in the precision of the run."""
+
+    def encode(self, texts: Iterable[str]) -> None:
+        task = self.task
+        assert task.checkpoint.text_encoder is not None
+        encoder = self._filled(task.checkpoint.text_encoder[0], lambda _: task.t5_dtype)
+        tokenizer = UMT5Tokenizer(task.checkpoint.folder / task.config.t5_tokenizer, task.config.text_len)
+        task.text_encoder = encoder, tokenizer
+        super().encode(texts)
+
+    def load_networks(self) -> None:
+        task = self.task
+        assert task.checkpoint.vae is not None
+        dtype = parameter_dtypes(task.dtype, task.convert_model_dtype)
+        models = {name: self._filled(module, dtype) for name, (module, _) in task.checkpoint.experts.items()}
+        for model in models.values():
+            model.use_attention(BACKENDS[task.attention])
+        task.experts = Experts(models, task.device)
+        task.vae = self._filled(task.checkpoint.vae[0], lambda _: torch.float32)
+
+    def _filled(self, module: Network, dtype: Callable[[str], torch.dtype]) -> Network:
+        state = {n: torch.empty(p.shape, dtype=dtype(n), device=self.task.device) for n, p in module.named_parameters()}
+        module.load_state_dict(state, assign=True)
+        with self.progress.stage("random weights"):
+            randomise(module)
+            synchronize()
+        return module.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="t2v-A14B", choices=list(WAN_CONFIGS))
+    parser.add_argument("--size", default="1280*720")
+    parser.add_argument("--frames", type=int, default=None, help="default: the task's")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--videos", type=int, default=2, help="the first one warms up")
+    parser.add_argument("--image", default=None)
+    parser.add_argument("--layers", type=int, default=None, help="in place of the released depth")
+    parser.add_argument("--width", type=int, default=None, help="in place of the released width")
+    a = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_headers(folder, a.task, a.layers, a.width)
+        request = Request(
+            task=a.task, ckpt_dir=str(folder), size=a.size, frame_num=a.frames, sample_steps=a.steps, base_seed=1,
+            sample_solver="euler", sample_shift=5.0, sample_guide_scale="1", num_videos=a.videos, image=a.image,
+            prompt="a cat boxing the red ball", save_dir=str(folder / "out"), offload_model=False,
+        )  # fmt: skip
+        run = resolve(request)
+        plan = preflight(run)
+        print("\n".join(plan.lines()))
+        progress = Progress()
+        failed = run_jobs(run, plan, progress, load=RandomWeights)
+        records = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(folder.glob("out/*.mp4"))]
+    assert not failed, "a job failed"
+    seconds = records[-1]["seconds"]
+    rows = [("stage", "seconds"), *((stage, f"{value:.2f}") for stage, value in seconds.items())]
+    table(f"{a.task} {a.size}, {a.steps} steps without guidance: the last of {a.videos} videos", rows)
+    print("peak memory:", ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in records[-1]["peak_memory_bytes"].items()))
+
+
+if __name__ == "__main__":
+    main()

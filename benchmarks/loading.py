@@ -1,0 +1,137 @@
+"""Loading (C6, C7): rate of reading float32 into bf16 beside a naive loader and the raw read; peak memory of a load.
+
+python -m benchmarks.loading [--gigabytes 1.3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.measure import ROOT, interleaved, machine, table
+from lightning.tensorfile import TensorStore
+from wan.modules.model import WanModel
+from wan.modules.t5 import UMT5Encoder
+from wan.utils.checkpoints import PickleStore, load, parameter_dtypes
+
+CPU = torch.device("cpu")
+
+
+def transformer(layers: int) -> WanModel:
+    with torch.device("meta"):
+        return WanModel(dim=1024, ffn_dim=4096, in_dim=16, out_dim=16, num_heads=8, num_layers=layers, text_dim=256)
+
+
+def text_encoder(layers: int) -> UMT5Encoder:
+    with torch.device("meta"):
+        return UMT5Encoder(vocab=8192, dim=1024, dim_attn=1024, dim_ffn=2816, num_heads=16, num_layers=layers)
+
+
+def write_transformer(path: Path, layers: int) -> None:
+    """67 MB a layer of random float32."""
+    save_file({n: torch.randn(p.shape) for n, p in transformer(layers).named_parameters()}, path)
+
+
+def write_text_encoder(path: Path, layers: int) -> None:
+    """26 MB a layer of random bf16."""
+    torch.save({n: torch.randn(p.shape).bfloat16() for n, p in text_encoder(layers).named_parameters()}, path)
+
+
+def load_transformer(path: Path) -> torch.nn.Module:
+    store = TensorStore.open(path)
+    layers = sum(name.endswith(".modulation") for name in store) - 1
+    return load(transformer(layers), store, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
+
+
+def load_text_encoder(path: Path) -> torch.nn.Module:
+    store = PickleStore(path)
+    with torch.device("meta"):
+        module = UMT5Encoder.from_shapes(store.shapes)
+    return load(module, store, home=CPU, dtype=lambda _: torch.float32)
+
+
+def load_naively(path: Path) -> torch.nn.Module:
+    """All tensors into memory, then into a module, then cast."""
+    state = load_file(path)
+    model = transformer(sum(name.endswith(".modulation") for name in state) - 1).to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model.to(torch.bfloat16)
+
+
+def read_raw(path: Path) -> None:
+    buffer = bytearray(1 << 24)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "naive": load_naively}
+
+
+def peak_over_final(loader: str, path: Path) -> tuple[float, int]:
+    """(peak resident memory of a load in a process of its own / bytes of the loaded module, those bytes)."""
+    command = [sys.executable, "-m", "benchmarks.loading", "--measure", loader, str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    return float(out[0]), int(out[1])
+
+
+def measure_peak(loader: str, path: Path) -> None:
+    before = peak_resident()
+    module = LOADERS[loader](path)
+    final = sum(p.nbytes for p in module.parameters())
+    print((peak_resident() - before) / final, final)
+
+
+def peak_resident() -> int:
+    """Bytes, from Linux's VmHWM: unlike getrusage's maximum it does not begin with that of the parent process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]  # every Linux has the line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.3, help="size of the float32 file")
+    parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FILE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure_peak(arguments.measure[0], Path(arguments.measure[1]))
+        return
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        path, pickle = Path(folder, "model.safetensors"), Path(folder, "t5.pth")
+        write_transformer(path, max(1, round(arguments.gigabytes * 1e9 / 67e6)))
+        write_text_encoder(pickle, max(1, round(arguments.gigabytes * 1e9 / 52e6)))
+        ours, naive, raw = interleaved([lambda: load_transformer(path), lambda: load_naively(path),
+                                        lambda: read_raw(path)], 3)  # fmt: skip
+        size = path.stat().st_size / 1e9
+        peaks = [peak_over_final(*pair)[0] for pair in
+                 (("naive", path), ("transformer", path), ("text_encoder", pickle))]  # fmt: skip
+    table(
+        f"C6: {size:.2f} GB of float32 into bf16, page cache warm",
+        [
+            ("loader", "GB/s", "over naive"),
+            ("raw read", f"{size / raw:.2f}", f"{naive / raw:.2f}"),
+            ("naive: load, then cast", f"{size / naive:.2f}", "1.00"),
+            ("ours: tensor by tensor", f"{size / ours:.2f}", f"{naive / ours:.2f}"),
+        ],
+    )
+    table(
+        "C7: peak resident memory of a load over the loaded bytes (must 1.25, good 1.10, best 1.05)",
+        [
+            ("loader", "ratio"),
+            ("transformer, naive", f"{peaks[0]:.2f}"),
+            ("transformer, ours", f"{peaks[1]:.2f}"),
+            ("text encoder .pth into float32, ours", f"{peaks[2]:.2f}"),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What every benchmark prints and how it measures: the machine, interleaved medians, one table."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> str:
+    """One line: date, commit, hardware, versions. It stands beside every number."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, {cpu}, "
+        f"{torch.get_num_threads()} threads{gpu}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, warm_up: int = 1) -> list[float]:
+    """Median seconds of each candidate; they take turns, so that drift of the machine meets all of them alike."""
+    for candidate in candidates:
+        for _ in range(warm_up):
+            candidate()
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(repeats):
+        for index, candidate in enumerate(candidates):
+            synchronize()
+            start = time.perf_counter()
+            candidate()
+            synchronize()
+            times[index].append(time.perf_counter() - start)
+    return [statistics.median(series) for series in times]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned rows; the first is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"\n{title}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square error over the reference's root mean square."""
+    difference = found.double() - reference.double()
+    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Weights of normal scale, in place: zeros run faster than real ones and hide errors."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 25
+        mean = 1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight", "gamma")) else 0.0
+        parameter.data.normal_(mean, fan**-0.5, generator=generator)
+        parameter.requires_grad_(False)

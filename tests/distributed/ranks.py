@@ -1,0 +1,60 @@
+"""Several ranks inside a test, without ports and without torchrun: forked children that meet through a file."""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from wan.distributed.mesh import Layout, make_mesh
+from wan.distributed.parallel import Parallel
+from wan.distributed.runtime import Runtime, Team
+
+
+def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: float = 120) -> list[Any]:
+    """`work(runtime, *arguments)` on `world` ranks; what each returned. AssertionError with their tracebacks."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = (work, world, folder, arguments, seconds)
+        context = mp.start_processes(_rank, args=started, nprocs=world, join=False, start_method="fork")
+        failure, end = "", time.monotonic() + seconds
+        try:
+            while not context.join(timeout=0.05):
+                if time.monotonic() > end:
+                    failure = f"not done after {seconds} s"
+                    break
+        except mp.ProcessExitedException as e:
+            failure = str(e)
+        for process in context.processes:
+            process.kill()
+            process.join()
+        if failure:
+            raise AssertionError("\n".join([failure, *(file.read_text() for file in sorted(folder.glob("*.error")))]))
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, arguments: Any, seconds: float) -> None:
+    torch.set_num_threads(1)  # first of all: a forked child of a parent that has used OpenMP hangs otherwise
+    code = 0
+    try:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+        runtime = Runtime(Team(rank, world, dist.group.WORLD), rank)
+        torch.save(work(runtime, *arguments), folder / f"{rank}.result")
+        dist.barrier()
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        code = 1
+    os._exit(code)  # not through the interpreter's end, where gloo's threads may abort
+
+
+def parallel_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Parallel:
+    layout = Layout(runtime.team.size, ulysses, ring)
+    return Parallel(runtime, make_mesh(layout, "cpu", runtime.team.rank, timedelta(seconds=120)))

@@ -1,0 +1,157 @@
+"""Sharded weights: each rank reads and keeps its share, and the networks give the numbers of whole ones."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning.lora import Lora
+from lightning.merge import Merge
+from lightning.tensorfile import TensorStore
+from tests.distributed.ranks import parallel_of, run_ranks
+from tests.support import checkpoint, config_of, lora_dir, relative_error
+from wan.distributed.fsdp import shard_rows
+from wan.distributed.parallel import Parallel
+from wan.distributed.runtime import Runtime
+from wan.modules.model import Prompt, WanModel
+from wan.utils.checkpoints import Checkpoint, parameter_dtypes
+
+CPU = torch.device("cpu")
+
+
+def open_tiny(task: str) -> Checkpoint:
+    found = Checkpoint(checkpoint(task), task, config_of(task))
+    found.raise_problems()
+    return found
+
+
+def load_expert(dtype: torch.dtype, parallel: Parallel, split: bool) -> WanModel:
+    """The high-noise expert with its LoRA; sharded if there are several ranks. split: its tokens are divided, too."""
+    module, store = open_tiny("t2v-A14B").experts["high"]
+    merge = Merge([Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")], store.shapes)
+    dtypes = parameter_dtypes(dtype, convert_all=False)
+    model = parallel.load(module, store, sharded=True, home=CPU, dtype=dtypes, merge=merge)
+    if split:
+        parallel.split_tokens(model)
+    return model
+
+
+def tiny_forwards(model: WanModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    prompt = Prompt(torch.randn(7, 32, generator=generator))
+    found = []
+    for rows in (6, 10):
+        latent = torch.randn(16, 3, rows, 6, generator=generator)
+        with torch.no_grad():
+            found += [model(latent, t, prompt) for t in (937.5, 500.0)]
+    return found
+
+
+def held(module: torch.nn.Module) -> float:
+    """Share of the parameters' values that are in this rank's memory."""
+    locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return sum(x.numel() for x in locals_) / sum(p.numel() for p in module.parameters())
+
+
+def expert_of_a_rank(runtime: Runtime, dtype: torch.dtype, split: bool) -> tuple[list[Tensor], float, float, dict]:
+    model = load_expert(dtype, parallel_of(runtime, runtime.team.size), split)
+    before = held(model)
+    return tiny_forwards(model), before, held(model), {name: p.dtype for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("dtype", "split", "tolerance"), [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.0)])
+def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, tolerance: float) -> None:
+    whole = load_expert(dtype, Parallel(), split)
+    want = tiny_forwards(whole)
+    for found, before, after, dtypes in run_ranks(expert_of_a_rank, ranks, dtype, split):
+        assert before < 1 / ranks + 0.05
+        assert after == before, "nothing of the other ranks' shards stays after a forward, not even the root's"
+        assert dtypes == {name: p.dtype for name, p in whole.named_parameters()}
+        for x, y in zip(found, want, strict=True):
+            assert relative_error(x, y) <= tolerance
+
+
+def encode_text(parallel: Parallel) -> tuple[list[Tensor], float]:
+    module, store = open_tiny("t2v-A14B").text_encoder or pytest.fail("no text encoder")
+    encoder = parallel.load(module, store, sharded=True, home=CPU, dtype=lambda _: torch.float32)
+    with torch.no_grad():
+        return [encoder(torch.arange(3, 3 + length)) for length in (1, 9, 40)], held(encoder)
+
+
+def encode_text_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], float]:
+    return encode_text(parallel_of(runtime, runtime.team.size))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_text_encoder(ranks: int) -> None:
+    want, _ = encode_text(Parallel())
+    for found, share in run_ranks(encode_text_of_a_rank, ranks):
+        assert share < 1 / ranks + 0.05
+        assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, 4), (3, 4), (8, 4), (9, 4), (6, 4), (5, 2)])
+def test_rows_of_a_rank(count: int, ranks: int) -> None:
+    chunks = torch.arange(count).chunk(ranks)
+    for rank in range(ranks):
+        want = chunks[rank].tolist() if rank < len(chunks) else []
+        assert list(range(count))[shard_rows(count, ranks, rank)] == want
+
+
+SIZES = {"dim": 768, "ffn_dim": 3072, "in_dim": 16, "out_dim": 16, "num_heads": 12, "num_layers": 6, "text_dim": 64}
+
+
+class PeakMemory(threading.Thread):
+    """Highest anonymous memory of this process in bytes, above that at the start. Linux only."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done, self.start_value, self.peak = threading.Event(), self.now(), 0
+
+    @staticmethod
+    def now() -> int:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, self.now() - self.start_value)
+
+
+def load_and_count(runtime: Runtime, file: Path) -> tuple[int, int]:
+    """(bytes read, peak memory) of a rank that loads its shards."""
+    read, count = TensorStore.read, []
+
+    def counted(*arguments: Any) -> Tensor:
+        tensor = read(*arguments)
+        count.append(tensor.nbytes)
+        return tensor
+
+    TensorStore.read = counted  # type: ignore[method-assign]  # in this child process only
+    with torch.device("meta"):
+        module = WanModel(**SIZES)
+    parallel = parallel_of(runtime, runtime.team.size)
+    watch = PeakMemory()
+    watch.start()
+    parallel.load(module, TensorStore.open(file), sharded=True, home=CPU, dtype=lambda _: torch.float32)
+    watch.done.set()
+    return sum(count), watch.peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_rank_reads_and_keeps_its_share(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in WanModel(**SIZES).named_parameters()}
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    whole, largest = file.stat().st_size, 4 * max(shape.numel() for shape in shapes.values())
+    found = run_ranks(load_and_count, 4, file)
+    assert max(read for read, _ in found) <= 0.26 * whole
+    assert sum(read for read, _ in found) == 4 * sum(shape.numel() for shape in shapes.values()), "each row once"
+    assert max(peak for _, peak in found) <= 0.30 * whole + largest

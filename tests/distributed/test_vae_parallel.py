@@ -1,0 +1,145 @@
+"""The autoencoder over ranks: the numbers of one process, and no rank left waiting when one fails."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.ranks import parallel_of, run_ranks
+from tests.support import checkpoint, config_of, relative_error
+from wan.distributed.runtime import Runtime
+from wan.distributed.vae_parallel import SplitVAE, area, divide
+from wan.modules.vae import WanVAE
+from wan.modules.vae_coders import Region
+from wan.utils.checkpoints import PickleStore, load
+from wan.utils.errors import JobError
+
+TASKS = ["t2v-A14B", "ti2v-5B"]  # one for each autoencoder
+GRID = (10, 14)  # latent rows and columns: enough for each of 4 ranks to get a region, and not all alike
+
+
+@cache
+def vae_of(task: str) -> WanVAE:
+    store = PickleStore(checkpoint(task) / config_of(task).vae_checkpoint)
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(store.shapes)
+    return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+
+
+def latent_of(vae: WanVAE, grid: tuple[int, int] = GRID) -> Tensor:
+    return torch.randn(vae.z_dim, 4, *grid, generator=torch.Generator().manual_seed(5))
+
+
+def image_of(vae: WanVAE) -> Tensor:
+    size = [GRID[0] * vae.stride[1], GRID[1] * vae.stride[2]]
+    return torch.rand(3, *size, generator=torch.Generator().manual_seed(6)) * 2 - 1
+
+
+def decoded(runtime: Runtime, task: str, grid: tuple[int, int], tiles: tuple[int, int]) -> list[Tensor]:
+    vae = parallel_of(runtime, runtime.team.size).split_frames(vae_of(task))
+    return list(vae.decode(latent_of(vae_of(task), grid), tiles=tiles))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("ranks", "grid", "tiles"), [(2, GRID, (1, 1)), (4, GRID, (2, 2)), (4, (1, 3), (1, 1))])
+def test_decode(task: str, ranks: int, grid: tuple[int, int], tiles: tuple[int, int]) -> None:
+    want = list(vae_of(task).decode(latent_of(vae_of(task), grid)))
+    first, *others = run_ranks(decoded, ranks, task, grid, tiles)
+    assert [chunk.shape for chunk in first] == [chunk.shape for chunk in want], "frames come chunk by chunk"
+    assert relative_error(torch.cat(first, 1), torch.cat(want, 1)) < 1e-5
+    assert others == [[]] * (ranks - 1)
+
+
+def encoded(runtime: Runtime, task: str) -> tuple[Tensor, Tensor]:
+    vae = parallel_of(runtime, runtime.team.size).split_frames(vae_of(task))
+    image = image_of(vae_of(task))
+    return vae.encode(image[:, None]), vae.encode_first_frame(image, 9)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_encode(task: str, ranks: int) -> None:
+    vae = vae_of(task)
+    want = vae.encode(image_of(vae)[:, None]), vae.encode_first_frame(image_of(vae), 9)
+    for found in run_ranks(encoded, ranks, task):
+        for x, y in zip(found, want, strict=True):
+            assert relative_error(x, y) < 1e-5
+
+
+def work_of_a_rank(runtime: Runtime, task: str) -> int:
+    """Pixels that this rank's convolutions of the decoder write."""
+    pixels = 0
+
+    def count(module: torch.nn.Module, inputs: object, out: Tensor) -> None:
+        nonlocal pixels
+        pixels += out.shape[-2] * out.shape[-1] * out.shape[0 if out.ndim == 4 else 2]
+
+    vae = vae_of(task)
+    for module in vae.decoder.upsamples.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.register_forward_hook(count)
+    parallel = parallel_of(runtime, runtime.team.size)
+    list(parallel.split_frames(vae).decode(torch.zeros(vae.z_dim, 1, 32, 48)))
+    return pixels
+
+
+def test_each_rank_does_its_part_of_the_work() -> None:
+    whole = run_ranks(work_of_a_rank, 1, "t2v-A14B")[0]
+    assert max(run_ranks(work_of_a_rank, 4, "t2v-A14B")) < 0.45 * whole  # a quarter and the rims
+
+
+def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
+    """One rank's network fails (or, on the first rank, what is done with the frames); all must learn of it."""
+    vae = vae_of("t2v-A14B")
+    parallel = parallel_of(runtime, runtime.team.size)
+    split = parallel.split_frames(vae)
+    assert isinstance(split, SplitVAE)
+    if runtime.team.rank == failing and failing:
+        split.vae = Failing(vae, after)  # type: ignore[assignment]  # has what SplitVAE uses
+
+    def consume() -> None:
+        for index, _ in enumerate(split.decode(latent_of(vae), chunk=1)):
+            if failing == 0 and index == after:
+                raise JobError("the disk is full")
+
+    try:
+        parallel.team.agree(consume)
+    except JobError as e:
+        first = str(e)
+    again = list(split.decode(latent_of(vae), chunk=1)) if failing == 0 else []
+    return first + f", then {len(again)} chunks"
+
+
+class Failing:
+    def __init__(self, vae: WanVAE, after: int) -> None:
+        self.decode_features = vae.decode_features
+        self.decode_region: Callable[..., object] = lambda *_: self.fail(vae, after)
+
+    def fail(self, vae: WanVAE, after: int) -> object:
+        features = vae.decode_features(latent_of(vae))
+        for index, chunk in enumerate(vae.decode_region(features, Region(0, 2, 0, 2))):
+            if index == after:
+                raise JobError("no memory left")
+            yield chunk
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_failing_rank_does_not_hold_up_the_others(after: int) -> None:
+    assert run_ranks(decode_and_fail, 4, 2, after, seconds=30) == ["no memory left, then 0 chunks"] * 4
+
+
+def test_a_writer_that_stops_early_does_not_hold_up_the_others() -> None:
+    found = run_ranks(decode_and_fail, 4, 0, 1, seconds=30)
+    assert found == [f"the disk is full, then {chunks} chunks" for chunks in (4, 0, 0, 0)]
+
+
+def test_division() -> None:
+    at_720p = divide(90, 160, 8)
+    assert len(at_720p) == 8
+    assert sum(map(area, at_720p)) == 90 * 160
+    assert {(r.bottom - r.top, r.right - r.left) for r in at_720p} == {(45, 40)}, "2 x 4 has the least rim"
+    assert len(divide(90, 160, 7)) == 7
+    assert len(divide(1, 3, 8)) == 1, "the rim of a part would be the whole"
+    assert len(divide(4, 6, 1)) == 1

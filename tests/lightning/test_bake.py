@@ -1,0 +1,238 @@
+"""A baked checkpoint equals merging on the fly, tensor for tensor, and survives being killed at any point."""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lightning import bake as module
+from lightning.bake import RECORD, bake, record_of
+from lightning.lora import Lora, LoraError, files_of
+from lightning.merge import Merge
+from lightning.names import EXPERTS, keeps_float32
+from lightning.tensorfile import TensorFileError, TensorStore
+from tests.lightning.support import INDEX, base, write
+from tests.support import checkpoint, lora_dir
+
+SHARD = 100_000
+
+
+def loras_of(task: str, folder: Path | None = None, strength: float = 1.0) -> dict[str, list[Lora]]:
+    files = files_of(folder or lora_dir(task), list(EXPERTS[task]))
+    return {expert: [Lora.open(file, strength)] for expert, file in files.items()}
+
+
+def run(out: Path, task: str = "t2v-A14B", **arguments) -> None:
+    ckpt_dir = arguments.pop("ckpt_dir", checkpoint(task))
+    loras = arguments.pop("loras", None) or loras_of(task)
+    bake(task, ckpt_dir, loras, out, shard_bytes=arguments.pop("shard_bytes", SHARD), report=[].append, **arguments)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != RECORD}
+
+
+@pytest.mark.parametrize("task", EXPERTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_equals_merging_on_the_fly(task: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    run(tmp_path / "out", task, dtype=dtype)
+    loras = loras_of(task)
+    for expert, where in EXPERTS[task].items():
+        before = TensorStore.open(checkpoint(task) / where / INDEX)
+        after = TensorStore.open(tmp_path / "out" / where / INDEX)
+        merge = Merge(loras[expert], before.shapes)
+        assert after.shapes == before.shapes
+        assert len(after.files) > 1
+        for name in before:
+            expected = merge(name, before.read(name)).to(torch.float32 if keeps_float32(name) else dtype)
+            found = after.read(name)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+
+
+def test_layout_and_other_files(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    source = checkpoint("t2v-A14B")
+    others = {name for name in contents(source) if "diffusion_pytorch_model" not in name}
+    found = contents(tmp_path / "out")
+    assert {name for name in found if "diffusion_pytorch_model" not in name} == others
+    assert all(found[name] == (source / name).read_bytes() for name in others)
+    assert (tmp_path / "out" / "Wan2.1_VAE.pth").samefile(source / "Wan2.1_VAE.pth")
+    index = json.loads(found[f"high_noise_model/{INDEX}"])
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    sizes = 0
+    for shard in shards:
+        with safe_open(tmp_path / "out" / "high_noise_model" / shard, "pt") as file:  # the format's own reader
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        assert {name for name, where in index["weight_map"].items() if where == shard} == set(tensors)
+        sizes += sum(tensor.nbytes for tensor in tensors.values())
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= SHARD
+    assert index["metadata"]["total_size"] == sizes
+
+
+def test_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run(tmp_path / "out")
+    copy = tmp_path / "out" / "Wan2.1_VAE.pth"
+    assert copy.read_bytes() == (checkpoint("t2v-A14B") / "Wan2.1_VAE.pth").read_bytes()
+    assert not copy.samefile(checkpoint("t2v-A14B") / "Wan2.1_VAE.pth")
+
+
+def test_record(tmp_path: Path) -> None:
+    run(tmp_path / "out", loras=loras_of("t2v-A14B", strength=0.5))
+    record = record_of(tmp_path / "out")
+    assert record is not None
+    assert (record["task"], record["dtype"]) == ("t2v-A14B", "bfloat16")
+    entry = record["loras"]["high"][0]
+    file = lora_dir("t2v-A14B") / "high_noise_model.safetensors"
+    assert entry["sha256"] == {file.name: sha256(file.read_bytes()).hexdigest()}
+    assert (entry["strength"], entry["pairs"]) == (0.5, [20, 20])
+    assert len(record["base"]["low"]) == 3
+    for name, digest in record["shards"].items():
+        assert sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+    assert record_of(checkpoint("t2v-A14B")) is None
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    original, calls = getattr(module, function), []
+
+    def counted(*arguments):
+        calls.append(function)
+        if len(calls) == call:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(module, function, counted)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [("_prepare", 1), ("_merged", 1), ("_merged", 30), ("_merged", 100), ("_finish", 3), ("_write_index", 1),
+     ("_write_index", 2), ("_bring_others", 1), ("_write", 1), ("_write", 3)],
+)  # fmt: skip
+def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, function, call)
+        with pytest.raises(Killed):
+            run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / "out.partial"
+    written = {file: file.stat().st_mtime_ns for file in partial.rglob("*-of-*.safetensors")}
+    merged: list[str] = []
+    original = module._merged
+
+    def count(name: str, *arguments):
+        merged.append(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(module, "_merged", count)
+    run(tmp_path / "out")
+    assert not partial.exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    done = sum(len(TensorStore.open(tmp_path / "out" / file.relative_to(partial))) for file in written)
+    assert len(merged) == 2 * len(base()) - done
+    for file, modified in written.items():
+        assert (tmp_path / "out" / file.relative_to(partial)).stat().st_mtime_ns == modified
+    record, whole = record_of(tmp_path / "out"), record_of(tmp_path / "whole")
+    assert record == whole
+
+
+def test_killed_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.replace
+
+    def kill(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".partial":
+            raise Killed
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(Killed):
+            run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "_merged", None)  # everything is there: nothing may be merged again
+    run(tmp_path / "out")
+    assert record_of(tmp_path / "out")
+
+
+def test_a_damaged_shard_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, "_bring_others", 1)
+        with pytest.raises(Killed):
+            run(tmp_path / "out")
+    shard = next(iter((tmp_path / "out.partial").rglob("*00002-of-*.safetensors")))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_partial_of_another_bake_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, "_bring_others", 1)
+        with pytest.raises(Killed):
+            run(tmp_path / "out")
+    with pytest.raises(LoraError, match=r"out\.partial was left by a bake from other sources or settings"):
+        run(tmp_path / "out", loras=loras_of("t2v-A14B", strength=0.5))
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "mine.txt").write_text("keep")
+    with pytest.raises(LoraError, match="is in the way, and not from an earlier bake"):
+        run(tmp_path / "other")
+
+
+def refusal(tmp_path: Path, sentence: str, **arguments) -> None:
+    with pytest.raises((LoraError, TensorFileError), match=sentence):
+        run(arguments.pop("out", tmp_path / "out"), **arguments)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
+    refusal(tmp_path, "--ckpt_dir .*: no such folder", ckpt_dir=tmp_path / "absent")
+    refusal(tmp_path, "holds no diffusion_pytorch_model", ckpt_dir=lora_dir("t2v-A14B"))
+    refusal(tmp_path, "nothing to bake", loras={"high": [], "low": []})
+    refusal(tmp_path, "exists already", out=tmp_path)
+    refusal(tmp_path, "lies inside", out=checkpoint("t2v-A14B") / "merged")
+    wrong = write(tmp_path / "style.safetensors", {"blocks.9.ffn.0.diff_b": torch.ones(80)})
+    refusal(tmp_path, "nothing in it matches", loras={"high": [Lora.open(wrong)], "low": []})
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(LoraError, match=r"--out needs 0\.0 GB, the disk of .* has 0\.0 GB free"):
+        run(tmp_path / "out")
+
+
+def test_a_baked_checkpoint_is_not_distilled_again(tmp_path: Path) -> None:
+    folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+    folder.symlink_to(lora_dir("t2v-A14B"), target_is_directory=True)
+    run(tmp_path / "once", loras=loras_of("t2v-A14B", folder))
+    with pytest.raises(LoraError, match=r"has t2v-seko-v1\.1 baked in already; t2v-seko-v1\.1 would distill it again"):
+        run(tmp_path / "twice", ckpt_dir=tmp_path / "once", loras=loras_of("t2v-A14B", folder))
+    run(tmp_path / "style", ckpt_dir=tmp_path / "once")  # a LoRA of no known release may follow
+    assert record_of(tmp_path / "style")
+
+
+def test_a_broken_base_is_named(tmp_path: Path) -> None:
+    task = "t2v-A14B"
+    folder = tmp_path / "base"
+    for expert in EXPERTS[task].values():
+        tensors = {name: base().read(name) for name in base()}
+        tensors["head.head.bias"][0] = torch.nan
+        write(folder / expert / "diffusion_pytorch_model.safetensors", tensors)
+    with pytest.raises(TensorFileError, match=r"tensor head\.head\.bias holds NaN or Inf"):
+        run(tmp_path / "out", ckpt_dir=folder)
+    assert not (tmp_path / "out").exists()

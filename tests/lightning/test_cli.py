@@ -1,0 +1,172 @@
+"""`python -m lightning`: what it prints, its exit codes, and that inspecting needs no torch."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning.__main__ import main
+from lightning.bake import record_of
+from lightning.names import released_shapes
+from tests.lightning.support import STORED, family, small_pairs, sparse, spelled, write
+from tests.support import checkpoint, lora_dir, manifest
+
+FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+ROOT = Path(__file__).parents[2]
+
+
+def release(tmp_path: Path) -> Path:
+    """A release folder of full-size files without content."""
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    tensors = {name: ("F32" if shape else "I64", shape) for name, shape in manifest("lightning_lora").items()}
+    alphas = {name: struct.pack("<q", 8) for name, shape in manifest("lightning_lora").items() if not shape}
+    for expert in ("high", "low"):
+        sparse(folder / f"{expert}_noise_model.safetensors", tensors, alphas)
+    return folder
+
+
+def test_inspect_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(release(tmp_path))]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert second.startswith(str(tmp_path / FOLDER / "low_noise_model.safetensors"))
+    for line in (
+        "kind      LoRA, F32/I64, 1.23 GB",
+        "release   t2v-seko-v1.1 (lightx2v/Wan2.2-Lightning)",
+        "fits      t2v-A14B, i2v-A14B",
+        "coverage  400/400 pairs, alpha/rank 0.125, 0 unmatched",
+        "rank      64",
+        "alpha     8",
+        "settings  steps 4, solver euler, shift 5, boundary 0.875, guidance 1/1",
+        "sizes     832*480, 480*832, 1280*720, 720*1280",
+    ):
+        assert f"\n  {line}" in first
+    assert "warning" not in first
+
+
+def test_inspect_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = release(tmp_path) / "high_noise_model.safetensors"
+    assert main(["inspect", str(file), "--task", "i2v-A14B", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["fits"] == ["i2v-A14B"]
+    assert report["settings"]["guidance"] == [1.0, 1.0]
+    assert "was published for t2v-A14B, this is i2v-A14B" in report["coverage"]["warnings"][0]
+
+
+def test_inspect_does_not_import_torch(tmp_path: Path) -> None:
+    folder = release(tmp_path)
+    program = (
+        "import sys; from lightning.__main__ import main; code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'peft', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "inspect", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("400/400 pairs") == 2
+
+
+def test_inspect_full_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "wan2.2_i2v_A14b_high_noise_lightx2v_4step.safetensors"
+    sparse(file, {f"model.diffusion_model.{n}": ("BF16", s) for n, s in released_shapes("i2v-A14B").items()})
+    assert main(["inspect", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "kind      full expert, BF16, 28.58 GB" in out
+    assert "fits      i2v-A14B" in out
+    assert "release   i2v-distill-model (lightx2v/Wan2.2-Distill-Models)" in out
+    assert main(["inspect", str(file), "--task", "ti2v-5B"]) == 2
+    assert "names or shapes are not those of ti2v-5B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["inspect", "absent"], "error: absent: no such file or folder"),
+        (["inspect", "."], "error: .: no safetensors file in this folder"),
+        (["inspect", "cut.safetensors"], "error: cut.safetensors: not a safetensors file, or cut off"),
+        (["inspect", "small.safetensors"], "20 of 60 tensors do not fit the model"),
+        (
+            ["bake", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
+            "error: nothing to bake: give --lora_dir or --lora",
+        ),
+        (
+            ["bake", "--lora", "a:b", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
+            "error: LoRA a:b: no such file",
+        ),
+        (
+            ["bake", "--lora", "model=a", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
+            "it has high and low",
+        ),
+        (
+            ["bake", "--lora", "a", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
+            "error: LoRA a: no such file",
+        ),
+        (["bake", "--lora_dir", "a", "--task", "ti2v-5B", "--ckpt_dir", ".", "--out", "../x"], "--lora_dir a: no such"),
+        (
+            [
+                "bake",
+                "--lora_dir",
+                "a",
+                "--lora_strength",
+                "1,2",
+                "--task",
+                "ti2v-5B",
+                "--ckpt_dir",
+                ".",
+                "--out",
+                "../x",
+            ],
+            "--lora_strength 1,2: ti2v-5B takes one number, such as 0.8",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[1].endswith(".safetensors"):
+        Path("cut.safetensors").write_bytes(b"\0" * 7)
+        family("lightning", tmp_path).rename("small.safetensors")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    style = write(tmp_path / "style.safetensors", spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED))
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
+    loras = ["--lora_dir", str(lora_dir("t2v-A14B")), "--lora_strength", "1,0.5"]
+    assert main(["bake", *arguments, *loras, "--lora", f"low={style}:0.25", "--lora", str(style)]) == 0
+    assert "baked: " in capsys.readouterr().err
+    record = record_of(tmp_path / "out")
+    assert record is not None
+    assert [lora["strength"] for lora in record["loras"]["high"]] == [1.0, 1.0]
+    assert [lora["strength"] for lora in record["loras"]["low"]] == [0.5, 0.25, 1.0]
+    assert main(["bake", *arguments, *loras]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning.bake._bring_others", interrupt)
+    arguments = ["--task", "ti2v-5B", "--ckpt_dir", str(checkpoint("ti2v-5B")), "--out", str(tmp_path / "out")]
+    assert main(["bake", *arguments, "--lora_dir", str(lora_dir("ti2v-5B")), "--dtype", "fp32"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert main(["bake", *arguments, "--lora_dir", str(lora_dir("ti2v-5B")), "--dtype", "fp32"]) == 0
+    record = record_of(tmp_path / "out")
+    assert record is not None
+    assert record["dtype"] == str(torch.float32).removeprefix("torch.")

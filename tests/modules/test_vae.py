@@ -1,0 +1,204 @@
+"""The two video autoencoders against what the originals computed, and against diffusers on the same random weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.vae import count_decode, to_diffusers
+from tests.support import CASES, TINY, checkpoint, golden, manifest
+from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
+
+KINDS = {"2.1": (16, 8, 8, False), "2.2": (48, 8, 12, True)}
+STAGE = 1e-5  # largest error over the stage's largest magnitude, float32 on a CPU
+
+
+def random_vae(kind: str, dtype: torch.dtype = torch.float32) -> WanVAE:
+    """Small widths, no parameter at a special value: gammas of one would hide their use."""
+    torch.manual_seed(0)
+    vae = WanVAE(*KINDS[kind]).to(dtype)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return vae
+
+
+def random_clip(frames: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(3, frames, height, width, generator=torch.Generator().manual_seed(1)).to(dtype) * 2 - 1
+
+
+def whole(vae: WanVAE, latent: Tensor, **arguments: object) -> Tensor:
+    return torch.cat(list(vae.decode(latent, **arguments)), dim=1)
+
+
+def statistics(vae: WanVAE) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values[vae.z_dim])[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
+    return mean, std
+
+
+# The released checkpoints
+
+
+@pytest.mark.parametrize(("name", "z_dim", "stride"), [("vae2_1", 16, (4, 8, 8)), ("vae2_2", 48, (4, 16, 16))])
+def test_parameters_are_the_released_ones(name: str, z_dim: int, stride: tuple[int, int, int]) -> None:
+    shapes = manifest(name)
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(shapes)
+    assert {k: tuple(v.shape) for k, v in vae.state_dict().items()} == shapes
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    assert (vae.z_dim, vae.stride) == (z_dim, stride)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"conv2.weight": None}, "conv2.weight"),
+        ({"decoder.middle.1.proj.bias": None}, "decoder.middle.1.proj.bias is missing"),
+        ({"decoder.extra": (3,)}, "decoder.extra is not part of it"),
+        ({"encoder.middle.1.to_qkv.weight": (1, 2, 1, 1)}, r"encoder.middle.1.to_qkv.weight is \(1, 2, 1, 1\), not "),
+        ({"conv2.weight": (4, 4, 1, 1, 1)}, "4 latent channels, not 16 or 48"),
+        ({"encoder.conv1.weight": (64, 3, 3, 3, 3)}, "and [0-9]+ more"),
+    ],
+)
+def test_other_shapes_are_refused(change: dict, named: str) -> None:
+    shapes = {k: v for k, v in {**manifest("vae2_1"), **change}.items() if v is not None}
+    with torch.device("meta"), pytest.raises(ValueError, match=named):
+        WanVAE.from_shapes(shapes)
+
+
+# What the originals computed
+
+
+def golden_vae(task: str) -> WanVAE:
+    [path] = checkpoint(task).glob("*_VAE.pth")
+    tensors = torch.load(path, weights_only=True)
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes({name: tensor.shape for name, tensor in tensors.items()})
+    vae.load_state_dict(tensors, assign=True)
+    return vae
+
+
+def image_of(case: dict) -> Tensor:
+    """[3, H, W]: I2V stretches the image to the size, without smoothing; TI2V covers the size and cuts the middle."""
+    height, width = case["video_shape"][2:]
+    with Image.open(TINY / case["image"]) as file:
+        image = file.convert("RGB")
+    if case["task"] == "ti2v-5B":
+        scale = max(width / image.width, height / image.height)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
+    pixels = (pixels.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    return F.interpolate(pixels[None], (height, width), mode="bicubic")[0] if case["task"] == "i2v-A14B" else pixels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_decode(name: str) -> None:
+    video = whole(golden_vae(CASES[name]["task"]), golden()[f"{name}.latent"])
+    expected = golden()[f"{name}.video"]
+    assert video.dtype == torch.float32
+    assert video.shape == expected.shape
+    assert (video - expected).abs().max() <= STAGE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "image" in case])
+def test_golden_image_latent(name: str) -> None:
+    case, expected = CASES[name], golden()[f"{name}.image_latent"]
+    frames = 1 if case["task"] == "ti2v-5B" else case["args"]["frame_num"]
+    latent = golden_vae(case["task"]).encode_first_frame(image_of(case), frames)
+    assert latent.dtype == torch.float32
+    assert latent.shape == expected.shape
+    assert (latent - expected).abs().max() <= STAGE * expected.abs().max()
+
+
+# diffusers
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17, 19])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_diffusers(kind: str, frames: int) -> None:
+    vae = random_vae(kind)
+    vae.decoder.head["2"].weight.data *= 0.1  # so that nothing is clamped and every error shows
+    vae.decoder.head["2"].bias.data *= 0.1
+    peer = to_diffusers(vae)
+    clip = random_clip(frames, 32, 64)
+    mean, std = statistics(vae)
+    with torch.no_grad():
+        expected = peer.encode(clip[None]).latent_dist.mode()[0]
+        latent = vae.encode(clip)
+        assert latent.shape[1] == (frames - 1) // 4 + 1
+        assert (latent * std + mean - expected).abs().max() <= STAGE * expected.abs().max()
+        latent = torch.randn(latent.shape)
+        expected = peer.decode((latent * std + mean)[None]).sample[0]
+        video = whole(vae, latent)
+    assert expected.abs().max() < 1
+    assert (video - expected).abs().max() <= STAGE * expected.abs().max()
+
+
+def test_attention_takes_part() -> None:
+    vae, clip = random_vae("2.1"), random_clip(1, 32, 32)
+    before = vae.encode(clip)
+    vae.encoder.middle[1].proj.weight.data.zero_()
+    assert (vae.encode(clip) - before).abs().max() > 0.01
+
+
+# Bad input, precision, cost
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 5, 20, 32), "multiples of 8, not 32 x 20"),
+        ((3, 0, 16, 16), r"not \[3, 0, 16, 16\]"),
+        ((1, 5, 16, 16), r"not \[1, 5, 16, 16\]"),
+    ],
+)
+def test_clips_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_vae("2.1").encode(torch.zeros(shape))
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    vae = random_vae("2.1")
+    with pytest.raises(ValueError, match=r"\[16, frames, rows, columns\], not \[48, 1, 2, 2\]"):
+        whole(vae, torch.zeros(48, 1, 2, 2))
+    with pytest.raises(ValueError, match="3 x 1 tiles do not fit a grid of 2 x 2 cells"):
+        whole(vae, torch.zeros(16, 1, 2, 2), tiles=(3, 1))
+    with pytest.raises(ValueError, match="chunk must be 1 or more, not 0"):
+        whole(vae, torch.zeros(16, 1, 2, 2), chunk=0)
+    with pytest.raises(ValueError, match="chunk 1 or more, not 5 and 0"):
+        vae.encode(torch.zeros(3, 5, 16, 16), chunk=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_stays_near(kind: str) -> None:
+    vae = random_vae(kind)
+    latent = torch.randn(vae.z_dim, 2, 2, 3)
+    expected = whole(vae, latent)
+    vae.to(torch.bfloat16)
+    assert whole(vae, latent).dtype == torch.float32
+    assert (whole(vae, latent) - expected).abs().mean() < 0.02 * expected.abs().max()
+
+
+def test_weight_layout_changes_nothing_but_layout() -> None:
+    vae = random_vae("2.2")
+    latent, names = torch.randn(48, 2, 2, 3), list(vae.state_dict())
+    before = whole(vae, latent)
+    vae.use_channels_last()
+    assert vae.decoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert list(vae.state_dict()) == names
+    assert (whole(vae, latent) - before).abs().max() < 1e-5
+
+
+def test_cost_of_a_720p_decode() -> None:
+    cost = count_decode("2.1", chunk=2, tiles=(1, 1))
+    assert cost["teraflop"] == 639
+    assert cost["traffic_gigabytes"] <= 3250
+    assert cost["peak_live_gibibytes"] <= 20.5
+
+
+@pytest.mark.slow
+def test_cost_of_a_tiled_720p_decode() -> None:
+    assert count_decode("2.1", chunk=1, tiles=(2, 2))["peak_live_gibibytes"] <= 6.6

@@ -1,0 +1,144 @@
+"""The video autoencoder over the ranks of a sequence group: each takes a region of the frame, results stay exact.
+
+Shapes: L latent frames, h, w the latent grid, H, W the frame, t frames of a chunk, C channels.
+What looks at whole frames (the middle's attention, a few percent of the work) every rank does for itself; what only
+looks at neighbouring pixels each does for its region, with the rim that convolutions reach into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan.distributed.mesh import Mesh
+from wan.distributed.sequence import all_gather
+from wan.modules.vae import WanVAE
+from wan.modules.vae_coders import Region
+
+
+class SplitVAE:
+    """A `WanVAE` as its users see it, run by all ranks of a sequence group together."""
+
+    def __init__(self, vae: WanVAE, mesh: Mesh) -> None:
+        assert mesh.sequence is not None, "a rank alone uses the WanVAE itself"
+        self.vae, self.group = vae, mesh.sequence
+        self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
+        self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
+
+    def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
+        """[3, T, H, W] -> [z, L, h, w], on every rank."""
+        return self._encode(video, video.shape[1], chunk)
+
+    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1) -> Tensor:
+        """The clip that begins with `image` [3, H, W] and goes on in grey -> [z, L, h, w], on every rank."""
+        return self._encode(image[:, None], frames, chunk)
+
+    def _encode(self, video: Tensor, frames: int, chunk: int) -> Tensor:
+        height, width = video.shape[-2] // self.stride[1], video.shape[-1] // self.stride[2]
+        regions = divide(height, width, self.size)
+        # a rank without a region computes the first one: it must know the features' shape to take part
+        mine = regions[self.rank] if self.rank < len(regions) else regions[0]
+        part = self.vae.encode_region(video, mine, frames, chunk)
+        length, channels = part.shape[0], part.shape[-1]
+        sent = filled_up(part, max(map(area, regions)) * length * channels)
+        received = sent.new_empty(self.size * len(sent))
+        all_gather(received, sent, self.group)
+        features = part.new_empty(length, height, width, channels)
+        for region, flat in zip(regions, received.split(len(sent)), strict=False):
+            target = features[:, region.top : region.bottom, region.left : region.right]
+            target.copy_(flat[: target.numel()].view(target.shape))
+        return self.vae.encode_features(features, chunk)
+
+    def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
+        """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on the first rank; the others give none.
+
+        tiles: rows and columns into which each rank divides its region, see `WanVAE.decode`. Every rank must run the
+        iterator. One that fails, or a first rank that stops early, still takes part in all exchanges so that nobody
+        waits for it; the caller makes sure that all learn of it.
+        """
+        height, width = latent.shape[-2:]
+        regions = divide(height, width, self.size)
+        places = [region.scaled(self.stride[1]) for region in regions]
+        frame = Region(0, height, 0, width).scaled(self.stride[1])
+        counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
+        counts[0] -= 3
+        missing = iter(counts)
+        try:
+            if self.rank < len(regions):
+                for part in self._decode_region(latent, regions[self.rank], chunk, tiles, counts):
+                    video = self._collect(part, next(missing), places, frame)
+                    if video is not None:
+                        yield video
+        finally:
+            for count in missing:
+                self._collect(None, count, places, frame)
+
+    @torch.no_grad()
+    def _decode_region(
+        self, latent: Tensor, region: Region, chunk: int, tiles: tuple[int, int], counts: list[int]
+    ) -> Iterator[Tensor]:
+        """One region's pixels in chunks of `counts` frames."""
+        features = self.vae.decode_features(latent, chunk)
+        if tiles == (1, 1):
+            yield from self.vae.decode_region(features, region, chunk)
+            return
+        rows, columns = region.bottom - region.top, region.right - region.left
+        pixels = features.new_empty(
+            3, sum(counts), rows * self.stride[1], columns * self.stride[2], dtype=torch.float32
+        )
+        for tile in Region.tiles(rows, columns, min(tiles[0], rows), min(tiles[1], columns)):
+            inside = Region(
+                tile.top + region.top, tile.bottom + region.top, tile.left + region.left, tile.right + region.left
+            )
+            parts = self.vae.decode_region(features, inside, chunk)
+            for part, target in zip(
+                parts, of_region(pixels, tile.scaled(self.stride[1])).split(counts, 1), strict=True
+            ):
+                target.copy_(part)
+        yield from pixels.split(counts, 1)
+
+    def _collect(self, part: Tensor | None, frames: int, places: list[Region], frame: Region) -> Tensor | None:
+        """Bring one chunk's regions together: [3, t, H, W] on the first rank. None is sent as black."""
+        length = 3 * frames * max(map(area, places))
+        sent = torch.zeros(length, device=self.device) if part is None else filled_up(part, length)
+        received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
+        dist.gather(sent, received or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        if self.rank:
+            return None
+        video = sent.new_empty(3, frames, frame.bottom, frame.right)
+        for place, flat in zip(places, received, strict=False):
+            target = of_region(video, place)
+            target.copy_(flat[: target.numel()].view(target.shape))
+        return video
+
+
+def divide(height: int, width: int, ranks: int) -> list[Region]:
+    """At most one region of a grid for each rank; of all divisions into rows and columns the one with least work.
+
+    Work counts the rim of the levels that do most of it: about three latent cells.
+    """
+
+    def work(shape: tuple[int, int]) -> int:
+        regions = Region.tiles(height, width, *shape)
+        return max(area(region.grown(3, 3, Region(0, height, 0, width))) for region in regions)
+
+    shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
+    return Region.tiles(height, width, *min(shapes, key=work))
+
+
+def area(region: Region) -> int:
+    return (region.bottom - region.top) * (region.right - region.left)
+
+
+def of_region(video: Tensor, region: Region) -> Tensor:
+    """The region's view of [C, T, H, W]."""
+    return video[:, :, region.top : region.bottom, region.left : region.right]
+
+
+def filled_up(x: Tensor, length: int) -> Tensor:
+    """All values of `x` in a row, and zeros behind them."""
+    return F.pad(x.flatten(), (0, length - x.numel()))
