@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning.distilled import RECORD, distilled_twice
 from lightning.lora import Lora, LoraError, check
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
 from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorFileError, TensorStore, read_header
 
-RECORD = "bake.json"  # inside a baked folder: sources, settings, sha256 of every shard
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 CHUNK = 1 << 24
@@ -103,15 +103,6 @@ def bake(
     report(f"baked: {out}")
 
 
-def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
-    """The record of a baked checkpoint folder, None for any other."""
-    try:
-        record = json.loads((ckpt_dir / RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "shards" in record else None
-
-
 def _check_places(ckpt_dir: Path, out: Path, loras: Mapping[str, Sequence[Lora]]) -> None:
     if not ckpt_dir.is_dir():
         raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
@@ -121,14 +112,9 @@ def _check_places(ckpt_dir: Path, out: Path, loras: Mapping[str, Sequence[Lora]]
         raise LoraError(f"--out {out} lies inside --ckpt_dir {ckpt_dir}; give a place outside")
     if not any(loras.values()):
         raise LoraError("nothing to bake: give --lora_dir or --lora")
-    before = record_of(ckpt_dir)
-    distilled = {entry["release"] for entries in (before or {}).get("loras", {}).values() for entry in entries} - {None}
-    again = {lora.release.name for given in loras.values() for lora in given if lora.release}
-    if distilled and again:
-        raise LoraError(
-            f"--ckpt_dir {ckpt_dir} has {' and '.join(sorted(distilled))} baked in already; "
-            f"{' and '.join(sorted(again))} would distill it again"
-        )
+    for lora in (lora for given in loras.values() for lora in given):
+        if problem := distilled_twice(ckpt_dir, lora.path):
+            raise LoraError(f"--ckpt_dir {problem}")
 
 
 def _open(folder: Path) -> TensorStore:

@@ -1,4 +1,5 @@
-"""Whole distilled experts in one file (LightX2V's models, merged checkpoints of other front ends), as a TensorStore.
+"""Weights that are distilled already: whole experts in one file (LightX2V's models, other front ends' merges) read as a
+TensorStore, and checkpoints with a LoRA baked in; and why no LoRA of the kind may be added to them.
 
 Names lose the prefix some files carry. Weights quantised with one scale for the tensor or one for each row (fp8, int8)
 are given back as float32, W = q * scale, which loses nothing beyond that product's rounding. Other kinds are refused.
@@ -6,10 +7,11 @@ are given back as float32, W = q * scale, which loses nothing beyond that produc
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.lora import LoraError
 from lightning.releases import recognise
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
 ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
+RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
 MARKER = "scaled_fp8"
 FLOATS = ("F32", "F16", "BF16")
 QUANTISED = ("F8_E4M3", "F8_E5M2", "I8")
@@ -93,14 +96,33 @@ def is_full_expert(path: Path) -> bool:
         return False
 
 
-def distilled_twice(expert_file: Path, lora_file: Path) -> str | None:
-    """Why this LoRA must not go onto this full expert (both are distillations), None if nothing says so."""
-    expert, lora = recognise(expert_file), recognise(lora_file)
-    if expert is None or lora is None or not is_full_expert(expert_file):
+def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
+    """The record that `bake` left in a checkpoint folder, None for any other folder."""
+    try:
+        record = json.loads((ckpt_dir / RECORD).read_text())
+    except (OSError, ValueError):
         return None
-    return (
-        f"{expert_file} is distilled already ({expert.name}); the LoRA {lora_file} ({lora.name}) would distill it again"
-    )
+    return record if isinstance(record, dict) and "shards" in record else None
+
+
+def distilled_twice(base: Path, lora_file: Path) -> str | None:
+    """Why this LoRA must not go onto `base`, if both are distillations; None if nothing says so.
+
+    base: a full expert file, or a checkpoint folder, which may have a distillation baked in.
+    """
+    before, lora = _distilled_with(base), recognise(lora_file)
+    if not before or lora is None:
+        return None
+    return f"{base} is distilled already ({', '.join(before)}); the LoRA {lora_file} ({lora.name}) would do it again"
+
+
+def _distilled_with(base: Path) -> list[str]:
+    """Names of the releases in these weights."""
+    if base.is_dir():
+        given = (record_of(base) or {}).get("loras", {})
+        return sorted({lora["release"] for loras in given.values() for lora in loras} - {None})
+    release = recognise(base)
+    return [release.name] if release and is_full_expert(base) else []
 
 
 def _plain(name: str) -> str:

@@ -30,7 +30,6 @@ RELEASED_FILES = {
     "low": "low_noise_model.safetensors",
     "model": "diffusion_pytorch_model.safetensors",
 }
-BLOCK_LAYERS = 10  # linear layers in a block: q, k, v, o twice and the two of the feed-forward
 
 
 @dataclass(frozen=True)
@@ -212,12 +211,18 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool) -> list[str]:
 
 def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None) -> list[str]:
     warnings = []
+    halves = {key.expert for key in lora.keys.values()}
     named = expert_of(lora.path.name) or expert_of(lora.path.absolute().parent.name)
+    named = "low" if halves == {"low"} else named
     if {named, expert} == {"high", "low"}:
         warnings.append(f"LoRA {lora.path} is named after the {named}-noise expert but used for the {expert}-noise one")
     task = names.task_of(shapes)
     if lora.release and task and task not in lora.release.tasks:
         warnings.append(f"LoRA {lora.path} was published for {' and '.join(lora.release.tasks)}, this is {task}")
+    layers = {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
+    reached = layers & {d.target for d in found.deltas}
+    if lora.release and lora.release.kind == "lora" and len(reached) < len(layers):
+        warnings.append(f"LoRA {lora.path} reaches {len(reached)} of the {len(layers)} layers that its release does")
     if found.unmatched:
         warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
     pairs = [d for d in found.deltas if d.rank]

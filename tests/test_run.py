@@ -293,6 +293,22 @@ def test_what_decode_only_refuses(tmp_path: Path) -> None:
     refused("not latents that a run kept")
 
 
+def test_decode_only_fails_in_one_sentence(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latents = tmp_path / "0.latents.safetensors"
+    for error in (torch.OutOfMemoryError("CUDA out of memory\nlong"), OSError(28, "No space left on device")):
+
+        def load(settings: Settings, progress: Progress, error: BaseException = error) -> Models:
+            models = Models(settings, progress)
+            models.decode_errors = [error, error]
+            return models
+
+        with pytest.raises(JobError, match=rf"x\.mp4: .*(out of memory|No space).*; {latents} is as it was") as caught:
+            decode_only(SETTINGS, latents, tmp_path / "x.mp4", Progress(quiet=True), load)
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["0.json", "0.latents.safetensors", "0.mp4"]
+
+
 def test_kept_latents_are_exact(tmp_path: Path) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
     latent, record = read_latents(tmp_path / "0.latents.safetensors")
@@ -327,10 +343,10 @@ def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.Monk
 def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The video is there; that the other file is not is a failure, and said."""
 
-    def save(path: Path, latent: Tensor, record: dict) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wan.run.save_latents", save)
+    monkeypatch.setattr("wan.run.save_latents", full)
     outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
     assert outcome.failed == 1
     assert "0.mp4: saved, but not its latents (there is no room for them)" in outcome.said

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,9 +23,11 @@ from wan.modules.model import PATCH
 from wan.pipeline import TASKS, compute_device, open_loras, sampling_of
 from wan.request import Job, Run, Settings
 from wan.sampling import Step
+from wan.task import choose_attention
 from wan.utils.checkpoints import Checkpoint, as_dtype, fetch, parameter_dtypes
 from wan.utils.errors import InputError
 from wan.utils.images import open_image
+from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
 Found = TypeVar("Found")
@@ -40,9 +41,10 @@ class Plan:
     settings: Settings
     steps: list[Step] = field(default_factory=list)
     coverage: dict[str, list[Coverage]] = field(default_factory=dict)  # by expert
-    fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its header
+    fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its size and ends
     device: str = ""
     dtype: str = ""
+    attention: str = ""
     memory: dict[str, int] = field(default_factory=dict)  # part -> bytes
     jobs: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -56,9 +58,9 @@ class Plan:
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
         lines += [f"expert {expert}: {path}" for expert, path in s.expert_files.items()]
         residency = ", experts in host memory until needed" if s.offload_model and self.device != "cpu" else ""
-        lines.append(f"{self.device}, {self.dtype}, attention {s.attention}{residency}")
-        parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.memory.items())
-        lines.append(f"weights in memory, GB: {parts}")
+        lines.append(f"{self.device}, {self.dtype}, attention {self.attention}{residency}")
+        parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.memory.items())
+        lines.append(f"weights in memory: {parts}")
         for job in self.jobs:
             ratio = f" (from {job['image']})" if job["image"] else ""
             size = f"{job['size'][0]}x{job['size'][1]}{ratio}, {job['frames']} frames, {job['tokens']:,} tokens"
@@ -69,9 +71,10 @@ class Plan:
         return {
             "steps": [asdict(step) for step in self.steps],
             "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in self.coverage.items()},
-            "headers_sha256": self.fingerprints,
+            "fingerprints": self.fingerprints,
             "device": self.device,
             "dtype": self.dtype,
+            "attention": self.attention,
             "weight_bytes": self.memory,
             "jobs": self.jobs,
             "warnings": self.warnings,
@@ -109,6 +112,11 @@ def preflight(run: Run) -> Plan:
         problems.extend(checkpoint.problems)
         _add_loras(plan, checkpoint, problems)
         _add_weights(plan, checkpoint, config)
+        if device and checkpoint.experts:
+            model, _ = next(iter(checkpoint.experts.values()))
+            dtype = as_dtype(plan.dtype)
+            chosen = problems.attempt(lambda: choose_attention(s.attention, device, dtype, model))
+            plan.attention = chosen or ""
     for job in run.jobs:
         described = problems.attempt(lambda job=job: _describe(job, s.task, config))  # type: ignore[misc]
         plan.jobs += [described] if described else []
@@ -142,29 +150,32 @@ def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
             if found:
                 plan.coverage.setdefault(expert, []).append(found)
                 plan.warnings += found.warnings
-                plan.fingerprints[str(lora.path)] = _fingerprint(lora.store.shapes, lora.path)
+                plan.fingerprints |= {str(file): _fingerprint(file) for file in lora.store.files}
 
 
 def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
-    """Bytes of the weights as they will lie in memory, and the headers' hashes."""
+    """Bytes of the weights as they will lie in memory, and the files' hashes."""
     dtype = as_dtype(plan.dtype or config.param_dtype)
     dtype_of = parameter_dtypes(dtype, plan.settings.convert_model_dtype)
     for name, (module, store) in checkpoint.experts.items():
         plan.memory[f"{name} expert"] = sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
-        plan.fingerprints |= {str(file): _fingerprint(store.shapes, file) for file in store.files}
+        plan.fingerprints |= {str(file): _fingerprint(file) for file in store.files}
     for name, part, width in (
         ("text encoder", checkpoint.text_encoder, dtype.itemsize),
         ("VAE", checkpoint.vae, torch.float32.itemsize),
     ):
         if part:
             plan.memory[name] = sum(p.numel() for p in part[0].parameters()) * width
-            plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].shapes, part[1].path)
+            plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].path)
 
 
-def _fingerprint(shapes: Any, path: Path) -> str:
-    """SHA-256 over names, shapes and size of a file: cheap, and another release has another one."""
-    size = path.stat().st_size if path.is_file() else 0
-    return hashlib.sha256(json.dumps([sorted(shapes.items()), size]).encode()).hexdigest()
+def _fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 20)))
+        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
 def _describe(job: Job, task: str, config: EasyDict) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def decode_only(
     progress: Progress,
     load: Callable[[Settings, Progress], Pipeline] = Pipeline,
 ) -> None:
-    """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError, OSError."""
+    """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
     latent, record = read_latents(latents_file)
     if (made_for := record["settings"]["task"]) != settings.task:
         raise InputError(f"--decode_latents {latents_file}: made with --task {made_for}, not {settings.task}")
@@ -72,9 +72,12 @@ def decode_only(
         raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
     _check_place(save_file)
     pipe = load(settings, progress)
-    frames = _save_video(pipe, latent, save_file, settings, record, progress, {})
-    if settings.preview:
-        save_contact_sheet(save_file, frames)
+    try:
+        frames = _save_video(pipe, latent, save_file, settings, record, progress, {})
+        if settings.preview:
+            save_contact_sheet(save_file, frames)
+    except (OSError, torch.OutOfMemoryError) as e:
+        raise JobError(f"{save_file}: {_reason(e)}; {latents_file} is as it was") from e
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
 
@@ -213,14 +216,16 @@ def _report(job: Job, error: Exception, progress: Progress) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
     if not isinstance(error, EXPECTED):
         progress.say("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = f"out of memory on the device ({str(error).splitlines()[0]})"
-    else:
-        reason = str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
-    sentence = "; ".join([f"{job.source}: {reason}", *getattr(error, "__notes__", [])])
+    sentence = "; ".join([f"{job.source}: {_reason(error)}", *getattr(error, "__notes__", [])])
     progress.event("failed", {"index": job.index, "file": str(job.save_file), "reason": sentence})
     progress.say(f"failed: {sentence}")
     return sentence
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory on the device ({str(error).splitlines()[0]})"
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 
 def _sum_up(run: Run, saved: int, tried: int, failures: list[str], progress: Progress) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from wan.modules.attention import BACKENDS, choose
-from wan.modules.model import Prompt
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
@@ -88,10 +88,7 @@ class VideoTask(ABC):
             loras = {name: [Lora.open(path)] for name, path in files.items()}
         self.loras = loras
         first, _ = next(iter(self.checkpoint.experts.values()))
-        try:
-            self.attention = choose(attention, device, self.dtype, first.num_heads, first.head_width)
-        except ValueError as e:
-            raise InputError(str(e)) from e
+        self.attention = choose_attention(attention, device, self.dtype, first)
         self._contexts: dict[str, Tensor] = {}
 
     @staticmethod
@@ -222,3 +219,11 @@ class VideoTask(ABC):
             self.experts.leave()
             self.release_text_encoder()
         return torch.cat(list(self.decode(latent)), dim=1)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> str:
+    """The attention back end to use, by name; "auto" is the fastest here. InputError if `name` cannot run here."""
+    try:
+        return choose(name, device, dtype, model.num_heads, model.head_width)
+    except ValueError as e:
+        raise InputError(str(e)) from e

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from lightning import bake as module
-from lightning.bake import RECORD, bake, record_of
+from lightning.bake import RECORD, bake
+from lightning.distilled import record_of
 from lightning.lora import Lora, LoraError, files_of
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
@@ -220,7 +221,7 @@ def test_a_baked_checkpoint_is_not_distilled_again(tmp_path: Path) -> None:
     folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
     folder.symlink_to(lora_dir("t2v-A14B"), target_is_directory=True)
     run(tmp_path / "once", loras=loras_of("t2v-A14B", folder))
-    with pytest.raises(LoraError, match=r"has t2v-seko-v1\.1 baked in already; t2v-seko-v1\.1 would distill it again"):
+    with pytest.raises(LoraError, match=r"once is distilled already \(t2v-seko-v1\.1\); the LoRA .* would do it again"):
         run(tmp_path / "twice", ckpt_dir=tmp_path / "once", loras=loras_of("t2v-A14B", folder))
     run(tmp_path / "style", ckpt_dir=tmp_path / "once")  # a LoRA of no known release may follow
     assert record_of(tmp_path / "style")

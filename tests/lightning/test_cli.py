@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning.__main__ import main
-from lightning.bake import record_of
+from lightning.distilled import record_of
 from lightning.names import released_shapes
 from tests.lightning.support import STORED, family, small_pairs, sparse, spelled, write
 from tests.support import checkpoint, lora_dir, manifest

@@ -178,6 +178,7 @@ def test_a_dead_encoder_is_an_error(tmp_path: Path, moment: str) -> None:
             if moment == "while writing":
                 for _ in range(200):
                     video.write(torch.rand(3, 4, 64, 64))
+                pytest.fail("nobody noticed until the end")
             video.finish({})
 
     with pytest.raises(JobError, match=r"a\.mp4: the video encoder failed: killed by SIGKILL"):

@@ -6,6 +6,7 @@ every key attended. Keys that are padding are not masked but cut off by the call
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -60,6 +61,7 @@ def available(device: torch.device, dtype: torch.dtype) -> list[str]:
     return names
 
 
+@cache
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
     """The back end to use: `name`, or for "auto" the one that measures fastest on this device.
 

@@ -2,6 +2,7 @@
 
 Shapes: T frames, H rows, W columns, C channels, O output channels. A chunk is [T, H, W, C]: channels last in memory,
 so that the norm reads contiguous rows and convolutions get their fastest layout. One clip at a time, no batch axis.
+For inference: layers write in place and run under `torch.no_grad()`.
 
 Every layer that looks back in time finds the frames it needs in a `ClipState`, so any division of a clip into chunks
 gives the numbers of the whole clip. Causal means zeros before frame 0. The resamplers treat frame 0 by a rule of its

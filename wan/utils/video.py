@@ -34,9 +34,8 @@ CRF = 10  # x264's constant quality: what the original asks of imageio with qual
 LOOKAHEAD = 8
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 STALL_SECONDS = 600.0  # an encoder that takes nothing for so long is given up
-# An untagged file is read as BT.709 by most players, while ffmpeg would convert by BT.601: say and do the same thing.
-COLOURS = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
-TO_YUV = "scale=out_color_matrix=bt709:out_range=tv"
+# Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: do the one, and say so in the file.
+TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
 
 
 class VideoWriter:
@@ -104,7 +103,7 @@ class VideoWriter:
         pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"  # 4:2:0 cannot hold odd sizes
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
         h264 = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD)]
-        h264 += ["-pix_fmt", pixels, *COLOURS]
+        h264 += ["-pix_fmt", pixels]
         return subprocess.Popen(
             [*ffmpeg(), *raw, *h264, "-f", "mp4", os.fspath(self._encoded)],
             stdin=subprocess.PIPE,
