@@ -222,7 +222,7 @@ def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]]
     layers = {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
     reached = layers & {d.target for d in found.deltas}
     if lora.release and lora.release.kind == "lora" and len(reached) < len(layers):
-        warnings.append(f"LoRA {lora.path} reaches {len(reached)} of the {len(layers)} layers that its release does")
+        warnings.append(f"LoRA {lora.path} changes {len(reached)} of the {len(layers)} layers that its release changes")
     if found.unmatched:
         warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
     pairs = [d for d in found.deltas if d.rank]

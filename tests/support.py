@@ -5,6 +5,8 @@ import json
 from functools import cache
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import torch
 from easydict import EasyDict
 from safetensors.torch import load_file
@@ -49,3 +51,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest error over the stage's largest magnitude."""
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """The frames of a video file, uint8 [F, H, W, 3]."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])

@@ -151,7 +151,7 @@ ERRORS = {
     "lora folder absent": ([*T2V, "--lora_dir", "absent"], "--lora_dir absent: no such folder"),
     "lora for no expert": ([*T2V, "--lora_dir", "."], "high_noise_model.safetensors and low_noise_model.safetensors"),
     "lora is no lora": ([*T2V, "--lora", "text.txt"], "text.txt"),
-    "lora of another model": ([*T2V, "--lora", str(TINY / "lora-ti2v" / "diffusion_pytorch_model.safetensors")], "5b"),
+    "lora cut off": ([*T2V, "--lora", "cut.safetensors"], "cut.safetensors"),
     "prompt file absent": ([*T2V, "--prompt_file", "absent.txt"], "absent.txt: no such prompt file"),
     "prompt file empty": ([*T2V, "--prompt_file", "empty.txt"], "empty.txt: the prompt file holds no prompt"),
     "prompt file not UTF-8": ([*T2V, "--prompt_file", "latin.txt"], "latin.txt line 2: the prompt file is not UTF-8"),
@@ -192,6 +192,7 @@ ERRORS = {
 def test_errors_before_anything_is_started(tmp_path, capsys, name):
     words, sentence = ERRORS[name]
     put(tmp_path / "text.txt", "text")
+    put(tmp_path / "cut.safetensors", (TINY / "lora-t2v" / "low_noise_model.safetensors").read_bytes()[:9000])
     put(tmp_path / "empty.txt", "\n")
     put(tmp_path / "latin.txt", b"fine\ncaf\xe9\n")
     put(tmp_path / "bad.jsonl", '{"prompt": "a"}\n{"prompt"\n')
@@ -202,7 +203,7 @@ def test_errors_before_anything_is_started(tmp_path, capsys, name):
     put(tmp_path / "same.jsonl", '{"prompt": "a", "save_file": "s.mp4"}\n' * 2)
     put(tmp_path / "there.mp4", "")
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = main(capsys, *words)
+    code, out, err = main(capsys, *SMALL, *words)
     assert (code, out) == (2, "")
     assert any(sentence in line for line in err), err
     assert all(line.startswith("error: ") for line in err)
@@ -243,7 +244,7 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_a_run_and_its_replay(tmp_path, capsys):
-    code, out, err = main(capsys, *I2V, *SMALL, "--image", str(TINY / "input.png"), "--prompt", "猫", "--preview")
+    code, _, err = main(capsys, *I2V, *SMALL, "--image", str(TINY / "input.png"), "--prompt", "猫", "--preview")
     assert code == 0, err
     (video,) = Path("outputs").glob("*.mp4")
     record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
@@ -357,7 +358,7 @@ def test_process_that_is_interrupted():
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
-def test_command_lines_of_the_makefile(capsys):
+def test_command_line_of_the_makefile():
     """The demo's flags are flags of this program."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"generate\.py (.*)", text)

@@ -86,7 +86,8 @@ def make_jobs(
     request: Request, task: str, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check
 ) -> list[Job]:
     """One job for each prompt and seed."""
-    default_size = request.size or config.sizes[0]
+    step = TI2V_STEP if task == "ti2v-5B" else I2V_STEP
+    default_size = check.size("--size", request.size or config.sizes[0], step)
     default_frames = _frame_num(request, config, check)
     count = check.whole("--num_videos", request.num_videos, 1, 1, 100_000)
     if request.save_file is not None and len(rows) * count > 1:
@@ -95,9 +96,9 @@ def make_jobs(
     pictures = _Pictures(task, check)
     jobs: list[Job] = []
     for row in rows:
-        flag = "--size" if row.size is None else f"{row.source}: size"
-        size = check.size(flag, row.size or default_size, TI2V_STEP if task == "ti2v-5B" else I2V_STEP)
-        frames = default_frames
+        size, frames = default_size, default_frames
+        if row.size is not None:
+            size = check.size(f"{row.source}: size", row.size, step)
         if row.frame_num is not None:
             frames = check.frames(f"{row.source}: frame_num", row.frame_num)
         _look_at_extent(task, size, frames, config, weights, check)

@@ -85,21 +85,18 @@ def decode_only(
 def _jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     settings = run.settings
+    trouble = "was made with other settings" if settings.resume else "exists already"
     todo, problems = [], []
     for job in run.jobs:
-        if not settings.resume:
-            if job.save_file.exists() and not settings.overwrite:
-                problems.append(
-                    f"{job.save_file}: exists already; --overwrite replaces it, --resume skips it if it fits"
-                )
-            todo.append(job)
-            continue
-        found = found_at_place(run, job, plan)
+        if settings.resume:
+            found = found_at_place(run, job, plan)
+        else:
+            found = "other" if job.save_file.exists() else "nothing"
         if found == "whole":
             progress.say(f"video {job.index + 1} of {len(run.jobs)} is there already: {job.save_file}")
             continue
         if found == "other" and not settings.overwrite:
-            problems.append(f"{job.save_file}: was made with other settings; --overwrite replaces it")
+            problems.append(f"{job.save_file}: {trouble}; --overwrite replaces it")
         todo.append(job)
     if problems:
         raise InputError(problems)
@@ -157,7 +154,7 @@ def _save_video(
                     progress.advance(chunk.shape[1])
             with progress.stage("save"):
                 spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
-                video.finish(completed(record, video, spent))
+                video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
         return video.frames
 
     try:
@@ -224,7 +221,8 @@ def _report(job: Job, error: Exception, progress: Progress) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory on the device ({str(error).splitlines()[0]})"
+        first_line = str(error).partition("\n")[0]
+        return f"out of memory on the device ({first_line})"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 

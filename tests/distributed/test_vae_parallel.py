@@ -72,7 +72,7 @@ def work_of_a_rank(runtime: Runtime, task: str) -> int:
     """Pixels that this rank's convolutions of the decoder write."""
     pixels = 0
 
-    def count(module: torch.nn.Module, inputs: object, out: Tensor) -> None:
+    def count(_module: torch.nn.Module, _inputs: object, out: Tensor) -> None:
         nonlocal pixels
         pixels += out.shape[-2] * out.shape[-1] * out.shape[0 if out.ndim == 4 else 2]
 

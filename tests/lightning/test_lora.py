@@ -427,6 +427,21 @@ def test_warnings_about_expert_and_task(tmp_path: Path) -> None:
     assert not check(lora, base("i2v-A14B").shapes, expert="high").warnings
 
 
+def test_warns_of_a_release_that_lacks_layers(tmp_path: Path) -> None:
+    few = {name: tensor for name, tensor in lightning_tensors().items() if "ffn" not in name}
+    path = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1" / "high_noise_model.safetensors"
+    assert (
+        "changes 16 of the 20 layers that its release changes" in check(Lora.open(write(path, few)), SHAPES).warnings[0]
+    )
+    assert not check(lora_of(tmp_path, few), SHAPES).warnings
+
+
+def test_names_can_say_the_expert_too(tmp_path: Path) -> None:
+    lora = Lora.open(family("diffusers, low half only", tmp_path))
+    assert "is named after the low-noise expert" in check(lora, SHAPES, expert="high").warnings[0]
+    assert not check(lora, SHAPES, expert="low").warnings
+
+
 def test_coverage_is_plain_data() -> None:
     coverage = check(Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors", 0.8), SHAPES)
     assert json.loads(json.dumps(coverage.as_dict()))["pairs"] == [20, 20]

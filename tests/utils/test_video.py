@@ -101,6 +101,17 @@ def test_record_in_the_comment_and_beside(tmp_path: Path, record: dict) -> None:
     assert read_record(tmp_path / "猫 'a'.json") == record
 
 
+def test_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "12:30 %03d*.mp4", "[a] 'b' \"c\" #1 & $HOME.mp4", "猫" * 50 + ".mp4"):
+        path = Path(name)
+        save(path, smooth(5, 32, 32), record=AWKWARD)
+        save_contact_sheet(path, 5)
+        assert read_record(path) == AWKWARD
+        assert count_frames(path) == 5
+        assert path.with_suffix(".png").is_file()
+
+
 def test_no_record_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "half.json").write_text('{"a": ')

@@ -53,10 +53,9 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
         return [f"--ulysses_size {ulysses}: must divide {share} and the model's {heads} heads; legal: {_listed(legal)}"]
     if sharded and layout.sequence == 1:
         larger = [size for size in legal if size > 1]
-        hint = f"give --ulysses_size {_listed(larger)}" if larger else f"start more processes (divisors of {heads})"
-        return [
-            f"--dit_fsdp and --t5_fsdp shard over the processes that share a video, and here each works alone; {hint}"
-        ]
+        hint = f"--ulysses_size {_listed(larger)}" if larger else f"--ring_size {world}"
+        alone = "and here each works alone"
+        return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video, {alone}; give {hint}"]
     return []
 
 

@@ -69,7 +69,9 @@ def plan_lines(
         seconds = {link: (sum(sent.values()) / rate, network.operations(tokens) / layout.sequence / speed)
                    for link, (rate, speed) in MACHINES.items()}  # fmt: skip
         shares = ", ".join(f"{there / (there + work):.0%} over {link}" for link, (there, work) in seconds.items())
-        lines.append(f"each process sends in a forward, GB: {parts}; an estimated {shares} of its time if not overlapped")
+        lines.append(
+            f"each process sends in a forward, GB: {parts}; an estimated {shares} of its time if not overlapped"
+        )
     if jobs < layout.data:
         larger = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0 and n > layout.ulysses]
         hint = f"; --ulysses_size {larger[-1]} would put more of them on one video" if larger else ""

@@ -100,26 +100,25 @@ class WanVAE(nn.Module):
         chunk: latent frames per call of the network. The latent is the mean; nothing is drawn.
         Raises ValueError for sizes that are not multiples of the stride.
         """
-        return self._encode(video, video.shape[1], chunk)
+        return self.encode_features(self.encode_region(video, chunk=chunk), chunk)
 
     def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1) -> Tensor:
         """Encode the clip that begins with `image` [3, H, W] and goes on in mid-grey (0): bit-identical to `encode`, at
         less than half the work (see `reuse_constant_tail`)."""
-        return self._encode(image[:, None], frames, chunk)
-
-    def _encode(self, video: Tensor, frames: int, chunk: int) -> Tensor:
-        frame = Region(0, video.shape[-2] // self.stride[1], 0, video.shape[-1] // self.stride[2])
-        return self.encode_features(self.encode_region(video, frame, frames, chunk), chunk)
+        return self.encode_features(self.encode_region(image[:, None], None, frames, chunk), chunk)
 
     @torch.no_grad()
-    def encode_region(self, video: Tensor, region: Region, frames: int | None = None, chunk: int = 1) -> Tensor:
-        """What `encode_features` wants, [L, rows, columns, C], for one region of the latent grid.
+    def encode_region(
+        self, video: Tensor, region: Region | None = None, frames: int | None = None, chunk: int = 1
+    ) -> Tensor:
+        """What `encode_features` wants, [L, rows, columns, C], for one region of the latent grid or all of it.
 
         video: the whole frames, [3, T, H, W]; followed by mid-grey ones if `frames` says that the clip is longer.
         """
         frames = video.shape[1] if frames is None else frames
         self._check_clip(video, frames, chunk)
         frame = Region(0, video.shape[2] // self.stride[1], 0, video.shape[3] // self.stride[2])
+        region = region or frame
         window = region.grown(*ENCODER_RIM, frame)
         state, constant = ClipState(), video.shape[1]
         stream = self._pixel_chunks(video, window.scaled(self.stride[1]), frames, chunk)

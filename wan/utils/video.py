@@ -33,6 +33,7 @@ CRF = 10  # x264's constant quality: what the original asks of imageio with qual
 # at this quality looking further changes neither size nor error.
 LOOKAHEAD = 8
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
+RECORDS = "a record is the .json or the .mp4 that an earlier run wrote"
 STALL_SECONDS = 600.0  # an encoder that takes nothing for so long is given up
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: do the one, and say so in the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
@@ -81,10 +82,9 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
-        text = json.dumps(record, ensure_ascii=False, indent=2)
         with replacing(self.path.with_suffix(".json")) as beside, replacing(self.path) as whole:
             self._complete(whole, json.dumps(record, ensure_ascii=False))
-            beside.write_text(text + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -105,7 +105,7 @@ class VideoWriter:
         h264 = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD)]
         h264 += ["-pix_fmt", pixels]
         return subprocess.Popen(
-            [*ffmpeg(), *raw, *h264, "-f", "mp4", os.fspath(self._encoded)],
+            [*ffmpeg(), *raw, *h264, "-f", "mp4", local(self._encoded)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
@@ -150,8 +150,8 @@ class VideoWriter:
         """The second pass: the encoded packets, the comment, the index in front, all of it on the disk."""
         escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
         tags = f";FFMETADATA1\ncomment={escaped}\n".encode()
-        source = ["-i", os.fspath(self._encoded), "-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v"]
-        target = ["-map_metadata", "1", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", os.fspath(whole)]
+        source = ["-i", local(self._encoded), "-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v"]
+        target = ["-map_metadata", "1", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", local(whole)]
         done = subprocess.run(
             [*ffmpeg(), "-xerror", *source, *target, "-progress", "pipe:1"],
             input=tags,
@@ -193,18 +193,18 @@ def read_record(path: Path) -> dict[str, Any]:
         text = _read_comment(path) if path.suffix.lower() == ".mp4" else path.read_text(encoding="utf-8")
         record = json.loads(text)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a record is the .json or the .mp4 that an earlier run wrote") from None
+        raise InputError(f"{path}: no such file; {RECORDS}") from None
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: holds no record of a run; give the .json or the .mp4 that a run wrote") from e
+        raise InputError(f"{path}: holds no record of a run; {RECORDS}") from e
     if not isinstance(record, dict):
-        raise InputError(f"{path}: holds no record of a run; give the .json or the .mp4 that a run wrote")
+        raise InputError(f"{path}: holds no record of a run; {RECORDS}")
     return record
 
 
 def _read_comment(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(path)
-    found = _run("-i", os.fspath(path), "-f", "ffmetadata", "pipe:1")
+    found = _run("-i", local(path), "-f", "ffmetadata", "pipe:1")
     # a value runs to the first line end that no backslash precedes
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.MULTILINE | re.DOTALL)
     if found.returncode != 0 or comment is None:
@@ -214,7 +214,7 @@ def _read_comment(path: Path) -> str:
 
 def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
-    done = _run("-xerror", "-i", os.fspath(path), "-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-")
+    done = _run("-xerror", "-i", local(path), "-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-")
     return frames_reported(done.stdout) if done.returncode == 0 else 0
 
 
@@ -230,8 +230,8 @@ def save_contact_sheet(video: Path, frames: int, columns: int = 3, rows: int = 3
     grid = f"tile={columns}x{-(-count // columns)}:nb_frames={count}:padding=4:margin=4"
     sheet = video.with_suffix(".png")
     with replacing(sheet) as part:
-        picture = ["-frames:v", "1", "-c:v", "png", "-f", "image2", "-update", "1", os.fspath(part)]
-        done = _run("-i", os.fspath(video), "-vf", f"select='{select}',scale='min({width},iw)':-1,{grid}", *picture)
+        picture = ["-frames:v", "1", "-c:v", "png", "-f", "image2", "-update", "1", local(part)]
+        done = _run("-i", local(video), "-vf", f"select='{select}',scale='min({width},iw)':-1,{grid}", *picture)
         if done.returncode != 0 or not part.exists():
             reason = how_it_ended(done.returncode) + last_words(done.stderr)
             raise JobError(f"{sheet}: the contact sheet of the saved video could not be made: {reason}")
@@ -255,6 +255,11 @@ def ffmpeg() -> list[str]:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     return [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
+
+
+def local(path: Path) -> str:
+    """The name as ffmpeg must get it: bare, `-1.mp4` would be an option and `12:30.mp4` an address."""
+    return f"file:{path}"
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[bytes]:

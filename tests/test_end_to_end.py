@@ -1,0 +1,152 @@
+"""generate.py from flags to files, on the small checkpoints: the golden latents and every way to reach them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from tests.support import CASES, TINY, checkpoint, golden, lora_dir, read_frames, relative_error
+
+END_TO_END = 1e-4
+
+
+def flags_of(case: dict) -> list[str]:
+    """The command that the golden case stands for."""
+    arguments = case["args"]
+    step = 32 if case["task"] == "ti2v-5B" else 16
+    size = arguments.get("size") or [arguments["max_area"] // step, step]  # with an image only the area counts
+    guidance = arguments["guide_scale"]
+    flags = [
+        "--task", case["task"], "--ckpt_dir", str(checkpoint(case["task"])), "--prompt", case["prompt"],
+        "--size", f"{size[0]}*{size[1]}", "--frame_num", str(arguments["frame_num"]),
+        "--sample_solver", arguments["sample_solver"], "--sample_steps", str(arguments["sampling_steps"]),
+        "--sample_shift", str(arguments["shift"]), "--base_seed", str(arguments["seed"]),
+        "--sample_guide_scale", ",".join(map(str, guidance)) if isinstance(guidance, list) else str(guidance),
+    ]  # fmt: skip
+    if "image" in case:
+        flags += ["--image", str(TINY / case["image"])]
+    if case["lora"]:
+        flags += ["--lora_dir", str(lora_dir(case["task"]))]
+    return flags
+
+
+def run(*flags: str, folder: Path, name: str = "x.mp4") -> Path:
+    file = folder / name
+    assert generate.main([*flags, "--save_file", str(file), "--save_latents"]) == 0
+    return file
+
+
+def latent_of(video: Path) -> torch.Tensor:
+    return load_file(video.with_name(f"{video.stem}.latents.safetensors"))["latent"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_makes_the_golden_video(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    video = run(*flags_of(case), folder=tmp_path)
+    assert relative_error(latent_of(video), golden()[f"{name}.latent"]) < END_TO_END
+    frames = read_frames(video)
+    _, count, height, width = case["video_shape"]
+    assert tuple(frames.shape) == (count, height, width, 3)
+    record = json.loads(video.with_suffix(".json").read_text())
+    assert [step["timestep"] for step in record["plan"]["steps"]] == sorted(set(case["timesteps"]), reverse=True)
+
+
+LIGHTNING = CASES["t2v_lightning"]
+
+
+def expected() -> torch.Tensor:
+    return golden()["t2v_lightning.latent"]
+
+
+def test_adapters_equal_the_merge(tmp_path: Path) -> None:
+    video = run(*flags_of(LIGHTNING), "--lora_mode", "adapter", folder=tmp_path)
+    assert relative_error(latent_of(video), expected()) < END_TO_END
+
+
+def test_two_halves_of_a_lora_equal_the_whole(tmp_path: Path) -> None:
+    flags = flags_of(LIGHTNING)[:-2]
+    halves = [f"{e}={lora_dir('t2v-A14B')}/{e}_noise_model.safetensors:0.5" for e in ("high", "low") for _ in range(2)]
+    video = run(*flags, *(word for half in halves for word in ("--lora", half)), folder=tmp_path)
+    assert relative_error(latent_of(video), expected()) < END_TO_END
+
+
+def test_a_merged_expert_file_equals_base_and_lora(tmp_path: Path) -> None:
+    from lightning.lora import Lora
+    from lightning.merge import Merge
+    from lightning.tensorfile import TensorStore
+
+    for expert in ("high", "low"):
+        folder = checkpoint("t2v-A14B") / f"{expert}_noise_model"
+        store = TensorStore.open(folder / "diffusion_pytorch_model.safetensors.index.json")
+        merge = Merge([Lora.open(lora_dir("t2v-A14B") / f"{expert}_noise_model.safetensors")], store.shapes)
+        merged = {f"model.diffusion_model.{n}": merge(n, store.read(n)).clone() for n in store}
+        save_file(merged, tmp_path / f"{expert}.safetensors")
+    experts = [f"{e}={tmp_path}/{e}.safetensors" for e in ("high", "low")]
+    video = run(*flags_of(LIGHTNING)[:-2], *(w for e in experts for w in ("--expert", e)), folder=tmp_path)
+    assert relative_error(latent_of(video), expected()) < END_TO_END
+
+
+def test_tiled_decode_equals_whole(tmp_path: Path) -> None:
+    whole = read_frames(run(*flags_of(LIGHTNING), folder=tmp_path))
+    tiled = read_frames(run(*flags_of(LIGHTNING), "--vae_tiling", folder=tmp_path, name="tiled.mp4"))
+    assert np.array_equal(whole, tiled)
+
+
+def test_decoding_kept_latents_equals_the_first_run(tmp_path: Path) -> None:
+    video = run(*flags_of(LIGHTNING), folder=tmp_path)
+    latents = video.with_name(f"{video.stem}.latents.safetensors")
+    again = tmp_path / "again.mp4"
+    flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(latents)]
+    assert generate.main([*flags, "--save_file", str(again)]) == 0
+    assert np.array_equal(read_frames(video), read_frames(again))
+
+
+def test_replay_of_a_record_makes_the_same_latent(tmp_path: Path) -> None:
+    video = run(*flags_of(LIGHTNING), folder=tmp_path)
+    again = run("--replay", str(video), folder=tmp_path, name="again.mp4")
+    assert torch.equal(latent_of(video), latent_of(again))
+
+
+def test_motion_8_runs_the_first_step_without_the_lora(tmp_path: Path) -> None:
+    flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
+             "--prompt", "a cat", "--size", "64*48", "--frame_num", "5", "--base_seed", "1"]  # fmt: skip
+    video = run(*flags, "--preset", "motion-8", folder=tmp_path)
+    steps = json.loads(video.with_suffix(".json").read_text())["plan"]["steps"]
+    assert [step["lora"] for step in steps] == [0.0] + [1.0] * 7
+    assert [step["guidance"] for step in steps] == [3.5] + [1.0] * 7
+
+
+def test_a_batch_of_rows_each_with_its_own_settings(tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat", "seed": 1}, {"prompt": "一只狗", "size": "48*64", "seed": 2, "frame_num": 9}]
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
+             "--size", "64*48", "--frame_num", "5", "--prompt_file", str(prompts)]  # fmt: skip
+    assert generate.main([*flags, "--save_dir", str(tmp_path / "out")]) == 0
+    first, second = sorted((tmp_path / "out").glob("*.mp4"))
+    assert read_frames(first).shape == (5, 48, 64, 3)
+    assert read_frames(second).shape == (9, 64, 48, 3)
+    assert "一只狗" in second.name
+
+
+def test_nan_weights_stop_before_any_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.copytree(checkpoint("t2v-A14B"), tmp_path / "ckpt")
+    shard = tmp_path / "ckpt" / "low_noise_model" / "diffusion_pytorch_model-00001-of-00003.safetensors"
+    state = load_file(shard)
+    state[next(iter(state))].fill_(float("nan"))
+    save_file(state, shard)
+    flags = flags_of(LIGHTNING)
+    flags[3] = str(tmp_path / "ckpt")
+    assert generate.main([*flags, "--save_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert str(shard) in error
+    assert "holds NaN or Inf" in error
+    assert not list((tmp_path / "out").glob("*.mp4"))
