@@ -7,7 +7,6 @@ The only place that prints an error or picks an exit code: 0 all saved, 1 a job 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from wan.utils.checks import meant
 from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
+    from wan.distributed.runtime import Team
     from wan.request import Run
     from wan.utils.progress import Progress
     from wan.utils.prompt_extend import ExtendItem
@@ -100,53 +100,68 @@ FLAGS: dict[str, dict[str, tuple[str, str]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
+    from wan.distributed.runtime import launch
+
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(_parse(words))
+        return launch(lambda runtime: _start(words, runtime.team))
     except WanError as e:
-        if "--debug" in words:
-            traceback.print_exc()
-        for problem in e.problems if isinstance(e, InputError) else [str(e)]:
-            _tell(f"error: {problem}")
-        return 2 if isinstance(e, InputError) else 1
+        _complain([str(e)], "--debug" in words)
+        return 1
     except KeyboardInterrupt:
-        if "--debug" in words:
-            traceback.print_exc()
-        _tell("interrupted")
+        _complain([], "--debug" in words)
+        print("interrupted", file=sys.stderr)
         return 130
 
 
-def _run(given: dict[str, Any]) -> int:
+def _start(words: list[str], team: Team) -> int:
+    """One process's part: of several, all find the same input bad, and the first one says so."""
+    try:
+        return _run(_parse(words), team)
+    except InputError as e:
+        if team.first:
+            _complain(e.problems, "--debug" in words)
+        return 2
+
+
+def _run(given: dict[str, Any], team: Team) -> int:
     from wan.request import Request
     from wan.resolve import resolve
     from wan.utils.progress import Progress
 
     problems: list[str] = []
     request = Request.from_dict(given, problems)
-    run = resolve(request, problems)
+    run = team.from_first(lambda: resolve(request, problems))  # also for a seed that all agree on
+    progress = Progress(json=bool(request.json), quiet=not team.first)
     if run.extend:
-        from wan.utils import prompt_extend
-
-        prompt_extend.check(run.extend, _questions(run))
-    progress = Progress(json=bool(request.json), quiet=not _first_rank())
+        team.from_first(lambda: _check_extension(run))
     if run.extend_only or run.decode:
         for warning in run.warnings:
             progress.say(f"warning: {warning}")
         if request.dry_run:
             _show(progress, "checked", {}, "all is well; nothing is made (--dry_run)")
             return 0
-        return _extend_only(run, progress) if run.extend_only else _decode_only(run, progress)
+        work = _extend_only if run.extend_only else _decode_only
+        return team.from_first(lambda: work(run, progress))
 
     from wan.preflight import preflight
 
-    plan = preflight(run)
+    plan = team.agree(lambda: preflight(run))
     _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
     if request.dry_run:
         return 0
 
     from wan.run import run_jobs
 
-    return 1 if run_jobs(_extended(run, progress), plan, progress) else 0
+    extended = team.from_first(lambda: _extended(run, progress))
+    return 1 if run_jobs(extended, plan, progress) else 0
+
+
+def _check_extension(run: Run) -> None:
+    from wan.utils.prompt_extend import check
+
+    assert run.extend, "called where prompts are to be extended"
+    check(run.extend, _questions(run))
 
 
 def _decode_only(run: Run, progress: Progress) -> int:
@@ -242,14 +257,12 @@ def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> N
         print(text, flush=True)
 
 
-def _tell(text: str) -> None:
-    if _first_rank():
-        print(text, file=sys.stderr, flush=True)
-
-
-def _first_rank() -> bool:
-    """Of the processes that torchrun started only the first speaks."""
-    return os.environ.get("RANK", "0") == "0"
+def _complain(problems: Sequence[str], debug: bool) -> None:
+    """The error that is being handled, on stderr: a line for each problem."""
+    if debug:
+        traceback.print_exc()
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -222,12 +222,6 @@ def test_debug_shows_where(capsys):
     assert any(line.startswith("error: ") for line in err)
 
 
-def test_other_ranks_are_silent(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert main(capsys, "--frame_num", "80") == (2, "", [])
-
-
 # --- plans and runs
 
 
@@ -356,6 +350,19 @@ def test_process_that_is_interrupted():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.slow
+def test_processes_that_agree():
+    """Two processes: one plan, with one seed that the first one drew; one error line for bad input."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "generate.py", *T2V, *SMALL]
+    done = python(*start, "--dry_run", "--ulysses_size", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("job 1:") == 1
+    done = python(*start, "--dry_run", "--lora", "absent")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("error: --lora absent: no such file") == 1
 
 
 def test_command_line_of_the_makefile():

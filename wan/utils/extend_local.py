@@ -130,7 +130,7 @@ class LocalQwen:
         import torch
 
         self.model = self.tokenizer = self.image_processor = None
-        gc.collect()  # a loaded model refers to itself in circles
+        gc.collect()  # a model spread over devices and its hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         elif torch.backends.mps.is_available():
