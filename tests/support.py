@@ -5,7 +5,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-import imageio_ffmpeg
+import imageio.v3 as iio
 import numpy as np
 import torch
 from easydict import EasyDict
@@ -55,6 +55,4 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def read_frames(path: Path) -> np.ndarray:
     """The frames of a video file, uint8 [F, H, W, 3]."""
-    reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]
-    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+    return iio.imread(path, plugin="FFMPEG")

@@ -210,6 +210,13 @@ def test_errors_before_anything_is_started(tmp_path, capsys, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_no_encoder(capsys, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "absent-ffmpeg")
+    code, out, err = main(capsys, *T2V, *SMALL)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert "ffmpeg" in err[0]
+
+
 def test_all_problems_at_once(capsys):
     words = ["--frame_num", "x", "--sample_steps", "0", "--size", "1*1", "--prompt_file", "absent.txt"]
     code, _, err = main(capsys, *words)

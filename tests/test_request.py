@@ -773,6 +773,14 @@ def test_replay_with_other_flags(tmp_path):
     assert [job.prompt for job in again.jobs] == ["x", "y"]
 
 
+def test_replay_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = run(distilled=True, t5_fsdp=True, dit_fsdp=True, ulysses_size=2, ring_size=1)
+    monkeypatch.delenv("WORLD_SIZE")
+    s = resolve(Request(replay=record_of(made, 0, tmp_path / "r.json"))).settings
+    assert (s.t5_fsdp, s.dit_fsdp, s.ulysses_size) == (False, False, 1)
+
+
 def test_bad_records(tmp_path):
     for name, text, sentence in (
         ("absent.json", None, "no such file"),

@@ -39,7 +39,7 @@ class Plan:
 
     def as_dict(self) -> dict:
         jobs = [{"index": i, "tokens": 120} for i in range(3)]
-        return {"steps": [{"timestep": 1000.0}], "headers_sha256": {"a.safetensors": self.headers}, "jobs": jobs}
+        return {"steps": [{"timestep": 1000.0}], "fingerprints": {"a.safetensors": self.headers}, "jobs": jobs}
 
 
 class Models(nn.Module):

@@ -34,7 +34,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Recipe:
     """The sampling fields of `wan.request.Settings`."""
 
     solver: str
@@ -60,10 +60,10 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
             check.problem(f"--expert {text}: {task} takes {allowed}")
         elif expert in expert_files:
             check.problem(f"--expert {expert}= is given twice")
-        elif not Path(name).is_file():
+        elif not Path(name).expanduser().is_file():
             check.problem(f"--expert {text}: no such file")
         else:
-            expert_files[expert] = Path(name)
+            expert_files[expert] = Path(name).expanduser()
     release = _release(request, task, loras, expert_files, check)
     if request.lora_dir is not None and expert_files:
         check.warn(
@@ -74,7 +74,7 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
     return Weights(tuple(loras), expert_files, release, distilled)
 
 
-def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Sampling:
+def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Recipe:
     """Solver, steps, shift and guidance: as given, else the release's, else by task and distilled or not."""
     single = len(config.experts) == 1
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
@@ -106,9 +106,9 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
         check.problem(
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
-    sampling = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
-    _look_at(sampling, weights, release, check)
-    return sampling
+    recipe = Recipe(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    _look_at(recipe, weights, release, check)
+    return recipe
 
 
 def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
@@ -125,7 +125,7 @@ def _lora_dir(request: Request, experts: Sequence[str], check: Check) -> list[Lo
     if len(experts) == 1 and high != low:
         check.problem(f"--lora_strength {request.lora_strength}: one model takes one number, not HIGH,LOW")
     try:
-        files = files_of(Path(request.lora_dir), experts)
+        files = files_of(Path(request.lora_dir).expanduser(), experts)
     except LoraError as e:
         check.problem(str(e))
         return []
@@ -186,7 +186,7 @@ def _release(
         if release.kind == "recipe" and not (loras or expert_files):
             check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
         return release
-    paths = [Path(request.lora_dir)] if request.lora_dir else []
+    paths = [Path(request.lora_dir).expanduser()] if request.lora_dir else []
     for path in [*paths, *expert_files.values(), *(lora.path for lora in loras)]:
         if found := recognise(path):
             if task not in found.tasks:
@@ -205,22 +205,22 @@ def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check
         check.problem("--timesteps are final, after the shift; leave --sample_shift out")
 
 
-def _look_at(sampling: Sampling, weights: Weights, release: Release, check: Check) -> None:
+def _look_at(recipe: Recipe, weights: Weights, release: Release, check: Check) -> None:
     """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
-        if sampling.steps < FEW_STEPS:
-            check.warn(f"{sampling.steps} steps without a distilled weight (--lora_dir) give a poor video")
+        if recipe.steps < FEW_STEPS:
+            check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")
         return
     name = release.name or "a distilled weight"
     for flag, given, made_for in (
-        ("--sample_solver", sampling.solver, release.solver),
-        ("--sample_steps", sampling.steps, release.steps),
-        ("--sample_shift", sampling.shift, release.shift),
+        ("--sample_solver", recipe.solver, release.solver),
+        ("--sample_steps", recipe.steps, release.steps),
+        ("--sample_shift", recipe.shift, release.shift),
     ):
-        if given != made_for and not (flag == "--sample_shift" and sampling.timesteps):
+        if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
             check.warn(f"{flag} {given}: {name} was made for {made_for}")
-    if sampling.guidance != release.guidance:
-        low, high = sampling.guidance
+    if recipe.guidance != release.guidance:
+        low, high = recipe.guidance
         check.warn(
             f"--sample_guide_scale {low:g},{high:g}: {name} was made for guidance 1; "
             "other values double the work and usually spoil the picture"

@@ -11,11 +11,12 @@ import json
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.tensorfile import TensorFileError, TensorStore
+from wan import __version__
 from wan.request import Job, Run
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import peak_memory
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
-PACKAGES = ("wan-lightning", "torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 # Settings that say how the work is done; every other one changes the video.
 HOW_NOT_WHAT = {"overwrite", "resume", "on_error", "save_latents", "preview", "offload_model", "t5_cpu"}
 HOW_NOT_WHAT |= {"t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size"}
@@ -82,7 +83,7 @@ def essence(record: dict[str, Any]) -> dict[str, Any]:
     """What decides how the video looks. KeyError, TypeError or AttributeError if this is no record."""
     settings = {name: value for name, value in record["settings"].items() if name not in HOW_NOT_WHAT}
     job = {name: record["job"][name] for name in WHAT_OF_A_JOB}
-    return {"settings": settings, "job": job, "weights": record["plan"]["headers_sha256"]}
+    return {"settings": settings, "job": job, "weights": record["plan"]["fingerprints"]}
 
 
 def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> None:
@@ -114,13 +115,8 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+    own = {"python": platform.python_version(), "wan-lightning": __version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def plain(value: Any) -> Any:

@@ -66,7 +66,10 @@ def resolve(request: Request, problems: Sequence[str] = ()) -> Run:
 
 
 def replayed(request: Request, check: Check) -> Request:
-    """The request that a record holds, narrowed to the record's one video, with the flags of `request` on top."""
+    """The request that a record holds, narrowed to the record's one video, with the flags of `request` on top.
+
+    The record's prompt is the extended one; it is not extended again. The processes it was made with do not count.
+    """
     from wan.utils.video import read_record
 
     path = Path(request.replay or "").expanduser()
@@ -93,19 +96,11 @@ def replayed(request: Request, check: Check) -> Request:
     return request
 
 
-# What belongs to one start of the program, or is settled by the record's job.
-NOT_REPLAYED: tuple[str, ...] = (
-    "replay",
-    "dry_run",
-    "json",
-    "debug",
-    "overwrite",
-    "resume",
-    "decode_latents",
-    "extend_only",
-)
-NOT_REPLAYED += ("prompt_file", "image_path_file", "num_videos", "seconds", "use_prompt_extend", "no_extend_cache")
-NOT_REPLAYED += ("prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_on_error")
+# What belongs to one start of the program or to one machine, or is settled by the record's job.
+NOT_REPLAYED = {"replay", "dry_run", "json", "debug", "overwrite", "resume", "decode_latents", "extend_only"}
+NOT_REPLAYED |= {"t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size"}
+NOT_REPLAYED |= {"prompt_file", "image_path_file", "num_videos", "seconds", "use_prompt_extend", "no_extend_cache"}
+NOT_REPLAYED |= {"prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang", "prompt_extend_on_error"}
 # A flag given beside --replay also takes the place of these.
 INSTEAD_OF = {
     "prompt_file": ("prompt", "image", "negative_prompt"),
@@ -121,10 +116,13 @@ INSTEAD_OF = {
 
 
 def _settings(request: Request, task: str, config: EasyDict, weights: Weights, check: Check) -> Settings:
-    sampling = choose_sampling(request, config, weights, check)
-    if sampling.lora_steps and request.lora_mode == "merge":
+    recipe = choose_sampling(request, config, weights, check)
+    if recipe.lora_steps and request.lora_mode == "merge":
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
-    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
+    modes = ("adapter", "merge") if recipe.lora_steps else ("merge", "adapter")
+    alpha = request.lora_alpha
+    if alpha is not None:
+        alpha = check.number("--lora_alpha", alpha, 1, 1e-3, 1e4)
     processes = _check_processes(request, check)
     return Settings(
         task=task,
@@ -132,19 +130,17 @@ def _settings(request: Request, task: str, config: EasyDict, weights: Weights, c
         loras=weights.loras,
         lora_mode=check.choice("--lora_mode", request.lora_mode, modes),
         lora_allow_partial=bool(request.lora_allow_partial),
-        lora_alpha=None
-        if request.lora_alpha is None
-        else check.number("--lora_alpha", request.lora_alpha, 1, 1e-3, 1e4),
+        lora_alpha=alpha,
         expert_files=weights.expert_files,
         preset=weights.release.name if weights.release else None,
-        solver=sampling.solver,
-        steps=sampling.steps,
-        shift=sampling.shift,
-        guidance=sampling.guidance,
-        timesteps=sampling.timesteps,
-        high_steps=sampling.high_steps,
-        lora_steps=sampling.lora_steps,
-        guidance_steps=sampling.guidance_steps,
+        solver=recipe.solver,
+        steps=recipe.steps,
+        shift=recipe.shift,
+        guidance=recipe.guidance,
+        timesteps=recipe.timesteps,
+        high_steps=recipe.high_steps,
+        lora_steps=recipe.lora_steps,
+        guidance_steps=recipe.guidance_steps,
         device=check.choice("--device", request.device, ("auto", "cuda", "cpu", "mps"), other=r"cuda:\d+"),
         dtype=check.choice("--dtype", request.dtype, ("auto", "bf16", "fp32")),
         attention=check.choice("--attention", request.attention, ATTENTION),

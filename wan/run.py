@@ -35,7 +35,7 @@ def run_jobs(
     InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
     facts = plan.as_dict()
-    jobs = _jobs_to_do(run, facts, progress)
+    jobs = jobs_to_do(run, facts, progress)
     failures: list[str] = []
     saved = 0
     if jobs:
@@ -82,7 +82,7 @@ def decode_only(
     progress.say(progress.table())
 
 
-def _jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
+def jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     settings = run.settings
     trouble = "was made with other settings" if settings.resume else "exists already"

@@ -113,7 +113,7 @@ class VideoTask(ABC):
         if not fresh:
             return
         encoder, tokenizer = self.text_encoder
-        with self.progress.stage("text", total=len(fresh)), torch.no_grad():
+        with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
             for text in fresh:
                 self._contexts[text] = encoder(torch.tensor(tokenizer(text), device=self.text_device)).to(self.device)
                 self.progress.advance(1)
@@ -170,7 +170,7 @@ class VideoTask(ABC):
         noise = torch.randn(start.shape, generator=generator, device=self.noise_device).to(self.device)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
-        with self.progress.stage("denoise", total=len(steps)):
+        with self.progress.stage("denoise", total=len(steps), unit="step"):
             return denoise(experts, noise, conditioning, sampling.schedule(), steps, on_step)
 
     # -- pixels

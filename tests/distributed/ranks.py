@@ -46,7 +46,7 @@ def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, argumen
     try:
         meet, limit = (folder / "store").as_uri(), timedelta(seconds=seconds)
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=limit)
-        runtime = Runtime(Team(rank, world, dist.group.WORLD), rank)
+        runtime = Runtime(Team(rank, world, dist.group.WORLD))
         torch.save(work(runtime, *arguments), folder / f"{rank}.result")
         dist.barrier()
     except BaseException:  # noqa: BLE001 - whatever it was, the test shows it

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from benchmarks.communication import count, model_of
 from tests.distributed.ranks import parallel_of, run_ranks
 from tests.support import manifest
-from wan.distributed.mesh import Layout, layout_problems
-from wan.distributed.parallel import parallelize
+from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
+from wan.distributed.parallel import layout_for
 from wan.distributed.plan import Network, plan_lines, sent_bytes
 from wan.distributed.runtime import Runtime, Team
 from wan.utils.errors import InputError
@@ -53,9 +53,30 @@ def test_every_divisor_of_the_heads_is_legal() -> None:
 
 def test_an_illegal_layout_is_refused_before_any_group_is_made() -> None:
     with pytest.raises(InputError, match="legal: 1, 2 or 4"):
-        parallelize(Runtime(Team(0, 4)), torch.device("cpu"), heads=40, ulysses=3, ring=1, sharded=False)
+        layout_for(Runtime(Team(0, 4)), torch.device("cpu"), heads=40, ulysses=3, ring=1, sharded=False)
     with pytest.raises(InputError, match="more processes than GPUs"):
-        parallelize(Runtime(Team(0, 4)), torch.device("cuda"), heads=40, ulysses=4, ring=1, sharded=False)
+        layout_for(Runtime(Team(0, 4)), torch.device("cuda"), heads=40, ulysses=4, ring=1, sharded=False)
+
+
+PLAIN = {
+    "ring": 1, "attention": "auto", "t5_fsdp": False, "t5_cpu": False, "dit_fsdp": False, "lora_mode": "merge"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ""),
+        ({"ring": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
+        ({"ring": 2, "attention": "flash3"}, "--attention flash3: a ring"),
+        ({"t5_fsdp": True, "t5_cpu": True}, "--t5_fsdp and --t5_cpu exclude each other"),
+        ({"dit_fsdp": True, "lora_mode": "adapter"}, "with --dit_fsdp use --lora_mode merge"),
+    ],
+)
+def test_settings_that_exclude_each_other(given: dict, expected: str) -> None:
+    found = flag_conflicts(**(PLAIN | given))
+    assert len(found) == bool(expected)
+    assert expected in "".join(found)
 
 
 def places(runtime: Runtime) -> tuple[int, int, int, list[int]]:

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,28 @@ def test_a_failure_anywhere_ends_everyone_and_is_told_once(
         assert [text for text in said if text and words not in text] == [], "nobody else says anything"
 
 
+def wait_for_the_first(runtime: Runtime) -> int:
+    def long_work() -> int:
+        time.sleep(3)
+        return 5
+
+    return runtime.team.from_first(long_work)
+
+
+def wait_in_a_collective(runtime: Runtime) -> int:
+    if runtime.team.first:
+        time.sleep(3)
+    return int(sum_over_ranks(runtime))
+
+
+@pytest.mark.parametrize(("work", "code"), [(wait_for_the_first, 5), (wait_in_a_collective, 1)])
+def test_work_of_one_rank_may_take_longer_than_a_collective(
+    work: Work, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.distributed.runtime.COLLECTIVE_LIMIT", timedelta(seconds=1))
+    assert launched(work, 2, tmp_path)[0] == [code, code]
+
+
 def outcome(runtime: Runtime, failing: int, how: str) -> str:
     team = runtime.team
 
@@ -154,7 +177,7 @@ def outcome(runtime: Runtime, failing: int, how: str) -> str:
         (3, "input", ["fine"] * 3),
         (1, "input", ["InputError: one\ntwo"] * 3),
         (2, "os", ["OSError: [Errno 28] No space left on device"] * 3),
-        (2, "unpicklable", ["JobError: RuntimeError: odd", "JobError: RuntimeError: odd", "RuntimeError: odd"]),
+        (2, "unpicklable", ["JobError: RuntimeError: odd"] * 2 + ["RuntimeError: odd"]),
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(failing: int, how: str, expected: list[str]) -> None:

@@ -214,12 +214,13 @@ def test_image_branch_of_wan21_is_ignored(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.cross_attn.k_img.diff_b": vector,
         "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": vector,
         "transformer.blocks.0.attn2.add_v_proj.lora_A.weight": matrix,
+        "transformer.blocks.0.attn2.norm_added_k.diff": vector,
         "lora_unet_blocks_1_cross_attn_v_img.lora_up.weight": matrix,
     }
     lora = lora_of(tmp_path, spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED) | extra)
     assert_is_the_small_lora(lora)
     summary = check(lora, SHAPES).summary()
-    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 10 ignored (Wan2.1 image branch")
+    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 11 ignored (Wan2.1 image branch")
     assert summary.endswith(", 0 unmatched")
 
 
@@ -291,6 +292,11 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         ({f"{Q}.lora_up.weight": None}, r"1 of 59 tensors do not fit .*lora_down.weight has no up matrix beside it"),
         ({f"{Q}.lora_up.weight": torch.ones(63, 4)}, r"is \[63, 4\] x \[4, 64\] where the model's blocks.0.self_attn"),
         ({f"{Q}.lora_down.weight": torch.ones(5, 64)}, r"is \[64, 4\] x \[5, 64\] where"),
+        ({f"{Q}.lora_down.weight": torch.ones(4, 63)}, r"is \[64, 4\] x \[4, 63\] where"),
+        (
+            {"diffusion_model.head.head.alpha": torch.ones(())},
+            r"1 of 61 tensors \(first: diffusion_model.head.head.alpha",
+        ),
         ({f"{Q}.diff_b": torch.ones(65)}, r"q.diff_b is \[65\] where the model's blocks.0.self_attn.q.bias is \[64\]"),
         ({f"{Q}.diff": torch.ones(64, 64, dtype=torch.int8)}, r"q.diff is stored as I8, not as floating point"),
         ({f"{Q}.dora_scale": torch.ones(64)}, r"1 of 61 tensors .*of a kind not supported: dora_scale"),

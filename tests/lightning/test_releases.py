@@ -44,6 +44,11 @@ LIGHTNING = "Wan2.2-Lightning"
         ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "ti2v-fastwan"),
         ("Wan22_TI2V_5B_Turbo_lora_rank_64_fp16.safetensors", "ti2v-turbo-lora"),
         ("Wan2.2-TI2V-5B-Turbo/model.safetensors", "ti2v-turbo"),
+        (
+            f"{LIGHTNING}/Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1/wan2.2_i2v_A14b_high_noise_lora_1022.safetensors",
+            "i2v-distill-1022",
+        ),
+        (f"{LIGHTNING}/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.2/high_noise_model.safetensors", None),
         ("my_style.safetensors", None),
         ("Wan2.2-T2V-A14B/high_noise_model", None),
         ("Wan2.2-TI2V-5B", None),

@@ -217,7 +217,7 @@ def test_a_missing_folder_gives_the_download_command() -> None:
 def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"^--ckpt_dir Wan-AI/Nothing is no folder here and could not be fetched"):
+    with pytest.raises(InputError, match=r"^--ckpt_dir Wan-AI/Nothing is not on this machine and was not fetched"):
         fetch(Path("Wan-AI/Nothing"), TASK, config_of(TASK))
 
 

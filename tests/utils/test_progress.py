@@ -75,6 +75,16 @@ def test_sparse_lines_in_a_log(clock: list[float]) -> None:
     assert lines[-1] == "load 28.6 GB in 29 s (high expert)"
 
 
+def test_a_quick_stage_has_one_line(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    with progress.stage("load", total=10, unit="B"):
+        for _ in range(10):
+            clock[0] += 0.01
+            progress.advance(1)
+    assert stream.getvalue() == "load 10 B in 0.1 s\n"
+
+
 def test_slow_steps_each_have_a_line(clock: list[float]) -> None:
     stream = io.StringIO()
     progress = Progress(stream=stream)

@@ -69,38 +69,25 @@ def messages(request) -> list[dict]:
 # --- what is sent
 
 
-def test_dashscope_text_request(service):
-    (result,) = ask("dashscope", "two cats 两只猫")
+@pytest.mark.parametrize("method", MODELS)
+def test_text_request(service, method):
+    (result,) = ask(method, "two cats 两只猫")
     (request,) = service.requests
-    assert result == Extended("An extended prompt.", "two cats 两只猫", None, "qwen-plus", cached=False, error=None)
-    assert request.path == DASHSCOPE_TEXT
-    assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert request.json == {
-        "model": "qwen-plus",
-        "parameters": {"seed": 7, "result_format": "message"},
-        "input": {
-            "messages": [
-                {"role": "system", "content": system_prompt("en", has_image=False, has_words=True)},
-                {"role": "user", "content": "two cats 两只猫"},
-            ]
-        },
-    }
-
-
-def test_openai_text_request(service):
-    (result,) = ask("openai", "two cats 两只猫")
-    (request,) = service.requests
-    assert result == Extended("An extended prompt.", "two cats 两只猫", None, "lab-qwen", cached=False, error=None)
-    assert request.path == OPENAI_CHAT
-    assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert request.json == {
-        "model": "lab-qwen",
-        "seed": 7,
-        "messages": [
-            {"role": "system", "content": system_prompt("en", has_image=False, has_words=True)},
-            {"role": "user", "content": "two cats 两只猫"},
-        ],
-    }
+    chat = [
+        {"role": "system", "content": system_prompt("en", has_image=False, has_words=True)},
+        {"role": "user", "content": "two cats 两只猫"},
+    ]
+    path, model, body = {
+        "dashscope": (
+            DASHSCOPE_TEXT,
+            "qwen-plus",
+            {"parameters": {"seed": 7, "result_format": "message"}, "input": {"messages": chat}},
+        ),
+        "openai": (OPENAI_CHAT, "lab-qwen", {"seed": 7, "messages": chat}),
+    }[method]
+    assert result == Extended("An extended prompt.", "two cats 两只猫", None, model, cached=False, error=None)
+    assert (request.path, request.headers["authorization"]) == (path, f"Bearer {KEY}")
+    assert request.json == {"model": model, **body}
 
 
 @pytest.mark.parametrize("method", MODELS)
@@ -297,14 +284,12 @@ def test_empty_or_absurdly_long_answers_are_failures(service, method, text):
 
 
 @pytest.mark.parametrize("method", MODELS)
-def test_on_error_fail_names_the_item_and_starts_nothing_more(service, method):
+def test_on_error_fail_names_the_item_and_starts_nothing_more(service, method, tmp_path):
     service.plan = [None, (400, {"code": "BadThing", "message": "BadThing"})]
     with pytest.raises(InputError, match=r'^prompt 2 of 3, "b", was not extended: .*400.*BadThing'):
         ask(method, "a", "b", "c", on_error="fail")
     assert len(service.requests) == 2
-
-
-# --- secrets
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1  # the answer before it is kept
 
 
 @pytest.mark.parametrize("method", MODELS)
@@ -363,9 +348,6 @@ def test_own_server_without_key(service, monkeypatch):
     assert "none of this" in ask("openai", "a")[0].error
 
 
-# --- cache
-
-
 @pytest.mark.parametrize("method", MODELS)
 def test_a_cache_hit_makes_no_request(service, pictures, method):
     item = ExtendItem("a", pictures[0])
@@ -415,10 +397,3 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert ask("dashscope", "a")[0].prompt == "An extended prompt."
     assert LINES[0].startswith("warning: the extended prompt is not kept for later runs: ")
-
-
-def test_answers_before_a_failure_are_kept(service, tmp_path: Path):
-    service.plan = [None, (400, {"code": "Bad", "message": "m"})]
-    with pytest.raises(InputError):
-        ask("dashscope", "a", "b", on_error="fail")
-    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1

@@ -59,6 +59,20 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     return []
 
 
+def flag_conflicts(
+    *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str
+) -> list[str]:
+    """Which of these settings exclude each other, as sentences."""
+    problems = []
+    if ring > 1 and attention not in ("auto", "sdpa"):
+        problems.append(f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa")
+    if t5_fsdp and t5_cpu:
+        problems.append("--t5_fsdp and --t5_cpu exclude each other; give one of them")
+    if dit_fsdp and lora_mode == "adapter":
+        problems.append("--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge")
+    return problems
+
+
 def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 

@@ -11,15 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, Mesh, layout_problems, make_mesh
-from wan.distributed.runtime import PATIENCE, Runtime, Team
+from wan.distributed.runtime import PATIENCE, Broken, Runtime, Team
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.utils.checkpoints import Store, load
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, WanError
 
 Item = TypeVar("Item")
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,6 +46,19 @@ class Parallel:
             dist.broadcast(x, dist.get_global_rank(self.mesh.sequence, 0), group=self.mesh.sequence)
         return x
 
+    def together(self, work: Callable[[], Item]) -> Item:
+        """`work()`, in which the ranks of the group exchange tensors.
+
+        A WanError in it is one that all of them come to. After any other the rest of the group waits for an exchange
+        that never comes: `Broken` ends the run.
+        """
+        try:
+            return work()
+        except Exception as error:
+            if self.mesh.sequence is None or isinstance(error, WanError):
+                raise
+            raise Broken from error
+
     def load(
         self,
         module: Module,
@@ -60,6 +72,8 @@ class Parallel:
     ) -> Module:
         """`module` with its weights, or with this rank's shards of them."""
         if sharded and self.mesh.shards is not None:
+            from wan.distributed.fsdp import load_sharded  # takes seconds to import
+
             return load_sharded(module, store, self.mesh.shards, home=home, dtype=dtype, merge=merge, report=report)
         return load(module, store, home=home, dtype=dtype, merge=merge, report=report)
 
@@ -70,10 +84,17 @@ class Parallel:
         return vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
 
 
-def parallelize(runtime: Runtime, device: torch.device, heads: int, ulysses: int, ring: int, sharded: bool) -> Parallel:
-    """Divide the world for a model with `heads` attention heads. InputError if it cannot be divided so.
+def parallelize(runtime: Runtime, layout: Layout, device: torch.device) -> Parallel:
+    """Connect the processes of `runtime` as `layout` says; all of them must call this. device: of the networks."""
+    return Parallel(runtime, make_mesh(layout, device.type, runtime.team.rank, PATIENCE))
 
-    device: where the networks run. sharded: some weights are to be sharded.
+
+def layout_for(
+    runtime: Runtime, device: torch.device, heads: int, ulysses: int, ring: int, sharded: bool
+) -> Layout:
+    """The division of the world for a model with so many attention heads. InputError if it cannot be divided so.
+
+    sharded: some weights are to be sharded.
     """
     layout = Layout(runtime.team.size, ulysses, ring)
     problems = layout_problems(layout, heads, sharded)
@@ -81,8 +102,8 @@ def parallelize(runtime: Runtime, device: torch.device, heads: int, ulysses: int
         if not runtime.uses_gpus:
             count = torch.cuda.device_count()
             problems.append(f"more processes than GPUs on this machine: use --nproc-per-node {count}, or --device cpu")
-        elif device.index not in (None, runtime.local_rank):
+        elif device.index not in (None, torch.cuda.current_device()):
             problems.append(f"--device {device}: under torchrun each process takes its own GPU; use --device cuda")
     if problems:
         raise InputError(problems)
-    return Parallel(runtime, make_mesh(layout, device.type, runtime.team.rank, PATIENCE))
+    return layout

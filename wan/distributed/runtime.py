@@ -29,6 +29,10 @@ PATIENCE = timedelta(days=7)
 GLOO_REST = 0.2  # seconds in which gloo's threads let go of their last tensors; without them torch 2.13 aborts at exit
 
 
+class Broken(BaseException):  # no Exception: nobody may go on after it
+    """One process failed, for the reason given as its cause, while others count on it in a common computation."""
+
+
 @dataclass(frozen=True)
 class Team:
     """Processes that tell each other things; the first one speaks and writes for all."""
@@ -51,19 +55,6 @@ class Team:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def from_first(self, make: Callable[[], Result]) -> Result:
-        """`make()` of the first rank, for everyone; a WanError of it is raised everywhere."""
-        made: list[Result] = []
-        try:
-            made += [make()] if self.first else []
-        except WanError as e:
-            self.gather((made, e))
-            raise
-        made, error = self.gather((made, None))[0]
-        if error is not None:
-            raise error
-        return made[0]
-
     def agree(self, work: Callable[[], Result]) -> Result:
         """`work()` on every rank; if it fails anywhere, the error of the first rank that failed is raised on all.
 
@@ -77,10 +68,15 @@ class Team:
             done = [work()]
         except Exception as e:  # noqa: BLE001 - raised below, on all ranks
             error = e
-        for rank, reported in enumerate(self.gather(error and _portable(error))):
+        for rank, reported in enumerate(self.gather(error and _portable(error, self.rank))):
             if reported is not None:
                 raise error if error and rank == self.rank else reported
         return done[0]
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """`make()` of the first rank, for everyone; if it fails, its error is raised on all."""
+        made = self.agree(lambda: [make()] if self.first else [])
+        return self.gather(made)[0][0]
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,6 @@ class Runtime:
     """The world of processes that torchrun started; by default this process alone."""
 
     team: Team = field(default_factory=Team)
-    local_rank: int = 0
     uses_gpus: bool = False  # of many processes: each has a GPU of its own and NCCL connects them
     store: Store | None = None
 
@@ -112,7 +107,17 @@ class Runtime:
         groups = PrefixStore("groups", store)
         dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
         patient = dist.new_group(timeout=PATIENCE, backend="gloo")
-        return cls(Team(rank, size, patient), local_rank, uses_gpus, PrefixStore("run", store))
+        return cls(Team(rank, size, patient), uses_gpus, PrefixStore("run", store))
+
+    @classmethod
+    def joined(cls) -> Runtime:
+        """The processes that the caller's own script has connected with torch.distributed, if it has."""
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        patient = dist.new_group(timeout=PATIENCE, backend="gloo")
+        return cls(Team(dist.get_rank(), dist.get_world_size(), patient), "nccl" in dist.get_backend_config())
 
     def finish(self, code: int) -> int:
         """Leave together; the worst exit code of all."""
@@ -154,16 +159,20 @@ def launch(work: Callable[[Runtime], int]) -> int:
         runtime.give_up(error)
 
 
-def _portable(error: Exception) -> Exception:
-    """`error` if it can be sent to another process, else its words."""
+def _portable(error: Exception, rank: int) -> Exception:
+    """A copy of `error` for other processes; where it is no expected one, with its traceback as a note."""
     try:
-        pickle.loads(pickle.dumps(error))
+        copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs
-        return JobError(f"{type(error).__name__}: {error}")
-    return error
+        copy = JobError(f"{type(error).__name__}: {error}")
+    if not isinstance(error, WanError | OSError | MemoryError):
+        copy.add_note(f"in process {rank}:\n" + "".join(traceback.format_exception(error)).rstrip())
+    return copy
 
 
 def _last_words(rank: int, error: BaseException) -> str:
+    if isinstance(error, Broken) and error.__cause__:
+        error = error.__cause__
     if isinstance(error, KeyboardInterrupt):
         return "interrupted\n"
     if isinstance(error, WanError):

@@ -173,7 +173,7 @@ class WanVAE(nn.Module):
         yield from video.split(4 * chunk, dim=1)
 
     @torch.no_grad()
-    def decode_features(self, latent: Tensor, chunk: int = 1) -> Tensor:
+    def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:
         """What `decode_region` wants, for whole frames: [z, L, h, w] -> [L, h, w, C]."""
         if latent.ndim != 4 or latent.shape[0] != self.z_dim or 0 in latent.shape:
             raise ValueError(f"a latent must be [{self.z_dim}, frames, rows, columns], not {list(latent.shape)}")
@@ -186,7 +186,7 @@ class WanVAE(nn.Module):
         return torch.cat([self.decoder.start(part, state) for part in code.split(chunk)])
 
     @torch.no_grad()
-    def decode_region(self, features: Tensor, region: Region, chunk: int = 1) -> Iterator[Tensor]:
+    def decode_region(self, features: Tensor, region: Region, chunk: int = 2) -> Iterator[Tensor]:
         """The region's pixels of each chunk in turn, [3, t, rows, columns] float32 in [-1, 1]."""
         state = ClipState()
         for part in features.split(chunk):

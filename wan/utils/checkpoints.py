@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,29 +220,33 @@ def weights_file(folder: Path) -> Path | None:
     return None
 
 
-def fetch(ckpt_dir: Path, task: str, config: EasyDict) -> Path:
-    """A local folder as it is; a hub id (`Wan-AI/Wan2.2-T2V-A14B`) downloaded, only the files the task needs."""
-    parts = str(ckpt_dir).replace("\\", "/").split("/")
-    if ckpt_dir.is_dir() or len(parts) != 2 or not all(parts) or parts[0] in {".", ".."}:
-        if not ckpt_dir.is_dir():
-            hub = HUB_IDS[task]
-            raise InputError(
-                f"--ckpt_dir {ckpt_dir} is not a folder; get the weights with: hf download {hub} --local-dir {ckpt_dir}"
-            )
+def fetch(ckpt_dir: Path, task: str, config: EasyDict, download: bool = True) -> Path:
+    """A local folder as it is; a hub id (`Wan-AI/Wan2.2-T2V-A14B`) as the folder its files are kept in.
+
+    Only the files the task needs are fetched, none without `download`. InputError if they cannot be had.
+    """
+    if ckpt_dir.is_dir():
         return ckpt_dir
+    name = ckpt_dir.as_posix()
+    if not is_hub_id(name):
+        command = f"hf download {HUB_IDS[task]} --local-dir {ckpt_dir}"
+        raise InputError(f"--ckpt_dir {ckpt_dir} is not a folder; get the weights with: {command}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = [config.t5_checkpoint, f"{config.t5_tokenizer}/*", config.vae_checkpoint]
     for where in config.experts.values():
-        wanted += [f"{where}/*".removeprefix("./")] if where != "." else ["config.json", "diffusion_pytorch_model*"]
+        wanted += ["config.json", "diffusion_pytorch_model*"] if where == "." else [f"{where}/*"]
     try:
-        return Path(snapshot_download(str(ckpt_dir), allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise InputError(
-            f"--ckpt_dir {ckpt_dir} is no folder here and could not be fetched from the hub: {reason}"
-        ) from e
+        reason = str(e).strip().splitlines()[0] if download else "it is fetched when a run starts, not for --dry_run"
+        raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched from the hub: {reason}") from e
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name could be a repository on the hub: `owner/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def load(

@@ -129,7 +129,7 @@ class OpenAICompatible:
         except openai.APITimeoutError as error:
             raise no_answer_within(seconds) from error
         except openai.APIConnectionError as error:
-            raise no_connection(str(self.client.base_url)) from error
+            raise no_connection(str(self.client.base_url).rstrip("/")) from error
         except openai.APIStatusError as error:
             told = error.body.get("message") if isinstance(error.body, dict) else None
             raise refused(error.status_code, str(told or error.message), error.response.headers) from error
