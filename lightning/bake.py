@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning.distilled import RECORD, distilled_twice
 from lightning.lora import Lora, LoraError, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, keeps_float32
+from lightning.names import EXPERTS, keeps_float32, task_of
 from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorFileError, TensorStore, read_header
 
 STEM = "diffusion_pytorch_model"
@@ -78,6 +78,8 @@ def bake(
     stores = {expert: _open(ckpt_dir / where) for expert, where in EXPERTS[task].items()}
     sources: dict[str, Any] = {"task": task, "dtype": str(dtype).removeprefix("torch."), "base": {}, "loras": {}}
     for expert, store in stores.items():
+        if (found := task_of(store.shapes)) not in (None, task):
+            raise LoraError(f"--task {task}: the checkpoint in {ckpt_dir} is one of {found}")
         sources["base"][expert] = [_fingerprint(file) for file in store.files]
         sources["loras"][expert] = []
         for lora in loras.get(expert, ()):

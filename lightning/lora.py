@@ -225,28 +225,27 @@ def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]]
         warnings.append(f"LoRA {lora.path} changes {len(reached)} of the {len(layers)} layers that its release changes")
     if found.unmatched:
         warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
-    pairs = [d for d in found.deltas if d.rank]
-    if lora.alphas or lora.config or not pairs:
-        return warnings
-    ranks = sorted({d.rank for d in pairs})
-    if lora.default_alpha is None and lora.assumed_alpha is not None:
-        warnings.append(
-            f"LoRA {lora.path} stores no alpha; {lora.assumed_alpha:g}/rank is applied, which this release needs "
-            f"(--lora_alpha overrides)"
-        )
-    elif lora.assumed_alpha is None and ranks == [64] and _like_first_upload(lora):
-        warnings.append(
-            f"LoRA {lora.path} stores no alpha and looks like the first Lightning upload, which needs --lora_alpha 8; "
-            f"alpha/rank 1 is applied"
-        )
+    if not lora.alphas and not lora.config and lora.default_alpha is None:
+        warnings += _warnings_without_alpha(lora, {d.rank for d in found.deltas if d.rank})
     return warnings
 
 
-def _like_first_upload(lora: Lora) -> bool:
-    """Without prefix, in float32, named lora_down/lora_up: the only published file that lacks the alpha it needs."""
-    return all(
+def _warnings_without_alpha(lora: Lora, ranks: set[int]) -> list[str]:
+    """The first Lightning upload is the only published file that lacks the alpha it needs."""
+    if lora.assumed_alpha is not None:
+        return [
+            f"LoRA {lora.path} stores no alpha; {lora.assumed_alpha:g}/rank is applied, which this release needs "
+            "(--lora_alpha overrides)"
+        ]
+    looks_like_it = ranks == {64} and all(
         entry.dtype == "F32" and name.startswith("blocks.") and ".lora_" in name for name, entry in lora.store.items()
     )
+    if not looks_like_it:
+        return []
+    return [
+        f"LoRA {lora.path} stores no alpha and looks like the first Lightning upload, which needs --lora_alpha 8; "
+        "alpha/rank 1 is applied"
+    ]
 
 
 def _peft_folder(folder: Path) -> dict[str, Any]:
@@ -280,6 +279,13 @@ def _plain_lora(file: Path, text: str | bytes) -> dict[str, Any]:
         raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only plain LoRA")
     if str(plain.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
         raise LoraError(f"LoRA {file}: its base is not the released one ({plain['init_lora_weights']} changes it)")
+    try:
+        for pattern, alpha in {"": plain.get("lora_alpha", 8), **(plain.get("alpha_pattern") or {})}.items():
+            re.compile(pattern)
+            if not math.isfinite(alpha) or alpha == 0:
+                raise ValueError(alpha)
+    except (TypeError, ValueError, re.error) as e:
+        raise LoraError(f"LoRA {file}: lora_alpha or alpha_pattern in the adapter settings is unusable ({e})") from e
     return config
 
 

@@ -15,7 +15,7 @@ SOURCES = [ROOT / "generate.py", *sorted((ROOT / "wan").rglob("*.py")), *sorted(
 ARROWS = {
     "generate": {"wan", "lightning"},
     "wan": {"wan"},  # the front door of the package: lazy
-    "wan.run": {"wan.preflight", "wan.pipeline", "wan.record", "wan.request", "wan.utils", "wan.configs", "wan.distributed"},
+    "wan.run": {"wan.preflight", "wan.pipeline", "wan.record", "wan.request", "wan.utils", "wan.distributed"},
     "wan.preflight": {"wan.pipeline", "wan.task", "wan.sampling", "wan.request", "wan.configs", "wan.modules",
                       "wan.utils", "wan.distributed", "lightning"},
     "wan.record": {"wan.request", "wan.utils", "lightning"},

@@ -207,6 +207,12 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     refusal(tmp_path, "nothing to bake", loras={"high": [], "low": []})
     refusal(tmp_path, "exists already", out=tmp_path)
     refusal(tmp_path, "lies inside", out=checkpoint("t2v-A14B") / "merged")
+    refusal(
+        tmp_path,
+        "--task i2v-A14B: the checkpoint in .* is one of t2v-A14B",
+        task="i2v-A14B",
+        ckpt_dir=checkpoint("t2v-A14B"),
+    )
     wrong = write(tmp_path / "style.safetensors", {"blocks.9.ffn.0.diff_b": torch.ones(80)})
     refusal(tmp_path, "nothing in it matches", loras={"high": [Lora.open(wrong)], "low": []})
 

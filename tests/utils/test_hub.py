@@ -39,7 +39,8 @@ class Answer(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = self.path.partition("?")[0]
         if path.startswith(f"/api/models/owner/name/tree/{COMMIT}"):
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.server.contents.items()]
+            sizes = {name: len(content) for name, content in self.server.contents.items()}
+            tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
             self.send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
         elif path.startswith("/api/models/owner/name"):
             listing = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.server.contents]}
@@ -105,7 +106,7 @@ def test_a_dry_run_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     run = generate(hub, tmp_path, "--dry_run")
     assert run.returncode == 2
     assert run.stderr.strip() == (
-        "error: --ckpt_dir owner/name is not on this machine and was not fetched from the hub: "
+        "error: --ckpt_dir owner/name is not on this machine and was not fetched: "
         "it is fetched when a run starts, not for --dry_run"
     )
     assert hub.served == []
@@ -115,4 +116,4 @@ def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     run = generate(hub, tmp_path, "--ckpt_dir", "owner/other")
     assert run.returncode == 2
     (line,) = run.stderr.strip().splitlines()
-    assert line.startswith("error: --ckpt_dir owner/other is not on this machine and was not fetched from the hub: ")
+    assert line.startswith("error: --ckpt_dir owner/other is not on this machine and was not fetched: ")

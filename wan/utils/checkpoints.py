@@ -176,16 +176,15 @@ class Checkpoint:
         if vae.stride != self.config.vae_stride:
             self.problems.append(f"{self.vae[1].path}: has stride {vae.stride}, --task {self.task} needs another VAE")
             return
-        extra = IMAGE_CHANNELS + vae.z_dim if self.task == "i2v-A14B" else 0
-        for store in (store for _, store in self.experts.values()):
-            channels, width = store.shapes["patch_embedding.weight"][1], store.shapes["text_embedding.0.weight"][1]
-            if channels != vae.z_dim + extra:
-                self.problems.append(
-                    f"{store.files[0].parent}: takes {channels} channels, --task {self.task} gives {vae.z_dim + extra}: "
-                    "a checkpoint of another task?"
-                )
+        given = vae.z_dim + (IMAGE_CHANNELS + vae.z_dim if self.task == "i2v-A14B" else 0)
+        for _, store in self.experts.values():
+            folder, shapes = store.files[0].parent, store.shapes
+            channels, width = shapes["patch_embedding.weight"][1], shapes["text_embedding.0.weight"][1]
+            if channels != given:
+                task = f"--task {self.task} gives {given}: a checkpoint of another task?"
+                self.problems.append(f"{folder}: takes {channels} channels, {task}")
             if width != text_dim:
-                self.problems.append(f"{store.files[0].parent}: reads text of width {width}, the encoder has {text_dim}")
+                self.problems.append(f"{folder}: reads text of width {width}, the encoder has {text_dim}")
 
     def _open_pickle(
         self, path: Path, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
@@ -241,7 +240,7 @@ def fetch(ckpt_dir: Path, task: str, config: EasyDict, download: bool = True) ->
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if download else "it is fetched when a run starts, not for --dry_run"
-        raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched from the hub: {reason}") from e
+        raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched: {reason}") from e
 
 
 def is_hub_id(name: str) -> bool:
