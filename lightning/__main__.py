@@ -14,7 +14,7 @@ from lightning import names
 from lightning.distilled import holds_expert, open_expert
 from lightning.lora import PEFT_CONFIG, Lora, LoraError, check, expert_of, files_of
 from lightning.releases import Release, recognise
-from lightning.tensorfile import TensorFileError, TensorStore
+from lightning.tensorfile import INDEX_SUFFIX, TensorFileError, TensorStore
 
 TASKS = tuple(names.NETWORKS)
 
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
-    inspect.add_argument("path", type=Path, help="a safetensors file, a release folder, or a folder saved by PEFT")
+    inspect.add_argument("path", type=Path, help="a safetensors file, a folder of them, or one saved by PEFT")
     inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
     inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
     inspect.add_argument("--json", action="store_true", help="a JSON list, one object a file")
@@ -60,7 +60,7 @@ def _inspect(args: argparse.Namespace) -> int:
         raise LoraError(f"{args.path}: no such file or folder")
     files = [args.path]
     if args.path.is_dir() and not (args.path / PEFT_CONFIG).is_file():
-        files = sorted(args.path.glob("*.safetensors"))
+        files = sorted(args.path.glob(f"*{INDEX_SUFFIX}")) or sorted(args.path.glob("*.safetensors"))
         if not files:
             raise LoraError(f"{args.path}: no safetensors file in this folder")
     reports = [_examine(file, [args.task] if args.task else TASKS, args.lora_alpha) for file in files]

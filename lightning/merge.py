@@ -4,7 +4,7 @@
 
 Product and sum are float32 and rounded once, by whoever casts the result. The product is made in blocks of rows that
 stay in the processor's cache, and into buffers that live on from call to call: a fresh 100 MB of memory for each
-temporary costs several times the arithmetic. Each row's product is the same numbers as that of the whole matrix.
+temporary costs several times the arithmetic. On a CPU the result is that of the plain expression, bit for bit.
 
 Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank.
 """
@@ -76,7 +76,7 @@ class Merge:
         terms = [self._load(part, slice(start, stop)) for part in parts]
         source = _matrix(weight)
         result = self._buffer("result", source.shape)
-        step = self._rows_at_once(source.shape[1])
+        step = self._rows_at_once(*source.shape)
         for top in range(0, len(source), step):
             block = slice(top, top + step)
             change = self._buffer("change", result[block].shape)
@@ -88,10 +88,12 @@ class Merge:
             torch.add(source[block].to(self.device), change, out=result[block])
         return result.view(weight.shape)
 
-    def _rows_at_once(self, columns: int) -> int:
+    def _rows_at_once(self, rows: int, columns: int) -> int:
+        """Blocks of nearly equal size: products of fewer than eight rows may be summed in another order."""
         if self.device.type != "cpu":
-            return 1 << 30  # the whole weight: an accelerator wants large products
-        return max(16, torch.get_num_threads() * BLOCK_BYTES // (4 * max(1, columns)))
+            return max(1, rows)  # an accelerator wants large products
+        blocks = math.ceil(4 * rows * columns / (BLOCK_BYTES * torch.get_num_threads()))
+        return max(16, math.ceil(rows / max(1, blocks)))
 
     def _buffer(self, use: str, shape: Sequence[int]) -> Tensor:
         """float32 memory for one use, kept and grown from call to call."""

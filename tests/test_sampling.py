@@ -7,20 +7,29 @@ import pytest
 import torch
 
 from wan.modules.model import Prompt
-from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
+from wan.request import Sampling
+from wan.sampling import Conditioning, Schedule, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import JobError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
 
 
-def parts(key: str) -> tuple[str, int, float]:
+def schedule_of(solver: str, steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
+    return make_schedule(Sampling(solver, steps, shift, (1.0, 1.0), timesteps))
+
+
+def golden_schedule(key: str) -> Schedule:
     solver, steps, shift = key.split("_")
-    return {"dpmpp": "dpm++"}.get(solver, solver), int(steps[1:]), float(shift.removeprefix("shift"))
+    return schedule_of({"dpmpp": "dpm++"}.get(solver, solver), int(steps[1:]), float(shift.removeprefix("shift")))
+
+
+def plan_of(timesteps: list[float], boundary: float | None = None, guidance=(1.0, 1.0), **more) -> list[Step]:
+    return plan_steps(timesteps, Sampling("euler", len(timesteps), 1.0, guidance, **more), boundary)
 
 
 @pytest.mark.parametrize("key", GOLDEN["schedules"])
 def test_timesteps_and_sigmas_are_the_originals(key: str) -> None:
-    schedule = make_schedule(*parts(key))
+    schedule = golden_schedule(key)
     assert schedule.timesteps == GOLDEN["schedules"][key]["timesteps"]
     sigmas = getattr(schedule, "sigmas", None)
     sigmas = schedule.scheduler.sigmas if sigmas is None else sigmas
@@ -29,7 +38,7 @@ def test_timesteps_and_sigmas_are_the_originals(key: str) -> None:
 
 @pytest.mark.parametrize("key", GOLDEN["trajectories"])
 def test_trajectories_are_the_originals(key: str) -> None:
-    schedule = make_schedule(*parts(key))
+    schedule = golden_schedule(key)
     x = torch.tensor([-1.5, -0.4, 0.05, 0.9, 2.0]).view(1, 5, 1, 1, 1)
     for index, t in enumerate(schedule.timesteps):
         x = schedule.step(torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, index, x)
@@ -39,12 +48,12 @@ def test_trajectories_are_the_originals(key: str) -> None:
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
 def test_explicit_timesteps_are_visited_as_given(solver: str) -> None:
     given = [1000.0, 937.5, 833.33, 625.0]
-    visited = make_schedule(solver, 4, 5.0, given).timesteps
+    visited = schedule_of(solver, 4, 5.0, tuple(given)).timesteps
     assert visited == pytest.approx(given, abs=1e-3 if solver == "euler" else 1.0)
 
 
 def test_duplicate_integer_timesteps_do_not_lead_unipc_astray() -> None:
-    schedule = make_schedule("unipc", 100, 12.0)
+    schedule = schedule_of("unipc", 100, 12.0)
     assert schedule.timesteps[0] == schedule.timesteps[1]
     x = torch.ones(1, 1, 1, 1, 1)
     for index in range(100):
@@ -53,7 +62,7 @@ def test_duplicate_integer_timesteps_do_not_lead_unipc_astray() -> None:
 
 
 def experts_of(timesteps: list[float], boundary: float, **more: int) -> str:
-    plan = plan_steps(timesteps, boundary=boundary, guidance=(3.0, 4.0), **more)
+    plan = plan_of(timesteps, boundary, (3.0, 4.0), **more)
     assert all(step.guidance == (4.0 if step.expert == "high" else 3.0) for step in plan)
     return "".join(step.expert[0] for step in plan)
 
@@ -63,24 +72,24 @@ def experts_of(timesteps: list[float], boundary: float, **more: int) -> str:
     [(4, 5, 0.875, 2), (4, 5, 0.9, 2), (8, 5, 0.875, 4), (8, 5, 0.9, 3), (4, 8, 0.875, 3), (12, 5, 0.875, 6)],
 )
 def test_expert_boundary_counts(steps: int, shift: float, boundary: float, high: int) -> None:
-    plan = experts_of(make_schedule("euler", steps, shift).timesteps, boundary)
+    plan = experts_of(schedule_of("euler", steps, shift).timesteps, boundary)
     assert plan == "h" * high + "l" * (steps - high)
 
 
 def test_a_timestep_on_the_boundary_is_high() -> None:
-    timesteps = make_schedule("euler", 12, 5.0).timesteps
+    timesteps = schedule_of("euler", 12, 5.0).timesteps
     assert 875.0 in timesteps
     assert experts_of([875.0, 874.9], 0.875) == "hl"
 
 
 def test_base_schedules_split_as_the_originals() -> None:
-    assert experts_of(make_schedule("unipc", 40, 12.0).timesteps, 0.875).count("h") == 26
-    assert experts_of(make_schedule("unipc", 40, 5.0).timesteps, 0.9).count("h") == 15
+    assert experts_of(schedule_of("unipc", 40, 12.0).timesteps, 0.875).count("h") == 26
+    assert experts_of(schedule_of("unipc", 40, 5.0).timesteps, 0.9).count("h") == 15
 
 
 def test_explicit_counts_and_scales_win() -> None:
     assert experts_of([1000.0, 900.0, 800.0], 0.875, high_steps=1) == "hll"
-    plan = plan_steps([1000.0, 500.0], boundary=None, guidance=(1, 1), guidance_steps=(3.5, 1.0), lora_steps=(0.0, 1.0))
+    plan = plan_of([1000.0, 500.0], guidance_steps=(3.5, 1.0), lora_steps=(0.0, 1.0))
     assert plan == [Step(1000.0, "model", 3.5, 0.0), Step(500.0, "model", 1.0, 1.0)]
     assert str(plan[0]) == "t=1000.0 model cfg 3.5 lora 0"
 
@@ -100,7 +109,7 @@ class Field:
 
 
 def test_guidance_runs_both_passes_only_where_the_scale_is_not_one() -> None:
-    field, schedule = Field(), make_schedule("euler", 2, 1.0)
+    field, schedule = Field(), schedule_of("euler", 2, 1.0)
     steps = [Step(1000.0, "high", 3.0, 1.0), Step(500.0, "low", 1.0, 1.0)]
     text, negative = Prompt(torch.tensor(2.0)), Prompt(torch.tensor(1.0))
     x = denoise(field, torch.zeros(2, 1, 1, 1), Conditioning(text, negative), schedule, steps)
@@ -109,8 +118,8 @@ def test_guidance_runs_both_passes_only_where_the_scale_is_not_one() -> None:
 
 
 def test_channels_are_set_beside_and_the_first_frame_stays() -> None:
-    field, schedule = Field(), make_schedule("euler", 2, 1.0)
-    steps = plan_steps(schedule.timesteps, boundary=None, guidance=(1.0, 1.0))
+    field, schedule = Field(), schedule_of("euler", 2, 1.0)
+    steps = plan_of(schedule.timesteps)
     frame = torch.full((2, 1, 1, 1), 7.0)
     condition = Conditioning(Prompt(torch.tensor(1.0)), channels=torch.zeros(3, 2, 1, 1), first_frame=frame)
     x = denoise(field, torch.zeros(2, 2, 1, 1), condition, schedule, steps)
@@ -124,12 +133,12 @@ def test_a_changed_lora_scale_makes_the_layers_read_the_prompt_again() -> None:
     layer = torch.nn.Identity()
     text.once(layer, lambda: "old")
     steps = [Step(1000.0, "high", 1.0, 0.0), Step(500.0, "high", 1.0, 1.0)]
-    denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text), make_schedule("euler", 2, 1.0), steps)
+    denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text), schedule_of("euler", 2, 1.0), steps)
     assert text.once(layer, lambda: "fresh") == "fresh"
 
 
 def test_nan_stops_the_job_and_names_the_step() -> None:
-    schedule = make_schedule("euler", 4, 5.0)
-    steps = plan_steps(schedule.timesteps, boundary=0.875, guidance=(1.0, 1.0))
+    schedule = schedule_of("euler", 4, 5.0)
+    steps = plan_of(schedule.timesteps, 0.875)
     with pytest.raises(JobError, match=r"after step 1 of 4 \(t=1000.0 high cfg 1\)"):
         denoise(Field(float("nan")), torch.zeros(2, 1, 1, 1), Conditioning(Prompt(torch.tensor(1.0))), schedule, steps)

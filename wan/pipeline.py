@@ -14,7 +14,7 @@ from lightning.lora import Lora
 from wan.configs import WAN_CONFIGS
 from wan.image2video import WanI2V
 from wan.request import Job, Settings
-from wan.sampling import Sampling, Step
+from wan.sampling import Step, make_schedule, plan_steps
 from wan.task import VideoTask
 from wan.text2video import WanT2V
 from wan.textimage2video import WanTI2V
@@ -36,7 +36,6 @@ class Pipeline:
         device = compute_device(settings.device)
         if settings.dtype == "fp32" or (settings.dtype == "auto" and device.type == "cpu"):
             config.param_dtype = config.t5_dtype = "float32"
-        self.sampling = sampling_of(settings)
         self.fps: int = config.sample_fps
         self.task = TASKS[settings.task](
             config,
@@ -52,7 +51,7 @@ class Pipeline:
             noise_device=settings.noise_device,
             progress=progress,
         )
-        self.steps = self.sampling.plan(config.boundary)
+        self.steps = plan_steps(make_schedule(settings).timesteps, settings, config.boundary)
 
     def texts(self, job: Job) -> list[str]:
         """What the text encoder must read for this job; the negative prompt only where a step is guided."""
@@ -77,7 +76,7 @@ class Pipeline:
             self.progress.advance(1, str(step))
 
         return self.task.sample(
-            job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.sampling, show
+            job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.settings, show
         )
 
     def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
@@ -96,19 +95,6 @@ class Pipeline:
             "attention": self.task.attention,
             "diffusers": version("diffusers"),
         }
-
-
-def sampling_of(settings: Settings) -> Sampling:
-    return Sampling(
-        settings.solver,
-        settings.steps,
-        settings.shift,
-        settings.guidance,
-        settings.timesteps,
-        settings.high_steps,
-        settings.guidance_steps,
-        settings.lora_steps,
-    )
 
 
 def open_loras(settings: Settings) -> dict[str, list[Lora]]:

@@ -20,9 +20,9 @@ from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, LoraError, check
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import PATCH
-from wan.pipeline import TASKS, compute_device, open_loras, sampling_of
+from wan.pipeline import TASKS, compute_device, open_loras
 from wan.request import Job, Run, Settings
-from wan.sampling import Step
+from wan.sampling import Step, make_schedule, plan_steps
 from wan.task import choose_attention
 from wan.utils.checkpoints import Checkpoint, as_dtype, fetch, parameter_dtypes
 from wan.utils.errors import InputError
@@ -104,7 +104,7 @@ def preflight(run: Run) -> Plan:
         plan.device = str(device)
         fp32 = s.dtype == "fp32" or (s.dtype == "auto" and device.type == "cpu")
         plan.dtype = "float32" if fp32 else str(as_dtype(config.param_dtype)).removeprefix("torch.")
-    plan.steps = sampling_of(s).plan(config.boundary)
+    plan.steps = plan_steps(make_schedule(s).timesteps, s, config.boundary)
     _check_lora_steps(s, plan.steps, problems)
     folder = problems.attempt(lambda: fetch(s.ckpt_dir, s.task, config, download=not run.request.get("dry_run")))
     if folder:

@@ -14,7 +14,7 @@ from easydict import EasyDict
 
 from lightning.lora import LoraError, expert_of, files_of
 from lightning.releases import Release, preset, recognise
-from wan.request import LoraChoice, Request
+from wan.request import LoraChoice, Request, Sampling
 from wan.utils.checks import Check, real
 
 SOLVERS = ("euler", "unipc", "dpm++")
@@ -31,20 +31,6 @@ class Weights:
     expert_files: dict[str, Path]
     release: Release | None
     distilled: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The sampling fields of `wan.request.Settings`."""
-
-    solver: str
-    steps: int
-    shift: float
-    guidance: tuple[float, float]
-    timesteps: tuple[float, ...] | None
-    high_steps: int | None
-    lora_steps: tuple[float, ...] | None
-    guidance_steps: tuple[float, ...] | None
 
 
 def choose_weights(request: Request, task: str, experts: Sequence[str], check: Check) -> Weights:
@@ -74,7 +60,7 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
     return Weights(tuple(loras), expert_files, release, distilled)
 
 
-def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Recipe:
+def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Sampling:
     """Solver, steps, shift and guidance: as given, else the release's, else by task and distilled or not."""
     single = len(config.experts) == 1
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
@@ -106,7 +92,7 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
         check.problem(
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
-    recipe = Recipe(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
     _look_at(recipe, weights, release, check)
     return recipe
 
@@ -205,7 +191,7 @@ def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check
         check.problem("--timesteps are final, after the shift; leave --sample_shift out")
 
 
-def _look_at(recipe: Recipe, weights: Weights, release: Release, check: Check) -> None:
+def _look_at(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
     """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:

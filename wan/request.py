@@ -113,7 +113,21 @@ class LoraChoice:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Sampling:
+    """How a video is sampled."""
+
+    solver: str  # "euler" | "unipc" | "dpm++"
+    steps: int
+    shift: float
+    guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks
+    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, in place of steps and shift
+    high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
+    lora_steps: tuple[float, ...] | None = None  # LoRA scale by step (motion recipes); None: 1 at every step
+    guidance_steps: tuple[float, ...] | None = None  # guidance by step; None: `guidance`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sampling):
     """What all jobs of a run share; every default filled."""
 
     task: str
@@ -124,14 +138,6 @@ class Settings:
     lora_alpha: float | None  # alpha for files that carry none; None: the release's, else the rank
     expert_files: dict[str, Path]  # full (distilled) weight files that replace an expert's
     preset: str | None  # name of the release whose settings are used
-    solver: str  # "euler" | "unipc" | "dpm++"
-    steps: int
-    shift: float
-    guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks
-    timesteps: tuple[float, ...] | None  # explicit final timesteps, 1000 first
-    high_steps: int | None  # explicit number of high-noise steps
-    lora_steps: tuple[float, ...] | None  # LoRA scale by step (motion recipes); None: 1 at every step
-    guidance_steps: tuple[float, ...] | None  # guidance by step; None: `guidance`
     device: str  # "auto" | "cuda" | "cuda:1" | "cpu" | "mps"
     dtype: str  # "auto" | "bf16" | "fp32"
     attention: str  # "auto" or a back end's name

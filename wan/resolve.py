@@ -116,10 +116,10 @@ INSTEAD_OF = {
 
 
 def _settings(request: Request, task: str, config: EasyDict, weights: Weights, check: Check) -> Settings:
-    recipe = choose_sampling(request, config, weights, check)
-    if recipe.lora_steps and request.lora_mode == "merge":
+    sampling = choose_sampling(request, config, weights, check)
+    if sampling.lora_steps and request.lora_mode == "merge":
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
-    modes = ("adapter", "merge") if recipe.lora_steps else ("merge", "adapter")
+    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     alpha = request.lora_alpha
     if alpha is not None:
         alpha = check.number("--lora_alpha", alpha, 1, 1e-3, 1e4)
@@ -133,14 +133,7 @@ def _settings(request: Request, task: str, config: EasyDict, weights: Weights, c
         lora_alpha=alpha,
         expert_files=weights.expert_files,
         preset=weights.release.name if weights.release else None,
-        solver=recipe.solver,
-        steps=recipe.steps,
-        shift=recipe.shift,
-        guidance=recipe.guidance,
-        timesteps=recipe.timesteps,
-        high_steps=recipe.high_steps,
-        lora_steps=recipe.lora_steps,
-        guidance_steps=recipe.guidance_steps,
+        **vars(sampling),
         device=check.choice("--device", request.device, ("auto", "cuda", "cpu", "mps"), other=r"cuda:\d+"),
         dtype=check.choice("--dtype", request.dtype, ("auto", "bf16", "fp32")),
         attention=check.choice("--attention", request.attention, ATTENTION),

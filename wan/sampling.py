@@ -15,9 +15,8 @@ from torch import Tensor
 
 from lightning.schedule import TRAIN_TIMESTEPS, EulerSchedule
 from wan.modules.model import Prompt, WanModel
+from wan.request import Sampling
 from wan.utils.errors import JobError
-
-SOLVERS = ("euler", "unipc", "dpm++")
 
 
 class Schedule(Protocol):
@@ -47,33 +46,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a video is sampled."""
-
-    solver: str  # one of SOLVERS
-    steps: int
-    shift: float
-    guidance: tuple[float, float]  # (low noise, high noise)
-    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, in place of steps and shift
-    high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
-    guidance_steps: tuple[float, ...] | None = None  # by step, in place of `guidance`
-    lora_steps: tuple[float, ...] | None = None  # LoRA scale by step; None: 1
-
-    def schedule(self) -> Schedule:
-        return make_schedule(self.solver, self.steps, self.shift, self.timesteps)
-
-    def plan(self, boundary: float | None) -> list[Step]:
-        return plan_steps(
-            self.schedule().timesteps,
-            boundary=boundary,
-            guidance=self.guidance,
-            high_steps=self.high_steps,
-            guidance_steps=self.guidance_steps,
-            lora_steps=self.lora_steps,
-        )
-
-
-@dataclass(frozen=True)
 class Conditioning:
     """What a task gives the loop."""
 
@@ -91,30 +63,23 @@ class Experts(Protocol):
         ...
 
 
-def plan_steps(
-    timesteps: Sequence[float],
-    *,
-    boundary: float | None,
-    guidance: tuple[float, float],
-    high_steps: int | None = None,
-    guidance_steps: Sequence[float] | None = None,
-    lora_steps: Sequence[float] | None = None,
-) -> list[Step]:
+def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
     """Which expert, guidance and LoRA scale each timestep gets.
 
-    boundary: the high-noise expert serves timesteps >= 1000 * boundary; None for a single model. `high_steps`
-    overrides it by a count. guidance is (low noise, high noise).
+    boundary: the high-noise expert serves timesteps >= 1000 * boundary, unless `sampling.high_steps` counts them out;
+    None for a single model.
     """
     plan = []
     for index, timestep in enumerate(timesteps):
         if boundary is None:
             expert = "model"
-        elif high_steps is not None:
-            expert = "high" if index < high_steps else "low"
+        elif sampling.high_steps is not None:
+            expert = "high" if index < sampling.high_steps else "low"
         else:
             expert = "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
-        scale = guidance_steps[index] if guidance_steps else guidance[0 if expert == "low" else 1]
-        plan.append(Step(timestep, expert, scale, lora_steps[index] if lora_steps else 1.0))
+        guidance = sampling.guidance[0 if expert == "low" else 1]
+        by_step, lora = sampling.guidance_steps, sampling.lora_steps
+        plan.append(Step(timestep, expert, by_step[index] if by_step else guidance, lora[index] if lora else 1.0))
     return plan
 
 
@@ -164,18 +129,19 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
     return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
 
 
-def make_schedule(solver: str, steps: int, shift: float, timesteps: Sequence[float] | None = None) -> Schedule:
-    """A fresh schedule of `solver`; explicit final `timesteps` take the place of `steps` and `shift`."""
-    if solver == "euler":
+def make_schedule(sampling: Sampling) -> Schedule:
+    """A fresh schedule, for one video."""
+    timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
+    if sampling.solver == "euler":
         return EulerSchedule.spaced(steps, shift) if timesteps is None else EulerSchedule.at(timesteps)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
-    elif solver == "unipc":
+    elif sampling.solver == "unipc":
         # the original's grid starts at the largest training level, 0.999 rounded to float32
         levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
     else:
         levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
-    return _LibrarySchedule(_unipc(levels, shift) if solver == "unipc" else _dpmpp(levels, shift))
+    return _LibrarySchedule(_unipc(levels, shift) if sampling.solver == "unipc" else _dpmpp(levels, shift))
 
 
 class _LibrarySchedule:

@@ -25,7 +25,8 @@ from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
-from wan.sampling import Conditioning, Sampling, Step, denoise
+from wan.request import Sampling
+from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
 from wan.utils.checkpoints import Checkpoint, as_dtype, free_memory, load, parameter_dtypes
 from wan.utils.errors import InputError
 from wan.utils.progress import Progress
@@ -161,7 +162,8 @@ class VideoTask(ABC):
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device."""
-        steps = sampling.plan(self.config.boundary)
+        schedule = make_schedule(sampling)
+        steps = plan_steps(schedule.timesteps, sampling, self.config.boundary)
         texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
@@ -171,7 +173,7 @@ class VideoTask(ABC):
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
         with self.progress.stage("denoise", total=len(steps), unit="step"):
-            return denoise(experts, noise, conditioning, sampling.schedule(), steps, on_step)
+            return denoise(experts, noise, conditioning, schedule, steps, on_step)
 
     # -- pixels
 

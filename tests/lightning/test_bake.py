@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,16 @@ def test_layout_and_other_files(tmp_path: Path) -> None:
         sizes += sum(tensor.nbytes for tensor in tensors.values())
         assert sum(tensor.nbytes for tensor in tensors.values()) <= SHARD
     assert index["metadata"]["total_size"] == sizes
+
+
+def test_hidden_files_stay_behind(tmp_path: Path) -> None:
+    source = tmp_path / "base"
+    shutil.copytree(checkpoint("ti2v-5B"), source)
+    (source / ".cache").mkdir()
+    (source / ".cache" / "download.lock").touch()
+    run(tmp_path / "out", "ti2v-5B", ckpt_dir=source)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / ".cache").exists()
 
 
 def test_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,18 @@ def test_inspect_full_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "names or shapes are not those of ti2v-5B" in capsys.readouterr().err
 
 
+def test_inspect_a_sharded_expert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = released_shapes("t2v-A14B")
+    for number, half in enumerate((list(shapes)[:500], list(shapes)[500:])):
+        sparse(tmp_path / f"{number}.safetensors", {name: ("F32", shapes[name]) for name in half})
+    weight_map = {name: f"{int(number >= 500)}.safetensors" for number, name in enumerate(shapes)}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "kind      full expert, F32, 57.15 GB" in out
+    assert "fits      t2v-A14B" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
