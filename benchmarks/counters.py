@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
+OVERWRITES = ("copy_", "zero_", "fill_")
+
+
 class CostCounter(TorchDispatchMode):
     """Counts, for every operation that is not a view: bytes read (each input once) and written (each output once).
 
@@ -41,7 +44,7 @@ class CostCounter(TorchDispatchMode):
         allocates = "empty" in func.__name__
         if not allocates and not (aliases and not mutates):
             amount = sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
-            if mutates and "out" in (kwargs or {}):
+            if "out" in (kwargs or {}) or func.__name__.startswith(OVERWRITES):
                 amount -= sum(t.nbytes for t in written)  # the destination is among the inputs but is not read
             self.traffic += amount
             self.calls += 1

@@ -110,13 +110,13 @@ def distilled_twice(base: Path, lora_file: Path) -> str | None:
 
     base: a full expert file, or a checkpoint folder, which may have a distillation baked in.
     """
-    before, lora = _distilled_with(base), recognise(lora_file)
+    before, lora = distilled_with(base), recognise(lora_file)
     if not before or lora is None:
         return None
     return f"{base} is distilled already ({', '.join(before)}); the LoRA {lora_file} ({lora.name}) would do it again"
 
 
-def _distilled_with(base: Path) -> list[str]:
+def distilled_with(base: Path) -> list[str]:
     """Names of the releases in these weights."""
     if base.is_dir():
         given = (record_of(base) or {}).get("loras", {})

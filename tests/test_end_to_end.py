@@ -150,3 +150,37 @@ def test_nan_weights_stop_before_any_video(tmp_path: Path, capsys: pytest.Captur
     assert str(shard) in error
     assert "holds NaN or Inf" in error
     assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_resume_goes_on_with_the_seed_that_was_drawn(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
+             "--size", "64*48", "--frame_num", "5", "--prompt_file", str(prompts)]  # fmt: skip
+    flags += ["--save_dir", str(tmp_path / "out")]
+    assert generate.main(flags) == 0
+    first, second = sorted((tmp_path / "out").glob("*.mp4"))
+    untouched = first.stat().st_mtime_ns
+    second.unlink()
+    assert generate.main([*flags, "--resume"]) == 0
+    assert sorted((tmp_path / "out").glob("*.mp4")) == [first, second]
+    assert first.stat().st_mtime_ns == untouched
+    assert generate.main([*flags, "--resume", "--sample_shift", "4"]) == 0, "another command draws another seed"
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
+
+
+def test_a_baked_checkpoint_runs_as_the_release_that_is_in_it(tmp_path: Path) -> None:
+    """Four guidance-free steps without being told, bit-equal to base and LoRA; and no second distillation on top."""
+    from lightning.__main__ import main as lightning
+
+    release = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+    release.symlink_to(lora_dir("t2v-A14B"))
+    base = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B"))]
+    assert (
+        lightning(["bake", *base, "--lora_dir", str(release), "--out", str(tmp_path / "baked"), "--dtype", "fp32"]) == 0
+    )
+    rest = ["--prompt", "a cat", "--size", "64*48", "--frame_num", "5", "--base_seed", "1"]
+    whole = run(*base, *rest, "--lora_dir", str(release), folder=tmp_path)
+    baked = ["--task", "t2v-A14B", "--ckpt_dir", str(tmp_path / "baked"), *rest]
+    assert torch.equal(latent_of(run(*baked, folder=tmp_path, name="baked.mp4")), latent_of(whole))
+    assert generate.main([*baked, "--lora_dir", str(release), "--save_dir", str(tmp_path / "out")]) == 2

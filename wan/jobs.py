@@ -23,6 +23,7 @@ from wan.utils.prompts import Row, normal, output_name, read_paths, read_rows
 ROOT = Path(__file__).parents[1]
 TAKES_IMAGE = ("i2v-A14B", "ti2v-5B")
 LARGEST_SEED = 2**63 - 1
+SAVE_DIR = "outputs"
 
 
 def prompt_rows(request: Request, task: str, config: EasyDict, extended: bool, check: Check) -> list[Row]:
@@ -92,7 +93,7 @@ def make_jobs(
     count = check.whole("--num_videos", request.num_videos, 1, 1, 100_000)
     if request.save_file is not None and len(rows) * count > 1:
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
-    save_dir = Path(request.save_dir or "outputs").expanduser()
+    save_dir = Path(request.save_dir or SAVE_DIR).expanduser()
     pictures = _Pictures(task, check)
     jobs: list[Job] = []
     for row in rows:

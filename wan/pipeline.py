@@ -101,7 +101,7 @@ def open_loras(settings: Settings) -> dict[str, list[Lora]]:
     """The LoRA files of each expert, opened (headers only)."""
     loras: dict[str, list[Lora]] = {}
     for choice in settings.loras:
-        lora = Lora.open(choice.path, choice.strength, settings.lora_alpha)
+        lora = Lora.open(choice.path, choice.strength, settings.lora_alpha, choice.expert)
         loras.setdefault(choice.expert, []).append(lora)
     return loras
 

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
 Found = TypeVar("Found")
+MOST_STEPS_SHOWN = 12
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
@@ -51,9 +52,9 @@ class Plan:
 
     def lines(self) -> list[str]:
         s = self.settings
-        steps = " | ".join(f"step {i} {step}" for i, step in enumerate(self.steps, 1))
         preset = f", settings of {s.preset}" if s.preset else ""
-        lines = [f"{s.task} from {s.ckpt_dir}, {s.solver}, shift {s.shift:g}, {len(self.steps)} steps{preset}", steps]
+        lines = [f"{s.task} from {s.ckpt_dir}, {s.solver}, shift {s.shift:g}, {len(self.steps)} steps{preset}"]
+        lines.append(" | ".join(_step_lines(self.steps)))
         for expert, loras in self.coverage.items():
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
         lines += [f"expert {expert}: {path}" for expert, path in s.expert_files.items()]
@@ -79,6 +80,19 @@ class Plan:
             "jobs": self.jobs,
             "warnings": self.warnings,
         }
+
+
+def _step_lines(steps: list[Step]) -> list[str]:
+    """`step 1 t=1000.0 high cfg 1`; of a long plan, one entry for each run of steps that differ in their time alone."""
+    if len(steps) <= MOST_STEPS_SHOWN:
+        return [f"step {number} {step}" for number, step in enumerate(steps, 1)]
+    lines, first = [], 0
+    for last, step in enumerate(steps):
+        after = steps[last + 1] if last + 1 < len(steps) else None
+        if after is None or replace(after, timestep=step.timestep) != step:
+            lines.append(f"steps {first + 1} to {last + 1} t={steps[first].timestep:.1f} to {step}")
+            first = last + 1
+    return lines
 
 
 class _Problems(list[str]):
@@ -138,8 +152,7 @@ def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
     loras = problems.attempt(lambda: open_loras(plan.settings)) or {}
     for expert, (_, store) in checkpoint.experts.items():
         for lora in loras.get(expert, []):
-            replacement = plan.settings.expert_files.get(expert)
-            twice = distilled_twice(replacement, lora.path) if replacement else None
+            twice = distilled_twice(plan.settings.expert_files.get(expert, checkpoint.folder), lora.path)
             if twice and not plan.settings.lora_allow_partial:
                 problems.append(f"{twice}; --lora_allow_partial does it all the same")
             found = problems.attempt(

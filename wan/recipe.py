@@ -12,6 +12,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from lightning.distilled import distilled_with
 from lightning.lora import LoraError, expert_of, files_of
 from lightning.releases import Release, preset, recognise
 from wan.request import LoraChoice, Request, Sampling
@@ -160,7 +161,7 @@ def _strength_of(text: str) -> tuple[Path, float]:
 def _release(
     request: Request, task: str, loras: Sequence[LoraChoice], expert_files: dict[str, Path], check: Check
 ) -> Release | None:
-    """--preset's, else the first that a folder or file name tells."""
+    """--preset's, else the first that a folder or file name tells, else the one baked into the checkpoint."""
     if request.preset is not None:
         try:
             release = preset(request.preset)
@@ -178,7 +179,8 @@ def _release(
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
             return found
-    return None
+    baked = distilled_with(Path(request.ckpt_dir).expanduser()) if request.ckpt_dir else []
+    return preset(baked[0]) if baked else None
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:

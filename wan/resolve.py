@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from easydict import EasyDict
 
 from wan.configs import WAN_CONFIGS
-from wan.jobs import LARGEST_SEED, check_outputs, make_jobs, prompt_rows
+from wan.jobs import LARGEST_SEED, SAVE_DIR, check_outputs, make_jobs, prompt_rows
 from wan.recipe import Weights, choose_sampling, choose_weights
 from wan.request import Job, Request, Run, Settings
 from wan.utils.checks import Check
@@ -24,6 +25,7 @@ from wan.utils.prompt_extend import ExtendSettings
 from wan.utils.prompts import Row
 
 ATTENTION = ("auto", "sdpa", "cudnn", "flash2", "flash3")
+NOT_THE_VIDEO = ("base_seed", "resume", "overwrite", "on_error", "save_latents", "preview", "dry_run", "json", "debug")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 
@@ -41,7 +43,7 @@ def resolve(request: Request, problems: Sequence[str] = ()) -> Run:
         check.stop()  # all other defaults and limits hang on the task
     config = WAN_CONFIGS[task]
     drawn = request.base_seed is None or request.base_seed < 0
-    seed = secrets.randbelow(DRAWN_SEEDS) if drawn else request.base_seed
+    seed = request.base_seed if not drawn else _earlier_seed(request) or secrets.randbelow(DRAWN_SEEDS)
     request = replace(request, base_seed=check.whole("--base_seed", seed, 0, 0, LARGEST_SEED))
     weights = choose_weights(request, task, tuple(config.experts), check)
     settings = _settings(request, task, config, weights, check)
@@ -63,6 +65,27 @@ def resolve(request: Request, problems: Sequence[str] = ()) -> Run:
     return Run(
         settings, tuple(jobs), tuple(check.warnings), request.as_dict(), tuple(rows), extend, extend_only, decode
     )
+
+
+def _earlier_seed(request: Request) -> int | None:
+    """The seed that the run which `--resume` goes on with had drawn, from the newest record of the same command."""
+    from wan.utils.video import read_record
+
+    if not request.resume:
+        return None
+
+    def essence(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if name not in NOT_THE_VIDEO}
+
+    folder = Path(request.save_dir or SAVE_DIR).expanduser()
+    for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True):
+        try:
+            recorded = read_record(file)["request"]
+            if essence(recorded) == essence(request.as_dict()):
+                return int(recorded["base_seed"])
+        except (InputError, KeyError, TypeError, AttributeError, ValueError):
+            continue  # another program's file
+    return None
 
 
 def replayed(request: Request, check: Check) -> Request:

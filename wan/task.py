@@ -86,7 +86,7 @@ class VideoTask(ABC):
         self.checkpoint.raise_problems()
         if loras is None:
             files = files_of(Path(lora_dir), list(config.experts)) if lora_dir else {}
-            loras = {name: [Lora.open(path)] for name, path in files.items()}
+            loras = {name: [Lora.open(path, expert=name)] for name, path in files.items()}
         self.loras = loras
         first, _ = next(iter(self.checkpoint.experts.values()))
         self.attention = choose_attention(attention, device, self.dtype, first)
@@ -182,7 +182,9 @@ class VideoTask(ABC):
         assert self.checkpoint.vae is not None
         module, store = self.checkpoint.vae
         with self._loading("VAE", store.path.stat().st_size) as report:
-            return load(module, store, home=self.device, dtype=lambda _: torch.float32, report=report)
+            vae = load(module, store, home=self.device, dtype=lambda _: torch.float32, report=report)
+        vae.use_channels_last()
+        return vae
 
     def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
         """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers."""

@@ -1,6 +1,9 @@
 """Several ranks inside a test, without ports and without torchrun: forked children that meet through a file."""
 
+import multiprocessing
 import os
+import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -53,6 +56,39 @@ def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, argumen
         (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         code = 1
     os._exit(code)  # not through the interpreter's end, where gloo's threads may abort
+
+
+def launched(
+    work: Callable[[], int], world: int, folder: Path, seconds: float = 60
+) -> tuple[list[int | None], list[str]]:
+    """Exit code and stderr of `work` in processes with torchrun's environment; a code of None: it had to be stopped."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_process, args=(work, r, world, port, folder)) for r in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes, [(folder / f"{rank}.err").read_text() for rank in range(world)]
+
+
+def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    sys.stdout, sys.stderr = ((folder / f"{rank}.{kind}").open("w") for kind in ("out", "err"))
+    code = work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parallel_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Parallel:

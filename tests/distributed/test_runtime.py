@@ -1,54 +1,22 @@
 """Starting, agreeing, failing and ending together: `launch` in processes with torchrun's environment."""
 
-import multiprocessing as mp
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import launched, run_ranks
 from wan.distributed.runtime import Runtime, Team, launch
 from wan.utils.errors import InputError, JobError
 
 Work = Callable[[Runtime], int]
-
-
-def launched(work: Work, world: int, folder: Path, seconds: float = 60) -> tuple[list[int | None], list[str]]:
-    """Exit code and stderr of every process; an exit code of None means that it had to be stopped."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = mp.get_context("fork")
-    processes = [context.Process(target=_process, args=(work, r, world, port, folder)) for r in range(world)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return codes, [(folder / f"{rank}.err").read_text() for rank in range(world)]
-
-
-def _process(work: Work, rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    sys.stderr = (folder / f"{rank}.err").open("w")
-    code = launch(work)
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def sum_over_ranks(runtime: Runtime) -> float:
@@ -67,7 +35,7 @@ def agree_on_things(runtime: Runtime) -> int:
 
 
 def test_the_worst_exit_code_is_everybodys(tmp_path: Path) -> None:
-    codes, said = launched(agree_on_things, 3, tmp_path)
+    codes, said = launched(partial(launch, agree_on_things), 3, tmp_path)
     assert codes == [2, 2, 2]
     assert said == ["", "", ""]
 
@@ -123,7 +91,7 @@ def test_a_failure_anywhere_ends_everyone_and_is_told_once(
     work: Work, killed: int | None, words: str | None, tmp_path: Path
 ) -> None:
     began = time.monotonic()
-    codes, said = launched(work, 3, tmp_path, seconds=60)
+    codes, said = launched(partial(launch, work), 3, tmp_path, seconds=60)
     assert time.monotonic() - began < 30, "not by waiting for a time limit"
     assert codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(3)]
     if words is not None:
@@ -150,7 +118,7 @@ def test_work_of_one_rank_may_take_longer_than_a_collective(
     work: Work, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wan.distributed.runtime.COLLECTIVE_LIMIT", timedelta(seconds=1))
-    assert launched(work, 2, tmp_path)[0] == [code, code]
+    assert launched(partial(launch, work), 2, tmp_path)[0] == [code, code]
 
 
 def outcome(runtime: Runtime, failing: int, how: str) -> str:

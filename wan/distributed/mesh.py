@@ -65,7 +65,9 @@ def flag_conflicts(
     """Which of these settings exclude each other, as sentences."""
     problems = []
     if ring > 1 and attention not in ("auto", "sdpa"):
-        problems.append(f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa")
+        problems.append(
+            f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"
+        )
     if t5_fsdp and t5_cpu:
         problems.append("--t5_fsdp and --t5_cpu exclude each other; give one of them")
     if dit_fsdp and lora_mode == "adapter":

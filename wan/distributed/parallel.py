@@ -89,9 +89,7 @@ def parallelize(runtime: Runtime, layout: Layout, device: torch.device) -> Paral
     return Parallel(runtime, make_mesh(layout, device.type, runtime.team.rank, PATIENCE))
 
 
-def layout_for(
-    runtime: Runtime, device: torch.device, heads: int, ulysses: int, ring: int, sharded: bool
-) -> Layout:
+def layout_for(runtime: Runtime, device: torch.device, heads: int, ulysses: int, ring: int, sharded: bool) -> Layout:
     """The division of the world for a model with so many attention heads. InputError if it cannot be divided so.
 
     sharded: some weights are to be sharded.

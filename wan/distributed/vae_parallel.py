@@ -66,16 +66,17 @@ class SplitVAE:
         frame = Region(0, height, 0, width).scaled(self.stride[1])
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
-        missing = iter(counts)
+        missing = list(counts)
         try:
             if self.rank < len(regions):
                 for part in self._decode_region(latent, regions[self.rank], chunk, tiles, counts):
-                    video = self._collect(part, next(missing), places, frame)
-                    if video is not None:
-                        yield video
+                    received = self._gather(part, places, missing[0])
+                    del missing[0]
+                    if self.rank == 0:
+                        yield assembled(received, places, frame)
         finally:
             for count in missing:
-                self._collect(None, count, places, frame)
+                self._gather(torch.zeros(0, device=self.device), places, count)
 
     @torch.no_grad()
     def _decode_region(
@@ -101,19 +102,22 @@ class SplitVAE:
                 target.copy_(part)
         yield from pixels.split(counts, 1)
 
-    def _collect(self, part: Tensor | None, frames: int, places: list[Region], frame: Region) -> Tensor | None:
-        """Bring one chunk's regions together: [3, t, H, W] on the first rank. None is sent as black."""
-        length = 3 * frames * max(map(area, places))
-        sent = torch.zeros(length, device=self.device) if part is None else filled_up(part, length)
+    def _gather(self, part: Tensor, places: list[Region], frames: int) -> list[Tensor]:
+        """Every rank's pixels of one chunk on the first rank, each filled up to the largest."""
+        sent = filled_up(part, 3 * frames * max(map(area, places)))
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         dist.gather(sent, received or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
-        if self.rank:
-            return None
-        video = sent.new_empty(3, frames, frame.bottom, frame.right)
-        for place, flat in zip(places, received, strict=False):
-            target = of_region(video, place)
-            target.copy_(flat[: target.numel()].view(target.shape))
-        return video
+        return received
+
+
+def assembled(parts: list[Tensor], places: list[Region], frame: Region) -> Tensor:
+    """The frames [3, t, H, W] of which each part holds a place's pixels."""
+    frames = parts[0].numel() // (3 * max(map(area, places)))
+    video = parts[0].new_empty(3, frames, frame.bottom, frame.right)
+    for place, flat in zip(places, parts, strict=False):
+        target = of_region(video, place)
+        target.copy_(flat[: target.numel()].view(target.shape))
+    return video
 
 
 def divide(height: int, width: int, ranks: int) -> list[Region]:

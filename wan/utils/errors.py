@@ -3,6 +3,8 @@
 Anything that is not a `WanError` is a bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 
@@ -19,6 +21,10 @@ class InputError(WanError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
+        """Processes tell each other what is wrong: the list must survive."""
+        return type(self), (self.problems,)
 
 
 class JobError(WanError):

@@ -30,7 +30,7 @@ class Experts:
         self.models, self.device, self.offload = dict(models), device, True
         self._set_lora = set_lora
         self._lora_scale = dict.fromkeys(models, 1.0)
-        self._host: dict[str, list[Tensor]] = {}  # host copies of the networks that are on the device now
+        self._host: dict[str, dict[str, Tensor]] = {}  # host copies of the networks that are on the device now
 
     def ready(self, name: str, lora: float) -> WanModel:
         """The network on the device, its LoRAs at scale `lora`."""
@@ -52,13 +52,12 @@ class Experts:
             self._leave(name)
 
     def _leave(self, name: str) -> None:
-        for parameter, host in zip(self.models[name].parameters(), self._host.pop(name), strict=True):
-            parameter.data = host
+        self.models[name].load_state_dict(self._host.pop(name), assign=True)
 
 
-def to_device(model: nn.Module, device: torch.device) -> list[Tensor]:
-    """Point the parameters at copies on `device`; returns the tensors they pointed at before."""
-    before = [parameter.data for parameter in model.parameters()]
-    for parameter, host in zip(model.parameters(), before, strict=True):
-        parameter.data = host.to(device, non_blocking=True)
+def to_device(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Give the model copies of its parameters on `device`; returns those it had."""
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    copies = {name: parameter.to(device, non_blocking=True) for name, parameter in before.items()}
+    model.load_state_dict(copies, assign=True)
     return before

@@ -1,0 +1,179 @@
+"""Whole runs of generate.py over processes: batches, failing jobs, and processes that die in the midst of the work."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import generate
+import wan.distributed.fsdp
+import wan.task
+from tests.distributed.ranks import launched
+from tests.support import TINY, checkpoint, lora_dir, relative_error
+from wan.distributed.runtime import Runtime, launch
+from wan.distributed.vae_parallel import SplitVAE
+from wan.preflight import preflight
+from wan.request import Request
+from wan.resolve import resolve
+from wan.run import run_jobs
+from wan.utils.progress import Progress
+
+PROMPTS = ["a cat boxing", "the red ball", "a dog on the blue ball", "the cat", "a ball"]
+SPLIT = ["--ulysses_size", "2", "--dit_fsdp", "--t5_fsdp"]
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    return [
+        "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
+        "--size", "80*48", "--frame_num", "5", "--prompt_file", str(prompts), "--base_seed", "3", "--save_latents",
+        "--save_dir", str(folder / "out"), *more,
+    ]  # fmt: skip
+
+
+def latents(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: load_file(path)["latent"] for path in sorted((folder / "out").glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The latents of the batch made by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert generate.main(flags(folder)) == 0
+    return latents(folder)
+
+
+def check_batch(folder: Path, alone: dict[str, torch.Tensor]) -> None:
+    made = latents(folder)
+    assert made.keys() == alone.keys()
+    for name, latent in made.items():
+        assert relative_error(latent, alone[name]) < 1e-5
+    assert len(list((folder / "out").glob("*.mp4"))) == len(list((folder / "out").glob("*.json"))) == len(PROMPTS)
+    assert not list((folder / "out").glob("*.tmp*"))
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(4, SPLIT), (2, []), (3, ["--ring_size", "3", "--dit_fsdp"])])
+def test_a_batch(ranks: int, more: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """5 prompts over 2 groups of 2, over 2 groups of 1, and over one ring of 3."""
+    codes, said = launched(partial(generate.main, flags(tmp_path, *more)), ranks, tmp_path)
+    assert codes == [0] * ranks, said
+    check_batch(tmp_path, alone)
+    assert "5 saved" in said[0]
+    assert said[1:] == [""] * (ranks - 1), "the first process speaks for all"
+    assert [(tmp_path / f"{rank}.out").read_text() for rank in range(1, ranks)] == [""] * (ranks - 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--ulysses_size", "3"], "--ulysses_size 3"),
+        (["--size", "79*48"], "79"),
+        (["--dit_fsdp"], "give --ulysses_size 2"),
+        (["--no_such_flag"], "no flag --no_such_flag"),
+    ],
+)
+def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) -> None:
+    codes, said = launched(partial(generate.main, flags(tmp_path, *more)), 2, tmp_path)
+    assert codes == [2, 2]
+    assert expected in said[0]
+    assert said[1] == ""
+
+
+def test_a_random_seed_is_the_same_everywhere(tmp_path: Path) -> None:
+    words = flags(tmp_path, *SPLIT, "--base_seed", "-1", "--prompt_file", str(tmp_path / "one.txt"))
+    (tmp_path / "one.txt").write_text("a cat\na dog")
+    assert launched(partial(generate.main, words), 4, tmp_path)[0] == [0] * 4
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len({record["job"]["seed"] for record in records}) == 1
+    assert len(records) == 2
+
+
+def batch_with_a_bad_row(runtime: Runtime, folder: Path) -> int:
+    """Image-to-video jobs, of which the second one's image has gone since it was checked."""
+    image = str(TINY / "input.png")
+    request = Request(
+        task="i2v-A14B", ckpt_dir=str(checkpoint("i2v-A14B")), lora_dir=str(lora_dir("i2v-A14B")), size="64*48",
+        frame_num=5, prompt="a cat", image=image, num_videos=5, base_seed=1, save_dir=str(folder), ulysses_size=2,
+    )  # fmt: skip
+    run = resolve(request)
+    plan = preflight(run)
+    broken = replace(run.jobs[1], image=folder / "gone.png")
+    run = replace(run, jobs=(run.jobs[0], broken, *run.jobs[2:]))
+    progress = Progress(quiet=not runtime.team.first)
+    return run_jobs(run, plan, progress, runtime=runtime)
+
+
+def test_a_bad_row_fails_its_own_job_only(tmp_path: Path) -> None:
+    codes, said = launched(partial(launch, partial(batch_with_a_bad_row, folder=tmp_path)), 4, tmp_path)
+    assert codes == [1] * 4, said  # the number of failed jobs, known to all
+    assert sorted(path.name.split("_")[1] for path in tmp_path.glob("*.mp4")) == ["0000", "0002", "0003", "0004"]
+    assert "4 saved, 1 failed" in said[0]
+    assert said[0].count("gone.png") >= 1
+    assert said[1:] == ["", "", ""]
+
+
+def die(rank: int, how: str) -> None:
+    if int(os.environ["RANK"]) != rank:
+        return
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("a bug on one process")
+
+
+def failing(where: str, how: str, words: list[str]) -> int:
+    """generate.py with a fault in the last process: while it loads an expert, in a step, or in decoding."""
+    rank = 3
+    places: dict[str, tuple[Any, str]] = {
+        "load": (wan.distributed.fsdp, "finished"),
+        "step": (wan.task, "denoise"),
+        "decode": (SplitVAE, "_gather"),
+    }
+    owner, name = places[where]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls: Iterator[int] = iter(range(10**9))
+
+    def faulty(*arguments: Any, **more: Any) -> Any:
+        if where == "step":  # after the first step
+            *first, on_step = arguments
+            return original(*first, lambda step: (die(rank, how), on_step(step)))
+        if next(calls) == 1:
+            die(rank, how)
+        return original(*arguments, **more)
+
+    setattr(owner, name, faulty)
+    return generate.main(words)
+
+
+@pytest.mark.parametrize(("where", "how"), [*product(["load", "step"], ["killed", "raises"]), ("decode", "killed")])
+def test_a_fault_in_one_process_ends_the_run(where: str, how: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    codes, said = launched(partial(failing, where, how, flags(tmp_path, *SPLIT)), 4, tmp_path)
+    assert time.monotonic() - began < 45, "not by waiting for a time limit"
+    assert codes == [1, 1, 1, -signal.SIGKILL if how == "killed" else 1]
+    told = "".join(said)
+    if how == "killed":
+        assert told.count("lost another one, which was killed, crashed or hangs") == 1
+    else:
+        assert told.count("error in process") == 1
+        assert "a bug on one process" in told
+    # the other group may finish what it does; torchrun would end it
+    assert not {1, 3} & {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}
+
+
+def test_an_error_in_one_processs_decoding_fails_one_job(tmp_path: Path) -> None:
+    codes, said = launched(partial(failing, "decode", "raises", flags(tmp_path, *SPLIT)), 4, tmp_path)
+    assert codes == [1] * 4
+    assert "4 saved, 1 failed" in said[0]
+    assert "prompts.txt line 4: ValueError: a bug on one process" in said[0]
+    assert "--decode_latents" in said[0], "its finished latents are kept"
