@@ -18,7 +18,7 @@ from wan.utils.checks import meant
 from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
-    from wan.distributed.runtime import Team
+    from wan.distributed.runtime import Runtime
     from wan.request import Run
     from wan.utils.progress import Progress
     from wan.utils.prompt_extend import ExtendItem
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return launch(lambda runtime: _start(words, runtime.team))
+        return launch(lambda runtime: _start(words, runtime))
     except WanError as e:
         _complain([str(e)], "--debug" in words)
         return 1
@@ -114,21 +114,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _start(words: list[str], team: Team) -> int:
+def _start(words: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
     try:
-        return _run(_parse(words), team)
+        return _run(_parse(words), runtime)
     except InputError as e:
-        if team.first:
+        if runtime.team.first:
             _complain(e.problems, "--debug" in words)
         return 2
 
 
-def _run(given: dict[str, Any], team: Team) -> int:
+def _run(given: dict[str, Any], runtime: Runtime) -> int:
     from wan.request import Request
     from wan.resolve import resolve
     from wan.utils.progress import Progress
 
+    team = runtime.team
     problems: list[str] = []
     request = Request.from_dict(given, problems)
     run = team.from_first(lambda: resolve(request, problems))  # also for a seed that all agree on
@@ -141,8 +142,9 @@ def _run(given: dict[str, Any], team: Team) -> int:
         if request.dry_run:
             _show(progress, "checked", {}, "all is well; nothing is made (--dry_run)")
             return 0
-        work = _extend_only if run.extend_only else _decode_only
-        return team.from_first(lambda: work(run, progress))
+        return (
+            team.from_first(lambda: _extend_only(run, progress)) if run.extend_only else _decode(run, progress, runtime)
+        )
 
     from wan.preflight import preflight
 
@@ -154,7 +156,7 @@ def _run(given: dict[str, Any], team: Team) -> int:
     from wan.run import run_jobs
 
     extended = team.from_first(lambda: _extended(run, progress))
-    return 1 if run_jobs(extended, plan, progress) else 0
+    return 1 if run_jobs(extended, plan, progress, runtime=runtime) else 0
 
 
 def _check_extension(run: Run) -> None:
@@ -164,11 +166,11 @@ def _check_extension(run: Run) -> None:
     check(run.extend, _questions(run))
 
 
-def _decode_only(run: Run, progress: Progress) -> int:
+def _decode(run: Run, progress: Progress, runtime: Runtime) -> int:
     from wan.run import decode_only
 
     assert run.decode, "called for --decode_latents"
-    decode_only(run.settings, *run.decode, progress)
+    decode_only(run.settings, *run.decode, progress, runtime=runtime)
     return 0
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import ROOT, machine, randomise, synchronize, table
+from benchmarks.sparse import sparse
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
 from wan.modules.attention import BACKENDS
@@ -57,15 +57,17 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
     if width:
         dim, ffn = width, 2 * width
-    sizes = {"dim": dim, "ffn_dim": ffn, "in_dim": channels_in, "out_dim": channels_out, "num_heads": max(1, dim // 128),
+    heads = max(1, dim // 128)
+    sizes = {"dim": dim, "ffn_dim": ffn, "in_dim": channels_in, "out_dim": channels_out, "num_heads": heads,
              "num_layers": layers or blocks, "freq_dim": 256, "text_len": 512, "eps": 1e-6}  # fmt: skip
-    t5 = {**UMT5_XXL, "num_layers": layers or 24} | ({"dim": width, "dim_attn": 64, "dim_ffn": 64, "num_heads": 1}
-                                                     if width else {})  # fmt: skip
+    t5 = UMT5_XXL | {"num_layers": layers or UMT5_XXL["num_layers"]}
+    if width:
+        t5 |= {"dim": width, "dim_attn": 64, "dim_ffn": 64, "num_heads": 1}
     model = on_meta(lambda: WanModel.from_config(sizes, text_dim=t5["dim"]))
     for where in config.experts.values():
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
-        write_sparse(folder / where / WEIGHTS, model)
+        sparse(folder / where / WEIGHTS, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()})
     z_dim, encoder, decoder, nested = VAE_WIDTHS[config.vae_checkpoint]
     if width:
         encoder, decoder = 16, 16
@@ -77,28 +79,15 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     shutil.copytree(TOKENIZER, folder / "google")
 
 
-def write_sparse(path: Path, module: nn.Module) -> None:
-    header, offset = {}, 0
-    for name, parameter in module.named_parameters():
-        size = parameter.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-
-
 class RandomWeights(Pipeline):
     """The pipeline with random weights made where they compute, in the precision of the run."""
 
-    def encode(self, texts: Iterable[str]) -> None:
+    def load_text_encoder(self) -> None:
         task = self.task
         assert task.checkpoint.text_encoder is not None
         encoder = self._filled(task.checkpoint.text_encoder[0], lambda _: task.t5_dtype)
         tokenizer = UMT5Tokenizer(task.checkpoint.folder / task.config.t5_tokenizer, task.config.text_len)
         task.text_encoder = encoder, tokenizer
-        super().encode(texts)
 
     def load_networks(self) -> None:
         task = self.task

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import wan.run
+from wan.distributed.parallel import Parallel
 from wan.record import essence, plain, read_latents
 from wan.request import Job, LoraChoice, Run, Settings
 from wan.run import decode_only, run_jobs
@@ -46,6 +47,7 @@ class Models(nn.Module):
     """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
 
     fps = 16
+    parallel = Parallel()
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         super().__init__()
@@ -67,6 +69,9 @@ class Models(nn.Module):
         with self.progress.stage("text"), torch.no_grad():
             self.contexts = {t: self.text(torch.tensor(list(t.encode()))).mean(0) for t in texts}
         self.calls.append("encode")
+
+    def load_text_encoder(self) -> None:
+        assert self.text is not None
 
     def release_text_encoder(self) -> None:
         del self.text

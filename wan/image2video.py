@@ -47,7 +47,7 @@ class WanI2V(VideoTask):
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise)."""
         return self._generate(
             input_prompt, img, (max_area, 1), frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from importlib.metadata import version
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning.lora import Lora
 from wan.configs import WAN_CONFIGS
+from wan.distributed.parallel import Parallel
+from wan.distributed.runtime import Runtime
 from wan.image2video import WanI2V
 from wan.request import Job, Settings
 from wan.sampling import Step, make_schedule, plan_steps
@@ -29,8 +31,8 @@ TASKS: dict[str, type[VideoTask]] = {task.name: task for task in (WanT2V, WanI2V
 class Pipeline:
     """The task of `settings`, opened; its networks are loaded by `encode` (text) and `load_networks` (video)."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
-        """InputError for a checkpoint, LoRA, device or back end that cannot serve."""
+    def __init__(self, settings: Settings, progress: Progress, runtime: Runtime | None = None) -> None:
+        """InputError for a checkpoint, LoRA, device, layout or back end that cannot serve."""
         self.settings, self.progress = settings, progress
         config = copy.deepcopy(WAN_CONFIGS[settings.task])
         device = compute_device(settings.device)
@@ -40,6 +42,8 @@ class Pipeline:
         self.task = TASKS[settings.task](
             config,
             fetch(settings.ckpt_dir, settings.task, config),
+            t5_fsdp=settings.t5_fsdp,
+            dit_fsdp=settings.dit_fsdp,
             t5_cpu=settings.t5_cpu,
             init_on_cpu=settings.offload_model,
             convert_model_dtype=settings.convert_model_dtype,
@@ -50,13 +54,25 @@ class Pipeline:
             attention=settings.attention,
             noise_device=settings.noise_device,
             progress=progress,
+            runtime=runtime,
+            ulysses_size=settings.ulysses_size,
+            ring_size=settings.ring_size,
         )
         self.steps = plan_steps(make_schedule(settings).timesteps, settings, config.boundary)
+
+    @property
+    def parallel(self) -> Parallel:
+        """Which jobs are this process's, and with whom it makes them."""
+        return self.task.parallel
 
     def texts(self, job: Job) -> list[str]:
         """What the text encoder must read for this job; the negative prompt only where a step is guided."""
         guided = any(step.guided for step in self.steps)
         return [job.prompt, job.negative_prompt] if guided else [job.prompt]
+
+    def load_text_encoder(self) -> None:
+        """InputError for a file that turns out to be corrupt."""
+        _ = self.task.text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
         self.task.encode(texts)
@@ -70,17 +86,19 @@ class Pipeline:
 
     def sample(self, job: Job) -> Tensor:
         """The job's final latent, float32 [C, f, h, w]. JobError if it stops being finite."""
-        image = open_image(job.image) if job.image else None
+        image = self.parallel.team.agree(lambda: open_image(job.image) if job.image else None)
 
         def show(step: Step) -> None:
             self.progress.advance(1, str(step))
 
-        return self.task.sample(
-            job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.settings, show
+        return self.parallel.together(
+            lambda: self.task.sample(
+                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.settings, show
+            )
         )
 
-    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order."""
+    def decode(self, latent: Tensor, tiled: bool = False) -> Generator[Tensor]:
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order; none on the other processes that must run it, too."""
         return self.task.decode(latent, tiled or self.settings.vae_tiling)
 
     def info(self) -> dict[str, str]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import shlex
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wan.distributed.runtime import Runtime
 from wan.pipeline import Pipeline
 from wan.preflight import Plan
 from wan.record import completed, describe, found_at_place, read_latents, save_latents
@@ -22,29 +25,40 @@ from wan.utils.errors import InputError, JobError, WanError
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter, save_contact_sheet
 
+ALONE = Runtime()
 # Their message says enough; anything else that stops a job is a bug and keeps its traceback.
 EXPECTED = (WanError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 def run_jobs(
-    run: Run, plan: Plan, progress: Progress, load: Callable[[Settings, Progress], Pipeline] = Pipeline
+    run: Run,
+    plan: Plan,
+    progress: Progress,
+    load: Callable[[Settings, Progress], Pipeline] | None = None,
+    runtime: Runtime = ALONE,
 ) -> int:
-    """Make every video of `run` that is not there yet; the number of jobs that failed.
+    """Make every video of `run` that is not there yet; the number of jobs that failed, of all processes.
 
-    A failed job is reported and the others go on, unless `on_error` is "stop". load: opens the models.
-    InputError, before anything is made: a file is in the way, or the models cannot be loaded.
+    A failed job is reported and the others go on, unless `on_error` is "stop". load: opens the models; default
+    `Pipeline`. InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
-    facts = plan.as_dict()
-    jobs = jobs_to_do(run, facts, progress)
+    facts, world = plan.as_dict(), runtime.team
+    jobs = world.from_first(lambda: jobs_to_do(run, facts, progress))
     failures: list[str] = []
     saved = 0
     if jobs:
-        pipe = load(run.settings, progress)
-        pipe.encode(text for job in jobs for text in pipe.texts(job))
+        opened = load or partial(Pipeline, runtime=runtime)
+        pipe = world.agree(lambda: opened(run.settings, progress))
+        mine = pipe.parallel.share(jobs)
+        texts = [text for job in mine for text in pipe.texts(job)]
+        world.agree(lambda: pipe.load_text_encoder() if texts else None)
+        pipe.encode(texts)
         pipe.release_text_encoder()
-        pipe.load_networks()
+        world.agree(lambda: pipe.load_networks() if mine else None)
         shared = dict(progress.seconds)
-        for job in jobs:
+        for job in mine:
+            if pipe.parallel.team.from_first(runtime.has_stopped):
+                break
             progress.say(f"video {job.index + 1} of {len(run.jobs)}: {job.save_file}")
             try:
                 _make(run, job, facts, pipe, progress, shared)
@@ -52,9 +66,18 @@ def run_jobs(
             except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
                 failures.append(_report(job, error, progress))
                 if run.settings.on_error == "stop":
+                    runtime.stop()
                     break
+        saved, failures = _of_all(pipe, saved, failures)
     _sum_up(run, saved, len(jobs), failures, progress)
     return len(failures)
+
+
+def _of_all(pipe: Pipeline, saved: int, failures: list[str]) -> tuple[int, list[str]]:
+    """Videos saved and failed by all groups of processes; within a group all have counted the same ones."""
+    parallel = pipe.parallel
+    counts = parallel.runtime.team.gather((saved, failures) if parallel.team.first else (0, []))
+    return sum(count for count, _ in counts), [failure for _, failed in counts for failure in failed]
 
 
 def decode_only(
@@ -62,20 +85,23 @@ def decode_only(
     latents_file: Path,
     save_file: Path,
     progress: Progress,
-    load: Callable[[Settings, Progress], Pipeline] = Pipeline,
+    load: Callable[[Settings, Progress], Pipeline] | None = None,
+    runtime: Runtime = ALONE,
 ) -> None:
     """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
-    latent, record = read_latents(latents_file)
+    world = runtime.team
+    latent, record = world.agree(lambda: read_latents(latents_file))
     if (made_for := record["settings"]["task"]) != settings.task:
         raise InputError(f"--decode_latents {latents_file}: made with --task {made_for}, not {settings.task}")
-    if save_file.exists() and not settings.overwrite:
-        raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
-    _check_place(save_file)
-    pipe = load(settings, progress)
+    world.from_first(lambda: _check_file(settings, save_file))
+    opened = load or partial(Pipeline, runtime=runtime)
+    pipe = world.agree(lambda: opened(settings, progress))
+    if pipe.parallel.mesh.data_rank:
+        return  # one video is one group's work
     try:
         frames = _save_video(pipe, latent, save_file, settings, record, progress, {})
         if settings.preview:
-            save_contact_sheet(save_file, frames)
+            pipe.parallel.team.from_first(lambda: save_contact_sheet(save_file, frames))
     except (OSError, torch.OutOfMemoryError) as e:
         raise JobError(f"{save_file}: {_reason(e)}; {latents_file} is as it was") from e
     progress.say(f"saved {save_file}")
@@ -106,13 +132,17 @@ def jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
 def _make(
     run: Run, job: Job, plan: dict[str, Any], pipe: Pipeline, progress: Progress, shared: dict[str, float]
 ) -> None:
-    """One job, start to end. shared: seconds by stage that all jobs share (loading, texts)."""
-    settings = run.settings
+    """One job, start to end. shared: seconds by stage that all jobs share (loading, texts).
+
+    Of the processes that make it together, the first one alone writes files; all of them see the same errors.
+    """
+    settings, team = run.settings, pipe.parallel.team
     earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
-    _check_place(job.save_file)
-    record = describe(run, job, plan, pipe.info())
+    team.from_first(lambda: _check_place(job.save_file))
+    record = team.from_first(lambda: describe(run, job, plan, pipe.info()))
     latent = pipe.sample(job)
-    kept = _keep(job.save_file, latent, record, progress)  # before decoding: not even a killed process loses the steps
+    # before decoding: not even a killed process loses the steps
+    kept = team.from_first(lambda: _keep(job.save_file, latent, record, progress))
     try:
         frames = _save_video(pipe, latent, job.save_file, settings, record, progress, earlier)
     except BaseException as error:
@@ -122,6 +152,11 @@ def _make(
             progress.say(hint)
         raise
     progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
+    team.from_first(lambda: _tidy(settings, job, kept, frames))
+
+
+def _tidy(settings: Settings, job: Job, kept: Path | None, frames: int) -> None:
+    """What is left to do beside a finished video."""
     if kept and not settings.save_latents:
         kept.unlink()
     if settings.save_latents and kept != _latents_beside(job.save_file):
@@ -144,10 +179,17 @@ def _save_video(
     earlier: seconds by stage that are not this video's.
     """
 
+    team = pipe.parallel.team
+
     def attempt(tiled: bool) -> int:
+        # closed at once where writing fails: the other processes' part of the frames must still be taken
+        with closing(pipe.decode(latent, tiled=tiled)) as chunks:
+            return write(chunks) if team.first else sum(chunk.shape[1] for chunk in chunks)
+
+    def write(chunks: Iterable[torch.Tensor]) -> int:
         with VideoWriter(path, pipe.fps) as video:
             with progress.stage("decode", unit="frame"):
-                for chunk in pipe.decode(latent, tiled=tiled):
+                for chunk in chunks:
                     if not chunk.isfinite().all():
                         raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
                     video.write(chunk)
@@ -158,7 +200,7 @@ def _save_video(
         return video.frames
 
     try:
-        return attempt(settings.vae_tiling)
+        return team.agree(lambda: attempt(settings.vae_tiling))
     except torch.OutOfMemoryError:
         if settings.vae_tiling:
             raise
@@ -166,7 +208,13 @@ def _save_video(
     progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
     if latent.is_cuda:
         torch.cuda.empty_cache()
-    return attempt(True)
+    return team.agree(lambda: attempt(True))
+
+
+def _check_file(settings: Settings, save_file: Path) -> None:
+    if save_file.exists() and not settings.overwrite:
+        raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
+    _check_place(save_file)
 
 
 def _check_place(save_file: Path) -> None:

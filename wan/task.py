@@ -6,7 +6,7 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,10 @@ from torch import Tensor
 
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
+from wan.distributed.mesh import flag_conflicts
+from wan.distributed.parallel import Parallel, layout_for, parallelize
+from wan.distributed.runtime import Runtime
+from wan.distributed.vae_parallel import SplitVAE
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
@@ -27,7 +31,7 @@ from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.request import Sampling
 from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
-from wan.utils.checkpoints import Checkpoint, as_dtype, free_memory, load, parameter_dtypes
+from wan.utils.checkpoints import Checkpoint, as_dtype, free_memory, parameter_dtypes
 from wan.utils.errors import InputError
 from wan.utils.progress import Progress
 from wan.utils.residency import Experts
@@ -68,11 +72,15 @@ class VideoTask(ABC):
         attention: str = "auto",
         noise_device: str = "auto",
         progress: Progress | None = None,
+        runtime: Runtime | None = None,
+        ulysses_size: int = 1,
+        ring_size: int = 1,
     ) -> None:
         """The original's arguments, then ours.
 
         config: one of WAN_CONFIGS. loras: by expert, in place of lora_dir. init_on_cpu: experts wait in host memory
-        and are brought to the device when needed. InputError listing everything that is wrong with the files.
+        and are brought to the device when needed; sharded ones stay there. use_sp: all processes make one video, those
+        of `runtime` or, without it, of torch.distributed. InputError listing everything that is wrong with the files.
         """
         self.config, self.progress = config, progress or Progress(quiet=True)
         if device is None:
@@ -80,7 +88,7 @@ class VideoTask(ABC):
         self.device, self.noise_device = device, device if noise_device == "auto" else torch.device(noise_device)
         self.dtype, self.t5_dtype = as_dtype(config.param_dtype), as_dtype(config.t5_dtype)
         self.text_device = torch.device("cpu") if t5_cpu else device
-        self.home = torch.device("cpu") if init_on_cpu else device
+        self.home = torch.device("cpu") if init_on_cpu and not dit_fsdp else device
         self.convert_model_dtype, self.lora_mode = convert_model_dtype, lora_mode
         self.checkpoint = Checkpoint(Path(checkpoint_dir), self.name, config, expert_files)
         self.checkpoint.raise_problems()
@@ -89,8 +97,21 @@ class VideoTask(ABC):
             loras = {name: [Lora.open(path, expert=name)] for name, path in files.items()}
         self.loras = loras
         first, _ = next(iter(self.checkpoint.experts.values()))
+        self.runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
+        self.t5_fsdp, self.dit_fsdp = t5_fsdp, dit_fsdp
+        if conflicts := flag_conflicts(
+            ring=ring_size, attention=attention, t5_fsdp=t5_fsdp, t5_cpu=t5_cpu, dit_fsdp=dit_fsdp, lora_mode=lora_mode
+        ):
+            raise InputError(conflicts)
+        ulysses = self.runtime.team.size if use_sp else ulysses_size
+        self.layout = layout_for(self.runtime, device, first.num_heads, ulysses, ring_size, dit_fsdp or t5_fsdp)
         self.attention = choose_attention(attention, device, self.dtype, first)
         self._contexts: dict[str, Tensor] = {}
+
+    @cached_property
+    def parallel(self) -> Parallel:
+        """This process's part. All processes must ask for it at the same time: it connects them."""
+        return parallelize(self.runtime, self.layout, self.device)
 
     @staticmethod
     def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
@@ -124,8 +145,11 @@ class VideoTask(ABC):
         assert self.checkpoint.text_encoder is not None
         module, store = self.checkpoint.text_encoder
         tokenizer = UMT5Tokenizer(self.checkpoint.folder / self.config.t5_tokenizer, self.config.text_len)
-        with self._loading("text encoder", store.path.stat().st_size) as report:
-            return load(module, store, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report), tokenizer
+        with self._loading("text encoder", store.path.stat().st_size, self.t5_fsdp) as report:
+            encoder = self.parallel.load(
+                module, store, sharded=self.t5_fsdp, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report
+            )
+        return encoder, tokenizer
 
     def release_text_encoder(self) -> None:
         self.__dict__.pop("text_encoder", None)
@@ -143,9 +167,12 @@ class VideoTask(ABC):
         for name, (module, store) in self.checkpoint.experts.items():
             loras = self.loras.get(name, [])
             merge = Merge(loras, store.shapes, self.device, linear_pairs=merged) if loras else None
-            with self._loading(f"{name} expert", sum(e.bytes for e in store.values())) as report:
-                models[name] = load(module, store, home=self.home, dtype=dtype, merge=merge, report=report)
+            with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), self.dit_fsdp) as report:
+                models[name] = self.parallel.load(
+                    module, store, sharded=self.dit_fsdp, home=self.home, dtype=dtype, merge=merge, report=report
+                )
             models[name].use_attention(BACKENDS[self.attention])
+            self.parallel.split_tokens(models[name])
             if not merged:
                 add_adapters(models[name], loras)
         return Experts(models, self.device, None if merged else set_scale)
@@ -170,6 +197,7 @@ class VideoTask(ABC):
         start = self.start(image, size, frames)
         generator = torch.Generator(self.noise_device).manual_seed(seed)
         noise = torch.randn(start.shape, generator=generator, device=self.noise_device).to(self.device)
+        noise = self.parallel.same(noise)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
         with self.progress.stage("denoise", total=len(steps), unit="step"):
@@ -178,22 +206,27 @@ class VideoTask(ABC):
     # -- pixels
 
     @cached_property
-    def vae(self) -> WanVAE:
+    def vae(self) -> WanVAE | SplitVAE:
         assert self.checkpoint.vae is not None
         module, store = self.checkpoint.vae
         with self._loading("VAE", store.path.stat().st_size) as report:
-            vae = load(module, store, home=self.device, dtype=lambda _: torch.float32, report=report)
+            vae = self.parallel.load(
+                module, store, sharded=False, home=self.device, dtype=lambda _: torch.float32, report=report
+            )
         vae.use_channels_last()
-        return vae
+        return self.parallel.split_frames(vae)
 
-    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers."""
+    def decode(self, latent: Tensor, tiled: bool = False) -> Generator[Tensor]:
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers.
+
+        Of processes that make a video together the first gets them; the others must run the iterator and get none.
+        """
         with torch.no_grad():
             yield from self.vae.decode(latent.to(self.device), tiles=(2, 2) if tiled else (1, 1))
 
     @contextmanager
-    def _loading(self, what: str, size: int) -> Iterator[Callable[[int], None]]:
-        with self.progress.stage("load", total=size, unit="B"):
+    def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+        with self.progress.stage("load", total=size / self.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, what)
 
     # -- the original's `generate`
@@ -211,18 +244,22 @@ class VideoTask(ABC):
         n_prompt: str,
         seed: int,
         offload_model: bool,
-    ) -> Tensor:
-        """What the three public `generate` methods do: the whole video, float32 [3, F, H, W] in [-1, 1]."""
+    ) -> Tensor | None:
+        """What the three public `generate` methods do: the whole video, float32 [3, F, H, W] in [-1, 1].
+
+        None on all but the first of the processes that make it together.
+        """
         low, high = guide_scale if isinstance(guide_scale, tuple | list) else (guide_scale, guide_scale)
         sampling = Sampling(sample_solver, sampling_steps, shift, (float(low), float(high)))
         if seed < 0:
-            seed = torch.seed() % (1 << 31)
+            seed = self.parallel.team.from_first(lambda: torch.seed() % (1 << 31))
         self.experts.offload = offload_model
         latent = self.sample(prompt, n_prompt or self.config.sample_neg_prompt, image, size, frame_num, seed, sampling)
         if offload_model:
             self.experts.leave()
             self.release_text_encoder()
-        return torch.cat(list(self.decode(latent)), dim=1)
+        chunks = list(self.decode(latent))
+        return torch.cat(chunks, dim=1) if chunks else None
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> str:

@@ -26,7 +26,7 @@ class WanT2V(VideoTask):
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The original's call: float32 [3, F, H, W] in [-1, 1]; size (width, height), guide_scale (low, high noise)."""
         return self._generate(
             input_prompt, None, size, frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed,

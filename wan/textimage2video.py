@@ -40,7 +40,7 @@ class WanTI2V(VideoTask):
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The original's call: float32 [3, F, H, W] in [-1, 1]; size without, max_area with an image."""
         return self._generate(
             input_prompt, img, (max_area, 1) if img else size, frame_num, shift, sample_solver, sampling_steps,

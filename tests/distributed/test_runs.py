@@ -19,7 +19,7 @@ import generate
 import wan.distributed.fsdp
 import wan.task
 from tests.distributed.ranks import launched
-from tests.support import TINY, checkpoint, lora_dir, relative_error
+from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
 from wan.preflight import preflight
@@ -90,21 +90,21 @@ def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) 
     assert said[1] == ""
 
 
-def test_a_random_seed_is_the_same_everywhere(tmp_path: Path) -> None:
-    words = flags(tmp_path, *SPLIT, "--base_seed", "-1", "--prompt_file", str(tmp_path / "one.txt"))
-    (tmp_path / "one.txt").write_text("a cat\na dog")
-    assert launched(partial(generate.main, words), 4, tmp_path)[0] == [0] * 4
+def test_two_jobs_for_three_processes_and_one_random_seed(tmp_path: Path) -> None:
+    words = flags(tmp_path, "--base_seed", "-1", "--prompt_file", str(tmp_path / "two.txt"))
+    (tmp_path / "two.txt").write_text("a cat\na dog")
+    assert launched(partial(generate.main, words), 3, tmp_path)[0] == [0] * 3
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     assert len({record["job"]["seed"] for record in records}) == 1
     assert len(records) == 2
 
 
-def batch_with_a_bad_row(runtime: Runtime, folder: Path) -> int:
+def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "continue") -> int:
     """Image-to-video jobs, of which the second one's image has gone since it was checked."""
     image = str(TINY / "input.png")
     request = Request(
         task="i2v-A14B", ckpt_dir=str(checkpoint("i2v-A14B")), lora_dir=str(lora_dir("i2v-A14B")), size="64*48",
-        frame_num=5, prompt="a cat", image=image, num_videos=5, base_seed=1, save_dir=str(folder), ulysses_size=2,
+        frame_num=5, prompt="a cat", image=image, num_videos=5, base_seed=1, save_dir=str(folder), ulysses_size=2, on_error=on_error,
     )  # fmt: skip
     run = resolve(request)
     plan = preflight(run)
@@ -121,6 +121,36 @@ def test_a_bad_row_fails_its_own_job_only(tmp_path: Path) -> None:
     assert "4 saved, 1 failed" in said[0]
     assert said[0].count("gone.png") >= 1
     assert said[1:] == ["", "", ""]
+
+
+def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
+    assert generate.main(flags(tmp_path, "--prompt_file", str(one_prompt(tmp_path)))) == 0
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    (whole,) = (tmp_path / "out").glob("*.mp4")
+    words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
+    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2"]
+    codes, said = launched(partial(generate.main, words), 2, tmp_path)
+    assert codes == [0, 0], said
+    assert (read_frames(tmp_path / "again.mp4").int() - read_frames(whole).int()).abs().max() <= 1
+    codes, said = launched(partial(generate.main, words), 2, tmp_path)
+    assert (codes, said[0].count("exists already"), said[1]) == ([2, 2], 1, "")
+
+
+def one_prompt(folder: Path) -> Path:
+    (folder / "one.txt").write_text("a cat")
+    return folder / "one.txt"
+
+
+def stop_at_a_bad_row(runtime: Runtime, folder: Path) -> int:
+    return batch_with_a_bad_row(runtime, folder, on_error="stop")
+
+
+def test_stopping_stops_the_other_group_too(tmp_path: Path) -> None:
+    codes, said = launched(partial(launch, partial(stop_at_a_bad_row, folder=tmp_path)), 4, tmp_path)
+    assert codes == [1] * 4
+    assert "1 failed" in said[0]
+    assert not list(tmp_path.glob("*_0003_*.mp4")), "the failed group's next job"
+    assert not list(tmp_path.glob("*_0004_*.mp4")), "the other group's last job"
 
 
 def die(rank: int, how: str) -> None:
@@ -168,7 +198,7 @@ def test_a_fault_in_one_process_ends_the_run(where: str, how: str, tmp_path: Pat
         assert told.count("error in process") == 1
         assert "a bug on one process" in told
     # the other group may finish what it does; torchrun would end it
-    assert not {1, 3} & {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}
+    assert 3 not in {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}
 
 
 def test_an_error_in_one_processs_decoding_fails_one_job(tmp_path: Path) -> None:

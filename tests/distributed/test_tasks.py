@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.distributed.ranks import run_ranks
 from tests.support import CASES, checkpoint, config_of, lora_dir, relative_error
-from tests.test_golden import CLASSES, END_TO_END, STAGE, image_of
+from tests.test_golden import CLASSES, END_TO_END, STAGE, generate, image_of
 from wan.distributed.runtime import Runtime
-from wan.sampling import Sampling
+from wan.request import Sampling
 from wan.task import VideoTask
 
 
@@ -71,3 +71,19 @@ def test_golden_cases(ranks: int, ulysses: int, ring: int, fsdp: bool) -> None:
             same_latent = torch.cat(list(open_alone(name).decode(latent)), 1)
             assert relative_error(video, same_latent) < STAGE, name
             assert relative_error(video, video_alone) < END_TO_END, name
+
+
+def generate_as_a_script(runtime: Runtime, name: str) -> Tensor | None:
+    """The original's interface, in a script that has started torch.distributed itself."""
+    case = CASES[name]
+    task = CLASSES[case["task"]](
+        config_of(case["task"]), checkpoint(case["task"]), lora_dir=lora_dir(case["task"]), rank=runtime.team.rank,
+        t5_fsdp=True, dit_fsdp=True, use_sp=True, device=torch.device("cpu"),
+    )  # fmt: skip
+    return generate(task, case)
+
+
+def test_the_originals_interface() -> None:
+    first, second = run_ranks(generate_as_a_script, 2, "t2v_lightning")
+    assert relative_error(first, alone("t2v_lightning")[1]) < END_TO_END
+    assert second is None

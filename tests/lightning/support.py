@@ -1,7 +1,5 @@
 """LoRA files for the tests: every published family, made from a small LoRA; and header-only full-size files."""
 
-import json
-import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from lightning.lora import Lora
 from lightning.merge import Merge
 from lightning.names import diffusers_name
-from lightning.tensorfile import DTYPES, TensorStore
+from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, lora_dir
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -119,28 +117,6 @@ def family(name: str, folder: Path) -> Path:
 
 def lora_of(folder: Path, tensors: dict[str, Tensor], strength: float = 1.0) -> Lora:
     return Lora.open(write(folder / "lora.safetensors", tensors), strength)
-
-
-def sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: dict[str, bytes] | None = None) -> Path:
-    """A safetensors file of any size that takes no space: name -> (dtype, shape), zeros except for `values`."""
-    table, end = {}, 0
-    for name, (dtype, shape) in sorted(
-        tensors.items(), key=lambda t: (-DTYPES[t[1][0]][1], t[0])
-    ):  # as the library does
-        count = DTYPES[dtype][1]
-        for axis in shape:
-            count *= axis
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + count]}
-        end += count
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for name, value in (values or {}).items():
-            file.seek(8 + len(header) + table[name]["data_offsets"][0])
-            file.write(value)
-        file.truncate(8 + len(header) + end)
-    return path
 
 
 def module_tree(store: TensorStore) -> nn.Module:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.sparse import sparse
 from lightning.__main__ import main
 from lightning.distilled import record_of
 from lightning.names import released_shapes
-from tests.lightning.support import STORED, family, small_pairs, sparse, spelled, write
+from tests.lightning.support import STORED, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.sparse import sparse
 from lightning import names
 from lightning.lora import Lora, LoraError, check, expert_of, files_of
 from tests.lightning.support import (
@@ -22,7 +23,6 @@ from tests.lightning.support import (
     merged,
     plain,
     small_pairs,
-    sparse,
     spelled,
     write,
 )

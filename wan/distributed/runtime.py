@@ -119,6 +119,14 @@ class Runtime:
         patient = dist.new_group(timeout=PATIENCE, backend="gloo")
         return cls(Team(dist.get_rank(), dist.get_world_size(), patient), "nccl" in dist.get_backend_config())
 
+    def stop(self) -> None:
+        """Tell all processes that no further job shall begin."""
+        if self.store is not None:
+            self.store.add("stop", 1)
+
+    def has_stopped(self) -> bool:
+        return self.store is not None and self.store.add("stop", 0) > 0
+
     def finish(self, code: int) -> int:
         """Leave together; the worst exit code of all."""
         code = max(self.team.gather(code))

@@ -33,7 +33,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB_IDS = {task: f"Wan-AI/Wan2.2-{name}" for task, name in
            {"t2v-A14B": "T2V-A14B", "i2v-A14B": "I2V-A14B", "ti2v-5B": "TI2V-5B"}.items()}  # fmt: skip
 IMAGE_CHANNELS = 4  # I2V's mask; the image's latent comes on top
-REOPEN_BYTES = 1 << 28
+REOPEN_BYTES = 1 << 26
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -78,7 +78,7 @@ class PickleStore:
         return 0  # views of the map need none
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        """A view of the mapped file. The map is made anew every 256 MiB: its pages count as resident until then."""
+        """A view of the mapped file. The map is made anew every 64 MiB: its pages count as resident until then."""
         if self._served > REOPEN_BYTES:
             self._state, self._served = self._open(), 0
         tensor = self._state[name]

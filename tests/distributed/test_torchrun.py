@@ -1,0 +1,90 @@
+"""The documented commands, run by torchrun itself: one machine, two machines (on loopback), and a killed process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import generate
+from tests.distributed.test_runs import SPLIT, check_batch, flags, latents
+from tests.support import TESTS
+
+ROOT = TESTS.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(folder: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    """A torchrun command; what it prints goes to a file, so that no pipe fills up."""
+    with (folder / f"{name}.txt").open("wb") as out:
+        return subprocess.Popen([*TORCHRUN, *words], cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_documented_command(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert generate.main(flags(alone)) == 0
+    words = flags(tmp_path, "--dit_fsdp", "--t5_fsdp", "--ulysses_size", "4")
+    process = start(tmp_path, "all", "--standalone", "--nproc-per-node", "4", str(ROOT / "generate.py"), *words)
+    assert process.wait(180) == 0, (tmp_path / "all.txt").read_text()
+    check_batch(tmp_path, latents(alone))
+    assert (tmp_path / "all.txt").read_text().count("5 saved") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines(rendezvous: str, tmp_path: Path) -> None:
+    """Each simulated machine is a torchrun agent with two processes; data 2 x ulysses 2."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert generate.main(flags(alone)) == 0
+    port = str(free_port())
+    meet = {
+        "static": ["--master-addr", "127.0.0.1", "--master-port", port],
+        "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run",
+                 "--local-addr", "127.0.0.1"],
+    }[rendezvous]  # fmt: skip
+    words = [str(ROOT / "generate.py"), *flags(tmp_path, *SPLIT)]
+    agents = []
+    for machine in range(2):
+        place = ["--node-rank", str(machine)] if rendezvous == "static" else []
+        agents.append(start(tmp_path, str(machine), "--nnodes", "2", "--nproc-per-node", "2", *place, *meet, *words))
+    said = [f"{agent.wait(180)}\n" + (tmp_path / f"{i}.txt").read_text() for i, agent in enumerate(agents)]
+    assert [text[0] for text in said] == ["0", "0"], said
+    check_batch(tmp_path, latents(alone))
+    assert "".join(said).count("5 saved") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
+    words = flags(tmp_path, *SPLIT, "--sample_steps", "200", "--sample_shift", "5")
+    process = start(tmp_path, "all", "--standalone", "--nproc-per-node", "4", str(ROOT / "generate.py"), *words)
+    try:
+        workers: list[int] = []
+        end = time.monotonic() + 120
+        while time.monotonic() < end and "video 1 of 5" not in (tmp_path / "all.txt").read_text():
+            assert process.poll() is None, (tmp_path / "all.txt").read_text()
+            time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = [int(word) for word in children.read_text().split()]
+        os.kill(workers[-1], signal.SIGKILL)
+        began = time.monotonic()
+        assert process.wait(60) == 1
+        assert time.monotonic() - began < 45
+    finally:
+        process.kill()
+    told = (tmp_path / "all.txt").read_text()
+    assert told.count("lost another one, which was killed, crashed or hangs") <= 1
+    assert "Signal 9 (SIGKILL)" in told, "torchrun names the process"
