@@ -412,7 +412,7 @@ def test_timesteps_are_final():
 def test_checkpoint_folder(tmp_path):
     missing = problem(ckpt_dir=None)
     assert missing.startswith("--ckpt_dir is missing")
-    assert "hf download Wan-AI/Wan2.2-T2V-A14B --local-dir ./Wan2.2-T2V-A14B" in missing
+    assert "hf download Wan-AI/Wan2.2-T2V-A14B --local-dir Wan2.2-T2V-A14B" in missing
     assert "hf download Wan-AI/Wan2.2-TI2V-5B" in problem("ti2v-5B", ckpt_dir="./absent")
     (tmp_path / "file").touch()
     assert "not a folder" in problem(ckpt_dir="file")

@@ -41,7 +41,7 @@ class Pipeline:
         self.fps: int = config.sample_fps
         self.task = TASKS[settings.task](
             config,
-            fetch(settings.ckpt_dir, settings.task, config),
+            fetch(settings.ckpt_dir, config),
             t5_fsdp=settings.t5_fsdp,
             dit_fsdp=settings.dit_fsdp,
             t5_cpu=settings.t5_cpu,

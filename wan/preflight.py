@@ -120,7 +120,7 @@ def preflight(run: Run) -> Plan:
         plan.dtype = "float32" if fp32 else str(as_dtype(config.param_dtype)).removeprefix("torch.")
     plan.steps = plan_steps(make_schedule(s).timesteps, s, config.boundary)
     _check_lora_steps(s, plan.steps, problems)
-    folder = problems.attempt(lambda: fetch(s.ckpt_dir, s.task, config, download=not run.request.get("dry_run")))
+    folder = problems.attempt(lambda: fetch(s.ckpt_dir, config, download=not run.request.get("dry_run")))
     if folder:
         checkpoint = Checkpoint(folder, s.task, config, s.expert_files)
         problems.extend(checkpoint.problems)

@@ -15,7 +15,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from wan.configs import WAN_CONFIGS
+from wan.configs import WAN_CONFIGS, download_command
 from wan.jobs import LARGEST_SEED, SAVE_DIR, check_outputs, make_jobs, prompt_rows
 from wan.recipe import Weights, choose_sampling, choose_weights
 from wan.request import Job, Request, Run, Settings
@@ -179,14 +179,13 @@ def _settings(request: Request, task: str, config: EasyDict, weights: Weights, c
 
 def _checkpoint_folder(request: Request, task: str, check: Check) -> Path:
     """A folder, or a hub id whose files are fetched later."""
-    model, size = task.split("-")
-    repository = f"Wan-AI/Wan2.2-{model.upper()}-{size}"
-    get = f"get one with: hf download {repository} --local-dir ./Wan2.2-{model.upper()}-{size}"
+    config = WAN_CONFIGS[task]
+    get = f"get it with: {download_command(config)}"
     given = request.ckpt_dir
     if given is None:
         if request.extend_only is None:
             check.problem(f"--ckpt_dir is missing: it names the folder of the {task} checkpoint; {get}")
-        return Path(repository)
+        return Path(config.hub_id)
     path = Path(given).expanduser()
     if path.is_dir() or is_hub_id(given):
         return path

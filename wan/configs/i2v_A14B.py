@@ -2,22 +2,14 @@
 
 from easydict import EasyDict
 
-from wan.configs.shared_config import shared_config
+from wan.configs.shared_config import a14b_config
 
 i2v_A14B = EasyDict(
-    shared_config,
-    experts={"high": "high_noise_model", "low": "low_noise_model"},
-    vae_checkpoint="Wan2.1_VAE.pth",
-    vae_stride=(4, 8, 8),
+    a14b_config,
+    hub_id="Wan-AI/Wan2.2-I2V-A14B",
     boundary=0.900,
-    sizes=("1280*720", "720*1280", "832*480", "480*832"),
-    frame_num=81,
-    sample_fps=16,
-    # base model; guidance is (low noise, high noise)
-    sample_solver="unipc",
-    sample_steps=40,
     sample_shift=5.0,
-    sample_guide_scale=(3.5, 3.5),
+    sample_guide_scale=(3.5, 3.5),  # (low noise, high noise)
     example_prompt="The scene comes alive: soft wind moves through it while the camera slowly pushes in.",
     example_image="examples/i2v_input.png",
 )

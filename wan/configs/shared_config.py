@@ -1,4 +1,7 @@
-"""What all Wan2.2 models share. Dtypes are torch dtypes or their names: this package imports no torch."""
+"""What all Wan2.2 models share, and what the two-expert ones share on top.
+
+Dtypes are torch dtypes or their names: this package imports no torch.
+"""
 
 from easydict import EasyDict
 
@@ -18,4 +21,16 @@ shared_config = EasyDict(
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
         "杂乱的背景，三条腿，背景人很多，倒着走"
     ),
+)
+
+a14b_config = EasyDict(
+    shared_config,
+    experts={"high": "high_noise_model", "low": "low_noise_model"},
+    vae_checkpoint="Wan2.1_VAE.pth",
+    vae_stride=(4, 8, 8),
+    sizes=("1280*720", "720*1280", "832*480", "480*832"),
+    frame_num=81,
+    sample_fps=16,
+    sample_solver="unipc",
+    sample_steps=40,
 )

@@ -6,6 +6,7 @@ from wan.configs.shared_config import shared_config
 
 ti2v_5B = EasyDict(
     shared_config,
+    hub_id="Wan-AI/Wan2.2-TI2V-5B",
     experts={"model": "."},
     vae_checkpoint="Wan2.2_VAE.pth",
     vae_stride=(4, 16, 16),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +23,13 @@ from lightning.lora import LoraError
 from lightning.merge import Merge
 from lightning.names import keeps_float32
 from lightning.tensorfile import INDEX_SUFFIX, TensorFileError, TensorStore
+from wan.configs import download_command
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-HUB_IDS = {task: f"Wan-AI/Wan2.2-{name}" for task, name in
-           {"t2v-A14B": "T2V-A14B", "i2v-A14B": "I2V-A14B", "ti2v-5B": "TI2V-5B"}.items()}  # fmt: skip
 IMAGE_CHANNELS = 4  # I2V's mask; the image's latent comes on top
 REOPEN_BYTES = 1 << 26
 Module = TypeVar("Module", bound=nn.Module)
@@ -122,10 +120,9 @@ class Checkpoint:
     def _complete(self, expert_files: Mapping[str, Path]) -> bool:
         """Whether every file is there; if not, one problem that lists all that are missing."""
         folder, config = self.folder, self.config
+        get = download_command(config)
         if (folder / "model_index.json").is_file():
-            self.problems.append(
-                f"--ckpt_dir {folder} is in diffusers' layout; this toolkit reads the original one: {self._download()}"
-            )
+            self.problems.append(f"--ckpt_dir {folder} is in diffusers' layout; this toolkit reads the original's: {get}")
             return False
         wanted = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
         missing = [name for name in wanted if not (folder / name).is_file()]
@@ -135,12 +132,8 @@ class Checkpoint:
             if name not in expert_files and weights_file(folder / part) is None:
                 missing.append(str(part / WEIGHTS))
         if missing:
-            self.problems.append(f"--ckpt_dir {folder} lacks {', '.join(missing)}; get them with: {self._download()}")
+            self.problems.append(f"--ckpt_dir {folder} lacks {', '.join(missing)}; get them with: {get}")
         return not missing
-
-    def _download(self) -> str:
-        hub = HUB_IDS[self.task]
-        return f"hf download {hub} --local-dir {hub.rsplit('/')[-1]}"
 
     def _open_expert(self, name: str, folder: Path, replacement: Path | None) -> None:
         if replacement is None:
@@ -219,17 +212,13 @@ def weights_file(folder: Path) -> Path | None:
     return None
 
 
-def fetch(ckpt_dir: Path, task: str, config: EasyDict, download: bool = True) -> Path:
-    """A local folder as it is; a hub id (`Wan-AI/Wan2.2-T2V-A14B`) as the folder its files are kept in.
+def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True) -> Path:
+    """A local folder as it is; any other name is a hub id, such as `Wan-AI/Wan2.2-T2V-A14B`: its local copy.
 
     Only the files the task needs are fetched, none without `download`. InputError if they cannot be had.
     """
     if ckpt_dir.is_dir():
         return ckpt_dir
-    name = ckpt_dir.as_posix()
-    if not is_hub_id(name):
-        command = f"hf download {HUB_IDS[task]} --local-dir {ckpt_dir}"
-        raise InputError(f"--ckpt_dir {ckpt_dir} is not a folder; get the weights with: {command}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -237,15 +226,10 @@ def fetch(ckpt_dir: Path, task: str, config: EasyDict, download: bool = True) ->
     for where in config.experts.values():
         wanted += ["config.json", "diffusion_pytorch_model*"] if where == "." else [f"{where}/*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not download))
+        return Path(snapshot_download(ckpt_dir.as_posix(), allow_patterns=wanted, local_files_only=not download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if download else "it is fetched when a run starts, not for --dry_run"
         raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched: {reason}") from e
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether the name could be a repository on the hub: `owner/name`."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def load(
