@@ -122,7 +122,7 @@ class Checkpoint:
         folder, config = self.folder, self.config
         get = download_command(config)
         if (folder / "model_index.json").is_file():
-            self.problems.append(f"--ckpt_dir {folder} is in diffusers' layout; this toolkit reads the original's: {get}")
+            self.problems.append(f"--ckpt_dir {folder} is in diffusers' layout; the original's is read: {get}")
             return False
         wanted = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
         missing = [name for name in wanted if not (folder / name).is_file()]
