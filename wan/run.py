@@ -152,17 +152,19 @@ def _make(
             progress.say(hint)
         raise
     progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
-    team.from_first(lambda: _tidy(settings, job, kept, frames))
+    team.from_first(lambda: _tidy(settings, job, kept, frames, progress))
 
 
-def _tidy(settings: Settings, job: Job, kept: Path | None, frames: int) -> None:
+def _tidy(settings: Settings, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
     """What is left to do beside a finished video."""
     if kept and not settings.save_latents:
         kept.unlink()
     if settings.save_latents and kept != _latents_beside(job.save_file):
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
+    written = [job.save_file, job.save_file.with_suffix(".json")]
     if settings.preview:
-        save_contact_sheet(job.save_file, frames)
+        written.append(save_contact_sheet(job.save_file, frames))
+    progress.say(f"saved {', '.join(map(str, written))}")
 
 
 def _save_video(

@@ -111,7 +111,9 @@ class VideoTask(ABC):
     @cached_property
     def parallel(self) -> Parallel:
         """This process's part. All processes must ask for it at the same time: it connects them."""
-        return parallelize(self.runtime, self.layout, self.device)
+        parallel = parallelize(self.runtime, self.layout, self.device)
+        self.attention = parallel.team.from_first(lambda: self.attention)  # "auto" is timed, so ranks may differ
+        return parallel
 
     @staticmethod
     def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:

@@ -116,17 +116,17 @@ def test_bytes_of_sharded_weights(tmp_path: Path) -> None:
 
 def test_plan_of_the_released_model() -> None:
     size = 2 * sum(torch.Size(shape).numel() for shape in manifest("dit_t2v_a14b").values())
-    weights = {"high expert": size, "low expert": size, "text encoder": 11_360_000_000, "VAE": 508_000_000}
-    sharded = {name: size for name, size in weights.items() if name != "VAE"}
-    lines = plan_lines(Layout(8, 8), A14B, 75_600, 5, 2, weights, sharded)
-    assert lines == [
-        "8 processes = data 1 x ulysses 8: 1 video at a time, each by 8",
-        "weights of each process, GB: high expert 3.57 + low expert 3.57 + text encoder 1.42 + VAE 0.51",
-        "each process sends in a forward, GB: ulysses 13.5, weights 25; an estimated 9% over NVLink, 26% over PCIe of "
-        "its time if not overlapped",
+    given = {"tokens": 75_600, "jobs": 5, "element_bytes": 2}
+    weights = {"high expert": size // 8, "VAE": 508_000_000}
+    assert plan_lines(Layout(8, 8), A14B, **given, weights=weights, sharded_bytes=size) == [
+        "8 processes = data 1 x ulysses 8: one video at a time, 8 processes each; weights in each: high expert 3.57 GB "
+        "+ VAE 508 MB",
+        "a forward sends from each: ulysses 13.5 GB + weights 25 GB; estimated share of its time at most 9% over "
+        "NVLink, 26% over PCIe",
     ]
     assert A14B.operations(75_600) == pytest.approx(6.5e15, rel=0.01)
-    alone = plan_lines(Layout(8), A14B, 75_600, 5, 2, weights, {})
-    assert alone[0] == "8 processes = data 8 x ulysses 1: 8 videos at a time, each by 1"
-    assert alone[-1].startswith("warning: 5 videos for 8 groups")
-    assert "--ulysses_size 8" in alone[-1]
+    first, warning = plan_lines(Layout(8), A14B, **given, weights={"VAE": 508_000_000}, sharded_bytes=0)
+    assert first == "8 processes = data 8 x ulysses 1: 8 videos at a time, 1 process each; weights in each: VAE 508 MB"
+    assert warning == (
+        "warning: 5 videos for 8 groups: some have nothing to do; --ulysses_size 8 puts more of them on one video"
+    )

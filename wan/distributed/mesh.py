@@ -103,29 +103,27 @@ class Mesh:
 
 def make_mesh(layout: Layout, device: str, rank: int, patience: timedelta) -> Mesh:
     """The groups of `layout` for tensors on `device` ("cuda" or "cpu"); every process of the world must call this."""
-    if layout.world == 1:
-        return Mesh()
+    data_rank, sequence_rank = divmod(rank, layout.sequence)
+    if layout.sequence == 1:
+        return Mesh(layout, data_rank)
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     outer = init_device_mesh(device, (layout.data, layout.sequence), mesh_dim_names=("data", "sequence"))
-    sequence = outer.get_group("sequence") if layout.sequence > 1 else None
-    ulysses, ring = sequence, None
+    ulysses, ring = outer.get_group("sequence"), None
     if layout.ring > 1:
         axes = {"data": layout.data, "ring": layout.ring, "ulysses": layout.ulysses}
         inner = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        ulysses = inner.get_group("ulysses") if layout.ulysses > 1 else None
-        ring = inner.get_group("ring")
+        ulysses, ring = inner.get_group("ulysses"), inner.get_group("ring")
     members = [list(range(first, first + layout.sequence)) for first in range(0, layout.world, layout.sequence)]
     patients = [dist.new_group(ranks, timeout=patience, backend="gloo") for ranks in members]
-    data_rank, sequence_rank = divmod(rank, layout.sequence)
     return Mesh(
         layout,
         data_rank,
         sequence_rank,
-        sequence=sequence,
-        ulysses=ulysses,
+        sequence=outer.get_group("sequence"),
+        ulysses=ulysses if layout.ulysses > 1 else None,
         ring=ring,
-        patient=patients[data_rank] if sequence else None,
-        shards=outer["sequence"] if sequence else None,
+        patient=patients[data_rank],
+        shards=outer["sequence"],
     )

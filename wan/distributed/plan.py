@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wan.distributed.mesh import Layout, divisors
+from wan.utils.progress import quantity
 
 # What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
 # H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
@@ -46,34 +47,33 @@ def sent_bytes(
 def plan_lines(
     layout: Layout,
     network: Network,
+    *,
     tokens: int,
     jobs: int,
     element_bytes: int,
     weights: Mapping[str, int],
-    sharded: Mapping[str, int],
+    sharded_bytes: int,
 ) -> list[str]:
-    """What `--dry_run` says of many processes. tokens: of the largest job.
+    """What `--dry_run` says of many processes. tokens: of the largest job. weights: bytes in each process, by network.
 
-    weights: bytes by network as one process alone would hold them; sharded: those of them that are sharded, of which
-    the experts are `weights`' entries that a step runs.
+    sharded_bytes: see `sent_bytes`.
     """
-    each = {name: size / layout.sequence if name in sharded else size for name, size in weights.items()}
-    expert = max((size for name, size in sharded.items() if name.endswith("expert")), default=0)
-    sent = sent_bytes(layout, network, tokens, element_bytes, expert)
-    lines = [
-        f"{layout}: {layout.data} video{'s' if layout.data > 1 else ''} at a time, each by {layout.sequence}",
-        "weights of each process, GB: " + " + ".join(f"{name} {size / 1e9:.2f}" for name, size in each.items()),
-    ]
+    groups, each = layout.data, layout.sequence
+    together = f"{groups} videos at a time" if groups > 1 else "one video at a time"
+    held = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in weights.items())
+    lines = [f"{layout}: {together}, {each} process{'es' if each > 1 else ''} each; weights in each: {held}"]
+    sent = sent_bytes(layout, network, tokens, element_bytes, sharded_bytes)
     if any(sent.values()):
-        parts = ", ".join(f"{purpose} {size / 1e9:.3g}" for purpose, size in sent.items() if size)
-        seconds = {link: (sum(sent.values()) / rate, network.operations(tokens) / layout.sequence / speed)
-                   for link, (rate, speed) in MACHINES.items()}  # fmt: skip
-        shares = ", ".join(f"{there / (there + work):.0%} over {link}" for link, (there, work) in seconds.items())
+        parts = " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size)
+        shares = []
+        for link, (rate, speed) in MACHINES.items():
+            sending, computing = sum(sent.values()) / rate, network.operations(tokens) / each / speed
+            shares.append(f"{sending / (sending + computing):.0%} over {link}")
+        lines.append(f"a forward sends from each: {parts}; estimated share of its time at most {', '.join(shares)}")
+    if jobs < groups:
+        legal = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0]
+        hint = f"; --ulysses_size {legal[-1]} puts more of them on one video" if legal[-1] > layout.ulysses else ""
         lines.append(
-            f"each process sends in a forward, GB: {parts}; an estimated {shares} of its time if not overlapped"
+            f"warning: {jobs} video{'s' if jobs > 1 else ''} for {groups} groups: some have nothing to do{hint}"
         )
-    if jobs < layout.data:
-        larger = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0 and n > layout.ulysses]
-        hint = f"; --ulysses_size {larger[-1]} would put more of them on one video" if larger else ""
-        lines.append(f"warning: {jobs} videos for {layout.data} groups of processes: some have nothing to do{hint}")
     return lines

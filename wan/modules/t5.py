@@ -21,7 +21,7 @@ class UMT5Encoder(nn.Module):
 
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab, dim)
+        self.token_embedding = Table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
 
@@ -89,11 +89,22 @@ class T5FeedForward(nn.Module):
 class PositionBias(nn.Module):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(BUCKETS, num_heads)
+        self.embedding = Table(BUCKETS, num_heads)
 
     def forward(self, bucket: Tensor) -> Tensor:
         """int64 [n, n] -> [N, n, n]."""
         return self.embedding(bucket).permute(2, 0, 1)
+
+
+class Table(nn.Module):
+    """A row for each id. nn.Embedding would draw random ones; on the meta device that takes a second of imports."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
 
 
 class T5Norm(nn.Module):
