@@ -22,6 +22,7 @@ from torch import nn
 
 from benchmarks.measure import ROOT, machine, randomise, synchronize, table
 from benchmarks.sparse import sparse
+from benchmarks.vae import KINDS
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
 from wan.modules.attention import BACKENDS
@@ -38,7 +39,6 @@ from wan.utils.checkpoints import WEIGHTS, parameter_dtypes
 from wan.utils.progress import Progress
 from wan.utils.residency import Experts
 
-VAE_WIDTHS = {"Wan2.1_VAE.pth": (16, 96, 96, False), "Wan2.2_VAE.pth": (48, 160, 256, True)}
 UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
 TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"
 
@@ -68,7 +68,7 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
         sparse(folder / where / WEIGHTS, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()})
-    z_dim, encoder, decoder, nested = VAE_WIDTHS[config.vae_checkpoint]
+    z_dim, encoder, decoder, nested = KINDS["2.1" if "2.1" in config.vae_checkpoint else "2.2"]
     if width:
         encoder, decoder = 16, 16
     parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5),

@@ -1,21 +1,17 @@
 """The video autoencoders' decode: what it costs at full size, and how long it takes beside diffusers'.
 
-    python -m benchmarks.vae [--kind 2.1] [--chunk 2] [--tiles 2x2] [--size 96x64] [--frames 9] [--repeat 3]
+    python -m benchmarks.vae [--kind 2.1] [--chunk 2] [--tiles 2x2] [--size 96x64] [--frames 9] [--repeats 3]
 
 The counts are of 1280x720x81 (2.1) and 1280x704x121 (2.2) in float32, on fake tensors: a fused norm or attention is one
 operation, as on a GPU; weights are not part of the peak. The wall times are of the real widths with random weights, at
-the small size given, in turn in one process; compiling, loading and moving the result are excluded.
+a small size on a CPU and at full size on a GPU, in turn in one process; loading and moving the result are excluded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import re
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counters import CostCounter, FlopCounterMode
+from benchmarks.measure import interleaved, machine, table
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 
 KINDS = {"2.1": (16, 96, 96, False), "2.2": (48, 160, 256, True)}  # the arguments of WanVAE
@@ -35,29 +32,31 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, help="one of the two; default: both")
     parser.add_argument("--chunk", type=int, default=2, help="latent frames per call")
     parser.add_argument("--tiles", default="2x2", metavar="ROWSxCOLUMNS", help="of the tiled count")
-    parser.add_argument("--size", default="96x64", metavar="WIDTHxHEIGHT", help="of the timed video")
+    parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT", help="of the timed video; on a GPU full size")
     parser.add_argument("--frames", type=int, default=9, help="of the timed video, 4n + 1")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    print(machine())
     rows, columns = map(int, args.tiles.split("x"))
-    width, height = map(int, args.size.split("x"))
-    device = torch.device(args.device)
-    report: dict[str, object] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts: list[Sequence[str]] = [("VAE", "mode", "traffic, GB", "operations", "TFLOP", "peak live, GiB")]
+    times: list[Sequence[str]] = [
+        ("VAE", "latent", "ours, s", "diffusers, s", "speed", "largest difference", "peak GB")
+    ]
     for kind in [args.kind] if args.kind else KINDS:
-        report[kind] = {
-            "whole": count_decode(kind, args.chunk, (1, 1)),
-            f"tiles {args.tiles}": count_decode(kind, args.chunk, (rows, columns)),
-            "wall": time_decode(kind, (args.frames, height, width), args.chunk, args.repeat, device),
-        }
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    report["settings"] = {**vars(args), "torch": torch.__version__, "machine": machine}
-    print(json.dumps(report, indent=2))
+        for mode, tiles in (("whole", (1, 1)), (f"tiles {args.tiles}", (rows, columns))):
+            counts.append((kind, mode, *count_decode(kind, args.chunk, tiles)))
+        shape = FULL_SIZE[kind]
+        if args.size or device.type == "cpu":
+            width, height = map(int, (args.size or "96x64").split("x"))
+            stride = 8 if kind == "2.1" else 16
+            shape = (shape[0], (args.frames - 1) // 4 + 1, height // stride, width // stride)
+        times.append((kind, "x".join(map(str, shape)), *time_decode(kind, shape, args.chunk, args.repeats, device)))
+    table("C4: static cost of a full-size float32 decode (original, 2.1: 7,353 GB; must 4,500, good 3,000)", counts)
+    table(f"decode beside diffusers, same weights, float32, on {device}", times)
 
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> dict[str, float]:
+def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> tuple[str, ...]:
     """Traffic, operations, work and peak of one decode at full size; nothing is computed."""
     with FakeTensorMode(), torch.inference_mode():
         vae = WanVAE(*KINDS[kind])
@@ -69,48 +68,35 @@ def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> dict[str, flo
     with torch.device("meta"), FlopCounterMode(display=False) as work:
         for part in WanVAE(*KINDS[kind]).decode(torch.empty(FULL_SIZE[kind]), chunk, tiles):
             del part
-    return {
-        "traffic_gigabytes": round(cost.traffic / 1e9),
-        "operations": cost.calls,
-        "teraflop": round(work.get_total_flops() / 1e12),
-        "peak_live_gibibytes": round(cost.peak / 2**30, 1),
-    }
+    flops = work.get_total_flops() / 1e12
+    return f"{cost.traffic / 1e9:,.0f}", f"{cost.calls:,}", f"{flops:,.0f}", f"{cost.peak / 2**30:.1f}"
 
 
+@torch.no_grad()
 def time_decode(
-    kind: str, size: tuple[int, int, int], chunk: int, repeat: int, device: torch.device
-) -> dict[str, float]:
+    kind: str, shape: tuple[int, int, int, int], chunk: int, repeats: int, device: torch.device
+) -> tuple[str, ...]:
     """Median seconds of our decode and of diffusers' on the same weights, and how far the videos are apart."""
     torch.manual_seed(0)
     vae = WanVAE(*KINDS[kind]).to(device)
     peer = to_diffusers(vae).to(device)
     vae.use_channels_last()
-    strides = vae.stride
-    grid = (size[0] - 1) // strides[0] + 1, size[1] // strides[1], size[2] // strides[2]
-    latent = torch.randn(vae.z_dim, *grid, device=device)
+    latent = torch.randn(shape, device=device)
     mean, std = (torch.tensor(t[vae.z_dim], device=device)[:, None, None, None] for t in (LATENT_MEAN, LATENT_STD))
-    runs: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: torch.cat(list(vae.decode(latent, chunk)), dim=1),
-        "diffusers": lambda: peer.decode((latent * std + mean)[None]).sample[0],
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        videos = {name: run() for name, run in runs.items()}
-        for _ in range(repeat):
-            for name, run in runs.items():
-                _wait(device)
-                start = time.perf_counter()
-                run()
-                _wait(device)
-                times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
-    return {
-        "ours_seconds": round(seconds["ours"], 4),
-        "diffusers_seconds": round(seconds["diffusers"], 4),
-        "speedup": round(seconds["diffusers"] / seconds["ours"], 2),
-        "largest_difference": (videos["ours"] - videos["diffusers"]).abs().max().item(),
-        "largest_value": videos["diffusers"].abs().max().item(),
-    }
+
+    def ours() -> Tensor:
+        return torch.cat(list(vae.decode(latent, chunk)), dim=1)
+
+    def theirs() -> Tensor:
+        return peer.decode((latent * std + mean)[None]).sample[0]
+
+    difference = (ours() - theirs()).abs().max().item()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        ours()
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""
+    seconds, other = interleaved([ours, theirs], repeats)
+    return f"{seconds:.2f}", f"{other:.2f}", f"{other / seconds:.2f}", f"{difference:.1e}", peak
 
 
 def to_diffusers(vae: WanVAE) -> Any:
@@ -154,11 +140,6 @@ def diffusers_name(name: str) -> str:
         own = "upsamplers.0" if sampler else f"resnets.{resnet}"
         return name.replace(flat[0], f".up_blocks.{block}.{own}.")
     return name.replace(".downsamples.", ".down_blocks.")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # noqa: F401 - FSDP imports it when first called: once here is less than once in every rank
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import wan.distributed.fsdp  # noqa: F401 - likewise
 from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.parallel import Parallel
 from wan.distributed.runtime import Runtime, Team

@@ -101,7 +101,7 @@ def test_a_failure_anywhere_ends_everyone_and_is_told_once(
 
 def wait_for_the_first(runtime: Runtime) -> int:
     def long_work() -> int:
-        time.sleep(3)
+        time.sleep(1.5)
         return 5
 
     return runtime.team.from_first(long_work)
@@ -109,7 +109,7 @@ def wait_for_the_first(runtime: Runtime) -> int:
 
 def wait_in_a_collective(runtime: Runtime) -> int:
     if runtime.team.first:
-        time.sleep(3)
+        time.sleep(1.5)
     return int(sum_over_ranks(runtime))
 
 
@@ -117,7 +117,7 @@ def wait_in_a_collective(runtime: Runtime) -> int:
 def test_work_of_one_rank_may_take_longer_than_a_collective(
     work: Work, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.distributed.runtime.COLLECTIVE_LIMIT", timedelta(seconds=1))
+    monkeypatch.setattr("wan.distributed.runtime.COLLECTIVE_LIMIT", timedelta(seconds=0.5))
     assert launched(partial(launch, work), 2, tmp_path)[0] == [code, code]
 
 

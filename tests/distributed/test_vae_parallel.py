@@ -118,8 +118,8 @@ class Failing:
         self.decode_region: Callable[..., object] = lambda *_: self.fail(vae, after)
 
     def fail(self, vae: WanVAE, after: int) -> object:
-        features = vae.decode_features(latent_of(vae))
-        for index, chunk in enumerate(vae.decode_region(features, Region(0, 2, 0, 2))):
+        features = vae.decode_features(latent_of(vae), chunk=1)
+        for index, chunk in enumerate(vae.decode_region(features, Region(0, 2, 0, 2), chunk=1)):
             if index == after:
                 raise JobError("no memory left")
             yield chunk
