@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import wan
+from benchmarks.measure import rms_error
 from tests.support import CASES, TINY, checkpoint, config_of, golden, lora_dir, relative_error
 from wan.modules.model import Prompt
 from wan.task import VideoTask
@@ -79,29 +80,33 @@ def test_decode(case: dict, task: VideoTask) -> None:
     assert relative_error(video, golden()[f"{case['name']}.video"]) < STAGE
 
 
-def generate(task: VideoTask, case: dict) -> torch.Tensor:
+def generate(task: VideoTask, case: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(final latent, video) of the public `generate` with the case's arguments."""
+    latents: list[torch.Tensor] = []
+    decode = task.decode
+    monkeypatch.setattr(task, "decode", lambda latent: latents.append(latent) or decode(latent))
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in case["args"].items()}
     image = image_of(case)
     if image is not None:
-        return task.generate(case["prompt"], img=image, **arguments)
-    return task.generate(case["prompt"], **arguments)
+        arguments["img"] = image
+    video = task.generate(case["prompt"], **arguments)
+    return latents[0], video
 
 
 def test_prompt_to_pixels(case: dict, task: VideoTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents = []
-    decode = task.decode
-    monkeypatch.setattr(task, "decode", lambda latent: decode(latents.append(latent) or latent))
     state = torch.get_rng_state()
-    video = generate(task, case)
+    latent, video = generate(task, case, monkeypatch)
     assert torch.equal(torch.get_rng_state(), state), "generate leaves the global random state alone"
-    assert relative_error(latents[0], golden()[f"{case['name']}.latent"]) < END_TO_END
+    assert relative_error(latent, golden()[f"{case['name']}.latent"]) < END_TO_END
     assert relative_error(video, golden()[f"{case['name']}.video"]) < END_TO_END
 
 
-def test_bf16_stays_near_float32(case: dict) -> None:
-    """bf16 has 8 bits: a rounding is 2^-9 = 0.2 %, and a forward of the small network chains about 30 of them a block.
+def test_bf16_stays_near_float32(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 keeps 8 bits: one rounding is up to 2^-9 = 0.2 % of a number, and a forward chains dozens of them.
 
-    The root mean square is what rounding moves evenly; measured 0.31-0.40 % over all cases' first calls.
+    Tolerances on the root mean square, which rounding moves evenly, with the span measured over all cases: a network
+    call 1 % (0.31-0.40 %), the final latent 1.5 % (0.20-0.82 %: guidance multiplies the error), pixels 2 %
+    (0.35-0.95 %). Below the lower bound it would not be bf16 at all.
     """
     task, name = open_task(case, torch.bfloat16), case["name"]
     image = image_of(case)
@@ -112,8 +117,7 @@ def test_bf16_stays_near_float32(case: dict) -> None:
     model = task.experts.ready(case["calls"][0].removesuffix("_noise_model"), 1.0)
     with torch.no_grad():
         found = model(latent, t[-1].item(), Prompt(golden()[f"{name}.context"]), 0 if start.first_frame is None else 1)
-    error = ((found - out).square().mean() / out.square().mean()).sqrt().item()
-    assert 1e-3 < error < 1e-2, "not bf16 at all, or further off than rounding explains"
-    video = generate(task, case)
-    assert list(video.shape) == case["video_shape"]
-    assert torch.isfinite(video).all()
+    assert 1e-3 < rms_error(found, out) < 1e-2
+    latents, video = generate(task, case, monkeypatch)
+    assert 1e-3 < rms_error(latents, golden()[f"{name}.latent"]) < 1.5e-2
+    assert 1e-3 < rms_error(video, golden()[f"{name}.video"]) < 2e-2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 - FSDP imports it when first called: once here is less than once in every rank
+import torch._dynamo  # FSDP imports it when first called: once here is less than once in every rank
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

@@ -108,7 +108,7 @@ def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "contin
         on_error=on_error,
     )  # fmt: skip
     run = resolve(request)
-    plan = preflight(run)
+    plan = preflight(replace(run, settings=replace(run.settings, ulysses_size=1)))  # of one process: its facts suffice
     broken = replace(run.jobs[1], image=folder / "gone.png")
     run = replace(run, jobs=(run.jobs[0], broken, *run.jobs[2:]))
     progress = Progress(quiet=not runtime.team.first)
