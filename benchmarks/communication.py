@@ -59,7 +59,7 @@ class SentBytes(TorchDispatchMode):
 def count(layout: Layout, rank: int, network: Network, tokens: int, file: Path | None) -> Counter[str]:
     """What `rank` sends in one forward of a network of zeros; sharded if its weights are in a `file`."""
     device = torch.device("cpu")
-    parallel = Parallel(Runtime(Team(rank, layout.world, dist.group.WORLD)), make_mesh(layout, "cpu", rank, LIMIT))
+    parallel = Parallel(Runtime(Team(rank, layout.world, dist.group.WORLD)), make_mesh(layout, "cpu", rank))
     with torch.device("meta"):
         model = model_of(network)
     if file:

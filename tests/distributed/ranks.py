@@ -95,4 +95,4 @@ def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: 
 
 def parallel_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Parallel:
     layout = Layout(runtime.team.size, ulysses, ring)
-    return Parallel(runtime, make_mesh(layout, "cpu", runtime.team.rank, timedelta(seconds=120)))
+    return Parallel(runtime, make_mesh(layout, "cpu", runtime.team.rank))

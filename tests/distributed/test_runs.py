@@ -1,9 +1,11 @@
 """Whole runs of generate.py over processes: batches, failing jobs, and processes that die in the midst of the work."""
 
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 import generate
 import wan.distributed.fsdp
 import wan.task
-from tests.distributed.ranks import launched
+from tests.distributed.ranks import launched, run_ranks
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
@@ -209,3 +211,46 @@ def test_an_error_in_one_processs_decoding_fails_one_job(tmp_path: Path) -> None
     assert "4 saved, 1 failed" in said[0]
     assert "prompts.txt line 4: ValueError: a bug on one process" in said[0]
     assert "--decode_latents" in said[0], "its finished latents are kept"
+
+
+def short_of_memory(words: list[str]) -> int:
+    """generate.py where the last process has no room to decode its region at once."""
+    original = SplitVAE._decode_region
+
+    def faulty(self: SplitVAE, *arguments: Any) -> Iterator[torch.Tensor]:
+        *_, tiles, _ = arguments
+        if os.environ["RANK"] == "1" and tiles == (1, 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *arguments)
+
+    SplitVAE._decode_region = faulty  # type: ignore[method-assign]  # in this child process only
+    return generate.main(words)
+
+
+def test_without_room_on_one_process_all_decode_in_tiles(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    words = flags(tmp_path, "--ulysses_size", "2")
+    codes, said = launched(partial(short_of_memory, words), 2, tmp_path)
+    assert codes == [0, 0], said
+    assert said[0].count("once more, in tiles") == len(PROMPTS)
+    check_batch(tmp_path, alone)
+
+
+def hold_memory(runtime: Runtime) -> bool:
+    """Whether what a failed attempt held is free again, once its error has been dealt with."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def attempt() -> None:
+        large = torch.empty(1000)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.disable()
+    try:
+        runtime.team.agree(attempt)
+    except torch.OutOfMemoryError:
+        pass
+    return held[0]() is None
+
+
+def test_an_agreed_error_holds_no_memory() -> None:
+    assert run_ranks(hold_memory, 2) == [True, True]

@@ -70,7 +70,7 @@ def test_sparse_lines_in_a_log(clock: list[float]) -> None:
             clock[0] += 0.1
             progress.advance(100_000_000, note="high expert")
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "load 2.90/28.60 GB 10% | 1 GB/s | 26 s left | high expert"
+    assert lines[0] == "load 2.9 GB of 28.6 GB 10% | 1 GB/s | 26 s left | high expert"
     assert len(lines) == 10
     assert lines[-1] == "load 28.6 GB in 29 s (high expert)"
 

@@ -8,8 +8,9 @@ wherever it fits. The arithmetic imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from wan.distributed.runtime import PATIENCE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,7 +102,7 @@ class Mesh:
         return self.sequence_rank // self.layout.ulysses
 
 
-def make_mesh(layout: Layout, device: str, rank: int, patience: timedelta) -> Mesh:
+def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     """The groups of `layout` for tensors on `device` ("cuda" or "cpu"); every process of the world must call this."""
     data_rank, sequence_rank = divmod(rank, layout.sequence)
     if layout.sequence == 1:
@@ -116,7 +117,7 @@ def make_mesh(layout: Layout, device: str, rank: int, patience: timedelta) -> Me
         inner = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
         ulysses, ring = inner.get_group("ulysses"), inner.get_group("ring")
     members = [list(range(first, first + layout.sequence)) for first in range(0, layout.world, layout.sequence)]
-    patients = [dist.new_group(ranks, timeout=patience, backend="gloo") for ranks in members]
+    patients = [dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for ranks in members]
     return Mesh(
         layout,
         data_rank,

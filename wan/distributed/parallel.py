@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning.merge import Merge
 from wan.distributed.mesh import Layout, Mesh, layout_problems, make_mesh
-from wan.distributed.runtime import PATIENCE, Broken, Runtime, Team
+from wan.distributed.runtime import Broken, Runtime, Team
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.modules.model import WanModel
@@ -86,7 +86,7 @@ class Parallel:
 
 def parallelize(runtime: Runtime, layout: Layout, device: torch.device) -> Parallel:
     """Connect the processes of `runtime` as `layout` says; all of them must call this. device: of the networks."""
-    return Parallel(runtime, make_mesh(layout, device.type, runtime.team.rank, PATIENCE))
+    return Parallel(runtime, make_mesh(layout, device.type, runtime.team.rank))
 
 
 def layout_for(runtime: Runtime, device: torch.device, heads: int, ulysses: int, ring: int, sharded: bool) -> Layout:

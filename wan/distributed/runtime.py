@@ -68,9 +68,12 @@ class Team:
             done = [work()]
         except Exception as e:  # noqa: BLE001 - raised below, on all ranks
             error = e
-        for rank, reported in enumerate(self.gather(error and _portable(error, self.rank))):
-            if reported is not None:
-                raise error if error and rank == self.rank else reported
+        try:
+            for rank, reported in enumerate(self.gather(error and _portable(error, self.rank))):
+                if reported is not None:
+                    raise error if error and rank == self.rank else reported
+        finally:
+            error = None  # else it and this frame hold each other, and what failed for want of memory stays in memory
         return done[0]
 
     def from_first(self, make: Callable[[], Result]) -> Result:
@@ -169,11 +172,13 @@ def launch(work: Callable[[Runtime], int]) -> int:
 
 def _portable(error: Exception, rank: int) -> Exception:
     """A copy of `error` for other processes; where it is no expected one, with its traceback as a note."""
+    import torch
+
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs
         copy = JobError(f"{type(error).__name__}: {error}")
-    if not isinstance(error, WanError | OSError | MemoryError):
+    if not isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
         copy.add_note(f"in process {rank}:\n" + "".join(traceback.format_exception(error)).rstrip())
     return copy
 

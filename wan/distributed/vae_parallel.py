@@ -88,17 +88,13 @@ class SplitVAE:
             yield from self.vae.decode_region(features, region, chunk)
             return
         rows, columns = region.bottom - region.top, region.right - region.left
-        pixels = features.new_empty(
-            3, sum(counts), rows * self.stride[1], columns * self.stride[2], dtype=torch.float32
-        )
+        size = sum(counts), rows * self.stride[1], columns * self.stride[2]
+        pixels = torch.empty(3, *size, device=self.device)
         for tile in Region.tiles(rows, columns, min(tiles[0], rows), min(tiles[1], columns)):
-            inside = Region(
-                tile.top + region.top, tile.bottom + region.top, tile.left + region.left, tile.right + region.left
-            )
-            parts = self.vae.decode_region(features, inside, chunk)
-            for part, target in zip(
-                parts, of_region(pixels, tile.scaled(self.stride[1])).split(counts, 1), strict=True
-            ):
+            origin = region.top, region.top, region.left, region.left
+            inside = Region(*(edge + start for edge, start in zip(tile, origin, strict=True)))
+            targets = of_region(pixels, tile.scaled(self.stride[1])).split(counts, 1)
+            for part, target in zip(self.vae.decode_region(features, inside, chunk), targets, strict=True):
                 target.copy_(part)
         yield from pixels.split(counts, 1)
 

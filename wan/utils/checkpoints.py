@@ -261,7 +261,8 @@ def finished(
     """One tensor (or `rows` of it) as the module keeps it: merged in float32, cast once; never a view."""
     if merge is not None and merge.touches(name):
         tensor = merge(name, tensor, rows)
-    return tensor.to(home).to(dtype, copy=True)
+    caster = home if tensor.device.type == "cpu" else tensor.device  # an accelerator casts faster, wherever it goes
+    return tensor.to(caster).to(dtype, copy=True).to(home)
 
 
 def read_ahead(

@@ -34,7 +34,7 @@ class Stage:
     inner: float = 0.0  # seconds spent in stages inside this one
 
     def line(self, now: float) -> str:
-        """`load 12.3/28.6 GB 43% | 1.2 GB/s | 14 s left | note`"""
+        """`load 12.3 GB of 28.6 GB 43% | 1.2 GB/s | 14 s left | note`"""
         elapsed = now - self.began
         parts = [f"{self.name} {extent(self.done, self.total, self.unit)}"]
         if self.done and elapsed > 0:
@@ -156,7 +156,7 @@ def extent(done: float, total: float | None, unit: str) -> str:
     if not total:
         return quantity(done, unit)
     if unit == "B":
-        return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB {done / total:.0%}"
+        return f"{quantity(done, unit)} of {quantity(total, unit)} {done / total:.0%}"
     return f"{unit} {done:g}/{total:g}".strip()
 
 
