@@ -7,6 +7,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -245,10 +246,8 @@ def hold_memory(runtime: Runtime) -> bool:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     gc.disable()
-    try:
+    with suppress(torch.OutOfMemoryError):
         runtime.team.agree(attempt)
-    except torch.OutOfMemoryError:
-        pass
     return held[0]() is None
 
 
