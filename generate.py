@@ -148,7 +148,7 @@ def _run(given: dict[str, Any], runtime: Runtime) -> int:
 
     from wan.preflight import preflight
 
-    plan = team.agree(lambda: preflight(run))
+    plan = team.agree(lambda: preflight(run, team.size))
     _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
     if request.dry_run:
         return 0

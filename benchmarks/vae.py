@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -45,7 +45,9 @@ def main() -> None:
     ]
     for kind in [args.kind] if args.kind else KINDS:
         for mode, tiles in (("whole", (1, 1)), (f"tiles {args.tiles}", (rows, columns))):
-            counts.append((kind, mode, *count_decode(kind, args.chunk, tiles)))
+            cost = count_decode(kind, args.chunk, tiles)
+            numbers = f"{cost.traffic / 1e9:,.0f}", f"{cost.operations:,}", f"{cost.flops / 1e12:,.0f}"
+            counts.append((kind, mode, *numbers, f"{cost.peak / 2**30:.1f}"))
         shape = FULL_SIZE[kind]
         if args.size or device.type == "cpu":
             width, height = map(int, (args.size or "96x64").split("x"))
@@ -56,8 +58,15 @@ def main() -> None:
     table(f"decode beside diffusers, same weights, float32, on {device}", times)
 
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> tuple[str, ...]:
-    """Traffic, operations, work and peak of one decode at full size; nothing is computed."""
+class Cost(NamedTuple):
+    traffic: int  # bytes
+    operations: int
+    flops: int
+    peak: int  # bytes alive at once, weights aside
+
+
+def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> Cost:
+    """What one decode at full size costs; nothing is computed."""
     with FakeTensorMode(), torch.inference_mode():
         vae = WanVAE(*KINDS[kind])
         vae.use_channels_last()
@@ -68,8 +77,7 @@ def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> tuple[str, ..
     with torch.device("meta"), FlopCounterMode(display=False) as work:
         for part in WanVAE(*KINDS[kind]).decode(torch.empty(FULL_SIZE[kind]), chunk, tiles):
             del part
-    flops = work.get_total_flops() / 1e12
-    return f"{cost.traffic / 1e9:,.0f}", f"{cost.calls:,}", f"{flops:,.0f}", f"{cost.peak / 2**30:.1f}"
+    return Cost(cost.traffic, cost.calls, work.get_total_flops(), cost.peak)
 
 
 @torch.no_grad()

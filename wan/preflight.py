@@ -19,6 +19,8 @@ from easydict import EasyDict
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, LoraError, check
 from wan.configs import WAN_CONFIGS
+from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
+from wan.distributed.plan import Network, plan_lines
 from wan.modules.model import PATCH
 from wan.pipeline import TASKS, compute_device, open_loras
 from wan.request import Job, Run, Settings
@@ -47,6 +49,7 @@ class Plan:
     dtype: str = ""
     attention: str = ""
     memory: dict[str, int] = field(default_factory=dict)  # part -> bytes
+    processes: list[str] = field(default_factory=list)  # how several divide the work
     jobs: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -62,6 +65,7 @@ class Plan:
         lines.append(f"{self.device}, {self.dtype}, attention {self.attention}{residency}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.memory.items())
         lines.append(f"weights in memory: {parts}")
+        lines += self.processes
         for job in self.jobs:
             ratio = f" (from {job['image']})" if job["image"] else ""
             size = f"{job['size'][0]}x{job['size'][1]}{ratio}, {job['frames']} frames, {job['tokens']:,} tokens"
@@ -107,7 +111,7 @@ class _Problems(list[str]):
         return None
 
 
-def preflight(run: Run) -> Plan:
+def preflight(run: Run, processes: int = 1) -> Plan:
     """Check everything that needs no weight and say what will happen. InputError with all problems."""
     problems, s = _Problems(), run.settings
     config = copy.deepcopy(WAN_CONFIGS[s.task])
@@ -134,6 +138,8 @@ def preflight(run: Run) -> Plan:
     for job in run.jobs:
         described = problems.attempt(lambda job=job: _describe(job, s.task, config))  # type: ignore[misc]
         plan.jobs += [described] if described else []
+    if folder and checkpoint.experts:
+        _add_processes(plan, checkpoint, processes, problems)
     _check_disk(plan, problems)
     if problems:
         raise InputError(problems)
@@ -180,6 +186,32 @@ def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
         if part:
             plan.memory[name] = sum(p.numel() for p in part[0].parameters()) * width
             plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].path)
+
+
+def _add_processes(plan: Plan, checkpoint: Checkpoint, processes: int, problems: _Problems) -> None:
+    """Whether the model can be divided over the processes as asked, and what that costs."""
+    s, (model, store) = plan.settings, next(iter(checkpoint.experts.values()))
+    layout = Layout(processes, s.ulysses_size, s.ring_size)
+    found = layout_problems(layout, model.num_heads, s.dit_fsdp or s.t5_fsdp)
+    found += flag_conflicts(
+        ring=s.ring_size, attention=s.attention, t5_fsdp=s.t5_fsdp, t5_cpu=s.t5_cpu, dit_fsdp=s.dit_fsdp,
+        lora_mode=s.lora_mode,
+    )  # fmt: skip
+    problems.extend(found)
+    if found or processes == 1 or not plan.jobs:
+        return
+    experts = [f"{name} expert" for name in checkpoint.experts]
+    sharded = (experts if s.dit_fsdp else []) + (["text encoder"] if s.t5_fsdp else [])
+    ffn_dim, dim = store.shapes["blocks.0.ffn.0.weight"]
+    plan.processes = plan_lines(
+        layout,
+        Network(dim, ffn_dim, model.num_heads, len(model.blocks)),
+        tokens=max(job["tokens"] for job in plan.jobs),
+        jobs=len(plan.jobs),
+        element_bytes=as_dtype(plan.dtype).itemsize,
+        weights={name: size // layout.sequence if name in sharded else size for name, size in plan.memory.items()},
+        sharded_bytes=max(plan.memory[name] for name in experts) if s.dit_fsdp else 0,
+    )
 
 
 def _fingerprint(path: Path) -> str:

@@ -111,7 +111,7 @@ def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "contin
         on_error=on_error,
     )  # fmt: skip
     run = resolve(request)
-    plan = preflight(replace(run, settings=replace(run.settings, ulysses_size=1)))  # of one process: its facts suffice
+    plan = preflight(run, runtime.team.size)
     broken = replace(run.jobs[1], image=folder / "gone.png")
     run = replace(run, jobs=(run.jobs[0], broken, *run.jobs[2:]))
     progress = Progress(quiet=not runtime.team.first)
@@ -253,3 +253,14 @@ def hold_memory(runtime: Runtime) -> bool:
 
 def test_an_agreed_error_holds_no_memory() -> None:
     assert run_ranks(hold_memory, 2) == [True, True]
+
+
+def test_a_dry_run_says_how_the_work_is_divided(tmp_path: Path) -> None:
+    codes, said = launched(partial(generate.main, flags(tmp_path, *SPLIT, "--dry_run")), 4, tmp_path)
+    assert (codes, said[1:]) == ([0] * 4, [""] * 3)
+    plan = (tmp_path / "0.out").read_text()
+    assert "4 processes = data 2 x ulysses 2: 2 videos at a time, 2 processes each" in plan
+    assert "a forward sends from each: ulysses" in plan
+    codes, said = launched(partial(generate.main, flags(tmp_path, "--ulysses_size", "8", "--dry_run")), 8, tmp_path)
+    assert codes == [2] * 8
+    assert "must divide the 8 processes and the model's 4 heads; legal: 1, 2 or 4" in said[0]

@@ -194,11 +194,11 @@ def test_weight_layout_changes_nothing_but_layout() -> None:
 
 def test_cost_of_a_720p_decode() -> None:
     cost = count_decode("2.1", chunk=2, tiles=(1, 1))
-    assert cost["teraflop"] == 639
-    assert cost["traffic_gigabytes"] <= 3250
-    assert cost["peak_live_gibibytes"] <= 20.5
+    assert round(cost.flops / 1e12) == 639
+    assert cost.traffic <= 3.05e12
+    assert cost.peak <= 20.5 * 2**30
 
 
 @pytest.mark.slow
 def test_cost_of_a_tiled_720p_decode() -> None:
-    assert count_decode("2.1", chunk=1, tiles=(2, 2))["peak_live_gibibytes"] <= 6.6
+    assert count_decode("2.1", chunk=1, tiles=(2, 2)).peak <= 6.65 * 2**30
