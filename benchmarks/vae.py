@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import interleaved, machine, table
+from wan.distributed.vae_parallel import area, divide
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wan.modules.vae_coders import Region
 
 KINDS = {"2.1": (16, 96, 96, False), "2.2": (48, 160, 256, True)}  # the arguments of WanVAE
 FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
@@ -44,8 +46,9 @@ def main() -> None:
         ("VAE", "latent", "ours, s", "diffusers, s", "speed", "largest difference", "peak GB")
     ]
     for kind in [args.kind] if args.kind else KINDS:
-        for mode, tiles in (("whole", (1, 1)), (f"tiles {args.tiles}", (rows, columns))):
-            cost = count_decode(kind, args.chunk, tiles)
+        modes = ("whole", (1, 1), 1), (f"tiles {args.tiles}", (rows, columns), 1), ("one of 8 processes", (1, 1), 8)
+        for mode, tiles, processes in modes:
+            cost = count_decode(kind, args.chunk, tiles, processes)
             numbers = f"{cost.traffic / 1e9:,.0f}", f"{cost.operations:,}", f"{cost.flops / 1e12:,.0f}"
             counts.append((kind, mode, *numbers, f"{cost.peak / 2**30:.1f}"))
         shape = FULL_SIZE[kind]
@@ -65,19 +68,29 @@ class Cost(NamedTuple):
     peak: int  # bytes alive at once, weights aside
 
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int]) -> Cost:
-    """What one decode at full size costs; nothing is computed."""
-    with FakeTensorMode(), torch.inference_mode():
-        vae = WanVAE(*KINDS[kind])
+def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1) -> Cost:
+    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed."""
+
+    def decode() -> None:
+        vae, latent = WanVAE(*KINDS[kind]), torch.empty(FULL_SIZE[kind])
         vae.use_channels_last()
-        latent = torch.empty(FULL_SIZE[kind])
-        with CostCounter() as cost:
-            for part in vae.decode(latent, chunk, tiles):
+        with CostCounter() as counter:
+            if processes == 1:
+                parts = vae.decode(latent, chunk, tiles)
+            else:
+                grid = Region(0, latent.shape[2], 0, latent.shape[3])
+                busiest = max(divide(grid.bottom, grid.right, processes), key=lambda r: area(r.grown(3, 3, grid)))
+                parts = vae.decode_region(vae.decode_features(latent, chunk), busiest, chunk)
+            for part in parts:
                 del part
+        costs.append(counter)
+
+    costs: list[CostCounter] = []
+    with FakeTensorMode(), torch.inference_mode():
+        decode()
     with torch.device("meta"), FlopCounterMode(display=False) as work:
-        for part in WanVAE(*KINDS[kind]).decode(torch.empty(FULL_SIZE[kind]), chunk, tiles):
-            del part
-    return Cost(cost.traffic, cost.calls, work.get_total_flops(), cost.peak)
+        decode()
+    return Cost(costs[0].traffic, costs[0].calls, work.get_total_flops(), costs[0].peak)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.vae import count_decode
 from tests.distributed.ranks import parallel_of, run_ranks
 from tests.support import checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
@@ -88,6 +89,13 @@ def work_of_a_rank(runtime: Runtime, task: str) -> int:
 def test_each_rank_does_its_part_of_the_work() -> None:
     whole = run_ranks(work_of_a_rank, 1, "t2v-A14B")[0]
     assert max(run_ranks(work_of_a_rank, 4, "t2v-A14B")) < 0.45 * whole  # a quarter and the rims
+
+
+def test_cost_of_a_720p_decode_on_one_of_eight_processes() -> None:
+    """Counted at full size: at least 5 times less work than the 639 TFLOP of one process, and 4 times less memory."""
+    cost = count_decode("2.1", chunk=2, tiles=(1, 1), processes=8)
+    assert cost.flops < 639e12 / 5
+    assert cost.peak < 20.3 * 2**30 / 4
 
 
 def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:

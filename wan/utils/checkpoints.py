@@ -276,16 +276,22 @@ def read_ahead(
     largest = max((store.buffer_bytes(name, rows(name)) for name in order), default=0)
     buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
     with ThreadPoolExecutor(1) as pool:
-        reads = (pool.submit(store.read, n, rows(n), buffers[i % 2]) for i, n in enumerate(order))
+        reads = (pool.submit(_read_finite, store, n, rows(n), buffers[i % 2]) for i, n in enumerate(order))
         pending = next(reads, None)
         for name in order:
             assert pending is not None
             tensor = pending.result()
             pending = next(reads, None)  # into the buffer that the caller has just done with
-            # the sum of finite numbers may overflow: then look at each
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-                raise InputError(f"{store.file(name)}: tensor {name} holds NaN or Inf: the file is corrupt")
             yield name, tensor
+
+
+def _read_finite(store: Store, name: str, rows: slice | None, buffer: Tensor) -> Tensor:
+    """The tensor, or InputError if it holds NaN or Inf."""
+    tensor = store.read(name, rows, buffer)
+    # the sum of finite numbers may overflow: then look at each
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise InputError(f"{store.file(name)}: tensor {name} holds NaN or Inf: the file is corrupt")
+    return tensor
 
 
 def parameter_dtypes(dtype: torch.dtype, convert_all: bool) -> Callable[[str], torch.dtype]:
