@@ -3,14 +3,20 @@
 Tolerances (largest error over the stage's largest magnitude), float32 on a CPU: 1e-5 a stage, 1e-4 end to end.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 import wan
 from benchmarks.measure import rms_error
+from lightning.lora import Lora
+from tests.lightning.support import FAMILIES
+from tests.lightning.support import family as lora_family
 from tests.support import CASES, TINY, checkpoint, config_of, golden, lora_dir, relative_error
 from wan.modules.model import Prompt
+from wan.request import Sampling
 from wan.task import VideoTask
 
 CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V}
@@ -121,3 +127,31 @@ def test_bf16_stays_near_float32(case: dict, monkeypatch: pytest.MonkeyPatch) ->
     latents, video = generate(task, case, monkeypatch)
     assert 1e-3 < rms_error(latents, golden()[f"{name}.latent"]) < 1.5e-2
     assert 1e-3 < rms_error(video, golden()[f"{name}.video"]) < 2e-2
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "diffusers, low half only"])
+def test_every_family_of_lora_files_makes_the_golden_video(family: str, tmp_path: Path) -> None:
+    case = CASES["t2v_lightning"]
+    files = {e: lora_family(family, tmp_path / e, f"{e}_noise_model") for e in ("high", "low")}
+    loras = {expert: [Lora.open(file, expert=expert)] for expert, file in files.items()}
+    task = wan.WanT2V(config_of(case["task"]), checkpoint(case["task"]), loras=loras, device=torch.device("cpu"))
+    sampling = Sampling("euler", 4, 5.0, (1.0, 1.0))
+    latent = task.sample(case["prompt"], "", None, tuple(case["args"]["size"]), 9, 42, sampling)
+    assert relative_error(latent, golden()["t2v_lightning.latent"]) < END_TO_END
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_to_latent_on_a_gpu(case: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's noise, so that the golden numbers apply; float32 without TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    lora = lora_dir(case["task"]) if case["lora"] else None
+    task = CLASSES[case["task"]](
+        config_of(case["task"], dtype), checkpoint(case["task"]), lora_dir=lora, noise_device="cpu"
+    )
+    latent, _ = generate(task, case, monkeypatch)
+    expected = golden()[f"{case['name']}.latent"]
+    if dtype == torch.float32:
+        assert relative_error(latent.cpu(), expected) < END_TO_END
+    else:
+        assert 1e-3 < rms_error(latent.cpu(), expected) < 1.5e-2

@@ -24,9 +24,9 @@ def base(task: str = "t2v-A14B", expert: str = "high_noise_model") -> TensorStor
 
 
 @cache
-def small_pairs() -> Pairs:
-    """The small T2V LoRA's high-noise half, without its alphas."""
-    tensors = load_file(lora_dir("t2v-A14B") / "high_noise_model.safetensors")
+def small_pairs(expert: str = "high_noise_model") -> Pairs:
+    """One half of the small T2V LoRA, without its alphas."""
+    tensors = load_file(lora_dir("t2v-A14B") / f"{expert}.safetensors")
     modules = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
     return {
         module.removeprefix("diffusion_model."): (
@@ -109,10 +109,10 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     return path
 
 
-def family(name: str, folder: Path) -> Path:
+def family(name: str, folder: Path, expert: str = "high_noise_model") -> Path:
     """The small LoRA as a file of this family."""
     form, arguments = FAMILIES[name]
-    return write(folder / "lora.safetensors", spelled(small_pairs(), form, **arguments))
+    return write(folder / "lora.safetensors", spelled(small_pairs(expert), form, **arguments))
 
 
 def lora_of(folder: Path, tensors: dict[str, Tensor], strength: float = 1.0) -> Lora:
