@@ -203,7 +203,10 @@ class VideoTask(ABC):
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
         with self.progress.stage("denoise", total=len(steps), unit="step"):
-            return denoise(experts, noise, conditioning, schedule, steps, on_step)
+            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
+        if experts.offload:
+            experts.leave()  # decoding needs the room
+        return latent
 
     # -- pixels
 
@@ -258,7 +261,6 @@ class VideoTask(ABC):
         self.experts.offload = offload_model
         latent = self.sample(prompt, n_prompt or self.config.sample_neg_prompt, image, size, frame_num, seed, sampling)
         if offload_model:
-            self.experts.leave()
             self.release_text_encoder()
         chunks = list(self.decode(latent))
         return torch.cat(chunks, dim=1) if chunks else None

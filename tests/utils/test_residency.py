@@ -1,8 +1,11 @@
 """What sits on the device when. The meta device stands for the accelerator: copies to it are counted, not made."""
 
+import pytest
 import torch
 from torch import nn
 
+import wan
+from tests.support import checkpoint, config_of
 from wan.utils.residency import Experts
 
 
@@ -41,3 +44,14 @@ def test_a_changed_lora_scale_reaches_the_network_once() -> None:
     for scale in (1.0, 0.0, 0.0, 1.0):
         both.ready("high", scale)
     assert changes == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_experts_leave_before_the_decode(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    task = wan.WanT2V(config_of("t2v-A14B"), checkpoint("t2v-A14B"), device=torch.device("cpu"))
+    decode = task.decode
+    monkeypatch.setattr(task.experts, "leave", lambda: order.append("leave"))
+    monkeypatch.setattr(task, "decode", lambda latent: order.append("decode") or decode(latent))
+    task.generate("a cat", (64, 48), 5, sample_solver="euler", sampling_steps=1, guide_scale=1.0, offload_model=offload)
+    assert order == (["leave"] if offload else []) + ["decode"]
