@@ -2,12 +2,13 @@
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -16,11 +17,12 @@ from lightning.merge import Merge
 from lightning.tensorfile import TensorStore
 from tests.distributed.ranks import parallel_of, run_ranks
 from tests.support import checkpoint, config_of, lora_dir, relative_error
-from wan.distributed.fsdp import shard_rows
+from wan.distributed.fsdp import load_sharded, shard_rows
 from wan.distributed.parallel import Parallel
 from wan.distributed.runtime import Runtime
 from wan.modules.model import Prompt, WanModel
 from wan.utils.checkpoints import Checkpoint, parameter_dtypes
+from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -95,6 +97,13 @@ def test_sharded_text_encoder(ranks: int) -> None:
     for found, share in run_ranks(encode_text_of_a_rank, ranks):
         assert share < 1 / ranks + 0.05
         assert all(map(torch.equal, found, want))
+
+
+def test_a_torch_too_old_for_shards_on_a_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
+    module, store = open_tiny("t2v-A14B").experts["high"]
+    with pytest.raises(InputError, match=r"on a CPU need PyTorch 2\.7 or newer, this is 2\.6\.0"):
+        load_sharded(module, store, cast(DeviceMesh, None), home=CPU, dtype=lambda _: torch.float32)
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 4), (3, 4), (8, 4), (9, 4), (6, 4), (5, 2)])

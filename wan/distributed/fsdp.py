@@ -7,7 +7,8 @@ sharded, and there is no mixed-precision policy: that would cast what enters a b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning.merge import Merge
 from wan.utils.checkpoints import Store, finished, read_ahead
+from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,13 +36,15 @@ def load_sharded(
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
     """Like `wan.utils.checkpoints.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    if home.type == "cpu" and torch.__version__ < "2.7":
+        raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
     module.eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
-    units: list[nn.Module] = [*module.get_submodule("blocks").children(), module]
-    for unit in units:
-        # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole in any case
+    for unit in _units(module):
+        # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole unless told each time
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    module.register_forward_hook(lambda root, *_: root.reshard())
     module.to_empty(device=home)
     shards = dict(module.named_parameters())
     rows = {name: shard_rows(p.shape[0], mesh.size(), mesh.get_local_rank()) for name, p in shards.items()}
@@ -51,6 +55,24 @@ def load_sharded(
         assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
         shard.to_local().copy_(finished(name, tensor, home, dtype(name), merge, rows[name]))
     return module
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """What to shard, inner parts first: each block and the rest; in each, layers of another dtype by themselves.
+
+    FSDP2 before torch 2.8 takes one dtype a unit. Such layers are called through `forward`, where it hooks in.
+    """
+    blocks = list(module.get_submodule("blocks").children())
+    for unit in [*blocks, module]:
+        parts = [part for name, part in unit.named_modules() if unit is not module or not name.startswith("blocks.")]
+        sizes: Counter[torch.dtype] = Counter()
+        for part in parts:
+            sizes.update({p.dtype: p.numel() for p in part.parameters(recurse=False)})
+        main = max(sizes, key=sizes.__getitem__)
+        for part in parts:
+            if part is not unit and any(p.dtype != main for p in part.parameters(recurse=False)):
+                yield part
+        yield unit
 
 
 def shard_rows(count: int, ranks: int, rank: int) -> slice:

@@ -104,7 +104,7 @@ class Block(nn.Module):
         self.eps = eps
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.self_attn = SelfAttention(dim, num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)
+        self.norm3 = AffineNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
@@ -119,11 +119,7 @@ class Block(nn.Module):
         # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
         x = add_gated(x.float(), y, gate1, spans)
         del y
-        norm = F.layer_norm(
-            x, self.norm3.normalized_shape, self.norm3.weight.float(), self.norm3.bias.float(), self.eps
-        )
-        x += self.cross_attn(norm.to(dtype), prompt, text)
-        del norm
+        x += self.cross_attn(self.norm3(x).to(dtype), prompt, text)
         y = self.ffn(modulated_norm(x, shift2, scale2, spans, self.eps, dtype))
         return add_gated(x, y, gate2, spans)
 
@@ -171,6 +167,13 @@ class CrossAttention(Attention):
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.heads(self.norm_k(self.k(text), text.dtype)), self.heads(self.v(text))
+
+
+class AffineNorm(nn.LayerNorm):
+    """LayerNorm with weight and bias, in float32 whatever their dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class RMSNorm(nn.Module):
