@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +75,7 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-@torch.library.custom_op("benchmarks::attention", mutates_args=())
+@library.custom_op("benchmarks::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A fused attention kernel, as the counter sees one: reads q, k, v, writes the output. [L, N, d] each."""
     raise NotImplementedError("for counting on meta tensors only")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,12 +135,13 @@ def report_gpu(repeats: int, layers: int = 40) -> None:
     for size, shape in LATENTS.items():
         latent, prompt = torch.randn(shape, device=device), Prompt(torch.randn(100, 4096, device=device).bfloat16())
         floor = flops(model, latent) / rate
+        forward = partial(model, latent, 937.5, prompt)
         for name in available(device, torch.bfloat16):
             model.use_attention(BACKENDS[name])
             torch.cuda.reset_peak_memory_stats()
-            (seconds,) = interleaved([lambda: model(latent, 937.5, prompt)], repeats)  # noqa: B023 - called at once
+            (seconds,) = interleaved([forward], repeats)
             peak = torch.cuda.max_memory_allocated() / 1e9
-            rest = share_of_the_rest(lambda: model(latent, 937.5, prompt))  # noqa: B023
+            rest = share_of_the_rest(forward)
             rows.append((size, name, f"{seconds:.2f}", f"{floor:.2f}", f"{seconds / floor:.2f}", f"{peak:.1f}",
                          f"{rest:.1%}"))  # fmt: skip
     table(f"G1-G3: T2V-A14B forward, 81 frames, {layers} layers", rows)
