@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wan.utils.checks import meant
+from wan.request.checks import meant
 from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
-    from wan.request import Run
+    from wan.extend.extension import ExtendItem
+    from wan.request.settings import Run
     from wan.utils.progress import Progress
-    from wan.utils.prompt_extend import ExtendItem
 
 # By group: flag -> (what it takes, help). Taking nothing: a switch. "..." at the end: may be given several times.
 FLAGS: dict[str, dict[str, tuple[str, str]]] = {
@@ -125,8 +125,8 @@ def _start(words: list[str], runtime: Runtime) -> int:
 
 
 def _run(given: dict[str, Any], runtime: Runtime) -> int:
-    from wan.request import Request
-    from wan.resolve import resolve
+    from wan.request.resolve import resolve
+    from wan.request.settings import Request
     from wan.utils.progress import Progress
 
     team = runtime.team
@@ -146,7 +146,7 @@ def _run(given: dict[str, Any], runtime: Runtime) -> int:
             team.from_first(lambda: _extend_only(run, progress)) if run.extend_only else _decode(run, progress, runtime)
         )
 
-    from wan.preflight import preflight
+    from wan.plan import preflight
 
     plan = team.agree(lambda: preflight(run, team.size))
     _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
@@ -160,7 +160,7 @@ def _run(given: dict[str, Any], runtime: Runtime) -> int:
 
 
 def _check_extension(run: Run) -> None:
-    from wan.utils.prompt_extend import check
+    from wan.extend.extension import check
 
     assert run.extend, "called where prompts are to be extended"
     check(run.extend, _questions(run))
@@ -175,7 +175,7 @@ def _decode(run: Run, progress: Progress, runtime: Runtime) -> int:
 
 
 def _extend_only(run: Run, progress: Progress) -> int:
-    from wan.utils.prompts import write_rows
+    from wan.request.prompts import write_rows
 
     assert run.extend_only, "called for --extend_only"
     answers = _answers(run, progress)
@@ -198,7 +198,7 @@ def _extended(run: Run, progress: Progress) -> Run:
 
 def _answers(run: Run, progress: Progress) -> dict[tuple[str, Path | None], str]:
     """The extended prompt by prompt and image."""
-    from wan.utils.prompt_extend import extend
+    from wan.extend.extension import extend
 
     assert run.extend, "called where prompts are to be extended"
     return {(a.original, a.image): a.prompt for a in extend(run.extend, _questions(run), progress.say)}
@@ -206,7 +206,7 @@ def _answers(run: Run, progress: Progress) -> dict[tuple[str, Path | None], str]
 
 def _questions(run: Run) -> list[ExtendItem]:
     """Each prompt with its image, once."""
-    from wan.utils.prompt_extend import ExtendItem
+    from wan.extend.extension import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in run.rows)]
 

@@ -24,9 +24,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning.tensorfile import TensorStore
+from wan.distributed.cost import Network, sent_bytes
 from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.parallel import Parallel
-from wan.distributed.plan import Network, sent_bytes
 from wan.distributed.runtime import Runtime, Team
 from wan.modules.model import Prompt, WanModel
 

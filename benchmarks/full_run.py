@@ -25,19 +25,20 @@ from benchmarks.sparse import sparse
 from benchmarks.vae import KINDS
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
+from wan.loading.checkpoint import WEIGHTS
+from wan.loading.residency import Experts
+from wan.loading.stream import parameter_dtypes
 from wan.modules.attention import BACKENDS
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.pipeline import Pipeline
-from wan.preflight import preflight
-from wan.request import Request
-from wan.resolve import resolve
+from wan.plan import preflight
+from wan.request.resolve import resolve
+from wan.request.settings import Request
 from wan.run import run_jobs
-from wan.utils.checkpoints import WEIGHTS, parameter_dtypes
 from wan.utils.progress import Progress
-from wan.utils.residency import Experts
 
 UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
 TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"

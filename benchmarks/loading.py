@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import ROOT, interleaved, machine, table
 from lightning.tensorfile import TensorStore
+from wan.loading.stream import PickleStore, load, parameter_dtypes
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
-from wan.utils.checkpoints import PickleStore, load, parameter_dtypes
 
 CPU = torch.device("cpu")
 

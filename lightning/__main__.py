@@ -12,9 +12,10 @@ from typing import Any
 
 from lightning import names
 from lightning.distilled import holds_expert, open_expert
-from lightning.lora import PEFT_CONFIG, Lora, LoraError, check, expert_of, files_of
+from lightning.errors import LoraError, TensorFileError
+from lightning.lora import PEFT_CONFIG, Lora, check, expert_of, files_of
 from lightning.releases import Release, recognise
-from lightning.tensorfile import INDEX_SUFFIX, TensorFileError, TensorStore
+from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 
 TASKS = tuple(names.NETWORKS)
 

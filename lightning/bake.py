@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from lightning.distilled import RECORD, distilled_twice
-from lightning.lora import Lora, LoraError, check
+from lightning.errors import LoraError, TensorFileError
+from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32, task_of
-from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorFileError, TensorStore, read_header
+from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorStore, read_header
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000

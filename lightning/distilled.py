@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.lora import LoraError
+from lightning.errors import LoraError, TensorFileError
 from lightning.releases import recognise
-from lightning.tensorfile import Entry, TensorFileError, TensorStore
+from lightning.tensorfile import Entry, TensorStore
 
 if TYPE_CHECKING:
     from torch import Tensor

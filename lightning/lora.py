@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning import names
-from lightning.releases import LoraError, Release, recognise
-from lightning.resolve import Resolved, resolve
-from lightning.tensorfile import TensorFileError, TensorStore
-
-__all__ = ["Coverage", "Lora", "LoraError", "check", "files_of"]
+from lightning.errors import LoraError, TensorFileError
+from lightning.match import Resolved, resolve
+from lightning.releases import Release, recognise
+from lightning.tensorfile import TensorStore
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT initialisations whose LoRA belongs to a changed base

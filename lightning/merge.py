@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning.lora import Lora, LoraError
-from lightning.resolve import Delta
+from lightning.errors import LoraError
+from lightning.lora import Lora
+from lightning.match import Delta
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
 

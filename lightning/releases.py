@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning.errors import LoraError
+
 T2V, I2V, TI2V = "t2v-A14B", "i2v-A14B", "ti2v-5B"
 A14B_SIZES = ((832, 480), (480, 832), (1280, 720), (720, 1280))
 TI2V_SIZES = ((1280, 704), (704, 1280))
@@ -18,10 +20,6 @@ LIGHTNING = "lightx2v/Wan2.2-Lightning"
 DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
-
-
-class LoraError(ValueError):
-    """A LoRA, a distilled weight or a preset that cannot be used as asked; the message is one sentence."""
 
 
 @dataclass(frozen=True)

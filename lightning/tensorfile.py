@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning.errors import TensorFileError
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,10 +39,6 @@ DTYPES = {
 SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
-
-
-class TensorFileError(ValueError):
-    """A file that is not what it should be; the message names the file and, where there is one, the tensor."""
 
 
 @dataclass(frozen=True)

@@ -15,30 +15,29 @@ SOURCES = [ROOT / "generate.py", *sorted((ROOT / "wan").rglob("*.py")), *sorted(
 ARROWS = {
     "generate": {"wan", "lightning"},
     "wan": {"wan"},  # the front door of the package: lazy
-    "wan.run": {"wan.preflight", "wan.pipeline", "wan.record", "wan.request", "wan.utils", "wan.distributed"},
-    "wan.preflight": {"wan.pipeline", "wan.task", "wan.sampling", "wan.request", "wan.configs", "wan.modules",
-                      "wan.utils", "wan.distributed", "lightning"},
+    "wan.run": {"wan.plan", "wan.pipeline", "wan.record", "wan.request", "wan.utils", "wan.distributed"},
+    "wan.plan": {"wan.pipeline", "wan.task", "wan.sampling", "wan.request", "wan.loading", "wan.configs", "wan.modules",
+                 "wan.utils", "wan.distributed", "lightning"},
     "wan.record": {"wan.request", "wan.utils", "lightning"},
     "wan.pipeline": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.task", "wan.sampling",
-                     "wan.request", "wan.configs", "wan.utils", "wan.distributed", "lightning"},
+                     "wan.request", "wan.loading", "wan.configs", "wan.utils", "wan.distributed", "lightning"},
     "wan.text2video": {"wan.task", "wan.utils"},
     "wan.image2video": {"wan.task", "wan.utils"},
     "wan.textimage2video": {"wan.task", "wan.utils"},
-    "wan.task": {"wan.sampling", "wan.request", "wan.modules", "wan.distributed", "wan.utils", "lightning"},
+    "wan.task": {"wan.sampling", "wan.request", "wan.modules", "wan.loading", "wan.distributed", "wan.utils",
+                 "lightning"},
     "wan.sampling": {"wan.modules", "wan.request", "wan.utils", "lightning"},
-    "wan.distributed": {"wan.distributed", "wan.modules", "wan.utils", "lightning"},
-    "wan.resolve": {"wan.jobs", "wan.recipe", "wan.request", "wan.configs", "wan.utils", "lightning"},
-    "wan.jobs": {"wan.recipe", "wan.request", "wan.configs", "wan.utils", "lightning"},
-    "wan.recipe": {"wan.request", "wan.configs", "wan.utils", "lightning"},
-    "wan.request": {"wan.utils"},
-    "wan.utils": {"wan.utils", "wan.modules", "wan.configs", "lightning"},
-    "wan.modules": {"wan.modules", "wan.configs"},
-    "wan.configs": {"wan.configs"},
-    "lightning": {"lightning"},
+    "wan.distributed": {"wan.loading", "wan.modules", "wan.utils", "lightning"},
+    "wan.loading": {"wan.modules", "wan.configs", "wan.utils", "lightning"},
+    "wan.request": {"wan.extend", "wan.configs", "wan.utils", "lightning"},
+    "wan.extend": {"wan.configs", "wan.utils"},
+    "wan.modules": {"wan.configs"},
+    "wan.utils": {"lightning"},
+    "wan.configs": set(),
+    "lightning": set(),
 }  # fmt: skip
-TORCH_FREE = ["generate", "wan", "wan.request", "wan.resolve", "wan.jobs", "wan.recipe", "wan.configs",
-              "wan.utils.prompts", "wan.utils.images", "lightning.lora", "lightning.releases", "lightning.names",
-              "wan.utils.prompt_extend", "wan.utils.progress"]  # fmt: skip
+TORCH_FREE = ["generate", "wan", "wan.request.resolve", "wan.configs", "wan.utils.images", "lightning.lora",
+              "lightning.releases", "lightning.names", "wan.extend.extension", "wan.utils.progress"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import generate
-from tests.utils.fake_services import FakeService
-from wan.request import Request
+from tests.extend.fake_services import FakeService
+from wan.request.settings import Request
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"

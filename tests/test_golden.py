@@ -16,7 +16,7 @@ from tests.lightning.support import FAMILIES
 from tests.lightning.support import family as lora_family
 from tests.support import CASES, TINY, checkpoint, config_of, golden, lora_dir, relative_error
 from wan.modules.model import Prompt
-from wan.request import Sampling
+from wan.request.settings import Sampling
 from wan.task import VideoTask
 
 CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import wan.run
 from wan.distributed.parallel import Parallel
 from wan.record import essence, plain, read_latents
-from wan.request import Job, LoraChoice, Run, Settings
+from wan.request.settings import Job, LoraChoice, Run, Settings
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
 from wan.utils.progress import Progress

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wan.modules.model import Prompt
-from wan.request import Sampling
+from wan.request.settings import Sampling
 from wan.sampling import Conditioning, Schedule, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import JobError
 

@@ -15,12 +15,12 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.parallel import Parallel
 from wan.distributed.runtime import Runtime
 from wan.image2video import WanI2V
-from wan.request import Job, Settings
+from wan.loading.checkpoint import fetch
+from wan.request.settings import Job, Settings
 from wan.sampling import Step, make_schedule, plan_steps
 from wan.task import VideoTask
 from wan.text2video import WanT2V
 from wan.textimage2video import WanTI2V
-from wan.utils.checkpoints import fetch
 from wan.utils.errors import InputError
 from wan.utils.images import open_image
 from wan.utils.progress import Progress

@@ -15,9 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.tensorfile import TensorFileError, TensorStore
+from lightning.errors import TensorFileError
+from lightning.tensorfile import TensorStore
 from wan import __version__
-from wan.request import Job, Run
+from wan.request.settings import Job, Run
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import peak_memory
 from wan.utils.video import VideoWriter, count_frames, read_record, replacing

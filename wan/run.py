@@ -18,9 +18,9 @@ import torch
 
 from wan.distributed.runtime import Runtime
 from wan.pipeline import Pipeline
-from wan.preflight import Plan
+from wan.plan import Plan
 from wan.record import completed, describe, found_at_place, read_latents, save_latents
-from wan.request import Job, Run, Settings
+from wan.request.settings import Job, Run, Settings
 from wan.utils.errors import InputError, JobError, WanError
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter, save_contact_sheet

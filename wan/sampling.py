@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning.schedule import TRAIN_TIMESTEPS, EulerSchedule
 from wan.modules.model import Prompt, WanModel
-from wan.request import Sampling
+from wan.request.settings import Sampling
 from wan.utils.errors import JobError
 
 

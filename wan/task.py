@@ -24,17 +24,18 @@ from wan.distributed.mesh import flag_conflicts
 from wan.distributed.parallel import Parallel, layout_for, parallelize
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.checkpoint import Checkpoint
+from wan.loading.residency import Experts
+from wan.loading.stream import as_dtype, free_memory, parameter_dtypes
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
-from wan.request import Sampling
+from wan.request.settings import Sampling
 from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
-from wan.utils.checkpoints import Checkpoint, as_dtype, free_memory, parameter_dtypes
 from wan.utils.errors import InputError
 from wan.utils.progress import Progress
-from wan.utils.residency import Experts
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from tests.support import checkpoint, config_of, lora_dir, relative_error
 from wan.distributed.fsdp import load_sharded, shard_rows
 from wan.distributed.parallel import Parallel
 from wan.distributed.runtime import Runtime
+from wan.loading.checkpoint import Checkpoint
+from wan.loading.stream import parameter_dtypes
 from wan.modules.model import Prompt, WanModel
-from wan.utils.checkpoints import Checkpoint, parameter_dtypes
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")

@@ -25,9 +25,9 @@ from tests.distributed.ranks import launched, run_ranks
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
-from wan.preflight import preflight
-from wan.request import Request
-from wan.resolve import resolve
+from wan.plan import preflight
+from wan.request.resolve import resolve
+from wan.request.settings import Request
 from wan.run import run_jobs
 from wan.utils.progress import Progress
 

@@ -14,7 +14,7 @@ from tests.distributed.ranks import run_ranks
 from tests.support import CASES, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES, END_TO_END, STAGE, image_of
 from wan.distributed.runtime import Runtime
-from wan.request import Sampling
+from wan.request.settings import Sampling
 from wan.task import VideoTask
 
 

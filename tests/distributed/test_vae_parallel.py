@@ -12,9 +12,9 @@ from tests.distributed.ranks import parallel_of, run_ranks
 from tests.support import checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE, area, divide
+from wan.loading.stream import PickleStore, load
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
-from wan.utils.checkpoints import PickleStore, load
 from wan.utils.errors import JobError
 
 TASKS = ["t2v-A14B", "ti2v-5B"]  # one for each autoencoder

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from lightning import bake as module
 from lightning.bake import RECORD, bake
 from lightning.distilled import record_of
-from lightning.lora import Lora, LoraError, files_of
+from lightning.errors import LoraError, TensorFileError
+from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
-from lightning.tensorfile import TensorFileError, TensorStore
+from lightning.tensorfile import TensorStore
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
 

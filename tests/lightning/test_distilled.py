@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning.distilled import distilled_twice, is_full_expert, open_expert
-from lightning.lora import LoraError
-from lightning.tensorfile import TensorFileError
+from lightning.errors import LoraError, TensorFileError
 from tests.lightning.support import base, write
 from tests.support import lora_dir
 

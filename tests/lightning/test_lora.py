@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks.sparse import sparse
 from lightning import names
-from lightning.lora import Lora, LoraError, check, expert_of, files_of
+from lightning.errors import LoraError
+from lightning.lora import Lora, check, expert_of, files_of
 from tests.lightning.support import (
     ALPHA,
     FAMILIES,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning import merge as merge_module
-from lightning.lora import Lora, LoraError, check
+from lightning.errors import LoraError
+from lightning.lora import Lora, check
 from lightning.merge import Merge
 from tests.lightning.support import STORED, base, diffusers_module, lora_of, merged, plain, small_pairs, spelled
 from tests.support import lora_dir

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning.lora import LoraError
+from lightning.errors import LoraError
 from lightning.releases import A14B_SIZES, RELEASES, TI2V_SIZES, preset, recognise
 from lightning.schedule import EulerSchedule
 

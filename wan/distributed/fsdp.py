@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning.merge import Merge
-from wan.utils.checkpoints import Store, finished, read_ahead
+from wan.loading.stream import Store, finished, read_ahead
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,7 +35,7 @@ def load_sharded(
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """Like `wan.utils.checkpoints.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    """Like `wan.loading.checkpoint.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
         raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
     module.eval().requires_grad_(False)

@@ -15,9 +15,9 @@ from wan.distributed.mesh import Layout, Mesh, layout_problems, make_mesh
 from wan.distributed.runtime import Broken, Runtime, Team
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.stream import Store, load
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
-from wan.utils.checkpoints import Store, load
 from wan.utils.errors import InputError, WanError
 
 Item = TypeVar("Item")

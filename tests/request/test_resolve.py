@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from wan.configs import WAN_CONFIGS
-from wan.request import Request, Run
-from wan.resolve import ATTENTION, resolve
-from wan.utils.checks import effective_shift, shifted
+from wan.request.checks import effective_shift, shifted
+from wan.request.prompts import Row, read_rows, slug, write_rows
+from wan.request.resolve import ATTENTION, resolve
+from wan.request.settings import Request, Run
 from wan.utils.errors import InputError
-from wan.utils.prompts import Row, read_rows, slug, write_rows
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny"
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
 CHECKPOINTS = {"t2v-A14B": "Wan2.2-T2V-A14B", "i2v-A14B": "Wan2.2-I2V-A14B", "ti2v-5B": "Wan2.2-TI2V-5B"}
 LORAS = {"t2v-A14B": "lora-t2v", "i2v-A14B": "lora-i2v", "ti2v-5B": "lora-ti2v"}
 
@@ -180,7 +180,7 @@ def test_lora_order_is_kept(tmp_path):
 
 
 def test_colons_in_paths(tmp_path):
-    from wan.recipe import _strength_of
+    from wan.request.weights import _strength_of
 
     assert _strength_of(r"C:\loras\a.safetensors") == (Path(r"C:\loras\a.safetensors"), 1.0)
     assert _strength_of(r"C:\loras\a.safetensors:0.7") == (Path(r"C:\loras\a.safetensors"), 0.7)

@@ -13,10 +13,11 @@ from pathlib import Path
 from easydict import EasyDict
 
 from lightning.distilled import distilled_with
-from lightning.lora import LoraError, expert_of, files_of
+from lightning.errors import LoraError
+from lightning.lora import expert_of, files_of
 from lightning.releases import Release, preset, recognise
-from wan.request import LoraChoice, Request, Sampling
-from wan.utils.checks import Check, real
+from wan.request.checks import Check, real
+from wan.request.settings import LoraChoice, Request, Sampling
 
 SOLVERS = ("euler", "unipc", "dpm++")
 FEW_STEPS = 15  # fewer steps than this need a distilled weight

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from wan.utils.extend_text import Question
+from wan.extend.text import Question
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,6 @@
 """What the user asked for, and what it resolves to. No torch, no weights: only words, numbers and paths.
 
-`Request` holds the flags as given; `wan.resolve.resolve` turns it into a `Run`: the settings of the whole run and
-its jobs.
+`Request` holds the flags as given; `resolve` turns it into a `Run`: the settings of the whole run and its jobs.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.utils.prompts import Row
+from wan.request.prompts import Row
 
 if TYPE_CHECKING:
-    from wan.utils.prompt_extend import ExtendSettings
+    from wan.extend.extension import ExtendSettings
 
 
 @dataclass(frozen=True)

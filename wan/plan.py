@@ -17,16 +17,18 @@ import torch
 from easydict import EasyDict
 
 from lightning.distilled import distilled_twice
-from lightning.lora import Coverage, LoraError, check
+from lightning.errors import LoraError
+from lightning.lora import Coverage, check
 from wan.configs import WAN_CONFIGS
+from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
-from wan.distributed.plan import Network, plan_lines
+from wan.loading.checkpoint import Checkpoint, fetch
+from wan.loading.stream import as_dtype, parameter_dtypes
 from wan.modules.model import PATCH
 from wan.pipeline import TASKS, compute_device, open_loras
-from wan.request import Job, Run, Settings
+from wan.request.settings import Job, Run, Settings
 from wan.sampling import Step, make_schedule, plan_steps
 from wan.task import choose_attention
-from wan.utils.checkpoints import Checkpoint, as_dtype, fetch, parameter_dtypes
 from wan.utils.errors import InputError
 from wan.utils.images import open_image
 from wan.utils.progress import quantity

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan.configs import WAN_CONFIGS
+from wan.extend.cache import cache_key, read_cached, write_cached
+from wan.extend.local import LocalQwen, local_problems
+from wan.extend.services import DashScope, OpenAICompatible, service_problems
+from wan.extend.system_prompts import LANGUAGES, NO_WORDS, system_prompt
+from wan.extend.text import AnswerError, Question, clean, neutralise
 from wan.utils.errors import InputError
-from wan.utils.extend_cache import cache_key, read_cached, write_cached
-from wan.utils.extend_local import LocalQwen, local_problems
-from wan.utils.extend_services import DashScope, OpenAICompatible, service_problems
-from wan.utils.extend_text import AnswerError, Question, clean, neutralise
 from wan.utils.images import open_image
-from wan.utils.system_prompts import LANGUAGES, NO_WORDS, system_prompt
 
 METHODS = ("dashscope", "local_qwen", "openai")
 ON_ERROR = ("raw", "fail")

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from PIL.Image import Resampling
 
-from wan.utils.extend_text import AnswerError, Question
+from wan.extend.text import AnswerError, Question
 from wan.utils.images import open_image
 
 DASHSCOPE_URL = "https://dashscope.aliyuncs.com/api/v1"

@@ -5,9 +5,8 @@ import re
 import pytest
 from PIL import Image
 
-from wan.utils.extend_text import Question, clean
-from wan.utils.prompt_extend import ExtendItem, ExtendSettings, extend
-from wan.utils.system_prompts import (
+from wan.extend.extension import ExtendItem, ExtendSettings, extend
+from wan.extend.system_prompts import (
     LANGUAGES,
     MOTION_EXAMPLES,
     MOTION_LENGTH,
@@ -16,6 +15,7 @@ from wan.utils.system_prompts import (
     TEXT_LENGTH,
     system_prompt,
 )
+from wan.extend.text import Question, clean
 
 KINDS = [(False, True), (True, True), (True, False)]  # (has_image, has_words)
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -50,7 +50,7 @@ def test_each_task_asks_with_its_system_prompt(task, has_image, words, kind, lan
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("wan.utils.prompt_extend.LocalQwen", Listener)
+    monkeypatch.setattr("wan.extend.extension.LocalQwen", Listener)
     item = ExtendItem(words, picture if has_image else None)
     extend(ExtendSettings(task, language=language), [item], [].append)
     expected = system_prompt(language, has_image=kind[0], has_words=kind[1])

@@ -6,7 +6,7 @@ from torch import nn
 
 import wan
 from tests.support import checkpoint, config_of
-from wan.utils.residency import Experts
+from wan.loading.residency import Experts
 
 
 def experts(offload: bool) -> Experts:

@@ -16,13 +16,13 @@ from typing import Any
 from easydict import EasyDict
 
 from wan.configs import WAN_CONFIGS, download_command
-from wan.jobs import LARGEST_SEED, SAVE_DIR, check_outputs, make_jobs, prompt_rows
-from wan.recipe import Weights, choose_sampling, choose_weights
-from wan.request import Job, Request, Run, Settings
-from wan.utils.checks import Check
+from wan.extend.extension import ExtendSettings
+from wan.request.checks import Check
+from wan.request.jobs import LARGEST_SEED, SAVE_DIR, check_outputs, make_jobs, prompt_rows
+from wan.request.prompts import Row
+from wan.request.settings import Job, Request, Run, Settings
+from wan.request.weights import Weights, choose_sampling, choose_weights
 from wan.utils.errors import InputError
-from wan.utils.prompt_extend import ExtendSettings
-from wan.utils.prompts import Row
 
 ATTENTION = ("auto", "sdpa", "cudnn", "flash2", "flash3")
 NOT_THE_VIDEO = ("base_seed", "resume", "overwrite", "on_error", "save_latents", "preview", "dry_run", "json", "debug")

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.loading import peak_over_final, write_text_encoder, write_transformer
-from lightning.tensorfile import TensorFileError, TensorStore
+from lightning.errors import TensorFileError
+from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, config_of
-from wan.utils.checkpoints import Checkpoint, PickleStore, fetch, load, parameter_dtypes, read_ahead
+from wan.loading.checkpoint import Checkpoint, fetch
+from wan.loading.stream import PickleStore, load, parameter_dtypes, read_ahead
 from wan.utils.errors import InputError
 
 TASK = "t2v-A14B"

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from wan.utils.extend_text import AnswerError, Question
+from wan.extend.text import AnswerError, Question
 from wan.utils.images import open_image
 
 MAX_ANSWER_TOKENS = 512  # the original's limit; the video model's text encoder reads no more either

@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
-from tests.utils.tiny_qwen import build_text, build_vision
-from wan.utils import extend_local
+from tests.extend.tiny_qwen import build_text, build_vision
+from wan.extend import local as extend_local
+from wan.extend.extension import Extended, ExtendItem, ExtendSettings, extend
+from wan.extend.local import LocalQwen
+from wan.extend.text import AnswerError, Question
 from wan.utils.errors import InputError
-from wan.utils.extend_local import LocalQwen
-from wan.utils.extend_text import AnswerError, Question
-from wan.utils.prompt_extend import Extended, ExtendItem, ExtendSettings, extend
 
 LONG = "a red sailing boat crosses a wide bay in a storm while gulls circle above its torn sail, seen from the air"
 
@@ -37,7 +37,7 @@ def brief(monkeypatch):
     def instructions(language: str, *, has_image: bool, has_words: bool) -> str:
         return f"{language} {has_image} {has_words}"
 
-    monkeypatch.setattr("wan.utils.prompt_extend.system_prompt", instructions)
+    monkeypatch.setattr("wan.extend.extension.system_prompt", instructions)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_one_load_for_a_batch_and_nothing_left(text_folder, monkeypatch):
         return text
 
     monkeypatch.setattr(LocalQwen, "_load", counted)
-    monkeypatch.setattr("wan.utils.prompt_extend.clean", looking)
+    monkeypatch.setattr("wan.extend.extension.clean", looking)
     gc.collect()
     assert loaded_models() == []
     ask(text_folder, "a", "b")
@@ -154,9 +154,9 @@ def test_one_load_for_a_batch_and_nothing_left(text_folder, monkeypatch):
 
 def test_text_and_vision_defaults_are_never_in_memory_together(text_folder, vision_folder, pictures, monkeypatch):
     folders = {("local_qwen", False): str(text_folder), ("local_qwen", True): str(vision_folder)}
-    monkeypatch.setattr("wan.utils.prompt_extend.DEFAULT_MODELS", folders)
+    monkeypatch.setattr("wan.extend.extension.DEFAULT_MODELS", folders)
     alive = []
-    monkeypatch.setattr("wan.utils.prompt_extend.clean", lambda text: alive.append(len(loaded_models())) or text)
+    monkeypatch.setattr("wan.extend.extension.clean", lambda text: alive.append(len(loaded_models())) or text)
     settings = ExtendSettings("ti2v-5B", use_cache=False, device="cpu", on_error="fail")
     items = [ExtendItem("a", pictures[0]), ExtendItem("b"), ExtendItem("c", pictures[1])]
     results = extend(settings, items, [].append)

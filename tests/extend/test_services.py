@@ -12,12 +12,12 @@ import dashscope.common.error
 import pytest
 from PIL import Image
 
-from tests.utils.fake_services import DASHSCOPE_IMAGE, DASHSCOPE_TEXT, OPENAI_CHAT, FakeService, sent_image
-from wan.utils import extend_services
+from tests.extend.fake_services import DASHSCOPE_IMAGE, DASHSCOPE_TEXT, OPENAI_CHAT, FakeService, sent_image
+from wan.extend import services as extend_services
+from wan.extend.extension import Extended, ExtendItem, ExtendSettings, extend
+from wan.extend.services import Patience
+from wan.extend.system_prompts import NO_WORDS, system_prompt
 from wan.utils.errors import InputError
-from wan.utils.extend_services import Patience
-from wan.utils.prompt_extend import Extended, ExtendItem, ExtendSettings, extend
-from wan.utils.system_prompts import NO_WORDS, system_prompt
 
 KEY = "sk-0123456789abcdef"
 MODELS = {"dashscope": None, "openai": "lab-qwen"}
@@ -310,7 +310,7 @@ def test_the_key_appears_nowhere(service, method, capfd, caplog, tmp_path):
 def test_a_failure_prints_nothing_of_its_own(method):
     """In a process without log handlers the SDK's log of a failed request would land on stderr, traceback and all."""
     program = f"""
-from wan.utils import extend_services as services, prompt_extend as extension
+from wan.extend import services, extension
 services.PATIENCE = services.Patience(attempts=2, first_wait=0.01)
 settings = extension.ExtendSettings("t2v-A14B", {method!r}, "m", use_cache=False)
 extension.extend(settings, [extension.ExtendItem("a cat")], print)

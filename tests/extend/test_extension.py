@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from wan.extend.cache import cache_folder, cache_key, read_cached, write_cached
+from wan.extend.extension import DEFAULT_MODELS, ExtendItem, ExtendSettings, check, extend, model_for
+from wan.extend.text import LONGEST_ANSWER, AnswerError, Question, clean, neutralise
 from wan.utils.errors import InputError
-from wan.utils.extend_cache import cache_folder, cache_key, read_cached, write_cached
-from wan.utils.extend_text import LONGEST_ANSWER, AnswerError, Question, clean, neutralise
-from wan.utils.prompt_extend import DEFAULT_MODELS, ExtendItem, ExtendSettings, check, extend, model_for
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_missing_package_is_one_line(method, package, advice, monkeypatch):
 
 def test_importing_is_cheap():
     heavy = "{'torch', 'transformers', 'dashscope', 'openai', 'numpy', 'requests', 'huggingface_hub'}"
-    code = f"import sys, wan.utils.prompt_extend; print({heavy} & set(sys.modules))"
+    code = f"import sys, wan.extend.extension; print({heavy} & set(sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
@@ -286,7 +286,7 @@ def test_every_part_names_another_cache_entry(tmp_path, picture):
 def test_cache_folder(platform, environment, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("wan.utils.extend_cache.sys.platform", platform)
+    monkeypatch.setattr("wan.extend.cache.sys.platform", platform)
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
     assert cache_folder() == Path(folder.format(tmp=tmp_path)) / "wan-lightning" / "prompts"
@@ -299,7 +299,7 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.utils.extend_cache.json.dump", interrupted)
+    monkeypatch.setattr("wan.extend.cache.json.dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_cached("k", "half", question, "m")
     assert read_cached("k") == "whole"

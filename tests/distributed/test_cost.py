@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from benchmarks.communication import count, model_of
 from tests.distributed.ranks import parallel_of, run_ranks
 from tests.support import manifest
+from wan.distributed.cost import Network, plan_lines, sent_bytes
 from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
 from wan.distributed.parallel import layout_for
-from wan.distributed.plan import Network, plan_lines, sent_bytes
 from wan.distributed.runtime import Runtime, Team
 from wan.utils.errors import InputError
 

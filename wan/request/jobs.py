@@ -13,14 +13,14 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from wan.recipe import Weights
-from wan.request import Job, Request
-from wan.utils.checks import Check
+from wan.request.checks import Check
+from wan.request.prompts import Row, normal, output_name, read_paths, read_rows
+from wan.request.settings import Job, Request
+from wan.request.weights import Weights
 from wan.utils.errors import InputError
 from wan.utils.images import I2V_STEP, TI2V_STEP, i2v_size, open_image, ti2v_size
-from wan.utils.prompts import Row, normal, output_name, read_paths, read_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TAKES_IMAGE = ("i2v-A14B", "ti2v-5B")
 LARGEST_SEED = 2**63 - 1
 SAVE_DIR = "outputs"
