@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,19 +25,18 @@ from benchmarks.sparse import sparse
 from benchmarks.vae import KINDS
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
+from wan.distributed.parallel import Parallel
+from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import WEIGHTS
-from wan.loading.residency import Experts
-from wan.loading.stream import parameter_dtypes
-from wan.modules.attention import BACKENDS
+from wan.loading.stream import Store
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.pipeline import Pipeline
-from wan.plan import preflight
+from wan.plan import Plan, make_plan
 from wan.request.resolve import resolve
-from wan.request.settings import Request
-from wan.run import run_jobs
+from wan.request.settings import Generate
+from wan.run import open_pipeline, run_jobs
 from wan.utils.progress import Progress
 
 UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
@@ -80,33 +79,23 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     shutil.copytree(TOKENIZER, folder / "google")
 
 
-class RandomWeights(Pipeline):
-    """The pipeline with random weights made where they compute, in the precision of the run."""
+class RandomWeights(Parallel):
+    """Loads networks with random weights made where they compute, in the precision of the run; all else is as it is."""
 
-    def load_text_encoder(self) -> None:
-        task = self.task
-        assert task.checkpoint.text_encoder is not None
-        encoder = self._filled(task.checkpoint.text_encoder[0], lambda _: task.t5_dtype)
-        tokenizer = UMT5Tokenizer(task.checkpoint.folder / task.config.t5_tokenizer, task.config.text_len)
-        task.text_encoder = encoder, tokenizer
-
-    def load_networks(self) -> None:
-        task = self.task
-        assert task.checkpoint.vae is not None
-        dtype = parameter_dtypes(task.dtype, task.convert_model_dtype)
-        models = {name: self._filled(module, dtype) for name, (module, _) in task.checkpoint.experts.items()}
-        for model in models.values():
-            model.use_attention(BACKENDS[task.attention])
-        task.experts = Experts(models, task.device)
-        task.vae = self._filled(task.checkpoint.vae[0], lambda _: torch.float32)
-
-    def _filled(self, module: Network, dtype: Callable[[str], torch.dtype]) -> Network:
-        state = {n: torch.empty(p.shape, dtype=dtype(n), device=self.task.device) for n, p in module.named_parameters()}
+    def load(
+        self, module: Network, store: Store, *, home: torch.device, dtype: Callable[[str], torch.dtype], **_: Any
+    ) -> Network:
+        state = {n: torch.empty(p.shape, dtype=dtype(n), device=home) for n, p in module.named_parameters()}
         module.load_state_dict(state, assign=True)
-        with self.progress.stage("random weights"):
-            randomise(module)
-            synchronize()
+        randomise(module)
+        synchronize()
         return module.eval()
+
+
+def random_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
+    pipe = open_pipeline(plan, progress, runtime)
+    pipe.parallel = RandomWeights(pipe.parallel.runtime, pipe.parallel.mesh)
+    return pipe
 
 
 def main() -> None:
@@ -124,16 +113,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_headers(folder, a.task, a.layers, a.width)
-        request = Request(
-            task=a.task, ckpt_dir=str(folder), size=a.size, frame_num=a.frames, sample_steps=a.steps, base_seed=1,
-            sample_solver="euler", sample_shift=5.0, sample_guide_scale="1", num_videos=a.videos, image=a.image,
-            prompt="a cat boxing the red ball", save_dir=str(folder / "out"), offload_model=False,
-        )  # fmt: skip
-        run = resolve(request)
-        plan = preflight(run)
+        given = {
+            "task": a.task, "ckpt_dir": str(folder), "size": a.size, "frame_num": a.frames, "sample_steps": a.steps,
+            "base_seed": 1, "sample_solver": "euler", "sample_shift": 5.0, "sample_guide_scale": "1",
+            "num_videos": a.videos, "image": a.image, "prompt": "a cat boxing the red ball",
+            "save_dir": str(folder / "out"), "offload_model": False,
+        }  # fmt: skip
+        outcome = resolve({name: value for name, value in given.items() if value is not None})
+        assert isinstance(outcome, Generate)
+        runtime = Runtime()
+        plan = make_plan(outcome, runtime)
         print("\n".join(plan.lines()))
-        progress = Progress()
-        failed = run_jobs(run, plan, progress, load=RandomWeights)
+        failed = run_jobs(plan, Progress(), runtime, load=random_pipeline)
         records = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(folder.glob("out/*.mp4"))]
     assert not failed, "a job failed"
     seconds = records[-1]["seconds"]

@@ -14,7 +14,7 @@ import pytest
 
 import generate
 from tests.extend.fake_services import FakeService
-from wan.request.settings import Request
+from wan.request.options import OPTIONS, Request
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"
@@ -60,10 +60,8 @@ def python(*words: str | Path, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_flags_are_frozen():
-    named = [name for group in generate.FLAGS.values() for name in group]
-    assert sorted(named) == FLAGS.split()
-    assert len(set(named)) == len(named)
-    assert {item.name for item in fields(Request)} == set(named)
+    assert sorted(OPTIONS) == FLAGS.split()
+    assert {item.name for item in fields(Request)} == set(OPTIONS)
 
 
 def test_help_names_every_flag(capsys):
@@ -72,7 +70,7 @@ def test_help_names_every_flag(capsys):
     assert raised.value.code == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^  --{name}\b", text, re.MULTILINE) for name in FLAGS.split())
-    assert all(f"\n{title}:\n" in text for title in generate.FLAGS)
+    assert all(f"\n{title}:\n" in text for title in {row.group for row in OPTIONS.values()})
 
 
 ASK = """
@@ -127,12 +125,12 @@ def test_mistyped_flags(capsys, words, sentences):
     [([], None), (["--offload_model"], True), (["--offload_model", "False"], False), (["--offload_model=True"], True)],
 )
 def test_offload_model_spellings(words, value):
-    assert Request.from_dict(generate._parse(words), []).offload_model is value
+    assert generate._parse(words)[0].get("offload_model") is value
 
 
 def test_values_that_look_like_flags():
-    given = generate._parse(["--base_seed", "-1", "--lora", "a:-0.5", "--lora", "high=b", "--lora_strength=-0.5,1"])
-    request = Request.from_dict(given, [])
+    words = ["--base_seed", "-1", "--lora", "a:-0.5", "--lora", "high=b", "--lora_strength=-0.5,1"]
+    request = Request(**generate._parse(words)[0])
     assert (request.base_seed, request.lora, request.lora_strength) == (-1, ("a:-0.5", "high=b"), "-0.5,1")
 
 
@@ -250,7 +248,7 @@ def test_a_run_and_its_replay(tmp_path, capsys):
     (video,) = Path("outputs").glob("*.mp4")
     record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
     assert record["request"]["base_seed"] == record["job"]["seed"]
-    assert (record["job"]["prompt"], record["settings"]["steps"]) == ("猫", 4)
+    assert (record["job"]["prompt"], len(record["plan"]["steps"])) == ("猫", 4)
     for source in (video, video.with_suffix(".json")):
         target = tmp_path / f"again{source.suffix[1:]}.mp4"
         assert main(capsys, "--replay", str(source), "--save_file", str(target))[0] == 0
@@ -258,6 +256,8 @@ def test_a_run_and_its_replay(tmp_path, capsys):
     other = main(capsys, "--replay", str(video), "--save_file", "other.mp4", "--base_seed", "1")
     assert other[0] == 0
     assert Path("other.png").read_bytes() != video.with_suffix(".png").read_bytes()
+    assert main(capsys, "--replay", str(video))[0] == 0  # beside it, under a name that says so
+    assert video.with_name(f"{video.stem}_replay.mp4").is_file()
     assert main(capsys, "--replay", str(video))[0] == 2  # it would write the same file again
 
 
@@ -376,4 +376,4 @@ def test_command_line_of_the_makefile():
     """The demo's flags are flags of this program."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"generate\.py (.*)", text)
-    Request.from_dict(generate._parse(shlex.split(line)), [])
+    generate._parse(shlex.split(line))

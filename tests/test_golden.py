@@ -11,22 +11,23 @@ from PIL import Image
 
 import wan
 from benchmarks.measure import rms_error
-from lightning.lora import Lora
 from tests.lightning.support import FAMILIES
 from tests.lightning.support import family as lora_family
 from tests.support import CASES, TINY, checkpoint, config_of, golden, lora_dir, relative_error
 from wan.modules.model import Prompt
+from wan.original import Original
+from wan.pipeline import Start
 from wan.request.settings import Sampling
-from wan.task import VideoTask
+from wan.utils.images import video_size
 
 CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V}
 STAGE, END_TO_END = 1e-5, 1e-4
 
 
-def open_task(case: dict, dtype: torch.dtype = torch.float32) -> VideoTask:
+def open_task(case: dict, dtype: torch.dtype = torch.float32) -> Original:
     task = case["task"]
     lora = lora_dir(task) if case["lora"] else None
-    return CLASSES[task](config_of(task, dtype), checkpoint(task), lora_dir=lora, device=torch.device("cpu"))
+    return CLASSES[task](config_of(task, dtype), checkpoint(task), lora_dir=lora, device="cpu")
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -35,58 +36,63 @@ def case(request: pytest.FixtureRequest) -> dict:
 
 
 @pytest.fixture(scope="module")
-def task(case: dict) -> VideoTask:
+def task(case: dict) -> Original:
     return open_task(case)
+
+
+def started(task: Original, case: dict) -> Start:
+    """What the task makes of the case's image and size."""
+    image, size = image_of(case), case["args"].get("size")
+    if image is not None:
+        size = video_size(task.plan.config.image_fit, image.size, (case["args"]["max_area"], 1))
+    return task.start(image, tuple(size), case["args"]["frame_num"])
 
 
 def image_of(case: dict) -> Image.Image | None:
     return Image.open(TINY / case["image"]).convert("RGB") if "image" in case else None
 
 
-def test_contexts(case: dict, task: VideoTask) -> None:
-    texts = {"context": case["prompt"], "context_null": task.config.sample_neg_prompt}
+def test_contexts(case: dict, task: Original) -> None:
+    texts = {"context": case["prompt"], "context_null": task.plan.config.sample_neg_prompt}
     task.encode(texts.values())
     for stage, text in texts.items():
         assert relative_error(task._contexts[text], golden()[f"{case['name']}.{stage}"]) < STAGE
 
 
-def test_image_latent(case: dict, task: VideoTask) -> None:
-    image = image_of(case)
-    if image is None:
+def test_image_latent(case: dict, task: Original) -> None:
+    if "image" not in case:
         assert f"{case['name']}.image_latent" not in golden()
         return
-    start = task.start(image, (case["args"]["max_area"], 1), case["args"]["frame_num"])
-    latent = start.first_frame if start.channels is None else start.channels[-task.vae.z_dim :]
+    start = started(task, case)
+    latent = start.first_frame if start.channels is None else start.channels[-task.load_vae().z_dim :]
     assert relative_error(latent, golden()[f"{case['name']}.image_latent"]) < STAGE
 
 
-def test_every_network_call(case: dict, task: VideoTask) -> None:
-    name, frames = case["name"], case["args"]["frame_num"]
+def test_every_network_call(case: dict, task: Original) -> None:
+    name = case["name"]
     text = Prompt(golden()[f"{name}.context"])
     negative = Prompt(golden()[f"{name}.context_null"])
     guided = len(case["calls"]) > case["args"]["sampling_steps"]
-    image = image_of(case)
-    size = (case["args"]["max_area"], 1) if image else tuple(case["args"]["size"])
-    start = task.start(image, size, frames)
+    start = started(task, case)
     pinned = 0 if start.first_frame is None else 1
     for index, folder in enumerate(case["calls"]):
         x, t, out = (golden()[f"{name}.call{index}.{part}"] for part in ("x", "t", "out"))
         assert t[-1].item() == case["timesteps"][index]
         assert (t[0].item() == 0.0) == bool(pinned)
         latent = x if start.channels is None else torch.cat([x, start.channels])
-        model = task.experts.ready(folder.removesuffix("_noise_model"), 1.0)
+        model = task.load_experts().ready(folder.removesuffix("_noise_model"), 1.0)
         with torch.no_grad():
             found = model(latent, t[-1].item(), negative if guided and index % 2 else text, pinned)
         assert relative_error(found, out) < STAGE, f"call {index}"
 
 
-def test_decode(case: dict, task: VideoTask) -> None:
+def test_decode(case: dict, task: Original) -> None:
     video = torch.cat(list(task.decode(golden()[f"{case['name']}.latent"])), dim=1)
     assert list(video.shape) == case["video_shape"]
     assert relative_error(video, golden()[f"{case['name']}.video"]) < STAGE
 
 
-def generate(task: VideoTask, case: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+def generate(task: Original, case: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(final latent, video) of the public `generate` with the case's arguments."""
     latents: list[torch.Tensor] = []
     decode = task.decode
@@ -99,7 +105,7 @@ def generate(task: VideoTask, case: dict, monkeypatch: pytest.MonkeyPatch) -> tu
     return latents[0], video
 
 
-def test_prompt_to_pixels(case: dict, task: VideoTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_to_pixels(case: dict, task: Original, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     latent, video = generate(task, case, monkeypatch)
     assert torch.equal(torch.get_rng_state(), state), "generate leaves the global random state alone"
@@ -115,12 +121,10 @@ def test_bf16_stays_near_float32(case: dict, monkeypatch: pytest.MonkeyPatch) ->
     (0.35-0.95 %). Below the lower bound it would not be bf16 at all.
     """
     task, name = open_task(case, torch.bfloat16), case["name"]
-    image = image_of(case)
-    size = (case["args"]["max_area"], 1) if image else tuple(case["args"]["size"])
-    start = task.start(image, size, case["args"]["frame_num"])
+    start = started(task, case)
     x, t, out = (golden()[f"{name}.call0.{part}"] for part in ("x", "t", "out"))
     latent = x if start.channels is None else torch.cat([x, start.channels])
-    model = task.experts.ready(case["calls"][0].removesuffix("_noise_model"), 1.0)
+    model = task.load_experts().ready(case["calls"][0].removesuffix("_noise_model"), 1.0)
     with torch.no_grad():
         found = model(latent, t[-1].item(), Prompt(golden()[f"{name}.context"]), 0 if start.first_frame is None else 1)
     assert 1e-3 < rms_error(found, out) < 1e-2
@@ -133,8 +137,8 @@ def test_bf16_stays_near_float32(case: dict, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_family_of_lora_files_makes_the_golden_video(family: str, tmp_path: Path) -> None:
     case = CASES["t2v_lightning"]
     files = {e: lora_family(family, tmp_path / e, f"{e}_noise_model") for e in ("high", "low")}
-    loras = {expert: [Lora.open(file, expert=expert)] for expert, file in files.items()}
-    task = wan.WanT2V(config_of(case["task"]), checkpoint(case["task"]), loras=loras, device=torch.device("cpu"))
+    loras = [f"{expert}={file}" for expert, file in files.items()]
+    task = wan.WanT2V(config_of(case["task"]), checkpoint(case["task"]), lora=loras, device="cpu")
     sampling = Sampling("euler", 4, 5.0, (1.0, 1.0))
     latent = task.sample(case["prompt"], "", None, tuple(case["args"]["size"]), 9, 42, sampling)
     assert relative_error(latent, golden()["t2v_lightning.latent"]) < END_TO_END

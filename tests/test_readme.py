@@ -11,6 +11,7 @@ import generate
 from benchmarks.sparse import sparse
 from lightning.__main__ import main as lightning
 from tests.support import TESTS, TINY, checkpoint, lora_dir, manifest
+from wan.request.options import OPTIONS
 
 ROOT = TESTS.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +27,7 @@ def commands(start: str) -> list[list[str]]:
 
 def test_the_flag_table_is_the_parser() -> None:
     table = dict(re.findall(r"^\| `--(\w+)` \| .*? \| (.*) \|$", README, re.MULTILINE))
-    flags = {name: text.replace("|", "\\|") for group in generate.FLAGS.values() for name, (_, text) in group.items()}
+    flags = {name: row.help.replace("|", "\\|") for name, row in OPTIONS.items()}
     assert table == flags
 
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,44 @@ import torch
 from torch import Tensor, nn
 
 import wan.run
+from tests.support import checkpoint, lora_dir
+from wan.configs import WAN_CONFIGS
 from wan.distributed.parallel import Parallel
-from wan.record import essence, plain, read_latents
-from wan.request.settings import Job, LoraChoice, Run, Settings
+from wan.distributed.runtime import Runtime
+from wan.plan import Plan, make_plan
+from wan.record import plain, read_latents
+from wan.request.resolve import resolve
+from wan.request.settings import Generate, Job
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter, count_frames, read_record
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = Settings(
-    task="t2v-A14B", ckpt_dir=Path("weights"), loras=(LoraChoice("high", Path("a b.safetensors"), 0.5),),
-    lora_mode="merge", lora_allow_partial=False, lora_alpha=None, expert_files={}, preset=None, solver="euler", steps=4,
-    shift=5.0, guidance=(1.0, 1.0), timesteps=None, high_steps=None, lora_steps=None, guidance_steps=None,
-    device="auto", dtype="auto", attention="auto", noise_device="auto", offload_model=True, t5_cpu=False,
-    convert_model_dtype=False, vae_tiling=False, t5_fsdp=False, dit_fsdp=False, ulysses_size=1, ring_size=1,
-    save_latents=False, preview=False, overwrite=False, resume=False, on_error="continue",
-)  # fmt: skip
 
 
-class Plan:
-    headers = "12ab"
-
-    def as_dict(self) -> dict:
-        jobs = [{"index": i, "tokens": 120} for i in range(3)]
-        return {"steps": [{"timestep": 1000.0}], "fingerprints": {"a.safetensors": self.headers}, "jobs": jobs}
+@cache
+def planned(**flags: Any) -> Plan:
+    """A real plan for the small checkpoint with a LoRA."""
+    given = {
+        "ckpt_dir": str(checkpoint("t2v-A14B")), "lora_dir": str(lora_dir("t2v-A14B")), "prompt": "one",
+        "size": "64*48",         "frame_num": 13, "base_seed": 7, "save_dir": "absent",
+    }  # fmt: skip
+    given = {name: value for name, value in {**given, **flags}.items() if value is not None}
+    outcome = resolve(given)
+    assert isinstance(outcome, Generate)
+    return make_plan(outcome, Runtime())
 
 
 class Models(nn.Module):
     """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
 
-    fps = 16
     parallel = Parallel()
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.settings, self.progress = settings, progress
+        self.plan, self.progress = plan, progress
         self.text = nn.Embedding(256, 4)
         self.net = nn.Conv3d(4, 4, 1)
         self.pixels = nn.ConvTranspose3d(4, 3, (1, 8, 8), stride=(1, 8, 8))
@@ -80,7 +82,10 @@ class Models(nn.Module):
     def load_networks(self) -> None:
         self.calls.append("load")
 
-    def sample(self, job: Job) -> Tensor:
+    def load_vae(self) -> None:
+        self.calls.append("load VAE")
+
+    def sample_job(self, job: Job) -> Tensor:
         self.calls.append(f"sample {job.index}")
         if job.index in self.broken_steps:
             raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
@@ -108,31 +113,34 @@ class Models(nn.Module):
         return {"device": "cpu", "dtype": "float32", "attention": "sdpa"}
 
 
-def make_run(folder: Path, prompts: Iterable[str] = ("one", "二", "three"), **changes: Any) -> Run:
-    """The usual settings with `changes`; a job for each prompt."""
-    settings = dataclasses.replace(SETTINGS, **changes)
+def make_run(folder: Path, prompts: Iterable[str] = ("one", "二", "three"), **changes: Any) -> Plan:
+    """The usual plan, its request with `changes`; a job for each prompt."""
+    plan = planned()
     jobs = [
-        Job(i, prompt, prompt, "bad", None, (64, 48), 13, 7, folder / f"{i}.mp4", f"prompts.txt line {i + 1}")
+        dataclasses.replace(
+            plan.jobs[0], index=i, prompt=prompt, original_prompt=prompt, negative_prompt="bad",
+            save_file=folder / f"{i}.mp4", source=f"prompts.txt line {i + 1}",
+        )
         for i, prompt in enumerate(prompts)
-    ]
-    return Run(settings, tuple(jobs), request={"task": settings.task, "base_seed": 7})
+    ]  # fmt: skip
+    return dataclasses.replace(plan, jobs=tuple(jobs), request=dataclasses.replace(plan.request, **changes))
 
 
 class Outcome:
     """One call of run_jobs: what it gave back, said, and asked of the models."""
 
-    def __init__(self, run: Run, **attributes: Any) -> None:
+    def __init__(self, plan: Plan, **attributes: Any) -> None:
         self.models: Models | None = None
 
-        def load(settings: Settings, progress: Progress) -> Models:
-            self.models = Models(settings, progress)
+        def load(plan: Plan, progress: Progress, runtime: Runtime) -> Models:
+            self.models = Models(plan, progress, runtime)
             for name, value in attributes.items():
                 setattr(self.models, name, value)
             return self.models
 
         stream = io.StringIO()
         try:
-            self.failed = run_jobs(run, Plan(), Progress(stream=stream), load)
+            self.failed = run_jobs(plan, Progress(stream=stream), load=load)
         finally:
             self.said = stream.getvalue()
 
@@ -164,13 +172,13 @@ def test_the_record(tmp_path: Path) -> None:
     Outcome(run)
     record = read_record(tmp_path / "1.mp4")
     assert read_record(tmp_path / "1.json") == record
-    assert record["schema"] == 1
-    assert record["request"] == {"task": "t2v-A14B", "base_seed": 7}
-    assert record["settings"] == json.loads(json.dumps(plain(run.settings)))
-    assert record["settings"]["loras"] == [{"expert": "high", "path": "a b.safetensors", "strength": 0.5}]
+    assert record["schema"] == 2
+    assert record["request"] == run.request.recorded()
+    assert record["request"]["lora_dir"] == str(lora_dir("t2v-A14B").absolute())
+    assert record["meaning"] == json.loads(json.dumps(plain(run.meaning(run.jobs[1]))))
     assert record["job"]["prompt"] == record["job"]["original_prompt"] == "二"
-    assert (record["job"]["seed"], record["job"]["negative_prompt"], record["job"]["image_sha256"]) == (7, "bad", None)
-    assert record["plan"] == {**Plan().as_dict(), "jobs": [{"index": 1, "tokens": 120}]}
+    assert (record["job"]["seed"], record["job"]["negative_prompt"], record["meaning"]["image"]) == (7, "bad", None)
+    assert record["plan"] == json.loads(json.dumps({**run.as_dict(), "jobs": run.as_dict()["jobs"][1:2]}))
     assert record["pipeline"]["attention"] == "sdpa"
     assert {"python", "torch", "diffusers", "wan-lightning", "imageio-ffmpeg"} <= set(record["versions"])
     assert record["output"] == {"file": "1.mp4", "frames": 13, "width": 64, "height": 48, "fps": 16}
@@ -263,11 +271,11 @@ def test_the_command_finishes_the_job(tmp_path: Path) -> None:
     command = shlex.split(next(line for line in said.splitlines() if line.startswith("failed: ")).split("of them: ")[1])
     latents = broken / "0.latents.safetensors"
     assert command == [
-        "python", "generate.py", "--task", "t2v-A14B", "--ckpt_dir", "weights", "--decode_latents", str(latents),
-        "--save_file", str(broken / "0.mp4"), "--dtype", "fp32", "--overwrite",
+        "python", "generate.py", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")),
+        "--decode_latents", str(latents), "--save_file", str(broken / "0.mp4"), "--dtype", "fp32", "--overwrite",
     ]  # fmt: skip
-    decode_only(run.settings, latents, broken / "0.mp4", Progress(quiet=True), Models)
-    assert essence(read_record(broken / "0.mp4"))["job"] == essence(read_record(whole / "0.mp4"))["job"]
+    decode_only(run, latents, broken / "0.mp4", Progress(quiet=True), load=Models)
+    assert read_record(broken / "0.mp4")["meaning"] == read_record(whole / "0.mp4")["meaning"]
     frames = [b"".join(raw_frames(folder / "0.mp4")) for folder in (whole, broken)]
     assert frames[0] == frames[1]
 
@@ -283,15 +291,15 @@ def raw_frames(path: Path) -> Iterator[bytes]:
 def test_what_decode_only_refuses(tmp_path: Path) -> None:
     Outcome(make_run(tmp_path, ["one"], save_latents=True))
     latents, target = tmp_path / "0.latents.safetensors", tmp_path / "x.mp4"
-    quiet = Progress(quiet=True)
+    plan, quiet = planned(), Progress(quiet=True)
 
-    def refused(message: str, settings: Settings = SETTINGS, file: Path = latents, save_file: Path = target) -> None:
+    def refused(message: str, plan: Plan = plan, file: Path = latents, save_file: Path = target) -> None:
         with pytest.raises(InputError, match=message):
-            decode_only(settings, file, save_file, quiet, Models)
+            decode_only(plan, file, save_file, quiet, load=Models)
 
     refused("no such file", file=tmp_path / "absent.safetensors")
     refused("not latents that a run kept", file=tmp_path / "0.mp4")
-    refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(SETTINGS, task="ti2v-5B"))
+    refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(planned(), config=WAN_CONFIGS["ti2v-5B"]))
     refused("exists already; --overwrite", save_file=tmp_path / "0.mp4")
     latents.write_bytes(latents.read_bytes()[:-8])
     refused("not latents that a run kept")
@@ -302,22 +310,22 @@ def test_decode_only_fails_in_one_sentence(tmp_path: Path) -> None:
     latents = tmp_path / "0.latents.safetensors"
     for error in (torch.OutOfMemoryError("CUDA out of memory\nlong"), OSError(28, "No space left on device")):
 
-        def load(settings: Settings, progress: Progress, error: BaseException = error) -> Models:
-            models = Models(settings, progress)
+        def load(plan: Plan, progress: Progress, runtime: Runtime, error: BaseException = error) -> Models:
+            models = Models(plan, progress, runtime)
             models.decode_errors = [error, error]
             return models
 
         with pytest.raises(JobError, match=rf"x\.mp4: .*(out of memory|No space).*; {latents} is as it was") as caught:
-            decode_only(SETTINGS, latents, tmp_path / "x.mp4", Progress(quiet=True), load)
+            decode_only(planned(), latents, tmp_path / "x.mp4", Progress(quiet=True), load=load)
         assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["0.json", "0.latents.safetensors", "0.mp4"]
 
 
 def test_kept_latents_are_exact(tmp_path: Path) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
-    latent, record = read_latents(tmp_path / "0.latents.safetensors")
+    latent, record = read_latents(tmp_path / "0.latents.safetensors", WAN_CONFIGS["t2v-A14B"])
     assert outcome.models is not None
-    assert torch.equal(latent, outcome.models.sample(make_run(tmp_path, ["one"]).jobs[0]))
+    assert torch.equal(latent, outcome.models.sample_job(make_run(tmp_path, ["one"]).jobs[0]))
     assert record["job"]["prompt"] == "one"
 
 
@@ -374,7 +382,7 @@ Outcome(make_run(Path({os.fspath(tmp_path)!r}), ["one"]))
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == -9
     assert names(tmp_path) == ["0.latents.safetensors"]
-    decode_only(SETTINGS, tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), Models)
+    decode_only(planned(), tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), load=Models)
     assert count_frames(tmp_path / "0.mp4") == 13
 
 
@@ -403,10 +411,10 @@ from tests import test_run
 from tests.test_run import Models, Outcome, make_run
 
 class Narrow(Models):
-    def sample(self, job):
+    def sample_job(self, job):
         room = 3000 if job.index == 1 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        return super().sample(job)
+        return super().sample_job(job)
 
 test_run.Models = Narrow
 outcome = Outcome(make_run(Path({os.fspath(tmp_path)!r})))
@@ -478,43 +486,39 @@ def test_resume_makes_a_damaged_video_again(tmp_path: Path, damage: str) -> None
     assert count_frames(path) == 13
 
 
-CHANGES = [
-    {"seed": 8}, {"prompt": "two"}, {"negative_prompt": "worse"}, {"frame_num": 17}, {"size": (64, 64)}, {"shift": 3.0},
-    {"steps": 5}, {"headers": "34cd"}, {"loras": ()}, {"dtype": "fp32"}, {"image": b"other"},
+JOB_CHANGES = [
+    {"seed": 8}, {"prompt": "two"}, {"negative_prompt": "worse"}, {"frame_num": 17}, {"size": (64, 64)},
+    {"image": b"other"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda c: next(iter(c)))
-def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", JOB_CHANGES, ids=lambda c: next(iter(c)))
+def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(b"an image")
     run = make_run(tmp_path / "out", ["one"], resume=True)
     run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], image=image),))
     assert Outcome(run).calls != []
     assert Outcome(run).calls == []
-    (name,) = change
-    if name == "headers":
-        monkeypatch.setattr(Plan, "headers", change["headers"])
-    elif name == "image":
+    if "image" in change:
         image.write_bytes(change["image"])
-    elif name in Job.__dataclass_fields__:
-        run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], **change),))
     else:
-        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, **change))
-    with pytest.raises(InputError, match="made with other settings; --overwrite replaces it"):
+        run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], **change),))
+    name = "base_seed" if "seed" in change else next(iter(change))
+    with pytest.raises(InputError, match=rf"made with other settings \(--{name}\); --overwrite replaces it"):
         Outcome(run)
-    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, overwrite=True))
+    run = dataclasses.replace(run, request=dataclasses.replace(run.request, overwrite=True))
     assert Outcome(run).calls[-1] == "decode"
     assert Outcome(run).calls == []
 
 
 def test_json_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def load(settings: Settings, progress: Progress) -> Models:
-        models = Models(settings, progress)
+    def load(plan: Plan, progress: Progress, runtime: Runtime) -> Models:
+        models = Models(plan, progress, runtime)
         models.broken_steps = {0}
         return models
 
-    run_jobs(make_run(tmp_path, ["one", "two"]), Plan(), Progress(json=True), load)
+    run_jobs(make_run(tmp_path, ["one", "two"]), Progress(json=True), load=load)
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (failed,) = [e for e in events if e["event"] == "failed"]
     assert (failed["index"], failed["reason"].startswith("prompts.txt line 1: step 2")) == (0, True)

@@ -7,32 +7,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.task import Start, VideoTask
-from wan.utils.images import i2v_size, i2v_tensor
+from wan.original import Original
+from wan.pipeline import Pipeline, Start
+from wan.utils.images import i2v_tensor
 
-MASK_CHANNELS = 4  # one for each of the video frames that a latent frame covers
 
-
-class WanI2V(VideoTask):
+class ImageToVideo(Pipeline):
     """Wan2.2-I2V-A14B."""
-
-    name = "i2v-A14B"
-
-    @staticmethod
-    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
-        """The image's ratio and about `size`'s area."""
-        assert image is not None, "image-to-video needs an image"
-        return i2v_size(image.width, image.height, size[0] * size[1])
 
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         assert image is not None, "image-to-video needs an image"
-        size = self.video_size(image, size)
-        shape = self.latent_shape(size, frames)
+        shape, device = self.latent_shape(size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
-            latent = self.vae.encode_first_frame(i2v_tensor(image, size).to(self.device), frames)
-        mask = torch.zeros(MASK_CHANNELS, *shape[1:], device=self.device)
+            latent = self.load_vae().encode_first_frame(i2v_tensor(image, size).to(device), frames)
+        mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)
         mask[:, 0] = 1  # the first frame is known
         return Start(shape, channels=torch.cat([mask, latent]))
+
+
+class WanI2V(Original, ImageToVideo):
+    """The original's class."""
+
+    task = "i2v-A14B"
 
     def generate(
         self,

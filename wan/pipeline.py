@@ -1,136 +1,236 @@
-"""From settings to a loaded task, and one job through it: the part of a run that needs torch and weights."""
+"""The networks of a plan, loaded, and one video through them: text -> conditioning -> latent -> frames.
+
+Nothing is decided here: what was opened and chosen stands in the plan. Each network is loaded by the method named so.
+Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames, rows, columns of the video.
+"""
 
 from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Generator, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from lightning.lora import Lora
-from wan.configs import WAN_CONFIGS
-from wan.distributed.parallel import Parallel
+from lightning.merge import Merge
+from wan.distributed.parallel import parallelize
 from wan.distributed.runtime import Runtime
-from wan.image2video import WanI2V
-from wan.loading.checkpoint import fetch
-from wan.request.settings import Job, Settings
-from wan.sampling import Step, make_schedule, plan_steps
-from wan.task import VideoTask
-from wan.text2video import WanT2V
-from wan.textimage2video import WanTI2V
-from wan.utils.errors import InputError
+from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.residency import Experts
+from wan.loading.stream import free_memory, parameter_dtypes
+from wan.modules.attention import BACKENDS
+from wan.modules.model import Prompt
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.vae import WanVAE
+from wan.plan import Plan
+from wan.request.settings import Job, Sampling
+from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
 from wan.utils.images import open_image
 from wan.utils.progress import Progress
 
-TASKS: dict[str, type[VideoTask]] = {task.name: task for task in (WanT2V, WanI2V, WanTI2V)}
+Module = TypeVar("Module", bound=nn.Module)
+Opened = TypeVar("Opened")
 
 
-class Pipeline:
-    """The task of `settings`, opened; its networks are loaded by `encode` (text) and `load_networks` (video)."""
+@dataclass(frozen=True)
+class Start:
+    """What a task conditions on besides the text: the latent's shape, and what the image gives."""
 
-    def __init__(self, settings: Settings, progress: Progress, runtime: Runtime | None = None) -> None:
-        """InputError for a checkpoint, LoRA, device, layout or back end that cannot serve."""
-        self.settings, self.progress = settings, progress
-        config = copy.deepcopy(WAN_CONFIGS[settings.task])
-        device = compute_device(settings.device)
-        if settings.dtype == "fp32" or (settings.dtype == "auto" and device.type == "cpu"):
-            config.param_dtype = config.t5_dtype = "float32"
-        self.fps: int = config.sample_fps
-        self.task = TASKS[settings.task](
-            config,
-            fetch(settings.ckpt_dir, config),
-            t5_fsdp=settings.t5_fsdp,
-            dit_fsdp=settings.dit_fsdp,
-            t5_cpu=settings.t5_cpu,
-            init_on_cpu=settings.offload_model,
-            convert_model_dtype=settings.convert_model_dtype,
-            device=device,
-            loras=open_loras(settings),
-            lora_mode=settings.lora_mode,
-            expert_files=settings.expert_files,
-            attention=settings.attention,
-            noise_device=settings.noise_device,
-            progress=progress,
-            runtime=runtime,
-            ulysses_size=settings.ulysses_size,
-            ring_size=settings.ring_size,
-        )
-        self.steps = plan_steps(make_schedule(settings).timesteps, settings, config.boundary)
+    shape: tuple[int, int, int, int]
+    channels: Tensor | None = None
+    first_frame: Tensor | None = None
 
-    @property
-    def parallel(self) -> Parallel:
-        """Which jobs are this process's, and with whom it makes them."""
-        return self.task.parallel
+
+class Pipeline(ABC):
+    """One task's networks, as planned."""
+
+    def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
+        """Connects the processes of `runtime` as planned: all of them must make their pipelines at the same time."""
+        self.plan, self.progress = plan, progress
+        self.parallel = parallelize(runtime, plan.layout, plan.device)
+        self.attention = self.parallel.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
+        self.experts: Experts | None = None
+        self.vae: WanVAE | SplitVAE | None = None
+        self._text_encoder: tuple[UMT5Encoder, UMT5Tokenizer] | None = None
+        self._contexts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+        """What this task makes of an image, for a video of `size` (width, height)."""
+
+    def latent_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
+        """[C, f, h, w] of a video of `size` (width, height) and 4n + 1 frames."""
+        vae = self.load_vae()
+        time, rows, columns = vae.stride
+        return vae.z_dim, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
+
+    # -- text
 
     def texts(self, job: Job) -> list[str]:
         """What the text encoder must read for this job; the negative prompt only where a step is guided."""
-        guided = any(step.guided for step in self.steps)
+        guided = any(step.guided for step in self.plan.steps)
         return [job.prompt, job.negative_prompt] if guided else [job.prompt]
 
-    def load_text_encoder(self) -> None:
+    def load_text_encoder(self) -> tuple[UMT5Encoder, UMT5Tokenizer]:
         """InputError for a file that turns out to be corrupt."""
-        _ = self.task.text_encoder
+        if self._text_encoder is None:
+            plan, config = self.plan, self.plan.config
+            module, store = _fresh(plan.checkpoint.text_encoder)
+            tokenizer = UMT5Tokenizer(plan.checkpoint.folder / config.t5_tokenizer, config.text_len)
+            with self._loading("text encoder", store.path.stat().st_size, plan.request.t5_fsdp) as report:
+                encoder = self.parallel.load(
+                    module, store, sharded=plan.request.t5_fsdp, home=plan.text_device,
+                    dtype=lambda _: plan.text_dtype, report=report,
+                )  # fmt: skip
+            self._text_encoder = encoder, tokenizer
+        return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
-        self.task.encode(texts)
+        """Run the text encoder on every text that has not been encoded before, and keep the result."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
+        if not fresh:
+            return
+        encoder, tokenizer = self.load_text_encoder()
+        with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
+            for text in fresh:
+                tokens = torch.tensor(tokenizer(text), device=self.plan.text_device)
+                self._contexts[text] = encoder(tokens).to(self.plan.device)
+                self.progress.advance(1)
 
     def release_text_encoder(self) -> None:
-        self.task.release_text_encoder()
+        self._text_encoder = None
+        free_memory()
 
-    def load_networks(self) -> None:
-        """Bring the experts and the VAE into memory. InputError for a file that turns out to be corrupt."""
-        _ = self.task.experts, self.task.vae
+    # -- denoising
 
-    def sample(self, job: Job) -> Tensor:
-        """The job's final latent, float32 [C, f, h, w]. JobError if it stops being finite."""
+    def load_experts(self) -> Experts:
+        """InputError for a file that turns out to be corrupt."""
+        if self.experts is not None:
+            return self.experts
+        plan, models = self.plan, {}
+        merged = plan.lora_mode == "merge"
+        if not merged:
+            from lightning.adapter import add_adapters, set_scale  # takes seconds to import
+        dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype)
+        sharded = plan.request.dit_fsdp
+        home = torch.device("cpu") if plan.offload and not sharded else plan.device
+        for name in plan.checkpoint.experts:
+            module, store = _fresh(plan.checkpoint.experts[name])
+            loras = plan.loras.get(name, [])
+            merge = Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None
+            with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), sharded) as report:
+                models[name] = self.parallel.load(
+                    module, store, sharded=sharded, home=home, dtype=dtype, merge=merge, report=report
+                )
+            models[name].use_attention(BACKENDS[self.attention])
+            self.parallel.split_tokens(models[name])
+            if not merged:
+                add_adapters(models[name], loras)
+        self.experts = Experts(models, plan.device, None if merged else set_scale)
+        return self.experts
+
+    def sample(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        image: Image.Image | None,
+        size: tuple[int, int],
+        frames: int,
+        seed: int,
+        sampling: Sampling,
+        on_step: Callable[[Step], None] = lambda _: None,
+    ) -> Tensor:
+        """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
+        schedule = make_schedule(sampling)
+        steps = plan_steps(schedule.timesteps, sampling, self.plan.config.boundary)
+        texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
+        self.encode(texts)
+        text, *negative = (Prompt(self._contexts[text]) for text in texts)
+        start = self.start(image, size, frames)
+        device, noise_device = self.plan.device, self.plan.noise_device
+        generator = torch.Generator(noise_device).manual_seed(seed)
+        noise = torch.randn(start.shape, generator=generator, device=noise_device).to(device)
+        noise = self.parallel.same(noise)
+        conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
+        experts = self.load_experts()
+        with self.progress.stage("denoise", total=len(steps), unit="step"):
+            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
+        if experts.offload:
+            experts.leave()  # decoding needs the room
+        return latent
+
+    def sample_job(self, job: Job) -> Tensor:
+        """The planned job's final latent. JobError if it stops being finite."""
+        sampling = self.plan.sampling
+        assert sampling is not None, "a plan with jobs has a sampling"
         image = self.parallel.team.agree(lambda: open_image(job.image) if job.image else None)
 
         def show(step: Step) -> None:
             self.progress.advance(1, str(step))
 
         return self.parallel.together(
-            lambda: self.task.sample(
-                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.settings, show
+            lambda: self.sample(
+                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show
             )
         )
 
+    # -- pixels
+
+    def load_vae(self) -> WanVAE | SplitVAE:
+        """InputError for a file that turns out to be corrupt."""
+        if self.vae is None:
+            module, store = _fresh(self.plan.checkpoint.vae)
+            with self._loading("VAE", store.path.stat().st_size) as report:
+                vae = self.parallel.load(
+                    module, store, sharded=False, home=self.plan.device, dtype=lambda _: torch.float32, report=report
+                )
+            vae.use_channels_last()
+            self.vae = self.parallel.split_frames(vae)
+        return self.vae
+
+    def load_networks(self) -> None:
+        """All that a video needs once its text is encoded."""
+        self.load_experts()
+        self.load_vae()
+
     def decode(self, latent: Tensor, tiled: bool = False) -> Generator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order; none on the other processes that must run it, too."""
-        return self.task.decode(latent, tiled or self.settings.vae_tiling)
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers.
+
+        Of processes that make a video together the first gets them; the others must run the iterator and get none.
+        """
+        tiled = tiled or self.plan.request.vae_tiling
+        with torch.no_grad():
+            yield from self.load_vae().decode(latent.to(self.plan.device), tiles=(2, 2) if tiled else (1, 1))
 
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""
-        device = self.task.device
+        device = self.plan.device
         name = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
         )
         return {
             "device": f"{device} ({name})",
-            "dtype": str(self.task.dtype).removeprefix("torch."),
-            "attention": self.task.attention,
+            "dtype": str(self.plan.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "processes": str(self.plan.layout),
             "diffusers": version("diffusers"),
         }
 
-
-def open_loras(settings: Settings) -> dict[str, list[Lora]]:
-    """The LoRA files of each expert, opened (headers only)."""
-    loras: dict[str, list[Lora]] = {}
-    for choice in settings.loras:
-        lora = Lora.open(choice.path, choice.strength, settings.lora_alpha, choice.expert)
-        loras.setdefault(choice.expert, []).append(lora)
-    return loras
+    @contextmanager
+    def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+        with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
+            yield lambda count: self.progress.advance(count, what)
 
 
-def compute_device(name: str) -> torch.device:
-    """The device of `--device`; "auto" is CUDA where there is one, else the CPU. InputError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = torch.device(name)
-    if not present.get(device.type):
-        usable = ", ".join(kind for kind, there in present.items() if there)
-        raise InputError(f"--device {name}: there is no such device here; usable: auto, {usable}")
-    return device
+def _fresh(part: tuple[Module, Opened] | None) -> tuple[Module, Opened]:
+    """A part of the checkpoint to be loaded: its own module, so that nothing outlives the pipeline's use of it."""
+    assert part is not None, "a checkpoint with problems makes no plan"
+    return copy.deepcopy(part[0]), part[1]

@@ -1,77 +1,96 @@
-"""What can be known before any weight is read, from headers, images and the machine; and the plan of the run.
+"""The plan of a run: what was opened and decided before any weight is read. What is printed is what runs.
 
 Every problem found is reported, not the first one.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from easydict import EasyDict
 
 from lightning.distilled import distilled_twice
-from lightning.errors import LoraError
-from lightning.lora import Coverage, check
-from wan.configs import WAN_CONFIGS
+from lightning.lora import Coverage, Lora, check
 from wan.distributed.cost import Network, plan_lines
-from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
+from wan.distributed.mesh import Layout, flag_conflicts
+from wan.distributed.parallel import layout_for
+from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.stream import as_dtype, parameter_dtypes
-from wan.modules.model import PATCH
-from wan.pipeline import TASKS, compute_device, open_loras
-from wan.request.settings import Job, Run, Settings
+from wan.modules.attention import choose
+from wan.modules.model import PATCH, WanModel
+from wan.request.checks import Check
+from wan.request.options import OPTIONS, VIDEO, Request
+from wan.request.settings import Decode, Generate, Job, Sampling, Weights
 from wan.sampling import Step, make_schedule, plan_steps
-from wan.task import choose_attention
 from wan.utils.errors import InputError
-from wan.utils.images import open_image
 from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
-Found = TypeVar("Found")
 MOST_STEPS_SHOWN = 12
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What the run will do, as printed before it starts and as kept in every record."""
+    """What the run will do, as printed before it starts, as kept in every record, and as the pipeline takes it."""
 
-    settings: Settings
-    steps: list[Step] = field(default_factory=list)
+    request: Request
+    config: EasyDict
+    checkpoint: Checkpoint
+    device: torch.device
+    text_device: torch.device
+    noise_device: torch.device
+    dtype: torch.dtype  # of the transformer
+    text_dtype: torch.dtype
+    attention: str
+    layout: Layout
+    loras: dict[str, list[Lora]]  # by expert
+    lora_mode: str
+    offload: bool  # idle networks wait in host memory
     coverage: dict[str, list[Coverage]] = field(default_factory=dict)  # by expert
     fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its size and ends
-    device: str = ""
-    dtype: str = ""
-    attention: str = ""
-    memory: dict[str, int] = field(default_factory=dict)  # part -> bytes
-    processes: list[str] = field(default_factory=list)  # how several divide the work
-    jobs: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    weight_bytes: dict[str, int] = field(default_factory=dict)  # as they lie in memory, by network
+    sampling: Sampling | None = None
+    steps: tuple[Step, ...] = ()
+    jobs: tuple[Job, ...] = ()
+    preset: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def tokens(self, job: Job) -> int:
+        """Tokens of the transformer for one video."""
+        time, rows, columns = self.config.vae_stride
+        width, height = job.size
+        return ((job.frame_num - 1) // time + 1) * (height // rows // PATCH[1]) * (width // columns // PATCH[2])
 
     def lines(self) -> list[str]:
-        s = self.settings
-        preset = f", settings of {s.preset}" if s.preset else ""
-        lines = [f"{s.task} from {s.ckpt_dir}, {s.solver}, shift {s.shift:g}, {len(self.steps)} steps{preset}"]
-        lines.append(" | ".join(_step_lines(self.steps)))
+        request, sampling = self.request, self.sampling
+        lines = []
+        if sampling is not None:
+            preset = f", settings of {self.preset}" if self.preset else ""
+            lines.append(
+                f"{request.task} from {request.ckpt_dir}, {sampling.solver}, shift {sampling.shift:g}, "
+                f"{len(self.steps)} steps{preset}"
+            )
+            lines.append(" | ".join(_step_lines(self.steps)))
         for expert, loras in self.coverage.items():
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
-        lines += [f"expert {expert}: {path}" for expert, path in s.expert_files.items()]
-        residency = ", experts in host memory until needed" if s.offload_model and self.device != "cpu" else ""
-        lines.append(f"{self.device}, {self.dtype}, attention {self.attention}{residency}")
-        parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.memory.items())
+        lines += [f"expert {expert}: {path}" for expert, path in self.checkpoint.expert_files.items()]
+        residency = ", experts in host memory until needed" if self.offload and self.device.type != "cpu" else ""
+        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}{residency}")
+        parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
-        lines += self.processes
+        lines += self._process_lines()
         for job in self.jobs:
-            ratio = f" (from {job['image']})" if job["image"] else ""
-            size = f"{job['size'][0]}x{job['size'][1]}{ratio}, {job['frames']} frames, {job['tokens']:,} tokens"
-            lines.append(f"job {job['index'] + 1}: {size}, seed {job['seed']} -> {job['save_file']}")
+            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
+            extent = f"{size}, {job.frame_num} frames, {self.tokens(job):,} tokens"
+            lines.append(f"job {job.index + 1}: {extent}, seed {job.seed} -> {job.save_file}")
         return lines + [f"warning: {text}" for text in self.warnings]
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,16 +98,257 @@ class Plan:
             "steps": [asdict(step) for step in self.steps],
             "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in self.coverage.items()},
             "fingerprints": self.fingerprints,
-            "device": self.device,
-            "dtype": self.dtype,
+            "device": str(self.device),
+            "dtype": _name(self.dtype),
             "attention": self.attention,
-            "weight_bytes": self.memory,
-            "jobs": self.jobs,
-            "warnings": self.warnings,
-        }
+            "layout": str(self.layout),
+            "weight_bytes": self.weight_bytes,
+            "jobs": [
+                {
+                    "index": job.index, "size": list(job.size), "image": job.picture or None, "frames": job.frame_num,
+                    "tokens": self.tokens(job), "seed": job.seed, "save_file": str(job.save_file),
+                }
+                for job in self.jobs
+            ],
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
+    def meaning(self, job: Job) -> dict[str, Any]:
+        """What every option with a say in the video comes to for this job: equal meanings make equal videos.
+
+        An option that stands for another one (a prompt file, `--seconds`) is told by that one's value.
+        """
+        assert self.sampling is not None, "a plan with jobs has a sampling"
+        sampling = self.sampling
+        digest = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image else None
+        comes_to = {
+            "prompt": job.prompt, "negative_prompt": job.negative_prompt, "image": digest,
+            "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
+            "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
+            "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],
+            "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
+            "noise_device": self.noise_device.type, "device": self.device.type, "dtype": _name(self.dtype),
+        }  # fmt: skip
+        told = {name: getattr(self.request, name) for name, row in OPTIONS.items() if row.scope is VIDEO}
+        told |= comes_to
+        return {name: value for name, value in told.items() if not OPTIONS[name].into}
+
+    def _weights(self) -> dict[str, Any]:
+        """What the weights are, by their contents: where the files lie does not count."""
+        found = self.checkpoint.weight_files()
+        parts: dict[str, Any] = {name: [self.fingerprints[str(f)] for f in files] for name, files in found.items()}
+        for expert, loras in self.loras.items():
+            parts[f"{expert} LoRAs"] = [
+                [*(self.fingerprints[str(file)] for file in lora.store.files), lora.strength, lora.assumed_alpha]
+                for lora in loras
+            ]
+        return parts
+
+    def _process_lines(self) -> list[str]:
+        """How several processes divide the work, and what that costs."""
+        layout, request = self.layout, self.request
+        if layout.world == 1 or not self.jobs:
+            return []
+        model, store = next(iter(self.checkpoint.experts.values()))
+        experts = [f"{name} expert" for name in self.checkpoint.experts]
+        sharded = (experts if request.dit_fsdp else []) + (["text encoder"] if request.t5_fsdp else [])
+        ffn_dim, dim = store.shapes["blocks.0.ffn.0.weight"]
+        sizes = self.weight_bytes.items()
+        return plan_lines(
+            layout,
+            Network(dim, ffn_dim, model.num_heads, len(model.blocks)),
+            tokens=max(map(self.tokens, self.jobs)),
+            jobs=len(self.jobs),
+            element_bytes=self.dtype.itemsize,
+            weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},
+            sharded_bytes=max(self.weight_bytes[name] for name in experts) if request.dit_fsdp else 0,
+        )
 
 
-def _step_lines(steps: list[Step]) -> list[str]:
+def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
+    """Everything that can be known before a weight is read. InputError with all problems."""
+    checks = Check()
+    checks.attempt(check_encoder)
+    generate = outcome if isinstance(outcome, Generate) else None
+    if generate:
+        _check_disk(generate.jobs, checks)
+    download = not outcome.request.dry_run
+    folder = checks.attempt(lambda: fetch(outcome.weights.ckpt_dir, outcome.config, download=download))
+    weights = replace(outcome.weights, ckpt_dir=folder or outcome.weights.ckpt_dir)
+    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if folder else None
+    checks.stop()
+    assert plan is not None, "without problems there is a plan"
+    if generate is None:
+        return replace(plan, warnings=(*outcome.warnings, *plan.warnings))
+    steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
+    return replace(
+        plan,
+        sampling=generate.sampling,
+        steps=tuple(steps),
+        jobs=generate.jobs,
+        preset=weights.release.name if weights.release else None,
+        warnings=(*outcome.warnings, *plan.warnings),
+    )
+
+
+def open_plan(
+    request: Request,
+    config: EasyDict,
+    weights: Weights,
+    runtime: Runtime,
+    checks: Check,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> Plan:
+    """The part of a plan that tells of networks and machine; what is wrong goes to `checks`.
+
+    dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
+    """
+    device = checks.attempt(lambda: compute_device(request.device)) or torch.device("cpu")
+    if dtypes is None:
+        fp32 = request.dtype == "fp32" or (request.dtype == "auto" and device.type == "cpu")
+        wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
+        dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
+    checkpoint = Checkpoint(weights.ckpt_dir, request.task, config, dict(weights.expert_files))
+    checks.attempt(checkpoint.raise_problems)
+    for problem in flag_conflicts(
+        ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
+        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode,
+    ):  # fmt: skip
+        checks.problem(problem)
+    loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
+    attention, layout = request.attention, Layout()
+    if checkpoint.experts:
+        model, _ = next(iter(checkpoint.experts.values()))
+        sharded = request.dit_fsdp or request.t5_fsdp
+        layout = checks.attempt(
+            lambda: layout_for(runtime, device, model.num_heads, request.ulysses_size, request.ring_size, sharded)
+        ) or Layout(runtime.team.size)
+        attention = checks.attempt(lambda: _choose_attention(request.attention, device, dtypes[0], model)) or attention
+    return Plan(
+        request=request,
+        config=config,
+        checkpoint=checkpoint,
+        device=device,
+        text_device=torch.device("cpu") if request.t5_cpu else device,
+        noise_device=device if request.noise_device == "auto" else torch.device(request.noise_device),
+        dtype=dtypes[0],
+        text_dtype=dtypes[1],
+        attention=attention,
+        layout=layout,
+        loras=loras,
+        lora_mode=weights.lora_mode,
+        offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
+        coverage=coverage,
+        fingerprints=_fingerprints(checkpoint, loras),
+        weight_bytes=_weight_bytes(checkpoint, dtypes[0], request.convert_model_dtype),
+        warnings=tuple(warnings),
+    )
+
+
+def compute_device(name: str) -> torch.device:
+    """The device of `--device`, a GPU with its number; "auto" is CUDA where there is one, else the CPU.
+
+    InputError if it is not there, and for "auto" if a GPU is there that PyTorch cannot use: a run on the CPU takes
+    days, so it must be asked for.
+    """
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        if not usable["cuda"] and Path("/proc/driver/nvidia/version").exists():
+            raise InputError(
+                f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {_why_no_cuda()}; "
+                "mend that, or give --device cpu (slow)"
+            )
+        name = "cuda" if usable["cuda"] else "cpu"
+    device = torch.device(name)
+    if not usable.get(device.type):
+        there = ", ".join(kind for kind, can in usable.items() if can)
+        reason = f" ({_why_no_cuda()})" if device.type == "cuda" else ""
+        raise InputError(f"--device {name}: there is no such device here{reason}; usable: auto, {there}")
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.index >= count:
+        there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
+        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
+    try:
+        torch.cuda.set_device(device)  # streams and events made without naming a device belong to this one
+        torch.cuda.mem_get_info(device)
+    except RuntimeError as e:
+        raise InputError(f"--device {name}: the GPU cannot be used: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def _why_no_cuda() -> str:
+    """PyTorch's own words: no driver, one that is too old, a build without CUDA, no visible GPU."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        return str(e).splitlines()[0].rstrip(".")
+    return "PyTorch sees no GPU"
+
+
+def _choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> str:
+    try:
+        return choose(name, device, dtype, model.num_heads, model.head_width)
+    except ValueError as e:
+        raise InputError(str(e)) from e
+
+
+def _open_loras(
+    request: Request, weights: Weights, checkpoint: Checkpoint, checks: Check
+) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
+    """(LoRAs and what they do, by expert; warnings). Headers only."""
+    loras: dict[str, list[Lora]] = {}
+    coverage: dict[str, list[Coverage]] = {}
+    warnings: list[str] = []
+    for choice in weights.loras:
+        lora = checks.attempt(
+            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert)  # type: ignore[misc]
+        )
+        if lora is None or choice.expert not in checkpoint.experts:
+            continue
+        shapes = checkpoint.experts[choice.expert][1].shapes
+        base = checkpoint.expert_files.get(choice.expert, checkpoint.folder)
+        twice = distilled_twice(base, lora.path)
+        if twice and not request.lora_allow_partial:
+            checks.problem(f"{twice}; --lora_allow_partial does it all the same")
+        found = checks.attempt(
+            lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
+                lora, shapes, expert=expert, allow_partial=request.lora_allow_partial
+            )
+        )
+        if found:
+            loras.setdefault(choice.expert, []).append(lora)
+            coverage.setdefault(choice.expert, []).append(found)
+            warnings += found.warnings
+    return loras, coverage, warnings
+
+
+def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
+    files = [file for part in checkpoint.weight_files().values() for file in part]
+    files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
+    return {str(file): _fingerprint(file) for file in dict.fromkeys(files)}
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool) -> dict[str, int]:
+    dtype_of = parameter_dtypes(dtype, convert_all)
+    sizes = {
+        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
+        for name, (module, _) in checkpoint.experts.items()
+    }
+    if checkpoint.text_encoder:
+        sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtype.itemsize
+    if checkpoint.vae:
+        sizes["VAE"] = sum(p.numel() for p in checkpoint.vae[0].parameters()) * torch.float32.itemsize
+    return sizes
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _step_lines(steps: tuple[Step, ...]) -> list[str]:
     """`step 1 t=1000.0 high cfg 1`; of a long plan, one entry for each run of steps that differ in their time alone."""
     if len(steps) <= MOST_STEPS_SHOWN:
         return [f"step {number} {step}" for number, step in enumerate(steps, 1)]
@@ -101,121 +361,6 @@ def _step_lines(steps: list[Step]) -> list[str]:
     return lines
 
 
-class _Problems(list[str]):
-    def attempt(self, work: Callable[[], Found]) -> Found | None:
-        """`work()`, or None if it finds the input bad: its problems join the list."""
-        try:
-            return work()
-        except InputError as e:
-            self.extend(e.problems)
-        except LoraError as e:
-            self.append(str(e))
-        return None
-
-
-def preflight(run: Run, processes: int = 1) -> Plan:
-    """Check everything that needs no weight and say what will happen. InputError with all problems."""
-    problems, s = _Problems(), run.settings
-    config = copy.deepcopy(WAN_CONFIGS[s.task])
-    plan = Plan(s, warnings=list(run.warnings))
-    problems.attempt(check_encoder)
-    device = problems.attempt(lambda: compute_device(s.device))
-    if device:
-        plan.device = str(device)
-        fp32 = s.dtype == "fp32" or (s.dtype == "auto" and device.type == "cpu")
-        plan.dtype = "float32" if fp32 else str(as_dtype(config.param_dtype)).removeprefix("torch.")
-    plan.steps = plan_steps(make_schedule(s).timesteps, s, config.boundary)
-    _check_lora_steps(s, plan.steps, problems)
-    folder = problems.attempt(lambda: fetch(s.ckpt_dir, config, download=not run.request.get("dry_run")))
-    if folder:
-        checkpoint = Checkpoint(folder, s.task, config, s.expert_files)
-        problems.extend(checkpoint.problems)
-        _add_loras(plan, checkpoint, problems)
-        _add_weights(plan, checkpoint, config)
-        if device and checkpoint.experts:
-            model, _ = next(iter(checkpoint.experts.values()))
-            dtype = as_dtype(plan.dtype)
-            chosen = problems.attempt(lambda: choose_attention(s.attention, device, dtype, model))
-            plan.attention = chosen or ""
-    for job in run.jobs:
-        described = problems.attempt(lambda job=job: _describe(job, s.task, config))  # type: ignore[misc]
-        plan.jobs += [described] if described else []
-    if folder and checkpoint.experts:
-        _add_processes(plan, checkpoint, processes, problems)
-    _check_disk(plan, problems)
-    if problems:
-        raise InputError(problems)
-    return plan
-
-
-def _check_lora_steps(settings: Settings, steps: list[Step], problems: list[str]) -> None:
-    if settings.lora_mode == "merge" and any(step.lora != 1.0 for step in steps):
-        problems.append(
-            f"--preset {settings.preset} changes the LoRA's strength between steps, which a merged LoRA cannot: "
-            "add --lora_mode adapter"
-        )
-
-
-def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
-    loras = problems.attempt(lambda: open_loras(plan.settings)) or {}
-    for expert, (_, store) in checkpoint.experts.items():
-        for lora in loras.get(expert, []):
-            twice = distilled_twice(plan.settings.expert_files.get(expert, checkpoint.folder), lora.path)
-            if twice and not plan.settings.lora_allow_partial:
-                problems.append(f"{twice}; --lora_allow_partial does it all the same")
-            found = problems.attempt(
-                lambda lora=lora, store=store, expert=expert: check(  # type: ignore[misc]
-                    lora, store.shapes, expert=expert, allow_partial=plan.settings.lora_allow_partial
-                )
-            )
-            if found:
-                plan.coverage.setdefault(expert, []).append(found)
-                plan.warnings += found.warnings
-                plan.fingerprints |= {str(file): _fingerprint(file) for file in lora.store.files}
-
-
-def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
-    """Bytes of the weights as they will lie in memory, and the files' hashes."""
-    dtype = as_dtype(plan.dtype or config.param_dtype)
-    dtype_of = parameter_dtypes(dtype, plan.settings.convert_model_dtype)
-    for name, (module, store) in checkpoint.experts.items():
-        plan.memory[f"{name} expert"] = sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
-        plan.fingerprints |= {str(file): _fingerprint(file) for file in store.files}
-    for name, part, width in (
-        ("text encoder", checkpoint.text_encoder, dtype.itemsize),
-        ("VAE", checkpoint.vae, torch.float32.itemsize),
-    ):
-        if part:
-            plan.memory[name] = sum(p.numel() for p in part[0].parameters()) * width
-            plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].path)
-
-
-def _add_processes(plan: Plan, checkpoint: Checkpoint, processes: int, problems: _Problems) -> None:
-    """Whether the model can be divided over the processes as asked, and what that costs."""
-    s, (model, store) = plan.settings, next(iter(checkpoint.experts.values()))
-    layout = Layout(processes, s.ulysses_size, s.ring_size)
-    found = layout_problems(layout, model.num_heads, s.dit_fsdp or s.t5_fsdp)
-    found += flag_conflicts(
-        ring=s.ring_size, attention=s.attention, t5_fsdp=s.t5_fsdp, t5_cpu=s.t5_cpu, dit_fsdp=s.dit_fsdp,
-        lora_mode=s.lora_mode,
-    )  # fmt: skip
-    problems.extend(found)
-    if found or processes == 1 or not plan.jobs:
-        return
-    experts = [f"{name} expert" for name in checkpoint.experts]
-    sharded = (experts if s.dit_fsdp else []) + (["text encoder"] if s.t5_fsdp else [])
-    ffn_dim, dim = store.shapes["blocks.0.ffn.0.weight"]
-    plan.processes = plan_lines(
-        layout,
-        Network(dim, ffn_dim, model.num_heads, len(model.blocks)),
-        tokens=max(job["tokens"] for job in plan.jobs),
-        jobs=len(plan.jobs),
-        element_bytes=as_dtype(plan.dtype).itemsize,
-        weights={name: size // layout.sequence if name in sharded else size for name, size in plan.memory.items()},
-        sharded_bytes=max(plan.memory[name] for name in experts) if s.dit_fsdp else 0,
-    )
-
-
 def _fingerprint(path: Path) -> str:
     """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
     with path.open("rb") as file:
@@ -225,31 +370,15 @@ def _fingerprint(path: Path) -> str:
         return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
-def _describe(job: Job, task: str, config: EasyDict) -> dict[str, Any]:
-    image = open_image(job.image) if job.image else None
-    width, height = TASKS[task].video_size(image, job.size)
-    time, rows, columns = config.vae_stride
-    tokens = ((job.frame_num - 1) // time + 1) * (height // rows // PATCH[1]) * (width // columns // PATCH[2])
-    return {
-        "index": job.index,
-        "size": [width, height],
-        "image": f"{image.width}x{image.height}, the area of {job.size[0]}x{job.size[1]}" if image else None,
-        "frames": job.frame_num,
-        "tokens": tokens,
-        "seed": job.seed,
-        "save_file": str(job.save_file),
-    }
-
-
-def _check_disk(plan: Plan, problems: list[str]) -> None:
+def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:
     needed: dict[Path, float] = {}
-    for job in plan.jobs:
-        folder = Path(job["save_file"]).absolute().parent
+    for job in jobs:
+        folder = job.save_file.absolute().parent
         while not folder.exists():
             folder = folder.parent
-        pixels = job["frames"] * job["size"][0] * job["size"][1]
+        pixels = job.frame_num * job.size[0] * job.size[1]
         needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
         if free < size:
-            problems.append(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")
+            checks.problem(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")

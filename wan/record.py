@@ -6,7 +6,6 @@ Nothing of the environment is written: no variables, no keys, no host names.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -18,33 +17,29 @@ from typing import TYPE_CHECKING, Any
 from lightning.errors import TensorFileError
 from lightning.tensorfile import TensorStore
 from wan import __version__
-from wan.request.settings import Job, Run
+from wan.plan import Plan
+from wan.request.settings import Job
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import peak_memory
 from wan.utils.video import VideoWriter, count_frames, read_record, replacing
 
 if TYPE_CHECKING:
     import torch
+    from easydict import EasyDict
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
-# Settings that say how the work is done; every other one changes the video.
-HOW_NOT_WHAT = {"overwrite", "resume", "on_error", "save_latents", "preview", "offload_model", "t5_cpu"}
-HOW_NOT_WHAT |= {"t5_fsdp", "dit_fsdp", "ulysses_size", "ring_size"}
-WHAT_OF_A_JOB = ("prompt", "negative_prompt", "image_sha256", "size", "frame_num", "seed")
 
 
-def describe(run: Run, job: Job, plan: dict[str, Any], pipeline: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's record as far as it is known before there is a video.
-
-    plan: of the whole run, as plain data. pipeline: `info()` of the pipeline in use.
-    """
+def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's record as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
+    whole = plan.as_dict()
     return {
         "schema": SCHEMA,
-        "request": plain(run.request),
-        "settings": plain(run.settings),
-        "job": described(job),
-        "plan": plain({**plan, "jobs": [entry for entry in plan["jobs"] if entry["index"] == job.index]}),
+        "request": plan.request.recorded(),
+        "job": plain(dataclasses.replace(job, image=job.image and job.image.absolute())),
+        "meaning": plan.meaning(job),
+        "plan": plain({**whole, "jobs": [entry for entry in whole["jobs"] if entry["index"] == job.index]}),
         "pipeline": plain(pipeline),
         "versions": versions(),
     }
@@ -63,28 +58,24 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
     }
 
 
-def found_at_place(run: Run, job: Job, plan: dict[str, Any]) -> str:
-    """What lies at `job.save_file`: "nothing", "whole" (this very video), "damaged" (this one, cut off) or "other"."""
+def found_at_place(plan: Plan, job: Job) -> tuple[str, str]:
+    """What lies at `job.save_file`, and what differs.
+
+    "nothing", "whole" (this very video), "damaged" (this one, cut off) or "other": another video or another file.
+    """
     if not job.save_file.exists():
-        return "nothing"
-    wanted = essence(describe(run, job, plan, {}))
+        return "nothing", ""
     # a video that was cut off in its index may still have its record beside it
     for source in (job.save_file, job.save_file.with_suffix(".json")):
         try:
-            found = essence(read_record(source))
+            found = read_record(source)["meaning"]
+            differences = [f"--{name}" for name, value in plan.meaning(job).items() if found.get(name) != plain(value)]
         except (WanError, KeyError, TypeError, AttributeError):
             continue  # not a record of ours: the next source, or "other"
-        if found != wanted:
-            return "other"
-        return "whole" if count_frames(job.save_file) == job.frame_num else "damaged"
-    return "other"
-
-
-def essence(record: dict[str, Any]) -> dict[str, Any]:
-    """What decides how the video looks. KeyError, TypeError or AttributeError if this is no record."""
-    settings = {name: value for name, value in record["settings"].items() if name not in HOW_NOT_WHAT}
-    job = {name: record["job"][name] for name in WHAT_OF_A_JOB}
-    return {"settings": settings, "job": job, "weights": record["plan"]["fingerprints"]}
+        if differences:
+            return "other", ", ".join(differences)
+        return ("whole" if count_frames(job.save_file) == job.frame_num else "damaged"), ""
+    return "other", ""
 
 
 def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> None:
@@ -96,23 +87,21 @@ def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> No
         part.write_bytes(data)
 
 
-def read_latents(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(latent [C, T, h, w], the record kept with it). InputError for any other file."""
+def read_latents(path: Path, config: EasyDict) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(latent [C, T, h, w], the record kept with it). InputError for any other file, and for another task's latents."""
     try:
         store = TensorStore.open(path)
         latent, record = store.read("latent"), json.loads(store.metadata["record"])
-        if latent.ndim != 4 or record["schema"] != SCHEMA:
-            raise ValueError(f"shape {tuple(latent.shape)}, schema {record['schema']}")
+        made_for, schema = record["job"] and record["meaning"]["task"], record["schema"]
+        if latent.ndim != 4 or schema != SCHEMA:
+            raise ValueError(f"shape {tuple(latent.shape)}, schema {schema}")
     except FileNotFoundError:
         raise InputError(f"--decode_latents {path}: no such file") from None
-    except (TensorFileError, OSError, ValueError, KeyError, TypeError) as e:
+    except (TensorFileError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"--decode_latents {path}: not latents that a run kept (.latents.safetensors)") from e
+    if made_for != config.name:
+        raise InputError(f"--decode_latents {path}: made with --task {made_for}, not {config.name}")
     return latent, record
-
-
-def described(job: Job) -> dict[str, Any]:
-    digest = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image else None
-    return {**plain(job), "image_sha256": digest}
 
 
 def versions() -> dict[str, str]:

@@ -10,45 +10,56 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wan.distributed.runtime import Runtime
+from wan.image2video import ImageToVideo
 from wan.pipeline import Pipeline
 from wan.plan import Plan
 from wan.record import completed, describe, found_at_place, read_latents, save_latents
-from wan.request.settings import Job, Run, Settings
+from wan.request.options import Request
+from wan.request.settings import Job
+from wan.text2video import TextToVideo
+from wan.textimage2video import TextImageToVideo
 from wan.utils.errors import InputError, JobError, WanError
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter, save_contact_sheet
 
+PIPELINES: dict[str, type[Pipeline]] = {
+    "t2v-A14B": TextToVideo,
+    "i2v-A14B": ImageToVideo,
+    "ti2v-5B": TextImageToVideo,
+}
 ALONE = Runtime()
 # Their message says enough; anything else that stops a job is a bug and keeps its traceback.
 EXPECTED = (WanError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
+def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
+    """The pipeline of the plan's task; its networks are not loaded yet."""
+    return PIPELINES[plan.request.task](plan, progress, runtime)
+
+
 def run_jobs(
-    run: Run,
     plan: Plan,
     progress: Progress,
-    load: Callable[[Settings, Progress], Pipeline] | None = None,
     runtime: Runtime = ALONE,
+    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
 ) -> int:
-    """Make every video of `run` that is not there yet; the number of jobs that failed, of all processes.
+    """Make every video of `plan` that is not there yet; the number of jobs that failed, of all processes.
 
-    A failed job is reported and the others go on, unless `on_error` is "stop". load: opens the models; default
-    `Pipeline`. InputError, before anything is made: a file is in the way, or the models cannot be loaded.
+    A failed job is reported and the others go on, unless `on_error` is "stop". load: makes the pipeline.
+    InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
-    facts, world = plan.as_dict(), runtime.team
-    jobs = world.from_first(lambda: jobs_to_do(run, facts, progress))
+    world = runtime.team
+    jobs = world.from_first(lambda: jobs_to_do(plan, progress))
     failures: list[str] = []
     saved = 0
     if jobs:
-        opened = load or partial(Pipeline, runtime=runtime)
-        pipe = world.agree(lambda: opened(run.settings, progress))
+        pipe = world.agree(lambda: load(plan, progress, runtime))
         mine = pipe.parallel.share(jobs)
         texts = [text for job in mine for text in pipe.texts(job)]
         world.agree(lambda: pipe.load_text_encoder() if texts else None)
@@ -59,17 +70,17 @@ def run_jobs(
         for job in mine:
             if pipe.parallel.team.from_first(runtime.has_stopped):
                 break
-            progress.say(f"video {job.index + 1} of {len(run.jobs)}: {job.save_file}")
+            progress.say(f"video {job.index + 1} of {len(plan.jobs)}: {job.save_file}")
             try:
-                _make(run, job, facts, pipe, progress, shared)
+                _make(plan, job, pipe, progress, shared)
                 saved += 1
             except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
                 failures.append(_report(job, error, progress))
-                if run.settings.on_error == "stop":
+                if plan.request.on_error == "stop":
                     runtime.stop()
                     break
         saved, failures = _of_all(pipe, saved, failures)
-    _sum_up(run, saved, len(jobs), failures, progress)
+    _sum_up(len(plan.jobs), saved, len(jobs), failures, progress)
     return len(failures)
 
 
@@ -81,26 +92,24 @@ def _of_all(pipe: Pipeline, saved: int, failures: list[str]) -> tuple[int, list[
 
 
 def decode_only(
-    settings: Settings,
+    plan: Plan,
     latents_file: Path,
     save_file: Path,
     progress: Progress,
-    load: Callable[[Settings, Progress], Pipeline] | None = None,
     runtime: Runtime = ALONE,
+    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
 ) -> None:
     """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
-    world = runtime.team
-    latent, record = world.agree(lambda: read_latents(latents_file))
-    if (made_for := record["settings"]["task"]) != settings.task:
-        raise InputError(f"--decode_latents {latents_file}: made with --task {made_for}, not {settings.task}")
-    world.from_first(lambda: _check_file(settings, save_file))
-    opened = load or partial(Pipeline, runtime=runtime)
-    pipe = world.agree(lambda: opened(settings, progress))
+    world, request = runtime.team, plan.request
+    latent, record = world.agree(lambda: read_latents(latents_file, plan.config))
+    world.from_first(lambda: _check_file(request.overwrite, save_file))
+    pipe = world.agree(lambda: load(plan, progress, runtime))
     if pipe.parallel.mesh.data_rank:
         return  # one video is one group's work
+    pipe.parallel.team.agree(pipe.load_vae)
     try:
-        frames = _save_video(pipe, latent, save_file, settings, record, progress, {})
-        if settings.preview:
+        frames = _save_video(pipe, latent, save_file, record, progress, {})
+        if request.preview:
             pipe.parallel.team.from_first(lambda: save_contact_sheet(save_file, frames))
     except (OSError, torch.OutOfMemoryError) as e:
         raise JobError(f"{save_file}: {_reason(e)}; {latents_file} is as it was") from e
@@ -108,20 +117,20 @@ def decode_only(
     progress.say(progress.table())
 
 
-def jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
+def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
-    settings = run.settings
-    trouble = "was made with other settings" if settings.resume else "exists already"
+    request = plan.request
     todo, problems = [], []
-    for job in run.jobs:
-        if settings.resume:
-            found = found_at_place(run, job, plan)
+    for job in plan.jobs:
+        if request.resume:
+            found, differing = found_at_place(plan, job)
+            trouble = "was made with other settings" + (f" ({differing})" if differing else "")
         else:
-            found = "other" if job.save_file.exists() else "nothing"
+            found, trouble = ("other" if job.save_file.exists() else "nothing"), "exists already"
         if found == "whole":
-            progress.say(f"video {job.index + 1} of {len(run.jobs)} is there already: {job.save_file}")
+            progress.say(f"video {job.index + 1} of {len(plan.jobs)} is there already: {job.save_file}")
             continue
-        if found == "other" and not settings.overwrite:
+        if found == "other" and not request.overwrite:
             problems.append(f"{job.save_file}: {trouble}; --overwrite replaces it")
         todo.append(job)
     if problems:
@@ -129,40 +138,38 @@ def jobs_to_do(run: Run, plan: dict[str, Any], progress: Progress) -> list[Job]:
     return todo
 
 
-def _make(
-    run: Run, job: Job, plan: dict[str, Any], pipe: Pipeline, progress: Progress, shared: dict[str, float]
-) -> None:
+def _make(plan: Plan, job: Job, pipe: Pipeline, progress: Progress, shared: dict[str, float]) -> None:
     """One job, start to end. shared: seconds by stage that all jobs share (loading, texts).
 
     Of the processes that make it together, the first one alone writes files; all of them see the same errors.
     """
-    settings, team = run.settings, pipe.parallel.team
+    team = pipe.parallel.team
     earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
     team.from_first(lambda: _check_place(job.save_file))
-    record = team.from_first(lambda: describe(run, job, plan, pipe.info()))
-    latent = pipe.sample(job)
+    record = team.from_first(lambda: describe(plan, job, pipe.info()))
+    latent = pipe.sample_job(job)
     # before decoding: not even a killed process loses the steps
     kept = team.from_first(lambda: _keep(job.save_file, latent, record, progress))
     try:
-        frames = _save_video(pipe, latent, job.save_file, settings, record, progress, earlier)
+        frames = _save_video(pipe, latent, job.save_file, record, progress, earlier)
     except BaseException as error:
-        hint = _how_to_finish(settings, job.save_file, kept, error)
+        hint = _how_to_finish(plan.request, job.save_file, kept, error)
         error.add_note(hint)
         if not isinstance(error, Exception):  # interrupted: nobody reports it later
             progress.say(hint)
         raise
     progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
-    team.from_first(lambda: _tidy(settings, job, kept, frames, progress))
+    team.from_first(lambda: _tidy(plan.request, job, kept, frames, progress))
 
 
-def _tidy(settings: Settings, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
+def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
     """What is left to do beside a finished video."""
-    if kept and not settings.save_latents:
+    if kept and not request.save_latents:
         kept.unlink()
-    if settings.save_latents and kept != _latents_beside(job.save_file):
+    if request.save_latents and kept != _latents_beside(job.save_file):
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
     written = [job.save_file, job.save_file.with_suffix(".json")]
-    if settings.preview:
+    if request.preview:
         written.append(save_contact_sheet(job.save_file, frames))
     progress.say(f"saved {', '.join(map(str, written))}")
 
@@ -171,7 +178,6 @@ def _save_video(
     pipe: Pipeline,
     latent: torch.Tensor,
     path: Path,
-    settings: Settings,
     record: dict[str, Any],
     progress: Progress,
     earlier: dict[str, float],
@@ -180,8 +186,7 @@ def _save_video(
 
     earlier: seconds by stage that are not this video's.
     """
-
-    team = pipe.parallel.team
+    team, tiling = pipe.parallel.team, pipe.plan.request.vae_tiling
 
     def attempt(tiled: bool) -> int:
         # closed at once where writing fails: the other processes' part of the frames must still be taken
@@ -189,7 +194,7 @@ def _save_video(
             return write(chunks) if team.first else sum(chunk.shape[1] for chunk in chunks)
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.fps) as video:
+        with VideoWriter(path, pipe.plan.config.sample_fps) as video:
             with progress.stage("decode", unit="frame"):
                 for chunk in chunks:
                     if not chunk.isfinite().all():
@@ -202,9 +207,9 @@ def _save_video(
         return video.frames
 
     try:
-        return team.agree(lambda: attempt(settings.vae_tiling))
+        return team.agree(lambda: attempt(tiling))
     except torch.OutOfMemoryError:
-        if settings.vae_tiling:
+        if tiling:
             raise
     # Out here the failed attempt's tensors are no longer held by the exception.
     progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
@@ -213,8 +218,8 @@ def _save_video(
     return team.agree(lambda: attempt(True))
 
 
-def _check_file(settings: Settings, save_file: Path) -> None:
-    if save_file.exists() and not settings.overwrite:
+def _check_file(overwrite: bool, save_file: Path) -> None:
+    if save_file.exists() and not overwrite:
         raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
     _check_place(save_file)
 
@@ -245,17 +250,17 @@ def _latents_beside(save_file: Path) -> Path:
     return save_file.with_name(f"{save_file.stem}.latents.safetensors")
 
 
-def _how_to_finish(settings: Settings, save_file: Path, kept: Path | None, error: BaseException) -> str:
+def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
     """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
     if kept is None:
         return "and the finished latents could not be kept"
-    device = "cpu" if isinstance(error, torch.OutOfMemoryError) else settings.device
-    words = ["python", "generate.py", "--task", settings.task, "--ckpt_dir", settings.ckpt_dir]
+    device = "cpu" if isinstance(error, torch.OutOfMemoryError) else request.device
+    words: list[object] = ["python", "generate.py", "--task", request.task, "--ckpt_dir", request.ckpt_dir]
     words += ["--decode_latents", kept, "--save_file", save_file]
     words += [] if device == "auto" else ["--device", device]
-    words += [] if settings.dtype == "auto" else ["--dtype", settings.dtype]
-    words += ["--vae_tiling"] if settings.vae_tiling else []
-    words += ["--overwrite"] if settings.overwrite else []
+    words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
+    words += ["--vae_tiling"] if request.vae_tiling else []
+    words += ["--overwrite"] if request.overwrite else []
     return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"
 
 
@@ -276,15 +281,15 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 
-def _sum_up(run: Run, saved: int, tried: int, failures: list[str], progress: Progress) -> None:
+def _sum_up(jobs: int, saved: int, tried: int, failures: list[str], progress: Progress) -> None:
     counts = {
         "saved": saved,
-        "there already": len(run.jobs) - tried,
+        "there already": jobs - tried,
         "failed": len(failures),
         "not tried": tried - saved - len(failures),
     }
     progress.say(progress.table())
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
-    if len(run.jobs) > 1:
+    if jobs > 1:
         for sentence in failures:
             progress.say(f"  {sentence}")

@@ -3,16 +3,21 @@
 from PIL import Image
 from torch import Tensor
 
-from wan.task import Start, VideoTask
+from wan.original import Original
+from wan.pipeline import Pipeline, Start
 
 
-class WanT2V(VideoTask):
+class TextToVideo(Pipeline):
     """Wan2.2-T2V-A14B."""
-
-    name = "t2v-A14B"
 
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         return Start(self.latent_shape(size, frames))
+
+
+class WanT2V(Original, TextToVideo):
+    """The original's class."""
+
+    task = "t2v-A14B"
 
     def generate(
         self,

@@ -4,27 +4,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.task import Start, VideoTask
-from wan.utils.images import ti2v_size, ti2v_tensor
+from wan.original import Original
+from wan.pipeline import Pipeline, Start
+from wan.utils.images import ti2v_tensor
 
 
-class WanTI2V(VideoTask):
+class TextImageToVideo(Pipeline):
     """Wan2.2-TI2V-5B."""
 
-    name = "ti2v-5B"
-
-    @staticmethod
-    def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
-        """With an image its ratio and at most `size`'s area, without one `size`."""
-        return ti2v_size(image.width, image.height, size[0] * size[1]) if image else size
-
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        size = self.video_size(image, size)
+        shape = self.latent_shape(size, frames)
         if image is None:
-            return Start(self.latent_shape(size, frames))
+            return Start(shape)
         with self.progress.stage("image"), torch.no_grad():
-            first_frame = self.vae.encode(ti2v_tensor(image, size)[:, None].to(self.device))
-        return Start(self.latent_shape(size, frames), first_frame=first_frame)
+            first_frame = self.load_vae().encode(ti2v_tensor(image, size)[:, None].to(self.plan.device))
+        return Start(shape, first_frame=first_frame)
+
+
+class WanTI2V(Original, TextImageToVideo):
+    """The original's class."""
+
+    task = "ti2v-5B"
 
     def generate(
         self,

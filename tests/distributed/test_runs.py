@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 
 import generate
 import wan.distributed.fsdp
-import wan.task
+import wan.pipeline
 from tests.distributed.ranks import launched, run_ranks
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
-from wan.plan import preflight
+from wan.plan import make_plan
 from wan.request.resolve import resolve
-from wan.request.settings import Request
+from wan.request.settings import Generate
 from wan.run import run_jobs
 from wan.utils.progress import Progress
 
@@ -105,17 +105,17 @@ def test_two_jobs_for_three_processes_and_one_random_seed(tmp_path: Path) -> Non
 def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "continue") -> int:
     """Image-to-video jobs, of which the second one's image has gone since it was checked."""
     image = str(TINY / "input.png")
-    request = Request(
-        task="i2v-A14B", ckpt_dir=str(checkpoint("i2v-A14B")), lora_dir=str(lora_dir("i2v-A14B")), size="64*48",
-        frame_num=5, prompt="a cat", image=image, num_videos=5, base_seed=1, save_dir=str(folder), ulysses_size=2,
-        on_error=on_error,
-    )  # fmt: skip
-    run = resolve(request)
-    plan = preflight(run, runtime.team.size)
-    broken = replace(run.jobs[1], image=folder / "gone.png")
-    run = replace(run, jobs=(run.jobs[0], broken, *run.jobs[2:]))
-    progress = Progress(quiet=not runtime.team.first)
-    return run_jobs(run, plan, progress, runtime=runtime)
+    given = {
+        "task": "i2v-A14B", "ckpt_dir": str(checkpoint("i2v-A14B")), "lora_dir": str(lora_dir("i2v-A14B")),
+        "size": "64*48", "frame_num": 5, "prompt": "a cat", "image": image, "num_videos": 5, "base_seed": 1,
+        "save_dir": str(folder), "ulysses_size": 2, "on_error": on_error,
+    }  # fmt: skip
+    outcome = resolve(given)
+    assert isinstance(outcome, Generate)
+    plan = make_plan(outcome, runtime)
+    broken = replace(plan.jobs[1], image=folder / "gone.png")
+    plan = replace(plan, jobs=(plan.jobs[0], broken, *plan.jobs[2:]))
+    return run_jobs(plan, Progress(quiet=not runtime.team.first), runtime)
 
 
 def test_a_bad_row_fails_its_own_job_only(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def failing(where: str, how: str, words: list[str]) -> int:
     rank = 3
     places: dict[str, tuple[Any, str]] = {
         "load": (wan.distributed.fsdp, "finished"),
-        "step": (wan.task, "denoise"),
+        "step": (wan.pipeline, "denoise"),
         "decode": (SplitVAE, "_gather"),
     }
     owner, name = places[where]

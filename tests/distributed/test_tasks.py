@@ -14,11 +14,12 @@ from tests.distributed.ranks import run_ranks
 from tests.support import CASES, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES, END_TO_END, STAGE, image_of
 from wan.distributed.runtime import Runtime
+from wan.original import Original
 from wan.request.settings import Sampling
-from wan.task import VideoTask
+from wan.utils.images import video_size
 
 
-def open_task(case: dict, runtime: Runtime, ulysses: int = 1, ring: int = 1, fsdp: bool = False) -> VideoTask:
+def open_task(case: dict, runtime: Runtime, ulysses: int = 1, ring: int = 1, fsdp: bool = False) -> Original:
     task = case["task"]
     return CLASSES[task](
         config_of(task), checkpoint(task), lora_dir=lora_dir(task) if case["lora"] else None, t5_fsdp=fsdp,
@@ -26,21 +27,22 @@ def open_task(case: dict, runtime: Runtime, ulysses: int = 1, ring: int = 1, fsd
     )  # fmt: skip
 
 
-def make(case: dict, task: VideoTask) -> tuple[Tensor, Tensor | None]:
+def make(case: dict, task: Original) -> tuple[Tensor, Tensor | None]:
     """(latent, video or None)."""
     given, image = case["args"], image_of(case)
     scale = given["guide_scale"]
     guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
     sampling = Sampling(given["sample_solver"], given["sampling_steps"], given["shift"], guidance)
-    size = (given["max_area"], 1) if image else tuple(given["size"])
-    negative = task.config.sample_neg_prompt
+    config = task.plan.config
+    size = tuple(given["size"]) if image is None else video_size(config.image_fit, image.size, (given["max_area"], 1))
+    negative = config.sample_neg_prompt
     latent = task.sample(case["prompt"], negative, image, size, given["frame_num"], given["seed"], sampling)
     chunks = list(task.decode(latent))
     return latent, torch.cat(chunks, 1) if chunks else None
 
 
 @cache
-def open_alone(name: str) -> VideoTask:
+def open_alone(name: str) -> Original:
     return open_task(CASES[name], Runtime())
 
 

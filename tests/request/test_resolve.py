@@ -4,15 +4,19 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from wan.configs import WAN_CONFIGS
+from wan.distributed.runtime import Runtime, Team
+from wan.plan import make_plan
 from wan.request.checks import effective_shift, shifted
+from wan.request.options import OPTIONS, Request, path, paths, real, text, truth, whole
 from wan.request.prompts import Row, read_rows, slug, write_rows
-from wan.request.resolve import ATTENTION, resolve
-from wan.request.settings import Request, Run
+from wan.request.resolve import resolve
+from wan.request.settings import Decode, Extend, Generate
 from wan.utils.errors import InputError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -27,10 +31,21 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-def run(task: str = "t2v-A14B", distilled: bool = False, **flags) -> Run:
+def asked(**flags):
+    """The outcome for these flags; None: not given."""
+    return resolve({name: value for name, value in flags.items() if value is not None})
+
+
+def run(task: str = "t2v-A14B", distilled: bool = False, **flags):
     flags = {"prompt": "a cat", "image": str(TINY / "input.png") if task == "i2v-A14B" else None} | flags
     lora_dir = str(TINY / LORAS[task]) if distilled else None
-    return resolve(Request(**{"task": task, "ckpt_dir": str(TINY / CHECKPOINTS[task]), "lora_dir": lora_dir} | flags))
+    return asked(**{"task": task, "ckpt_dir": str(TINY / CHECKPOINTS[task]), "lora_dir": lora_dir} | flags)
+
+
+def settled(made: Generate) -> SimpleNamespace:
+    """What was settled for all jobs, by name."""
+    weights = {**vars(made.weights), "preset": made.weights.release and made.weights.release.name}
+    return SimpleNamespace(**{**vars(made.request), **weights, **vars(made.sampling)})
 
 
 def problems(task: str = "t2v-A14B", distilled: bool = False, **flags) -> list[str]:
@@ -66,7 +81,7 @@ def lora_file(folder: Path, name: str) -> str:
     ],
 )
 def test_sampling_defaults(task, lora, solver, steps, shift, guidance):
-    s = run(task, lora).settings
+    s = settled(run(task, lora))
     assert (s.solver, s.steps, s.shift, s.guidance) == (solver, steps, shift, guidance)
     assert (s.timesteps, s.high_steps, s.lora_steps, s.guidance_steps) == (None, None, None, None)
 
@@ -78,16 +93,15 @@ def test_sampling_defaults(task, lora, solver, steps, shift, guidance):
 def test_other_defaults(task, size, frames):
     made = run(task)
     (job,) = made.jobs
-    assert (job.size, job.frame_num, job.negative_prompt) == (size, frames, WAN_CONFIGS[task].sample_neg_prompt)
+    assert (job.area, job.frame_num, job.negative_prompt) == (size, frames, WAN_CONFIGS[task].sample_neg_prompt)
     assert job.save_file.parent == Path("outputs")
     assert not Path("outputs").exists()
-    s = made.settings
+    s = settled(made)
     assert (s.device, s.dtype, s.attention, s.noise_device, s.lora_mode, s.on_error) == (
         *["auto"] * 4,
         "merge",
         "continue",
     )
-    assert s.offload_model is True
     assert (s.ulysses_size, s.ring_size, s.lora_alpha, s.preset) == (1, 1, None, None)
     off = ["t5_cpu", "convert_model_dtype", "vae_tiling", "t5_fsdp", "dit_fsdp", "save_latents", "preview"]
     assert not any(getattr(s, name) for name in [*off, "overwrite", "resume", "lora_allow_partial"])
@@ -95,19 +109,22 @@ def test_other_defaults(task, size, frames):
 
 
 def test_task_defaults_to_t2v():
-    made = resolve(Request(ckpt_dir=str(TINY / CHECKPOINTS["t2v-A14B"])))
-    assert made.settings.task == "t2v-A14B"
+    made = asked(ckpt_dir=str(TINY / CHECKPOINTS["t2v-A14B"]))
+    assert settled(made).task == "t2v-A14B"
     assert made.jobs[0].prompt == WAN_CONFIGS["t2v-A14B"].example_prompt
 
 
 def test_offload_is_off_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert run().settings.offload_model is False
-    assert run(offload_model=True).settings.offload_model is True
+    eight = Runtime(Team(0, 8))
+    assert make_plan(run(), eight).offload is False
+    assert make_plan(run(offload_model=True), eight).offload is True
+    monkeypatch.delenv("WORLD_SIZE")
+    assert make_plan(run(), Runtime()).offload is True
 
 
 def test_flags_win_over_defaults():
-    s = run(
+    made = run(
         distilled=True,
         sample_solver="unipc",
         sample_steps=8,
@@ -116,60 +133,62 @@ def test_flags_win_over_defaults():
         high_steps=3,
         device="cuda:1",
         offload_model=False,
-    ).settings
+    )
+    s = settled(made)
     assert (s.solver, s.steps, s.shift, s.guidance, s.high_steps) == ("unipc", 8, 3.0, (1.0, 3.5), 3)
     assert (s.device, s.offload_model) == ("cuda:1", False)
-    assert run("ti2v-5B", sample_guide_scale="4").settings.guidance == (4.0, 4.0)
+    assert settled(run("ti2v-5B", sample_guide_scale="4")).guidance == (4.0, 4.0)
 
 
 def test_attention_names_are_the_back_ends():
     from wan.modules.attention import BACKENDS
 
-    assert ("auto", *BACKENDS) == ATTENTION
+    assert ("auto", *BACKENDS) == OPTIONS["attention"].choices
 
 
 # --- distilled weights and LoRAs
 
 
 def test_lora_dir_and_strengths():
-    made = run(distilled=True, lora_strength="0.8,0.6").settings.loras
+    made = settled(run(distilled=True, lora_strength="0.8,0.6")).loras
     assert [(lora.expert, lora.path.name, lora.strength) for lora in made] == [
         ("high", "high_noise_model.safetensors", 0.8),
         ("low", "low_noise_model.safetensors", 0.6),
     ]
-    assert {lora.strength for lora in run(distilled=True, lora_strength="0.5").settings.loras} == {0.5}
-    (only,) = run("ti2v-5B", distilled=True).settings.loras
+    assert {lora.strength for lora in settled(run(distilled=True, lora_strength="0.5")).loras} == {0.5}
+    (only,) = settled(run("ti2v-5B", distilled=True)).loras
     assert (only.expert, only.path.name) == ("model", "diffusion_pytorch_model.safetensors")
 
 
 def test_plain_lora_is_not_distilled_but_a_recognised_one_is(tmp_path):
     style = lora_file(tmp_path, "style.safetensors")
     made = resolve_lora(style)
-    assert (made.settings.steps, made.settings.solver, made.settings.preset) == (40, "unipc", None)
-    assert [(lora.expert, lora.strength) for lora in made.settings.loras] == [("high", 1.0), ("low", 1.0)]
+    assert (settled(made).steps, settled(made).solver, settled(made).preset) == (40, "unipc", None)
+    assert [(lora.expert, lora.strength) for lora in settled(made).loras] == [("high", 1.0), ("low", 1.0)]
     folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-    distilled = resolve_lora(
+    made = resolve_lora(
         f"high={lora_file(folder, 'high_noise_model.safetensors')}",
         f"low={lora_file(folder, 'low_noise_model.safetensors')}:0.9",
-    ).settings
+    )
+    distilled = settled(made)
     assert (distilled.steps, distilled.solver, distilled.preset) == (4, "euler", "t2v-seko-v1.1")
     assert [(lora.expert, lora.strength) for lora in distilled.loras] == [("high", 1.0), ("low", 0.9)]
 
 
-def resolve_lora(*loras: str, task: str = "t2v-A14B", **flags) -> Run:
-    return resolve(Request(task=task, ckpt_dir=str(TINY / CHECKPOINTS[task]), prompt="a cat", lora=loras, **flags))
+def resolve_lora(*loras: str, task: str = "t2v-A14B", **flags) -> Generate:
+    return asked(task=task, ckpt_dir=str(TINY / CHECKPOINTS[task]), prompt="a cat", lora=loras, **flags)
 
 
 def test_lora_named_after_an_expert_goes_there_alone(tmp_path):
     made = resolve_lora(lora_file(tmp_path, "style_HIGH_v2.safetensors"))
-    assert [lora.expert for lora in made.settings.loras] == ["high"]
+    assert [lora.expert for lora in settled(made).loras] == ["high"]
     assert any("high-noise expert only" in warning for warning in made.warnings)
-    assert len(resolve_lora(lora_file(tmp_path, "slow_highway.safetensors")).settings.loras) == 2
+    assert len(settled(resolve_lora(lora_file(tmp_path, "slow_highway.safetensors"))).loras) == 2
 
 
 def test_lora_order_is_kept(tmp_path):
     file = lora_file(tmp_path, "a.safetensors")
-    made = resolve_lora(f"{file}:0.5", f"low={file}:-0.25", lora_dir=str(TINY / "lora-t2v")).settings.loras
+    made = settled(resolve_lora(f"{file}:0.5", f"low={file}:-0.25", lora_dir=str(TINY / "lora-t2v"))).loras
     assert [(lora.expert, lora.strength) for lora in made] == [
         ("high", 1.0),
         ("low", 1.0),
@@ -190,18 +209,18 @@ def test_colons_in_paths(tmp_path):
 
 
 def test_lora_folder(tmp_path):
-    made = resolve_lora(f"{TINY / 'lora-t2v'}:0.3").settings.loras
+    made = settled(resolve_lora(f"{TINY / 'lora-t2v'}:0.3")).loras
     assert [(lora.expert, lora.strength) for lora in made] == [("high", 0.3), ("low", 0.3)]
     peft = tmp_path / "peft"
     lora_file(peft, "adapter_model.safetensors")
     (peft / "adapter_config.json").write_text("{}")
-    assert [lora.path for lora in resolve_lora(str(peft)).settings.loras] == [peft, peft]
+    assert [lora.path for lora in settled(resolve_lora(str(peft))).loras] == [peft, peft]
 
 
 def test_expert_files(tmp_path):
     file = lora_file(tmp_path, "full.safetensors")
-    s = run(expert=(f"high={file}",)).settings
-    assert s.expert_files == {"high": Path(file)}
+    s = settled(run(expert=(f"high={file}",)))
+    assert dict(s.expert_files) == {"high": Path(file)}
     assert (s.steps, s.solver, s.guidance) == (4, "euler", (1.0, 1.0))
     assert "t2v-A14B takes high=FILE or low=FILE" in problem(expert=(file,))
     assert "ti2v-5B takes model=FILE" in problem("ti2v-5B", expert=(f"high={file}",))
@@ -210,25 +229,25 @@ def test_expert_files(tmp_path):
 
 
 def test_presets():
-    s = run(preset="t2v-seko-v1.1").settings
+    s = settled(run(preset="t2v-seko-v1.1"))
     assert (s.preset, s.steps, s.solver) == ("t2v-seko-v1.1", 4, "euler")
-    s = run("ti2v-5B", distilled=True, preset="ti2v-fastwan").settings
+    s = settled(run("ti2v-5B", distilled=True, preset="ti2v-fastwan"))
     assert (s.steps, s.timesteps) == (3, (1000.0, 757.0, 522.0))
-    s = run("ti2v-5B", distilled=True, preset="ti2v-fastwan", sample_steps=4).settings
+    s = settled(run("ti2v-5B", distilled=True, preset="ti2v-fastwan", sample_steps=4))
     assert (s.steps, s.timesteps) == (4, None)
     assert "t2v-seko-v1.1" in problem(preset="seko")
     assert "is for i2v-A14B, not for t2v-A14B" in problem(preset="i2v-seko-v1")
 
 
 def test_motion_recipe():
-    s = run(distilled=True, preset="motion-8").settings
+    s = settled(run(distilled=True, preset="motion-8"))
     assert (s.steps, s.lora_mode, s.lora_steps, s.guidance_steps) == (
         8,
         "adapter",
         (0.0, *[1.0] * 7),
         (3.5, *[1.0] * 7),
     )
-    assert run(distilled=True, preset="motion-8", sample_guide_scale="2").settings.guidance_steps is None
+    assert settled(run(distilled=True, preset="motion-8", sample_guide_scale="2")).guidance_steps is None
     assert "recipe for a distilled LoRA" in problem(preset="motion-8")
     assert "takes adapter" in problem(distilled=True, preset="motion-8", lora_mode="merge")
     assert "leave --sample_steps out" in problem(distilled=True, preset="motion-8", sample_steps=4)
@@ -367,7 +386,7 @@ def test_bad_numbers_and_words(flags, sentence):
         assert sentence in problem(task, **flags)
     else:
         with pytest.raises(InputError, match="did you mean t2v-A14B"):
-            resolve(Request(task=task))
+            asked(task=task)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +421,7 @@ def test_seconds(task, seconds, frames):
 
 
 def test_timesteps_are_final():
-    s = run(timesteps="1000,937.5,833.33,625").settings
+    s = settled(run(timesteps="1000,937.5,833.33,625"))
     assert (s.solver, s.steps, s.timesteps) == ("euler", 4, (1000.0, 937.5, 833.33, 625.0))
 
 
@@ -418,7 +437,7 @@ def test_checkpoint_folder(tmp_path):
     assert "not a folder" in problem(ckpt_dir="file")
     (tmp_path / "models").mkdir()
     assert "no such folder" in problem(ckpt_dir="models/Wan2.2-T2V-A14B")
-    assert run(ckpt_dir="Wan-AI/Wan2.2-T2V-A14B").settings.ckpt_dir == Path("Wan-AI/Wan2.2-T2V-A14B")
+    assert settled(run(ckpt_dir="Wan-AI/Wan2.2-T2V-A14B")).ckpt_dir == Path("Wan-AI/Wan2.2-T2V-A14B")
 
 
 def test_processes(monkeypatch):
@@ -426,7 +445,7 @@ def test_processes(monkeypatch):
     assert "torchrun --nproc-per-node 4 generate.py" in problem(ulysses_size=4)
     assert "--ring_size 2 needs several processes" in problem(ring_size=2)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    s = run(dit_fsdp=True, t5_fsdp=True, ulysses_size=4, ring_size=2).settings
+    s = settled(run(dit_fsdp=True, t5_fsdp=True, ulysses_size=4, ring_size=2))
     assert (s.dit_fsdp, s.t5_fsdp, s.ulysses_size, s.ring_size) == (True, True, 4, 2)
     assert "must divide the 8 processes; legal are 1, 2, 4, 8" in problem(ulysses_size=3)
     assert "must divide the 8 processes" in problem(ulysses_size=8, ring_size=2)
@@ -442,7 +461,7 @@ def write(path: Path, text: str | bytes) -> str:
     return str(path)
 
 
-def from_file(path: str, task: str = "t2v-A14B", **flags) -> Run:
+def from_file(path: str, task: str = "t2v-A14B", **flags) -> Generate:
     return run(task, prompt=None, prompt_file=path, **flags)
 
 
@@ -590,7 +609,7 @@ def test_seeds(tmp_path):
     assert [job.index for job in made.jobs] == list(range(6))
     assert run(base_seed=2**63 - 1).jobs[0].seed == 2**63 - 1
     drawn = from_file(path, base_seed=-1)
-    assert drawn.request["base_seed"] == drawn.jobs[0].seed >= 0
+    assert drawn.request.base_seed == drawn.jobs[0].seed >= 0
     assert run().jobs[0].seed != run().jobs[0].seed  # one in 2**31 that this fails
 
 
@@ -645,12 +664,10 @@ def test_folder_that_is_not_writable(tmp_path):
 def test_decode_latents(tmp_path):
     write(tmp_path / "v.latents.safetensors", "x")
     made = run(prompt=None, decode_latents="v.latents.safetensors")
-    assert made.jobs == ()
-    assert made.decode == (Path("v.latents.safetensors"), Path("v.mp4"))
-    assert run(decode_latents="v.latents.safetensors", save_file="w.mp4").decode == (
-        Path("v.latents.safetensors"),
-        Path("w.mp4"),
-    )
+    assert isinstance(made, Decode)
+    assert (made.latents, made.video) == (Path("v.latents.safetensors"), Path("v.mp4"))
+    made = run(decode_latents="v.latents.safetensors", save_file="w.mp4")
+    assert (made.latents, made.video) == (Path("v.latents.safetensors"), Path("w.mp4"))
     assert "no such file" in problem(decode_latents="absent.safetensors")
     write(tmp_path / "v.mp4", "")
     assert "v.mp4: exists already" in problem(decode_latents="v.latents.safetensors")
@@ -676,8 +693,8 @@ def test_extension_settings():
 
 def test_extend_only(tmp_path):
     made = run(extend_only="out.jsonl", ckpt_dir=None)
-    assert made.extend_only == Path("out.jsonl")
-    assert made.extend is not None
+    assert isinstance(made, Extend)
+    assert made.file == Path("out.jsonl")
     assert ".txt (prompts) or .jsonl" in problem(extend_only="out.csv")
     write(tmp_path / "out.txt", "")
     assert "exists already" in problem(extend_only="out.txt")
@@ -700,18 +717,8 @@ def test_written_rows_read_back(tmp_path):
 # --- requests as data, replay
 
 
-FULL = Request(
-    **{
-        item.name: {
-            "str | None": "text",
-            "int | None": 7,
-            "float | None": 2.5,
-            "bool | None": True,
-            "tuple[str, ...] | None": ("a", "b"),
-        }[str(item.type)]
-        for item in dataclasses.fields(Request)
-    }
-)
+SAMPLES = {text: "text", path: "x", paths: ("a", "b"), whole: 7, real: 2.5, truth: True}
+FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 
 
 @pytest.mark.parametrize("request_", [Request(), FULL, Request(lora=("a:0.5",), offload_model=False, base_seed=0)])
@@ -735,10 +742,12 @@ def test_requests_that_cannot_be_read():
     ]
 
 
-def record_of(made: Run, index: int, path: Path) -> str:
+def record_of(made: Generate, index: int, path: Path) -> str:
     from wan.record import plain
 
-    path.write_text(json.dumps({"request": plain(made.request), "job": plain(made.jobs[index])}, ensure_ascii=False))
+    path.write_text(
+        json.dumps({"request": made.request.recorded(), "job": plain(made.jobs[index])}, ensure_ascii=False)
+    )
     return str(path)
 
 
@@ -752,8 +761,9 @@ def test_replay_makes_the_same_video(tmp_path):
         path, "ti2v-5B", distilled=True, num_videos=2, sample_guide_scale="2", preview=True, use_prompt_extend=True
     )
     for job in made.jobs:
-        again = resolve(Request(replay=record_of(made, job.index, tmp_path / "r.json")))
-        assert again.settings == made.settings
+        again = asked(replay=record_of(made, job.index, tmp_path / "r.json"))
+        assert (again.weights, again.sampling) == (made.weights, made.sampling)
+        assert (again.request.device, again.request.preview) == (made.request.device, True)
         (other,) = again.jobs
         same = {"index": 0, "source": "--prompt", "save_file": other.save_file}
         assert other == dataclasses.replace(job, **same)
@@ -763,13 +773,13 @@ def test_replay_makes_the_same_video(tmp_path):
 def test_replay_with_other_flags(tmp_path):
     made = run("i2v-A14B", distilled=True, base_seed=3, size="832*480", save_file="a.mp4", timesteps="1000,900")
     record = record_of(made, 0, tmp_path / "r.json")
-    again = resolve(Request(replay=record, base_seed=4, frame_num=5, sample_steps=8, save_dir="there"))
+    again = asked(replay=record, base_seed=4, frame_num=5, sample_steps=8, save_dir="there")
     (job,) = again.jobs
-    assert (job.seed, job.frame_num, job.size, job.save_file.parent) == (4, 5, (832, 480), Path("there"))
-    assert (again.settings.steps, again.settings.timesteps) == (8, None)
-    assert resolve(Request(replay=record)).jobs[0].save_file == Path("a.mp4")
+    assert (job.seed, job.frame_num, job.area, job.save_file.parent) == (4, 5, (832, 480), Path("there"))
+    assert (settled(again).steps, settled(again).timesteps) == (8, None)
+    assert asked(replay=record).jobs[0].save_file.name.endswith("_replay.mp4")
     batch = write(tmp_path / "p.txt", "x\ny\n")
-    again = resolve(Request(replay=record, prompt_file=batch, image=str(TINY / "input.png"), save_dir="there"))
+    again = asked(replay=record, prompt_file=batch, image=str(TINY / "input.png"), save_dir="there")
     assert [job.prompt for job in again.jobs] == ["x", "y"]
 
 
@@ -777,18 +787,18 @@ def test_replay_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     made = run(distilled=True, t5_fsdp=True, dit_fsdp=True, ulysses_size=2, ring_size=1)
     monkeypatch.delenv("WORLD_SIZE")
-    s = resolve(Request(replay=record_of(made, 0, tmp_path / "r.json"))).settings
+    s = settled(asked(replay=record_of(made, 0, tmp_path / "r.json")))
     assert (s.t5_fsdp, s.dit_fsdp, s.ulysses_size) == (False, False, 1)
 
 
 def test_bad_records(tmp_path):
-    for name, text, sentence in (
+    for name, content, sentence in (
         ("absent.json", None, "no such file"),
         ("a.json", "{", "holds no record"),
         ("b.json", '{"request": {}}', "not the record of a video"),
         ("c.json", '{"request": 3, "job": {"size": [1, 2]}}', "not the record of a video"),
     ):
-        if text is not None:
-            write(tmp_path / name, text)
+        if content is not None:
+            write(tmp_path / name, content)
         with pytest.raises(InputError, match=sentence):
-            resolve(Request(replay=str(tmp_path / name)))
+            asked(replay=str(tmp_path / name))

@@ -6,7 +6,7 @@ from wan.configs.i2v_A14B import i2v_A14B
 from wan.configs.t2v_A14B import t2v_A14B
 from wan.configs.ti2v_5B import ti2v_5B
 
-WAN_CONFIGS: dict[str, EasyDict] = {"t2v-A14B": t2v_A14B, "i2v-A14B": i2v_A14B, "ti2v-5B": ti2v_5B}
+WAN_CONFIGS: dict[str, EasyDict] = {config.name: config for config in (t2v_A14B, i2v_A14B, ti2v_5B)}
 
 
 def download_command(config: EasyDict) -> str:

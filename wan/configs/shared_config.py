@@ -13,8 +13,9 @@ shared_config = EasyDict(
     text_len=512,
     # transformer
     param_dtype="bfloat16",
-    num_train_timesteps=1000,
-    patch_size=(1, 2, 2),
+    # how an image becomes the first frame: "squeeze" to the video's size, scale and "crop", None: no image is taken
+    image_fit=None,
+    mask_channels=0,  # channels beside an image's latent that say which frames are known
     # used for the unconditional pass when no negative prompt is given; part of the models
     sample_neg_prompt=(
         "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -28,6 +29,7 @@ a14b_config = EasyDict(
     experts={"high": "high_noise_model", "low": "low_noise_model"},
     vae_checkpoint="Wan2.1_VAE.pth",
     vae_stride=(4, 8, 8),
+    size_step=16,  # VAE stride 8 x patch 2
     sizes=("1280*720", "720*1280", "832*480", "480*832"),
     frame_num=81,
     sample_fps=16,

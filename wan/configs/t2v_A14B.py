@@ -6,6 +6,7 @@ from wan.configs.shared_config import a14b_config
 
 t2v_A14B = EasyDict(
     a14b_config,
+    name="t2v-A14B",
     hub_id="Wan-AI/Wan2.2-T2V-A14B",
     boundary=0.875,
     sample_shift=12.0,

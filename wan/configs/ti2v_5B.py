@@ -6,10 +6,13 @@ from wan.configs.shared_config import shared_config
 
 ti2v_5B = EasyDict(
     shared_config,
+    name="ti2v-5B",
     hub_id="Wan-AI/Wan2.2-TI2V-5B",
     experts={"model": "."},
     vae_checkpoint="Wan2.2_VAE.pth",
     vae_stride=(4, 16, 16),
+    size_step=32,  # VAE stride 16 x patch 2
+    image_fit="crop",
     boundary=None,
     sizes=("1280*704", "704*1280"),
     frame_num=121,

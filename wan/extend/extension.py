@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan.configs import WAN_CONFIGS
+from wan.extend import LANGUAGES, METHODS, ON_ERROR
 from wan.extend.cache import cache_key, read_cached, write_cached
 from wan.extend.local import LocalQwen, local_problems
 from wan.extend.services import DashScope, OpenAICompatible, service_problems
-from wan.extend.system_prompts import LANGUAGES, NO_WORDS, system_prompt
+from wan.extend.system_prompts import NO_WORDS, system_prompt
 from wan.extend.text import AnswerError, Question, clean, neutralise
 from wan.utils.errors import InputError
 from wan.utils.images import open_image
 
-METHODS = ("dashscope", "local_qwen", "openai")
-ON_ERROR = ("raw", "fail")
 DEFAULT_MODELS = {  # (method, with an image)
     ("dashscope", False): "qwen-plus",
     ("dashscope", True): "qwen-vl-max",
@@ -211,7 +210,7 @@ def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
         title = f"prompt {number} of {len(items)}"
         if not item.prompt.strip() and item.image not in images:
             yield f"{title} is empty, and there is no image to describe instead (--prompt)"
-        if task.startswith("i2v") and item.image is None:
+        if "example_image" in WAN_CONFIGS[task] and item.image is None:
             yield f"{title} has no image, which {task} needs (--image)"
         if item.image in unreadable:
             yield f"{title}: {unreadable[item.image]}"
@@ -219,7 +218,7 @@ def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
 
 def _looks(task: str) -> bool:
     """Whether the task uses an image at all; text-to-video is extended from its text alone."""
-    return not task.startswith("t2v")
+    return WAN_CONFIGS[task].image_fit is not None
 
 
 def _unreadable(path: Path) -> str | None:

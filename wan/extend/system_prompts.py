@@ -182,7 +182,6 @@ _PROMPTS = {
     ("image_only", "zh"): _IMAGE_ONLY_ZH,
     ("image_only", "en"): _IMAGE_ONLY_EN,
 }
-LANGUAGES = ("zh", "en")
 
 # What stands in for the user's text when there is only an image: chat models want some text in the turn.
 NO_WORDS = {"zh": "请根据这张图片写出视频描述。", "en": "Write the video description for this picture."}

@@ -21,7 +21,6 @@ from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-IMAGE_CHANNELS = 4  # I2V's mask; the image's latent comes on top
 
 
 class Checkpoint:
@@ -35,13 +34,14 @@ class Checkpoint:
         self, folder: Path, task: str, config: EasyDict, expert_files: Mapping[str, Path] | None = None
     ) -> None:
         self.folder, self.task, self.config = folder, task, config
+        self.expert_files = dict(expert_files or {})
         self.problems: list[str] = []
         self.experts: dict[str, tuple[WanModel, TensorStore]] = {}
         self.text_encoder: tuple[UMT5Encoder, PickleStore] | None = None
         self.vae: tuple[WanVAE, PickleStore] | None = None
-        if self._complete(expert_files or {}):
+        if self._complete(self.expert_files):
             for name, where in config.experts.items():
-                self._try(self._open_expert, name, folder / where, (expert_files or {}).get(name))
+                self._try(self._open_expert, name, folder / where, self.expert_files.get(name))
             self._try(self._open_text_encoder)
             self._try(self._open_vae)
             self._check_fit()
@@ -49,6 +49,14 @@ class Checkpoint:
     def raise_problems(self) -> None:
         if self.problems:
             raise InputError(self.problems)
+
+    def weight_files(self) -> dict[str, list[Path]]:
+        """The files that were opened, by network."""
+        files = {f"{name} expert": list(store.files) for name, (_, store) in self.experts.items()}
+        for name, part in (("text encoder", self.text_encoder), ("VAE", self.vae)):
+            if part:
+                files[name] = [part[1].path]
+        return files
 
     def _try(self, opener: Callable[..., None], *arguments: object) -> None:
         """Open one part; what is wrong with it joins the list."""
@@ -109,7 +117,8 @@ class Checkpoint:
         if vae.stride != self.config.vae_stride:
             self.problems.append(f"{self.vae[1].path}: has stride {vae.stride}, --task {self.task} needs another VAE")
             return
-        given = vae.z_dim + (IMAGE_CHANNELS + vae.z_dim if self.task == "i2v-A14B" else 0)
+        mask = self.config.mask_channels
+        given = vae.z_dim + (mask + vae.z_dim if mask else 0)
         for _, store in self.experts.values():
             folder, shapes = store.files[0].parent, store.shapes
             channels, width = shapes["patch_embedding.weight"][1], shapes["text_embedding.0.weight"][1]

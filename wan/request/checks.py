@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
 from wan.utils.errors import InputError
 
+Found = TypeVar("Found")
 COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
 
 
 class Check:
     """Collects problems, which stop the run, and warnings, which do not."""
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+    def __init__(self, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
         self.warnings: list[str] = []
 
     def problem(self, sentence: str) -> None:
@@ -29,6 +31,15 @@ class Check:
     def warn(self, sentence: str) -> None:
         if sentence not in self.warnings:
             self.warnings.append(sentence)
+
+    def attempt(self, work: Callable[[], Found]) -> Found | None:
+        """`work()`, or None if it finds the input bad: what it says joins the problems."""
+        try:
+            return work()
+        except InputError as e:
+            for problem in e.problems:
+                self.problem(problem)
+        return None
 
     def stop(self) -> None:
         """Raises InputError if there were problems."""
@@ -111,11 +122,11 @@ class Check:
         elif list(numbers) != sorted(numbers, reverse=True):
             self.problem(f"{flag} {given} does not fall; each must be below the one before")
         else:
-            self._look_at(numbers)
+            self._warn_of_shift(numbers)
             return numbers
         return None
 
-    def _look_at(self, timesteps: tuple[float, ...]) -> None:
+    def _warn_of_shift(self, timesteps: tuple[float, ...]) -> None:
         """Warns of lists that mean something else elsewhere: some programs take the list from before the shift."""
         if timesteps[0] != 1000:
             self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")

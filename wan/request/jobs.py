@@ -13,20 +13,18 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from wan.configs import WAN_CONFIGS
 from wan.request.checks import Check
+from wan.request.options import LARGEST_SEED, Request
 from wan.request.prompts import Row, normal, output_name, read_paths, read_rows
-from wan.request.settings import Job, Request
-from wan.request.weights import Weights
+from wan.request.settings import Job, Weights
 from wan.utils.errors import InputError
-from wan.utils.images import I2V_STEP, TI2V_STEP, i2v_size, open_image, ti2v_size
+from wan.utils.images import open_image, video_size
 
 ROOT = Path(__file__).parents[2]
-TAKES_IMAGE = ("i2v-A14B", "ti2v-5B")
-LARGEST_SEED = 2**63 - 1
-SAVE_DIR = "outputs"
 
 
-def prompt_rows(request: Request, task: str, config: EasyDict, extended: bool, check: Check) -> list[Row]:
+def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check) -> list[Row]:
     """The prompts, each with its image; the task's example where nothing was given."""
     if request.prompt_file is not None:
         if request.prompt is not None:
@@ -38,18 +36,18 @@ def prompt_rows(request: Request, task: str, config: EasyDict, extended: bool, c
         rows = [Row(request.prompt.strip(), "--prompt")]
     else:
         pictured = request.image is not None or request.image_path_file is not None
-        imagined = extended and pictured and task in TAKES_IMAGE
+        imagined = extended and pictured and config.image_fit is not None
         rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
         if not imagined:
             check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
-    rows = _with_images(request, task, config, rows, check)
+    rows = _with_images(request, config, rows, check)
     for row in rows:
         if not row.prompt and not (extended and row.image):
             check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
     return rows
 
 
-def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
+def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
     if request.image_path_file is not None:
         images = read_paths(Path(request.image_path_file), check.problems)
         if request.image is not None:
@@ -66,15 +64,16 @@ def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row],
         ]
     elif request.image is not None:
         rows = [row if row.image else replace(row, image=Path(request.image).expanduser()) for row in rows]
-    if task not in TAKES_IMAGE:
+    if config.image_fit is None:
         if any(row.image for row in rows):
-            check.warn(f"{task} takes no image; the one given is ignored ({' and '.join(TAKES_IMAGE)} take one)")
+            able = " and ".join(name for name, other in WAN_CONFIGS.items() if other.image_fit)
+            check.warn(f"{config.name} takes no image; the one given is ignored ({able} take one)")
         return [replace(row, image=None) for row in rows]
     bare = [row for row in rows if row.image is None]
     if bare and "example_image" in config and request.image_path_file is None:
         if request.prompt_file is not None:
             check.problem(
-                f"{task} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
+                f"{config.name} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
                 "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
             )
             return rows
@@ -83,18 +82,16 @@ def _with_images(request: Request, task: str, config: EasyDict, rows: list[Row],
     return rows
 
 
-def make_jobs(
-    request: Request, task: str, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check
-) -> list[Job]:
+def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
     """One job for each prompt and seed."""
-    step = TI2V_STEP if task == "ti2v-5B" else I2V_STEP
+    step = config.size_step
     default_size = check.size("--size", request.size or config.sizes[0], step)
     default_frames = _frame_num(request, config, check)
-    count = check.whole("--num_videos", request.num_videos, 1, 1, 100_000)
+    count = request.num_videos
     if request.save_file is not None and len(rows) * count > 1:
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
-    save_dir = Path(request.save_dir or SAVE_DIR).expanduser()
-    pictures = _Pictures(task, check)
+    save_dir = Path(request.save_dir).expanduser()
+    pictures = _Pictures(config, check)
     jobs: list[Job] = []
     for row in rows:
         size, frames = default_size, default_frames
@@ -102,10 +99,13 @@ def make_jobs(
             size = check.size(f"{row.source}: size", row.size, step)
         if row.frame_num is not None:
             frames = check.frames(f"{row.source}: frame_num", row.frame_num)
-        _look_at_extent(task, size, frames, config, weights, check)
+        _warn_of_extent(size, frames, config, weights, check)
+        area = size
         if row.image:
-            pictures.check(row.source, row.image, size)
-        first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed or 0
+            size, picture = pictures.fit(row.source, row.image, area)
+        else:
+            picture = ""
+        first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
             check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
         for seed in range(first, first + count):
@@ -113,18 +113,23 @@ def make_jobs(
             if request.save_file is not None:
                 named = Path(request.save_file)
             original = row.original_prompt or row.prompt
+            negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
+            negative = next(text for text in negatives if text is not None)
+            name = output_name(config.name, len(jobs), seed, original, replayed=request.replay is not None)
             jobs.append(
                 Job(
                     index=len(jobs),
                     prompt=row.prompt,
                     original_prompt=original,
-                    negative_prompt=row.negative_prompt or request.negative_prompt or config.sample_neg_prompt,
+                    negative_prompt=negative,
                     image=row.image,
+                    area=area,
                     size=size,
                     frame_num=frames,
                     seed=seed,
-                    save_file=(named or save_dir / output_name(task, len(jobs), seed, original)).expanduser(),
+                    save_file=(named or save_dir / name).expanduser(),
                     source=row.source,
+                    picture=picture,
                 )
             )
     return jobs
@@ -139,38 +144,40 @@ def _frame_num(request: Request, config: EasyDict, check: Check) -> int:
     return math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
 
 
-def _look_at_extent(
-    task: str, size: tuple[int, int], frames: int, config: EasyDict, weights: Weights, check: Check
-) -> None:
+def _warn_of_extent(size: tuple[int, int], frames: int, config: EasyDict, weights: Weights, check: Check) -> None:
     """Warns of sizes and lengths that the weights in use were not trained for."""
     trained = [tuple(map(int, text.split("*"))) for text in config.sizes]
-    name = task
+    name = config.name
     if weights.release and weights.release.kind != "recipe":
         trained, name = list(weights.release.sizes), weights.release.name
     if size not in trained:
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
         check.warn(f"size {size[0]}*{size[1]} is not among those {name} was trained for ({listed})")
     if frames > config.frame_num:
-        check.warn(f"{frames} frames are more than the {config.frame_num} {task} was trained for; motion may repeat")
+        check.warn(
+            f"{frames} frames are more than the {config.frame_num} {config.name} was trained for; motion may repeat"
+        )
 
 
 class _Pictures:
     """Opens each picture once, however many prompts name it."""
 
-    def __init__(self, task: str, check: Check) -> None:
-        self.size_rule = ti2v_size if task == "ti2v-5B" else i2v_size
-        self.collected = check
+    def __init__(self, config: EasyDict, check: Check) -> None:
+        self.config, self.collected = config, check
         self.sizes: dict[Path, tuple[int, int] | None] = {}
 
-    def check(self, source: str, path: Path, area: tuple[int, int]) -> None:
+    def fit(self, source: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
+        """The video's size for this picture and `--size`, and how it came about."""
         try:
             if path not in self.sizes:
                 self.sizes[path] = None  # a damaged one is reported where it is first named
                 self.sizes[path] = open_image(path).size
             if found := self.sizes[path]:
-                self.size_rule(*found, area[0] * area[1])
+                told = f"{found[0]}x{found[1]}, the area of {area[0]}x{area[1]}"
+                return video_size(self.config.image_fit, found, area), told
         except InputError as e:
             self.collected.problem(f"{source}: {e}")
+        return area, ""
 
 
 def check_outputs(request: Request, files: Sequence[Path], check: Check) -> None:

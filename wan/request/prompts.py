@@ -89,9 +89,9 @@ def _absolute(path: Path) -> str:
     return str(path.absolute())
 
 
-def output_name(task: str, index: int, seed: int, prompt: str) -> str:
-    """File name of a video, legal on every platform."""
-    return f"{task}_{index:04d}_seed{seed}_{slug(prompt)}.mp4"
+def output_name(task: str, index: int, seed: int, prompt: str, replayed: bool = False) -> str:
+    """File name of a video, legal on every platform; a replayed one says so, for the first may lie beside it."""
+    return f"{task}_{index:04d}_seed{seed}_{slug(prompt)}{'_replay' if replayed else ''}.mp4"
 
 
 def slug(text: str) -> str:

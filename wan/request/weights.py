@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from easydict import EasyDict
@@ -17,7 +16,8 @@ from lightning.errors import LoraError
 from lightning.lora import expert_of, files_of
 from lightning.releases import Release, preset, recognise
 from wan.request.checks import Check, real
-from wan.request.settings import LoraChoice, Request, Sampling
+from wan.request.options import Request
+from wan.request.settings import LoraChoice, Sampling, Weights
 
 SOLVERS = ("euler", "unipc", "dpm++")
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
@@ -25,18 +25,9 @@ STRENGTHS = (-10.0, 10.0)
 GUIDANCES = (0.0, 100.0)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What comes on top of the checkpoint. release: the one whose settings are used, by name or recognised."""
-
-    loras: tuple[LoraChoice, ...]
-    expert_files: dict[str, Path]
-    release: Release | None
-    distilled: bool
-
-
-def choose_weights(request: Request, task: str, experts: Sequence[str], check: Check) -> Weights:
+def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path, check: Check) -> Weights:
     """LoRAs in the order given, --lora_dir's first; full expert files; and the release they are."""
+    task, experts = config.name, tuple(config.experts)
     loras = [*_lora_dir(request, experts, check)]
     for text in request.lora or ():
         loras += _lora(text, experts, check)
@@ -59,7 +50,7 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
             "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
         )
     distilled = bool(request.lora_dir or request.preset or expert_files or (release and release.kind != "recipe"))
-    return Weights(tuple(loras), expert_files, release, distilled)
+    return Weights(ckpt_dir, tuple(loras), tuple(expert_files.items()), release=release, distilled=distilled)
 
 
 def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Sampling:
@@ -75,8 +66,8 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
     if weights.distilled and given == (None, None, None, None):
         timesteps = release.timesteps
     solver = check.choice("--sample_solver", request.sample_solver or ("euler" if timesteps else defaults[0]), SOLVERS)
-    steps = check.whole("--sample_steps", request.sample_steps, len(timesteps or ()) or defaults[1], 1, 1000)
-    shift = check.number("--sample_shift", request.sample_shift, defaults[2], 0.01, 100)
+    steps = request.sample_steps or len(timesteps or ()) or defaults[1]
+    shift = request.sample_shift or defaults[2]
     guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, defaults[3], *GUIDANCES)
     if single and guidance[0] != guidance[1]:
         check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
@@ -95,7 +86,7 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
     recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
-    _look_at(recipe, weights, release, check)
+    _warn_of_recipe(recipe, weights, release, check)
     return recipe
 
 
@@ -194,7 +185,7 @@ def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check
         check.problem("--timesteps are final, after the shift; leave --sample_shift out")
 
 
-def _look_at(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
+def _warn_of_recipe(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
     """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:

@@ -22,6 +22,15 @@ I2V_STEP = 16  # patch 2 x VAE stride 8
 TI2V_STEP = 32  # patch 2 x VAE stride 16
 
 
+def video_size(fit: str, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the video for a picture of this size; `size` counts as an area.
+
+    fit: a configuration's `image_fit`. InputError if a side would vanish.
+    """
+    rule = {"squeeze": i2v_size, "crop": ti2v_size}[fit]
+    return rule(*picture, size[0] * size[1])
+
+
 def open_image(path: Path) -> Image:
     """The whole picture, decoded, as RGB; an EXIF rotation is not applied, as in the original.
 

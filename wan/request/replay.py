@@ -1,0 +1,66 @@
+"""What an earlier run's records say to this one: --replay makes a record's video again, --resume finds drawn seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan.request.options import DEFAULTS, OPTIONS, VIDEO, Request, Scope
+from wan.utils.errors import InputError
+
+OF_A_JOB = ("prompt", "negative_prompt", "image", "size", "frame_num", "base_seed")  # a record has them for its video
+# Told from the machine and the weights once these are open: what a run may differ in and still be gone on with.
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
+
+
+def replayed(given: Mapping[str, Any], path: Path) -> Request:
+    """The request that a record holds, narrowed to the record's one video, with the flags of `given` on top.
+
+    The record's prompt is the extended one; it is not extended again. What belongs to one start or one machine is not
+    taken over. InputError if this is no record.
+    """
+    from wan.utils.video import read_record
+
+    record = read_record(path)
+    try:
+        job = record["job"]
+        width, height = job["area"]
+        of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
+        of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"--replay {path}: not the record of a video") from e
+    displaced = {other for name in given for other in OPTIONS[name].displaces}
+    earlier = {name: value for name, value in earlier.items() if name not in displaced}
+    problems: list[str] = []
+    request = Request.from_dict({**earlier, **given}, problems)
+    if problems:
+        raise InputError([f"--replay {path}: {problem}" for problem in problems])
+    return request
+
+
+def _is_replayed(name: str) -> bool:
+    row = OPTIONS.get(name)
+    return row is None or (row.scope is not Scope.START and row.into not in OF_A_JOB)
+
+
+def earlier_seed(request: Request) -> int | None:
+    """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same."""
+    from wan.utils.video import read_record
+
+    folder = Path(request.save_dir).expanduser()
+    for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True):
+        try:
+            recorded = read_record(file)["request"]
+            if _asked_for(recorded) == _asked_for(request.recorded()):
+                return int(recorded["base_seed"])
+        except (InputError, KeyError, TypeError, AttributeError, ValueError):
+            continue  # another program's file
+    return None
+
+
+def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a say in how the videos look, as far as the request alone tells. given: as records hold it."""
+    names = [n for n, row in OPTIONS.items() if row.scope is VIDEO and n not in LEFT_TO_THE_PLAN]
+    return {name: given.get(name, DEFAULTS[name]) for name in names}
