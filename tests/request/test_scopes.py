@@ -119,10 +119,14 @@ def test_what_does_not_change_the_video_is_not(name: str) -> None:
 def test_it_is_the_meaning_that_counts(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(USUAL["ckpt_dir"])
     for change in (
-        {"device": "cpu"}, {"dtype": "fp32"}, {"ckpt_dir": "linked"}, {"sample_steps": 4},
-        {"frame_num": None, "seconds": 0.5}, {"prompt": None, "prompt_file": "cat.txt"}, {"lora_dir": None, "lora": (FOLDER,), "sample_steps": 4,
-         "sample_solver": "euler", "sample_guide_scale": "1"},
-    ):  # fmt: skip
+        {"device": "cpu"},
+        {"dtype": "fp32"},
+        {"ckpt_dir": "linked"},
+        {"sample_steps": 4},
+        {"frame_num": None, "seconds": 0.5},
+        {"prompt": None, "prompt_file": "cat.txt"},
+        {"lora_dir": None, "lora": (FOLDER,), "sample_steps": 4, "sample_solver": "euler", "sample_guide_scale": "1"},
+    ):
         Path("cat.txt").write_text("a cat")
         assert meaning(plan(**change)) == usual(), change
 
