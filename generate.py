@@ -1,23 +1,30 @@
 """Make videos with Wan2.2 and Wan2.2-Lightning from the command line: flags -> request -> run.
 
 The only place that prints an error or picks an exit code: 0 all saved, 1 a job failed, 2 nothing was started,
-130 interrupted. `--help` and every bad flag are answered without importing torch.
+128 + the signal's number interrupted (130: Ctrl-C). `--help` and every bad flag are answered without importing torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.request.checks import meant
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
+from wan.utils.progress import tell
 
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
@@ -32,15 +39,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     from wan.distributed.runtime import launch
 
     words = sys.argv[1:] if argv is None else list(argv)
+    _prepare_process()
     try:
-        return launch(lambda runtime: _start(words, runtime))
+        with _signals_interrupt():
+            return launch(lambda runtime: _start(words, runtime))
     except WanError as e:
         _complain([str(e)], "--debug" in words)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         _complain([], "--debug" in words)
-        print("interrupted", file=sys.stderr)
-        return 130
+        tell(sys.stderr, "interrupted\n")
+        return 128 + (e.number if isinstance(e, Stopped) else signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end; like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does: nothing half is left, and what to do next is told."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Stopped(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # one that is ignored stays so: `nohup` asks for that
+    earlier = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _prepare_process() -> None:
+    """What must be so before torch is imported, and before anything is printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
+    # Without it a decode fails for want of room that is there, in pieces. The first name is torch's until 2.8.
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
 def _start(words: list[str], runtime: Runtime) -> int:
@@ -195,7 +240,7 @@ def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> N
     if progress.json:
         progress.event(kind, fields)
     elif not progress.quiet:
-        print(text, flush=True)
+        tell(sys.stdout, f"{text}\n")
 
 
 def _complain(problems: Sequence[str], debug: bool) -> None:
@@ -203,7 +248,7 @@ def _complain(problems: Sequence[str], debug: bool) -> None:
     if debug:
         traceback.print_exc()
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        tell(sys.stderr, f"error: {problem}\n")
 
 
 if __name__ == "__main__":

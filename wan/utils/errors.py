@@ -3,6 +3,23 @@
 from lightning.errors import InputError as InputError
 from lightning.errors import WanError as WanError
 
+# What CUDA's libraries say, each in its own words, when they get no memory.
+NO_MEMORY = (
+    "out of memory",
+    "GET was unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
+
 
 class JobError(WanError):
     """One job failed after work had started; the other jobs go on (exit code 1)."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room, in whatever dress that comes. Imports no torch."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

@@ -7,13 +7,15 @@ To be used from one thread. Imports no torch; looks at it only where somebody el
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+STAGE = "stage"  # attribute of an exception: the innermost stage that it left
 REDRAW_SECONDS = 0.1  # on a terminal
 LINE_SECONDS = 10.0  # elsewhere: a line so often, and one for every tenth of the work...
 TENTH_SECONDS = 0.5  # ...unless the last one is that young
@@ -71,6 +73,10 @@ class Progress:
         try:
             yield
             whole = True
+        except BaseException as error:
+            if not hasattr(error, STAGE):
+                setattr(error, STAGE, name)
+            raise
         finally:
             now = time.perf_counter()
             elapsed = now - stage.began
@@ -104,8 +110,7 @@ class Progress:
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
         self.event("advance", {**state, "seconds": now - stage.began})
         if self._terminal:
-            self.stream.write(f"\r{stage.line(now)}\x1b[K")
-            self.stream.flush()
+            tell(self.stream, f"\r{stage.line(now)}\x1b[K")
         else:
             self._print(stage.line(now))
 
@@ -117,7 +122,7 @@ class Progress:
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """One JSON line, for programs that read along; nothing in text mode."""
         if self.json and not self.quiet:
-            print(json.dumps({"event": kind, **fields}, ensure_ascii=False), flush=True)
+            tell(sys.stdout, json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
 
     def table(self) -> str:
         """Seconds and share by stage since this object was made, and the peak memory."""
@@ -130,8 +135,17 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if not self.quiet and not self.json:
-            self.stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-            self.stream.flush()
+            tell(self.stream, f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+
+
+def tell(stream: TextIO, text: str) -> None:
+    """Write `text` while somebody takes it: a log that is lost (closed pipe, full disk) must not end the work."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: the stream was closed
+        with suppress(OSError, ValueError):  # what comes later, the flush at exit included, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def peak_memory() -> dict[str, int]:
