@@ -100,11 +100,16 @@ FLAGS: dict[str, dict[str, tuple[str, str]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
-    from wan.distributed.runtime import launch
+    from wan.distributed.runtime import launch, speaks_alone
 
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return launch(lambda runtime: _start(words, runtime))
+        given = _parse(words)
+        return launch(lambda runtime: _start(given, words, runtime))
+    except InputError as e:  # found before the processes are connected
+        if speaks_alone():
+            _complain(e.problems, "--debug" in words)
+        return 2
     except WanError as e:
         _complain([str(e)], "--debug" in words)
         return 1
@@ -114,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _start(words: list[str], runtime: Runtime) -> int:
+def _start(given: dict[str, Any], words: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
     try:
-        return _run(_parse(words), runtime)
+        return _run(given, runtime)
     except InputError as e:
         if runtime.team.first:
             _complain(e.problems, "--debug" in words)
@@ -212,6 +217,12 @@ def _questions(run: Run) -> list[ExtendItem]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        from wan.distributed.runtime import speaks_alone
+
+        if speaks_alone():
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 

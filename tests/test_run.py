@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import wan.run
-from wan.distributed.parallel import Parallel
+from wan.distributed.mesh import Mesh
 from wan.record import essence, plain, read_latents
 from wan.request.settings import Job, LoraChoice, Run, Settings
 from wan.run import decode_only, run_jobs
@@ -47,7 +47,7 @@ class Models(nn.Module):
     """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
 
     fps = 16
-    parallel = Parallel()
+    mesh = Mesh()
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         super().__init__()

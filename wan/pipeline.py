@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning.lora import Lora
 from wan.configs import WAN_CONFIGS
-from wan.distributed.parallel import Parallel
+from wan.distributed.mesh import Mesh
 from wan.distributed.runtime import Runtime
 from wan.image2video import WanI2V
 from wan.loading.checkpoint import fetch
@@ -61,9 +61,9 @@ class Pipeline:
         self.steps = plan_steps(make_schedule(settings).timesteps, settings, config.boundary)
 
     @property
-    def parallel(self) -> Parallel:
+    def mesh(self) -> Mesh:
         """Which jobs are this process's, and with whom it makes them."""
-        return self.task.parallel
+        return self.task.mesh
 
     def texts(self, job: Job) -> list[str]:
         """What the text encoder must read for this job; the negative prompt only where a step is guided."""
@@ -86,12 +86,12 @@ class Pipeline:
 
     def sample(self, job: Job) -> Tensor:
         """The job's final latent, float32 [C, f, h, w]. JobError if it stops being finite."""
-        image = self.parallel.team.agree(lambda: open_image(job.image) if job.image else None)
+        image = self.mesh.team.agree(lambda: open_image(job.image) if job.image else None)
 
         def show(step: Step) -> None:
             self.progress.advance(1, str(step))
 
-        return self.parallel.together(
+        return self.mesh.team.agree(
             lambda: self.task.sample(
                 job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, self.settings, show
             )

@@ -200,7 +200,7 @@ def _add_processes(plan: Plan, checkpoint: Checkpoint, processes: int, problems:
         lora_mode=s.lora_mode,
     )  # fmt: skip
     problems.extend(found)
-    if found or processes == 1 or not plan.jobs:
+    if found or processes == 1 or not plan.jobs or not plan.dtype:
         return
     experts = [f"{name} expert" for name in checkpoint.experts]
     sharded = (experts if s.dit_fsdp else []) + (["text encoder"] if s.t5_fsdp else [])

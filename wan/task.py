@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from easydict import EasyDict
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
-from wan.distributed.mesh import flag_conflicts
-from wan.distributed.parallel import Parallel, layout_for, parallelize
+from wan.distributed.mesh import Layout, Mesh, device_problems, flag_conflicts, layout_problems, make_mesh
 from wan.distributed.runtime import Runtime
+from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import Experts
-from wan.loading.stream import as_dtype, free_memory, parameter_dtypes
+from wan.loading.stream import as_dtype, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
@@ -100,21 +100,24 @@ class VideoTask(ABC):
         first, _ = next(iter(self.checkpoint.experts.values()))
         self.runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
         self.t5_fsdp, self.dit_fsdp = t5_fsdp, dit_fsdp
-        if conflicts := flag_conflicts(
+        size = self.runtime.team.size
+        self.layout = Layout(size, size if use_sp else ulysses_size, ring_size)
+        problems = flag_conflicts(
             ring=ring_size, attention=attention, t5_fsdp=t5_fsdp, t5_cpu=t5_cpu, dit_fsdp=dit_fsdp, lora_mode=lora_mode
-        ):
-            raise InputError(conflicts)
-        ulysses = self.runtime.team.size if use_sp else ulysses_size
-        self.layout = layout_for(self.runtime, device, first.num_heads, ulysses, ring_size, dit_fsdp or t5_fsdp)
+        )
+        problems += layout_problems(self.layout, first.num_heads, dit_fsdp or t5_fsdp)
+        problems += device_problems(self.layout, device, self.runtime.uses_gpus)
+        if problems:
+            raise InputError(problems)
         self.attention = choose_attention(attention, device, self.dtype, first)
         self._contexts: dict[str, Tensor] = {}
 
     @cached_property
-    def parallel(self) -> Parallel:
+    def mesh(self) -> Mesh:
         """This process's part. All processes must ask for it at the same time: it connects them."""
-        parallel = parallelize(self.runtime, self.layout, self.device)
-        self.attention = parallel.team.from_first(lambda: self.attention)  # "auto" is timed, so ranks may differ
-        return parallel
+        mesh = make_mesh(self.layout, self.device.type, self.runtime.team.rank)
+        self.attention = mesh.team.from_first(lambda: self.attention)  # "auto" is timed, so ranks may differ
+        return mesh
 
     @staticmethod
     def video_size(image: Image.Image | None, size: tuple[int, int]) -> tuple[int, int]:
@@ -149,8 +152,8 @@ class VideoTask(ABC):
         module, store = self.checkpoint.text_encoder
         tokenizer = UMT5Tokenizer(self.checkpoint.folder / self.config.t5_tokenizer, self.config.text_len)
         with self._loading("text encoder", store.path.stat().st_size, self.t5_fsdp) as report:
-            encoder = self.parallel.load(
-                module, store, sharded=self.t5_fsdp, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report
+            encoder = self._load(self.t5_fsdp)(
+                module, store, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report
             )
         return encoder, tokenizer
 
@@ -171,11 +174,11 @@ class VideoTask(ABC):
             loras = self.loras.get(name, [])
             merge = Merge(loras, store.shapes, self.device, linear_pairs=merged) if loras else None
             with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), self.dit_fsdp) as report:
-                models[name] = self.parallel.load(
-                    module, store, sharded=self.dit_fsdp, home=self.home, dtype=dtype, merge=merge, report=report
+                models[name] = self._load(self.dit_fsdp)(
+                    module, store, home=self.home, dtype=dtype, merge=merge, report=report
                 )
             models[name].use_attention(BACKENDS[self.attention])
-            self.parallel.split_tokens(models[name])
+            split_tokens(models[name], self.mesh)
             if not merged:
                 add_adapters(models[name], loras)
         return Experts(models, self.device, None if merged else set_scale)
@@ -200,7 +203,7 @@ class VideoTask(ABC):
         start = self.start(image, size, frames)
         generator = torch.Generator(self.noise_device).manual_seed(seed)
         noise = torch.randn(start.shape, generator=generator, device=self.noise_device).to(self.device)
-        noise = self.parallel.same(noise)
+        noise = self.mesh.same(noise)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
         with self.progress.stage("denoise", total=len(steps), unit="step"):
@@ -216,11 +219,9 @@ class VideoTask(ABC):
         assert self.checkpoint.vae is not None
         module, store = self.checkpoint.vae
         with self._loading("VAE", store.path.stat().st_size) as report:
-            vae = self.parallel.load(
-                module, store, sharded=False, home=self.device, dtype=lambda _: torch.float32, report=report
-            )
+            vae = load(module, store, home=self.device, dtype=lambda _: torch.float32, report=report)
         vae.use_channels_last()
-        return self.parallel.split_frames(vae)
+        return vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
 
     def decode(self, latent: Tensor, tiled: bool = False) -> Generator[Tensor]:
         """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers.
@@ -229,6 +230,14 @@ class VideoTask(ABC):
         """
         with torch.no_grad():
             yield from self.vae.decode(latent.to(self.device), tiles=(2, 2) if tiled else (1, 1))
+
+    def _load(self, sharded: bool) -> Callable[..., Any]:
+        """What gives a module its weights, or this process's shards of them."""
+        if not sharded or self.mesh.shards is None:
+            return load
+        from wan.distributed.fsdp import load_sharded  # takes seconds to import
+
+        return partial(load_sharded, mesh=self.mesh)
 
     @contextmanager
     def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
@@ -258,7 +267,7 @@ class VideoTask(ABC):
         low, high = guide_scale if isinstance(guide_scale, tuple | list) else (guide_scale, guide_scale)
         sampling = Sampling(sample_solver, sampling_steps, shift, (float(low), float(high)))
         if seed < 0:
-            seed = self.parallel.team.from_first(lambda: torch.seed() % (1 << 31))
+            seed = self.mesh.team.from_first(lambda: torch.seed() % (1 << 31))
         self.experts.offload = offload_model
         latent = self.sample(prompt, n_prompt or self.config.sample_neg_prompt, image, size, frame_num, seed, sampling)
         if offload_model:
