@@ -11,14 +11,11 @@ import io
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.request.checks import meant
@@ -36,45 +33,25 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
-    from wan.distributed.runtime import launch
+    from wan.distributed.runtime import Stopped, launch, speaks_alone
 
     words = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in words
     _prepare_process()
     try:
-        with _signals_interrupt():
-            return launch(lambda runtime: _start(words, runtime))
+        given, problems = _parse(words)
+        return launch(lambda runtime: _start(given, problems, runtime))
+    except InputError as e:  # found before the processes are connected
+        if speaks_alone():
+            _complain(e.problems, debug)
+        return 2
     except WanError as e:
-        _complain([str(e)], "--debug" in words)
+        _complain([str(e)], debug)
         return 1
     except KeyboardInterrupt as e:
-        _complain([], "--debug" in words)
+        _complain([], debug)
         tell(sys.stderr, "interrupted\n")
-        return 128 + (e.number if isinstance(e, Stopped) else signal.SIGINT)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end; like Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does: nothing half is left, and what to do next is told."""
-
-    def stop(number: int, _: FrameType | None) -> NoReturn:
-        raise Stopped(number)
-
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # one that is ignored stays so: `nohup` asks for that
-    earlier = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        return e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
 
 
 def _prepare_process() -> None:
@@ -88,13 +65,13 @@ def _prepare_process() -> None:
         os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
-def _start(words: list[str], runtime: Runtime) -> int:
+def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
     try:
-        return _run(*_parse(words), runtime)
+        return _run(given, problems, runtime)
     except InputError as e:
         if runtime.team.first:
-            _complain(e.problems, "--debug" in words)
+            _complain(e.problems, given.get("debug", False))
         return 2
 
 
@@ -190,6 +167,12 @@ def _checked(progress: Progress) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        from wan.distributed.runtime import speaks_alone
+
+        if speaks_alone():
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning.tensorfile import TensorStore
 from wan.distributed.cost import Network, sent_bytes
+from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, make_mesh
-from wan.distributed.parallel import Parallel
-from wan.distributed.runtime import Runtime, Team
+from wan.distributed.sequence import split_tokens
 from wan.modules.model import Prompt, WanModel
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]
@@ -59,14 +59,14 @@ class SentBytes(TorchDispatchMode):
 def count(layout: Layout, rank: int, network: Network, tokens: int, file: Path | None) -> Counter[str]:
     """What `rank` sends in one forward of a network of zeros; sharded if its weights are in a `file`."""
     device = torch.device("cpu")
-    parallel = Parallel(Runtime(Team(rank, layout.world, dist.group.WORLD)), make_mesh(layout, "cpu", rank))
+    mesh = make_mesh(layout, "cpu", rank)
     with torch.device("meta"):
         model = model_of(network)
     if file:
-        model = parallel.load(model, TensorStore.open(file), sharded=True, home=device, dtype=lambda _: torch.bfloat16)
+        model = load_sharded(model, TensorStore.open(file), mesh=mesh, home=device, dtype=lambda _: torch.bfloat16)
     else:
         model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
-    parallel.split_tokens(model)
+    split_tokens(model, mesh)
     latent, prompt = torch.zeros(16, 1, 2, 2 * tokens), Prompt(torch.zeros(1, 32))
     with torch.no_grad(), SentBytes(layout) as sent:
         model(latent, 500.0, prompt)

@@ -25,7 +25,6 @@ from benchmarks.sparse import sparse
 from benchmarks.vae import KINDS
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
-from wan.distributed.parallel import Parallel
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import WEIGHTS
 from wan.loading.stream import Store
@@ -36,7 +35,7 @@ from wan.pipeline import Pipeline
 from wan.plan import Plan, make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
-from wan.run import open_pipeline, run_jobs
+from wan.run import PIPELINES, run_jobs
 from wan.utils.progress import Progress
 
 UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
@@ -79,12 +78,11 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     shutil.copytree(TOKENIZER, folder / "google")
 
 
-class RandomWeights(Parallel):
+class RandomWeights(Pipeline):
     """Loads networks with random weights made where they compute, in the precision of the run; all else is as it is."""
 
-    def load(
-        self, module: Network, store: Store, *, home: torch.device, dtype: Callable[[str], torch.dtype], **_: Any
-    ) -> Network:
+    def load(self, module: Network, store: Store, *, sharded: bool, **how: Any) -> Network:
+        dtype, home = how["dtype"], how["home"]
         state = {n: torch.empty(p.shape, dtype=dtype(n), device=home) for n, p in module.named_parameters()}
         module.load_state_dict(state, assign=True)
         randomise(module)
@@ -93,9 +91,7 @@ class RandomWeights(Parallel):
 
 
 def random_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
-    pipe = open_pipeline(plan, progress, runtime)
-    pipe.parallel = RandomWeights(pipe.parallel.runtime, pipe.parallel.mesh)
-    return pipe
+    return type("Random", (RandomWeights, PIPELINES[plan.request.task]), {})(plan, progress, runtime)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import wan.run
 from tests.support import checkpoint, lora_dir
 from wan.configs import WAN_CONFIGS
-from wan.distributed.parallel import Parallel
+from wan.distributed.mesh import Mesh
 from wan.distributed.runtime import Runtime
 from wan.plan import Plan, make_plan
 from wan.record import plain, read_latents
@@ -49,7 +49,7 @@ def planned(**flags: Any) -> Plan:
 class Models(nn.Module):
     """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
 
-    parallel = Parallel()
+    mesh = Mesh()
 
     def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
         super().__init__()

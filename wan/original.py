@@ -107,7 +107,7 @@ class Original(Pipeline):
         )
         check.stop()
         if seed < 0:
-            seed = self.parallel.team.from_first(lambda: secrets.randbelow(DRAWN_SEEDS))
+            seed = self.mesh.team.from_first(lambda: secrets.randbelow(DRAWN_SEEDS))
         self.load_experts().offload = offload_model
         latent = self.sample(prompt, n_prompt or config.sample_neg_prompt, image, size, frame_num, seed, sampling)
         if offload_model:

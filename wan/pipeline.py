@@ -13,18 +13,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.distributed.parallel import parallelize
+from wan.distributed.mesh import make_mesh
 from wan.distributed.runtime import Runtime
+from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.residency import Experts
-from wan.loading.stream import free_memory, parameter_dtypes
+from wan.loading.stream import Store, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS
 from wan.modules.model import Prompt
 from wan.modules.t5 import UMT5Encoder
@@ -55,8 +56,8 @@ class Pipeline(ABC):
     def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
         """Connects the processes of `runtime` as planned: all of them must make their pipelines at the same time."""
         self.plan, self.progress = plan, progress
-        self.parallel = parallelize(runtime, plan.layout, plan.device)
-        self.attention = self.parallel.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
+        self.mesh = make_mesh(plan.layout, plan.device.type, runtime.team.rank)
+        self.attention = self.mesh.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self._text_encoder: tuple[UMT5Encoder, UMT5Tokenizer] | None = None
@@ -86,7 +87,7 @@ class Pipeline(ABC):
             module, store = _fresh(plan.checkpoint.text_encoder)
             tokenizer = UMT5Tokenizer(plan.checkpoint.folder / config.t5_tokenizer, config.text_len)
             with self._loading("text encoder", store.path.stat().st_size, plan.request.t5_fsdp) as report:
-                encoder = self.parallel.load(
+                encoder = self.load(
                     module, store, sharded=plan.request.t5_fsdp, home=plan.text_device,
                     dtype=lambda _: plan.text_dtype, report=report,
                 )  # fmt: skip
@@ -127,11 +128,11 @@ class Pipeline(ABC):
             loras = plan.loras.get(name, [])
             merge = Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None
             with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), sharded) as report:
-                models[name] = self.parallel.load(
+                models[name] = self.load(
                     module, store, sharded=sharded, home=home, dtype=dtype, merge=merge, report=report
                 )
             models[name].use_attention(BACKENDS[self.attention])
-            self.parallel.split_tokens(models[name])
+            split_tokens(models[name], self.mesh)
             if not merged:
                 add_adapters(models[name], loras)
         self.experts = Experts(models, plan.device, None if merged else set_scale)
@@ -158,7 +159,7 @@ class Pipeline(ABC):
         device, noise_device = self.plan.device, self.plan.noise_device
         generator = torch.Generator(noise_device).manual_seed(seed)
         noise = torch.randn(start.shape, generator=generator, device=noise_device).to(device)
-        noise = self.parallel.same(noise)
+        noise = self.mesh.same(noise)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
         with self.progress.stage("denoise", total=len(steps), unit="step"):
@@ -171,12 +172,12 @@ class Pipeline(ABC):
         """The planned job's final latent. JobError if it stops being finite."""
         sampling = self.plan.sampling
         assert sampling is not None, "a plan with jobs has a sampling"
-        image = self.parallel.team.agree(lambda: open_image(job.image) if job.image else None)
+        image = self.mesh.team.agree(lambda: open_image(job.image) if job.image else None)
 
         def show(step: Step) -> None:
             self.progress.advance(1, str(step))
 
-        return self.parallel.together(
+        return self.mesh.team.agree(
             lambda: self.sample(
                 job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show
             )
@@ -189,11 +190,11 @@ class Pipeline(ABC):
         if self.vae is None:
             module, store = _fresh(self.plan.checkpoint.vae)
             with self._loading("VAE", store.path.stat().st_size) as report:
-                vae = self.parallel.load(
+                vae = self.load(
                     module, store, sharded=False, home=self.plan.device, dtype=lambda _: torch.float32, report=report
                 )
             vae.use_channels_last()
-            self.vae = self.parallel.split_frames(vae)
+            self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
 
     def load_networks(self) -> None:
@@ -223,6 +224,14 @@ class Pipeline(ABC):
             "processes": str(self.plan.layout),
             "diffusers": version("diffusers"),
         }
+
+    def load(self, module: Module, store: Store, *, sharded: bool, **how: Any) -> Module:
+        """`module` with its weights, or with this process's shards of them. how: see `wan.loading.stream.load`."""
+        if not sharded or self.mesh.shards is None:
+            return load(module, store, **how)
+        from wan.distributed.fsdp import load_sharded  # takes seconds to import
+
+        return load_sharded(module, store, mesh=self.mesh, **how)
 
     @contextmanager
     def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:

@@ -18,8 +18,7 @@ from easydict import EasyDict
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.distributed.cost import Network, plan_lines
-from wan.distributed.mesh import Layout, flag_conflicts
-from wan.distributed.parallel import layout_for
+from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.stream import as_dtype, parameter_dtypes
@@ -210,20 +209,20 @@ def open_plan(
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
     checkpoint = Checkpoint(weights.ckpt_dir, request.task, config, dict(weights.expert_files))
     checks.attempt(checkpoint.raise_problems)
-    for problem in flag_conflicts(
+    conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode,
-    ):  # fmt: skip
-        checks.problem(problem)
+    )  # fmt: skip
+    layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
+    conflicts += device_problems(layout, device, runtime.uses_gpus)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
-    attention, layout = request.attention, Layout()
+    attention = request.attention
     if checkpoint.experts:
         model, _ = next(iter(checkpoint.experts.values()))
-        sharded = request.dit_fsdp or request.t5_fsdp
-        layout = checks.attempt(
-            lambda: layout_for(runtime, device, model.num_heads, request.ulysses_size, request.ring_size, sharded)
-        ) or Layout(runtime.team.size)
+        conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
         attention = checks.attempt(lambda: _choose_attention(request.attention, device, dtypes[0], model)) or attention
+    for problem in conflicts:
+        checks.problem(problem)
     return Plan(
         request=request,
         config=config,

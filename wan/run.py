@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from wan.distributed.runtime import Runtime
+from wan.distributed.team import expected, traceback_of
 from wan.image2video import ImageToVideo
 from wan.pipeline import Pipeline
 from wan.plan import Plan
@@ -34,8 +35,6 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "ti2v-5B": TextImageToVideo,
 }
 ALONE = Runtime()
-# Their message says enough; anything else that stops a job is a bug and keeps its traceback.
-EXPECTED = (WanError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
@@ -60,15 +59,16 @@ def run_jobs(
     saved = 0
     if jobs:
         pipe = world.agree(lambda: load(plan, progress, runtime))
-        mine = pipe.parallel.share(jobs)
+        mine = pipe.mesh.share(jobs)
         texts = [text for job in mine for text in pipe.texts(job)]
         world.agree(lambda: pipe.load_text_encoder() if texts else None)
-        pipe.encode(texts)
+        team = pipe.mesh.team
+        team.agree(lambda: pipe.encode(texts))
         pipe.release_text_encoder()
         world.agree(lambda: pipe.load_networks() if mine else None)
         shared = dict(progress.seconds)
         for job in mine:
-            if pipe.parallel.team.from_first(runtime.has_stopped):
+            if team.from_first(runtime.has_stopped):
                 break
             progress.say(f"video {job.index + 1} of {len(plan.jobs)}: {job.save_file}")
             try:
@@ -79,16 +79,10 @@ def run_jobs(
                 if plan.request.on_error == "stop":
                     runtime.stop()
                     break
-        saved, failures = _of_all(pipe, saved, failures)
+        everyones = world.gather((saved, failures) if team.first else (0, []))  # in a group all have counted the same
+        saved, failures = sum(count for count, _ in everyones), [told for _, failed in everyones for told in failed]
     _sum_up(len(plan.jobs), saved, len(jobs), failures, progress)
     return len(failures)
-
-
-def _of_all(pipe: Pipeline, saved: int, failures: list[str]) -> tuple[int, list[str]]:
-    """Videos saved and failed by all groups of processes; within a group all have counted the same ones."""
-    parallel = pipe.parallel
-    counts = parallel.runtime.team.gather((saved, failures) if parallel.team.first else (0, []))
-    return sum(count for count, _ in counts), [failure for _, failed in counts for failure in failed]
 
 
 def decode_only(
@@ -104,13 +98,13 @@ def decode_only(
     latent, record = world.agree(lambda: read_latents(latents_file, plan.config))
     world.from_first(lambda: _check_file(request.overwrite, save_file))
     pipe = world.agree(lambda: load(plan, progress, runtime))
-    if pipe.parallel.mesh.data_rank:
+    if pipe.mesh.data_rank:
         return  # one video is one group's work
-    pipe.parallel.team.agree(pipe.load_vae)
+    pipe.mesh.team.agree(pipe.load_vae)
     try:
         frames = _save_video(pipe, latent, save_file, record, progress, {})
         if request.preview:
-            pipe.parallel.team.from_first(lambda: save_contact_sheet(save_file, frames))
+            pipe.mesh.team.from_first(lambda: save_contact_sheet(save_file, frames))
     except (OSError, torch.OutOfMemoryError) as e:
         raise JobError(f"{save_file}: {_reason(e)}; {latents_file} is as it was") from e
     progress.say(f"saved {save_file}")
@@ -143,7 +137,7 @@ def _make(plan: Plan, job: Job, pipe: Pipeline, progress: Progress, shared: dict
 
     Of the processes that make it together, the first one alone writes files; all of them see the same errors.
     """
-    team = pipe.parallel.team
+    team = pipe.mesh.team
     earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
     team.from_first(lambda: _check_place(job.save_file))
     record = team.from_first(lambda: describe(plan, job, pipe.info()))
@@ -186,12 +180,15 @@ def _save_video(
 
     earlier: seconds by stage that are not this video's.
     """
-    team, tiling = pipe.parallel.team, pipe.plan.request.vae_tiling
+    team, tiling = pipe.mesh.team, pipe.plan.request.vae_tiling
 
     def attempt(tiled: bool) -> int:
-        # closed at once where writing fails: the other processes' part of the frames must still be taken
         with closing(pipe.decode(latent, tiled=tiled)) as chunks:
-            return write(chunks) if team.first else sum(chunk.shape[1] for chunk in chunks)
+            if team.first:
+                return write(chunks)
+            deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
+        team.meet()
+        return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
         with VideoWriter(path, pipe.plan.config.sample_fps) as video:
@@ -201,6 +198,7 @@ def _save_video(
                         raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
                     video.write(chunk)
                     progress.advance(chunk.shape[1])
+            team.meet()  # the file appears when nobody has failed
             with progress.stage("save"):
                 spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
                 video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
@@ -266,8 +264,8 @@ def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: 
 
 def _report(job: Job, error: Exception, progress: Progress) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
-    if not isinstance(error, EXPECTED):
-        progress.say("".join(traceback.format_exception(error)).rstrip())
+    if not expected(error):
+        progress.say(traceback_of(error))
     sentence = "; ".join([f"{job.source}: {_reason(error)}", *getattr(error, "__notes__", [])])
     progress.event("failed", {"index": job.index, "file": str(job.save_file), "reason": sentence})
     progress.say(f"failed: {sentence}")

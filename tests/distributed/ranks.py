@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import wan.distributed.fsdp  # noqa: F401 - likewise
-from wan.distributed.mesh import Layout, make_mesh
-from wan.distributed.parallel import Parallel
-from wan.distributed.runtime import Runtime, Team
+from wan.distributed.mesh import Layout, Mesh, make_mesh
+from wan.distributed.runtime import Runtime
+from wan.distributed.team import Team
 
 
 def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: float = 120) -> list[Any]:
@@ -93,6 +93,5 @@ def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: 
     os._exit(code)
 
 
-def parallel_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Parallel:
-    layout = Layout(runtime.team.size, ulysses, ring)
-    return Parallel(runtime, make_mesh(layout, "cpu", runtime.team.rank))
+def mesh_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Mesh:
+    return make_mesh(Layout(runtime.team.size, ulysses, ring), "cpu", runtime.team.rank)

@@ -7,13 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.communication import count, model_of
-from tests.distributed.ranks import parallel_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import manifest
 from wan.distributed.cost import Network, plan_lines, sent_bytes
-from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
-from wan.distributed.parallel import layout_for
-from wan.distributed.runtime import Runtime, Team
-from wan.utils.errors import InputError
+from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
+from wan.distributed.runtime import Runtime
 
 A14B = Network(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 SMALL = Network(dim=64, ffn_dim=96, num_heads=8, num_layers=3)
@@ -51,11 +49,20 @@ def test_every_divisor_of_the_heads_is_legal() -> None:
         assert [n for n in range(1, 121) if not layout_problems(Layout(120, n), heads, False)] == sizes
 
 
-def test_an_illegal_layout_is_refused_before_any_group_is_made() -> None:
-    with pytest.raises(InputError, match="legal: 1, 2 or 4"):
-        layout_for(Runtime(Team(0, 4)), torch.device("cpu"), heads=40, ulysses=3, ring=1, sharded=False)
-    with pytest.raises(InputError, match="more processes than GPUs"):
-        layout_for(Runtime(Team(0, 4)), torch.device("cuda"), heads=40, ulysses=4, ring=1, sharded=False)
+@pytest.mark.parametrize(
+    ("device", "processes", "uses_gpus", "expected"),
+    [
+        ("cpu", 4, False, ""),
+        ("mps", 1, False, ""),
+        ("cuda", 4, True, ""),
+        ("mps", 4, False, "--device mps: serves one process, and there are 4; use --device cpu"),
+        ("cuda", 4, False, "more processes than GPUs on this machine: use --nproc-per-node"),
+    ],
+)
+def test_devices_of_several_processes(device: str, processes: int, uses_gpus: bool, expected: str) -> None:
+    found = device_problems(Layout(processes), torch.device(device), uses_gpus)
+    assert len(found) == bool(expected)
+    assert expected in "".join(found)
 
 
 PLAIN = {
@@ -80,9 +87,8 @@ def test_settings_that_exclude_each_other(given: dict, expected: str) -> None:
 
 
 def places(runtime: Runtime) -> tuple[int, int, int, list[int]]:
-    parallel = parallel_of(runtime, ulysses=1, ring=2)
-    mesh = parallel.mesh
-    return mesh.data_rank, mesh.ring_rank, mesh.sequence_rank, parallel.share(range(5))
+    mesh = mesh_of(runtime, ulysses=1, ring=2)
+    return mesh.data_rank, mesh.ring_rank, mesh.sequence_rank, mesh.share(range(5))
 
 
 def test_neighbouring_ranks_share_a_video_and_jobs_are_dealt_out() -> None:

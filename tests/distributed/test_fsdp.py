@@ -1,27 +1,28 @@
 """Sharded weights: each rank reads and keeps its share, and the networks give the numbers of whole ones."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning.lora import Lora
 from lightning.merge import Merge
 from lightning.tensorfile import TensorStore
-from tests.distributed.ranks import parallel_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import checkpoint, config_of, lora_dir, relative_error
 from wan.distributed.fsdp import load_sharded, shard_rows
-from wan.distributed.parallel import Parallel
+from wan.distributed.mesh import Mesh
 from wan.distributed.runtime import Runtime
+from wan.distributed.sequence import split_tokens
 from wan.loading.checkpoint import Checkpoint
-from wan.loading.stream import parameter_dtypes
+from wan.loading.stream import Store, load, parameter_dtypes
 from wan.modules.model import Prompt, WanModel
 from wan.utils.errors import InputError
 
@@ -34,14 +35,23 @@ def open_tiny(task: str) -> Checkpoint:
     return found
 
 
-def load_expert(dtype: torch.dtype, parallel: Parallel, split: bool) -> WanModel:
+def load_share(
+    module: torch.nn.Module, store: Store, mesh: Mesh, dtype: Callable[[str], torch.dtype], **more: Any
+) -> Any:
+    """This rank's part of the weights; all of them in a process alone."""
+    if mesh.shards is None:
+        return load(module, store, home=CPU, dtype=dtype, **more)
+    return load_sharded(module, store, mesh=mesh, home=CPU, dtype=dtype, **more)
+
+
+def load_expert(dtype: torch.dtype, mesh: Mesh, split: bool) -> WanModel:
     """The high-noise expert with its LoRA; sharded if there are several ranks. split: its tokens are divided, too."""
     module, store = open_tiny("t2v-A14B").experts["high"]
     merge = Merge([Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")], store.shapes)
     dtypes = parameter_dtypes(dtype, convert_all=False)
-    model = parallel.load(module, store, sharded=True, home=CPU, dtype=dtypes, merge=merge)
+    model = load_share(module, store, mesh, dtypes, merge=merge)
     if split:
-        parallel.split_tokens(model)
+        split_tokens(model, mesh)
     return model
 
 
@@ -63,7 +73,7 @@ def held(module: torch.nn.Module) -> float:
 
 
 def expert_of_a_rank(runtime: Runtime, dtype: torch.dtype, split: bool) -> tuple[list[Tensor], float, float, dict]:
-    model = load_expert(dtype, parallel_of(runtime, runtime.team.size), split)
+    model = load_expert(dtype, mesh_of(runtime, runtime.team.size), split)
     before = held(model)
     return tiny_forwards(model), before, held(model), {name: p.dtype for name, p in model.named_parameters()}
 
@@ -71,7 +81,7 @@ def expert_of_a_rank(runtime: Runtime, dtype: torch.dtype, split: bool) -> tuple
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("dtype", "split", "tolerance"), [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.0)])
 def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, tolerance: float) -> None:
-    whole = load_expert(dtype, Parallel(), split)
+    whole = load_expert(dtype, Mesh(), split)
     want = tiny_forwards(whole)
     for found, before, after, dtypes in run_ranks(expert_of_a_rank, ranks, dtype, split):
         assert before < 1 / ranks + 0.05
@@ -81,20 +91,20 @@ def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, t
             assert relative_error(x, y) <= tolerance
 
 
-def encode_text(parallel: Parallel) -> tuple[list[Tensor], float]:
+def encode_text(mesh: Mesh) -> tuple[list[Tensor], float]:
     module, store = open_tiny("t2v-A14B").text_encoder or pytest.fail("no text encoder")
-    encoder = parallel.load(module, store, sharded=True, home=CPU, dtype=lambda _: torch.float32)
+    encoder = load_share(module, store, mesh, lambda _: torch.float32)
     with torch.no_grad():
         return [encoder(torch.arange(3, 3 + length)) for length in (1, 9, 40)], held(encoder)
 
 
 def encode_text_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], float]:
-    return encode_text(parallel_of(runtime, runtime.team.size))
+    return encode_text(mesh_of(runtime, runtime.team.size))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_text_encoder(ranks: int) -> None:
-    want, _ = encode_text(Parallel())
+    want, _ = encode_text(Mesh())
     for found, share in run_ranks(encode_text_of_a_rank, ranks):
         assert share < 1 / ranks + 0.05
         assert all(map(torch.equal, found, want))
@@ -104,7 +114,7 @@ def test_a_torch_too_old_for_shards_on_a_cpu_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
     module, store = open_tiny("t2v-A14B").experts["high"]
     with pytest.raises(InputError, match=r"on a CPU need PyTorch 2\.7 or newer, this is 2\.6\.0"):
-        load_sharded(module, store, cast(DeviceMesh, None), home=CPU, dtype=lambda _: torch.float32)
+        load_sharded(module, store, mesh=Mesh(), home=CPU, dtype=lambda _: torch.float32)
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 4), (3, 4), (8, 4), (9, 4), (6, 4), (5, 2)])
@@ -147,11 +157,11 @@ def load_and_count(runtime: Runtime, file: Path) -> tuple[int, int]:
     TensorStore.read = counted  # type: ignore[method-assign]  # in this child process only
     with torch.device("meta"):
         module = WanModel(**SIZES)
-    parallel = parallel_of(runtime, runtime.team.size)
-    fully_shard(torch.nn.Linear(8, 8), mesh=parallel.mesh.shards)  # what its first call takes is code, not weights
+    mesh = mesh_of(runtime, runtime.team.size)
+    fully_shard(torch.nn.Linear(8, 8), mesh=mesh.shards)  # what its first call takes is code, not weights
     watch = PeakMemory()
     watch.start()
-    parallel.load(module, TensorStore.open(file), sharded=True, home=CPU, dtype=lambda _: torch.float32)
+    load_sharded(module, TensorStore.open(file), mesh=mesh, home=CPU, dtype=lambda _: torch.float32)
     watch.done.set()
     return sum(count), watch.peak
 

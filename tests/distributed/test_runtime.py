@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.ranks import launched, run_ranks
-from wan.distributed.runtime import Runtime, Team, launch
+from wan.distributed.runtime import Runtime, launch
+from wan.distributed.team import Team
 from wan.utils.errors import InputError, JobError
 
 Work = Callable[[Runtime], int]

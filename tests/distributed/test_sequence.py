@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.ranks import parallel_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import relative_error
 from wan.distributed.runtime import Runtime
-from wan.distributed.sequence import SequenceAttention, SequenceSplit
+from wan.distributed.sequence import SequenceAttention, SequenceSplit, split_tokens
 from wan.modules.attention import sdpa
 from wan.modules.model import Prompt, SelfAttention, WanModel
 
@@ -23,7 +23,7 @@ def random_attention(total: int, heads: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def attend_over_ranks(runtime: Runtime, ulysses: int, ring: int, heads: int, padding_attended: bool) -> dict:
-    mesh = parallel_of(runtime, ulysses, ring).mesh
+    mesh = mesh_of(runtime, ulysses, ring)
     split, attend = SequenceSplit(mesh), SequenceAttention(SelfAttention(heads * 16, heads, 1e-6), mesh)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -79,7 +79,7 @@ GRIDS = [(3, 4, 5), (2, 3, 3), (1, 1, 2), (2, 5, 7)]  # 60, 18, 2 and 70 tokens:
 
 def split_forwards(runtime: Runtime, heads: int, ulysses: int, ring: int) -> list[Tensor]:
     model = random_model(heads, 12)
-    parallel_of(runtime, ulysses, ring).split_tokens(model)
+    split_tokens(model, mesh_of(runtime, ulysses, ring))
     return forwards(model, GRIDS)
 
 

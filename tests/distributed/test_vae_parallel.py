@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.vae import count_decode
-from tests.distributed.ranks import parallel_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE, area, divide
@@ -39,7 +39,7 @@ def image_of(vae: WanVAE) -> Tensor:
 
 
 def decoded(runtime: Runtime, task: str, grid: tuple[int, int], tiles: tuple[int, int]) -> list[Tensor]:
-    vae = parallel_of(runtime, runtime.team.size).split_frames(vae_of(task))
+    vae = SplitVAE(vae_of(task), mesh_of(runtime, runtime.team.size))
     return list(vae.decode(latent_of(vae_of(task), grid), tiles=tiles))
 
 
@@ -54,7 +54,7 @@ def test_decode(task: str, ranks: int, grid: tuple[int, int], tiles: tuple[int, 
 
 
 def encoded(runtime: Runtime, task: str) -> tuple[Tensor, Tensor]:
-    vae = parallel_of(runtime, runtime.team.size).split_frames(vae_of(task))
+    vae = SplitVAE(vae_of(task), mesh_of(runtime, runtime.team.size))
     image = image_of(vae_of(task))
     return vae.encode(image[:, None]), vae.encode_first_frame(image, 9)
 
@@ -81,8 +81,9 @@ def work_of_a_rank(runtime: Runtime, task: str) -> int:
     for module in vae.decoder.upsamples.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             module.register_forward_hook(count)
-    parallel = parallel_of(runtime, runtime.team.size)
-    list(parallel.split_frames(vae).decode(torch.zeros(vae.z_dim, 1, 32, 48)))
+    mesh = mesh_of(runtime, runtime.team.size)
+    split = vae if mesh.sequence is None else SplitVAE(vae, mesh)
+    list(split.decode(torch.zeros(vae.z_dim, 1, 32, 48)))
     return pixels
 
 
@@ -101,9 +102,8 @@ def test_cost_of_a_720p_decode_on_one_of_eight_processes() -> None:
 def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
     """One rank's network fails (or, on the first rank, what is done with the frames); all must learn of it."""
     vae = vae_of("t2v-A14B")
-    parallel = parallel_of(runtime, runtime.team.size)
-    split = parallel.split_frames(vae)
-    assert isinstance(split, SplitVAE)
+    mesh = mesh_of(runtime, runtime.team.size)
+    split = SplitVAE(vae, mesh)
     if runtime.team.rank == failing and failing:
         split.vae = Failing(vae, after)  # type: ignore[assignment]  # has what SplitVAE uses
 
@@ -113,7 +113,7 @@ def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
                 raise JobError("the disk is full")
 
     try:
-        parallel.team.agree(consume)
+        mesh.team.agree(consume)
     except JobError as e:
         first = str(e)
     again = list(split.decode(latent_of(vae), chunk=1)) if failing == 0 else []

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning.merge import Merge
+from wan.distributed.mesh import Mesh
+from wan.distributed.team import Team
 from wan.loading.stream import Store, finished, read_ahead
 from wan.utils.errors import InputError
 
@@ -28,26 +29,29 @@ Module = TypeVar("Module", bound=nn.Module)
 def load_sharded(
     module: Module,
     store: Store,
-    mesh: DeviceMesh,
     *,
+    mesh: Mesh,
     home: torch.device,
     dtype: Callable[[str], torch.dtype],
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """Like `wan.loading.checkpoint.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    """Like `wan.loading.stream.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
         raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
+    assert mesh.shards is not None, "a rank alone loads whole weights"
     module.eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
     for unit in _units(module):
         # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole unless told each time
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh.shards, reshard_after_forward=True)
+        _gather_together(unit, mesh.team)
     module.register_forward_hook(lambda root, *_: root.reshard())
+    module.register_forward_pre_hook(_let_go, prepend=True)
     module.to_empty(device=home)
     shards = dict(module.named_parameters())
-    rows = {name: shard_rows(p.shape[0], mesh.size(), mesh.get_local_rank()) for name, p in shards.items()}
+    rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
     for name, tensor in read_ahead(store, mine, rows.__getitem__, pin=home.type == "cuda"):
         report(tensor.nbytes)
@@ -55,6 +59,25 @@ def load_sharded(
         assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
         shard.to_local().copy_(finished(name, tensor, home, dtype(name), merge, rows[name]))
     return module
+
+
+def _gather_together(unit: nn.Module, team: Team) -> None:
+    """Make the hook in which FSDP gathers a unit's weights an exchange."""
+    hooks = unit._forward_pre_hooks
+    for key, hook in hooks.items():
+
+        def gather(*inputs: Any, hook: Callable[..., Any] = hook) -> Any:
+            with team.exchange():
+                return hook(*inputs)
+
+        hooks[key] = gather
+
+
+def _let_go(root: nn.Module, *_: object) -> None:
+    """A forward that has failed left some units whole, not the same ones on all ranks."""
+    for unit in root.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,14 +7,19 @@ wherever it fits. The arithmetic imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from wan.distributed.runtime import PATIENCE
+from wan.distributed.team import Team, patience
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,22 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     return []
 
 
+def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> list[str]:
+    """What forbids networks on `device` in so many processes. uses_gpus: each process has taken a GPU of its own."""
+    import torch
+
+    if layout.world == 1 or device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"--device {device}: serves one process, and there are {layout.world}; use --device cpu"]
+    if not uses_gpus:
+        usable = f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
+        return [f"more processes than GPUs on this machine: use {usable}"]
+    if device.index is not None and device.index != torch.cuda.current_device():
+        return [f"--device {device}: under torchrun each process takes its own GPU; use --device cuda"]
+    return []
+
+
 def flag_conflicts(
     *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str
 ) -> list[str]:
@@ -90,41 +111,56 @@ class Mesh:
 
     layout: Layout = field(default_factory=Layout)
     data_rank: int = 0
-    sequence_rank: int = 0
-    sequence: ProcessGroup | None = None
+    team: Team = field(default_factory=Team)  # the ranks that make one video together
+    sequence: ProcessGroup | None = None  # the same ranks, for tensors
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
-    patient: ProcessGroup | None = None  # the sequence group again, for messages that may be waited for long
-    shards: DeviceMesh | None = None  # the sequence group again, as FSDP wants it
+    shards: DeviceMesh | None = None  # the same ranks again, as FSDP wants them
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.team.rank
 
     @property
     def ring_rank(self) -> int:
-        return self.sequence_rank // self.layout.ulysses
+        return self.team.rank // self.layout.ulysses
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Every data-th item: those of this rank's sequence group."""
+        return list(items[self.data_rank :: self.layout.data])
+
+    def same(self, x: Tensor) -> Tensor:
+        """The first rank's `x` on all ranks of the group: random numbers depend on the kind of GPU."""
+        if self.sequence is not None:
+            import torch.distributed as dist
+
+            with self.team.exchange():
+                dist.broadcast(x, dist.get_global_rank(self.sequence, 0), group=self.sequence)
+        return x
 
 
 def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     """The groups of `layout` for tensors on `device` ("cuda" or "cpu"); every process of the world must call this."""
-    data_rank, sequence_rank = divmod(rank, layout.sequence)
+    data_rank, place = divmod(rank, layout.sequence)
     if layout.sequence == 1:
         return Mesh(layout, data_rank)
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
 
-    outer = init_device_mesh(device, (layout.data, layout.sequence), mesh_dim_names=("data", "sequence"))
-    ulysses, ring = outer.get_group("sequence"), None
-    if layout.ring > 1:
-        axes = {"data": layout.data, "ring": layout.ring, "ulysses": layout.ulysses}
-        inner = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        ulysses, ring = inner.get_group("ulysses"), inner.get_group("ring")
-    members = [list(range(first, first + layout.sequence)) for first in range(0, layout.world, layout.sequence)]
-    patients = [dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for ranks in members]
-    return Mesh(
-        layout,
-        data_rank,
-        sequence_rank,
-        sequence=outer.get_group("sequence"),
-        ulysses=ulysses if layout.ulysses > 1 else None,
-        ring=ring,
-        patient=patients[data_rank],
-        shards=outer["sequence"],
-    )
+    def mine(groups: list[range], backend: str | None = None) -> ProcessGroup:
+        members = [list(group) for group in groups]
+        return dist.new_subgroups_by_enumeration(members, timeout=patience(), backend=backend)[0]
+
+    together = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
+    team = Team(place, layout.sequence, mine(together, "gloo"))
+    sequence = ulysses = ring = mine(together)
+    if layout.ring == 1:
+        ring = None
+    elif layout.ulysses == 1:
+        ulysses = None
+    else:
+        heads = layout.ulysses
+        ulysses = mine([range(first, first + heads) for first in range(0, layout.world, heads)])
+        ring = mine([group[index::heads] for group in together for index in range(heads)])
+    shards = DeviceMesh.from_group(sequence, device)
+    return Mesh(layout, data_rank, team, sequence, ulysses, ring, shards)

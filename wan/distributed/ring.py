@@ -7,49 +7,60 @@ ranks may hold different numbers of tokens, or none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wan.distributed.mesh import Mesh
+from wan.distributed.team import unbroken
+
 aten = torch.ops.aten
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of `group`.
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh: Mesh) -> Tensor:
+    """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of the ring.
 
     tokens: how many each rank holds. The next keys are on their way while these are attended to.
     """
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    size, rank = mesh.layout.ring, mesh.ring_rank
     pairs = torch.stack([k, v])
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     weight = torch.full(q.shape[:2], -torch.inf, device=q.device)  # log-sum-exp of what `out` holds
     for step in range(size):
-        coming = pairs.new_empty(0)
-        transfers = []
-        if step + 1 < size:
-            coming = pairs.new_empty(2, tokens[(rank - step - 1) % size], *pairs.shape[2:])
-            transfers = _pass_on(pairs, coming, (rank + 1) % size, (rank - 1) % size, group)
-        if pairs.shape[1] and q.shape[0]:
-            part, part_weight = attention_and_weight(q, pairs[0], pairs[1])
-            total = torch.logaddexp(weight, part_weight)
-            out = out * (weight - total).exp()[..., None] + part * (part_weight - total).exp()[..., None]
-            weight = total
-        for transfer in transfers:
-            transfer.wait()
+        last = step + 1 == size
+        coming = pairs.new_empty(2, 0 if last else tokens[(rank - step - 1) % size], *pairs.shape[2:])
+        with nullcontext() if last else _passed_on(pairs, coming, mesh):
+            if pairs.shape[1] and q.shape[0]:
+                part, part_weight = attention_and_weight(q, pairs[0], pairs[1])
+                total = torch.logaddexp(weight, part_weight)
+                out = out * (weight - total).exp()[..., None] + part * (part_weight - total).exp()[..., None]
+                weight = total
         pairs = coming
     return out.to(q.dtype)
 
 
-def _pass_on(sent: Tensor, received: Tensor, to: int, source: int, group: dist.ProcessGroup) -> list[dist.Work]:
-    """Start sending to and receiving from the neighbours in the ring; what is empty is not sent."""
-    transfers = []
-    if sent.numel():
-        transfers.append(dist.P2POp(dist.isend, sent, dist.get_global_rank(group, to), group))
-    if received.numel():
-        transfers.append(dist.P2POp(dist.irecv, received, dist.get_global_rank(group, source), group))
-    return dist.batch_isend_irecv(transfers) if transfers else []
+@contextmanager
+def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
+    """While the block runs, send to the next rank of the ring and receive from the one before; what is empty is not.
+
+    Waits for the transfers also where the block fails: the neighbours take part in them, and they use the buffers.
+    """
+    group, transfers = mesh.ring, []
+    for direction, tensor, way in ((dist.isend, sent, 1), (dist.irecv, received, -1)):
+        if tensor.numel():
+            neighbour = dist.get_global_rank(group, (mesh.ring_rank + way) % mesh.layout.ring)
+            transfers.append(dist.P2POp(direction, tensor, neighbour, group))
+    with mesh.team.exchange():
+        started = dist.batch_isend_irecv(transfers) if transfers else []
+    try:
+        yield
+    finally:
+        with unbroken():
+            for transfer in started:
+                transfer.wait()
 
 
 def attention_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

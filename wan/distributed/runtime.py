@@ -1,85 +1,32 @@
-"""The processes of one run: how they start, agree, fail together and end. One process alone is the plain case.
+"""The processes of one run: how they start, connect and end. One process alone is the plain case.
 
-torchrun starts the processes and ends all of them when one ends badly. Two kinds of waiting are kept apart: collectives
-of the computation give up after `COLLECTIVE_LIMIT`; a `Team` waits for as long as the others work (prompt extension, a
-slow disk) and still ends at once when one of them dies, because its connection closes. Imports torch only for many.
+torchrun, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, starts the processes. When one
+ends badly, the others notice by their closed connections and end, too. Imports torch only for many processes.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
+import signal
+import socket
 import sys
+import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from wan.utils.errors import JobError, WanError
+from wan.distributed.team import PATIENCE, Broken, Team, expected, patience, traceback_of
+from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
 
-Result = TypeVar("Result")
-COLLECTIVE_LIMIT = timedelta(minutes=10)
-PATIENCE = timedelta(days=7)
+CONNECT_LIMIT = timedelta(minutes=10)  # for all processes to start
 GLOO_REST = 0.2  # seconds in which gloo's threads let go of their last tensors; without them torch 2.13 aborts at exit
-
-
-class Broken(BaseException):  # no Exception: nobody may go on after it
-    """One process failed, for the reason given as its cause, while others count on it in a common computation."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """Processes that tell each other things; the first one speaks and writes for all."""
-
-    rank: int = 0
-    size: int = 1
-    group: ProcessGroup | None = None
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def gather(self, value: Result) -> list[Result]:
-        """Everyone's value by rank, for everyone."""
-        if self.group is None:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def agree(self, work: Callable[[], Result]) -> Result:
-        """`work()` on every rank; if it fails anywhere, the error of the first rank that failed is raised on all.
-
-        For work without collectives, or with collectives in which even a failing rank takes part to the end.
-        """
-        if self.group is None:
-            return work()
-        done: list[Result] = []
-        error: Exception | None = None
-        try:
-            done = [work()]
-        except Exception as e:  # noqa: BLE001 - raised below, on all ranks
-            error = e
-        try:
-            for rank, reported in enumerate(self.gather(error and _portable(error, self.rank))):
-                if reported is not None:
-                    raise error if error and rank == self.rank else reported
-        finally:
-            error = None  # else it and this frame hold each other, and what failed for want of memory stays in memory
-        return done[0]
-
-    def from_first(self, make: Callable[[], Result]) -> Result:
-        """`make()` of the first rank, for everyone; if it fails, its error is raised on all."""
-        made = self.agree(lambda: [make()] if self.first else [])
-        return self.gather(made)[0][0]
+LAST_QUESTION = 5.0  # seconds for the store to say who failed first: it may be in a process that hangs
 
 
 @dataclass(frozen=True)
@@ -92,25 +39,28 @@ class Runtime:
 
     @classmethod
     def start(cls) -> Runtime:
-        """Connect to the others, if torchrun's environment says that there are any."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        """Connect to the others, if the environment says that there are any. InputError for an environment that lacks
+        something, WanError if the others do not come."""
+        size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
-        import torch
+        _check_environment(size)
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        uses_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-        if uses_gpus:
-            torch.cuda.set_device(local_rank)
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=COLLECTIVE_LIMIT))
-        backend = "cpu:gloo,cuda:nccl" if uses_gpus else "gloo"
-        groups = PrefixStore("groups", store)
-        dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
-        patient = dist.new_group(timeout=PATIENCE, backend="gloo")
-        return cls(Team(rank, size, patient), uses_gpus, PrefixStore("run", store))
+        rank, limit = _number("RANK", 0), patience()
+        try:
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_LIMIT))
+            # a restarted run may find the same store, with what the first attempt has left in it
+            store = PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            uses_gpus = _take_gpu(store, rank, size)
+            backend = "cpu:gloo,cuda:nccl" if uses_gpus else "gloo"
+            groups = PrefixStore("groups", store)
+            dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=limit)
+        except dist.DistError as e:
+            raise WanError(f"process {rank} cannot connect to the other {size - 1}: {_first_line(e)}") from e
+        return cls(_team(limit), uses_gpus, PrefixStore("run", store))
 
     @classmethod
     def joined(cls) -> Runtime:
@@ -119,8 +69,7 @@ class Runtime:
 
         if not dist.is_available() or not dist.is_initialized():
             return cls()
-        patient = dist.new_group(timeout=PATIENCE, backend="gloo")
-        return cls(Team(dist.get_rank(), dist.get_world_size(), patient), "nccl" in dist.get_backend_config())
+        return cls(_team(patience()), "nccl" in dist.get_backend_config())
 
     def stop(self) -> None:
         """Tell all processes that no further job shall begin."""
@@ -142,18 +91,35 @@ class Runtime:
 
     def give_up(self, error: BaseException) -> NoReturn:
         """End this process now. The others notice and follow; whoever fails first is the only one to say why."""
+        sys.stdout.flush()
         if self._fails_first():
             sys.stderr.write(_last_words(self.team.rank, error))
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)  # no clean-up: it would wait for the others
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
 
     def _fails_first(self) -> bool:
         assert self.store is not None, "there are others"
-        try:
-            return self.store.add("failed", 1) == 1
-        except RuntimeError:
-            return False  # the store is gone, and with it the process that kept it: that one was first
+        answers: list[bool] = []
+
+        def ask(store: Store) -> None:
+            try:
+                answers.append(store.add("failed", 1) == 1)
+            except RuntimeError:  # the store is gone, and with it the process that kept it: that one was first
+                answers.append(False)
+
+        asking = threading.Thread(target=ask, args=(self.store,), daemon=True)
+        asking.start()
+        asking.join(LAST_QUESTION)
+        return answers != [False]  # no answer: better told twice than not at all
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end, as Ctrl-C does; torchrun sends one to the others when one has failed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
 
 
 def launch(work: Callable[[Runtime], int]) -> int:
@@ -161,43 +127,113 @@ def launch(work: Callable[[Runtime], int]) -> int:
 
     Errors that `work` does not turn into a code end the whole run; in a process alone they are simply raised.
     """
-    runtime = Runtime.start()
-    if runtime.team.group is None:
-        return work(runtime)
+    with _signals_interrupt():
+        runtime = Runtime.start()
+        if runtime.team.group is None:
+            return work(runtime)
+        try:
+            return runtime.finish(work(runtime))
+        except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
+            runtime.give_up(error)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does: nothing half is left, and what to do next is told."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise Stopped(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # one that is ignored stays so: `nohup` asks for that
+    earlier = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
     try:
-        return runtime.finish(work(runtime))
-    except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
-        runtime.give_up(error)
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
-def _portable(error: Exception, rank: int) -> Exception:
-    """A copy of `error` for other processes; where it is no expected one, with its traceback as a note."""
+def speaks_alone() -> bool:
+    """Whether this is the process that speaks for all, before they are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _team(limit: timedelta) -> Team:
+    import torch.distributed as dist
+
+    return Team(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=limit, backend="gloo"))
+
+
+def _number(name: str, default: int) -> int:
+    """A whole number of the environment. InputError if it is none."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal():
+        raise InputError(f"{name}={given} in the environment: must be a whole number")
+    return int(given)
+
+
+def _check_environment(size: int) -> None:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE={size} in the environment says that there are {size} processes, but not {', '.join(missing)}; "
+            "start them with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
+        )
+
+
+def _take_gpu(store: Store, rank: int, size: int) -> bool:
+    """Take the GPU that is this process's own. False where there are fewer than processes.
+
+    Launchers other than torchrun may not say how many processes share a machine and which of them this is: those that
+    see the same GPUs on the same machine are counted. Where each sees only its own, each counts as the only one.
+    """
     import torch
 
-    try:
-        copy: Exception = pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever its constructor needs
-        copy = JobError(f"{type(error).__name__}: {error}")
-    if not isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
-        copy.add_note(f"in process {rank}:\n" + "".join(traceback.format_exception(error)).rstrip())
-    return copy
+    place = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    store.set(f"place {rank}", place)
+    sharing = [other for other in range(size) if store.get(f"place {other}").decode() == place]
+    index = _number("LOCAL_RANK", sharing.index(rank))
+    gpus = torch.cuda.device_count()
+    if gpus < max(_number("LOCAL_WORLD_SIZE", len(sharing)), index + 1):
+        return False
+    torch.cuda.set_device(index)
+    return True
 
 
 def _last_words(rank: int, error: BaseException) -> str:
+    """Why the run ends: a line, after the traceback if it is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
     if isinstance(error, Broken) and error.__cause__:
         error = error.__cause__
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted\n"
+        if _is_connection(error):
+            return f"error: process {rank} {_how_lost(error)}\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
-    if _is_connection(error):
-        reason = str(error).strip().splitlines()[0]
-        return f"error: process {rank} lost another one, which was killed, crashed or hangs ({reason})\n"
-    return f"error in process {rank}:\n" + "".join(traceback.format_exception(error))
+    line = f"error: process {rank}: {type(error).__name__}: {_first_line(error)}\n"
+    return line if expected(error) else f"{traceback_of(error)}\n{line}"
+
+
+def _how_lost(error: BaseException) -> str:
+    """gloo and NCCL report a time limit that has passed in several words, all with "time" in them."""
+    reason = _first_line(error)
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        minutes = patience().total_seconds() / 60
+        return f"has waited {minutes:g} minutes for another one, which hangs ({PATIENCE} says for how many: {reason})"
+    return f"lost another one, which was killed or crashed ({reason})"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether a collective failed: PyTorch raises RuntimeError for gloo's failures and DistError for others."""
+    """Whether it is the exchange that failed, not what was done for it (no memory left for a buffer).
+
+    PyTorch raises RuntimeError for gloo's failures and DistError for others.
+    """
     import torch.distributed as dist
 
     gloo = isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "Connection closed by peer" in str(error))

@@ -33,7 +33,7 @@ class SequenceSplit(TokenSplit):
     """Each rank has the same number of consecutive tokens; the last ones may have padding."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.group, self.rank, self.size = mesh.sequence, mesh.sequence_rank, mesh.layout.sequence
+        self.mesh, self.rank, self.size = mesh, mesh.sequence_rank, mesh.layout.sequence
 
     def span(self, total: int) -> tuple[int, int]:
         share = -(-total // self.size)
@@ -48,7 +48,7 @@ class SequenceSplit(TokenSplit):
     def gather(self, x: Tensor, total: int) -> Tensor:
         """[L, ...] -> [total, ...]."""
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        all_gather(out, x.contiguous(), self.group)
+        all_gather(out, x.contiguous(), self.mesh)
         return out[:total]
 
 
@@ -60,41 +60,45 @@ class SequenceAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
         """[L, N, d] each -> [L, N, d]; `total` real tokens on all ranks together."""
-        mesh, group = self.mesh, self.mesh.ulysses
+        mesh = self.mesh
         share = q.shape[0] * mesh.layout.ulysses  # tokens of one Ulysses group
         real = [min(max(total - share * index, 0), share) for index in range(mesh.layout.ring)]
-        if group is not None:
-            q, k, v = tokens_to_heads(q, k, v, group)
+        if mesh.ulysses is not None:
+            q, k, v = tokens_to_heads(q, k, v, mesh)
         q, k, v = (x[: real[mesh.ring_rank]] for x in (q, k, v))
-        out = self.attention.backend(q, k, v) if mesh.ring is None else ring_attention(q, k, v, real, mesh.ring)
+        out = self.attention.backend(q, k, v) if mesh.ring is None else ring_attention(q, k, v, real, mesh)
         if out.shape[0] < share:
             out = torch.cat([out, out.new_zeros(share - out.shape[0], *out.shape[1:])])
-        return out if group is None else heads_to_tokens(out, group)
+        return out if mesh.ulysses is None else heads_to_tokens(out, mesh)
 
 
-def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
     """[L, N, d] each -> views [P L, N / P, d] of one received buffer: one exchange and one copy, not three."""
-    ranks = dist.get_world_size(group)
+    ranks = mesh.layout.ulysses
     tokens, heads, width = q.shape
     send = q.new_empty(ranks, tokens, 3, heads // ranks, width)
     for index, x in enumerate((q, k, v)):
         send[:, :, index] = rearrange(x, "l (p n) d -> p l n d", p=ranks)
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    q, k, v = received.flatten(0, 1).unbind(1)
+    q, k, v = all_to_all(send, mesh).flatten(0, 1).unbind(1)
     return q, k, v
 
 
-def heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def heads_to_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     """The way back: [P L, N / P, d] -> [L, N, d]."""
-    ranks = dist.get_world_size(group)
-    send = x.contiguous()
+    received = all_to_all(x.contiguous(), mesh)
+    return rearrange(received, "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
+
+
+def all_to_all(send: Tensor, mesh: Mesh) -> Tensor:
+    """The r-th of P equal parts of `send` to each rank r of the Ulysses group; what they sent here, in their order."""
     received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    return rearrange(received, "(p l) n d -> l (p n) d", p=ranks)
+    with mesh.team.exchange():
+        dist.all_to_all_single(received, send, group=mesh.ulysses)
+    return received
 
 
-def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:
+def all_gather(out: Tensor, x: Tensor, mesh: Mesh) -> None:
     """Every rank's `x`, one after the other, into `out`. torch 2.13 renamed the collective."""
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    collective(out, x, group=group)
+    with mesh.team.exchange():
+        collective(out, x, group=mesh.sequence)

@@ -25,7 +25,7 @@ class SplitVAE:
 
     def __init__(self, vae: WanVAE, mesh: Mesh) -> None:
         assert mesh.sequence is not None, "a rank alone uses the WanVAE itself"
-        self.vae, self.group = vae, mesh.sequence
+        self.vae, self.mesh = vae, mesh
         self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
@@ -46,7 +46,7 @@ class SplitVAE:
         length, channels = part.shape[0], part.shape[-1]
         sent = filled_up(part, max(map(area, regions)) * length * channels)
         received = sent.new_empty(self.size * len(sent))
-        all_gather(received, sent, self.group)
+        all_gather(received, sent, self.mesh)
         features = part.new_empty(length, height, width, channels)
         for region, flat in zip(regions, received.split(len(sent)), strict=False):
             target = features[:, region.top : region.bottom, region.left : region.right]
@@ -57,8 +57,7 @@ class SplitVAE:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on the first rank; the others give none.
 
         tiles: rows and columns into which each rank divides its region, see `WanVAE.decode`. Every rank must run the
-        iterator. One that fails, or a first rank that stops early, still takes part in all exchanges so that nobody
-        waits for it; the caller makes sure that all learn of it.
+        iterator, in `Team.agree`: one that fails, or a first rank that stops early, is missed in the next exchange.
         """
         height, width = latent.shape[-2:]
         regions = divide(height, width, self.size)
@@ -66,17 +65,13 @@ class SplitVAE:
         frame = Region(0, height, 0, width).scaled(self.stride[1])
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
-        missing = list(counts)
-        try:
-            if self.rank < len(regions):
-                for part in self._decode_region(latent, regions[self.rank], chunk, tiles, counts):
-                    received = self._gather(part, places, missing[0])
-                    del missing[0]
-                    if self.rank == 0:
-                        yield assembled(received, places, frame)
-        finally:
-            for count in missing:
-                self._gather(torch.zeros(0, device=self.device), places, count)
+        parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank for which there is no region
+        if self.rank < len(regions):
+            parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
+        for part, count in zip(parts, counts, strict=True):
+            received = self._gather(part, places, count)
+            if self.rank == 0:
+                yield assembled(received, places, frame)
 
     @torch.no_grad()
     def _decode_region(
@@ -102,7 +97,10 @@ class SplitVAE:
         """Every rank's pixels of one chunk on the first rank, each filled up to the largest."""
         sent = filled_up(part, 3 * frames * max(map(area, places)))
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
-        dist.gather(sent, received or None, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        group = self.mesh.sequence
+        assert group is not None
+        with self.mesh.team.exchange():
+            dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
         return received
 
 
