@@ -34,8 +34,8 @@ class Beside(NamedTuple):
 
     @classmethod
     def of(cls, video: Path) -> Beside:
-        latents = video.with_name(f"{video.stem}.latents.safetensors")
-        return cls(video, video.with_suffix(".json"), latents, video.with_suffix(".png"))
+        folder, stem = video.parent, video.stem
+        return cls(video, folder / f"{stem}.json", folder / f"{stem}.latents.safetensors", folder / f"{stem}.png")
 
 
 def latents_elsewhere(video: Path) -> Path:
@@ -57,7 +57,7 @@ def machine() -> str:
 
 def part_of(path: Path, stage: str = "") -> Path:
     """The name under which this process makes `path`; `stage` tells two of one file apart (".encoding")."""
-    return path.with_name(f".{path.name}.{machine()}-{os.getpid()}{stage}.part")
+    return path.parent / f".{path.name}.{machine()}-{os.getpid()}{stage}.part"
 
 
 def make_part(path: Path, stage: str = "") -> Path:
@@ -68,9 +68,9 @@ def make_part(path: Path, stage: str = "") -> Path:
     return part
 
 
-def longest_name(path: Path) -> str:
-    """The longest of the names that making the video `path` needs, and that `path` itself has."""
-    return max((part_of(file).name for file in Beside.of(path)), key=lambda name: len(os.fsencode(name)))
+def longest_name(video: Path) -> str:
+    """The longest of the names that making `video` needs: that of its latents while they are written."""
+    return part_of(Beside.of(video).latents).name
 
 
 @contextmanager
