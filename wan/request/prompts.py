@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lightning.json_input import parse_json
+from wan.utils.files import replacing
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name, its longest neighbour's and a part's decorations stay within 255 bytes
 TEXT, JSON_LINES, CSV = ("", ".txt"), (".jsonl", ".json"), (".csv",)  # what the end of a prompt file's name means
@@ -130,7 +131,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     else:
         lines = (" ".join(row.prompt.split()) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    with replacing(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def _absolute(path: Path) -> str:

@@ -209,6 +209,20 @@ def count_frames(path: Path) -> int:
     return frames_reported(done.stdout) if done.returncode == 0 else 0
 
 
+def last_frame(path: Path) -> bytes:
+    """The last frame of a whole video, as a PNG. InputError for any other file. The video is decoded to its end."""
+    if not (frames := count_frames(path)):
+        raise InputError(f"{path}: not a whole video, so it has no last frame")
+    # ffmpeg's quick conversion to RGB comes out up to 2 of 255 too dark
+    picked = f"select='eq(n,{frames - 1})',scale=flags=bicubic+accurate_rnd+full_chroma_int"
+    done = _run(
+        "-i", local(path), "-map", "0:v:0", "-vf", picked, "-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "-"
+    )
+    if done.returncode != 0 or not done.stdout:
+        raise InputError(f"{path}: its last frame cannot be read{last_words(done.stderr)}")
+    return done.stdout
+
+
 def save_contact_sheet(video: Path, frames: int, columns: int = 3, rows: int = 3, width: int = 320) -> Path:
     """A PNG beside `video` with up to columns x rows of its evenly spaced frames, first and last among them.
 
