@@ -183,9 +183,9 @@ def real(text: str) -> float | None:
         return None
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     """A number as part of a line: whole ones as they are, of very long ones how many digits they have."""
-    if isinstance(number, float):
+    if not isinstance(number, int):  # mypy takes an int for a float
         return f"{number:g}"
     return str(number) if abs(number) < 10**21 else f"a number of {number.bit_length() * math.log10(2):.0f} digits"
 

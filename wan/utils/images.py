@@ -88,7 +88,7 @@ def _as_rgb(image: Image, done: list[str]) -> Image:
         done.append("turned as its EXIF orientation says")
     if image.mode[0] in "IF":
         image = Image.fromarray(_to_8_bits(image, done))
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         done.append("its transparency was dropped")
     return image.convert("RGB")
 
