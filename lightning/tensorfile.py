@@ -82,7 +82,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     end = 8 + length
     for name, (dtype, shape, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
         if dtype not in DTYPES:
-            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
+            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype!r:.40}")
         entry = Entry(path, dtype, shape, 8 + length + offsets[0])
         if offsets[1] - offsets[0] != entry.bytes:
             raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")

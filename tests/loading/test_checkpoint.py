@@ -132,7 +132,7 @@ NESTED, DIGITS = '{"dim": ' + "[" * 100_000, '{"dim": ' + "7" * 5000 + "}"
         ({"num_heads": 3}, "num_heads 3 does not divide dim 64"),
         ({"num_heads": 10**300}, "num_heads 1000"),
         ({"num_heads": 4.0}, "num_heads is 4.0"),
-        ({"num_heads": "4"}, "num_heads is 4"),
+        ({"num_heads": "4"}, "num_heads is '4'"),
         ({"num_heads": True}, "num_heads is True"),
         ({"dim": 2**40}, "dim is 1099511627776, but the weights have 64"),
         ({"dim": 10**400, "num_heads": 1}, "dim is 1000"),
@@ -145,7 +145,7 @@ NESTED, DIGITS = '{"dim": ' + "[" * 100_000, '{"dim": ' + "7" * 5000 + "}"
         ({"text_len": 10**12}, "text_len is 1000000000000, at most 512"),
         ({"text_len": None}, "text_len is None"),
         ({"eps": 0.0}, "eps is 0.0"),
-        ({"eps": "1e-6"}, "eps is 1e-6"),
+        ({"eps": "1e-6"}, "eps is '1e-6'"),
         ({"eps": 5.0}, "eps is 5.0"),
         (NESTED, "(nested too deeply)"),
         (DIGITS, "(a number of thousands of digits)"),
@@ -242,12 +242,12 @@ def test_block_numbers_with_gaps_build_nothing(folder: Path) -> None:
     state["blocks.1000000000.norm1.weight"] = torch.zeros(1)
     torch.save(state, file)
     (text,) = problems(folder)
-    assert "a tensor is of block 1000000000, but there are 3 blocks" in text
+    assert "a tensor is of block '1000000000', but there are 3 blocks" in text
     rewrite(folder / SHARD, lambda state: state.update({"blocks.999999999.ffn.0.bias": torch.zeros(1)}))
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["blocks.999999999.ffn.0.bias"] = Path(SHARD).name
     (folder / INDEX).write_text(json.dumps(index))
-    assert "a tensor is of block 999999999" in problems(folder)[0]
+    assert "a tensor is of block '999999999'" in problems(folder)[0]
 
 
 def test_odd_names_and_shapes_in_a_pth(folder: Path) -> None:

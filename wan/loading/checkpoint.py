@@ -217,20 +217,20 @@ def transformer_sizes(
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{config}: not the configuration of a Wan transformer ({_line(e)})") from e
     whole = [key for key in sizes if key != "eps"]
-    wrong = [f"{key} is {str(sizes[key])[:40]}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
+    wrong = [f"{key} is {sizes[key]!r:.40}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
     if not (isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1):
-        wrong.append(f"eps is {str(sizes['eps'])[:40]}")
+        wrong.append(f"eps is {sizes['eps']!r:.40}")
     if wrong:
         raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
     wrong = [
-        f"{key} is {str(sizes[key])[:40]}, but the weights have {size:g}"
+        f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}"
         for key, size in told.items()
         if size != sizes[key]
     ]
     if sizes["dim"] % (2 * sizes["num_heads"]):
-        wrong.append(f"num_heads {str(sizes['num_heads'])[:40]} does not divide dim {sizes['dim']} into an even width")
+        wrong.append(f"num_heads {sizes['num_heads']!r:.40} does not divide dim {sizes['dim']} into an even width")
     if sizes["text_len"] > most_text:
-        wrong.append(f"text_len is {str(sizes['text_len'])[:40]}, at most {most_text} is possible")
+        wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {most_text} is possible")
     if wrong:
         raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
     return sizes
@@ -243,7 +243,7 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
         odd = next(
             name for name in sorted(found) if not name.isdecimal() or int(name[:9]) >= len(found) or len(name) > 9
         )
-        raise ValueError(f"a tensor is of block {odd[:40]}, but there are {len(found)} blocks")
+        raise ValueError(f"a tensor is of block {odd!r:.40}, but there are {len(found)} blocks")
     return len(found)
 
 
