@@ -7,8 +7,10 @@ The format (huggingface/safetensors): 8 bytes header length, that many bytes of 
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.errors import TensorFileError
+from lightning.json_input import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -58,34 +61,94 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
 
-    Raises TensorFileError for a file that is truncated, corrupt or of another kind, OSError if it cannot be opened.
+    Raises TensorFileError for a file that is truncated, corrupt, of another kind or closed to us, OSError if it cannot
+    be opened for another reason.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            found = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise TensorFileError(f"{path}: the safetensors header is corrupt") from e
+    size = _size_of(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
+            header = file.read(length)
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to read it") from None
+    try:
+        found, metadata = _parse_header(header)
+    except ValueError as e:
+        raise TensorFileError(f"{path}: the safetensors header is corrupt ({e})") from e
     entries: dict[str, Entry] = {}
-    end = 0
-    for name, (dtype, shape, offsets) in found.items():
+    end = 8 + length
+    for name, (dtype, shape, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
         if dtype not in DTYPES:
-            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
+            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype!r:.40}")
         entry = Entry(path, dtype, shape, 8 + length + offsets[0])
-        if offsets[1] - offsets[0] != entry.bytes or offsets[0] < 0:
+        if offsets[1] - offsets[0] != entry.bytes:
             raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")
+        if entry.offset != end:
+            raise TensorFileError(f"{path}: tensor {name} does not start where the one before it ends")
         entries[name] = entry
-        end = max(end, 8 + length + offsets[1])
+        end += entry.bytes
     if end > size:
         cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
         raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
+    if end < size:
+        raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a regular file; of anything else (a pipe would be waited for) TensorFileError."""
+    try:
+        found = os.stat(path)
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to reach it") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise TensorFileError(f"{path}: not a regular file")
+    return found.st_size
+
+
+def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:
+    """(name -> (dtype, shape, (first byte, end))), metadata. ValueError for anything that is not exactly so."""
+
+    def whole(values: object) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    values = parse_json(header)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not text by name")
+    found = {}
+    for name, entry in values.items():
+        if not name.isprintable():
+            raise ValueError(f"a tensor is named {name[:60]!r}")
+        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name[:60]} lacks a dtype, a shape or offsets")
+        offsets = entry["data_offsets"]
+        if not (isinstance(entry["dtype"], str) and whole(entry["shape"]) and whole(offsets) and len(offsets) == 2):
+            raise ValueError(f"tensor {name[:60]} has an impossible dtype, shape or offset")
+        found[name] = entry["dtype"], tuple(entry["shape"]), (offsets[0], offsets[1])
+    return found, metadata
+
+
+def _parse_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard beside the index."""
+    _size_of(path)
+    try:
+        weight_map = parse_json(path.read_bytes())["weight_map"]
+        shards = set(weight_map.values())
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to read it") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise TensorFileError(f"{path}: not a safetensors index") from e
+    if not shards:
+        raise TensorFileError(f"{path}: the index names no tensor; get the file again")
+    if wrong := [name for name in shards if not (isinstance(name, str) and re.fullmatch(r"[^/\\:\0-\x1f]+", name))]:
+        raise TensorFileError(f"{path}: not a safetensors index, {str(wrong[0])[:60]!r} names no shard beside it")
+    return weight_map
 
 
 class TensorStore(Mapping[str, Entry]):
@@ -103,11 +166,8 @@ class TensorStore(Mapping[str, Entry]):
         """`path` is a safetensors file, or an index (`*.safetensors.index.json`) whose shards lie beside it."""
         if not path.name.endswith(INDEX_SUFFIX):
             return cls(*read_header(path))
-        try:
-            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise TensorFileError(f"{path}: not a safetensors index") from e
+        weight_map = _parse_index(path)
+        shards = sorted(set(weight_map.values()))
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
         by_shard = {s: read_header(path.parent / s)[0] for s in shards}

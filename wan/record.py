@@ -9,6 +9,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +21,9 @@ from wan import __version__
 from wan.plan import Plan
 from wan.request.settings import Job
 from wan.utils.errors import InputError, WanError
+from wan.utils.files import Beside, latents_elsewhere, replacing
 from wan.utils.progress import peak_memory
-from wan.utils.video import VideoWriter, count_frames, read_record, replacing
+from wan.utils.video import VideoWriter, count_frames, read_record, save_contact_sheet
 
 if TYPE_CHECKING:
     import torch
@@ -58,24 +60,103 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
     }
 
 
-def found_at_place(plan: Plan, job: Job) -> tuple[str, str]:
-    """What lies at `job.save_file`, and what differs.
+@dataclass(frozen=True)
+class Found:
+    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off)
+    or "other": another video or another file.
 
-    "nothing", "whole" (this very video), "damaged" (this one, cut off) or "other": another video or another file.
+    differing: the options that made the other video, as far as it says; None where nobody asked.
     """
+
+    state: str
+    file: Path
+    differing: tuple[str, ...] | None = None
+
+
+def find_videos(plan: Plan) -> list[Found]:
+    """What there is of each job's video. With `--resume` also under another number: rows may have been inserted."""
+    if not plan.request.resume:
+        return [Found("other" if job.save_file.exists() else "nothing", job.save_file) for job in plan.jobs]
+    elsewhere = _recorded(plan)
+    found = []
+    for job in plan.jobs:
+        here = find_video(plan, job)
+        if here.state == "nothing":
+            other = elsewhere.get(_key(plain(plan.meaning(job))))
+            moved = find_video(plan, dataclasses.replace(job, save_file=other)) if other else here
+            here = moved if moved.state == "whole" else here
+        found.append(here)
+    return found
+
+
+def find_video(plan: Plan, job: Job) -> Found:
+    """What lies at `job.save_file`."""
     if not job.save_file.exists():
-        return "nothing", ""
+        return Found("nothing", job.save_file)
     # a video that was cut off in its index may still have its record beside it
-    for source in (job.save_file, job.save_file.with_suffix(".json")):
+    for source in (job.save_file, Beside.of(job.save_file).record):
         try:
             found = read_record(source)["meaning"]
-            differences = [f"--{name}" for name, value in plan.meaning(job).items() if found.get(name) != plain(value)]
+            differing = tuple(f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v))
         except (WanError, KeyError, TypeError, AttributeError):
             continue  # not a record of ours: the next source, or "other"
-        if differences:
-            return "other", ", ".join(differences)
-        return ("whole" if count_frames(job.save_file) == job.frame_num else "damaged"), ""
-    return "other", ""
+        if differing:
+            return Found("other", job.save_file, differing)
+        return Found("whole" if count_frames(job.save_file) == job.frame_num else "damaged", job.save_file)
+    return Found("other", job.save_file, ())
+
+
+def repair(plan: Plan, job: Job, found: Found) -> list[str]:
+    """Put right what a death between two files left beside a whole video; a sentence for each thing done."""
+    beside, done = Beside.of(found.file), []
+    if not beside.record.exists():
+        with replacing(beside.record) as part:
+            part.write_text(json.dumps(read_record(found.file), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        done.append(f"{beside.record}: written again from the video")
+    if plan.request.preview and not beside.sheet.exists():
+        done.append(f"{save_contact_sheet(found.file, job.frame_num)}: made")
+    if not plan.request.save_latents:
+        moved = dataclasses.replace(job, save_file=found.file)
+        if (kept := find_latents(plan, moved)[1]) and not _wanted(kept):
+            kept.unlink()
+            done.append(f"{kept}: removed, the video is whole")
+    return done
+
+
+def _wanted(latents: Path) -> bool:
+    """Whether the run that kept them was asked to."""
+    record = json.loads(TensorStore.open(latents).metadata["record"])
+    return bool(record["request"].get("save_latents"))
+
+
+def _recorded(plan: Plan) -> dict[str, Path]:
+    """Every video with a record in the folders of the jobs, by what its options come to."""
+    videos = {}
+    for folder in {job.save_file.parent for job in plan.jobs}:
+        for file in folder.glob("*.json"):
+            try:
+                record = read_record(file)
+                videos[_key(record["meaning"])] = folder / record["output"]["file"]
+            except (WanError, KeyError, TypeError, AttributeError):
+                continue  # another program's file
+    return videos
+
+
+def _key(meaning: Any) -> str:
+    return json.dumps(meaning, sort_keys=True)
+
+
+def find_latents(plan: Plan, job: Job) -> tuple[torch.Tensor | None, Path | None]:
+    """The latents of this very video that a run kept, and their file; (None, None) if there are none."""
+    for path in (Beside.of(job.save_file).latents, latents_elsewhere(job.save_file)):
+        if path.exists():
+            try:
+                latent, record = read_latents(path, plan.config)
+            except InputError:
+                continue  # half a file, or another's: the steps are done again
+            if record["meaning"] == plain(plan.meaning(job)):
+                return latent, path
+    return None, None
 
 
 def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> None:

@@ -1,33 +1,25 @@
-"""From checked jobs to videos on disk: texts first, then each job alone; what is finished is never lost.
-
-Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
-"""
+"""From a plan to videos on disk: texts first, then each job alone; a failed one is reported and the others go on."""
 
 from __future__ import annotations
 
-import shlex
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from wan.distributed.runtime import Runtime
 from wan.distributed.team import expected, traceback_of
 from wan.image2video import ImageToVideo
+from wan.making import check_place, make_video, reason, save_video
 from wan.pipeline import Pipeline
 from wan.plan import Plan
-from wan.record import completed, describe, found_at_place, read_latents, save_latents
-from wan.request.options import Request
+from wan.record import Found, find_videos, read_latents, repair
 from wan.request.settings import Job
 from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
-from wan.utils.errors import InputError, JobError, WanError
+from wan.utils.claims import ClaimedElsewhere, sweep
+from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.progress import Progress
-from wan.utils.video import VideoWriter, save_contact_sheet
+from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
     "t2v-A14B": TextToVideo,
@@ -35,6 +27,8 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "ti2v-5B": TextImageToVideo,
 }
 ALONE = Runtime()
+Result = TypeVar("Result")
+Event = tuple[str, dict[str, Any]]  # what a job came to: "saved", "failed" or "elsewhere", and its facts
 
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
@@ -55,34 +49,50 @@ def run_jobs(
     """
     world = runtime.team
     jobs = world.from_first(lambda: jobs_to_do(plan, progress))
-    failures: list[str] = []
-    saved = 0
+    events: list[Event] = []
     if jobs:
         pipe = world.agree(lambda: load(plan, progress, runtime))
-        mine = pipe.mesh.share(jobs)
+        team, mine = pipe.mesh.team, pipe.mesh.share(jobs)
         texts = [text for job in mine for text in pipe.texts(job)]
-        world.agree(lambda: pipe.load_text_encoder() if texts else None)
-        team = pipe.mesh.team
-        team.agree(lambda: pipe.encode(texts))
+        world.agree(lambda: _with_room(pipe.load_text_encoder) if texts else None)
+        team.agree(lambda: _with_room(lambda: pipe.encode(texts)))
         pipe.release_text_encoder()
-        world.agree(lambda: pipe.load_networks() if mine else None)
-        shared = dict(progress.seconds)
-        for job in mine:
-            if team.from_first(runtime.has_stopped):
-                break
-            progress.say(f"video {job.index + 1} of {len(plan.jobs)}: {job.save_file}")
-            try:
-                _make(plan, job, pipe, progress, shared)
-                saved += 1
-            except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-                failures.append(_report(job, error, progress))
-                if plan.request.on_error == "stop":
-                    runtime.stop()
-                    break
-        everyones = world.gather((saved, failures) if team.first else (0, []))  # in a group all have counted the same
-        saved, failures = sum(count for count, _ in everyones), [told for _, failed in everyones for told in failed]
-    _sum_up(len(plan.jobs), saved, len(jobs), failures, progress)
-    return len(failures)
+        world.agree(lambda: _with_room(pipe.load_networks) if mine else None)
+        try:
+            _make_all(pipe, mine, progress, runtime, events)
+        except KeyboardInterrupt:
+            _sum_up(len(plan.jobs), len(jobs), events, progress)
+            raise
+        everyones = world.gather(events if team.first else [])  # in a group all have seen the same ones
+        for kind, facts in (event for theirs in everyones[1:] for event in theirs):
+            progress.event(kind, facts)
+        events = [event for theirs in everyones for event in theirs]
+    _sum_up(len(plan.jobs), len(jobs), events, progress)
+    return sum(kind == "failed" for kind, _ in events)
+
+
+def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
+    """This group's jobs, one after the other; what each came to joins `events`."""
+    shared = dict(progress.seconds)
+    for job in jobs:
+        if pipe.mesh.team.from_first(runtime.has_stopped):
+            return
+        progress.say(f"video {job.index + 1} of {len(pipe.plan.jobs)}: {job.save_file}")
+        facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
+        try:
+            facts["frames"] = make_video(pipe, job, progress, shared)
+            kind = "saved"
+        except ClaimedElsewhere as error:
+            progress.say(str(error))
+            kind = "elsewhere"
+        except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
+            facts["reason"] = _report(job, error, progress)
+            kind = "failed"
+        events.append((kind, facts))
+        progress.event(kind, facts)
+        if kind == "failed" and pipe.plan.request.on_error == "stop":
+            runtime.stop()
+            return
 
 
 def decode_only(
@@ -100,194 +110,82 @@ def decode_only(
     pipe = world.agree(lambda: load(plan, progress, runtime))
     if pipe.mesh.data_rank:
         return  # one video is one group's work
-    pipe.mesh.team.agree(pipe.load_vae)
+    pipe.mesh.team.agree(lambda: _with_room(pipe.load_vae))
     try:
-        frames = _save_video(pipe, latent, save_file, record, progress, {})
+        frames = save_video(pipe, latent, save_file, record, progress, {})
         if request.preview:
             pipe.mesh.team.from_first(lambda: save_contact_sheet(save_file, frames))
-    except (OSError, torch.OutOfMemoryError) as e:
-        raise JobError(f"{save_file}: {_reason(e)}; {latents_file} is as it was") from e
+    except Exception as e:
+        if not isinstance(e, OSError) and not out_of_memory(e):
+            raise
+        raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
 
 
 def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
-    request = plan.request
     todo, problems = [], []
-    for job in plan.jobs:
-        if request.resume:
-            found, differing = found_at_place(plan, job)
-            trouble = "was made with other settings" + (f" ({differing})" if differing else "")
-        else:
-            found, trouble = ("other" if job.save_file.exists() else "nothing"), "exists already"
-        if found == "whole":
-            progress.say(f"video {job.index + 1} of {len(plan.jobs)} is there already: {job.save_file}")
+    for folder in sorted({job.save_file.parent for job in plan.jobs}):
+        if swept := sweep(folder):
+            progress.say(f"{folder}: removed {len(swept)} files that runs which ended badly had left")
+    for job, found in zip(plan.jobs, find_videos(plan), strict=True):
+        if found.state == "whole":
+            for done in repair(plan, job, found):
+                progress.say(done)
+            progress.say(f"video {job.index + 1} of {len(plan.jobs)} is there already: {found.file}")
             continue
-        if found == "other" and not request.overwrite:
-            problems.append(f"{job.save_file}: {trouble}; --overwrite replaces it")
+        if found.state == "other" and not plan.request.overwrite:
+            problems.append(f"{job.save_file}: {_trouble(found)}; --overwrite replaces it")
         todo.append(job)
     if problems:
         raise InputError(problems)
     return todo
 
 
-def _make(plan: Plan, job: Job, pipe: Pipeline, progress: Progress, shared: dict[str, float]) -> None:
-    """One job, start to end. shared: seconds by stage that all jobs share (loading, texts).
+def _trouble(found: Found) -> str:
+    if found.differing is None:
+        return "exists already"
+    return "was made with other settings" + (f" ({', '.join(found.differing)})" if found.differing else "")
 
-    Of the processes that make it together, the first one alone writes files; all of them see the same errors.
-    """
-    team = pipe.mesh.team
-    earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
-    team.from_first(lambda: _check_place(job.save_file))
-    record = team.from_first(lambda: describe(plan, job, pipe.info()))
-    latent = pipe.sample_job(job)
-    # before decoding: not even a killed process loses the steps
-    kept = team.from_first(lambda: _keep(job.save_file, latent, record, progress))
+
+def _with_room(work: Callable[[], Result]) -> Result:
+    """`work()`, which loads something; JobError where the device has no room for it."""
     try:
-        frames = _save_video(pipe, latent, job.save_file, record, progress, earlier)
-    except BaseException as error:
-        hint = _how_to_finish(plan.request, job.save_file, kept, error)
-        error.add_note(hint)
-        if not isinstance(error, Exception):  # interrupted: nobody reports it later
-            progress.say(hint)
-        raise
-    progress.event("saved", {"index": job.index, "file": str(job.save_file), "frames": frames})
-    team.from_first(lambda: _tidy(plan.request, job, kept, frames, progress))
-
-
-def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    """What is left to do beside a finished video."""
-    if kept and not request.save_latents:
-        kept.unlink()
-    if request.save_latents and kept != _latents_beside(job.save_file):
-        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
-    written = [job.save_file, job.save_file.with_suffix(".json")]
-    if request.preview:
-        written.append(save_contact_sheet(job.save_file, frames))
-    progress.say(f"saved {', '.join(map(str, written))}")
-
-
-def _save_video(
-    pipe: Pipeline,
-    latent: torch.Tensor,
-    path: Path,
-    record: dict[str, Any],
-    progress: Progress,
-    earlier: dict[str, float],
-) -> int:
-    """Decode into the file, in tiles if memory does not suffice for the whole; the number of frames.
-
-    earlier: seconds by stage that are not this video's.
-    """
-    team, tiling = pipe.mesh.team, pipe.plan.request.vae_tiling
-
-    def attempt(tiled: bool) -> int:
-        with closing(pipe.decode(latent, tiled=tiled)) as chunks:
-            if team.first:
-                return write(chunks)
-            deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
-        team.meet()
-        return 0
-
-    def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps) as video:
-            with progress.stage("decode", unit="frame"):
-                for chunk in chunks:
-                    if not chunk.isfinite().all():
-                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
-                    video.write(chunk)
-                    progress.advance(chunk.shape[1])
-            team.meet()  # the file appears when nobody has failed
-            with progress.stage("save"):
-                spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
-                video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
-        return video.frames
-
-    try:
-        return team.agree(lambda: attempt(tiling))
-    except torch.OutOfMemoryError:
-        if tiling:
+        return work()
+    except Exception as e:
+        if not out_of_memory(e):
             raise
-    # Out here the failed attempt's tensors are no longer held by the exception.
-    progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
-    if latent.is_cuda:
-        torch.cuda.empty_cache()
-    return team.agree(lambda: attempt(True))
+        raise JobError(reason(e)) from e
 
 
 def _check_file(overwrite: bool, save_file: Path) -> None:
     if save_file.exists() and not overwrite:
         raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
-    _check_place(save_file)
-
-
-def _check_place(save_file: Path) -> None:
-    """Before the long work: can a file be made here?"""
-    try:
-        save_file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_file.parent).close()
-    except OSError as e:
-        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
-
-
-def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
-    """Save the latents beside the video to come, or where temporary files go; None, and a warning, if neither works."""
-    wanted = _latents_beside(save_file)
-    for path in (wanted, Path(tempfile.gettempdir()) / wanted.name):
-        try:
-            save_latents(path, latent, record)
-        except OSError as e:
-            progress.say(f"warning: the latents cannot be kept as {path} ({e.strerror})")
-        else:
-            return path
-    return None
-
-
-def _latents_beside(save_file: Path) -> Path:
-    return save_file.with_name(f"{save_file.stem}.latents.safetensors")
-
-
-def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
-    """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
-    if kept is None:
-        return "and the finished latents could not be kept"
-    device = "cpu" if isinstance(error, torch.OutOfMemoryError) else request.device
-    words: list[object] = ["python", "generate.py", "--task", request.task, "--ckpt_dir", request.ckpt_dir]
-    words += ["--decode_latents", kept, "--save_file", save_file]
-    words += [] if device == "auto" else ["--device", device]
-    words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
-    words += ["--vae_tiling"] if request.vae_tiling else []
-    words += ["--overwrite"] if request.overwrite else []
-    return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"
+    check_place(save_file)
 
 
 def _report(job: Job, error: Exception, progress: Progress) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
     if not expected(error):
         progress.say(traceback_of(error))
-    sentence = "; ".join([f"{job.source}: {_reason(error)}", *getattr(error, "__notes__", [])])
-    progress.event("failed", {"index": job.index, "file": str(job.save_file), "reason": sentence})
+    sentence = "; ".join([f"{job.source}: {reason(error)}", *getattr(error, "__notes__", [])])
     progress.say(f"failed: {sentence}")
     return sentence
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        first_line = str(error).partition("\n")[0]
-        return f"out of memory on the device ({first_line})"
-    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
-
-
-def _sum_up(jobs: int, saved: int, tried: int, failures: list[str], progress: Progress) -> None:
+def _sum_up(jobs: int, tried: int, events: list[Event], progress: Progress) -> None:
+    kinds = [kind for kind, _ in events]
     counts = {
-        "saved": saved,
+        "saved": kinds.count("saved"),
         "there already": jobs - tried,
-        "failed": len(failures),
-        "not tried": tried - saved - len(failures),
+        "failed": kinds.count("failed"),
+        "being made by other processes": kinds.count("elsewhere"),
+        "not tried": tried - len(kinds),
     }
+    progress.event("summary", counts)
     progress.say(progress.table())
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
     if jobs > 1:
-        for sentence in failures:
-            progress.say(f"  {sentence}")
+        for facts in (facts for kind, facts in events if kind == "failed"):
+            progress.say(f"  {facts['reason']}")

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.loading import peak_over_final, write_text_encoder, write_transf
 from lightning.errors import TensorFileError
 from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, config_of
+from tests.unprivileged import run_unprivileged
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.stream import PickleStore, load, parameter_dtypes, read_ahead
 from wan.utils.errors import InputError
@@ -116,6 +118,184 @@ def test_a_bad_config_json_is_named(folder: Path, content: str) -> None:
     (folder / "low_noise_model" / "config.json").write_text(content)
     (text,) = problems(folder)
     assert "low_noise_model/config.json: not the configuration of a Wan transformer" in text
+
+
+NESTED, DIGITS = '{"dim": ' + "[" * 100_000, '{"dim": ' + "7" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_heads": 0}, "not the configuration of a Wan transformer: num_heads is 0"),
+        ({"num_heads": -4}, "num_heads is -4"),
+        ({"num_heads": 64}, "num_heads 64 does not divide dim 64 into an even width"),
+        ({"num_heads": 3}, "num_heads 3 does not divide dim 64"),
+        ({"num_heads": 10**300}, "num_heads 1000"),
+        ({"num_heads": 4.0}, "num_heads is 4.0"),
+        ({"num_heads": "4"}, "num_heads is '4'"),
+        ({"num_heads": True}, "num_heads is True"),
+        ({"dim": 2**40}, "dim is 1099511627776, but the weights have 64"),
+        ({"dim": 10**400, "num_heads": 1}, "dim is 1000"),
+        ({"ffn_dim": 2**40}, "ffn_dim is 1099511627776, but the weights have 80"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000, but the weights have 2"),
+        ({"num_layers": 1}, "num_layers is 1, but the weights have 2"),
+        ({"in_dim": 36}, "in_dim is 36, but the weights have 16"),
+        ({"out_dim": 17}, "out_dim is 17, but the weights have 16"),
+        ({"freq_dim": 2**40}, "freq_dim is 1099511627776, but the weights have 256"),
+        ({"text_len": 10**12}, "text_len is 1000000000000, at most 512"),
+        ({"text_len": None}, "text_len is None"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"eps": "1e-6"}, "eps is '1e-6'"),
+        ({"eps": 5.0}, "eps is 5.0"),
+        (NESTED, "(nested too deeply)"),
+        (DIGITS, "(a number of thousands of digits)"),
+        ('{"dim": NaN}', "(NaN is not a number of JSON)"),
+        (b"\xff\xfe\0", "not the configuration"),
+        ("", "not the configuration"),
+        ("null", "not the configuration"),
+    ],
+)
+def test_a_hostile_config_json_builds_nothing(folder: Path, changes: dict | str | bytes, sentence: str) -> None:
+    """A thousand million layers took minutes and gigabytes. The time is that of the whole checkpoint."""
+    file = folder / "high_noise_model" / "config.json"
+    if isinstance(changes, dict):
+        changes = json.dumps(json.loads(file.read_text()) | changes)
+    file.write_bytes(changes.encode() if isinstance(changes, str) else changes)
+    started = time.process_time()
+    (text,) = problems(folder)
+    assert time.process_time() - started < 5
+    assert text.startswith(str(file))
+    assert sentence in text
+    assert len(text) < 400
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    """They ran to the end and gave wrong latents."""
+    file = "low_noise_model/diffusion_pytorch_model-00001-of-00003.safetensors"
+    rewrite(folder / file, lambda state: state.update({name: tensor.to(dtype) for name, tensor in state.items()}))
+    (text,) = problems(folder)
+    assert "low_noise_model: " in text
+    assert "tensors are stored in a form that is not read here (first: " in text
+    assert "weights are float32, float16 or bfloat16, and a quantised expert goes to --expert" in text
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_pickled_weights_that_are_no_floats_are_refused(folder: Path, name: str, dtype: torch.dtype) -> None:
+    state = torch.load(folder / name)
+    torch.save({key: tensor.to(dtype) for key, tensor in state.items()}, folder / name)
+    (text,) = problems(folder)
+    assert text.startswith(f"{folder / name}: {len(state)} tensors are stored in a form that is not read here")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "not a safetensors index"),
+        ("null", "not a safetensors index"),
+        ('{"weight_map": null}', "not a safetensors index"),
+        ('{"weight_map": {}}', "the index names no tensor"),
+        ('{"weight_map": {"a": 3}}', "not a safetensors index"),
+        ('{"weight_map": {"a": "../../x.safetensors"}}', "'../../x.safetensors' names no shard beside it"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names no shard beside it"),
+        ('{"weight_map": {"a": "x\\u0000"}}', "names no shard beside it"),
+        ("[" * 100_000, "not a safetensors index"),
+        ('{"n": ' + "1" * 5000 + "}", "not a safetensors index"),
+    ],
+)
+def test_an_index_of_nothing(folder: Path, content: str, sentence: str) -> None:
+    (folder / INDEX).write_text(content)
+    (text,) = problems(folder)
+    assert text.startswith(str(folder / INDEX))
+    assert sentence in text
+
+
+def test_a_missing_index_is_asked_for_where_shards_are(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (text,) = problems(folder)
+    assert f"lacks {INDEX};" in text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "null", "[" * 100_000, '{"model": {}}', '{"version": "1.0"}', "\0"])
+def test_a_tokenizer_that_is_none(folder: Path, content: str) -> None:
+    file = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    file.write_text(content)
+    (text,) = problems(folder)
+    assert text.startswith(f"{file}: not a tokenizer (")
+    assert "\n" not in text
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    """Its larger ids would be outside the encoder's table: an error in a kernel, long after loading."""
+    file = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] += [[f"more{n}", -9.0] for n in range(100_000)]
+    file.write_text(json.dumps(content))
+    (text,) = problems(folder)
+    assert "not of one model" in text
+
+
+def test_block_numbers_with_gaps_build_nothing(folder: Path) -> None:
+    file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    state = torch.load(file)
+    state["blocks.1000000000.norm1.weight"] = torch.zeros(1)
+    torch.save(state, file)
+    (text,) = problems(folder)
+    assert "a tensor is of block '1000000000', but there are 3 blocks" in text
+    rewrite(folder / SHARD, lambda state: state.update({"blocks.999999999.ffn.0.bias": torch.zeros(1)}))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["blocks.999999999.ffn.0.bias"] = Path(SHARD).name
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "a tensor is of block '999999999'" in problems(folder)[0]
+
+
+def test_odd_names_and_shapes_in_a_pth(folder: Path) -> None:
+    file = folder / "Wan2.1_VAE.pth"
+    for state in ({3: torch.zeros(1)}, {"a\nb": torch.zeros(1)}, {"conv2.weight": torch.zeros(())}, {}):
+        torch.save(state, file)
+        (text,) = problems(folder)
+        assert text.startswith(f"{file}: ")
+        assert "\n" not in text
+
+
+def test_no_permission_is_not_damage(folder: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from tests.support import config_of
+from wan.loading.checkpoint import Checkpoint, fetch
+folder = Path(sys.argv[1])
+for name in sys.argv[2:]:
+    mode = (folder / name).stat().st_mode
+    (folder / name).chmod(0)
+    print(*Checkpoint(folder, "t2v-A14B", config_of("t2v-A14B")).problems, sep=" AND ")
+    (folder / name).chmod(mode)
+folder.parent.chmod(0)
+try:
+    fetch(folder, config_of("t2v-A14B"))
+except Exception as e:
+    print(type(e).__name__, e)
+folder.parent.chmod(0o755)
+"""
+    names = [SHARD, INDEX, "low_noise_model/config.json", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json",
+             "low_noise_model"]  # fmt: skip
+    *found, parent = run_unprivileged(code, folder, *names)
+    for name, text in zip(names[:-1], found, strict=False):
+        assert text == f"{folder / name}: there is no permission to read it"
+    assert found[-1] == f"{folder}/low_noise_model/config.json: there is no permission to read it"
+    assert parent == f"InputError --ckpt_dir {folder}: there is no permission to reach it"
+
+
+@pytest.mark.parametrize("name", ["no such folder", "a\0b", "n" * 300, "a/b/c", "../x"])
+def test_what_can_be_no_hub_id_is_no_folder(name: str) -> None:
+    with pytest.raises(InputError, match=r"^--ckpt_dir .*: no such folder.*"):
+        fetch(Path(name), config_of(TASK))
+
+
+def test_a_file_is_no_checkpoint_folder(folder: Path) -> None:
+    with pytest.raises(InputError, match="is a file, not a folder; get the checkpoint with: hf download"):
+        fetch(folder / "Wan2.1_VAE.pth", config_of(TASK))
 
 
 class Malicious:

@@ -358,7 +358,7 @@ def test_effective_shift():
         ({"lora_alpha": 0.0}, "--lora_alpha 0 is out of range"),
         ({"high_steps": 41}, "--high_steps 41 is out of range; it goes from 0 to 40"),
         ({"num_videos": 0}, "--num_videos 0 is out of range"),
-        ({"base_seed": 2**63}, "--base_seed 9.22337e+18 is out of range"),
+        ({"base_seed": 2**63}, "--base_seed 9223372036854775808 is out of range"),
         ({"timesteps": "1000,900,900"}, "names a timestep twice"),
         ({"timesteps": "1000,625,833"}, "does not fall"),
         ({"timesteps": "1001,900"}, "1001 is outside (0, 1000]"),

@@ -1,5 +1,6 @@
 """Pictures: the size rules row by row as measured on the original pipelines, the tensors, and what is refused."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.unprivileged import run_unprivileged
 from wan.utils.errors import InputError
-from wan.utils.images import i2v_size, i2v_tensor, open_image, ti2v_size, ti2v_tensor
+from wan.utils.images import i2v_size, i2v_tensor, open_image, ti2v_size, ti2v_tensor, what_was_done
+from wan.utils.video import VideoWriter
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 AREA_720, AREA_480, AREA_5B = 1280 * 720, 832 * 480, 1280 * 704
@@ -122,12 +125,124 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert (image.mode, image.size) == ("RGB", (12, 9))
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
-    picture = Image.new("RGB", (20, 10))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_and_said(tmp_path, kind, orientation):
+    """A phone held upright: the original makes a video that lies on its side. A deviation on purpose."""
+    upright = Image.fromarray(np.kron([[255, 0, 0], [0, 0, 128]], np.ones((16, 16))).astype(np.uint8)).convert("RGB")
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what takes the upright picture to what the sensor saw
+    stored = upright.transpose(Image.Transpose(inverse[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (20, 10)
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{kind}", exif=exif, quality=95)
+    image = open_image(tmp_path / f"a.{kind}")
+    assert image.size == (48, 32)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).mean() < 3
+    assert what_was_done(image) == (["turned as its EXIF orientation says"] if orientation > 1 else [])
+
+
+def test_a_broken_exif_block_does_not_cost_the_picture(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12")
+    assert open_image(tmp_path / "a.jpg").size == (20, 10)
+
+
+RAMP = np.arange(64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "range_said"),
+    [
+        ("a.png", (RAMP * 1040).astype(np.uint16), "0 to 65535"),
+        ("a.tiff", (RAMP * 1040).astype(np.uint16), "0 to 65535"),
+        ("a.tiff", (RAMP * 1040).astype(">u2"), "0 to 65535"),
+        ("a.pgm", (RAMP * 1040).astype(np.int32), "0 to 65535"),
+        ("a.tiff", (RAMP / 63).astype(np.float32), "0 to 1"),
+        ("a.tiff", (RAMP * 4.0).astype(np.float32), None),
+        ("a.tiff", (RAMP * 4).astype(np.int32), None),
+        ("a.tiff", (RAMP * 100 - 2000.0).astype(np.float32), "-2000 to 4300"),
+        ("a.tiff", (RAMP * 10**6).astype(np.int32), "0 to 6.3e+07"),
+    ],
+)
+def test_deep_greys_are_scaled_not_clipped(tmp_path, name, values, range_said):
+    Image.fromarray(values).save(tmp_path / name)
+    image = open_image(tmp_path / name)
+    assert image.mode == "RGB"
+    expected = RAMP * 4 if range_said is None else RAMP * 255 / 63
+    if range_said == "0 to 65535":
+        expected = RAMP * 1040 / 257
+    assert np.abs(np.asarray(image) - expected[..., None]).max() <= 0.5 + 1e-6
+    assert what_was_done(image) == ([f"its range {range_said} was scaled to 0 to 255"] if range_said else [])
+
+
+def test_a_flat_or_endless_float_picture(tmp_path):
+    Image.fromarray(np.full((8, 8), 7e8, np.float32)).save(tmp_path / "flat.tiff")
+    assert open_image(tmp_path / "flat.tiff").size == (8, 8)
+    for value in (np.nan, np.inf):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "a.tiff")
+        with pytest.raises(InputError, match="holds NaN or Inf"):
+            open_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped_as_by_convert(tmp_path, mode):
+    picture = Image.new("RGBA", (8, 8), (200, 100, 50, 0)).convert(mode)
+    picture.save(tmp_path / "a.png")
+    image = open_image(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as again:
+        assert image.tobytes() == again.convert("RGB").tobytes()
+    assert what_was_done(image) == ["its transparency was dropped"]
+    Image.new("RGBA", (8, 8), (200, 100, 50, 255)).save(tmp_path / "a.png")
+    assert what_was_done(open_image(tmp_path / "a.png")) == []
+
+
+def test_nothing_but_files_is_opened(tmp_path):
+    """A pipe that nobody writes to would be waited for."""
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError, match="no regular file"):
+            open_image(path)
+
+
+def test_an_mp4_gives_its_last_frame(tmp_path):
+    frames = torch.linspace(-0.9, 0.9, 13)[None, :, None, None] * torch.tensor([1.0, -1.0, 0.3])[:, None, None, None]
+    with VideoWriter(tmp_path / "a.mp4", 16) as video:
+        video.write(frames.expand(3, 13, 64, 96))
+        video.finish({})
+    image = open_image(tmp_path / "a.mp4")
+    assert image.size == (96, 64)
+    assert what_was_done(image) == ["the last frame of the video"]
+    expected = (frames[:, -1, 0, 0].numpy() + 1) * 127.5
+    assert np.abs(np.asarray(image).mean((0, 1)) - expected).max() < 2
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-300])
+    with pytest.raises(InputError, match=r"a\.mp4: not a whole video"):
+        open_image(tmp_path / "a.mp4")
+
+
+def test_no_permission_is_said(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = """
+import sys
+from pathlib import Path
+from wan.utils.images import open_image
+from wan.utils.video import read_record
+root = Path(sys.argv[1])
+(root / "a.json").write_text("{}")
+(root / "below").mkdir()
+(root / "below" / "a.png").write_text("")
+for name in ("a.png", "a.json", "below"):
+    (root / name).chmod(0)
+for opener, name in ((open_image, "a.png"), (open_image, "below/a.png"), (read_record, "a.json")):
+    try:
+        opener(root / name)
+    except Exception as e:
+        print(type(e).__name__, e)
+(root / "below").chmod(0o700)
+"""
+    assert run_unprivileged(code, tmp_path) == [
+        f"InputError {tmp_path}/a.png: there is no permission to read the image",
+        f"InputError {tmp_path}/below/a.png: there is no permission to read the image",
+        f"InputError {tmp_path}/a.json: there is no permission to read it",
+    ]
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -170,11 +285,6 @@ def test_truncated(tmp_path, kind):
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(InputError, match=r"the image cannot be read|not an image"):
         open_image(path)
-
-
-def test_a_folder_is_no_image(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        open_image(tmp_path)
 
 
 def test_example_picture():

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from easydict import EasyDict
 from torch import nn
 
-from lightning.distilled import open_expert
-from lightning.errors import LoraError, TensorFileError
+from lightning.distilled import FLOATS, open_expert
+from lightning.json_input import parse_json
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 from wan.configs import download_command
 from wan.loading.stream import Module, PickleStore, Store
-from wan.modules.model import WanModel
+from wan.modules.model import PATCH, WanModel
 from wan.modules.t5 import UMT5Encoder
+from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+WEIGHTS_INDEX = WEIGHTS.removesuffix(".safetensors") + INDEX_SUFFIX
+PICKLED_FLOATS = ("float32", "float16", "bfloat16")
+# sizes in config.json -> the tensor, its axis, and how many times the size that axis is
+TOLD_BY = {
+    "dim": ("text_embedding.0.weight", 0, 1),
+    "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
+    "in_dim": ("patch_embedding.weight", 1, 1),
+    "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
+    "freq_dim": ("time_embedding.0.weight", 1, 1),
+}
 
 
 class Checkpoint:
     """A checkpoint folder, known from its headers.
 
     `problems` lists, as sentences, everything that keeps it from being loaded; `experts`, `text_encoder` and `vae` are
-    (module on meta, store) pairs, present for what could be opened.
+    (module on meta, store) pairs, present for what could be opened, and so is the `tokenizer`.
     """
 
     def __init__(
@@ -39,10 +53,12 @@ class Checkpoint:
         self.experts: dict[str, tuple[WanModel, TensorStore]] = {}
         self.text_encoder: tuple[UMT5Encoder, PickleStore] | None = None
         self.vae: tuple[WanVAE, PickleStore] | None = None
-        if self._complete(self.expert_files):
+        self.tokenizer: UMT5Tokenizer | None = None
+        if self._try(self._complete, self.expert_files):
             for name, where in config.experts.items():
                 self._try(self._open_expert, name, folder / where, self.expert_files.get(name))
             self._try(self._open_text_encoder)
+            self._try(self._open_tokenizer)
             self._try(self._open_vae)
             self._check_fit()
 
@@ -58,12 +74,16 @@ class Checkpoint:
                 files[name] = [part[1].path]
         return files
 
-    def _try(self, opener: Callable[..., None], *arguments: object) -> None:
-        """Open one part; what is wrong with it joins the list."""
+    def _try(self, opener: Callable[..., bool | None], *arguments: object) -> bool | None:
+        """What opening one part gives; what is wrong with it joins the list."""
         try:
-            opener(*arguments)
-        except (TensorFileError, LoraError, InputError, OSError) as e:
-            self.problems.append(str(e))
+            return opener(*arguments)
+        except InputError as e:
+            self.problems.extend(e.problems)
+        except OSError as e:
+            why = "there is no permission to read it" if isinstance(e, PermissionError) else f"not read ({e.strerror})"
+            self.problems.append(f"{e.filename}: {why}")
+        return None
 
     def _complete(self, expert_files: Mapping[str, Path]) -> bool:
         """Whether every file is there; if not, one problem that lists all that are missing."""
@@ -78,7 +98,8 @@ class Checkpoint:
             part = Path(where)
             missing += [] if (folder / part / "config.json").is_file() else [str(part / "config.json")]
             if name not in expert_files and weights_file(folder / part) is None:
-                missing.append(str(part / WEIGHTS))
+                in_shards = any((folder / part).glob("diffusion_pytorch_model-*.safetensors"))
+                missing.append(str(part / (WEIGHTS_INDEX if in_shards else WEIGHTS)))
         if missing:
             self.problems.append(f"--ckpt_dir {folder} lacks {', '.join(missing)}; get them with: {get}")
         return not missing
@@ -90,20 +111,37 @@ class Checkpoint:
             store = TensorStore.open(weights)
         else:
             store = open_expert(replacement)
-        if "text_embedding.0.weight" not in store:
-            raise InputError(f"{store.files[0]}: not a Wan transformer: tensor text_embedding.0.weight is missing")
-        try:
-            sizes = json.loads((folder / "config.json").read_text())
-            with torch.device("meta"):
-                module = WanModel.from_config(sizes, text_dim=store["text_embedding.0.weight"].shape[1])
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{folder / 'config.json'}: not the configuration of a Wan transformer ({e!r})") from e
-        self._match(module, store, str(replacement or folder))
+        where = str(replacement or folder)
+        sizes = transformer_sizes(folder / "config.json", store.shapes, where, self.config.text_len)
+        with torch.device("meta"):
+            module = WanModel.from_config(sizes, text_dim=store["text_embedding.0.weight"].shape[1])
+        self._match(module, store, {name: entry.dtype for name, entry in store.items()}, where)
         self.experts[name] = module, store
 
     def _open_text_encoder(self) -> None:
         path = self.folder / self.config.t5_checkpoint
-        self.text_encoder = self._open_pickle(path, UMT5Encoder.from_shapes)
+        module, store = self._open_pickle(path, UMT5Encoder.from_shapes)
+        shapes = store.shapes
+        wide, heads = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.pos_embedding.embedding.weight"][1]
+        if not heads or wide % heads:
+            raise InputError(f"{path}: not a UMT5 encoder: {heads} heads do not divide a width of {wide}")
+        self.text_encoder = module, store
+
+    def _open_tokenizer(self) -> None:
+        folder = self.folder / self.config.t5_tokenizer
+        file = folder / "tokenizer.json"
+        file.open("rb").close()  # the library does not tell a file that may not be read from one that is none
+        try:
+            tokenizer = UMT5Tokenizer(folder, self.config.text_len)
+            works = len(tokenizer("a cat")) > 1
+        except Exception as e:  # the library raises nothing more special
+            raise InputError(f"{file}: not a tokenizer ({_line(e)}); get the file again") from e
+        if not works:
+            raise InputError(f"{file}: a tokenizer that makes no tokens of a text; get the file again")
+        rows = self.text_encoder[1].shapes["token_embedding.weight"][0] if self.text_encoder else len(tokenizer)
+        if len(tokenizer) > rows:
+            raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
+        self.tokenizer = tokenizer
 
     def _open_vae(self) -> None:
         path = self.folder / self.config.vae_checkpoint
@@ -131,19 +169,33 @@ class Checkpoint:
     def _open_pickle(
         self, path: Path, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
     ) -> tuple[Module, PickleStore]:
-        store = PickleStore(path)
+        path.open("rb").close()  # a file that may not be read is not one that is damaged
         try:
+            store = PickleStore(path)
+            if odd := next(
+                (name for name in store.shapes if not isinstance(name, str) or not name.isprintable()), None
+            ):
+                raise ValueError(f"a tensor is named {odd!r:.60}")
+            _count_blocks(store.shapes)
             with torch.device("meta"):
                 module = build(store.shapes)
-        except ValueError as e:
-            raise InputError(f"{path}: {e}") from e
-        self._match(module, store, str(path))
+        except InputError:
+            raise
+        except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
+            raise InputError(f"{path}: {_line(e)}") from e
+        self._match(module, store, store.dtypes, str(path))
         return module, store
 
-    def _match(self, module: nn.Module, store: Store, where: str) -> None:
-        """Names and shapes must be exactly the module's."""
+    def _match(self, module: nn.Module, store: Store, dtypes: Mapping[str, str], where: str) -> None:
+        """Names and shapes must be exactly the module's, and the tensors floating-point numbers."""
         expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
         found = store.shapes
+        if odd := [name for name in expected if dtypes.get(name, "F32") not in FLOATS + PICKLED_FLOATS]:
+            self.problems.append(
+                f"{where}: {len(odd)} tensors are stored in a form that is not read here "
+                f"(first: {odd[0]} is {dtypes[odd[0]]}); weights are float32, float16 or bfloat16, "
+                "and a quantised expert goes to --expert"
+            )
         if missing := sorted(expected.keys() - found.keys()):
             self.problems.append(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
         if unexpected := sorted(found.keys() - expected.keys()):
@@ -153,9 +205,60 @@ class Checkpoint:
                 self.problems.append(f"{where}: {name} has shape {list(found[name])}, expected {list(expected[name])}")
 
 
+def transformer_sizes(
+    config: Path, shapes: Mapping[str, tuple[int, ...]], where: str, most_text: int
+) -> dict[str, int | float | str]:
+    """config.json, held against the tensors of the weights before anything of those sizes is built.
+
+    where: of the weights, for messages. most_text: tokens that a prompt has at most. InputError for what does not fit.
+    """
+    for name, axis, _ in TOLD_BY.values():
+        if len(shapes.get(name, ())) <= max(axis, 1):
+            raise InputError(f"{where}: not a Wan transformer: tensor {name} is missing, or has too few axes")
+    told = {key: shapes[name][axis] / times for key, (name, axis, times) in TOLD_BY.items()}
+    try:
+        told["num_layers"] = _count_blocks(shapes)
+    except ValueError as e:
+        raise InputError(f"{where}: not a Wan transformer: {e}") from e
+    try:
+        given = parse_json(config.read_bytes())
+        sizes: dict[str, Any] = {key: given[key] for key in (*told, "num_heads", "text_len", "eps")}
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{config}: not the configuration of a Wan transformer ({_line(e)})") from e
+    whole = [key for key in sizes if key != "eps"]
+    wrong = [f"{key} is {sizes[key]!r:.40}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
+    if not (isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1):
+        wrong.append(f"eps is {sizes['eps']!r:.40}")
+    if wrong:
+        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
+    wrong = [
+        f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}"
+        for key, size in told.items()
+        if size != sizes[key]
+    ]
+    if sizes["dim"] % (2 * sizes["num_heads"]):
+        wrong.append(f"num_heads {sizes['num_heads']!r:.40} does not divide dim {sizes['dim']} into an even width")
+    if sizes["text_len"] > most_text:
+        wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {most_text} is possible")
+    if wrong:
+        raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
+    return sizes
+
+
+def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many blocks the names tell of. ValueError where they leave one out: a name alone makes no million blocks."""
+    found = {match[1] for name in shapes if (match := re.match(r"blocks\.([^.]*)", name))}
+    if found != {str(number) for number in range(len(found))}:
+        odd = next(
+            name for name in sorted(found) if not name.isdecimal() or int(name[:9]) >= len(found) or len(name) > 9
+        )
+        raise ValueError(f"a tensor is of block {odd!r:.40}, but there are {len(found)} blocks")
+    return len(found)
+
+
 def weights_file(folder: Path) -> Path | None:
     """The index of the shards, or the single file, of one network."""
-    for path in (folder / (WEIGHTS.removesuffix(".safetensors") + INDEX_SUFFIX), folder / WEIGHTS):
+    for path in (folder / WEIGHTS_INDEX, folder / WEIGHTS):
         if path.is_file():
             return path
     return None
@@ -166,8 +269,17 @@ def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True) -> Path:
 
     Only the files the task needs are fetched, none without `download`. InputError if they cannot be had.
     """
-    if ckpt_dir.is_dir():
-        return ckpt_dir
+    try:
+        if ckpt_dir.is_dir():
+            return ckpt_dir
+        is_file = ckpt_dir.exists()
+    except PermissionError:
+        raise InputError(f"--ckpt_dir {ckpt_dir}: there is no permission to reach it") from None
+    except OSError as e:
+        raise InputError(f"--ckpt_dir {ckpt_dir}: no such folder ({e.strerror})") from None
+    if is_file or not re.fullmatch(HUB_ID, ckpt_dir.as_posix()):
+        what = "is a file, not a folder" if is_file else "no such folder"
+        raise InputError(f"--ckpt_dir {ckpt_dir}: {what}; get the checkpoint with: {download_command(config)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -176,9 +288,15 @@ def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True) -> Path:
         wanted += ["config.json", "diffusion_pytorch_model*"] if where == "." else [f"{where}/*"]
     try:
         return Path(snapshot_download(ckpt_dir.as_posix(), allow_patterns=wanted, local_files_only=not download))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0] if download else "it is fetched when a run starts, not for --dry_run"
         raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched: {reason}") from e
+
+
+def _line(error: Exception) -> str:
+    """An error as part of a line."""
+    text = " ".join(str(error).split()) if not isinstance(error, KeyError) else f"{error} is missing"
+    return (text or type(error).__name__)[:200]
 
 
 def _some(names: list[str]) -> str:

@@ -44,6 +44,7 @@ class PickleStore:
         self.path = path
         self._state, self._served = self._open(), 0
         self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in self._state.items()}
+        self.dtypes: Mapping[str, str] = {n: str(t.dtype).removeprefix("torch.") for n, t in self._state.items()}
 
     def _open(self) -> dict[str, Tensor]:
         try:

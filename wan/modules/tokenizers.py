@@ -29,5 +29,9 @@ class UMT5Tokenizer:
         self._tokenizer.enable_truncation(text_len)
         self._tokenizer.no_padding()
 
+    def __len__(self) -> int:
+        """Ids that may come out are below this number."""
+        return self._tokenizer.get_vocab_size()
+
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(clean_text(text)).ids

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -15,22 +15,38 @@ from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
 COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
+MOST_SHOWN = 50  # problems; a file of a hundred thousand bad rows has one cause
+
+
+class Sentences(list[str]):
+    """Sentences in the order in which they came, each once; a hundred thousand are no trouble."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def append(self, sentence: str) -> None:
+        if sentence not in self._seen:
+            self._seen.add(sentence)
+            super().append(sentence)
+
+    def extend(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self.append(sentence)
 
 
 class Check:
     """Collects problems, which stop the run, and warnings, which do not."""
 
     def __init__(self, problems: Sequence[str] = ()) -> None:
-        self.problems = list(problems)
-        self.warnings: list[str] = []
+        self.problems, self.warnings = Sentences(), Sentences()
+        self.problems.extend(problems)
 
     def problem(self, sentence: str) -> None:
-        if sentence not in self.problems:
-            self.problems.append(sentence)
+        self.problems.append(sentence)
 
     def warn(self, sentence: str) -> None:
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
+        self.warnings.append(sentence)
 
     def attempt(self, work: Callable[[], Found]) -> Found | None:
         """`work()`, or None if it finds the input bad: what it says joins the problems."""
@@ -42,9 +58,10 @@ class Check:
         return None
 
     def stop(self) -> None:
-        """Raises InputError if there were problems."""
+        """Raises InputError if there were problems: with the first MOST_SHOWN of them, and how many more there are."""
         if self.problems:
-            raise InputError(self.problems)
+            more = len(self.problems) - MOST_SHOWN
+            raise InputError(self.problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
 
     def choice(self, flag: str, given: str | None, allowed: Sequence[str], other: str = "") -> str:
         """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""
@@ -57,13 +74,13 @@ class Check:
         """A finite number from `low` to `high`."""
         if given is None:
             return default
-        if not math.isfinite(given):
-            self.problem(f"{flag} must be a finite number from {low:g} to {high:g}, not {given}")
+        if isinstance(given, float) and not math.isfinite(given):
+            self.problem(f"{flag} must be a finite number from {_short(low)} to {_short(high)}, not {given}")
             return default
         if not low <= given <= high:
-            nearest = min(max(given, low), high)
+            first, last, nearest = (_short(number) for number in (low, high, min(max(given, low), high)))
             self.problem(
-                f"{flag} {given:g} is out of range; it goes from {low:g} to {high:g}, the nearest is {nearest:g}"
+                f"{flag} {_short(given)} is out of range; it goes from {first} to {last}, the nearest is {nearest}"
             )
             return default
         return given
@@ -103,8 +120,8 @@ class Check:
         below = max(1, (given - 1) // 4 * 4 + 1)
         if given == below:
             return given
-        nearest = f"{below} or {below + 4}" if given > 1 else "1"
-        self.problem(f"{flag} {given} is not of the form 4n+1; the nearest valid values are {nearest}")
+        nearest = f"{_short(below)} or {_short(below + 4)}" if given > 1 else "1"
+        self.problem(f"{flag} {_short(given)} is not of the form 4n+1; the nearest valid values are {nearest}")
         return below
 
     def timesteps(self, given: str) -> tuple[float, ...] | None:
@@ -171,11 +188,18 @@ def effective_shift(timesteps: Sequence[float]) -> float | None:
 
 
 def real(text: str) -> float | None:
-    """The number that `text` spells, None if it spells none."""
+    """The number that `text` spells, None if it spells none. `1_0`, which Python reads as 10, is a slip."""
     try:
-        return float(text)
+        return None if "_" in text else float(text)
     except ValueError:
         return None
+
+
+def _short(number: int | float) -> str:
+    """A number as part of a line: whole ones as they are, of very long ones how many digits they have."""
+    if not isinstance(number, int):  # mypy takes an int for a float
+        return f"{number:g}"
+    return str(number) if abs(number) < 10**21 else f"a number of {number.bit_length() * math.log10(2):.0f} digits"
 
 
 def meant(given: str, allowed: Sequence[str]) -> str:

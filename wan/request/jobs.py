@@ -6,7 +6,6 @@ Everything wrong is noted in a `Check`; nothing is raised and nothing is loaded.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,11 @@ from easydict import EasyDict
 from wan.configs import WAN_CONFIGS
 from wan.request.checks import Check
 from wan.request.options import LARGEST_SEED, Request
-from wan.request.prompts import Row, normal, output_name, read_paths, read_rows
+from wan.request.outputs import row_file
+from wan.request.prompts import Row, expanded, output_name, read_paths, read_rows
 from wan.request.settings import Job, Weights
 from wan.utils.errors import InputError
-from wan.utils.images import open_image, video_size
+from wan.utils.images import open_image, video_size, what_was_done
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check
     if request.prompt_file is not None:
         if request.prompt is not None:
             check.problem("--prompt and --prompt_file exclude each other; give one of them")
-        rows, blank = read_rows(Path(request.prompt_file), check.problems)
+        rows, blank = read_rows(expanded(request.prompt_file), check.problems)
         if blank:
             check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
     elif request.prompt is not None:
@@ -49,7 +49,7 @@ def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check
 
 def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
     if request.image_path_file is not None:
-        images = read_paths(Path(request.image_path_file), check.problems)
+        images = read_paths(expanded(request.image_path_file), check.problems)
         if request.image is not None:
             check.problem("--image and --image_path_file exclude each other; give one of them")
         if named := next((row for row in rows if row.image), None):
@@ -63,7 +63,7 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
             for row, (source, image) in zip(rows, images, strict=False)
         ]
     elif request.image is not None:
-        rows = [row if row.image else replace(row, image=Path(request.image).expanduser()) for row in rows]
+        rows = [row if row.image else replace(row, image=expanded(request.image)) for row in rows]
     if config.image_fit is None:
         if any(row.image for row in rows):
             able = " and ".join(name for name, other in WAN_CONFIGS.items() if other.image_fit)
@@ -90,7 +90,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
     count = request.num_videos
     if request.save_file is not None and len(rows) * count > 1:
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
-    save_dir = Path(request.save_dir).expanduser()
+    save_dir = expanded(request.save_dir)
     pictures = _Pictures(config, check)
     jobs: list[Job] = []
     for row in rows:
@@ -108,10 +108,10 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
         first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
             check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
+        named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
+        if request.save_file is not None:
+            named = expanded(request.save_file)
         for seed in range(first, first + count):
-            named = save_dir / row.save_file if row.save_file is not None else None
-            if request.save_file is not None:
-                named = Path(request.save_file)
             original = row.original_prompt or row.prompt
             negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
             negative = next(text for text in negatives if text is not None)
@@ -127,7 +127,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
                     size=size,
                     frame_num=frames,
                     seed=seed,
-                    save_file=(named or save_dir / name).expanduser(),
+                    save_file=named or save_dir / name,
                     source=row.source,
                     picture=picture,
                 )
@@ -165,40 +165,19 @@ class _Pictures:
     def __init__(self, config: EasyDict, check: Check) -> None:
         self.config, self.collected = config, check
         self.sizes: dict[Path, tuple[int, int] | None] = {}
+        self.told: dict[Path, str] = {}
 
     def fit(self, source: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
         """The video's size for this picture and `--size`, and how it came about."""
         try:
             if path not in self.sizes:
                 self.sizes[path] = None  # a damaged one is reported where it is first named
-                self.sizes[path] = open_image(path).size
+                image = open_image(path)
+                self.sizes[path] = image.size
+                self.told[path] = "".join(f", {what}" for what in what_was_done(image))
             if found := self.sizes[path]:
-                told = f"{found[0]}x{found[1]}, the area of {area[0]}x{area[1]}"
+                told = f"{found[0]}x{found[1]}{self.told[path]}, the area of {area[0]}x{area[1]}"
                 return video_size(self.config.image_fit, found, area), told
         except InputError as e:
             self.collected.problem(f"{source}: {e}")
         return area, ""
-
-
-def check_outputs(request: Request, files: Sequence[Path], check: Check) -> None:
-    """Every output can be written, none is in the way of another or of what is there already."""
-    if wrong := [file for file in files if file.suffix.lower() != ".mp4"]:
-        check.problem(f"{wrong[0]}: videos are written as .mp4; give --save_file that extension")
-    seen: dict[str, int] = {}
-    for index, file in enumerate(files):
-        first = seen.setdefault(os.path.normcase(normal(str(file.absolute()))), index)
-        if first != index:
-            check.problem(f"videos {first + 1} and {index + 1} would both be written to {file}")
-    there = [file for file in files if file.exists()]
-    if there and not (request.overwrite or request.resume):
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        check.problem(
-            f"{there[0]}{more}: exists already; --overwrite replaces it, --resume skips what is finished, "
-            "or choose another --save_dir"
-        )
-    for folder in sorted({file.absolute().parent for file in files}):
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        if not nearest.is_dir():
-            check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
-        elif not os.access(nearest, os.W_OK | os.X_OK):
-            check.problem(f"{folder}: the output folder is not writable; choose another --save_dir")

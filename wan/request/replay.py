@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.request.options import DEFAULTS, OPTIONS, VIDEO, Request, Scope
+from wan.request.prompts import expanded
 from wan.utils.errors import InputError
 
 OF_A_JOB = ("prompt", "negative_prompt", "image", "size", "frame_num", "base_seed")  # a record has them for its video
@@ -49,7 +50,7 @@ def earlier_seed(request: Request) -> int | None:
     """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same."""
     from wan.utils.video import read_record
 
-    folder = Path(request.save_dir).expanduser()
+    folder = expanded(request.save_dir)
     for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
             recorded = read_record(file)["request"]

@@ -18,8 +18,10 @@ from easydict import EasyDict
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
 from wan.request.checks import Check
-from wan.request.jobs import check_outputs, make_jobs, prompt_rows
+from wan.request.jobs import make_jobs, prompt_rows
 from wan.request.options import DEFAULTS, OPTIONS, Request
+from wan.request.outputs import check_outputs
+from wan.request.prompts import expanded, text_problem
 from wan.request.replay import earlier_seed, replayed
 from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
 from wan.request.weights import choose_sampling, choose_weights
@@ -33,7 +35,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     given: values by option, only those that were given. problems: those found before. InputError with all problems.
     """
     check = Check(problems)
-    request = replayed(given, Path(given["replay"]).expanduser()) if "replay" in given else Request(**given)
+    request = replayed(given, expanded(given["replay"])) if "replay" in given else Request(**given)
     asked_task = request.task
     request = _checked(request, check)
     if request.task != asked_task:
@@ -58,6 +60,12 @@ def _checked(request: Request, check: Check) -> Request:
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         value, default = getattr(request, name), DEFAULTS[name]
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and (wrong := text_problem(text)):
+                check.problem(f"--{name} {wrong}")
+                changed[name] = default
+        if name in changed:
+            continue
         if row.choices:
             changed[name] = check.choice(f"--{name}", value, row.choices, row.pattern)
         elif row.limits and value is not None:
@@ -76,12 +84,14 @@ def _generate(request: Request, config: EasyDict, check: Check) -> Generate:
     extend = _extension(request) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = make_jobs(request, config, weights, rows, check)
-    check_outputs(request, [job.save_file for job in jobs], check)
+    read = [job.image for job in jobs if job.image]
+    read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
+    check_outputs(request, [job.save_file for job in jobs], check, read)
     return Generate(request, config, weights, sampling, tuple(rows), tuple(jobs), extend)
 
 
 def _extend_only(request: Request, config: EasyDict, check: Check) -> Extend:
-    file = Path(request.extend_only or "").expanduser()
+    file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
     if file.exists() and not request.overwrite:
@@ -92,12 +102,12 @@ def _extend_only(request: Request, config: EasyDict, check: Check) -> Extend:
 
 def _decode(request: Request, config: EasyDict, check: Check) -> Decode:
     """The video lies beside its latents unless --save_file says otherwise."""
-    latents = Path(request.decode_latents or "").expanduser()
+    latents = expanded(request.decode_latents or "")
     if not latents.is_file():
         check.problem(f"--decode_latents {latents}: no such file")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
-    video = Path(request.save_file).expanduser() if request.save_file else latents.parent / f"{stem}.mp4"
-    check_outputs(request, [video], check)
+    video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
+    check_outputs(request, [video], check, [latents], latents=False)
     return Decode(request, config, Weights(_checkpoint_folder(request, config, check)), latents, video)
 
 
@@ -108,7 +118,7 @@ def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path
     if given is None:
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}")
         return Path(config.hub_id)
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir() or is_hub_id(given):
         return path
     check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")

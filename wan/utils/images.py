@@ -7,19 +7,30 @@ evaluated in binary64 in the original's order: another order rounds to another m
 from __future__ import annotations
 
 import math
+import os
+import stat
+import struct
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan.utils.errors import InputError
+from wan.utils.video import last_frame
 
 if TYPE_CHECKING:
+    import numpy
     from PIL.Image import Image
     from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 I2V_STEP = 16  # patch 2 x VAE stride 8
 TI2V_STEP = 32  # patch 2 x VAE stride 16
+EXIF_ORIENTATION = 0x0112
+TURNS = range(2, 9)  # its values that are not upright
+DONE = "what was done"
+# what Pillow's decoders raise for damaged files
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
 
 
 def video_size(fit: str, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -32,28 +43,92 @@ def video_size(fit: str, picture: tuple[int, int], size: tuple[int, int]) -> tup
 
 
 def open_image(path: Path) -> Image:
-    """The whole picture, decoded, as RGB; an EXIF rotation is not applied, as in the original.
+    """The whole picture, decoded, as RGB, 8 bits; of an mp4 its last frame. What was done to it: `what_was_done`.
 
-    Raises InputError with one sentence for a file that is absent, no picture, damaged, or over 100 megapixels.
+    EXIF orientation is applied (the original ignores it), deeper greys are scaled to 8 bits, alpha is dropped as by
+    convert("RGB"). Raises InputError with one sentence for a file that is absent, no picture, damaged, or over 100
+    megapixels, and at once for what is no regular file.
     """
     from PIL import Image, UnidentifiedImageError
 
     too_large = f"{path}: the image is too large, at most {MAX_PIXELS // 1_000_000} megapixels are read"
+    done: list[str] = []
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: the image cannot be read, it is no regular file")
+        source: Path | BytesIO = path
+        if path.suffix.lower() == ".mp4":
+            source = BytesIO(last_frame(path))
+            done.append("the last frame of the video")
         with warnings.catch_warnings():  # Pillow warns from 89 megapixels on; the limit here is our own
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise InputError(f"{too_large}, this one is {image.width}x{image.height}")
-                return image.convert("RGB")
+                picture = _as_rgb(image, done)
     except FileNotFoundError as e:
         raise InputError(f"{path}: no such image file") from e
+    except PermissionError as e:
+        raise InputError(f"{path}: there is no permission to read the image") from e
     except Image.DecompressionBombError as e:
         raise InputError(too_large) from e
     except UnidentifiedImageError as e:
         raise InputError(f"{path}: not an image, or of a kind that cannot be read") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:  # what Pillow's decoders raise for damaged files
+    except DAMAGED as e:
         raise InputError(f"{path}: the image cannot be read ({e})") from e
+    picture.info = {DONE: done}
+    return picture
+
+
+def what_was_done(image: Image) -> list[str]:
+    """What `open_image` changed, in words for the plan; empty for a picture that is as it was."""
+    return list(image.info.get(DONE, ()))
+
+
+def _as_rgb(image: Image, done: list[str]) -> Image:
+    """8-bit RGB, upright; `done` gets what that took."""
+    from PIL import Image, ImageOps
+
+    turned = _orientation(image)
+    image.load()
+    if _orientation(image) in TURNS:  # some readers have turned it by now
+        image = ImageOps.exif_transpose(image)
+    if turned in TURNS:
+        done.append("turned as its EXIF orientation says")
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_to_8_bits(image, done))
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        done.append("its transparency was dropped")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image) -> int:
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except (*DAMAGED, KeyError, TypeError):  # the picture may be whole although this is not
+        return 1
+
+
+def _to_8_bits(image: Image, done: list[str]) -> numpy.ndarray:
+    """Greys of 16 or 32 bits or floats [H, W] as uint8, by the first of the usual ranges that holds them all.
+
+    convert("RGB") would clip them at 255. ValueError for NaN or Inf.
+    """
+    import numpy
+
+    values = numpy.asarray(image).astype(numpy.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("it holds NaN or Inf")
+    ranges = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+    top = next((top for top in ranges if low >= 0 and high <= top), None)
+    if top is None:
+        done.append(f"its range {low:g} to {high:g} was scaled to 0 to 255")
+        values = (values - low) * (255 / (high - low or 1))
+    elif top != 255:
+        done.append(f"its range 0 to {top} was scaled to 0 to 255")
+        values *= 255 / top
+    return values.round().astype(numpy.uint8)
 
 
 def i2v_size(width: int, height: int, max_area: int) -> tuple[int, int]:

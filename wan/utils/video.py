@@ -9,20 +9,21 @@ Shapes: t frames of one chunk, H height, W width.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from lightning.json_input import parse_json
 from wan.utils.errors import InputError, JobError
+from wan.utils.files import Beside, make_part, part_of
+from wan.utils.files import replacing as replacing
 
 if TYPE_CHECKING:
     import numpy
@@ -50,7 +51,7 @@ class VideoWriter:
         self.fps = fps
         self.frames = 0
         self.size: tuple[int, int] | None = None  # width, height; known from the first chunk
-        self._encoded = path.with_name(f"{path.name}.encoding.part")
+        self._encoded = part_of(path, ".encoding")
         self._encoder: subprocess.Popen[bytes] | None = None
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
         self._waiting: queue.Queue[numpy.ndarray | None] = queue.Queue(CHUNKS_WAITING)
@@ -82,28 +83,31 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
-        with replacing(self.path.with_suffix(".json")) as beside, replacing(self.path) as whole:
+        with replacing(Beside.of(self.path).record) as record_file, replacing(self.path) as whole:
             self._complete(whole, json.dumps(record, ensure_ascii=False))
-            beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            record_file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._encoder is not None:
-            self._encoder.kill()
-            self._encoder.wait()
-            if self._feeder.is_alive():
-                self._waiting.put(None)
-                self._feeder.join()
-        self._messages.close()
-        self._encoded.unlink(missing_ok=True)
+        try:
+            if self._encoder is not None:
+                self._encoder.kill()
+                self._encoder.wait()
+                if self._feeder.is_alive():
+                    self._waiting.put(None)
+                    self._feeder.join()
+            self._messages.close()
+        finally:
+            self._encoded.unlink(missing_ok=True)
 
     def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
         pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"  # 4:2:0 cannot hold odd sizes
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
         h264 = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD)]
         h264 += ["-pix_fmt", pixels]
+        make_part(self.path, ".encoding")
         return subprocess.Popen(
             [*ffmpeg(), *raw, *h264, "-f", "mp4", local(self._encoded)],
             stdin=subprocess.PIPE,
@@ -174,26 +178,15 @@ def to_bytes(chunk: torch.Tensor) -> numpy.ndarray:
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` when the block ends well, and is removed when not."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a run, from its .json or from the comment tag of its .mp4. InputError if there is none."""
     try:
-        text = _read_comment(path) if path.suffix.lower() == ".mp4" else path.read_text(encoding="utf-8")
-        record = json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {RECORDS}") from None
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; {RECORDS}")
+        with path.open("rb") as file:
+            record = parse_json(_read_comment(path) if path.suffix.lower() == ".mp4" else file.read())
+    except PermissionError:
+        raise InputError(f"{path}: there is no permission to read it") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: holds no record of a run; {RECORDS}") from e
     if not isinstance(record, dict):
@@ -202,8 +195,6 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(path)
     found = _run("-i", local(path), "-f", "ffmetadata", "pipe:1")
     # a value runs to the first line end that no backslash precedes
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.MULTILINE | re.DOTALL)
@@ -218,6 +209,20 @@ def count_frames(path: Path) -> int:
     return frames_reported(done.stdout) if done.returncode == 0 else 0
 
 
+def last_frame(path: Path) -> bytes:
+    """The last frame of a whole video, as a PNG. InputError for any other file. The video is decoded to its end."""
+    if not (frames := count_frames(path)):
+        raise InputError(f"{path}: not a whole video, so it has no last frame")
+    # ffmpeg's quick conversion to RGB comes out up to 2 of 255 too dark
+    picked = f"select='eq(n,{frames - 1})',scale=flags=bicubic+accurate_rnd+full_chroma_int"
+    done = _run(
+        "-i", local(path), "-map", "0:v:0", "-vf", picked, "-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "-"
+    )
+    if done.returncode != 0 or not done.stdout:
+        raise InputError(f"{path}: its last frame cannot be read{last_words(done.stderr)}")
+    return done.stdout
+
+
 def save_contact_sheet(video: Path, frames: int, columns: int = 3, rows: int = 3, width: int = 320) -> Path:
     """A PNG beside `video` with up to columns x rows of its evenly spaced frames, first and last among them.
 
@@ -228,11 +233,11 @@ def save_contact_sheet(video: Path, frames: int, columns: int = 3, rows: int = 3
     columns = min(columns, count)
     select = "+".join(f"eq(n,{n})" for n in wanted)
     grid = f"tile={columns}x{-(-count // columns)}:nb_frames={count}:padding=4:margin=4"
-    sheet = video.with_suffix(".png")
+    sheet = Beside.of(video).sheet
     with replacing(sheet) as part:
         picture = ["-frames:v", "1", "-c:v", "png", "-f", "image2", "-update", "1", local(part)]
         done = _run("-i", local(video), "-vf", f"select='{select}',scale='min({width},iw)':-1,{grid}", *picture)
-        if done.returncode != 0 or not part.exists():
+        if done.returncode != 0 or not part.stat().st_size:
             reason = how_it_ended(done.returncode) + last_words(done.stderr)
             raise JobError(f"{sheet}: the contact sheet of the saved video could not be made: {reason}")
     return sheet

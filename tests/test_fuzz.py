@@ -1,0 +1,19 @@
+"""A hundred damaged files in every run of the tests; `python -m tests.fuzz` makes two thousand."""
+
+import pytest
+
+from tests.fuzz import CASES, run
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_damaged_files_are_refused_in_a_line_or_are_whole(kind: str) -> None:
+    counts, findings = run([kind], 100 // len(CASES), seed=1)
+    assert not findings, findings[0]
+    assert counts[f"{kind} refused"] >= 5  # else the damage does nothing
+    assert counts[f"{kind} refused"] < 25 or kind == "lora"  # else nothing could be accepted
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_files() -> None:
+    _, findings = run(list(CASES), 2000, seed=1000)
+    assert not findings, findings[0]

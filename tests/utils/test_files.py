@@ -1,0 +1,124 @@
+"""Names beside a video, all-or-nothing writing by several processes, and what dead ones leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import TESTS
+from wan.utils import files
+from wan.utils.files import Beside, latents_elsewhere, machine, make_part, part_of, replacing, sweep_parts
+
+
+def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=TESTS.parent, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    def run() -> None:
+        with replacing(tmp_path / "a") as part:
+            part.write_text("half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        run()
+    assert list(tmp_path.iterdir()) == []
+    with replacing(tmp_path / "a") as part:
+        part.write_text("whole")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_two_processes_do_not_write_into_one_part(tmp_path: Path) -> None:
+    """One name for both would give one process the other's bytes, or take the file from under it."""
+    code = """
+import sys, time
+from pathlib import Path
+from wan.utils.files import replacing
+with replacing(Path(sys.argv[1])) as part:
+    part.write_text(sys.argv[2] * 1000)
+    print(part.name, flush=True)
+    time.sleep(0.5)
+    assert part.read_text() == sys.argv[2] * 1000
+"""
+    started = [run_python(code, tmp_path / "a", letter) for letter in "xy"]
+    names = {process.communicate(timeout=60)[0] for process in started}
+    assert [process.returncode for process in started] == [0, 0]
+    assert len(names) == 2
+    assert (tmp_path / "a").read_text() in ("x" * 1000, "y" * 1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_at_the_name_of_the_part_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    part_of(tmp_path / "a").symlink_to(tmp_path / "mine")
+    with replacing(tmp_path / "a") as part:
+        part.write_text("new")
+    assert (tmp_path / "mine").read_text() == "keep"
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_names_beside_a_video() -> None:
+    assert [p.name for p in Beside.of(Path("out/a.b.mp4"))] == ["a.b.mp4", "a.b.json", "a.b.latents.safetensors",
+                                                               "a.b.png"]  # fmt: skip
+
+
+def test_kept_latents_of_equal_names_do_not_meet() -> None:
+    first, second = (latents_elsewhere(Path(folder) / "x.mp4") for folder in ("one", "two"))
+    assert first != second
+    assert first == latents_elsewhere(Path("one").absolute() / "x.mp4")
+    assert first.name.endswith(".latents.safetensors")
+
+
+def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from wan.utils.files import make_part
+for name in ("a.mp4", "a.json"):
+    make_part(Path(sys.argv[1]) / name)
+make_part(Path(sys.argv[1]) / "a.mp4", ".encoding")
+print("made", flush=True)
+time.sleep(60)
+"""
+    process = run_python(code, tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "made\n"
+    mine = make_part(tmp_path / "b.mp4")
+    users = [
+        tmp_path / name for name in ("a.mp4", "notes.part", ".hidden.part", "x.encoding.part", f".{machine()}.part")
+    ]
+    for file in users:
+        file.write_text("keep")
+    assert sweep_parts(tmp_path) == []
+    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{process.pid}/stat").exists() and files.process_status(process.pid)[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(sweep_parts(tmp_path)) == 3  # though nobody has asked how the process ended: it is a zombie
+    assert {p.name for p in tmp_path.iterdir()} == {mine.name, *(file.name for file in users)}
+    process.communicate()
+    assert sweep_parts(tmp_path / "absent") == []
+
+
+def test_parts_of_another_machine_are_judged_by_age(tmp_path: Path) -> None:
+    part = tmp_path / ".a.mp4.other-f0000000-1.part"
+    part.write_text(json.dumps({}))
+    assert sweep_parts(tmp_path) == []
+    long_ago = time.time() - files.STALE_SECONDS - 5
+    os.utime(part, (long_ago, long_ago))
+    assert sweep_parts(tmp_path) == [part]

@@ -1,0 +1,192 @@
+"""One video, start to end: claimed, sampled, kept, decoded, written. What is finished is never lost.
+
+Of the processes that make it together, the first one alone writes files; all of them see the same errors.
+Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan.pipeline import Pipeline
+from wan.record import completed, describe, find_latents, find_video, save_latents
+from wan.request.options import Request
+from wan.request.settings import Job
+from wan.utils.claims import claimed
+from wan.utils.errors import JobError, WanError, out_of_memory
+from wan.utils.files import Beside, latents_elsewhere
+from wan.utils.progress import STAGE, Progress
+from wan.utils.video import VideoWriter, save_contact_sheet
+
+# What would help where a stage has no room.
+MORE_ROOM = {
+    "text": "--t5_cpu encodes the prompts on the CPU",
+    "load": "--offload_model True keeps idle networks in host memory, --t5_cpu the text encoder",
+    "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
+    "decode": "--vae_tiling decodes in tiles",
+}
+
+
+def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> int:
+    """Make the video of `job`; the number of its frames. shared: seconds by stage that all jobs share.
+
+    JobError, OSError or out of memory for this job alone; ClaimedElsewhere if another process is making it.
+    """
+    plan, team, claims = pipe.plan, pipe.mesh.team, ExitStack()
+    with claims:
+        takeover = team.from_first(lambda: _claim(claims, job.save_file))
+        if takeover:
+            progress.say(takeover)
+        earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
+        record = team.from_first(lambda: describe(plan, job, pipe.info()))
+        latent, kept = team.from_first(lambda: _kept_before(pipe, job, progress))
+        if latent is None:
+            latent = pipe.sample_job(job)
+            # before decoding: not even a killed process loses the steps
+            kept = team.from_first(lambda: _keep(job.save_file, latent, record, progress))
+        try:
+            frames = save_video(pipe, latent, job.save_file, record, progress, earlier)
+        except BaseException as error:
+            hint = _how_to_finish(plan.request, job.save_file, kept, error)
+            error.add_note(hint)
+            if not isinstance(error, Exception):  # interrupted: nobody reports it later
+                progress.say(hint)
+            raise
+        team.from_first(lambda: _tidy(plan.request, job, kept, frames, progress))
+    return frames
+
+
+def save_video(
+    pipe: Pipeline,
+    latent: torch.Tensor,
+    path: Path,
+    record: dict[str, Any],
+    progress: Progress,
+    earlier: dict[str, float],
+) -> int:
+    """Decode into the file, in tiles if memory does not suffice for the whole; the number of frames.
+
+    earlier: seconds by stage that are not this video's.
+    """
+    team, tiling = pipe.mesh.team, pipe.plan.request.vae_tiling
+
+    def attempt(tiled: bool) -> int:
+        with closing(pipe.decode(latent, tiled=tiled)) as chunks:
+            if team.first:
+                return write(chunks)
+            deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
+        team.meet()
+        return 0
+
+    def write(chunks: Iterable[torch.Tensor]) -> int:
+        with VideoWriter(path, pipe.plan.config.sample_fps) as video:
+            with progress.stage("decode", unit="frame"):
+                for chunk in chunks:
+                    if not chunk.isfinite().all():
+                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
+                    video.write(chunk)
+                    progress.advance(chunk.shape[1])
+            team.meet()  # the file appears when nobody has failed
+            with progress.stage("save"):
+                spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
+                video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
+        return video.frames
+
+    try:
+        return team.agree(lambda: attempt(tiling))
+    except Exception as error:
+        if tiling or not out_of_memory(error):
+            raise
+    # Out here the failed attempt's tensors are no longer held by the exception.
+    progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
+    if latent.is_cuda:
+        torch.cuda.empty_cache()
+    return team.agree(lambda: attempt(True))
+
+
+def check_place(save_file: Path) -> None:
+    """Before the long work: can a file be made here?"""
+    try:
+        save_file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_file.parent).close()
+    except OSError as e:
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+
+
+def reason(error: Exception) -> str:
+    """Why a job failed, in a line."""
+    if out_of_memory(error):
+        stage = getattr(error, STAGE, "")
+        first_line = str(error).partition("\n")[0]
+        hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
+        return f"out of memory on the device{f' in stage {stage}' if stage else ''} ({first_line}){hint}"
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
+
+
+def _claim(claims: ExitStack, save_file: Path) -> str:
+    """Hold the claim to the file until `claims` closes; what there is to say of it."""
+    check_place(save_file)
+    try:
+        return claims.enter_context(claimed(save_file)).taken_over or ""
+    except OSError as e:
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+
+
+def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
+    """The latents that an earlier try at this video left, and their file, with `--resume`."""
+    if not pipe.plan.request.resume:
+        return None, None
+    # another process may have made it between our look at the folder and our claim
+    if find_video(pipe.plan, job).state == "whole":
+        raise JobError(f"{job.save_file}: another process has just made it")
+    latent, kept = find_latents(pipe.plan, job)
+    if kept:
+        progress.say(f"the latents of an earlier try are used: {kept}")
+    return latent, kept
+
+
+def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
+    """Save the latents beside the video to come, or where temporary files go; None, and a warning, if neither works."""
+    for path in (Beside.of(save_file).latents, latents_elsewhere(save_file)):
+        try:
+            save_latents(path, latent, record)
+        except OSError as e:
+            progress.say(f"warning: the latents cannot be kept as {path} ({e.strerror})")
+        else:
+            return path
+    return None
+
+
+def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
+    """What is left to do beside a finished video."""
+    beside = Beside.of(job.save_file)
+    if kept and not request.save_latents:
+        kept.unlink()
+    if request.save_latents and kept != beside.latents:
+        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
+    written = [beside.video, beside.record]
+    if request.preview:
+        written.append(save_contact_sheet(job.save_file, frames))
+    progress.say(f"saved {', '.join(map(str, written))}")
+
+
+def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
+    """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
+    if kept is None:
+        return "and the finished latents could not be kept"
+    device = "cpu" if out_of_memory(error) else request.device
+    words: list[object] = ["python", "generate.py", "--task", request.task, "--ckpt_dir", request.ckpt_dir]
+    words += ["--decode_latents", kept, "--save_file", save_file]
+    words += [] if device == "auto" else ["--device", device]
+    words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
+    words += ["--vae_tiling"] if request.vae_tiling else []
+    words += ["--overwrite"] if request.overwrite else []
+    return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"

@@ -1,0 +1,178 @@
+"""Where videos and what lies beside them will be written: inside the folder meant, in nobody's way, names that work.
+
+Everything wrong is noted in a `Check`, a sentence a kind, however many files it concerns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from lightning.errors import TensorFileError
+from lightning.tensorfile import TensorStore
+from wan.request.checks import Check
+from wan.request.options import Request
+from wan.request.prompts import normal, text_problem
+from wan.utils.errors import InputError
+from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
+from wan.utils.video import read_record
+
+
+def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
+    """The file that a row's `save_file` names: inside `save_dir`, wherever links lead; `~` is no home folder here."""
+    file = save_dir / name
+    flavours = (PurePosixPath(name), PureWindowsPath(name))  # a list is to mean the same on every platform
+    if text_problem(name):
+        check.problem(f"{source}: save_file {name!r} {text_problem(name)}")
+    elif any(path.anchor or ".." in path.parts for path in flavours):
+        check.problem(f"{source}: save_file {name!r} must name a file inside --save_dir, without a root and '..'")
+    elif not _real(file).is_relative_to(_real(save_dir)):
+        check.problem(f"{source}: save_file {name!r} leads out of --save_dir {save_dir} by a symbolic link")
+    else:
+        return file
+    return save_dir / "refused.mp4"
+
+
+def check_outputs(
+    request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), latents: bool = True
+) -> None:
+    """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
+
+    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. latents:
+    whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
+    """
+    if wrong := [file for file in files if file.suffix.lower() != ".mp4"]:
+        check.problem(f"{_shown(wrong)}: videos are written as .mp4; give --save_file that extension")
+    usable = _check_names(files, check)
+    written = {file: _written(file, latents, request.preview) for file in usable}
+    place = _Places()
+    _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
+    there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
+    if folders := [path for path in there if path.is_dir()]:
+        check.problem(f"{_shown(folders)}: is a folder, and a file is to be written there; choose another name")
+    read = {place(path) for path in inputs if text_problem(str(path)) is None}
+    if taken := [path for path in there if place(path) in read]:
+        check.problem(f"{_shown(taken)}: is read by this run and would be replaced by it; choose another --save_file")
+    if request.resume:
+        there = [path for paths in written.values() for path in _foreign(paths)]
+    if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
+        check.problem(
+            f"{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
+            "or choose another --save_dir"
+        )
+    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+
+
+def _written(video: Path, latents: bool, preview: bool) -> list[Path]:
+    beside = Beside.of(video)
+    return [beside.video, beside.record, *([beside.latents] if latents else []), *([beside.sheet] if preview else [])]
+
+
+def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
+    """The files, each once, whose names can be written."""
+    problems: dict[str, list[Path]] = {}
+    usable: list[Path] = []
+    folder_problem = cache(_path_problem)
+    for file in dict.fromkeys(files):
+        if problem := folder_problem(file.parent) or _path_problem(Path(longest_name(file)), file.parent):
+            problems.setdefault(problem, []).append(file)
+        else:
+            usable.append(file)
+    for problem, named in problems.items():
+        check.problem(f"{_shown(named)!r}: the name of the video {problem}")
+    return usable
+
+
+def _path_problem(path: Path, above: Path = Path()) -> str | None:
+    """What keeps `path`, in the folder `above`, from being made, None if nothing does but what is on the disk."""
+    if unusable := text_problem(str(path)):
+        return unusable
+    try:
+        names, whole = [os.fsencode(part) for part in path.parts], os.fsencode(above / path)
+    except UnicodeEncodeError:
+        return "cannot be written in this system's encoding; set PYTHONUTF8=1, or name it otherwise"
+    if max(map(len, names), default=0) > LONGEST_NAME:
+        return f"is too long: with what is added while it is written at most {LONGEST_NAME} bytes are possible"
+    return f"is too long: a path has at most {LONGEST_PATH} bytes" if len(whole) > LONGEST_PATH else None
+
+
+def _check_meetings(files: Sequence[Path], places: dict[Path, list[str]], check: Check) -> None:
+    """No file is written for two videos, by whatever spelling: `x.MP4` has the record of `x.mp4`."""
+    first_of: dict[str, int] = {}
+    met: list[tuple[int, int, Path]] = []
+    for index, file in enumerate(files):
+        firsts = [first_of.setdefault(place, index) for place in places.get(file, [])]
+        if firsts and min(firsts) != index:
+            met.append((min(firsts), index, file))
+    if met:
+        one, two, file = met[0]
+        more = f"; {len(met) - 1:,} more meet likewise" if len(met) > 1 else ""
+        spelled = "" if files[one] == file else f" (video {one + 1} as {files[one]})"
+        check.problem(f"videos {one + 1} and {two + 1} would both be written to {file}{spelled}{more}")
+
+
+def _foreign(written: list[Path]) -> list[Path]:
+    """Which files beside a video that is to come do not show that an earlier try at this video wrote them.
+
+    Where the video is there, `--resume` judges it, and with it what lies beside it.
+    """
+    video, *beside = written
+    if os.path.lexists(video):
+        return []
+    there = [path for path in beside if os.path.lexists(path)]
+    if there and _has_record(video):
+        return []
+    return [path for path in there if not (path == Beside.of(video).latents and _kept_by_a_run(path))]
+
+
+def _has_record(video: Path) -> bool:
+    """Whether the record beside the video's place is of a video of that name."""
+    try:
+        output = read_record(Beside.of(video).record).get("output")
+    except InputError:
+        return False
+    return isinstance(output, dict) and output.get("file") == video.name
+
+
+def _kept_by_a_run(latents: Path) -> bool:
+    try:
+        return "record" in TensorStore.open(latents).metadata
+    except (TensorFileError, OSError):
+        return False
+
+
+def _check_folders(folders: set[Path], check: Check) -> None:
+    for folder in sorted(folders):
+        nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not nearest.is_dir():
+            check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            where = "" if nearest == folder else f", there is no permission to write in {nearest}"
+            check.problem(f"{folder}: the output folder is not writable{where}; choose another --save_dir")
+
+
+class _Places:
+    """One text for every spelling of the place where a file will be made: links of its folder followed, its own not."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}  # as spelled -> as it is
+
+    def __call__(self, path: Path) -> str:
+        folder, name = os.path.split(path)
+        if folder not in self.folders:
+            self.folders[folder] = os.path.normcase(normal(os.path.realpath(folder)))
+        name = normal(name)
+        return os.path.join(self.folders[folder], name.casefold() if sys.platform in ("win32", "darwin") else name)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _shown(paths: Sequence[Path]) -> str:
+    """The first, and how many more there are."""
+    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}"
