@@ -80,7 +80,9 @@ def test_kept_latents_of_equal_names_do_not_meet() -> None:
     first, second = (latents_elsewhere(Path(folder) / "x.mp4") for folder in ("one", "two"))
     assert first != second
     assert first == latents_elsewhere(Path("one").absolute() / "x.mp4")
+    assert first.name.startswith("x-")
     assert first.name.endswith(".latents.safetensors")
+    assert len(os.fsencode(latents_elsewhere(Path("猫" * 80 + ".mp4")).name)) < 200
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
