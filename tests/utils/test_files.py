@@ -124,3 +124,9 @@ def test_parts_of_another_machine_are_judged_by_age(tmp_path: Path) -> None:
     long_ago = time.time() - files.STALE_SECONDS - 5
     os.utime(part, (long_ago, long_ago))
     assert sweep_parts(tmp_path) == [part]
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**70])
+def test_a_number_that_no_process_has_is_dead(pid: int) -> None:
+    assert not files.is_running(pid)
+    assert files.is_running(os.getpid())

@@ -91,6 +91,8 @@ def is_running(pid: int) -> bool:
     """Whether a process of this machine with that number lives. On Windows it cannot be asked without harm: True."""
     if os.name == "nt":
         return True
+    if pid < 1:  # would ask for whole groups of processes
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
