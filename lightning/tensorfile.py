@@ -134,6 +134,11 @@ def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], 
     return found, metadata
 
 
+def _names_a_file(name: object) -> bool:
+    """Whether it is a plain file name, without a folder, that a message can show."""
+    return isinstance(name, str) and name.isprintable() and not re.search(r"[/\\:]", name)
+
+
 def _parse_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard beside the index."""
     _size_of(path)
@@ -146,8 +151,10 @@ def _parse_index(path: Path) -> dict[str, str]:
         raise TensorFileError(f"{path}: not a safetensors index") from e
     if not shards:
         raise TensorFileError(f"{path}: the index names no tensor; get the file again")
-    if wrong := [name for name in shards if not (isinstance(name, str) and re.fullmatch(r"[^/\\:\0-\x1f]+", name))]:
-        raise TensorFileError(f"{path}: not a safetensors index, {str(wrong[0])[:60]!r} names no shard beside it")
+    if wrong := [name for name in shards if not _names_a_file(name)]:
+        raise TensorFileError(f"{path}: not a safetensors index, {wrong[0]!r:.60} names no shard beside it")
+    if wrong := [name for name in weight_map if not name.isprintable()]:
+        raise TensorFileError(f"{path}: not a safetensors index, a tensor is named {wrong[0]!r:.60}")
     return weight_map
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lightning.errors import InputError
 from lightning.lora import Lora, check
@@ -93,12 +94,12 @@ def damaged_json(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice([1, 1, 2, 3])):
         places = list(_containers(value))
         if not places:
-            return rng.choice(ODD_VALUES)
+            return copy.deepcopy(rng.choice(ODD_VALUES))
         holder = rng.choice(places)
         key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
         kind = rng.randrange(8)
         if kind < 4:
-            holder[key] = rng.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
         elif kind == 4:
             del holder[key]
         elif kind == 5 and isinstance(holder, dict):
@@ -199,16 +200,57 @@ def record_case(rng: random.Random, folder: Path) -> None:
 def lora_case(rng: random.Random, folder: Path) -> None:
     path = folder / "lora.safetensors"
     path.write_bytes(damaged_safetensors((lora_dir(TASK) / "high_noise_model.safetensors").read_bytes(), rng))
+    use_lora(path, path, rng)
+
+
+def peft_case(rng: random.Random, folder: Path) -> None:
+    """A folder as PEFT leaves it, its settings damaged."""
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"q": 4}, "rank_pattern": {"q": 4},
+                "use_rslora": False, "use_dora": False, "init_lora_weights": True, "bias": "none"}  # fmt: skip
+    text = spelled(damaged_json(settings, rng), rng)
+    (folder / "peft").mkdir(exist_ok=True)
+    (folder / "peft" / "adapter_config.json").write_bytes(damaged_bytes(text, rng) if rng.random() < 0.3 else text)
+    weights = folder / "peft" / "adapter_model.safetensors"
+    if not weights.exists():
+        state = load_file(lora_dir(TASK) / "high_noise_model.safetensors")
+        kinds = {"lora_down": "lora_A", "lora_up": "lora_B"}
+        renamed = {}
+        for name, tensor in state.items():
+            kind = next((kind for kind in kinds if kind in name), None)
+            if kind:
+                renamed[name.replace("diffusion_model.", "base_model.model.").replace(kind, kinds[kind])] = tensor
+        save_file(renamed, weights)
+    use_lora(folder / "peft", weights, rng)
+
+
+def use_lora(path: Path, weights: Path, rng: random.Random) -> None:
+    """Open, check and merge a LoRA file or folder."""
     base = TensorStore.open(checkpoint(TASK) / "high_noise_model" / "diffusion_pytorch_model.safetensors.index.json")
     lora = Lora.open(path, expert="high")
     check(lora, base.shapes, allow_partial=rng.random() < 0.3)
-    with safe_open(path, "pt") as oracle:  # raises what is a finding: we accepted the file
+    with safe_open(weights, "pt") as oracle:  # raises what is a finding: we accepted the file
         for name in oracle.keys():  # noqa: SIM118 - not a dict
             oracle.get_tensor(name)
     merge = Merge([lora], base.shapes)
     for name in base:
         if merge.touches(name):
             merge(name, base.read(name))
+
+
+def expert_case(rng: random.Random, folder: Path) -> None:
+    """A full expert in one file, one layer in int8 with a scale a row; damaged in its header."""
+    plain, path = folder / "plain.safetensors", folder / "expert.safetensors"
+    if not plain.exists():
+        base = TensorStore.open(checkpoint(TASK) / "low_noise_model" / "diffusion_pytorch_model.safetensors.index.json")
+        state = {name: base.read(name) for name in base}
+        layer = state["blocks.0.ffn.0.weight"]
+        state["blocks.0.ffn.0.weight_scale"] = layer.abs().amax(1, keepdim=True) / 127
+        state["blocks.0.ffn.0.weight"] = (layer / state["blocks.0.ffn.0.weight_scale"]).round().to(torch.int8)
+        save_file(state, plain)
+    path.write_bytes(damaged_safetensors(plain.read_bytes(), rng))
+    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK), {"low": path})
+    opened.raise_problems()
+    load(*opened.experts["low"], home=CPU, dtype=lambda _: torch.float32)
 
 
 def checkpoint_case(rng: random.Random, folder: Path) -> None:
@@ -249,6 +291,8 @@ CASES: dict[str, Case] = {
     "prompts": prompts_case,
     "record": record_case,
     "lora": lora_case,
+    "peft": peft_case,
+    "expert": expert_case,
     "checkpoint": checkpoint_case,
 }
 

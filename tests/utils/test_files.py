@@ -80,7 +80,9 @@ def test_kept_latents_of_equal_names_do_not_meet() -> None:
     first, second = (latents_elsewhere(Path(folder) / "x.mp4") for folder in ("one", "two"))
     assert first != second
     assert first == latents_elsewhere(Path("one").absolute() / "x.mp4")
+    assert first.name.startswith("x-")
     assert first.name.endswith(".latents.safetensors")
+    assert len(os.fsencode(latents_elsewhere(Path("猫" * 80 + ".mp4")).name)) < 200
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
@@ -122,3 +124,9 @@ def test_parts_of_another_machine_are_judged_by_age(tmp_path: Path) -> None:
     long_ago = time.time() - files.STALE_SECONDS - 5
     os.utime(part, (long_ago, long_ago))
     assert sweep_parts(tmp_path) == [part]
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**70])
+def test_a_number_that_no_process_has_is_dead(pid: int) -> None:
+    assert not files.is_running(pid)
+    assert files.is_running(os.getpid())

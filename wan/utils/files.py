@@ -41,7 +41,8 @@ class Beside(NamedTuple):
 def latents_elsewhere(video: Path) -> Path:
     """Where latents are kept if there is no room beside the video: videos of one name in two folders do not meet."""
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"{digest}.latents.safetensors"
+    stem = os.fsencode(video.stem)[:100].decode("utf-8", "ignore")
+    return Path(tempfile.gettempdir()) / f"{stem}-{digest}.latents.safetensors"
 
 
 @cache
@@ -90,6 +91,8 @@ def is_running(pid: int) -> bool:
     """Whether a process of this machine with that number lives. On Windows it cannot be asked without harm: True."""
     if os.name == "nt":
         return True
+    if pid < 1:  # would ask for whole groups of processes
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
