@@ -6,6 +6,7 @@ Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, 
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from wan.distributed.runtime import Runtime
-from wan.distributed.team import expected, traceback_of
+from wan.distributed.team import Team, origin_of
 from wan.pipeline import Pipeline
 from wan.plan import Plan
 from wan.record import completed, describe, found_at_place, read_latents, save_latents
@@ -64,7 +65,7 @@ def run_jobs(
                 _make(run, job, facts, pipe, progress, shared)
                 saved += 1
             except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-                failures.append(_report(job, error, progress))
+                failures.append(_report(job, error, progress, team))
                 if run.settings.on_error == "stop":
                     runtime.stop()
                     break
@@ -257,10 +258,12 @@ def _how_to_finish(settings: Settings, save_file: Path, kept: Path | None, error
     return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"
 
 
-def _report(job: Job, error: Exception, progress: Progress) -> str:
+def _report(job: Job, error: Exception, progress: Progress, team: Team) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
-    if not expected(error):
-        progress.say(traceback_of(error))
+    if told := origin_of(error).traceback:
+        progress.say(told)
+        if progress.quiet and team.first:  # the summary will not have it
+            print(told, file=sys.stderr)
     sentence = "; ".join([f"{job.source}: {_reason(error)}", *getattr(error, "__notes__", [])])
     progress.event("failed", {"index": job.index, "file": str(job.save_file), "reason": sentence})
     progress.say(f"failed: {sentence}")
