@@ -94,6 +94,23 @@ def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) 
     assert said[1] == ""
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_a_sentence(device: str, tmp_path: Path) -> None:
+    if getattr(torch, device).is_available():
+        pytest.skip(f"there is {device} here")
+    codes, said = launched(partial(generate.main, flags(tmp_path, "--device", device, "--dry_run")), 2, tmp_path)
+    assert codes == [2, 2]
+    assert said == [f"error: --device {device}: there is no such device here; usable: auto, cpu\n", ""]
+
+
+def test_help_is_printed_once(tmp_path: Path) -> None:
+    codes, said = launched(partial(generate.main, ["--help"]), 2, tmp_path)
+    assert (codes, said) == ([0, 0], ["", ""])
+    first, second = ((tmp_path / f"{rank}.out").read_text() for rank in range(2))
+    assert "--ulysses_size" in first
+    assert second == ""
+
+
 def test_two_jobs_for_three_processes_and_one_random_seed(tmp_path: Path) -> None:
     words = flags(tmp_path, "--base_seed", "-1", "--prompt_file", str(tmp_path / "two.txt"))
     (tmp_path / "two.txt").write_text("a cat\na dog")
