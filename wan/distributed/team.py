@@ -129,6 +129,7 @@ class Team:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
+    """Whatever fails in here is `Broken`: the other processes are in the same exchange and cannot be told."""
     try:
         yield
     except Exception as error:
