@@ -127,7 +127,7 @@ def reason(error: Exception) -> str:
         stage = getattr(error, STAGE, "")
         first_line = str(error).partition("\n")[0]
         hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
-        return f"out of memory on the device{f' in stage {stage}' if stage else ''} ({first_line}){hint}"
+        return f"out of memory on the device ({first_line}){f' in {stage}' if stage else ''}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 

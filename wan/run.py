@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wan.distributed.runtime import Runtime
-from wan.distributed.team import expected, traceback_of
+from wan.distributed.team import Team, origin_of
 from wan.image2video import ImageToVideo
 from wan.making import check_place, make_video, reason, save_video
 from wan.pipeline import Pipeline
@@ -18,7 +19,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Progress
+from wan.utils.progress import Progress, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -86,7 +87,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
             progress.say(str(error))
             kind = "elsewhere"
         except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-            facts["reason"] = _report(job, error, progress)
+            facts["reason"] = _report(job, error, progress, pipe.mesh.team)
             kind = "failed"
         events.append((kind, facts))
         progress.event(kind, facts)
@@ -165,10 +166,12 @@ def _check_file(overwrite: bool, save_file: Path) -> None:
     check_place(save_file)
 
 
-def _report(job: Job, error: Exception, progress: Progress) -> str:
+def _report(job: Job, error: Exception, progress: Progress, team: Team) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
-    if not expected(error):
-        progress.say(traceback_of(error))
+    if told := origin_of(error).traceback:
+        progress.say(told)
+        if progress.quiet and team.first:  # the summary will not have it
+            tell(sys.stderr, f"{told}\n")
     sentence = "; ".join([f"{job.source}: {reason(error)}", *getattr(error, "__notes__", [])])
     progress.say(f"failed: {sentence}")
     return sentence

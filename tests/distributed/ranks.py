@@ -61,9 +61,12 @@ def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, argumen
 
 
 def launched(
-    work: Callable[[], int], world: int, folder: Path, seconds: float = 60
+    work: Callable[[], int], world: int, folder: Path, seconds: float = 60, until_others_end: bool = False
 ) -> tuple[list[int | None], list[str]]:
-    """Exit code and stderr of `work` in processes with torchrun's environment; a code of None: it had to be stopped."""
+    """Exit code and stderr of `work` in processes with torchrun's environment; a code of None: it had to be stopped.
+
+    until_others_end: once only one process is left, it is not waited for any longer than 5 seconds: torchrun ends it.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -72,8 +75,11 @@ def launched(
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+    while time.monotonic() < end and any(process.is_alive() for process in processes):
+        if until_others_end and sum(process.is_alive() for process in processes) == 1:
+            end = min(end, time.monotonic() + 5)
+            until_others_end = False
+        time.sleep(0.02)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

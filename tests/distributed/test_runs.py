@@ -6,11 +6,10 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ import torch
 from safetensors.torch import load_file
 
 import generate
-import wan.distributed.fsdp
 import wan.pipeline
+from tests.distributed.faults import Fault, run_with_fault
 from tests.distributed.ranks import launched, run_ranks
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
+from wan.modules.vae import WanVAE
 from wan.plan import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
 from wan.run import run_jobs
+from wan.utils.errors import InputError
 from wan.utils.progress import Progress
 
 PROMPTS = ["a cat boxing", "the red ball", "a dog on the blue ball", "the cat", "a ball"]
@@ -91,6 +92,23 @@ def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) 
     assert codes == [2, 2]
     assert expected in said[0]
     assert said[1] == ""
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_a_sentence(device: str, tmp_path: Path) -> None:
+    if getattr(torch, device).is_available():
+        pytest.skip(f"there is {device} here")
+    codes, said = launched(partial(generate.main, flags(tmp_path, "--device", device, "--dry_run")), 2, tmp_path)
+    assert codes == [2, 2]
+    assert said == [f"error: --device {device}: there is no such device here; usable: auto, cpu\n", ""]
+
+
+def test_help_is_printed_once(tmp_path: Path) -> None:
+    codes, said = launched(partial(generate.main, ["--help"]), 2, tmp_path)
+    assert (codes, said) == ([0, 0], ["", ""])
+    first, second = ((tmp_path / f"{rank}.out").read_text() for rank in range(2))
+    assert "--ulysses_size" in first
+    assert second == ""
 
 
 def test_two_jobs_for_three_processes_and_one_random_seed(tmp_path: Path) -> None:
@@ -158,60 +176,99 @@ def test_stopping_stops_the_other_group_too(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*_0004_*.mp4")), "the other group's last job"
 
 
-def die(rank: int, how: str) -> None:
-    if int(os.environ["RANK"]) != rank:
-        return
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise ValueError("a bug on one process")
+@pytest.mark.parametrize(
+    ("what", "where"), [("kill", "load"), ("raise", "load"), ("memory", "load"), ("kill", "step"), ("kill", "decode")]
+)
+def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    fault = Fault(what, where, (3,))
+    codes, said = launched(partial(run_with_fault, fault, flags(tmp_path, *SPLIT)), 4, tmp_path)
+    assert time.monotonic() - began < 45, "not by waiting for a time limit"
+    assert codes == [1, 1, 1, -signal.SIGKILL if what == "kill" else 1]
+    lines = "".join(said).splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert lines.count("Traceback (most recent call last):") == (what == "raise"), "of a bug only, and once"
+    said_last = next(text for text in said if "error: " in text).splitlines()[-1]
+    assert said_last.startswith("error: process "), said_last
+    words = {"kill": "lost another one", "raise": "3: ValueError: a bug", "memory": "3: OutOfMemoryError"}
+    assert words[what] in said_last
+    # the other group may finish what it does; torchrun would end it
+    assert 3 not in {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}
+    assert not list((tmp_path / "out").glob("*.part"))
 
 
-def failing(where: str, how: str, words: list[str]) -> int:
-    """generate.py with a fault in the last process: while it loads an expert, in a step, or in decoding."""
-    rank = 3
-    places: dict[str, tuple[Any, str]] = {
-        "load": (wan.distributed.fsdp, "finished"),
-        "step": (wan.pipeline, "denoise"),
-        "decode": (SplitVAE, "_gather"),
-    }
-    owner, name = places[where]
-    original: Callable[..., Any] = getattr(owner, name)
-    calls: Iterator[int] = iter(range(10**9))
+@pytest.mark.parametrize(("what", "where"), [("raise", "step"), ("memory", "step"), ("raise", "decode")])
+@pytest.mark.parametrize("processes", [(3,), (2, 3)])
+def test_an_error_in_one_process_fails_one_job_of_its_group(
+    what: str, where: str, processes: tuple[int, ...], alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """In a step the others wait for this process's tokens and shards; the next forward must be right all the same."""
+    fault = Fault(what, where, processes, 1 if where == "step" else 0)
+    codes, said = launched(partial(run_with_fault, fault, flags(tmp_path, *SPLIT)), 4, tmp_path)
+    assert codes == [1] * 4, said
+    assert "4 saved, 1 failed" in said[0]
+    reason = {"raise": "ValueError: a bug", "memory": "out of memory on the device (CUDA out of memory)"}[what]
+    assert f"prompts.txt line 4: {reason}" in said[0]
+    assert "".join(said).count("Traceback (most recent call last):") == (what == "raise"), said
+    made = latents(tmp_path)
+    assert len(made) == (5 if where == "decode" else 4), "finished latents are kept"
+    assert all(relative_error(latent, alone[name]) < 1e-5 for name, latent in made.items())
+    assert {path.name.split("_")[1] for path in (tmp_path / "out").glob("*.mp4")} == {"0000", "0001", "0002", "0004"}
+    assert ("--decode_latents" in said[0]) == (where == "decode")
 
-    def faulty(*arguments: Any, **more: Any) -> Any:
-        if where == "step":  # after the first step
-            *first, on_step = arguments
-            return original(*first, lambda step: (die(rank, how), on_step(step)))
-        if next(calls) == 1:
-            die(rank, how)
-        return original(*arguments, **more)
 
-    setattr(owner, name, faulty)
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_good_video_outlives_a_process_that_fails_in_decoding_its_successor(call: int, tmp_path: Path) -> None:
+    words = flags(tmp_path, "--ulysses_size", "2", "--prompt_file", str(one_prompt(tmp_path)), "--frame_num", "9")
+    assert launched(partial(generate.main, words), 2, tmp_path)[0] == [0, 0]
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    before = {path.name: path.read_bytes() for path in (video, video.with_suffix(".json"))}
+    work = partial(run_with_fault, Fault("raise", "decode", (1,), call), [*words, "--overwrite"], first_video=1)
+    codes, said = launched(work, 2, tmp_path)
+    assert (codes, "1 failed" in said[0]) == ([1, 1], True), said
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+@pytest.mark.parametrize("where", ["load", "step", "decode"])
+def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_PATIENCE", "0.1")
+    work = partial(run_with_fault, Fault("freeze", where, (1,)), flags(tmp_path, *SPLIT), first_video=1)
+    began = time.monotonic()
+    codes, said = launched(work, 2, tmp_path, until_others_end=True)
+    assert time.monotonic() - began < 40
+    assert codes == [1, None], said
+    assert said[0].splitlines()[-1].startswith("error: process 0 has waited 0.1 minutes for another one, which hangs (")
+    assert "Traceback" not in said[0]
+    assert not list((tmp_path / "out").glob("*.mp4")) + list((tmp_path / "out").glob("*.part"))
+
+
+def without_a_vae(words: list[str], rank: str) -> int:
+    """generate.py where the file of the VAE is damaged on the machine of one process."""
+    original = wan.pipeline.load
+
+    def faulty(module: torch.nn.Module, *arguments: Any, **more: Any) -> Any:
+        if isinstance(module, WanVAE) and os.environ["RANK"] == rank:
+            raise InputError("Wan2.1_VAE.pth: damaged")
+        return original(module, *arguments, **more)
+
+    wan.pipeline.load = faulty  # type: ignore[assignment]  # in this child process only
     return generate.main(words)
 
 
-@pytest.mark.parametrize(("where", "how"), [*product(["load", "step"], ["killed", "raises"]), ("decode", "killed")])
-def test_a_fault_in_one_process_ends_the_run(where: str, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path: Path) -> None:
+    assert generate.main(flags(tmp_path, "--prompt_file", str(one_prompt(tmp_path)))) == 0
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
+    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2"]
     began = time.monotonic()
-    codes, said = launched(partial(failing, where, how, flags(tmp_path, *SPLIT)), 4, tmp_path)
-    assert time.monotonic() - began < 45, "not by waiting for a time limit"
-    assert codes == [1, 1, 1, -signal.SIGKILL if how == "killed" else 1]
-    told = "".join(said)
-    if how == "killed":
-        assert told.count("lost another one, which was killed, crashed or hangs") == 1
-    else:
-        assert told.count("error in process") == 1
-        assert "a bug on one process" in told
-    # the other group may finish what it does; torchrun would end it
-    assert 3 not in {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}
-
-
-def test_an_error_in_one_processs_decoding_fails_one_job(tmp_path: Path) -> None:
-    codes, said = launched(partial(failing, "decode", "raises", flags(tmp_path, *SPLIT)), 4, tmp_path)
-    assert codes == [1] * 4
-    assert "4 saved, 1 failed" in said[0]
-    assert "prompts.txt line 4: ValueError: a bug on one process" in said[0]
-    assert "--decode_latents" in said[0], "its finished latents are kept"
+    codes, said = launched(partial(without_a_vae, words, rank), 2, tmp_path)
+    assert time.monotonic() - began < 30
+    assert (codes, "".join(said).count("error: Wan2.1_VAE.pth: damaged\n")) == ([2, 2], 1), said
+    assert not list(tmp_path.glob("again*"))
 
 
 def short_of_memory(words: list[str]) -> int:

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import generate
 from tests.distributed.ranks import launched, run_ranks
-from wan.distributed.runtime import Runtime, launch
-from wan.distributed.team import Team
+from wan.distributed.runtime import Runtime, _take_gpu, launch
+from wan.distributed.team import Team, patience
 from wan.utils.errors import InputError, JobError
 
 Work = Callable[[Runtime], int]
@@ -81,10 +81,10 @@ def job_error_on_one(runtime: Runtime) -> int:
 @pytest.mark.parametrize(
     ("work", "killed", "words"),
     [
-        (raise_on_one, None, "error in process 1:\nTraceback"),
+        (raise_on_one, None, "in process 1:\nTraceback"),
         (job_error_on_one, None, "error: no space left on the disk\n"),
-        (killed_in_a_collective, 1, "lost another one, which was killed, crashed or hangs"),
-        (killed_while_others_wait_patiently, 1, "lost another one, which was killed, crashed or hangs"),
+        (killed_in_a_collective, 1, "lost another one, which was killed or crashed"),
+        (killed_while_others_wait_patiently, 1, "lost another one, which was killed or crashed"),
         (first_is_killed, 0, None),
     ],
 )
@@ -111,15 +111,24 @@ def wait_for_the_first(runtime: Runtime) -> int:
 def wait_in_a_collective(runtime: Runtime) -> int:
     if runtime.team.first:
         time.sleep(1.5)
-    return int(sum_over_ranks(runtime))
+    with runtime.team.exchange():
+        return int(sum_over_ranks(runtime)) - 1
 
 
-@pytest.mark.parametrize(("work", "code"), [(wait_for_the_first, 5), (wait_in_a_collective, 1)])
-def test_work_of_one_rank_may_take_longer_than_a_collective(
-    work: Work, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("wan.distributed.runtime.COLLECTIVE_LIMIT", timedelta(seconds=0.5))
-    assert launched(partial(launch, work), 2, tmp_path)[0] == [code, code]
+@pytest.mark.parametrize(
+    ("minutes", "work", "codes"),
+    [("1", wait_for_the_first, [5, 5]), ("1", wait_in_a_collective, [2, 2]), ("0.01", wait_in_a_collective, [1, 1])],
+)
+def test_patience(minutes: str, work: Work, codes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_PATIENCE", minutes)
+    assert launched(partial(launch, work), 2, tmp_path)[0] == codes
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "soon", "nan", "inf", "1e6"])
+def test_patience_that_makes_no_sense(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_PATIENCE", given)
+    with pytest.raises(InputError, match=f"WAN_PATIENCE={given}: must be minutes"):
+        patience()
 
 
 def outcome(runtime: Runtime, failing: int, how: str) -> str:
@@ -176,3 +185,126 @@ def test_alone_everything_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         launch(lambda _: 1 // 0)
     assert not dist.is_initialized()
+
+
+def bug_on_one_of_an_agreeing_team(runtime: Runtime) -> int:
+    def work() -> None:
+        if runtime.team.rank == 1:
+            raise ValueError("a bug")
+
+    runtime.team.agree(lambda: runtime.team.agree(work))
+    return 0
+
+
+def test_a_peers_bug_is_told_once_with_its_traceback(tmp_path: Path) -> None:
+    codes, said = launched(partial(launch, bug_on_one_of_an_agreeing_team), 3, tmp_path)
+    (told,) = filter(None, said)
+    assert codes == [1, 1, 1]
+    assert told.startswith("in process 1:\nTraceback (most recent call last):\n")
+    assert told.endswith("\nValueError: a bug\nerror: process 1: ValueError: a bug\n")
+    assert told.count("Traceback") == 1
+
+
+def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
+    """Meetings that a rank has had when it learns that `failing` has failed before its third."""
+    team, met = runtime.team, 0
+
+    def work() -> None:
+        nonlocal met
+        for index in range(5):
+            if team.rank == failing and index == 2:
+                raise JobError("no room")
+            team.meet()
+            met += 1
+
+    try:
+        team.agree(work)
+    except JobError as e:
+        told = str(e)
+    assert team.gather(met) == [2] * team.size, "after it all are in step again"
+    return met, told
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_fails_is_missed_at_the_next_meeting(failing: int) -> None:
+    assert run_ranks(leave_in_the_midst, 3, failing) == [(2, "no room")] * 3
+
+
+def error_in_an_exchange(runtime: Runtime) -> int:
+    def work() -> None:
+        with runtime.team.exchange():
+            if runtime.team.rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            dist.barrier()
+
+    runtime.team.agree(work)
+    return 0
+
+
+def test_what_fails_in_an_exchange_ends_the_run(tmp_path: Path) -> None:
+    """The others are in it already; they notice by the connection that this process closes."""
+    codes, said = launched(partial(launch, error_in_an_exchange), 2, tmp_path, seconds=30)
+    assert (codes, said) == ([1, 1], ["", "error: process 1: OutOfMemoryError: CUDA out of memory\n"])
+
+
+def terminated(runtime: Runtime) -> int:
+    try:
+        if runtime.team.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sum_over_ranks(runtime)
+    finally:
+        print("tidied", flush=True)
+    return 0
+
+
+def test_sigterm_leaves_time_to_tidy(tmp_path: Path) -> None:
+    codes, said = launched(partial(launch, terminated), 2, tmp_path)
+    assert (codes, said) == ([1, 143], ["", "terminated\n"])
+    assert [(tmp_path / f"{rank}.out").read_text() for rank in range(2)] == ["tidied\n"] * 2
+
+
+ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RANK", None, "there are 2 processes, but not RANK; start them with torchrun"),
+        ("MASTER_ADDR", None, "there are 2 processes, but not MASTER_ADDR; start them with torchrun"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment: must be a whole number"),
+        ("WAN_PATIENCE", "long", "WAN_PATIENCE=long: must be minutes"),
+    ],
+)
+def test_an_environment_that_lacks_something(
+    name: str, value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, given in (ENVIRONMENT | {name: value}).items():
+        if given is None:
+            monkeypatch.delenv(key, raising=False)
+        else:
+            monkeypatch.setenv(key, given)
+    assert generate.main([]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def place(runtime: Runtime, gpus: int, seen: list[str]) -> tuple[bool, int | None]:
+    """Whether a process with so many GPUs visible takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process."""
+    taken: list[int] = []
+    torch.cuda.device_count, torch.cuda.set_device = lambda: gpus, taken.append  # type: ignore[assignment]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[runtime.team.rank]
+    store = dist.distributed_c10d._get_default_store()
+    return _take_gpu(store, runtime.team.rank, runtime.team.size), taken[0] if taken else None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen", "expected"),
+    [
+        (2, ["0,1", "0,1"], [(True, 0), (True, 1)]),
+        (1, ["0", "0"], [(False, None), (False, None)]),
+        (1, ["0", "1"], [(True, 0), (True, 0)]),
+        (0, ["", ""], [(False, None), (False, None)]),
+    ],
+)
+def test_gpus_where_the_launcher_says_nothing_of_machines(gpus: int, seen: list[str], expected: list) -> None:
+    """srun without LOCAL_RANK and LOCAL_WORLD_SIZE; the third: it gives each process a GPU of its own."""
+    assert run_ranks(place, 2, gpus, seen) == expected

@@ -153,7 +153,9 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
 
     together = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
     team = Team(place, layout.sequence, mine(together, "gloo"))
-    sequence = ulysses = ring = mine(together)
+    sequence = mine(together)
+    ulysses: ProcessGroup | None = sequence
+    ring: ProcessGroup | None = sequence
     if layout.ring == 1:
         ring = None
     elif layout.ulysses == 1:

@@ -49,6 +49,7 @@ def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
     Waits for the transfers also where the block fails: the neighbours take part in them, and they use the buffers.
     """
     group, transfers = mesh.ring, []
+    assert group is not None, "called where there is a ring"
     for direction, tensor, way in ((dist.isend, sent, 1), (dist.irecv, received, -1)):
         if tensor.numel():
             neighbour = dist.get_global_rank(group, (mesh.ring_rank + way) % mesh.layout.ring)

@@ -7,6 +7,7 @@ ends badly, the others notice by their closed connections and end, too. Imports 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wan.distributed.team import PATIENCE, Broken, Team, expected, patience, traceback_of
+from wan.distributed.team import PATIENCE, Broken, Team, origin_of, patience
 from wan.utils.errors import InputError, WanError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Runtime:
         if size == 1:
             return cls()
         _check_environment(size)
+        # torch's C++ warns of each connection that another process has closed; what matters of that is said in one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
@@ -208,20 +211,21 @@ def _last_words(rank: int, error: BaseException) -> str:
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
     if isinstance(error, Broken) and error.__cause__:
         error = error.__cause__
-        if _is_connection(error):
-            return f"error: process {rank} {_how_lost(error)}\n"
+    if _is_connection(error):
+        return f"error: process {rank} {_how_lost(error)}\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
-    line = f"error: process {rank}: {type(error).__name__}: {_first_line(error)}\n"
-    return line if expected(error) else f"{traceback_of(error)}\n{line}"
+    origin = origin_of(error)
+    line = f"error: process {origin.process}: {type(error).__name__}: {_first_line(error)}\n"
+    return f"{origin.traceback}\n{line}".lstrip()
 
 
 def _how_lost(error: BaseException) -> str:
     """gloo and NCCL report a time limit that has passed in several words, all with "time" in them."""
-    reason = _first_line(error)
+    reason = re.sub(r"^\[[^]]*\] *", "", _first_line(error)).partition(". ")[0]  # without the C++ file, and advice
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         minutes = patience().total_seconds() / 60
-        return f"has waited {minutes:g} minutes for another one, which hangs ({PATIENCE} says for how many: {reason})"
+        return f"has waited {minutes:g} minutes for another one, which hangs ({reason}; {PATIENCE} sets the minutes)"
     return f"lost another one, which was killed or crashed ({reason})"
 
 

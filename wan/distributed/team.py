@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 PATIENCE = "WAN_PATIENCE"
 PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
-TRACEBACK = "traceback_text"  # attribute of an exception that came from another process
+ORIGIN = "origin"  # attribute of an exception that came from another process
 
 
 class Broken(BaseException):  # no Exception: nobody may go on after it
@@ -104,7 +104,7 @@ class Team:
             with suppress(PeerFailed):
                 self.meet(failed=True)
         try:
-            for rank, reported in enumerate(self._gather(error and _portable(error, self.rank))):
+            for rank, reported in enumerate(self._gather(error and _portable(error))):
                 if reported is not None:
                     raise error if error and rank == self.rank else reported
         finally:
@@ -129,6 +129,7 @@ class Team:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
+    """Whatever fails in here is `Broken`: the other processes are in the same exchange and cannot be told."""
     try:
         yield
     except Exception as error:
@@ -139,21 +140,38 @@ def expected(error: BaseException) -> bool:
     """Whether its message says enough; of anything else, which is a bug, the traceback is wanted."""
     import torch
 
-    kinds = WanError | OSError | MemoryError | torch.OutOfMemoryError
-    return isinstance(error, kinds) and not hasattr(error, TRACEBACK)
+    if hasattr(error, ORIGIN):
+        return not getattr(error, ORIGIN).traceback
+    return isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError)
 
 
-def traceback_of(error: BaseException) -> str:
-    """The traceback in the process that the error comes from."""
-    return getattr(error, TRACEBACK, "") or "".join(traceback.format_exception(error)).rstrip()
+@dataclass(frozen=True)
+class Origin:
+    """Where an exception was raised. traceback: of one that is not `expected`, else empty."""
+
+    process: int
+    traceback: str
 
 
-def _portable(error: Exception, rank: int) -> Exception:
-    """A copy of `error` for other processes; where it is no expected one, with its traceback."""
+def origin_of(error: BaseException) -> Origin:
+    """What the exception brought along from another process, or that it is of this one."""
+    import torch.distributed as dist
+
+    if hasattr(error, ORIGIN):
+        return getattr(error, ORIGIN)
+    many = dist.is_available() and dist.is_initialized()
+    process = dist.get_rank() if many else 0
+    if expected(error):
+        return Origin(process, "")
+    place = f"in process {process}:\n" if many else ""
+    return Origin(process, place + "".join(traceback.format_exception(error)).rstrip())
+
+
+def _portable(error: Exception) -> Exception:
+    """A copy of `error` for other processes, which says where it is from."""
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs
         copy = JobError(f"{type(error).__name__}: {error}")
-    if not expected(error) and not hasattr(copy, TRACEBACK):
-        setattr(copy, TRACEBACK, f"in process {rank}:\n{traceback_of(error)}")
+    setattr(copy, ORIGIN, origin_of(error))
     return copy
