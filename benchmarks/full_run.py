@@ -97,7 +97,7 @@ class RandomWeights(Pipeline):
         models = {name: self._filled(module, dtype) for name, (module, _) in task.checkpoint.experts.items()}
         for model in models.values():
             model.use_attention(BACKENDS[task.attention])
-        task.experts = Experts(models, task.device)
+        task.experts = Experts(models)
         task.vae = self._filled(task.checkpoint.vae[0], lambda _: torch.float32)
 
     def _filled(self, module: Network, dtype: Callable[[str], torch.dtype]) -> Network:

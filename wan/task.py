@@ -5,8 +5,9 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,18 +25,21 @@ from wan.distributed.mesh import flag_conflicts
 from wan.distributed.parallel import Parallel, layout_for, parallelize
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.budget import free_bytes
 from wan.loading.checkpoint import Checkpoint
-from wan.loading.residency import Experts
-from wan.loading.stream import as_dtype, free_memory, parameter_dtypes
+from wan.loading.residency import Experts, Networks, text_encoder
+from wan.loading.stream import Source, as_dtype, free_memory, parameter_dtypes
 from wan.modules.attention import BACKENDS, choose
-from wan.modules.model import Prompt, WanModel
-from wan.modules.t5 import UMT5Encoder
+from wan.modules.model import PATCH, Prompt, WanModel
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.request.settings import Sampling
 from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import InputError
 from wan.utils.progress import Progress
+
+TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
+ACTIVATION_BYTES = 24  # live at once in a forward, for each token and unit of width (8.53 GB at 1280x720x81: 22)
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,10 @@ class VideoTask(ABC):
     ) -> None:
         """The original's arguments, then ours.
 
-        config: one of WAN_CONFIGS. loras: by expert, in place of lora_dir. init_on_cpu: experts wait in host memory
-        and are brought to the device when needed; sharded ones stay there. use_sp: all processes make one video, those
-        of `runtime` or, without it, of torch.distributed. InputError listing everything that is wrong with the files.
+        config: one of WAN_CONFIGS. loras: by expert, in place of lora_dir. init_on_cpu: the device holds of the experts
+        what there is room for, the rest is read when it is needed; sharded ones stay there. use_sp: all processes make
+        one video, those of `runtime` or, without it, of torch.distributed. InputError listing everything that is wrong
+        with the files.
         """
         self.config, self.progress = config, progress or Progress(quiet=True)
         if device is None:
@@ -89,7 +94,7 @@ class VideoTask(ABC):
         self.device, self.noise_device = device, device if noise_device == "auto" else torch.device(noise_device)
         self.dtype, self.t5_dtype = as_dtype(config.param_dtype), as_dtype(config.t5_dtype)
         self.text_device = torch.device("cpu") if t5_cpu else device
-        self.home = torch.device("cpu") if init_on_cpu and not dit_fsdp else device
+        self.offload = init_on_cpu
         self.convert_model_dtype, self.lora_mode = convert_model_dtype, lora_mode
         self.checkpoint = Checkpoint(Path(checkpoint_dir), self.name, config, expert_files)
         self.checkpoint.raise_problems()
@@ -137,20 +142,23 @@ class VideoTask(ABC):
         fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
         if not fresh:
             return
-        encoder, tokenizer = self.text_encoder
+        encode, tokenizer = self.text_encoder
         with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
-            for text in fresh:
-                self._contexts[text] = encoder(torch.tensor(tokenizer(text), device=self.text_device)).to(self.device)
-                self.progress.advance(1)
+            found = encode([torch.tensor(tokenizer(text), device=self.text_device) for text in fresh])
+            self._contexts |= {text: rows.to(self.device) for text, rows in zip(fresh, found, strict=True)}
+            self.progress.advance(len(fresh))
 
     @cached_property
-    def text_encoder(self) -> tuple[UMT5Encoder, UMT5Tokenizer]:
+    def text_encoder(self) -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], UMT5Tokenizer]:
         assert self.checkpoint.text_encoder is not None
         module, store = self.checkpoint.text_encoder
         tokenizer = UMT5Tokenizer(self.checkpoint.folder / self.config.t5_tokenizer, self.config.text_len)
-        with self._loading("text encoder", store.path.stat().st_size, self.t5_fsdp) as report:
+        if not self.t5_fsdp:
+            slots = TEXT_SLOTS if self.offload else None
+            return text_encoder(module, Source(store, lambda _: self.t5_dtype), self.text_device, slots), tokenizer
+        with self._loading("text encoder", store.path.stat().st_size, sharded=True) as report:
             encoder = self.parallel.load(
-                module, store, sharded=self.t5_fsdp, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report
+                module, store, sharded=True, home=self.text_device, dtype=lambda _: self.t5_dtype, report=report
             )
         return encoder, tokenizer
 
@@ -162,23 +170,43 @@ class VideoTask(ABC):
 
     @cached_property
     def experts(self) -> Experts:
-        models = {}
         merged = self.lora_mode == "merge"
-        if not merged:
-            from lightning.adapter import add_adapters, set_scale  # takes seconds to import
         dtype = parameter_dtypes(self.dtype, self.convert_model_dtype)
-        for name, (module, store) in self.checkpoint.experts.items():
-            loras = self.loras.get(name, [])
-            merge = Merge(loras, store.shapes, self.device, linear_pairs=merged) if loras else None
-            with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), self.dit_fsdp) as report:
-                models[name] = self.parallel.load(
-                    module, store, sharded=self.dit_fsdp, home=self.home, dtype=dtype, merge=merge, report=report
-                )
-            models[name].use_attention(BACKENDS[self.attention])
-            self.parallel.split_tokens(models[name])
+        merges = {
+            name: Merge(loras, self.checkpoint.experts[name][1].shapes, self.device, linear_pairs=merged)
+            for name, loras in self.loras.items()
+            if loras
+        }
+        size = sum(e.bytes for _, store in self.checkpoint.experts.values() for e in store.values())
+        with self._loading("experts", size, self.dit_fsdp) as report:
+            if self.dit_fsdp:
+                networks = None
+                models = {
+                    name: self.parallel.load(
+                        module, store, sharded=True, home=self.device, dtype=dtype, merge=merges.get(name),
+                        report=report,
+                    )
+                    for name, (module, store) in self.checkpoint.experts.items()
+                }  # fmt: skip
+            else:
+                parts = {
+                    name: (module, Source(store, dtype, merges.get(name)))
+                    for name, (module, store) in self.checkpoint.experts.items()
+                }
+                networks = Networks(parts, self.device, report)
+                models = networks.models
+                if not self.offload or self.device.type == "cpu":
+                    networks.preload(report)
+        for name, model in models.items():
+            model.use_attention(BACKENDS[self.attention])
+            self.parallel.split_tokens(model)
             if not merged:
-                add_adapters(models[name], loras)
-        return Experts(models, self.device, None if merged else set_scale)
+                from lightning.adapter import add_adapters, set_scale  # takes seconds to import
+
+                add_adapters(model, self.loras.get(name, []), self.device)
+        experts = Experts(models, networks, None if merged else set_scale)
+        experts.offload = self.offload
+        return experts
 
     def sample(
         self,
@@ -203,11 +231,22 @@ class VideoTask(ABC):
         noise = self.parallel.same(noise)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
-        with self.progress.stage("denoise", total=len(steps), unit="step"):
+        forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
+        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, self._slots(noise)):
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
             experts.leave()  # decoding needs the room
         return latent
+
+    def _slots(self, latent: Tensor) -> int | None:
+        """How many blocks have room on the device beside what a forward needs; None: all are to stay."""
+        networks = self.experts.networks
+        if networks is None or not self.experts.offload or self.device.type != "cuda":
+            return None
+        first = next(iter(networks.models.values()))
+        tokens = latent[0].numel() // math.prod(PATCH)
+        work = ACTIVATION_BYTES * tokens * first.num_heads * first.head_width // self.layout.sequence
+        return networks.slots_in(free_bytes(self.device) - work)
 
     # -- pixels
 

@@ -85,7 +85,7 @@ def encode_text(parallel: Parallel) -> tuple[list[Tensor], float]:
     module, store = open_tiny("t2v-A14B").text_encoder or pytest.fail("no text encoder")
     encoder = parallel.load(module, store, sharded=True, home=CPU, dtype=lambda _: torch.float32)
     with torch.no_grad():
-        return [encoder(torch.arange(3, 3 + length)) for length in (1, 9, 40)], held(encoder)
+        return encoder([torch.arange(3, 3 + length) for length in (1, 9, 40)]), held(encoder)
 
 
 def encode_text_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], float]:

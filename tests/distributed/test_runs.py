@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 import generate
-import wan.distributed.fsdp
 import wan.task
 from tests.distributed.ranks import launched, run_ranks
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.stream import Source
 from wan.plan import preflight
 from wan.request.resolve import resolve
 from wan.request.settings import Request
@@ -170,7 +170,7 @@ def failing(where: str, how: str, words: list[str]) -> int:
     """generate.py with a fault in the last process: while it loads an expert, in a step, or in decoding."""
     rank = 3
     places: dict[str, tuple[Any, str]] = {
-        "load": (wan.distributed.fsdp, "finished"),
+        "load": (Source, "place"),
         "step": (wan.task, "denoise"),
         "decode": (SplitVAE, "_gather"),
     }
