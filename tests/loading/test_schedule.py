@@ -1,4 +1,4 @@
-"""The plan of loads: whatever the uses, each unit is there in time, in the slots there are, and none is read needlessly."""
+"""The plan of loads: whatever the uses, each unit is there in time, in the slots there are, none read needlessly."""
 
 from functools import cache
 

@@ -3,10 +3,10 @@
 Real files and real threads; the "device" is host memory.
 """
 
-import _thread
 import inspect
 import os
 import shutil
+import signal
 import threading
 import time
 import weakref
@@ -58,7 +58,7 @@ def open_task(task: str, lora_mode: str | None) -> VideoTask:
 
 def two_videos(task: VideoTask, guided: bool) -> list[Tensor]:
     sampling = Sampling("euler", 3, 5.0, (3.0, 2.0) if guided else (1.0, 1.0))
-    return [task.sample("a cat", "bad", None, (64, 64), 5, seed, sampling) for seed in (1, 2)]
+    return [task.sample("a cat", "bad", None, (32, 32), 1, seed, sampling) for seed in (1, 2)]
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
@@ -76,10 +76,8 @@ def test_latents_do_not_depend_on_the_slots(
     for slots in range(1, len(networks.walker.units)):
         networks.leave()
         monkeypatch.setattr(opened, "_slots", lambda _, slots=slots: slots)
-        for keep in (True, False):
-            opened.experts.offload = not keep
-            found = two_videos(opened, guided)
-            assert all(map(torch.equal, found, want)), f"{slots} slots"
+        opened.experts.offload = slots % 2 == 0  # whether it reckons with another video
+        assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots"
         assert len(networks.walker.slots) == slots
 
 
@@ -240,7 +238,7 @@ def test_a_file_that_changes_fails_the_job_and_not_the_next(kind: str, says: str
 def test_a_read_that_fails_in_the_middle(file: Path) -> None:
     want, reads = wanted(file, 3), [0]
 
-    def fail(name: str) -> None:
+    def fail(_: str) -> None:
         reads[0] += 1
         if reads[0] == 200:
             raise OSError(5, "Input/output error")
@@ -297,7 +295,7 @@ def test_an_interrupt_while_waiting_for_a_read(file: Path) -> None:
     def interrupt() -> None:
         waiting.wait()
         time.sleep(0.1)
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
