@@ -34,6 +34,7 @@ class Budget:
     text_slots: int
     experts: dict[str, Sizes]
     stages: dict[str, dict[str, int]]
+    keep: bool = False  # everything stays because it was asked for
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -55,13 +56,15 @@ class Budget:
         stage = max(self.peaks, key=self.peaks.__getitem__)
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in self.stages[stage].items())
         helps = {"decode": "--vae_tiling, a smaller --size or fewer frames", "text": "--t5_cpu"}
+        if self.keep:
+            helps = dict.fromkeys(self.stages, "--offload_model True")
         return (
             f"{stage} needs at least {self.peak / 1e9:.1f} GB of the device ({parts}), {self.free / 1e9:.1f} GB are "
             f"free: use {helps.get(stage, 'a smaller --size or fewer frames')}"
         )
 
     def line(self, name: str = "GPU") -> str:
-        """`GPU 24.0 GB free: high expert 14 of 40 blocks stay, 26 pass through 3 slots; ...; peak 22.9 GB`"""
+        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; ...; peak 23.5 GB`"""
         parts = [f"{expert} expert: {self._place(sizes)}" for expert, sizes in self.experts.items()]
         if len(set(map(self._place, self.experts.values()))) == 1:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
@@ -70,14 +73,14 @@ class Budget:
         return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
 
     def _place(self, sizes: Sizes) -> str:
-        """Slots serve one expert at a time; the last steps of one hand them to the next."""
+        """Slots serve one expert at a time; the last step of one hands them to the next. A part: mostly a block."""
         if self.resident:
-            return "all blocks stay"
+            return "all parts stay"
         if self.slots >= sizes.units:
-            return f"all {sizes.units} blocks stay while it is at work, then their slots go to the next"
+            return f"all {sizes.units} parts stay while it is at work, then their slots go to the next"
         through = min(AHEAD, self.slots - 1) + 1
         stay = self.slots - through
-        return f"{stay} of {sizes.units} blocks stay, {sizes.units - stay} pass through {through} slots"
+        return f"{stay} of {sizes.units} parts stay, {sizes.units - stay} pass through {through} slots"
 
 
 def fit(
@@ -109,7 +112,7 @@ def fit(
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
-    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages)
+    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ from lightning.names import keeps_float32
 from lightning.tensorfile import DTYPES, Entry, TensorStore
 from wan.utils.errors import InputError, JobError
 
-PIECE_BYTES = 32 << 20  # a power of two: pinned memory is handed out in such sizes
+PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
 READERS = 4
 Module = TypeVar("Module", bound=nn.Module)
 Store = TensorStore
