@@ -15,7 +15,7 @@ from wan.distributed.mesh import Layout, Mesh, layout_problems, make_mesh
 from wan.distributed.runtime import Broken, Runtime, Team
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.loading.stream import Store, load
+from wan.loading.stream import ReadError, Store, load
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, WanError
@@ -49,13 +49,13 @@ class Parallel:
     def together(self, work: Callable[[], Item]) -> Item:
         """`work()`, in which the ranks of the group exchange tensors.
 
-        A WanError in it is one that all of them come to. After any other the rest of the group waits for an exchange
-        that never comes: `Broken` ends the run.
+        A WanError in it is one that all of them come to, unless a file cannot be read here. After that or any other
+        the rest of the group waits for an exchange that never comes: `Broken` ends the run.
         """
         try:
             return work()
         except Exception as error:
-            if self.mesh.sequence is None or isinstance(error, WanError):
+            if self.mesh.sequence is None or (isinstance(error, WanError) and not isinstance(error, ReadError)):
                 raise
             raise Broken from error
 
