@@ -144,20 +144,21 @@ class Slow(TensorStore):
         return super().read(name, rows, buffer)
 
 
-def networks_of(store: TensorStore, slots: int, lane: Lane | None = None) -> Networks:
+def networks_of(store: TensorStore, slots: int, lane: Lane | None = None, device: torch.device = CPU) -> Networks:
     source = Source(store, lambda _: torch.float32)
-    networks = Networks({"model": (blueprint(), source)}, CPU, lane=lane)
+    networks = Networks({"model": (blueprint(), source)}, device, lane=lane)
     networks.walker.resize(slots)
     return networks
 
 
 def forwards(networks: Networks, count: int, each: Callable[[int], None] = lambda _: None) -> list[Tensor]:
-    x = torch.linspace(-1, 1, 4 * 2 * 4 * 4).reshape(4, 2, 4, 4)
+    device = networks.walker.device
+    x = torch.linspace(-1, 1, 4 * 2 * 4 * 4, device=device).reshape(4, 2, 4, 4)
     found = []
     with torch.no_grad(), networks.job(["model"] * count):
         for index in range(count):
             each(index)
-            x = networks.models["model"](x, 500.0, Prompt(torch.ones(3, 8)))
+            x = networks.models["model"](x, 500.0, Prompt(torch.ones(3, 8, device=device)))
             found.append(x)
     return found
 
@@ -381,6 +382,16 @@ def test_every_event_is_waited_for(slots: int, file: Path) -> None:
 def test_the_recording_double_notices(file: Path) -> None:
     with pytest.raises(AssertionError, match="written before its last use was over"):
         forwards(networks_of(TensorStore.open(file), 2, Careless()), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+def test_a_gpu_gives_the_same_numbers_with_any_slots(slots: int, file: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    want = forwards(networks_of(TensorStore.open(file), 6, device=device), 4)
+    networks = networks_of(TensorStore.open(file), slots, device=device)
+    assert all(map(torch.equal, forwards(networks, 4), want))
+    assert networks.walker.waited >= 0.0
 
 
 # -- time
