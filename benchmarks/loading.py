@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import ROOT, interleaved, machine, table
 from lightning.tensorfile import TensorStore
-from wan.loading.stream import PickleStore, load, parameter_dtypes
-from wan.modules.model import WanModel
+from wan.loading.residency import Networks
+from wan.loading.stream import PickleStore, Source, load, parameter_dtypes
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 
 CPU = torch.device("cpu")
@@ -65,6 +66,18 @@ def load_naively(path: Path) -> torch.nn.Module:
     return model.to(torch.bfloat16)
 
 
+def stream_transformer(path: Path) -> Networks:
+    """A forward through two slots."""
+    layers = sum(name.endswith(".modulation") for name in TensorStore.open(path)) - 1
+    source = Source(TensorStore.open(path), parameter_dtypes(torch.bfloat16, False))
+    networks = Networks({"model": (transformer(layers), source)}, CPU)
+    networks.walker.resize(2)
+    with torch.no_grad(), networks.job(["model"] * 2):
+        for _ in range(2):
+            networks.models["model"](torch.zeros(16, 1, 4, 4), 500.0, Prompt(torch.zeros(1, 256)))
+    return networks
+
+
 def read_raw(path: Path) -> None:
     buffer = bytearray(1 << 24)
     with path.open("rb", buffering=0) as file:
@@ -72,7 +85,12 @@ def read_raw(path: Path) -> None:
             pass
 
 
-LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "naive": load_naively}
+LOADERS = {
+    "streamed": lambda path: stream_transformer(path).models["model"],
+    "transformer": load_transformer,
+    "text_encoder": load_text_encoder,
+    "naive": load_naively,
+}
 
 
 def peak_over_final(loader: str, path: Path) -> tuple[float, int]:

@@ -37,7 +37,7 @@ def main() -> None:
         for _ in range(2):
             theirs(padded, attention_mask=mask)
 
-    seconds, peer = interleaved([lambda: ours(ids), original], repeats)
+    seconds, peer = interleaved([lambda: ours([ids]), original], repeats)
     table(
         f"C8: a 40-token prompt, {LAYERS} layers of width 1024, float32 (must 8, good 12, best 18)",
         [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from lightning.lora import Lora
 
 
-def add_adapters(model: nn.Module, loras: Sequence[Lora]) -> None:
-    """Put the pairs of `loras` on the linear layers of a loaded model, in each layer's dtype and on its device.
+def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device | None = None) -> None:
+    """Put the pairs of `loras` on the linear layers of a model, in each layer's dtype and on `device`, or the layer's.
 
     The model's parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`): load the weights first.
     """
@@ -48,8 +49,9 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora]) -> None:
         for module, delta in modules.items():
             weight = layers[module].weight
             assert isinstance(weight, Tensor)
+            home = device or weight.device
             for part, tensor in zip(("lora_B", "lora_A"), delta.tensors, strict=True):
-                state[f"{module}.{part}.weight"] = lora.store.read(tensor).flatten(1).to(weight.device, weight.dtype)
+                state[f"{module}.{part}.weight"] = lora.store.read(tensor).flatten(1).to(home, weight.dtype)
         set_peft_model_state_dict(model, state, _name(number), low_cpu_mem_usage=True)
     set_scale(model, 1.0)
 

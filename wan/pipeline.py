@@ -6,10 +6,10 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
-import copy
+import math
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,12 +24,11 @@ from wan.distributed.mesh import make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.loading.residency import Experts
-from wan.loading.stream import Store, free_memory, load, parameter_dtypes
+from wan.loading.budget import free_bytes
+from wan.loading.residency import Experts, Networks, text_encoder
+from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS
-from wan.modules.model import Prompt
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.model import PATCH, Prompt, WanModel
 from wan.modules.vae import WanVAE
 from wan.plan import Plan
 from wan.request.settings import Job, Sampling
@@ -38,7 +37,9 @@ from wan.utils.images import open_image
 from wan.utils.progress import Progress
 
 Module = TypeVar("Module", bound=nn.Module)
-Opened = TypeVar("Opened")
+Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
+TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
+ACTIVATION_BYTES = 24  # live at once in a forward, for each token and unit of width (8.53 GB at 1280x720x81: 22)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Pipeline(ABC):
         self.attention = self.mesh.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
-        self._text_encoder: tuple[UMT5Encoder, UMT5Tokenizer] | None = None
+        self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -80,18 +81,22 @@ class Pipeline(ABC):
         guided = any(step.guided for step in self.plan.steps)
         return [job.prompt, job.negative_prompt] if guided else [job.prompt]
 
-    def load_text_encoder(self) -> tuple[UMT5Encoder, UMT5Tokenizer]:
+    def load_text_encoder(self) -> Encode:
         """InputError for a file that turns out to be corrupt."""
         if self._text_encoder is None:
-            plan, config = self.plan, self.plan.config
-            module, store = _fresh(plan.checkpoint.text_encoder)
-            tokenizer = UMT5Tokenizer(plan.checkpoint.folder / config.t5_tokenizer, config.text_len)
-            with self._loading("text encoder", store.path.stat().st_size, plan.request.t5_fsdp) as report:
-                encoder = self.load(
-                    module, store, sharded=plan.request.t5_fsdp, home=plan.text_device,
-                    dtype=lambda _: plan.text_dtype, report=report,
-                )  # fmt: skip
-            self._text_encoder = encoder, tokenizer
+            plan, part = self.plan, self.plan.checkpoint.text_encoder
+            assert part is not None, "a checkpoint with problems makes no plan"
+            module, store = part
+            if plan.request.t5_fsdp:
+                with self._loading("text encoder", store.path.stat().st_size, sharded=True) as report:
+                    self._text_encoder = self.load(
+                        module, store, sharded=True, home=plan.text_device, dtype=lambda _: plan.text_dtype,
+                        report=report,
+                    )  # fmt: skip
+            else:
+                source = Source(store, lambda _: plan.text_dtype)
+                slots = TEXT_SLOTS if plan.offload else None
+                self._text_encoder = text_encoder(module, source, plan.text_device, slots)
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
@@ -99,12 +104,13 @@ class Pipeline(ABC):
         fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
         if not fresh:
             return
-        encoder, tokenizer = self.load_text_encoder()
+        plan, encode = self.plan, self.load_text_encoder()
+        tokenizer = plan.checkpoint.tokenizer
+        assert tokenizer is not None, "a checkpoint with problems makes no plan"
         with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
-            for text in fresh:
-                tokens = torch.tensor(tokenizer(text), device=self.plan.text_device)
-                self._contexts[text] = encoder(tokens).to(self.plan.device)
-                self.progress.advance(1)
+            found = encode([torch.tensor(tokenizer(text), device=plan.text_device) for text in fresh])
+            self._contexts |= {text: rows.to(plan.device) for text, rows in zip(fresh, found, strict=True)}
+            self.progress.advance(len(fresh))
 
     def release_text_encoder(self) -> None:
         self._text_encoder = None
@@ -116,27 +122,49 @@ class Pipeline(ABC):
         """InputError for a file that turns out to be corrupt."""
         if self.experts is not None:
             return self.experts
-        plan, models = self.plan, {}
-        merged = plan.lora_mode == "merge"
-        if not merged:
-            from lightning.adapter import add_adapters, set_scale  # takes seconds to import
+        plan, merged = self.plan, self.plan.lora_mode == "merge"
         dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype)
-        sharded = plan.request.dit_fsdp
-        home = torch.device("cpu") if plan.offload and not sharded else plan.device
-        for name in plan.checkpoint.experts:
-            module, store = _fresh(plan.checkpoint.experts[name])
-            loras = plan.loras.get(name, [])
-            merge = Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None
-            with self._loading(f"{name} expert", sum(e.bytes for e in store.values()), sharded) as report:
-                models[name] = self.load(
-                    module, store, sharded=sharded, home=home, dtype=dtype, merge=merge, report=report
-                )
-            models[name].use_attention(BACKENDS[self.attention])
-            split_tokens(models[name], self.mesh)
+        parts = {
+            name: (module, store, Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None)
+            for name, (module, store) in plan.checkpoint.experts.items()
+            for loras in [plan.loras.get(name)]
+        }
+        size = sum(entry.bytes for _, store, _ in parts.values() for entry in store.values())
+        networks = None
+        with self._loading("experts", size, plan.request.dit_fsdp) as report:
+            if plan.request.dit_fsdp:
+                models = {
+                    name: self.load(
+                        module, store, sharded=True, home=plan.device, dtype=dtype, merge=merge, report=report
+                    )
+                    for name, (module, store, merge) in parts.items()
+                }
+            else:
+                sources = {n: (module, Source(store, dtype, merge)) for n, (module, store, merge) in parts.items()}
+                networks = Networks(sources, plan.device, report)
+                models = networks.models
+                if not plan.offload or plan.device.type == "cpu":
+                    networks.preload(report)
+        for name, model in models.items():
+            model.use_attention(BACKENDS[self.attention])
+            split_tokens(model, self.mesh)
             if not merged:
-                add_adapters(models[name], loras)
-        self.experts = Experts(models, plan.device, None if merged else set_scale)
+                from lightning.adapter import add_adapters  # takes seconds to import
+
+                add_adapters(model, plan.loras.get(name, []), plan.device)
+        self.experts = Experts(models, networks, None if merged else _set_scale())
+        self.experts.offload = plan.offload
         return self.experts
+
+    def _slots(self, latent: Tensor) -> int | None:
+        """How many blocks have room on the device beside what a forward needs; None: all are to stay."""
+        experts, device = self.load_experts(), self.plan.device
+        if experts.networks is None or not experts.offload or device.type != "cuda":
+            return None
+        first = next(iter(experts.models.values()))
+        tokens = latent[0].numel() // math.prod(PATCH)
+        work = ACTIVATION_BYTES * tokens * first.num_heads * first.head_width // self.plan.layout.sequence
+        return experts.networks.slots_in(free_bytes(device) - work)
 
     def sample(
         self,
@@ -162,7 +190,8 @@ class Pipeline(ABC):
         noise = self.mesh.same(noise)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
-        with self.progress.stage("denoise", total=len(steps), unit="step"):
+        forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
+        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, self._slots(noise)):
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
             experts.leave()  # decoding needs the room
@@ -188,7 +217,9 @@ class Pipeline(ABC):
     def load_vae(self) -> WanVAE | SplitVAE:
         """InputError for a file that turns out to be corrupt."""
         if self.vae is None:
-            module, store = _fresh(self.plan.checkpoint.vae)
+            part = self.plan.checkpoint.vae
+            assert part is not None, "a checkpoint with problems makes no plan"
+            module, store = part
             with self._loading("VAE", store.path.stat().st_size) as report:
                 vae = self.load(
                     module, store, sharded=False, home=self.plan.device, dtype=lambda _: torch.float32, report=report
@@ -239,7 +270,7 @@ class Pipeline(ABC):
             yield lambda count: self.progress.advance(count, what)
 
 
-def _fresh(part: tuple[Module, Opened] | None) -> tuple[Module, Opened]:
-    """A part of the checkpoint to be loaded: its own module, so that nothing outlives the pipeline's use of it."""
-    assert part is not None, "a checkpoint with problems makes no plan"
-    return copy.deepcopy(part[0]), part[1]
+def _set_scale() -> Callable[[WanModel, float], None]:
+    from lightning.adapter import set_scale  # takes seconds to import
+
+    return set_scale

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 
 import generate
-import wan.distributed.fsdp
 from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir, read_frames
 from wan.distributed.sequence import SequenceAttention
 from wan.distributed.vae_parallel import SplitVAE
+from wan.loading.stream import Source
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter
 
 WHATS = ("kill", "raise", "freeze", "memory", "interrupt")
 # place -> (what is called there, how often a video of the table calls it at least)
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "load": (wan.distributed.fsdp, "finished", 20),
+    "load": (Source, "place", 20),
     "step": (SequenceAttention, "__call__", 8),
     "decode": (SplitVAE, "_gather", 2),
     "write": (VideoWriter, "_complete", 1),

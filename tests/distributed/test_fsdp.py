@@ -95,7 +95,7 @@ def encode_text(mesh: Mesh) -> tuple[list[Tensor], float]:
     module, store = open_tiny("t2v-A14B").text_encoder or pytest.fail("no text encoder")
     encoder = load_share(module, store, mesh, lambda _: torch.float32)
     with torch.no_grad():
-        return [encoder(torch.arange(3, 3 + length)) for length in (1, 9, 40)], held(encoder)
+        return encoder([torch.arange(3, 3 + length) for length in (1, 9, 40)]), held(encoder)
 
 
 def encode_text_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], float]:

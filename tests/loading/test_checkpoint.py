@@ -1,10 +1,12 @@
 """Checkpoints: what is refused before a weight is read, what is refused while reading, and what loading costs."""
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, config_of
 from tests.unprivileged import run_unprivileged
 from wan.loading.checkpoint import Checkpoint, fetch
-from wan.loading.stream import PickleStore, load, parameter_dtypes, read_ahead
+from wan.loading.stream import PIECE_BYTES, PickleStore, Source, load, parameter_dtypes, read_ahead
 from wan.utils.errors import InputError
 
 TASK = "t2v-A14B"
@@ -361,7 +363,8 @@ def test_nan_is_found_while_reading_and_named(folder: Path) -> None:
 def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
     big = torch.full((64,), 3e38)
     save_file({"x": big}, tmp_path / "big.safetensors")
-    ((_, tensor),) = read_ahead(TensorStore.open(tmp_path / "big.safetensors"), ["x"])
+    source = Source(TensorStore.open(tmp_path / "big.safetensors"), lambda _: torch.float32)
+    ((_, tensor),) = read_ahead(source.pieces(["x"]))
     assert torch.equal(tensor, big)
 
 
@@ -385,12 +388,69 @@ def test_convert_model_dtype_casts_everything() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_read_ahead_gives_every_tensor_and_its_rows() -> None:
+@pytest.mark.parametrize("piece_bytes", [PIECE_BYTES, 4000, 1])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3)])
+def test_read_ahead_gives_every_row_once(piece_bytes: int, rows: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the pieces."""
+    monkeypatch.setattr("wan.loading.stream.PIECE_BYTES", piece_bytes)
     store = TensorStore.open(checkpoint(TASK) / INDEX)
-    whole = {name: tensor.clone() for name, tensor in read_ahead(store, store)}
-    assert whole.keys() == store.keys()
-    for name, tensor in read_ahead(store, store, rows=lambda _: slice(1, 3)):
-        assert torch.equal(tensor, whole[name][1:3])
+    found: dict[str, list[torch.Tensor]] = {}
+    for piece, tensor in read_ahead(Source(store, lambda _: torch.float32).pieces(store, lambda _: rows)):
+        found.setdefault(piece.name, []).append(tensor.clone())
+    assert found.keys() == {name for name, shape in store.shapes.items() if range(shape[0])[rows]}
+    for name, parts in found.items():
+        assert torch.equal(torch.cat(parts), store.read(name)[rows])
+
+
+@pytest.mark.parametrize("piece_bytes", [4000, 1])
+def test_weights_do_not_depend_on_the_pieces(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
+    dtype = parameter_dtypes(torch.bfloat16, False)
+    want = load(*opened.experts["high"], home=CPU, dtype=dtype).state_dict()
+    monkeypatch.setattr("wan.loading.stream.PIECE_BYTES", piece_bytes)
+    found = load(*opened.experts["high"], home=CPU, dtype=dtype).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+def test_a_pth_is_read_from_where_its_tensors_lie(tmp_path: Path) -> None:
+    """Views, strides, one storage for two tensors, an empty one, a single number: rows of each, and the whole."""
+    base = torch.arange(60, dtype=torch.float32).reshape(6, 10)
+    state = {
+        "whole": base, "view": base[2:5], "turned": base.t(), "bf16": torch.randn(300, 7).bfloat16(),
+        "empty": torch.empty(0, 3), "number": torch.tensor(4.0), "step": base[:, ::3],
+    }  # fmt: skip
+    torch.save(state, tmp_path / "x.pth")
+    store = PickleStore(tmp_path / "x.pth")
+    assert list(store) == list(state)
+    for name, tensor in state.items():
+        assert store.shapes[name] == tuple(tensor.shape)
+        buffer = torch.empty(store.buffer_bytes(name), dtype=torch.uint8)
+        assert torch.equal(store.read(name, buffer=buffer), tensor)
+        if tensor.dim():
+            assert torch.equal(store.read(name, slice(1, 3)), tensor[1:3])
+
+
+def test_a_pth_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is read from it."""
+    opened = Checkpoint(folder, TASK, config_of(TASK))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened again"))
+    assert opened.text_encoder is not None
+    for _ in range(2):
+        load(*opened.text_encoder, home=CPU, dtype=lambda _: torch.float32)
+
+
+def test_the_checkpoint_keeps_no_weights(folder: Path) -> None:
+    """Each load builds a module of its own; when that is dropped, its memory is free."""
+    opened = Checkpoint(folder, TASK, config_of(TASK))
+    assert opened.text_encoder is not None
+    assert opened.vae is not None
+    for blueprint, store in (opened.text_encoder, opened.vae, opened.experts["high"]):
+        module = load(blueprint, store, home=CPU, dtype=lambda _: torch.float32)
+        weights = [weakref.ref(parameter) for parameter in module.parameters()]
+        assert {p.device.type for p in blueprint.parameters()} == {"meta"}
+        del module
+        gc.collect()
+        assert not [weight for weight in weights if weight() is not None]
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ sharded, and there is no mixed-precision policy: that would cast what enters a b
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning.merge import Merge
 from wan.distributed.mesh import Mesh
 from wan.distributed.team import Team
-from wan.loading.stream import Store, finished, read_ahead
+from wan.loading.stream import Source, Store, read_ahead
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,7 +41,7 @@ def load_sharded(
     if home.type == "cpu" and torch.__version__ < "2.7":
         raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
     assert mesh.shards is not None, "a rank alone loads whole weights"
-    module.eval().requires_grad_(False)
+    module = copy.deepcopy(module).eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
     for unit in _units(module):
@@ -53,11 +54,13 @@ def load_sharded(
     shards = dict(module.named_parameters())
     rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
-    for name, tensor in read_ahead(store, mine, rows.__getitem__, pin=home.type == "cuda"):
+    source = Source(store, dtype, merge)
+    pieces = list(source.pieces(mine, rows.__getitem__))
+    for piece, tensor in read_ahead(pieces, max((p.bytes for p in pieces), default=0), pin=home.type == "cuda"):
         report(tensor.nbytes)
-        shard = shards[name]
+        shard = shards[piece.name]
         assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
-        shard.to_local().copy_(finished(name, tensor, home, dtype(name), merge, rows[name]))
+        source.place(piece, tensor, shard.to_local(), rows[piece.name].start)
     return module
 
 

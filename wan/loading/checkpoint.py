@@ -26,7 +26,6 @@ from wan.utils.errors import InputError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 WEIGHTS_INDEX = WEIGHTS.removesuffix(".safetensors") + INDEX_SUFFIX
-PICKLED_FLOATS = ("float32", "float16", "bfloat16")
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
 TOLD_BY = {
     "dim": ("text_embedding.0.weight", 0, 1),
@@ -115,7 +114,7 @@ class Checkpoint:
         sizes = transformer_sizes(folder / "config.json", store.shapes, where, self.config.text_len)
         with torch.device("meta"):
             module = WanModel.from_config(sizes, text_dim=store["text_embedding.0.weight"].shape[1])
-        self._match(module, store, {name: entry.dtype for name, entry in store.items()}, where)
+        self._match(module, store, where)
         self.experts[name] = module, store
 
     def _open_text_encoder(self) -> None:
@@ -183,17 +182,17 @@ class Checkpoint:
             raise
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
             raise InputError(f"{path}: {_line(e)}") from e
-        self._match(module, store, store.dtypes, str(path))
+        self._match(module, store, str(path))
         return module, store
 
-    def _match(self, module: nn.Module, store: Store, dtypes: Mapping[str, str], where: str) -> None:
+    def _match(self, module: nn.Module, store: Store, where: str) -> None:
         """Names and shapes must be exactly the module's, and the tensors floating-point numbers."""
         expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
         found = store.shapes
-        if odd := [name for name in expected if dtypes.get(name, "F32") not in FLOATS + PICKLED_FLOATS]:
+        if odd := [name for name in expected if name in store and store[name].dtype not in FLOATS]:
             self.problems.append(
                 f"{where}: {len(odd)} tensors are stored in a form that is not read here "
-                f"(first: {odd[0]} is {dtypes[odd[0]]}); weights are float32, float16 or bfloat16, "
+                f"(first: {odd[0]} is {store[odd[0]].dtype}); weights are float32, float16 or bfloat16, "
                 "and a quantised expert goes to --expert"
             )
         if missing := sorted(expected.keys() - found.keys()):

@@ -1,45 +1,170 @@
-"""What sits on the compute device when.
-
-Weights never change after loading, so nothing is ever copied back: a network that leaves the device lets go of its
-copy there and points to the one that stayed in host memory.
-"""
+"""Networks whose weights are on the device when a forward needs them: all of them always, or a few blocks at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from wan.loading.budget import LEAST_SLOTS, TRANSIT_BYTES, Sizes
+from wan.loading.lanes import Lane
+from wan.loading.stream import Source, fill, free_memory
+from wan.loading.walker import Unit, Walker, aligned
 from wan.modules.model import WanModel
+from wan.modules.residency import Residency
+from wan.modules.t5 import UMT5Encoder
+
+Network = TypeVar("Network", WanModel, UMT5Encoder)
+
+
+class Streamed(Residency):
+    """The seam's other case: a network whose units a walker brings."""
+
+    def __init__(self, walker: Walker, first: int) -> None:
+        """first: the walker's number of the network's unit 0."""
+        self.walker, self.first = walker, first
+
+    def use(self, unit: int) -> AbstractContextManager[None]:
+        return self.walker.use(self.first + unit)
+
+
+class Networks(Generic[Network]):
+    """Networks by name, on `device`, their units in slots that all of them share.
+
+    parts: (module on the meta device, its weights); the module stays as it is, `models` are copies. What is in no unit
+    is loaded at once and stays. There are no slots before `resize`.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[Network, Source]],
+        device: torch.device,
+        report: Callable[[int], None] = lambda _: None,
+        lane: Lane | None = None,
+    ) -> None:
+        self.models: dict[str, Network] = {}
+        self._numbers: dict[str, list[int]] = {}
+        units: list[Unit] = []
+        for name, (blueprint, source) in parts.items():
+            model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
+            if isinstance(model, UMT5Encoder):
+                model.token_embedding = FileTable(source, "token_embedding.weight", device)
+            fixed, groups = parameters_by_unit(model)
+            fill(model, source, fixed, device, report)
+            self._numbers[name] = list(range(len(units), len(units) + len(groups)))
+            units += [Unit(model, source, names) for names in groups]
+        self.walker = Walker(units, device, lane)
+        for name, model in self.models.items():
+            model.residency = Streamed(self.walker, self._numbers[name][0])
+
+    def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
+        """Inside this, forwards of the networks named, in this order. again: a job with the same ones follows."""
+        return self.walker.job([unit for name in forwards for unit in self._numbers[name]], again)
+
+    def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
+        """Bring all of them, to stay."""
+        self.walker.resize(len(self.walker.units))
+        self.walker.preload(report)
+
+    def slots_in(self, free: int) -> int:
+        """How many slots there may be when so many bytes are free now; at least the least that works."""
+        walker = self.walker
+        return max(LEAST_SLOTS, len(walker.slots) + (free - TRANSIT_BYTES) // walker.slot_bytes)
+
+    def leave(self) -> None:
+        """Give back the slots' memory."""
+        self.walker.resize(0)
+        free_memory()
+
+
+def parameters_by_unit(model: WanModel | UMT5Encoder) -> tuple[list[str], list[list[str]]]:
+    """Names of the parameters that are always there, and of those of each unit."""
+    groups: dict[int | None, list[str]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(model.unit_of(name), []).append(name)
+    return groups.pop(None, []), [groups[number] for number in range(len(groups))]
+
+
+def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
+    """What a network built on the meta device will take as one of `Networks`."""
+    size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
+    fixed, groups = parameters_by_unit(model)
+    gathered = {"token_embedding.weight"} if isinstance(model, UMT5Encoder) else set()
+    unit_bytes = max(sum(size[name] for name in names) for names in groups)
+    return Sizes(len(groups), unit_bytes, sum(size[name] for name in fixed if name not in gathered))
+
+
+class FileTable(nn.Module):
+    """A row for each id, gathered from the file: of a table of gigabytes a text needs a few hundred rows."""
+
+    def __init__(self, source: Source, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.source, self.name, self.device = source, name, device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [n] -> [n, D]."""
+        rows, places = ids.cpu().unique(return_inverse=True)
+        shape = (len(rows), *self.source.store[self.name].shape[1:])
+        found = torch.empty(shape, dtype=self.source.dtype(self.name), device=self.device)
+        buffer = torch.empty(self.source.store.buffer_bytes(self.name, slice(0, 1)), dtype=torch.uint8)
+        for number, row in enumerate(rows.tolist()):
+            (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
+            self.source.place(piece, self.source.read(piece, buffer), found[number : number + 1], row)
+        return found[places.to(self.device)]
+
+
+def text_encoder(
+    blueprint: UMT5Encoder, source: Source, device: torch.device, slots: int | None
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Ids of texts -> rows of each, block by block over all texts. slots: as for `Experts.job`.
+
+    Blocks that have a slot stay for the next call, until the function is dropped.
+    """
+    networks = Networks({"text": (blueprint, source)}, device)
+    networks.walker.resize(len(networks.walker.units) if slots is None else slots)
+
+    def encode(texts: Sequence[Tensor]) -> list[Tensor]:
+        with networks.job(["text"], again=True):
+            return networks.models["text"](texts)
+
+    return encode
 
 
 class Experts:
-    """The denoising networks by name, brought to the device when a step needs them.
+    """The denoising networks by name, with what they are set to for a step.
 
-    models: loaded either on `device` (then they stay there) or in host memory. `offload`: at most one on the device.
+    models: on their device, or those of `networks`, which brings them there. offload: the device is given back when
+    there is something else to do.
     """
 
     def __init__(
         self,
         models: Mapping[str, WanModel],
-        device: torch.device,
+        networks: Networks[WanModel] | None = None,
         set_lora: Callable[[WanModel, float], None] | None = None,
     ) -> None:
         """set_lora: changes the scale of a model's LoRA adapters; None if they are merged into the weights."""
-        self.models, self.device, self.offload = dict(models), device, True
+        self.models, self.networks, self.offload = dict(models), networks, True
         self._set_lora = set_lora
         self._lora_scale = dict.fromkeys(models, 1.0)
-        self._host: dict[str, dict[str, Tensor]] = {}  # host copies of the networks that are on the device now
+
+    @contextmanager
+    def job(self, forwards: Sequence[str], slots: int | None = None) -> Iterator[None]:
+        """Inside this, forwards of the networks named, in this order. slots: for their blocks; default: for all."""
+        if self.networks is None:
+            yield
+            return
+        self.networks.walker.resize(len(self.networks.walker.units) if slots is None else slots)
+        with self.networks.job(forwards, again=not self.offload):
+            yield
 
     def ready(self, name: str, lora: float) -> WanModel:
-        """The network on the device, its LoRAs at scale `lora`."""
+        """The network, its LoRAs at scale `lora`."""
         model = self.models[name]
-        if name not in self._host and next(model.parameters()).device.type != self.device.type:
-            if self.offload:
-                for other in list(self._host):
-                    self._leave(other)
-            self._host[name] = to_device(model, self.device)
         if lora != self._lora_scale[name]:
             assert self._set_lora is not None, "a LoRA merged into the weights has one strength"
             self._set_lora(model, lora)
@@ -47,17 +172,11 @@ class Experts:
         return model
 
     def leave(self) -> None:
-        """Free the device of every network that has a copy in host memory."""
-        for name in list(self._host):
-            self._leave(name)
+        """Free the device of what can be brought again. On a CPU nothing else asks for the memory: it stays."""
+        if self.networks is not None and self.networks.walker.device.type != "cpu":
+            self.networks.leave()
 
-    def _leave(self, name: str) -> None:
-        self.models[name].load_state_dict(self._host.pop(name), assign=True)
-
-
-def to_device(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Give the model copies of its parameters on `device`; returns those it had."""
-    before = {name: parameter.data for name, parameter in model.named_parameters()}
-    copies = {name: parameter.to(device, non_blocking=True) for name, parameter in before.items()}
-    model.load_state_dict(copies, assign=True)
-    return before
+    @property
+    def waited(self) -> float:
+        """Seconds in which computation waited for weights, so far."""
+        return 0.0 if self.networks is None else self.networks.walker.waited

@@ -1,17 +1,23 @@
-"""Tensors on their way from disk into a module: read, merged, cast, placed, one after the other.
+"""Tensors on their way from disk to where they compute: read, merged, cast, placed, a piece after the other.
 
-Modules are built on the meta device. Each tensor is read, merged, cast and placed before the next one is kept, so the
-peak is the finished module and two tensors in flight (one is read ahead while the other is worked on).
+A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is worked on, so the
+peak is what is being placed and a few buffers, however large a tensor is.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +25,180 @@ from torch import Tensor, nn
 from lightning.errors import TensorFileError
 from lightning.merge import Merge
 from lightning.names import keeps_float32
-from wan.utils.errors import InputError
+from lightning.tensorfile import DTYPES, Entry, TensorStore
+from wan.utils.errors import InputError, JobError
 
-REOPEN_BYTES = 1 << 26
+PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
+READERS = 4
 Module = TypeVar("Module", bound=nn.Module)
+Store = TensorStore
 
 
-class Store(Protocol):
-    """Named tensors on disk: shapes for free, data one tensor at a time."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def file(self, name: str) -> Path: ...
-    def in_file_order(self, names: Iterable[str]) -> list[str]: ...
-    def buffer_bytes(self, name: str, rows: slice | None = None) -> int: ...
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor: ...
+class ReadError(JobError):
+    """A weight file that could be opened cannot be read, or is not what it was. Of several processes one may see it."""
 
 
-class PickleStore:
-    """The tensors of a `.pth` file. Only plain tensors are accepted (`weights_only`): nothing in it is ever run."""
+class PickleStore(TensorStore):
+    """The tensors of a `.pth` file, read from where they lie in it.
+
+    Only plain tensors are accepted (`weights_only`): nothing in the file is ever run.
+    """
 
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds anything but a flat dictionary of tensors."""
         self.path = path
-        self._state, self._served = self._open(), 0
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in self._state.items()}
-        self.dtypes: Mapping[str, str] = {n: str(t.dtype).removeprefix("torch.") for n, t in self._state.items()}
-
-    def _open(self) -> dict[str, Tensor]:
-        try:
-            state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as e:
-            raise TensorFileError(f"{self.path}: holds more than plain tensors, or is damaged; not opened") from e
-        except (RuntimeError, OSError, EOFError, ValueError) as e:
-            raise TensorFileError(f"{self.path}: truncated or damaged, or not a zipped .pth file") from e
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise TensorFileError(f"{self.path}: not a flat dictionary of tensors")
-        return state
-
-    def file(self, name: str) -> Path:
-        return self.path
-
-    def in_file_order(self, names: Iterable[str]) -> list[str]:
-        return sorted(names, key=list(self.shapes).index)
-
-    def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
-        return 0  # views of the map need none
+        state = _open_pickle(path)
+        starts = _storage_offsets(path, state)
+        names = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
+        entries: dict[str, Entry] = {}
+        self._strided: dict[str, tuple[TensorStore, Tensor]] = {}
+        for name, tensor in state.items():
+            if tensor.dtype not in names:
+                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype}")
+            offset = starts.get(tensor.untyped_storage().data_ptr(), 0)
+            offset += int(tensor.storage_offset()) * tensor.element_size()
+            entries[name] = Entry(path, names[tensor.dtype], tuple(tensor.shape), offset)
+            if not tensor.is_contiguous():
+                extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+                self._strided[name] = TensorStore({name: Entry(path, names[tensor.dtype], (extent,), offset)}), tensor
+        super().__init__(entries)
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        """A view of the mapped file. The map is made anew every 64 MiB: its pages count as resident until then."""
-        if self._served > REOPEN_BYTES:
-            self._state, self._served = self._open(), 0
-        tensor = self._state[name]
-        self._served += tensor.nbytes
-        return tensor if rows is None else tensor[rows]
+        if name not in self._strided:
+            return super().read(name, rows, buffer)
+        flat, tensor = self._strided[name]
+        found = flat.read(name).as_strided(tensor.shape, tensor.stride())
+        return (found if rows is None else found[rows]).contiguous()
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    """Views of the mapped file: no data is read."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise TensorFileError(f"{path}: holds more than plain tensors, or is damaged; not opened") from e
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise TensorFileError(f"{path}: not a flat dictionary of tensors")
+    return state
+
+
+def _storage_offsets(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
+    """Where in the file the storage at each address of the map lies.
+
+    torch does not tell, but the archive's records, stored uncompressed, lie in the map as they do in the file.
+    """
+    addresses = {t.untyped_storage().data_ptr() for t in state.values() if t.untyped_storage().nbytes()}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        records = []
+        for info in archive.infolist():
+            if info.filename.split("/")[-2:-1] == ["data"] and info.file_size:
+                file.seek(info.header_offset + 26)  # lengths of name and extra field, in the record's own header
+                lengths = file.read(4)
+                name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+                records.append(info.header_offset + 30 + name + extra)
+    base = min(addresses, default=0) - min(records, default=0)
+    offsets = {address: address - base for address in addresses}  # one of an empty tensor is not among them
+    if not set(offsets.values()) <= set(records):
+        raise TensorFileError(f"{path}: its tensors are not stored as a .pth file stores them")
+    return offsets
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor of one source; None for a tensor without rows."""
+
+    source: Source
+    name: str
+    rows: slice | None
+
+    @property
+    def bytes(self) -> int:
+        return self.source.store.buffer_bytes(self.name, self.rows)
+
+
+class Source:
+    """The weights of one network on disk, and what becomes of them on the way.
+
+    dtype: a parameter's, by name. Made when the file has just been opened: from then on it must not change.
+    """
+
+    def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
+        self.store, self.dtype, self.merge = store, dtype, merge
+        self._stamps = {file: _stamp(file) for file in store.files}
+        self._finite: set[tuple[str, int]] = set()  # pieces by first row
+
+    def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
+        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size."""
+        for name in self.store.in_file_order(names):
+            entry = self.store[name]
+            if not entry.shape:
+                yield Piece(self, name, None)
+                continue
+            start, stop, _ = rows(name).indices(entry.shape[0])
+            count = max(1, math.ceil(self.store.buffer_bytes(name, slice(start, stop)) / PIECE_BYTES))
+            step = max(1, math.ceil((stop - start) / count))
+            for first in range(start, stop, step):
+                yield Piece(self, name, slice(first, min(first + step, stop)))
+
+    def read(self, piece: Piece, buffer: Tensor) -> Tensor:
+        """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
+        file = self.store.file(piece.name)
+        try:
+            if _stamp(file) != self._stamps[file]:
+                raise ReadError(f"{file}: has changed since this run opened it; start again")
+            tensor = self.store.read(piece.name, piece.rows, buffer)
+        except OSError as e:
+            raise ReadError(f"{file}: tensor {piece.name} cannot be read ({e.strerror or e})") from e
+        key = piece.name, piece.rows.start if piece.rows else 0
+        if key not in self._finite:
+            # the sum of finite numbers may overflow: then look at each
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+                raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf: the file is corrupt")
+            self._finite.add(key)
+        return tensor
+
+    def place(self, piece: Piece, tensor: Tensor, target: Tensor, start: int = 0) -> None:
+        """Merge in float32, cast once, write into `target`, which holds the parameter's rows from `start` on."""
+        if self.merge is not None and self.merge.touches(piece.name):
+            tensor = self.merge(piece.name, tensor, piece.rows)
+        elif target.device.type != "cpu":
+            tensor = tensor.to(target.device)  # an accelerator casts faster
+        rows = piece.rows
+        (target if rows is None else target[rows.start - start : rows.stop - start]).copy_(tensor)
+
+
+def read_ahead(
+    pieces: Iterable[Piece], largest: int = PIECE_BYTES, pin: bool = False
+) -> Generator[tuple[Piece, Tensor]]:
+    """Each piece and what `Source.read` gives, the next ones being read while the caller works on this.
+
+    A tensor is valid until the next is asked for: a few buffers of `largest` bytes are used in turn.
+    """
+    buffers = [memory(largest, pin=pin) for _ in range(READERS + 1)]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        turns = zip(pieces, cycle(buffers), strict=False)
+
+        def begin(count: int) -> Iterator[tuple[Piece, Future[Tensor]]]:
+            return ((piece, pool.submit(piece.source.read, piece, buffer)) for piece, buffer in islice(turns, count))
+
+        ahead = deque(begin(READERS))
+        while ahead:
+            piece, reading = ahead.popleft()
+            tensor = reading.result()
+            ahead.extend(begin(1))  # into the buffer that the caller has just done with
+            yield piece, tensor
+
+
+def memory(count: int, device: torch.device | None = None, pin: bool = False) -> Tensor:
+    """uint8 [count] on the device; default: in host memory, of which JobError says that it is full."""
+    try:
+        return torch.empty(count, dtype=torch.uint8, device=device, pin_memory=pin)
+    except torch.OutOfMemoryError:
+        raise  # the device's own: who asked for it knows what to do
+    except RuntimeError as e:
+        raise JobError(f"no room in host memory for {count / 1e6:.0f} MB of weights ({str(e).splitlines()[0]})") from e
 
 
 def load(
@@ -84,57 +210,46 @@ def load(
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """Give a meta-built module its weights on `home`: read, merge, cast, place, one tensor after the other.
+    """A copy of a meta-built module with its weights on `home`: read, merge, cast, place, a piece after the other.
 
-    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. InputError as from `read_ahead`.
+    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. Errors as from `Source.read`.
     """
-    names = [name for name, _ in module.named_parameters()]
-    state = {}
-    for name, tensor in read_ahead(store, names, pin=home.type == "cuda"):
-        report(tensor.nbytes)
-        state[name] = finished(name, tensor, home, dtype(name), merge)
-        del tensor
-    module.load_state_dict(state, assign=True)
+    source = Source(store, dtype, merge)
+    module = copy.deepcopy(module)
+    fill(module, source, [name for name, _ in module.named_parameters()], home, report)
     return module.eval().requires_grad_(False)
 
 
-def finished(
-    name: str, tensor: Tensor, home: torch.device, dtype: torch.dtype, merge: Merge | None, rows: slice | None = None
-) -> Tensor:
-    """One tensor (or `rows` of it) as the module keeps it: merged in float32, cast once; never a view."""
-    if merge is not None and merge.touches(name):
-        tensor = merge(name, tensor, rows)
-    caster = home if tensor.device.type == "cpu" else tensor.device  # an accelerator casts faster, wherever it goes
-    return tensor.to(caster).to(dtype, copy=True).to(home)
+def fill(
+    module: nn.Module, source: Source, names: list[str], home: torch.device, report: Callable[[int], None]
+) -> None:
+    """Give the parameters `names` of `module` memory on `home`, and their weights."""
+    pieces = list(source.pieces(names))
+    targets: dict[str, Tensor] = {}
+    for piece, tensor in read_ahead(pieces, max((p.bytes for p in pieces), default=0), pin=home.type == "cuda"):
+        report(tensor.nbytes)
+        name = piece.name
+        if name not in targets:
+            targets[name] = torch.empty(source.store[name].shape, dtype=source.dtype(name), device=home)
+        source.place(piece, tensor, targets[name])
+    for name, target in targets.items():
+        Place.of(module, name).put(target)
 
 
-def read_ahead(
-    store: Store, names: Iterable[str], rows: Callable[[str], slice | None] = lambda _: None, pin: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor or its `rows`) in the order of the file, the next one being read while the caller works on this.
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter hangs in a module; stays true when layers are wrapped."""
 
-    A tensor is valid until the next is asked for: two buffers are used in turn. InputError for one with NaN or Inf.
-    """
-    order = store.in_file_order(names)
-    largest = max((store.buffer_bytes(name, rows(name)) for name in order), default=0)
-    buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
-    with ThreadPoolExecutor(1) as pool:
-        reads = (pool.submit(_read_finite, store, n, rows(n), buffers[i % 2]) for i, n in enumerate(order))
-        pending = next(reads, None)
-        for name in order:
-            assert pending is not None
-            tensor = pending.result()
-            pending = next(reads, None)  # into the buffer that the caller has just done with
-            yield name, tensor
+    owner: nn.Module
+    leaf: str
 
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Place:
+        owner, _, leaf = name.rpartition(".")
+        return cls(module.get_submodule(owner), leaf)
 
-def _read_finite(store: Store, name: str, rows: slice | None, buffer: Tensor) -> Tensor:
-    """The tensor, or InputError if it holds NaN or Inf."""
-    tensor = store.read(name, rows, buffer)
-    # the sum of finite numbers may overflow: then look at each
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise InputError(f"{store.file(name)}: tensor {name} holds NaN or Inf: the file is corrupt")
-    return tensor
+    def put(self, tensor: Tensor) -> None:
+        setattr(self.owner, self.leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def parameter_dtypes(dtype: torch.dtype, convert_all: bool) -> Callable[[str], torch.dtype]:
@@ -155,3 +270,9 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file does: size, time of the last change."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns

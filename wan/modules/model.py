@@ -6,8 +6,9 @@ F, H, W token grid, C latent channels. There is no batch axis: guidance runs its
 Precision follows the parameters: a linear layer runs in the dtype of its weight, the residual stream, the norms'
 statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
 
-Parallelism has two seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks) and
-`SelfAttention.attend` (attention over all tokens). Their defaults are the plain case.
+There are three seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks),
+`SelfAttention.attend` (attention over all tokens) and `WanModel.residency` (where the weights are). Their defaults are
+the plain case.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.modules.attention import Attend, sdpa
+from wan.modules.residency import Residency
 from wan.modules.rope import rotary_table, rotate
 
 PATCH = (1, 2, 2)
@@ -50,6 +52,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.freq_dim, self.text_len, self.num_heads, self.head_width = freq_dim, text_len, num_heads, dim // num_heads
         self.tokens: TokenSplit = TokenSplit()
+        self.residency: Residency = Residency()
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -79,15 +82,28 @@ class WanModel(nn.Module):
 
         times = [0.0, timestep] if pinned_frames else [timestep]
         time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device)).float()
-        rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
+        with self.residency.use(0):
+            rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
         spans = _spans(pinned_frames * grid[1] * grid[2], start, stop)
 
         text = prompt.once(self, lambda: _run(self.text_embedding, prompt.padded(self.text_len)))
-        for block in self.blocks:
-            x = block(x, rows, spans, rotary, total, prompt, text)
+        for unit, block in enumerate(self.blocks, 1):
+            with self.residency.use(unit):
+                x = block(x, rows, spans, rotary, total, prompt, text)
         x = self.tokens.gather(self.head(x, time, spans), total)
         f, h, w = grid
         return rearrange(x, "(f h w) (q r c) -> c f (h q) (w r)", f=f, h=h, w=w, q=PATCH[1], r=PATCH[2])
+
+    @staticmethod
+    def unit_of(name: str) -> int | None:
+        """The unit of a parameter, None for the small ones that are always there.
+
+        Unit 0 is the time projection, nearly a block in size because it is float32; then come the blocks.
+        """
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return 1 + int(rest.partition(".")[0])
+        return 0 if part == "time_projection" else None
 
     def use_attention(self, attend: Attend) -> None:
         """Let every attention of the model run through this back end."""

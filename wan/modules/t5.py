@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from wan.modules.residency import Residency
+
 BUCKETS = 32
 MAX_DISTANCE = 128
 
@@ -21,7 +23,8 @@ class UMT5Encoder(nn.Module):
 
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
-        self.token_embedding = Table(vocab, dim)
+        self.residency: Residency = Residency()
+        self.token_embedding: nn.Module = Table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
 
@@ -38,13 +41,19 @@ class UMT5Encoder(nn.Module):
         num_layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
         return cls(vocab=vocab, dim=dim, dim_attn=dim_attn, dim_ffn=dim_ffn, num_heads=num_heads, num_layers=num_layers)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [n] -> [n, D] in the weights' dtype."""
-        x = self.token_embedding(ids)
-        bucket = position_buckets(ids.shape[0]).to(ids.device)
-        for block in self.blocks:
-            x = block(x, bucket)
-        return self.norm(x)
+    def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """int64 [n] of each text -> [n, D] in the weights' dtype. A block does all texts before the next one begins."""
+        states = [self.token_embedding(ids) for ids in texts]
+        buckets = {n: position_buckets(n).to(states[0].device) for n in {len(ids) for ids in texts}}
+        for unit, block in enumerate(self.blocks):
+            with self.residency.use(unit):
+                states = [block(x, buckets[len(x)]) for x in states]
+        return [self.norm(x) for x in states]
+
+    @staticmethod
+    def unit_of(name: str) -> int | None:
+        """The unit of a parameter: its block; None for the others."""
+        return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 class T5Block(nn.Module):

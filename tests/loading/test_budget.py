@@ -1,0 +1,115 @@
+"""What fits where: from the released sizes to slots and peaks, without a weight."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lightning.names import NETWORKS, TEXT_WIDTH
+from tests.support import checkpoint, config_of, manifest
+from wan.loading.budget import LEAST_SLOTS, TRANSIT_BYTES, Budget, Sizes, fit
+from wan.loading.checkpoint import Checkpoint
+from wan.loading.residency import Networks, sizes_of
+from wan.loading.stream import Source, parameter_dtypes
+from wan.modules.model import WanModel
+from wan.modules.t5 import UMT5Encoder
+
+GB = 10**9
+
+
+def released(task: str, dtype: torch.dtype = torch.bfloat16) -> Sizes:
+    dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
+    with torch.device("meta"):
+        model = WanModel(
+            dim=dim, ffn_dim=ffn, in_dim=channels_in, out_dim=channels_out, num_heads=dim // 128, num_layers=blocks,
+            text_dim=TEXT_WIDTH,
+        )  # fmt: skip
+    return sizes_of(model, parameter_dtypes(dtype, convert_all=False))
+
+
+def released_text_encoder() -> Sizes:
+    with torch.device("meta"):
+        return sizes_of(UMT5Encoder.from_shapes(manifest("umt5_xxl")), lambda _: torch.bfloat16)
+
+
+def a14b(free: float, activations: float, decode: float = 6.0, **more: bool) -> Budget:
+    experts = dict.fromkeys(("high", "low"), released("t2v-A14B"))
+    work = {"activations": int(activations * GB), "decode": int(decode * GB)}
+    return fit(int(free * GB), experts, released_text_encoder(), **work, **more)
+
+
+def test_sizes_of_the_released_networks() -> None:
+    sizes = released("t2v-A14B")
+    assert sizes.units == 41
+    assert sizes.unit_bytes == pytest.approx(0.703 * GB, rel=0.01)
+    assert sizes.fixed < 0.22 * GB
+    assert released_text_encoder().unit_bytes == pytest.approx(0.386 * GB, rel=0.01)
+    assert released_text_encoder().fixed < 10_000
+
+
+def test_a14b_at_720p_takes_8_gb_with_the_activations_of_the_sheet() -> None:
+    """5.4 GB live in a forward, two slots, what is always there of both experts, and what is in transit."""
+    budget = a14b(8.0, 5.4)
+    assert budget.problem is None
+    assert budget.slots == LEAST_SLOTS
+    assert budget.peaks["denoise"] == pytest.approx(7.32 * GB, rel=0.01)
+    assert budget.peaks["text"] < 1.4 * GB
+
+
+def test_too_little_is_a_sentence_that_names_the_parts() -> None:
+    problem = a14b(6.0, 5.4).problem or ""
+    assert problem.startswith("denoise needs at least 7.3 GB of the device (blocks 1.4, other weights 0.4, in transit")
+    assert problem.endswith("work 5.4), 6.0 GB are free: use a smaller --size or fewer frames")
+    assert "--vae_tiling" in (a14b(24.0, 5.4, decode=25.0).problem or "")
+
+
+@pytest.mark.parametrize(
+    ("free", "line"),
+    [
+        (8, "GPU 8.0 GB free: high and low expert: 0 of 41 parts stay, 41 pass through 2 slots; "
+            "text encoder passes through 3 slots; peak 7.3 GB"),
+        (24, "GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; "
+             "text encoder passes through 3 slots; peak 23.5 GB"),
+        (48, "GPU 48.0 GB free: high and low expert: all 41 parts stay while it is at work, then their slots go to "
+             "the next; text encoder passes through 3 slots; peak 46.7 GB"),
+        (80, "GPU 80.0 GB free: high and low expert: all parts stay; text encoder passes through 3 slots; "
+             "peak 63.5 GB"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_stays(free: int, line: str) -> None:
+    assert a14b(free, 5.4).line() == line
+
+
+@pytest.mark.parametrize("free", [8, 12, 16, 24, 48, 80])
+@pytest.mark.parametrize("task", NETWORKS)
+def test_a_budget_uses_what_there_is_and_no_more(task: str, free: int) -> None:
+    experts = {"model": released(task)} if task == "ti2v-5B" else dict.fromkeys(("high", "low"), released(task))
+    budget = fit(free * GB, experts, None, activations=4 * GB, decode=2 * GB)
+    assert budget.problem is None
+    assert (
+        budget.resident or free * GB - budget.peak < 0.03 * free * GB + budget.experts[next(iter(experts))].unit_bytes
+    )
+
+
+def test_keeping_everything_takes_all_of_it() -> None:
+    problem = a14b(48.0, 5.4, keep=True).problem or ""
+    assert problem.startswith("decode needs at least 64.0 GB of the device")
+    assert problem.endswith("48.0 GB are free: use --offload_model True")
+    assert a14b(80.0, 5.4, keep=True).peaks["decode"] > 60 * GB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", [False, True])
+def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> None:
+    """The estimate before loading against the bytes that lie there after it."""
+    opened = Checkpoint(checkpoint("t2v-A14B"), "t2v-A14B", config_of("t2v-A14B"))
+    part = opened.text_encoder if text else opened.experts["high"]
+    assert part is not None
+    dtypes: Callable[[str], torch.dtype] = (lambda _: dtype) if text else parameter_dtypes(dtype, convert_all=False)
+    sizes = sizes_of(part[0], dtypes)
+    networks = Networks({"it": (part[0], Source(part[1], dtypes))}, torch.device("cpu"))
+    assert networks.walker.slot_bytes == sizes.unit_bytes
+    assert len(networks.walker.units) == sizes.units
+    there = sum(p.nbytes for p in networks.models["it"].parameters() if p.device.type != "meta")
+    assert there <= sizes.fixed < there + 256 * 100
+    assert networks.slots_in(TRANSIT_BYTES + 3 * sizes.unit_bytes) == 3

@@ -1,0 +1,121 @@
+"""What fits on a device: from free bytes and sizes to the number of slots, the peak by part, and the plan's line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wan.loading.schedule import AHEAD
+from wan.loading.stream import PIECE_BYTES
+
+LEAST_SLOTS = 2  # with one, every read waits for the block before it
+# A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
+TRANSIT_BYTES = 6 * PIECE_BYTES
+MARGIN = 0.02  # of the free memory: rounding of allocations
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One network's weights as they lie on the device. unit_bytes: the largest unit's; fixed: what is in no unit."""
+
+    units: int
+    unit_bytes: int
+    fixed: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a run uses a device. Bytes; `stages`: the peak of each stage by part."""
+
+    free: int
+    slots: int
+    text_slots: int
+    experts: dict[str, Sizes]
+    stages: dict[str, dict[str, int]]
+    keep: bool = False  # everything stays because it was asked for
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {stage: sum(parts.values()) for stage, parts in self.stages.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    @property
+    def resident(self) -> bool:
+        return self.slots >= sum(sizes.units for sizes in self.experts.values())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the run does not fit, and what would; None if it does."""
+        if self.peak <= self.free:
+            return None
+        stage = max(self.peaks, key=self.peaks.__getitem__)
+        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in self.stages[stage].items())
+        helps = {"decode": "--vae_tiling, a smaller --size or fewer frames", "text": "--t5_cpu"}
+        if self.keep:
+            helps = dict.fromkeys(self.stages, "--offload_model True")
+        return (
+            f"{stage} needs at least {self.peak / 1e9:.1f} GB of the device ({parts}), {self.free / 1e9:.1f} GB are "
+            f"free: use {helps.get(stage, 'a smaller --size or fewer frames')}"
+        )
+
+    def line(self, name: str = "GPU") -> str:
+        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; ...; peak 23.5 GB`"""
+        parts = [f"{expert} expert: {self._place(sizes)}" for expert, sizes in self.experts.items()]
+        if len(set(map(self._place, self.experts.values()))) == 1:
+            parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
+        if self.text_slots:
+            parts.append(f"text encoder passes through {self.text_slots} slots")
+        return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
+
+    def _place(self, sizes: Sizes) -> str:
+        """Slots serve one expert at a time; the last step of one hands them to the next. A part: mostly a block."""
+        if self.resident:
+            return "all parts stay"
+        if self.slots >= sizes.units:
+            return f"all {sizes.units} parts stay while it is at work, then their slots go to the next"
+        through = min(AHEAD, self.slots - 1) + 1
+        stay = self.slots - through
+        return f"{stay} of {sizes.units} parts stay, {sizes.units - stay} pass through {through} slots"
+
+
+def fit(
+    free: int,
+    experts: Mapping[str, Sizes],
+    text: Sizes | None,
+    *,
+    activations: int,
+    decode: int,
+    text_slots: int = AHEAD + 1,
+    keep: bool = False,
+) -> Budget:
+    """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
+
+    free: bytes of the device that the run may use, or `--vram`. activations, decode: what a forward and decoding need
+    beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay (`--offload_model False`).
+    """
+    total = sum(sizes.units for sizes in experts.values())
+    fixed = sum(sizes.fixed for sizes in experts.values())
+    slot_bytes = max(sizes.unit_bytes for sizes in experts.values())
+    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES
+    slots = total if keep else min(total, max(LEAST_SLOTS, room // slot_bytes))
+    stages = {
+        "denoise": {
+            "blocks": slots * slot_bytes, "other weights": fixed, "in transit": TRANSIT_BYTES, "work": activations,
+        },
+        "decode": {"other weights": fixed, "blocks": slots * slot_bytes if keep else 0, "work": decode},
+    }  # fmt: skip
+    if text is not None:
+        text_slots = text.units if keep else min(text_slots, text.units)
+        stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
+    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can be had on a CUDA device now: free memory, and what this process holds without use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,109 @@
+"""The order of copies and computation on a device: the copies have a stream of their own, slots carry the events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Slot:
+    """Device memory for one unit, and the events between which it is written and used."""
+
+    index: int
+    memory: Tensor
+    unit: int | None = None
+    written: torch.cuda.Event | None = None
+    used: torch.cuda.Event | None = None
+
+
+class Lane:
+    """The plain case, a device that does one thing after the other: only time is taken.
+
+    `write` is called by the thread that brings weights, the rest by the one that computes.
+    """
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+
+    @contextmanager
+    def write(self, slot: Slot) -> Iterator[None]:
+        """What is done to the slot inside this comes after its last use and before the next `enter`."""
+        yield
+
+    def enter(self, slot: Slot) -> None:
+        """Computation issued from now on comes after the last `write`."""
+
+    def leave(self, slot: Slot) -> None:
+        """Computation issued so far is over before the next `write`."""
+
+    def drain(self) -> None:
+        """All copies are over when this returns."""
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in which the device has nothing to compute inside this counts as waited."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which computation waited for weights."""
+        return self._waited
+
+
+class CudaLane(Lane):
+    """A copy stream beside the current stream of the computing thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.copies = torch.cuda.Stream(device)
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def write(self, slot: Slot) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.copies):
+            assert slot.used is not None, "recorded when the slot was made"
+            self.copies.wait_event(slot.used)
+            yield
+            slot.written = self.copies.record_event()
+
+    def enter(self, slot: Slot) -> None:
+        assert slot.written is not None, "its unit has arrived"
+        torch.cuda.current_stream(self.device).wait_event(slot.written)
+
+    def leave(self, slot: Slot) -> None:
+        slot.used = torch.cuda.current_stream(self.device).record_event()
+
+    def drain(self) -> None:
+        self.copies.synchronize()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """By the device's clock: from the end of what was issued before to the begin of what will be issued after."""
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.device)
+        before.record(stream)
+        yield
+        after.record(stream)
+        self._waits.append((before, after))
+
+    @property
+    def waited(self) -> float:
+        """As above; waits for the device."""
+        if self._waits:
+            self._waits[-1][1].synchronize()
+            self._waited += sum(before.elapsed_time(after) for before, after in self._waits) / 1e3
+            self._waits.clear()
+        return self._waited
+
+
+def lane_for(device: torch.device) -> Lane:
+    return CudaLane(device) if device.type == "cuda" else Lane()
