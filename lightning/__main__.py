@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning import names
+from lightning.choice import choose_loras
 from lightning.distilled import holds_expert, open_expert
-from lightning.errors import LoraError, TensorFileError
-from lightning.lora import PEFT_CONFIG, Lora, check, expert_of, files_of
+from lightning.errors import InputError, LoraError
+from lightning.lora import PEFT_CONFIG, Lora, check, expert_of
 from lightning.releases import Release, recognise
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 
@@ -25,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return int(args.command(args))
-    except (LoraError, TensorFileError, OSError) as e:
+    except InputError as e:
+        for problem in e.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     bake = commands.add_parser("bake", help="write a checkpoint with LoRAs merged in, in the released layout")
     bake.add_argument("--task", choices=TASKS, required=True)
     bake.add_argument("--ckpt_dir", type=Path, required=True, help="the base checkpoint")
-    bake.add_argument("--lora_dir", type=Path, help="a release folder, one file for each expert")
-    bake.add_argument("--lora_strength", default="1", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
+    bake.add_argument("--lora_dir", help="a release folder, one file for each expert")
+    bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
     bake.add_argument("--lora", action="append", default=[], metavar="[EXPERT=]PATH[:STRENGTH]", help="repeatable")
     bake.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
@@ -101,7 +106,7 @@ def _examine(file: Path, tasks: Sequence[str], alpha: float | None) -> dict[str,
                 report["error"] = f"{file}: names or shapes are not those of {' or '.join(tasks)}"
             return report
         lora = Lora.open(file, default_alpha=alpha)
-    except (LoraError, TensorFileError) as e:
+    except InputError as e:
         return report | {"error": str(e)}
     report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
     errors = []
@@ -163,21 +168,19 @@ def _bake(args: argparse.Namespace) -> int:
 
     from lightning.bake import bake
 
-    experts = list(names.EXPERTS[args.task])
-    choices: list[tuple[str, Path, float]] = []
-    if args.lora_dir:
-        given = [_number(part) for part in args.lora_strength.split(",")]
-        strengths = [strength for strength in given if strength is not None]
-        if len(strengths) < len(given) or len(strengths) > len(experts):
-            allowed = "HIGH[,LOW]" if len(experts) > 1 else "one number"
-            raise LoraError(f"--lora_strength {args.lora_strength}: {args.task} takes {allowed}, such as 0.8")
-        for expert, file in files_of(args.lora_dir, experts).items():
-            choices.append((expert, file, strengths[-1] if expert == "low" else strengths[0]))
-    for text in args.lora:
-        choices += _choices(text, experts)
-    loras: dict[str, list[Lora]] = {expert: [] for expert in experts}
-    for expert, path, strength in choices:
-        loras[expert].append(Lora.open(path, strength, args.lora_alpha, expert))
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+        raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
+    chosen = choose_loras(names.EXPERTS[args.task].keys(), args.lora_dir, args.lora_strength, args.lora)
+    loras: dict[str, list[Lora]] = {expert: [] for expert in names.EXPERTS[args.task]}
+    for choice in chosen.loras:
+        try:
+            loras[choice.expert].append(Lora.open(choice.path, choice.strength, args.lora_alpha, choice.expert))
+        except LoraError as e:
+            chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
+    if chosen.problems:
+        raise LoraError(chosen.problems)
+    for warning in chosen.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     bake(
         args.task,
         args.ckpt_dir,
@@ -188,29 +191,6 @@ def _bake(args: argparse.Namespace) -> int:
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
-
-
-def _choices(text: str, experts: Sequence[str]) -> list[tuple[str, Path, float]]:
-    """`[EXPERT=]PATH[:STRENGTH]`; without an expert the one the file is named after, else every expert."""
-    expert, equals, rest = text.partition("=")
-    if not equals or expert not in ("high", "low", "model"):
-        expert, rest = "", text
-    if expert and expert not in experts:
-        raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    path, _, tail = rest.rpartition(":")
-    strength = None if Path(rest).exists() else _number(tail)  # a colon may be part of the name, or a drive's
-    if strength is None:
-        path, strength = rest, 1.0
-    named = expert_of(Path(path).name)
-    chosen = [expert] if expert else [name for name in experts if named not in experts or name == named]
-    return [(name, Path(path), strength) for name in chosen]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,14 +161,14 @@ def check(
     )
 
 
-def files_of(lora_dir: Path, experts: Sequence[str]) -> dict[str, Path]:
-    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing.
+def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
+    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing, and the flag.
 
     A released folder has one file of a fixed name for each expert. Other folders serve as well if exactly one of
     their files is named after the expert (`..._high_noise_...`, `..._LOW_...`).
     """
     if not lora_dir.is_dir():
-        raise LoraError(f"--lora_dir {lora_dir}: no such folder")
+        raise LoraError(f"{flag} {lora_dir}: no such folder")
     here = sorted(lora_dir.glob("*.safetensors"))
     files: dict[str, Path] = {}
     for expert in experts:
@@ -179,7 +179,7 @@ def files_of(lora_dir: Path, experts: Sequence[str]) -> dict[str, Path]:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
         found = ", ".join(file.name for file in here) or "no safetensors file"
-        raise LoraError(f"--lora_dir {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
+        raise LoraError(f"{flag} {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
     return files
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.choice import LoraChoice
 from wan.request.prompts import Row
 
 if TYPE_CHECKING:
@@ -100,15 +101,6 @@ class Request:
             except (TypeError, ValueError):
                 problems.append(f"--{name} takes {wanted}, not {value!r}")
         return cls(**read)
-
-
-@dataclass(frozen=True)
-class LoraChoice:
-    """One LoRA file for one expert ("high", "low" or "model"), at a strength."""
-
-    expert: str
-    path: Path
-    strength: float = 1.0
 
 
 @dataclass(frozen=True)

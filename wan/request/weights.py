@@ -5,23 +5,21 @@ A distilled weight changes every sampling default: few Euler steps without guida
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from easydict import EasyDict
 
+from lightning.choice import LoraChoice, choose_loras
 from lightning.distilled import distilled_with
 from lightning.errors import LoraError
-from lightning.lora import expert_of, files_of
 from lightning.releases import Release, preset, recognise
-from wan.request.checks import Check, real
-from wan.request.settings import LoraChoice, Request, Sampling
+from wan.request.checks import Check
+from wan.request.settings import Request, Sampling
 
 SOLVERS = ("euler", "unipc", "dpm++")
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
-STRENGTHS = (-10.0, 10.0)
 GUIDANCES = (0.0, 100.0)
 
 
@@ -37,9 +35,12 @@ class Weights:
 
 def choose_weights(request: Request, task: str, experts: Sequence[str], check: Check) -> Weights:
     """LoRAs in the order given, --lora_dir's first; full expert files; and the release they are."""
-    loras = [*_lora_dir(request, experts, check)]
-    for text in request.lora or ():
-        loras += _lora(text, experts, check)
+    chosen = choose_loras(experts, request.lora_dir, request.lora_strength, request.lora or ())
+    loras = chosen.loras
+    for sentence in chosen.problems:
+        check.problem(sentence)
+    for sentence in chosen.warnings:
+        check.warn(sentence)
     expert_files: dict[str, Path] = {}
     for text in request.expert or ():
         expert, _, name = text.partition("=")
@@ -95,68 +96,13 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
     recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
-    _look_at(recipe, weights, release, check)
+    _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
 
 def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
     low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
     return float(low), float(high)
-
-
-def _lora_dir(request: Request, experts: Sequence[str], check: Check) -> list[LoraChoice]:
-    if request.lora_dir is None:
-        if request.lora_strength is not None:
-            check.problem("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
-        return []
-    high, low = check.pair("--lora_strength", request.lora_strength, (1.0, 1.0), *STRENGTHS)
-    if len(experts) == 1 and high != low:
-        check.problem(f"--lora_strength {request.lora_strength}: one model takes one number, not HIGH,LOW")
-    try:
-        files = files_of(Path(request.lora_dir).expanduser(), experts)
-    except LoraError as e:
-        check.problem(str(e))
-        return []
-    return [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
-
-
-def _lora(text: str, experts: Sequence[str], check: Check) -> list[LoraChoice]:
-    """`PATH[:STRENGTH]` for every expert (or the one its name says), `EXPERT=PATH[:STRENGTH]` for one."""
-    match = re.fullmatch(r"(?:(high|low|model)=)?(.+)", text, re.DOTALL)
-    if not match:
-        check.problem("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
-        return []
-    expert, path, strength = match[1], *_strength_of(match[2])
-    strength = check.number(f"--lora {text}: strength", strength, 1.0, *STRENGTHS)
-    if expert and expert not in experts:
-        check.problem(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    elif not path.exists():
-        check.problem(f"--lora {path}: no such file")
-    elif expert:
-        return [LoraChoice(expert, path, strength)]
-    elif path.is_dir() and not (path / "adapter_config.json").is_file():
-        try:
-            return [LoraChoice(name, file, strength) for name, file in files_of(path, experts).items()]
-        except LoraError as e:
-            check.problem(str(e).replace("--lora_dir", "--lora", 1))
-    else:
-        named = expert_of(path.name)
-        if named in experts:
-            check.warn(
-                f"--lora {path} goes to the {named}-noise expert only, as its name says; "
-                "write high=PATH and low=PATH to choose yourself"
-            )
-        return [LoraChoice(name, path, strength) for name in experts if named not in experts or name == named]
-    return []
-
-
-def _strength_of(text: str) -> tuple[Path, float]:
-    """Cuts off `:STRENGTH`; a drive letter's colon, or one that is part of an existing name, stays."""
-    path, colon, tail = text.rpartition(":")
-    strength = real(tail)
-    if not colon or strength is None or len(path) <= 1 or Path(text).exists():
-        return Path(text).expanduser(), 1.0
-    return Path(path).expanduser(), strength
 
 
 def _release(
@@ -194,7 +140,7 @@ def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check
         check.problem("--timesteps are final, after the shift; leave --sample_shift out")
 
 
-def _look_at(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
+def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
     """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:
