@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import names
+from lightning.adapter_settings import PEFT_CONFIG
 from lightning.choice import choose_loras
 from lightning.distilled import holds_expert, open_expert
 from lightning.errors import InputError, LoraError
-from lightning.lora import PEFT_CONFIG, Lora, check, expert_of
+from lightning.lora import Lora, check, expert_of
 from lightning.releases import Release, recognise
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 

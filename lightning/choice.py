@@ -15,8 +15,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning.errors import LoraError
-from lightning.lora import PEFT_CONFIG, PEFT_WEIGHTS, expert_of, files_of
+from lightning.lora import expert_of, files_of
 
 WEAKEST, STRONGEST = -10.0, 10.0
 

@@ -64,16 +64,18 @@ def open_expert(path: Path) -> ExpertStore:
     Raises TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
     """
     raw = TensorStore.open(path)
-    stored = {_plain(name): entry for name, entry in raw.items()}
     if not holds_expert(raw):
         raise LoraError(f"--expert {path}: not a full expert, {A_WEIGHT} is missing (a LoRA goes to --lora)")
-    stored.pop(MARKER, None)
+    stored: dict[str, Entry] = {}
     scales: dict[str, Entry] = {}
-    for name in list(stored):
-        if name.endswith(ACTIVATION_SCALES):
-            del stored[name]
-        elif name.endswith(SCALES):
-            scales[f"{name.rpartition('.')[0]}.weight"] = stored.pop(name)
+    for raw_name, entry in raw.items():
+        name, into = _plain(raw_name), stored
+        if name == MARKER or name.endswith(ACTIVATION_SCALES):
+            continue
+        if name.endswith(SCALES):
+            name, into = f"{name.rpartition('.')[0]}.weight", scales
+        if into.setdefault(name, entry) is not entry:
+            raise LoraError(f"--expert {path}: {raw_name} says again, in another spelling, what another tensor says")
     problems = [problem for name in {*stored, *scales} if (problem := _problem(name, stored, scales))]
     if problems:
         raise LoraError(
