@@ -51,7 +51,7 @@ FLAGS: dict[str, dict[str, tuple[str, str]]] = {
         "preset": ("NAME", "settings of a published release; default: told from the names of the weights"),
     },
     "sampling": {
-        "sample_solver": ("SOLVER", "euler, unipc or dpm++; default unipc, with a distilled weight euler"),
+        "sample_solver": ("SOLVER", "euler, unipc, dpm++ or dmd; default unipc, with a distilled weight its own"),
         "sample_steps": ("N", "default 40 (5B: 50), with a distilled weight 4"),
         "sample_shift": ("S", "timestep shift; default 12, 5, 5 by task, with a distilled weight 5"),
         "sample_guide_scale": ("S|LOW,HIGH", "default 3,4 / 3.5 / 5 by task, with a distilled weight 1 (none)"),

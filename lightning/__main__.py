@@ -7,16 +7,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning import names
 from lightning.adapter_settings import PEFT_CONFIG
-from lightning.choice import choose_loras
+from lightning.choice import Choices, choose_loras, real
 from lightning.distilled import holds_expert, open_expert
 from lightning.errors import InputError, LoraError
 from lightning.lora import Lora, check, expert_of
-from lightning.releases import Release, recognise
+from lightning.releases import Release, preset, recognise
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 
 TASKS = tuple(names.NETWORKS)
@@ -55,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
     bake.add_argument("--lora", action="append", default=[], metavar="[EXPERT=]PATH[:STRENGTH]", help="repeatable")
     bake.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
+    bake.add_argument("--preset", help="release whose settings the result keeps (default: the recognised one)")
+    bake.add_argument("--sample_steps", type=int, help="kept as the result's own, as the two below")
+    bake.add_argument("--sample_shift", type=float)
+    bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH")
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
     bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     bake.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -178,6 +183,7 @@ def _bake(args: argparse.Namespace) -> int:
             loras[choice.expert].append(Lora.open(choice.path, choice.strength, args.lora_alpha, choice.expert))
         except LoraError as e:
             chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
+    release = _settings_kept(args, chosen)
     if chosen.problems:
         raise LoraError(chosen.problems)
     for warning in chosen.warnings:
@@ -189,9 +195,50 @@ def _bake(args: argparse.Namespace) -> int:
         args.out,
         dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
         allow_partial=args.lora_allow_partial,
+        release=release,
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
+
+
+def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
+    """What the result is to be sampled with: its release's settings, and what was given on top of them."""
+    changes: dict[str, Any] = {}
+    for name, low, high in (("steps", 1, 1000), ("shift", 0.01, 100.0)):
+        value = getattr(args, f"sample_{name}")
+        if value is not None:
+            changes |= {name: value, "timesteps": None}
+            if not low <= value <= high:
+                chosen.problems.append(f"--sample_{name} goes from {low:g} to {high:g}, not {value:g}")
+    if args.sample_guide_scale is not None:
+        numbers = [real(part) for part in args.sample_guide_scale.split(",")]
+        scales = [number for number in numbers if number is not None and 0 <= number <= 100]
+        if len(scales) != len(numbers) or len(scales) > 2:
+            chosen.problems.append(
+                f"--sample_guide_scale takes a number or LOW,HIGH, from 0 to 100, not {args.sample_guide_scale!r}"
+            )
+        else:
+            changes["guidance"] = (scales[0], scales[-1])
+    release = _release_merged(args, chosen, bool(changes))
+    return replace(release, **changes) if release else None
+
+
+def _release_merged(args: argparse.Namespace, chosen: Choices, distilled: bool) -> Release | None:
+    """--preset's, else the first that a path tells; a LoRA of no known one counts as a distillation if settings were
+    given for it, or if it came as --lora_dir, as for generate.py."""
+    if args.preset:
+        release = preset(args.preset)
+        release.check_supported(f"--preset {args.preset}")
+        if args.task not in release.tasks or release.kind == "recipe":
+            chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
+        return release
+    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
+    for path in paths:
+        if found := recognise(path):
+            return found
+    return (
+        Release(paths[0].absolute().stem, (args.task,), "lora", "") if paths and (distilled or args.lora_dir) else None
+    )
 
 
 if __name__ == "__main__":

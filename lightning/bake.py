@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning.distilled import RECORD, distilled_twice
+from lightning.distilled import FLOATS, RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError, TensorFileError
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32, task_of
-from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorStore, read_header
+from lightning.releases import Release
+from lightning.tensorfile import INDEX_SUFFIX, Entry, TensorStore, fingerprint, read_header
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
@@ -68,28 +69,19 @@ def bake(
     *,
     dtype: torch.dtype = torch.bfloat16,
     allow_partial: bool = False,
+    release: Release | None = None,
     shard_bytes: int = SHARD_BYTES,
     report: Callable[[str], None] = print,
 ) -> None:
     """Merge `loras` (by expert) into the checkpoint of `task` in `ckpt_dir`; the result is the folder `out`.
 
-    Everything is checked before anything is written: LoraError, TensorFileError.
+    release: the settings that the result is sampled with, kept in its record; by default those of `ckpt_dir`'s own.
+    Everything is checked before anything is written, and all that is wrong is told: InputError.
     """
     _check_places(ckpt_dir, out, loras)
     stores = {expert: _open(ckpt_dir / where) for expert, where in EXPERTS[task].items()}
-    sources: dict[str, Any] = {"task": task, "dtype": str(dtype).removeprefix("torch."), "base": {}, "loras": {}}
-    for expert, store in stores.items():
-        if (found := task_of(store.shapes)) not in (None, task):
-            raise LoraError(f"--task {task}: the checkpoint in {ckpt_dir} is one of {found}")
-        sources["base"][expert] = [_fingerprint(file) for file in store.files]
-        sources["loras"][expert] = []
-        for lora in loras.get(expert, ()):
-            coverage = check(lora, store.shapes, expert=expert, allow_partial=allow_partial)
-            report(f"{expert}: {lora.path}: {coverage.summary()}")
-            for warning in coverage.warnings:
-                report(f"warning: {warning}")
-            digests = {file.name: _sha256(file) for file in lora.store.files}
-            sources["loras"][expert].append({**coverage.as_dict(), "sha256": digests})
+    sources = _sources(task, ckpt_dir, stores, loras, dtype, allow_partial, report)
+    sources["release"] = release_record(release or release_in(ckpt_dir))
     partial = _prepare(out, sources)
     shards = {expert: _plan(store, Path(EXPERTS[task][expert]), dtype, shard_bytes) for expert, store in stores.items()}
     _check_room(partial, [shard for plan in shards.values() for shard in plan])
@@ -115,9 +107,45 @@ def _check_places(ckpt_dir: Path, out: Path, loras: Mapping[str, Sequence[Lora]]
         raise LoraError(f"--out {out} lies inside --ckpt_dir {ckpt_dir}; give a place outside")
     if not any(loras.values()):
         raise LoraError("nothing to bake: give --lora_dir or --lora")
-    for lora in (lora for given in loras.values() for lora in given):
-        if problem := distilled_twice(ckpt_dir, lora.path):
-            raise LoraError(f"--ckpt_dir {problem}")
+
+
+def _sources(
+    task: str,
+    ckpt_dir: Path,
+    stores: Mapping[str, TensorStore],
+    loras: Mapping[str, Sequence[Lora]],
+    dtype: torch.dtype,
+    allow_partial: bool,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """What the result is made from, for its record. InputError with everything that does not fit."""
+    problems: list[str] = []
+    before = (record_of(ckpt_dir) or {"loras": {}})["loras"]
+    sources: dict[str, Any] = {"task": task, "dtype": str(dtype).removeprefix("torch."), "base": {}, "loras": {}}
+    for expert, store in stores.items():
+        if (found := task_of(store.shapes)) not in (None, task):
+            raise LoraError(f"--task {task}: the checkpoint in {ckpt_dir} is one of {found}")
+        if odd := [name for name, entry in store.items() if entry.dtype not in FLOATS]:
+            problems.append(f"--ckpt_dir: {store[odd[0]].file}: tensor {odd[0]} is {store[odd[0]].dtype}, not a float")
+        sources["base"][expert] = [_fingerprint(file) for file in store.files]
+        sources["loras"][expert] = list(before.get(expert, ()))
+        for lora in loras.get(expert, ()):
+            try:
+                if (twice := distilled_twice(ckpt_dir, lora.path, expert)) and not allow_partial:
+                    raise LoraError(f"--ckpt_dir {twice}; --lora_allow_partial does it all the same")
+                coverage = check(lora, store.shapes, expert=expert, allow_partial=allow_partial)
+            except LoraError as e:
+                problems += [problem for problem in e.problems if problem not in problems]
+                continue
+            report(f"{expert}: {lora.path}: {coverage.summary()}")
+            for warning in coverage.warnings:
+                report(f"warning: {warning}")
+            (file,) = lora.store.files
+            identity = {"fingerprint": fingerprint(file), "sha256": {file.name: _sha256(file)}}
+            sources["loras"][expert].append({**coverage.as_dict(), **identity})
+    if problems:
+        raise LoraError(problems)
+    return sources
 
 
 def _open(folder: Path) -> TensorStore:

@@ -62,7 +62,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
         return
     expert, (name, strength) = match[1], split_strength(match[2])
-    strength = _within_range(f"--lora {text}: the strength", strength, out.problems)
+    strength = _within_range(f"--lora {text}: strength", strength, out.problems)
     path = Path(name)
     if expert and expert not in experts:
         out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
@@ -87,7 +87,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
 def split_strength(text: str) -> tuple[str, float]:
     """Cuts off `:STRENGTH`; a drive letter's colon, or one that is part of an existing name, stays."""
     path, colon, tail = text.rpartition(":")
-    strength = _number(tail)
+    strength = real(tail)
     if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
         path, strength = text, 1.0
     return os.path.expanduser(path), strength
@@ -96,7 +96,7 @@ def split_strength(text: str) -> tuple[str, float]:
 def _strengths(given: str | None, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
     """(high, low) of `HIGH[,LOW]`."""
     parts = (given or "1").split(",")
-    numbers = [number for part in parts if (number := _number(part)) is not None]
+    numbers = [number for part in parts if (number := real(part)) is not None]
     if len(numbers) != len(parts) or len(parts) > 2:
         problems.append(f"--lora_strength takes one number or two with a comma between, not {given!r}")
         return 1.0, 1.0
@@ -109,10 +109,15 @@ def _strengths(given: str | None, experts: Collection[str], problems: list[str])
 def _within_range(what: str, strength: float, problems: list[str]) -> float:
     if WEAKEST <= strength <= STRONGEST:
         return strength
-    nearest = "" if math.isnan(strength) else f"; the nearest is {min(max(strength, WEAKEST), STRONGEST):g}"
-    sentence = f"{what} must be a finite number from {WEAKEST:g} to {STRONGEST:g}, not {strength:g}{nearest}"
-    if sentence not in problems:
-        problems.append(sentence)
+    if math.isfinite(strength):
+        nearest = min(max(strength, WEAKEST), STRONGEST)
+        sentence = (
+            f"{strength:g} is out of range; it goes from {WEAKEST:g} to {STRONGEST:g}, the nearest is {nearest:g}"
+        )
+    else:
+        sentence = f"must be a finite number from {WEAKEST:g} to {STRONGEST:g}, not {strength}"
+    if f"{what} {sentence}" not in problems:
+        problems.append(f"{what} {sentence}")
     return 1.0
 
 
@@ -124,7 +129,8 @@ def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[s
         return {}
 
 
-def _number(text: str) -> float | None:
+def real(text: str) -> float | None:
+    """The number that `text` spells, None if it spells none."""
     try:
         return float(text)
     except ValueError:

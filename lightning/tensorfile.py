@@ -7,6 +7,7 @@ The format (huggingface/safetensors): 8 bytes header length, that many bytes of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -86,6 +87,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
         raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
     return entries, metadata
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 20)))
+        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
 class TensorStore(Mapping[str, Entry]):

@@ -6,7 +6,6 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from easydict import EasyDict
 from lightning.distilled import distilled_twice
 from lightning.errors import LoraError
 from lightning.lora import Coverage, check
+from lightning.tensorfile import fingerprint
 from wan.configs import WAN_CONFIGS
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, flag_conflicts, layout_problems
@@ -160,7 +160,7 @@ def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
     loras = problems.attempt(lambda: open_loras(plan.settings)) or {}
     for expert, (_, store) in checkpoint.experts.items():
         for lora in loras.get(expert, []):
-            twice = distilled_twice(plan.settings.expert_files.get(expert, checkpoint.folder), lora.path)
+            twice = distilled_twice(plan.settings.expert_files.get(expert, checkpoint.folder), lora.path, expert)
             if twice and not plan.settings.lora_allow_partial:
                 problems.append(f"{twice}; --lora_allow_partial does it all the same")
             found = problems.attempt(
@@ -171,7 +171,7 @@ def _add_loras(plan: Plan, checkpoint: Checkpoint, problems: _Problems) -> None:
             if found:
                 plan.coverage.setdefault(expert, []).append(found)
                 plan.warnings += found.warnings
-                plan.fingerprints |= {str(file): _fingerprint(file) for file in lora.store.files}
+                plan.fingerprints |= {str(file): fingerprint(file) for file in lora.store.files}
 
 
 def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
@@ -180,14 +180,14 @@ def _add_weights(plan: Plan, checkpoint: Checkpoint, config: EasyDict) -> None:
     dtype_of = parameter_dtypes(dtype, plan.settings.convert_model_dtype)
     for name, (module, store) in checkpoint.experts.items():
         plan.memory[f"{name} expert"] = sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
-        plan.fingerprints |= {str(file): _fingerprint(file) for file in store.files}
+        plan.fingerprints |= {str(file): fingerprint(file) for file in store.files}
     for name, part, width in (
         ("text encoder", checkpoint.text_encoder, dtype.itemsize),
         ("VAE", checkpoint.vae, torch.float32.itemsize),
     ):
         if part:
             plan.memory[name] = sum(p.numel() for p in part[0].parameters()) * width
-            plan.fingerprints[str(part[1].path)] = _fingerprint(part[1].path)
+            plan.fingerprints[str(part[1].path)] = fingerprint(part[1].path)
 
 
 def _add_processes(plan: Plan, checkpoint: Checkpoint, processes: int, problems: _Problems) -> None:
@@ -214,15 +214,6 @@ def _add_processes(plan: Plan, checkpoint: Checkpoint, processes: int, problems:
         weights={name: size // layout.sequence if name in sharded else size for name, size in plan.memory.items()},
         sharded_bytes=max(plan.memory[name] for name in experts) if s.dit_fsdp else 0,
     )
-
-
-def _fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
-    with path.open("rb") as file:
-        start = file.read(1 << 20)
-        size = file.seek(0, 2)
-        file.seek(max(0, size - (1 << 20)))
-        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
 def _describe(job: Job, task: str, config: EasyDict) -> dict[str, Any]:

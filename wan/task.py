@@ -6,7 +6,7 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,15 +192,20 @@ class VideoTask(ABC):
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device."""
-        schedule = make_schedule(sampling)
+        generator = torch.Generator(self.noise_device).manual_seed(seed)
+
+        def draw(shape: Sequence[int]) -> Tensor:
+            """The generator's next numbers, the same on all processes that make this video."""
+            noise = torch.randn(shape, generator=generator, device=self.noise_device).to(self.device)
+            return self.parallel.same(noise)
+
+        schedule = make_schedule(sampling, draw)
         steps = plan_steps(schedule.timesteps, sampling, self.config.boundary)
         texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
         start = self.start(image, size, frames)
-        generator = torch.Generator(self.noise_device).manual_seed(seed)
-        noise = torch.randn(start.shape, generator=generator, device=self.noise_device).to(self.device)
-        noise = self.parallel.same(noise)
+        noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.experts
         with self.progress.stage("denoise", total=len(steps), unit="step"):

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lightning import bake as module
 from lightning.bake import RECORD, bake
-from lightning.distilled import record_of
+from lightning.distilled import record_of, release_in
 from lightning.errors import LoraError, TensorFileError
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
+from lightning.releases import Release, preset
 from lightning.tensorfile import TensorStore
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
@@ -235,14 +237,56 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run(tmp_path / "out")
 
 
+def renamed(folder: Path, change: float = 0.0) -> Path:
+    """The small LoRA's release folder under another name; with other content if `change` is not 0."""
+    folder.mkdir()
+    for file in lora_dir("t2v-A14B").iterdir():
+        write(folder / file.name, {name: tensor + change for name, tensor in load_file(file).items()})
+    return folder
+
+
 def test_a_baked_checkpoint_is_not_distilled_again(tmp_path: Path) -> None:
-    folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-    folder.symlink_to(lora_dir("t2v-A14B"), target_is_directory=True)
-    run(tmp_path / "once", loras=loras_of("t2v-A14B", folder))
+    folder = renamed(tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1")
+    once, other = tmp_path / "once", renamed(tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1", 0.1)
+    run(once, loras=loras_of("t2v-A14B", folder), release=preset("t2v-seko-v1.1"))
     with pytest.raises(LoraError, match=r"once is distilled already \(t2v-seko-v1\.1\); the LoRA .* would do it again"):
-        run(tmp_path / "twice", ckpt_dir=tmp_path / "once", loras=loras_of("t2v-A14B", folder))
-    run(tmp_path / "style", ckpt_dir=tmp_path / "once")  # a LoRA of no known release may follow
-    assert record_of(tmp_path / "style")
+        run(tmp_path / "twice", ckpt_dir=once, loras=loras_of("t2v-A14B", other))
+    run(tmp_path / "forced", ckpt_dir=once, loras=loras_of("t2v-A14B", other), allow_partial=True)
+    run(tmp_path / "style", ckpt_dir=once, loras=loras_of("t2v-A14B", renamed(tmp_path / "style-lora", 0.2)))
+    record = record_of(tmp_path / "style")
+    assert record is not None
+    assert [lora["release"] for lora in record["loras"]["high"]] == ["t2v-seko-v1.1", None]
+    assert release_in(tmp_path / "style") == release_in(once)
+
+
+def test_the_same_lora_under_another_name_is_not_merged_twice(tmp_path: Path) -> None:
+    first, second = renamed(tmp_path / "mine"), renamed(tmp_path / "copy")
+    once = tmp_path / "once"
+    run(once, loras={"high": loras_of("t2v-A14B", first)["high"], "low": []})
+    with pytest.raises(LoraError, match=r"once has the LoRA \S*copy\S* merged in already, as \S*mine.*allow_partial"):
+        run(tmp_path / "twice", ckpt_dir=once, loras=loras_of("t2v-A14B", second))
+    run(tmp_path / "low", ckpt_dir=once, loras={"high": [], "low": loras_of("t2v-A14B", second)["low"]})
+    record = record_of(tmp_path / "low")
+    assert record is not None
+    assert [len(record["loras"][expert]) for expert in ("high", "low")] == [1, 1]
+
+
+def test_settings_of_the_result_are_kept(tmp_path: Path) -> None:
+    release = Release("mine", ("t2v-A14B",), "lora", "", steps=6, shift=7.0, guidance=(1.5, 2.0), solver="dmd")
+    run(tmp_path / "out", release=release)
+    found = release_in(tmp_path / "out")
+    assert found is not None
+    assert (found.name, found.steps, found.shift, found.guidance) == ("mine", 6, 7.0, (1.5, 2.0))
+    run(tmp_path / "style")
+    assert release_in(tmp_path / "style") is None
+
+
+def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    wrong = write(tmp_path / "style.safetensors", {"blocks.9.ffn.0.diff_b": torch.ones(80)})
+    bad = write(tmp_path / "bad.safetensors", {"blocks.0.ffn.0.diff_b": torch.ones(81)})
+    with pytest.raises(LoraError) as caught:
+        run(tmp_path / "out", loras={"high": [Lora.open(wrong), Lora.open(bad)], "low": []})
+    assert len(caught.value.problems) == 2
 
 
 def test_a_broken_base_is_named(tmp_path: Path) -> None:

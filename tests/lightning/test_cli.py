@@ -1,5 +1,6 @@
 """`python -m lightning`: what it prints, its exit codes, and that inspecting needs no torch."""
 
+import dataclasses
 import json
 import struct
 import subprocess
@@ -15,6 +16,10 @@ from lightning.distilled import record_of
 from lightning.names import released_shapes
 from tests.lightning.support import STORED, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
+from wan.plan import preflight
+from wan.request.resolve import resolve
+from wan.request.settings import Request
+from wan.utils.errors import InputError
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 ROOT = Path(__file__).parents[2]
@@ -151,6 +156,54 @@ def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [lora["strength"] for lora in record["loras"]["low"]] == [0.5, 0.25, 1.0]
     assert main(["bake", *arguments, *loras]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_unrecognised_lora_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, lora = tmp_path / "out", str(lora_dir("t2v-A14B"))
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(out)]
+    assert main(["bake", *arguments, "--lora_dir", lora, "--sample_steps", "6", "--sample_guide_scale", "1,1.5"]) == 0
+    request = Request(task="t2v-A14B", ckpt_dir=str(out), prompt="a cat", size="64*64", frame_num=5)
+    settings = resolve(request).settings
+    assert (settings.preset, settings.steps, settings.solver, settings.shift) == ("lora-t2v", 6, "euler", 5.0)
+    assert settings.guidance == (1.0, 1.5)
+    with pytest.raises(InputError, match=r"has the LoRA \S+ merged in already.*; --lora_allow_partial does it all"):
+        preflight(resolve(dataclasses.replace(request, lora_dir=lora)))
+    again = ["--task", "t2v-A14B", "--ckpt_dir", str(out), "--out", str(tmp_path / "again"), "--lora_dir", lora]
+    assert main(["bake", *again]) == 2
+    assert capsys.readouterr().err.count("merged in already") == 2
+
+
+def test_a_style_leaves_the_checkpoint_what_it_is(tmp_path: Path) -> None:
+    style = write(tmp_path / "style.safetensors", spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED))
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
+    assert main(["bake", *arguments, "--lora", str(style)]) == 0
+    settings = resolve(Request(task="t2v-A14B", ckpt_dir=str(tmp_path / "out"), prompt="a cat")).settings
+    assert (settings.steps, settings.solver, settings.guidance) == (40, "unipc", (3.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--sample_steps", "0"], "--sample_steps goes from 1 to 1000, not 0"),
+        (["--sample_shift", "nan"], "--sample_shift goes from 0.01 to 100, not nan"),
+        (["--sample_guide_scale", "1,2,3"], "takes a number or LOW,HIGH, from 0 to 100, not '1,2,3'"),
+        (["--sample_guide_scale", "x"], "takes a number or LOW,HIGH"),
+        (["--preset", "seko"], "no preset 'seko'"),
+        (["--preset", "ti2v-turbo"], "--preset ti2v-turbo is not a distillation of t2v-A14B"),
+        (["--preset", "motion-8"], "--preset motion-8 is not a distillation of t2v-A14B"),
+        (["--preset", "lightwan"], "packed 4-bit"),
+        (["--lora_alpha", "nan"], "--lora_alpha must be a number above 0, not nan"),
+    ],
+)
+def test_bad_settings_of_a_bake(
+    flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
+    assert main(["bake", *arguments, "--lora_dir", str(lora_dir("t2v-A14B")), *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

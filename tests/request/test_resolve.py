@@ -336,7 +336,7 @@ def test_effective_shift():
         ({"timesteps": "1000,0"}, "0 is outside (0, 1000]"),
         ({"timesteps": "1000,nan"}, "takes numbers with commas"),
         ({"timesteps": "1000;900"}, "takes numbers with commas"),
-        ({"timesteps": "1000,900", "sample_solver": "unipc"}, "--sample_solver euler only"),
+        ({"timesteps": "1000,900", "sample_solver": "unipc"}, "--sample_solver euler or dmd"),
         ({"timesteps": "1000,900", "sample_steps": 3}, "names 2 steps, but --sample_steps is 3"),
         ({"timesteps": "1000,900", "sample_shift": 5.0}, "leave --sample_shift out"),
         ({"device": "gpu"}, "--device 'gpu' is not one of auto, cuda, cpu, mps"),

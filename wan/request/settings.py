@@ -107,7 +107,7 @@ class Request:
 class Sampling:
     """How a video is sampled."""
 
-    solver: str  # "euler" | "unipc" | "dpm++"
+    solver: str  # "euler" | "unipc" | "dpm++" | "dmd"
     steps: int
     shift: float
     guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks

@@ -12,13 +12,14 @@ from pathlib import Path
 from easydict import EasyDict
 
 from lightning.choice import LoraChoice, choose_loras
-from lightning.distilled import distilled_with
+from lightning.distilled import release_in
 from lightning.errors import LoraError
 from lightning.releases import Release, preset, recognise
 from wan.request.checks import Check
 from wan.request.settings import Request, Sampling
 
-SOLVERS = ("euler", "unipc", "dpm++")
+SOLVERS = ("euler", "unipc", "dpm++", "dmd")
+EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
 GUIDANCES = (0.0, 100.0)
 
@@ -54,6 +55,10 @@ def choose_weights(request: Request, task: str, experts: Sequence[str], check: C
         else:
             expert_files[expert] = Path(name).expanduser()
     release = _release(request, task, loras, expert_files, check)
+    if release and release.refused:
+        check.problem(f"{release.name} ({release.source}) cannot be run: {release.refused}")
+    elif release and release.licence:
+        check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and expert_files:
         check.warn(
             "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
@@ -72,10 +77,11 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
     base = (config.sample_solver, config.sample_steps, config.sample_shift, _pair(config.sample_guide_scale))
     defaults = made_for if weights.distilled else base
     timesteps = check.timesteps(request.timesteps) if request.timesteps is not None else None
-    given = (request.timesteps, request.sample_solver, request.sample_steps, request.sample_shift)
-    if weights.distilled and given == (None, None, None, None):
+    as_made = request.sample_solver in (None, release.solver) and request.sample_steps is request.sample_shift is None
+    if weights.distilled and request.timesteps is None and as_made:
         timesteps = release.timesteps
-    solver = check.choice("--sample_solver", request.sample_solver or ("euler" if timesteps else defaults[0]), SOLVERS)
+    usual = "euler" if timesteps and defaults[0] not in EXPLICIT else defaults[0]
+    solver = check.choice("--sample_solver", request.sample_solver or usual, SOLVERS)
     steps = check.whole("--sample_steps", request.sample_steps, len(timesteps or ()) or defaults[1], 1, 1000)
     shift = check.number("--sample_shift", request.sample_shift, defaults[2], 0.01, 100)
     guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, defaults[3], *GUIDANCES)
@@ -126,14 +132,13 @@ def _release(
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
             return found
-    baked = distilled_with(Path(request.ckpt_dir).expanduser()) if request.ckpt_dir else []
-    return preset(baked[0]) if baked else None
+    return release_in(Path(request.ckpt_dir).expanduser()) if request.ckpt_dir else None
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:
     """What cannot stand beside --timesteps."""
-    if request.sample_solver not in (None, "euler"):
-        check.problem(f"--timesteps works with --sample_solver euler only, not {request.sample_solver}")
+    if request.sample_solver not in (None, *EXPLICIT):
+        check.problem(f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}")
     if request.sample_steps not in (None, len(timesteps)):
         check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
     if request.sample_shift is not None:
