@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import interleaved, machine, table
 from lightning.diffusers_names import vae_name
+from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import area, divide
-from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 
 KINDS = {"2.1": (16, 96, 96, False), "2.2": (48, 160, 256, True)}  # the arguments of WanVAE

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH")
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
     bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+    bake.add_argument("--layout", choices=("released", "diffusers"), default="released", help="of the result")
     bake.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     bake.set_defaults(command=_bake)
     return parser
@@ -196,6 +197,7 @@ def _bake(args: argparse.Namespace) -> int:
         dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
         allow_partial=args.lora_allow_partial,
         release=release,
+        layout=args.layout,
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0

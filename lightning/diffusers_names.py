@@ -78,8 +78,8 @@ def _original_vae(name: str, nested: bool) -> str:
     half, _, rest = name.partition(".")
     if half in ("quant_conv", "post_quant_conv"):
         return f"{'conv1' if half == 'quant_conv' else 'conv2'}.{rest}"
-    for number, block in enumerate(MIDDLE):
-        rest = rest.replace(f"mid_block.{block}.", f"middle.{number}.")
+    for number, part in enumerate(MIDDLE):
+        rest = rest.replace(f"mid_block.{part}.", f"middle.{number}.")
     if (end := _renamed(rest, _back(ENDS))) != rest:
         return f"{half}.{end}"
     block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?", rest)
@@ -101,7 +101,7 @@ def text_name(name: str) -> str:
 
 
 def original_text(names: Iterable[str]) -> dict[str, str]:
-    """transformers' names of a text encoder's parameters -> the checkpoint's. `encoder.embed_tokens` repeats `shared`."""
+    """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`."""
     found = {}
     for name in names:
         if block := re.match(r"encoder\.block\.(\d+)\.", name):

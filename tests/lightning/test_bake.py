@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning import bake as module
+from lightning import bake as bake_module
+from lightning import shards
 from lightning.bake import RECORD, bake
 from lightning.distilled import record_of, release_in
 from lightning.errors import LoraError, TensorFileError
@@ -69,10 +70,10 @@ def test_layout_and_other_files(tmp_path: Path) -> None:
     assert all(found[name] == (source / name).read_bytes() for name in others)
     assert (tmp_path / "out" / "Wan2.1_VAE.pth").samefile(source / "Wan2.1_VAE.pth")
     index = json.loads(found[f"high_noise_model/{INDEX}"])
-    shards = sorted(set(index["weight_map"].values()))
-    assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    files = sorted(set(index["weight_map"].values()))
+    assert files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     sizes = 0
-    for shard in shards:
+    for shard in files:
         with safe_open(tmp_path / "out" / "high_noise_model" / shard, "pt") as file:  # the format's own reader
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         assert {name for name, where in index["weight_map"].items() if where == shard} == set(tensors)
@@ -122,6 +123,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    module = shards if function == "_changed" else bake_module
     original, calls = getattr(module, function), []
 
     def counted(*arguments):
@@ -135,8 +137,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("_prepare", 1), ("_merged", 1), ("_merged", 30), ("_merged", 100), ("_finish", 3), ("_write_index", 1),
-     ("_write_index", 2), ("_bring_others", 1), ("_write", 1), ("_write", 3)],
+    [("_prepare", 1), ("_changed", 1), ("_changed", 30), ("_changed", 100), ("write_shard", 3), ("write_index", 1),
+     ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
 )  # fmt: skip
 def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole")
@@ -148,13 +150,13 @@ def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatc
     partial = tmp_path / "out.partial"
     written = {file: file.stat().st_mtime_ns for file in partial.rglob("*-of-*.safetensors")}
     merged: list[str] = []
-    original = module._merged
+    original = shards._changed
 
     def count(name: str, *arguments):
         merged.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(module, "_merged", count)
+    monkeypatch.setattr(shards, "_changed", count)
     run(tmp_path / "out")
     assert not partial.exists()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -179,7 +181,7 @@ def test_killed_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Killed):
             run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "_merged", None)  # everything is there: nothing may be merged again
+    monkeypatch.setattr(shards, "_changed", None)  # everything is there: nothing may be merged again
     run(tmp_path / "out")
     assert record_of(tmp_path / "out")
 
@@ -232,7 +234,7 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(bake_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(LoraError, match=r"--out needs 0\.0 GB, the disk of .* has 0\.0 GB free"):
         run(tmp_path / "out")
 
