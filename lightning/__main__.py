@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import names
-from lightning.adapter_settings import PEFT_CONFIG
 from lightning.choice import Choices, choose_loras, real
-from lightning.distilled import holds_expert, open_expert
 from lightning.errors import InputError, LoraError
-from lightning.lora import Lora, check, expert_of
+from lightning.examine import examine, models_to_judge_by, plain
+from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
-from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 
 TASKS = tuple(names.NETWORKS)
 
@@ -46,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
     inspect.add_argument("path", type=Path, help="a safetensors file, a folder of them, or one saved by PEFT")
     inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
+    inspect.add_argument("--ckpt_dir", type=Path, help="check against this checkpoint, which may be of other sizes")
     inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
     inspect.add_argument("--json", action="store_true", help="a JSON list, one object a file")
     inspect.set_defaults(command=_inspect)
@@ -71,76 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(args: argparse.Namespace) -> int:
     if not args.path.exists():
         raise LoraError(f"{args.path}: no such file or folder")
-    files = [args.path]
-    if args.path.is_dir() and not (args.path / PEFT_CONFIG).is_file():
-        files = sorted(args.path.glob(f"*{INDEX_SUFFIX}")) or sorted(args.path.glob("*.safetensors"))
-        if not files:
-            raise LoraError(f"{args.path}: no safetensors file in this folder")
-    reports = [_examine(file, [args.task] if args.task else TASKS, args.lora_alpha) for file in files]
+    models = models_to_judge_by(args.task, args.ckpt_dir)
+    report = examine(args.path, models, args.lora_alpha)
     if args.json:
-        print(json.dumps(reports, indent=2))
+        print(json.dumps(report.files, indent=2))
     else:
-        print("\n\n".join(_lines(report) for report in reports))
-    errors = [report["error"] for report in reports if report["error"]]
+        print("\n\n".join([*(_lines(file) for file in report.files), *report.uses]))
+    errors = [file["error"] for file in report.files if file["error"]]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0
-
-
-def _examine(file: Path, tasks: Sequence[str], alpha: float | None) -> dict[str, Any]:
-    """Everything the header and the name tell about one file. `error`: why it fits none of the tasks, else None."""
-    release = recognise(file)
-    report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release.name if release else None,
-        "source": release.source if release else None,
-        "settings": _settings(release) if release else None,
-        "note": release.note if release else "",
-        "stored": [],
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
-    try:
-        if file.is_file() and holds_expert(store := TensorStore.open(file)):
-            report |= {"kind": "full expert", **_storage(store)}
-            shapes = open_expert(file).shapes
-            report["fits"] = [task for task in tasks if names.released_shapes(task) == shapes]
-            if not report["fits"]:
-                report["error"] = f"{file}: names or shapes are not those of {' or '.join(tasks)}"
-            return report
-        lora = Lora.open(file, default_alpha=alpha)
-    except InputError as e:
-        return report | {"error": str(e)}
-    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
-    errors = []
-    for task in _likely_first(tasks, release):
-        try:
-            coverage = check(lora, names.released_shapes(task), expert=expert_of(file.name))
-        except LoraError as e:
-            errors.append(str(e))
-            continue
-        report["fits"].append(task)
-        report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
-    return report | {"error": None if report["fits"] else errors[0]}
-
-
-def _storage(store: TensorStore) -> dict[str, Any]:
-    dtypes = sorted({entry.dtype for entry in store.values()})
-    return {"stored": dtypes, "gigabytes": round(sum(entry.bytes for entry in store.values()) / 1e9, 3)}
-
-
-def _likely_first(tasks: Sequence[str], release: Release | None) -> list[str]:
-    """The release's own tasks before the others, so that the report is about what the file was made for."""
-    return sorted(tasks, key=lambda task: task not in (release.tasks if release else ()))
-
-
-def _settings(release: Release) -> dict[str, Any]:
-    fields = ("steps", "solver", "shift", "boundary", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
-    return {name: value for name in fields if (value := getattr(release, name)) is not None}
 
 
 def _lines(report: dict[str, Any]) -> str:
@@ -155,19 +94,12 @@ def _lines(report: dict[str, Any]) -> str:
         rows.append(("alpha", ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"))
     if report["settings"]:
         settings = report["settings"].items()
-        rows.append(("settings", ", ".join(f"{name} {_plain(value)}" for name, value in settings if name != "sizes")))
+        rows.append(("settings", ", ".join(f"{name} {plain(value)}" for name, value in settings if name != "sizes")))
         sizes = report["settings"]["sizes"]
         rows.append(("sizes", ", ".join(f"{width}*{height}" for width, height in sizes)))
-    if report["note"]:
-        rows.append(("note", report["note"]))
+    rows += [(name, report[name]) for name in ("note", "licence", "use") if report[name]]
     rows += [("warning", warning) for warning in (coverage or {}).get("warnings", ())]
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in rows)])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(_plain(v) for v in value)
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _bake(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ import torch
 from lightning.diffusers_layout import FOLDERS, TOKENIZER, rest_of, settings_of
 from lightning.distilled import FLOATS, RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
+from lightning.examine import STEM, open_network
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.names import EXPERTS, diffusers_name, keeps_float32, task_of
@@ -28,7 +29,6 @@ from lightning.releases import Release
 from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
 
-STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 
 
@@ -153,10 +153,9 @@ def _sources(
 
 
 def _open(folder: Path) -> TensorStore:
-    for name in (f"{STEM}{INDEX_SUFFIX}", f"{STEM}.safetensors"):
-        if (folder / name).is_file():
-            return TensorStore.open(folder / name)
-    raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+    if (store := open_network(folder)) is None:
+        raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+    return store
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -37,8 +37,10 @@ def release(tmp_path: Path) -> Path:
 
 
 def test_inspect_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(release(tmp_path))]) == 0
-    first, second = capsys.readouterr().out.split("\n\n")
+    folder = release(tmp_path)
+    assert main(["inspect", str(folder)]) == 0
+    first, second, use = capsys.readouterr().out.split("\n\n")
+    assert use == f"{folder} is a release: generate.py --task t2v-A14B --lora_dir {folder}\n"
     assert second.startswith(str(tmp_path / FOLDER / "low_noise_model.safetensors"))
     for line in (
         "kind      LoRA, F32/I64, 1.23 GB",
@@ -101,10 +103,46 @@ def test_inspect_a_sharded_expert(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "fits      t2v-A14B" in out
 
 
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+def test_inspect_by_a_checkpoint_of_other_sizes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lora, ckpt_dir = str(lora_dir(task)), str(checkpoint(task))
+    assert main(["inspect", lora, "--ckpt_dir", ckpt_dir]) == 0
+    shown = capsys.readouterr().out
+    files = 1 if task == "ti2v-5B" else 2
+    assert shown.count("20/20 pairs, alpha/rank 0.5, 0 unmatched") == files
+    assert shown.count(f"fits      {task}") == files
+    assert f"{lora} is a release: generate.py --task {task} --lora_dir {lora}" in shown
+    assert main(["inspect", lora]) == 2
+    assert "(--ckpt_dir judges by a checkpoint of other sizes)" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_whole_folder_is_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, lora = str(checkpoint("t2v-A14B")), str(lora_dir("t2v-A14B"))
+    for layout in ("released", "diffusers"):
+        arguments = ["--task", "t2v-A14B", "--ckpt_dir", source, "--lora_dir", lora, "--layout", layout]
+        assert main(["bake", *arguments, "--out", str(tmp_path / layout)]) == 0
+    assert main(["inspect", source, "--ckpt_dir", source]) == 0
+    assert f"{source} is a checkpoint: generate.py --task t2v-A14B --ckpt_dir {source}" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "released"), "--ckpt_dir", source]) == 0
+    shown = capsys.readouterr().out
+    assert "merged into it: " in shown
+    assert "it is sampled as lora-t2v: steps 4, solver euler, shift 5, guidance 1/1" in shown
+    assert main(["inspect", str(tmp_path / "diffusers")]) == 0
+    assert "is a checkpoint in diffusers' layout" in capsys.readouterr().out
+
+
+def test_inspect_of_what_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "TurboWan2.2-I2V-A14B-high-720P.safetensors"
+    sparse(file, {"blocks.0.self_attn.q.weight": ("BF16", (4, 4))})
+    assert main(["inspect", str(file)]) == 2
+    assert "sparse linear attention" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["inspect", "absent"], "error: absent: no such file or folder"),
+        (["inspect", ".", "--ckpt_dir", "."], "error: --ckpt_dir . holds no diffusion_pytorch_model"),
         (["inspect", "."], "error: .: no safetensors file in this folder"),
         (["inspect", "cut.safetensors"], "error: cut.safetensors: not a safetensors file, or cut off"),
         (["inspect", "small.safetensors"], "20 of 60 tensors do not fit the model"),
