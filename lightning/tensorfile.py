@@ -69,9 +69,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
         try:
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            found = {name: (e["dtype"], tuple(e["shape"]), tuple(e["data_offsets"])) for name, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            metadata = _texts(header.pop("__metadata__", {}))
+            found = {name: _described(**place) for name, place in header.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
             raise TensorFileError(f"{path}: the safetensors header is corrupt") from e
     entries: dict[str, Entry] = {}
     end = 0
@@ -79,7 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if dtype not in DTYPES:
             raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype}")
         entry = Entry(path, dtype, shape, 8 + length + offsets[0])
-        if offsets[1] - offsets[0] != entry.bytes or offsets[0] < 0:
+        if offsets[1] - offsets[0] != entry.bytes:
             raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")
         entries[name] = entry
         end = max(end, 8 + length + offsets[1])
@@ -87,6 +87,21 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
         raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
     return entries, metadata
+
+
+def _described(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """One tensor's place in a header; TypeError or ValueError for anything else."""
+    numbers = [*shape, *data_offsets]
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+        raise TypeError
+    start, end = data_offsets
+    return dtype, tuple(shape), (start, end)
+
+
+def _texts(metadata: dict[str, str]) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError
+    return metadata
 
 
 def fingerprint(path: Path) -> str:
@@ -114,9 +129,11 @@ class TensorStore(Mapping[str, Entry]):
         if not path.name.endswith(INDEX_SUFFIX):
             return cls(*read_header(path))
         try:
-            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+            weight_map = _texts(json.loads(path.read_bytes())["weight_map"])
             shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not shards:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise TensorFileError(f"{path}: not a safetensors index") from e
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
