@@ -10,7 +10,6 @@ a small size on a CPU and at full size on a GPU, in turn in one process; loading
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import interleaved, machine, table
+from lightning.diffusers_names import vae_name
+from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import area, divide
-from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 
 KINDS = {"2.1": (16, 96, 96, False), "2.2": (48, 160, 256, True)}  # the arguments of WanVAE
@@ -134,33 +135,9 @@ def to_diffusers(vae: WanVAE) -> Any:
             is_residual=nested,
             **shape,
         )
-    tensors = {diffusers_name(name): tensor.clone() for name, tensor in vae.state_dict().items()}
+    tensors = {vae_name(name): tensor.clone() for name, tensor in vae.state_dict().items()}
     peer.load_state_dict(tensors, assign=True)
     return peer.eval()
-
-
-def diffusers_name(name: str) -> str:
-    """What diffusers calls a parameter of the checkpoint."""
-    name = re.sub(r"^conv1\b", "quant_conv", name)
-    name = re.sub(r"^conv2\b", "post_quant_conv", name)
-    name = re.sub(r"^(encoder|decoder)\.conv1\b", r"\1.conv_in", name)
-    name = name.replace(".head.0.", ".norm_out.").replace(".head.2.", ".conv_out.")
-    name = re.sub(
-        r"\.middle\.(\d)", lambda m: f".mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[int(m[1])]}", name
-    )
-    for layer, own in {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}.items():
-        name = name.replace(f".residual.{layer}.", f".{own}.")
-    name = name.replace(".shortcut.", ".conv_shortcut.")
-    sampler = ".resample." in name or ".time_conv." in name
-    if nested := re.search(r"\.(down|up)samples\.(\d)\.\1samples\.(\d)\.", name):
-        way, level, layer = nested.groups()
-        own = f"{way}sampler" if sampler else f"resnets.{layer}"
-        return name.replace(nested[0], f".{way}_blocks.{level}.{own}.")
-    if flat := re.search(r"\.upsamples\.(\d+)\.", name):
-        block, resnet = divmod(int(flat[1]), 4)
-        own = "upsamplers.0" if sampler else f"resnets.{resnet}"
-        return name.replace(flat[0], f".up_blocks.{block}.{own}.")
-    return name.replace(".downsamples.", ".down_blocks.")
 
 
 if __name__ == "__main__":

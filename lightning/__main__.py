@@ -7,15 +7,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning import names
-from lightning.distilled import holds_expert, open_expert
-from lightning.errors import LoraError, TensorFileError
-from lightning.lora import PEFT_CONFIG, Lora, check, expert_of, files_of
-from lightning.releases import Release, recognise
-from lightning.tensorfile import INDEX_SUFFIX, TensorStore
+from lightning.choice import Choices, choose_loras, real
+from lightning.errors import InputError, LoraError
+from lightning.examine import examine, models_to_judge_by, plain
+from lightning.lora import Lora
+from lightning.releases import Release, preset, recognise
 
 TASKS = tuple(names.NETWORKS)
 
@@ -25,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return int(args.command(args))
-    except (LoraError, TensorFileError, OSError) as e:
+    except InputError as e:
+        for problem in e.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -39,18 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
     inspect.add_argument("path", type=Path, help="a safetensors file, a folder of them, or one saved by PEFT")
     inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
+    inspect.add_argument("--ckpt_dir", type=Path, help="check against this checkpoint, which may be of other sizes")
     inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
     inspect.add_argument("--json", action="store_true", help="a JSON list, one object a file")
     inspect.set_defaults(command=_inspect)
     bake = commands.add_parser("bake", help="write a checkpoint with LoRAs merged in, in the released layout")
     bake.add_argument("--task", choices=TASKS, required=True)
     bake.add_argument("--ckpt_dir", type=Path, required=True, help="the base checkpoint")
-    bake.add_argument("--lora_dir", type=Path, help="a release folder, one file for each expert")
-    bake.add_argument("--lora_strength", default="1", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
+    bake.add_argument("--lora_dir", help="a release folder, one file for each expert")
+    bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
     bake.add_argument("--lora", action="append", default=[], metavar="[EXPERT=]PATH[:STRENGTH]", help="repeatable")
     bake.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
+    bake.add_argument("--preset", help="release whose settings the result keeps (default: the recognised one)")
+    bake.add_argument("--sample_steps", type=int, help="kept as the result's own, as the two below")
+    bake.add_argument("--sample_shift", type=float)
+    bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH")
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
     bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+    bake.add_argument("--layout", choices=("released", "diffusers"), default="released", help="of the result")
     bake.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     bake.set_defaults(command=_bake)
     return parser
@@ -59,76 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(args: argparse.Namespace) -> int:
     if not args.path.exists():
         raise LoraError(f"{args.path}: no such file or folder")
-    files = [args.path]
-    if args.path.is_dir() and not (args.path / PEFT_CONFIG).is_file():
-        files = sorted(args.path.glob(f"*{INDEX_SUFFIX}")) or sorted(args.path.glob("*.safetensors"))
-        if not files:
-            raise LoraError(f"{args.path}: no safetensors file in this folder")
-    reports = [_examine(file, [args.task] if args.task else TASKS, args.lora_alpha) for file in files]
+    models = models_to_judge_by(args.task, args.ckpt_dir)
+    report = examine(args.path, models, args.lora_alpha)
     if args.json:
-        print(json.dumps(reports, indent=2))
+        print(json.dumps(report.files, indent=2))
     else:
-        print("\n\n".join(_lines(report) for report in reports))
-    errors = [report["error"] for report in reports if report["error"]]
+        print("\n\n".join([*(_lines(file) for file in report.files), *report.uses]))
+    errors = [file["error"] for file in report.files if file["error"]]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0
-
-
-def _examine(file: Path, tasks: Sequence[str], alpha: float | None) -> dict[str, Any]:
-    """Everything the header and the name tell about one file. `error`: why it fits none of the tasks, else None."""
-    release = recognise(file)
-    report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release.name if release else None,
-        "source": release.source if release else None,
-        "settings": _settings(release) if release else None,
-        "note": release.note if release else "",
-        "stored": [],
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
-    try:
-        if file.is_file() and holds_expert(store := TensorStore.open(file)):
-            report |= {"kind": "full expert", **_storage(store)}
-            shapes = open_expert(file).shapes
-            report["fits"] = [task for task in tasks if names.released_shapes(task) == shapes]
-            if not report["fits"]:
-                report["error"] = f"{file}: names or shapes are not those of {' or '.join(tasks)}"
-            return report
-        lora = Lora.open(file, default_alpha=alpha)
-    except (LoraError, TensorFileError) as e:
-        return report | {"error": str(e)}
-    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
-    errors = []
-    for task in _likely_first(tasks, release):
-        try:
-            coverage = check(lora, names.released_shapes(task), expert=expert_of(file.name))
-        except LoraError as e:
-            errors.append(str(e))
-            continue
-        report["fits"].append(task)
-        report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
-    return report | {"error": None if report["fits"] else errors[0]}
-
-
-def _storage(store: TensorStore) -> dict[str, Any]:
-    dtypes = sorted({entry.dtype for entry in store.values()})
-    return {"stored": dtypes, "gigabytes": round(sum(entry.bytes for entry in store.values()) / 1e9, 3)}
-
-
-def _likely_first(tasks: Sequence[str], release: Release | None) -> list[str]:
-    """The release's own tasks before the others, so that the report is about what the file was made for."""
-    return sorted(tasks, key=lambda task: task not in (release.tasks if release else ()))
-
-
-def _settings(release: Release) -> dict[str, Any]:
-    fields = ("steps", "solver", "shift", "boundary", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
-    return {name: value for name in fields if (value := getattr(release, name)) is not None}
 
 
 def _lines(report: dict[str, Any]) -> str:
@@ -143,19 +94,12 @@ def _lines(report: dict[str, Any]) -> str:
         rows.append(("alpha", ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"))
     if report["settings"]:
         settings = report["settings"].items()
-        rows.append(("settings", ", ".join(f"{name} {_plain(value)}" for name, value in settings if name != "sizes")))
+        rows.append(("settings", ", ".join(f"{name} {plain(value)}" for name, value in settings if name != "sizes")))
         sizes = report["settings"]["sizes"]
         rows.append(("sizes", ", ".join(f"{width}*{height}" for width, height in sizes)))
-    if report["note"]:
-        rows.append(("note", report["note"]))
+    rows += [(name, report[name]) for name in ("note", "licence", "use") if report[name]]
     rows += [("warning", warning) for warning in (coverage or {}).get("warnings", ())]
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in rows)])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(_plain(v) for v in value)
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _bake(args: argparse.Namespace) -> int:
@@ -163,21 +107,20 @@ def _bake(args: argparse.Namespace) -> int:
 
     from lightning.bake import bake
 
-    experts = list(names.EXPERTS[args.task])
-    choices: list[tuple[str, Path, float]] = []
-    if args.lora_dir:
-        given = [_number(part) for part in args.lora_strength.split(",")]
-        strengths = [strength for strength in given if strength is not None]
-        if len(strengths) < len(given) or len(strengths) > len(experts):
-            allowed = "HIGH[,LOW]" if len(experts) > 1 else "one number"
-            raise LoraError(f"--lora_strength {args.lora_strength}: {args.task} takes {allowed}, such as 0.8")
-        for expert, file in files_of(args.lora_dir, experts).items():
-            choices.append((expert, file, strengths[-1] if expert == "low" else strengths[0]))
-    for text in args.lora:
-        choices += _choices(text, experts)
-    loras: dict[str, list[Lora]] = {expert: [] for expert in experts}
-    for expert, path, strength in choices:
-        loras[expert].append(Lora.open(path, strength, args.lora_alpha, expert))
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+        raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
+    chosen = choose_loras(names.EXPERTS[args.task].keys(), args.lora_dir, args.lora_strength, args.lora)
+    loras: dict[str, list[Lora]] = {expert: [] for expert in names.EXPERTS[args.task]}
+    for choice in chosen.loras:
+        try:
+            loras[choice.expert].append(Lora.open(choice.path, choice.strength, args.lora_alpha, choice.expert))
+        except LoraError as e:
+            chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
+    release = _settings_kept(args, chosen)
+    if chosen.problems:
+        raise LoraError(chosen.problems)
+    for warning in chosen.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     bake(
         args.task,
         args.ckpt_dir,
@@ -185,32 +128,51 @@ def _bake(args: argparse.Namespace) -> int:
         args.out,
         dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
         allow_partial=args.lora_allow_partial,
+        release=release,
+        layout=args.layout,
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
 
 
-def _choices(text: str, experts: Sequence[str]) -> list[tuple[str, Path, float]]:
-    """`[EXPERT=]PATH[:STRENGTH]`; without an expert the one the file is named after, else every expert."""
-    expert, equals, rest = text.partition("=")
-    if not equals or expert not in ("high", "low", "model"):
-        expert, rest = "", text
-    if expert and expert not in experts:
-        raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    path, _, tail = rest.rpartition(":")
-    strength = None if Path(rest).exists() else _number(tail)  # a colon may be part of the name, or a drive's
-    if strength is None:
-        path, strength = rest, 1.0
-    named = expert_of(Path(path).name)
-    chosen = [expert] if expert else [name for name in experts if named not in experts or name == named]
-    return [(name, Path(path), strength) for name in chosen]
+def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
+    """What the result is to be sampled with: its release's settings, and what was given on top of them."""
+    changes: dict[str, Any] = {}
+    for name, low, high in (("steps", 1, 1000), ("shift", 0.01, 100.0)):
+        value = getattr(args, f"sample_{name}")
+        if value is not None:
+            changes |= {name: value, "timesteps": None}
+            if not low <= value <= high:
+                chosen.problems.append(f"--sample_{name} goes from {low:g} to {high:g}, not {value:g}")
+    if args.sample_guide_scale is not None:
+        numbers = [real(part) for part in args.sample_guide_scale.split(",")]
+        scales = [number for number in numbers if number is not None and 0 <= number <= 100]
+        if len(scales) != len(numbers) or len(scales) > 2:
+            chosen.problems.append(
+                f"--sample_guide_scale takes a number or LOW,HIGH, from 0 to 100, not {args.sample_guide_scale!r}"
+            )
+        else:
+            changes["guidance"] = (scales[0], scales[-1])
+    release = _release_merged(args, chosen, bool(changes))
+    return replace(release, **changes) if release else None
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _release_merged(args: argparse.Namespace, chosen: Choices, distilled: bool) -> Release | None:
+    """--preset's, else the first that a path tells; a LoRA of no known one counts as a distillation if settings were
+    given for it, or if it came as --lora_dir, as for generate.py."""
+    if args.preset:
+        release = preset(args.preset)
+        release.check_supported(f"--preset {args.preset}")
+        if args.task not in release.tasks or release.kind == "recipe":
+            chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
+        return release
+    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
+    for path in paths:
+        if found := recognise(path):
+            return found
+    return (
+        Release(paths[0].absolute().stem, (args.task,), "lora", "") if paths and (distilled or args.lora_dir) else None
+    )
 
 
 if __name__ == "__main__":

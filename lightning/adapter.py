@@ -23,12 +23,11 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
     """Put the pairs of `loras` on the linear layers of a model, in each layer's dtype and on `device`, or the layer's.
 
     The model's parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`): load the weights first.
+    LoraError for a tensor that holds NaN or Inf.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers = dict(model.named_modules())
-    plans = [
-        (lora, [d for d in lora.resolve(shapes).deltas if d.rank and len(shapes[d.target]) == 2]) for lora in loras
-    ]
+    plans = [(lora, [d for d in lora.deltas(shapes) if d.rank and len(shapes[d.target]) == 2]) for lora in loras]
     for number, (lora, deltas) in enumerate(plans):
         if not deltas:
             continue
@@ -51,7 +50,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
             assert isinstance(weight, Tensor)
             home = device or weight.device
             for part, tensor in zip(("lora_B", "lora_A"), delta.tensors, strict=True):
-                state[f"{module}.{part}.weight"] = lora.store.read(tensor).flatten(1).to(home, weight.dtype)
+                state[f"{module}.{part}.weight"] = lora.read(tensor).flatten(1).to(home, weight.dtype)
         set_peft_model_state_dict(model, state, _name(number), low_cpu_mem_usage=True)
     set_scale(model, 1.0)
 

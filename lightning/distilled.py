@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.adapter_settings import PEFT_WEIGHTS
 from lightning.errors import LoraError, TensorFileError
-from lightning.releases import recognise
-from lightning.tensorfile import Entry, TensorStore
+from lightning.releases import SPARSE, Release, preset, recognise
+from lightning.tensorfile import Entry, TensorStore, fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
 ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
+SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "boundary", "licence")  # kept by `bake`
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
 MARKER = "scaled_fp8"
 FLOATS = ("F32", "F16", "BF16")
@@ -63,17 +65,23 @@ def open_expert(path: Path) -> ExpertStore:
 
     Raises TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
     """
+    if release := recognise(path):
+        release.check_supported(f"--expert {path}")
     raw = TensorStore.open(path)
-    stored = {_plain(name): entry for name, entry in raw.items()}
+    if any(".proj_l." in name for name in raw):
+        raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
     if not holds_expert(raw):
         raise LoraError(f"--expert {path}: not a full expert, {A_WEIGHT} is missing (a LoRA goes to --lora)")
-    stored.pop(MARKER, None)
+    stored: dict[str, Entry] = {}
     scales: dict[str, Entry] = {}
-    for name in list(stored):
-        if name.endswith(ACTIVATION_SCALES):
-            del stored[name]
-        elif name.endswith(SCALES):
-            scales[f"{name.rpartition('.')[0]}.weight"] = stored.pop(name)
+    for raw_name, entry in raw.items():
+        name, into = _plain(raw_name), stored
+        if name == MARKER or name.endswith(ACTIVATION_SCALES):
+            continue
+        if name.endswith(SCALES):
+            name, into = f"{name.rpartition('.')[0]}.weight", scales
+        if into.setdefault(name, entry) is not entry:
+            raise LoraError(f"--expert {path}: {raw_name} says again, in another spelling, what another tensor says")
     problems = [problem for name in {*stored, *scales} if (problem := _problem(name, stored, scales))]
     if problems:
         raise LoraError(
@@ -105,24 +113,59 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "shards" in record else None
 
 
-def distilled_twice(base: Path, lora_file: Path) -> str | None:
-    """Why this LoRA must not go onto `base`, if both are distillations; None if nothing says so.
+def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> str | None:
+    """Why this LoRA must not go onto `base`: it is in it already, or both are distillations. None if nothing says so.
 
-    base: a full expert file, or a checkpoint folder, which may have a distillation baked in.
+    base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
     """
-    before, lora = distilled_with(base), recognise(lora_file)
-    if not before or lora is None:
+    if merged := _merged_before(base, lora_file, expert):
+        return f"{base} has the LoRA {lora_file} merged in already, as {merged}"
+    before, lora = release_in(base), recognise(lora_file)
+    if before is None or lora is None:
         return None
-    return f"{base} is distilled already ({', '.join(before)}); the LoRA {lora_file} ({lora.name}) would do it again"
+    return f"{base} is distilled already ({before.name}); the LoRA {lora_file} ({lora.name}) would do it again"
 
 
-def distilled_with(base: Path) -> list[str]:
-    """Names of the releases in these weights."""
-    if base.is_dir():
-        given = (record_of(base) or {}).get("loras", {})
-        return sorted({lora["release"] for loras in given.values() for lora in loras} - {None})
-    release = recognise(base)
-    return [release.name] if release and is_full_expert(base) else []
+def release_in(base: Path) -> Release | None:
+    """The distillation in these weights, with its settings; None for weights that nothing says it of.
+
+    base: a full expert file, or a checkpoint folder: a baked one keeps the settings in its record, others may be named
+    after a release (`FastVideo/FastWan2.2-TI2V-5B-...`, which is a hub id as well).
+    """
+    if record := record_of(base):
+        return _release_from(record)
+    release = recognise(base) if base.is_file() else recognise(Path(base.absolute().name))
+    if release is None or release.kind != "full" or (base.is_file() and not is_full_expert(base)):
+        return None
+    return release
+
+
+def release_record(release: Release | None) -> dict[str, Any] | None:
+    """What `bake` writes down of the settings that its result is made for."""
+    return None if release is None else {name: getattr(release, name) for name in SETTINGS}
+
+
+def _release_from(record: dict[str, Any]) -> Release | None:
+    if "release" in record:
+        kept = record["release"]
+        if kept is None:
+            return None
+        kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+        return Release(tasks=(record["task"],), kind="full", source="bake", **kept)
+    # written before settings were kept
+    names = {lora["release"] for loras in record["loras"].values() for lora in loras} - {None}
+    return preset(min(names)) if names else None
+
+
+def _merged_before(base: Path, lora_file: Path, expert: str | None) -> str | None:
+    """The path from which this LoRA was merged into the checkpoint's expert (None: into any), None if it was not."""
+    record = record_of(base) or {"loras": {}}
+    file = lora_file / PEFT_WEIGHTS if lora_file.is_dir() else lora_file
+    for name, loras in record["loras"].items():
+        for lora in loras if expert in (None, name) else ():
+            if lora.get("fingerprint") and lora["fingerprint"] == fingerprint(file):
+                return str(lora["path"])
+    return None
 
 
 def _plain(name: str) -> str:

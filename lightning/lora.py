@@ -8,22 +8,23 @@ Everything here works on headers (names, shapes, dtypes) and the few bytes of th
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning import names
+from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS, AdapterSettings, settings_of
 from lightning.errors import LoraError, TensorFileError
-from lightning.match import Resolved, resolve
+from lightning.match import Delta, Resolved, resolve
 from lightning.releases import Release, recognise
 from lightning.tensorfile import TensorStore
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ALTERED_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT initialisations whose LoRA belongs to a changed base
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RELEASED_FILES = {
     "high": "high_noise_model.safetensors",
     "low": "low_noise_model.safetensors",
@@ -44,7 +45,7 @@ class Lora:
     store: TensorStore
     keys: Mapping[str, names.Key]  # by tensor name, where a LoRA family explains the name
     alphas: Mapping[str, float]  # by tensor name
-    config: Mapping[str, Any]  # PEFT's settings where the file comes with them
+    settings: AdapterSettings | None  # PEFT's, where the file comes with them
     default_alpha: float | None
     release: Release | None
     expert: str | None
@@ -58,7 +59,10 @@ class Lora:
             raise LoraError(f"LoRA {path}: the strength must be a finite number, not {strength}")
         if default_alpha is not None and not (math.isfinite(default_alpha) and default_alpha > 0):
             raise LoraError(f"LoRA {path}: alpha must be a number above 0, not {default_alpha}")
-        config, file = (_peft_folder(path), path / PEFT_WEIGHTS) if path.is_dir() else ({}, path)
+        if path.is_dir() and not (path / PEFT_CONFIG).is_file():
+            held = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no safetensors file"
+            raise LoraError(f"LoRA {path} is a folder without {PEFT_CONFIG}; name one file (it holds {held})")
+        file = path / PEFT_WEIGHTS if path.is_dir() else path
         if not file.is_file():
             raise LoraError(f"LoRA {file}: no such file")
         try:
@@ -69,8 +73,8 @@ class Lora:
             raise LoraError(f"LoRA {e}") from e
         if bad := [name for name, alpha in alphas.items() if not math.isfinite(alpha) or alpha == 0]:
             raise LoraError(f"LoRA {file}: {bad[0]} is {alphas[bad[0]]}, which is no usable alpha")
-        config = config or _diffusers_config(file, store.metadata, expert)
-        return cls(path, strength, store, keys, alphas, config, default_alpha, recognise(path), expert)
+        settings = settings_of(file, store.metadata, expert)
+        return cls(path, strength, store, keys, alphas, settings, default_alpha, recognise(path), expert)
 
     @property
     def assumed_alpha(self) -> float | None:
@@ -83,16 +87,30 @@ class Lora:
         """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank."""
         if alpha_name is not None:
             return self.alphas[alpha_name] / rank
-        if self.config:
-            patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
-            fitting = (a for pattern, a in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", stem))
-            alpha = float(next(fitting, self.config.get("lora_alpha", 8)))  # 8 is PEFT's own default
-            return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        if self.settings is not None:
+            return self.settings.scale(stem, rank)
         return 1.0 if self.assumed_alpha is None else self.assumed_alpha / rank
 
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
         """Where every tensor goes in a model with these parameters."""
         return resolve(self.store, self.keys, self.scale, shapes, self.expert)
+
+    def deltas(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
+        """What it adds to a model with these parameters; LoraError if something in it does not fit."""
+        found = self.resolve(shapes)
+        if found.conflicts:
+            name, reason = next(iter(found.conflicts.items()))
+            raise LoraError(f"LoRA {self.path}: {name} {reason}")
+        return found.deltas
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or these rows of it, in a dtype that can be calculated with. LoraError if it holds NaN or Inf."""
+        tensor = self.store.read(name, rows)
+        if tensor.dtype.itemsize == 1:  # float8, whose numbers float32 has too
+            tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise LoraError(f"LoRA {self.path}: tensor {name} holds NaN or Inf")
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -161,14 +179,14 @@ def check(
     )
 
 
-def files_of(lora_dir: Path, experts: Sequence[str]) -> dict[str, Path]:
-    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing.
+def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
+    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing, and the flag.
 
     A released folder has one file of a fixed name for each expert. Other folders serve as well if exactly one of
     their files is named after the expert (`..._high_noise_...`, `..._LOW_...`).
     """
     if not lora_dir.is_dir():
-        raise LoraError(f"--lora_dir {lora_dir}: no such folder")
+        raise LoraError(f"{flag} {lora_dir}: no such folder")
     here = sorted(lora_dir.glob("*.safetensors"))
     files: dict[str, Path] = {}
     for expert in experts:
@@ -179,7 +197,7 @@ def files_of(lora_dir: Path, experts: Sequence[str]) -> dict[str, Path]:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
         found = ", ".join(file.name for file in here) or "no safetensors file"
-        raise LoraError(f"--lora_dir {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
+        raise LoraError(f"{flag} {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
     return files
 
 
@@ -224,7 +242,7 @@ def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]]
         warnings.append(f"LoRA {lora.path} changes {len(reached)} of the {len(layers)} layers that its release changes")
     if found.unmatched:
         warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
-    if not lora.alphas and not lora.config and lora.default_alpha is None:
+    if not lora.alphas and lora.settings is None and lora.default_alpha is None:
         warnings += _warnings_without_alpha(lora, {d.rank for d in found.deltas if d.rank})
     return warnings
 
@@ -245,47 +263,6 @@ def _warnings_without_alpha(lora: Lora, ranks: set[int]) -> list[str]:
         f"LoRA {lora.path} stores no alpha and looks like the first Lightning upload, which needs --lora_alpha 8; "
         "alpha/rank 1 is applied"
     ]
-
-
-def _peft_folder(folder: Path) -> dict[str, Any]:
-    """The settings of a folder that PEFT saved; raises LoraError if it is none, or not of plain LoRA."""
-    if not (folder / PEFT_CONFIG).is_file():
-        held = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "no safetensors file"
-        raise LoraError(f"LoRA {folder} is a folder without {PEFT_CONFIG}; name one file (it holds {held})")
-    return _plain_lora(folder / PEFT_CONFIG, (folder / PEFT_CONFIG).read_bytes())
-
-
-def _diffusers_config(file: Path, metadata: Mapping[str, str], expert: str | None) -> dict[str, Any]:
-    """PEFT's settings as diffusers stores them in a file's metadata: each name behind the component's."""
-    if "lora_adapter_metadata" not in metadata:
-        return {}
-    config = _plain_lora(file, metadata["lora_adapter_metadata"])
-    component = "transformer_2." if expert == "low" and any(k.startswith("transformer_2.") for k in config) else ""
-    component = component or "transformer."
-    return {name.removeprefix(component): value for name, value in config.items() if name.startswith(component)}
-
-
-def _plain_lora(file: Path, text: str | bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as e:
-        raise LoraError(f"LoRA {file}: the adapter settings are not JSON") from e
-    if not isinstance(config, dict):
-        raise LoraError(f"LoRA {file}: the adapter settings are not a JSON object")
-    plain = {name.rpartition(".")[2]: value for name, value in config.items()}
-    if plain.get("use_dora") or str(plain.get("peft_type") or "LORA") != "LORA":
-        kind = "DoRA" if plain.get("use_dora") else plain["peft_type"]
-        raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only plain LoRA")
-    if str(plain.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
-        raise LoraError(f"LoRA {file}: its base is not the released one ({plain['init_lora_weights']} changes it)")
-    try:
-        for pattern, alpha in {"": plain.get("lora_alpha", 8), **(plain.get("alpha_pattern") or {})}.items():
-            re.compile(pattern)
-            if not math.isfinite(alpha) or alpha == 0:
-                raise ValueError(alpha)
-    except (TypeError, ValueError, re.error) as e:
-        raise LoraError(f"LoRA {file}: lora_alpha or alpha_pattern in the adapter settings is unusable ({e})") from e
-    return config
 
 
 def _some(tensors: Sequence[str], total: int) -> str:

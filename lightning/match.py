@@ -50,6 +50,7 @@ def resolve(
     out = Resolved()
     halves = {key.expert for key in keys.values()}
     modules: dict[str, dict[str, str]] = {}  # stem -> kind -> tensor
+    spelled: dict[str, names.Key] = {}  # parameter -> the first tensor that names it
     for name in entries:
         key = keys.get(name)
         if names.UNSUPPORTED.search(name):
@@ -60,6 +61,8 @@ def resolve(
             out.ignored.append(name)
         elif (first := modules.setdefault(key.stem, {}).setdefault(key.kind, name)) != name:
             out.conflicts[name] = f"says the same as {first}"
+        elif (target := names.find(table, key.stem, key.kind)) and spelled.setdefault(target, key).stem != key.stem:
+            out.conflicts[name] = f"is for the same weight as {spelled[target].raw}, in another spelling"
     for stem, parts in modules.items():
         _module(out, stem, parts, table, entries, scale, shapes)
     out.is_full_weights = any(name.removeprefix("model.").removeprefix("diffusion_model.") in table for name in entries)

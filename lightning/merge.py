@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning.errors import LoraError
 from lightning.lora import Lora
 from lightning.match import Delta
 
@@ -34,8 +33,9 @@ class _Part:
 class Merge:
     """What the LoRAs of one expert add to a model with parameters `shapes`; call it on each weight.
 
-    Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used. The order of
-    the LoRAs does not matter, to the bit. device: where to compute and to leave the results (default: the CPU).
+    Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used, and one with
+    NaN or Inf is found when it is read (LoraError). The order of the LoRAs does not matter, to the bit.
+    device: where to compute and to leave the results (default: the CPU).
     linear_pairs=False leaves the pairs on 2-D weights out, for a model that carries them as adapters.
     """
 
@@ -51,11 +51,7 @@ class Merge:
         self.device = device or torch.device("cpu")
         self.parts: dict[str, list[_Part]] = {}
         for lora in sorted(loras, key=lambda lora: (str(lora.path), lora.strength)):
-            found = lora.resolve(shapes)
-            if found.conflicts:
-                first, reason = next(iter(found.conflicts.items()))
-                raise LoraError(f"LoRA {lora.path}: {first} {reason}")
-            for delta in found.deltas:
+            for delta in lora.deltas(shapes):
                 if lora.strength and (linear_pairs or not delta.rank or len(shapes[delta.target]) != 2):
                     self.parts.setdefault(delta.target, []).append(_Part(lora, delta))
         self._buffers: dict[str, Tensor] = {}
@@ -107,12 +103,10 @@ class Merge:
     def _load(self, part: _Part, rows: slice) -> _Term:
         """Read one delta's tensors (these rows of `up` or of the difference) in float32 onto the device."""
         lora, delta = part.lora, part.delta
-        tensors = []
-        for name, which in zip(delta.tensors, (rows, None), strict=False):
-            tensor = lora.store.read(name, which)
-            if not tensor.isfinite().all():
-                raise LoraError(f"LoRA {lora.path}: tensor {name} holds NaN or Inf")
-            tensors.append(_matrix(tensor).to(self.device, torch.float32))
+        tensors = [
+            _matrix(lora.read(name, which)).to(self.device, torch.float32)
+            for name, which in zip(delta.tensors, (rows, None), strict=False)
+        ]
         down = tensors[1] if delta.rank else None
         return _Term(tensors[0], down, delta.scale * lora.strength)
 

@@ -6,9 +6,9 @@ Guidance pairs read (low noise, high noise). The high-noise expert has the times
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.errors import LoraError
@@ -20,6 +20,9 @@ LIGHTNING = "lightx2v/Wan2.2-Lightning"
 DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
+KIJAI = "Kijai/WanVideo_comfy"
+SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
+NOT_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Release:
 
     kind: "lora", "full" (whole expert weights) or "recipe" (settings only, for any LoRA of its tasks).
     patterns: regular expressions on the last parts of a path, lower case, `_` read as `-`.
-    ranks: by expert where they are known. default_alpha: what the loader must assume where the file stores none.
+    default_alpha: what the loader must assume where the file stores none.
     timesteps: the final timesteps, where steps and shift do not give them.
     lora_steps, guidance_steps: LoRA scale and guidance by step, where they are not the same at every step.
+    licence: where it does not allow every use. refused: why this toolkit cannot run it, "" if it can.
     """
 
     name: str
@@ -38,7 +42,6 @@ class Release:
     kind: str
     source: str
     patterns: tuple[str, ...] = ()
-    ranks: Mapping[str, int] = field(default_factory=dict)
     default_alpha: float | None = None
     steps: int = 4
     shift: float = 5.0
@@ -50,6 +53,13 @@ class Release:
     lora_steps: tuple[float, ...] | None = None
     guidance_steps: tuple[float, ...] | None = None
     note: str = ""
+    licence: str = ""
+    refused: str = ""
+
+    def check_supported(self, what: str) -> None:
+        """LoraError with the reason if this release cannot be run; `what` was given."""
+        if self.refused:
+            raise LoraError(f"{what} is {self.name} ({self.source}), which this toolkit cannot run: {self.refused}")
 
 
 def recognise(path: Path) -> Release | None:
@@ -74,35 +84,79 @@ def preset(name: str) -> Release:
     raise LoraError(f"no preset {name!r}; there are {', '.join(release.name for release in RELEASES)}")
 
 
+def _at_angles(*angles: float) -> tuple[float, ...]:
+    """The timesteps 1000 sin a / (sin a + cos a) of angles between data (0) and noise (pi/2), as rCM counts them."""
+    return tuple(1000 * math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles)
+
+
 _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
-_RANK64 = {"high": 64, "low": 64}
 
 
-def _t2v(name: str, *patterns: str, source: str = LIGHTNING, **ranks: int) -> Release:
-    return Release(name, (T2V,), "lora", source, patterns, ranks or _RANK64, boundary=0.875)
+def _t2v(name: str, *patterns: str, source: str = LIGHTNING) -> Release:
+    return Release(name, (T2V,), "lora", source, patterns, boundary=0.875)
 
 
-def _i2v(name: str, *patterns: str, source: str = LIGHTNING, **ranks: int) -> Release:
-    return Release(name, (I2V,), "lora", source, patterns, ranks or _RANK64, boundary=0.900)
+def _i2v(name: str, *patterns: str, source: str = LIGHTNING) -> Release:
+    return Release(name, (I2V,), "lora", source, patterns, boundary=0.900)
+
+
+def _t2v_full(name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
+    return Release(name, (T2V,), "full", source, patterns, boundary=0.875, note=note)
 
 
 def _i2v_full(name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
     return Release(name, (I2V,), "full", source, patterns, boundary=0.900, note=note)
 
 
+def _fastwan(name: str, kind: str, source: str, *patterns: str) -> Release:
+    return Release(
+        name,
+        (TI2V,),
+        kind,
+        source,
+        patterns,
+        steps=3,
+        timesteps=(1000.0, 757.0, 522.0),
+        solver="dmd",
+        sizes=TI2V_SIZES,
+        note="trained at these three timesteps, with fresh noise after each",
+    )
+
+
+def _turbo(name: str, kind: str, source: str, pattern: str) -> Release:
+    return Release(
+        name, (TI2V,), kind, source, (pattern,), shift=1.0, solver="dmd", sizes=TI2V_SIZES, licence=NOT_COMMERCIAL
+    )
+
+
+def _refused(name: str, tasks: tuple[str, ...], source: str, pattern: str, reason: str) -> Release:
+    return Release(name, tasks, "full", source, (pattern,), refused=reason)
+
+
+_PACKED = "its weights are packed 4-bit numbers"
+_CAUSAL = "it is a causal variant, which makes a video piece by piece with another attention than Wan2.2's"
+
 # The first row that matches is the one: the more particular name stands before the more general.
 RELEASES: tuple[Release, ...] = (
+    _refused("nvfp4-sparse", (T2V, I2V), "lightx2v/Wan2.2-NVFP4-Sparse", r"nvfp4-sparse", _PACKED),
+    _refused("lightwan", (T2V, I2V), "lightx2v/LightWan2.2-A14B", r"lightwan2\.2", _PACKED),
+    _refused(
+        "turbowan-i2v",
+        (I2V,),
+        "TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
+        r"turbowan2\.2",
+        SPARSE,
+    ),
+    _refused("sfwan", (T2V,), "FastVideo/SFWan2.2", r"sfwan2\.2", _CAUSAL),
+    _refused("causalwan-i2v", (I2V,), "FastVideo/CausalWan2.2-I2V", r"causalwan2\.2", _CAUSAL),
     _t2v("t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
-    Release(
+    _t2v_full(
         "t2v-250928-dyno",
-        (T2V,),
-        "full",
-        LIGHTNING,
-        (r"t2v[^/]*250928-dyno",),
-        boundary=0.875,
+        r"t2v[^/]*250928-dyno",
+        source=LIGHTNING,
         note="a whole high-noise expert; the low-noise one is t2v-250928's LoRA",
     ),
-    _t2v("t2v-250928", r"t2v[^/]*250928", high=128, low=64),
+    _t2v("t2v-250928", r"t2v[^/]*250928"),
     _t2v("t2v-seko-v1.1", r"t2v[^/]*seko-v1\.1", r"lightning-t2v-v1\.1-a14b-4steps", r"t2v-lightx2v-4steps-lora-v1\.1"),
     _t2v("t2v-seko-v1", rf"t2v[^/]*seko-v1{_END}", r"lightning-t2v-a14b-4steps"),
     Release(
@@ -111,28 +165,32 @@ RELEASES: tuple[Release, ...] = (
         "lora",
         LIGHTNING,
         (rf"t2v-a14b-4steps-lora-rank64-v1{_END}",),
-        _RANK64,
         default_alpha=8.0,
         boundary=0.875,
         note="the first upload, without alpha in the file although 8/rank belongs to it",
     ),
     _t2v("t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
+    _t2v_full("t2v-distill-model-1217", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step-1217"),
+    _t2v_full("t2v-distill-model", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step"),
     _i2v("i2v-seko-v1", rf"i2v[^/]*seko-v1{_END}", r"lightning-i2v-a14b-4steps", rf"i2v-lightx2v-4steps-lora-v1{_END}"),
     _i2v("i2v-distill-1022", r"i2v[^/]*lora[^/]*1022", source=DISTILL_LORAS),
     _i2v("i2v-distill-1030", r"i2v[^/]*lora[^/]*1030", source=DISTILL_LORAS),
-    _i2v("i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source="Kijai/WanVideo_comfy"),
+    _i2v("i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source=KIJAI),
     _i2v("i2v-moe-distill-lora", r"moe-distill[^/]*/loras(/|$)", r"moe-distill[^/]*lora", source=MOE_DISTILL),
     _i2v_full("i2v-moe-distill", r"moe-distill", source=MOE_DISTILL),
     _i2v_full("i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
     _i2v_full("i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
     _i2v_full("i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
     Release(
-        "nvfp4-sparse",
-        (T2V, I2V),
-        "full",
-        "lightx2v/Wan2.2-NVFP4-Sparse",
-        (r"nvfp4-sparse",),
-        note="packed 4-bit weights, which this toolkit refuses",
+        "rcm-lora",
+        (T2V,),
+        "lora",
+        KIJAI,
+        (r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora"),
+        timesteps=_at_angles(math.atan(80), 1.5, 1.4, 1.0),
+        solver="dmd",
+        boundary=0.875,
+        note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one",
     ),
     Release(
         "wan2.1-t2v-lightx2v",
@@ -152,28 +210,22 @@ RELEASES: tuple[Release, ...] = (
         boundary=0.900,
         note="made for Wan2.1; one file serves both experts, its image branch is ignored",
     ),
-    Release(
-        "ti2v-fastwan",
-        (TI2V,),
-        "lora",
-        "Kijai/WanVideo_comfy",
-        (r"5b-fastwan", r"fastwan2\.2[^/]*5b"),
-        {"model": 128},
-        steps=3,
-        timesteps=(1000.0, 757.0, 522.0),
-        sizes=TI2V_SIZES,
-        note="trained at these three timesteps; some front ends run it with shift 3 instead",
+    *(
+        Release(
+            f"wan2.1-{short}-distill",
+            (task,),
+            "lora",
+            "lightx2v/Wan2.1-Distill-Loras",
+            (rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",),
+            boundary=boundary,
+            note="made for Wan2.1; one file serves both experts, the high-noise one at a strength of about 3",
+        )
+        for short, task, boundary in (("t2v", T2V, 0.875), ("i2v", I2V, 0.900))
     ),
-    Release(
-        "ti2v-turbo-lora",
-        (TI2V,),
-        "lora",
-        "Kijai/WanVideo_comfy",
-        (r"ti2v-5b-turbo-lora",),
-        {"model": 64},
-        sizes=TI2V_SIZES,
-    ),
-    Release("ti2v-turbo", (TI2V,), "full", "quanhaol/Wan2.2-TI2V-5B-Turbo", (r"ti2v-5b-turbo",), sizes=TI2V_SIZES),
+    _fastwan("ti2v-fastwan-lora", "lora", KIJAI, r"5b-fastwan[^/]*lora", r"fastwan[^/]*5b[^/]*lora"),
+    _fastwan("ti2v-fastwan", "full", "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", r"fastwan2\.2[^/]*5b"),
+    _turbo("ti2v-turbo-lora", "lora", KIJAI, r"ti2v-5b-turbo[^/]*lora"),
+    _turbo("ti2v-turbo", "full", "quanhaol/Wan2.2-TI2V-5B-Turbo", r"ti2v-5b-turbo"),
     Release(
         "motion-8",
         (T2V, I2V),

@@ -7,6 +7,7 @@ The format (huggingface/safetensors): 8 bytes header length, that many bytes of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -156,6 +157,15 @@ def _parse_index(path: Path) -> dict[str, str]:
     if wrong := [name for name in weight_map if not name.isprintable()]:
         raise TensorFileError(f"{path}: not a safetensors index, a tensor is named {wrong[0]!r:.60}")
     return weight_map
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 20)))
+        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
 class TensorStore(Mapping[str, Entry]):

@@ -31,7 +31,7 @@ ARROWS = {
     "wan.loading": {"wan.modules", "wan.configs", "wan.utils", "lightning"},
     "wan.request": {"wan.extend", "wan.configs", "wan.utils", "lightning"},
     "wan.extend": {"wan.configs", "wan.utils"},
-    "wan.modules": {"wan.configs"},
+    "wan.modules": {"wan.configs", "lightning"},
     "wan.utils": {"lightning"},
     "wan.configs": set(),
     "lightning": set(),

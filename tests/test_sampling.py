@@ -1,8 +1,10 @@
 """Schedules against the originals' numbers, the plan of steps, and the denoise loop on a closed-form field."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,11 +47,11 @@ def test_trajectories_are_the_originals(key: str) -> None:
     assert x.flatten().tolist() == GOLDEN["trajectories"][key]
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "dmd"])
 def test_explicit_timesteps_are_visited_as_given(solver: str) -> None:
     given = [1000.0, 937.5, 833.33, 625.0]
     visited = schedule_of(solver, 4, 5.0, tuple(given)).timesteps
-    assert visited == pytest.approx(given, abs=1e-3 if solver == "euler" else 1.0)
+    assert visited == pytest.approx(given, abs=1e-3 if solver in ("euler", "dmd") else 1.0)
 
 
 def test_duplicate_integer_timesteps_do_not_lead_unipc_astray() -> None:
@@ -59,6 +61,64 @@ def test_duplicate_integer_timesteps_do_not_lead_unipc_astray() -> None:
     for index in range(100):
         x = schedule.step(0.1 * x, index, x)
     assert torch.isfinite(x).all()
+
+
+def renoised(
+    x: np.ndarray, timesteps: Sequence[float], fresh: Sequence[np.ndarray], frame: np.ndarray | None
+) -> np.ndarray:
+    """The re-noising sampler in plain numpy, float64, on the field of `Waves`. fresh: the noise of each step but the
+    last. frame: put over the first latent frame before the first step and after each."""
+    sigmas = [t / 1000 for t in timesteps] + [0.0]
+    x = sigmas[0] * x
+    for index, t in enumerate(timesteps):
+        if frame is not None:
+            x[:, :1] = frame
+        clean = x - sigmas[index] * (np.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x)
+        x = clean if index == len(fresh) else (1 - sigmas[index + 1]) * clean + sigmas[index + 1] * fresh[index]
+    if frame is not None:
+        x[:, :1] = frame
+    return x
+
+
+class Waves:
+    """A nonlinear velocity field in place of the network."""
+
+    def ready(self, name: str, lora: float):
+        def network(latent, timestep, prompt, pinned):  # noqa: ARG001 - as the model is called
+            return torch.sin(3 * latent) * (0.5 + timestep / 1000) + 0.1 * latent
+
+        return network
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("timesteps", [(1000.0, 757.0, 522.0), (1000.0, 750.0, 500.0, 250.0), (987.65, 933.8), None])
+def test_renoising_is_what_its_formula_says(timesteps: tuple[float, ...] | None, pinned: bool) -> None:
+    shape = (2, 3, 4, 5)
+    expected_noise = torch.Generator().manual_seed(7)
+    noise, *fresh = [torch.randn(shape, generator=expected_noise) for _ in range(len(timesteps or "four"))]
+    frame = torch.full((2, 1, 4, 5), 0.3) if pinned else None
+    generator, drawn = torch.Generator().manual_seed(7), []
+
+    def draw(size: Sequence[int]) -> torch.Tensor:
+        drawn.append(tuple(size))
+        return torch.randn(tuple(size), generator=generator)
+
+    schedule = make_schedule(Sampling("dmd", 4, 5.0, (1.0, 1.0), timesteps), draw)
+    condition = Conditioning(Prompt(torch.tensor(1.0)), first_frame=frame)
+    found = denoise(Waves(), draw(shape), condition, schedule, plan_of(schedule.timesteps))
+    levels = timesteps or [1000 * 5 * u / (1 + 4 * u) for u in (1.0, 0.75, 0.5, 0.25)]
+    assert schedule.timesteps == pytest.approx(levels, abs=1e-3)
+    fresh_noise = [tensor.double().numpy() for tensor in fresh]
+    expected = renoised(noise.double().numpy(), levels, fresh_noise, None if frame is None else frame.numpy())
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+    assert drawn == [shape] * len(levels), "one draw to begin with, one for each step but the last"
+
+
+def test_renoising_is_not_euler() -> None:
+    x, velocity = torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5)
+    dmd = make_schedule(Sampling("dmd", 2, 1.0, (1.0, 1.0)), lambda shape: torch.zeros(tuple(shape)))
+    assert dmd.step(velocity, 0, x).unique().item() == 0.25  # (1 - 0.5) * (1 - 1 * 0.5) + 0.5 * 0
+    assert schedule_of("euler", 2, 1.0).step(velocity, 0, x).unique().item() == 0.75
 
 
 def experts_of(timesteps: list[float], boundary: float, **more: int) -> str:

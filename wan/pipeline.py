@@ -178,16 +178,20 @@ class Pipeline(ABC):
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
-        schedule = make_schedule(sampling)
+        device, noise_device = self.plan.device, self.plan.noise_device
+        generator = torch.Generator(noise_device).manual_seed(seed)
+
+        def draw(shape: Sequence[int]) -> Tensor:
+            """The generator's next numbers, the same on all processes that make this video."""
+            return self.mesh.same(torch.randn(shape, generator=generator, device=noise_device).to(device))
+
+        schedule = make_schedule(sampling, draw)
         steps = plan_steps(schedule.timesteps, sampling, self.plan.config.boundary)
         texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
         start = self.start(image, size, frames)
-        device, noise_device = self.plan.device, self.plan.noise_device
-        generator = torch.Generator(noise_device).manual_seed(seed)
-        noise = torch.randn(start.shape, generator=generator, device=noise_device).to(device)
-        noise = self.mesh.same(noise)
+        noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
         forwards = [step.expert for step in steps for _ in range(1 + step.guided)]

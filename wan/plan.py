@@ -17,6 +17,7 @@ from easydict import EasyDict
 
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
+from lightning.tensorfile import fingerprint
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
@@ -309,7 +310,7 @@ def _open_loras(
             continue
         shapes = checkpoint.experts[choice.expert][1].shapes
         base = checkpoint.expert_files.get(choice.expert, checkpoint.folder)
-        twice = distilled_twice(base, lora.path)
+        twice = distilled_twice(base, lora.path, choice.expert)
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(
@@ -327,7 +328,7 @@ def _open_loras(
 def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
     files = [file for part in checkpoint.weight_files().values() for file in part]
     files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
-    return {str(file): _fingerprint(file) for file in dict.fromkeys(files)}
+    return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
 
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool) -> dict[str, int]:
@@ -358,15 +359,6 @@ def _step_lines(steps: tuple[Step, ...]) -> list[str]:
             lines.append(f"steps {first + 1} to {last + 1} t={steps[first].timestep:.1f} to {step}")
             first = last + 1
     return lines
-
-
-def _fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
-    with path.open("rb") as file:
-        start = file.read(1 << 20)
-        size = file.seek(0, 2)
-        file.seek(max(0, size - (1 << 20)))
-        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
 def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning.schedule import TRAIN_TIMESTEPS, EulerSchedule
+from lightning.schedule import TRAIN_TIMESTEPS, Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
 from wan.modules.model import Prompt, WanModel
 from wan.request.settings import Sampling
 from wan.utils.errors import JobError
@@ -23,6 +23,7 @@ class Schedule(Protocol):
     """A solver over its timesteps, for one video: multistep solvers remember."""
 
     timesteps: list[float]
+    noise_scale: float  # what the initial noise is multiplied by
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor: ...
 
@@ -97,7 +98,7 @@ def denoise(
     JobError naming the step at which the latent stopped being finite.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
-    sample = _pin(noise, pinned)
+    sample = _pin(schedule.noise_scale * noise, pinned)
     scale = steps[0].lora
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
@@ -129,11 +130,12 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
     return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
 
 
-def make_schedule(sampling: Sampling) -> Schedule:
-    """A fresh schedule, for one video."""
+def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
+    """A fresh schedule, for one video. draw: where its noise comes from; without it there are only timesteps to see."""
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
-    if sampling.solver == "euler":
-        return EulerSchedule.spaced(steps, shift) if timesteps is None else EulerSchedule.at(timesteps)
+    if sampling.solver in ("euler", "dmd"):
+        sigmas = spaced(steps, shift) if timesteps is None else levels_at(timesteps)
+        return EulerSchedule(sigmas) if sampling.solver == "euler" else RenoisingSchedule(sigmas, draw)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
     elif sampling.solver == "unipc":
@@ -146,6 +148,8 @@ def make_schedule(sampling: Sampling) -> Schedule:
 
 class _LibrarySchedule:
     """A multistep scheduler of diffusers. Its timesteps are integers, cut down from 1000 sigma as in the original."""
+
+    noise_scale = 1.0
 
     def __init__(self, scheduler: Any) -> None:
         scheduler.set_begin_index(0)  # else it finds its place by value, and two equal timesteps lead it astray

@@ -66,7 +66,7 @@ def spelled(
     for name, (up, down) in pairs.items():
         stem = form.format(module(name))
         factor = 1.0 if alpha is not None else ALPHA / down.shape[0]
-        tensors[f"{stem}{halves[0]}"] = up * factor
+        tensors[f"{stem}{halves[0]}"] = up if factor == 1.0 else up * factor
         tensors[f"{stem}{halves[1]}"] = down.clone()
         if alpha is not None:
             tensors[f"{stem.rstrip('.')}.alpha"] = alpha.clone()

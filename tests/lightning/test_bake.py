@@ -10,14 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from lightning import bake as module
+from lightning import bake as bake_module
+from lightning import shards
 from lightning.bake import RECORD, bake
-from lightning.distilled import record_of
+from lightning.distilled import record_of, release_in
 from lightning.errors import LoraError, TensorFileError
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
+from lightning.releases import Release, preset
 from lightning.tensorfile import TensorStore
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
@@ -67,10 +70,10 @@ def test_layout_and_other_files(tmp_path: Path) -> None:
     assert all(found[name] == (source / name).read_bytes() for name in others)
     assert (tmp_path / "out" / "Wan2.1_VAE.pth").samefile(source / "Wan2.1_VAE.pth")
     index = json.loads(found[f"high_noise_model/{INDEX}"])
-    shards = sorted(set(index["weight_map"].values()))
-    assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    files = sorted(set(index["weight_map"].values()))
+    assert files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     sizes = 0
-    for shard in shards:
+    for shard in files:
         with safe_open(tmp_path / "out" / "high_noise_model" / shard, "pt") as file:  # the format's own reader
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         assert {name for name, where in index["weight_map"].items() if where == shard} == set(tensors)
@@ -120,6 +123,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    module = shards if function == "_changed" else bake_module
     original, calls = getattr(module, function), []
 
     def counted(*arguments):
@@ -133,8 +137,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("_prepare", 1), ("_merged", 1), ("_merged", 30), ("_merged", 100), ("_finish", 3), ("_write_index", 1),
-     ("_write_index", 2), ("_bring_others", 1), ("_write", 1), ("_write", 3)],
+    [("_prepare", 1), ("_changed", 1), ("_changed", 30), ("_changed", 100), ("write_shard", 3), ("write_index", 1),
+     ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
 )  # fmt: skip
 def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole")
@@ -146,13 +150,13 @@ def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatc
     partial = tmp_path / "out.partial"
     written = {file: file.stat().st_mtime_ns for file in partial.rglob("*-of-*.safetensors")}
     merged: list[str] = []
-    original = module._merged
+    original = shards._changed
 
     def count(name: str, *arguments):
         merged.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(module, "_merged", count)
+    monkeypatch.setattr(shards, "_changed", count)
     run(tmp_path / "out")
     assert not partial.exists()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -177,7 +181,7 @@ def test_killed_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Killed):
             run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "_merged", None)  # everything is there: nothing may be merged again
+    monkeypatch.setattr(shards, "_changed", None)  # everything is there: nothing may be merged again
     run(tmp_path / "out")
     assert record_of(tmp_path / "out")
 
@@ -230,19 +234,61 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(bake_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(LoraError, match=r"--out needs 0\.0 GB, the disk of .* has 0\.0 GB free"):
         run(tmp_path / "out")
 
 
+def renamed(folder: Path, change: float = 0.0) -> Path:
+    """The small LoRA's release folder under another name; with other content if `change` is not 0."""
+    folder.mkdir()
+    for file in lora_dir("t2v-A14B").iterdir():
+        write(folder / file.name, {name: tensor + change for name, tensor in load_file(file).items()})
+    return folder
+
+
 def test_a_baked_checkpoint_is_not_distilled_again(tmp_path: Path) -> None:
-    folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-    folder.symlink_to(lora_dir("t2v-A14B"), target_is_directory=True)
-    run(tmp_path / "once", loras=loras_of("t2v-A14B", folder))
+    folder = renamed(tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1")
+    once, other = tmp_path / "once", renamed(tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1", 0.1)
+    run(once, loras=loras_of("t2v-A14B", folder), release=preset("t2v-seko-v1.1"))
     with pytest.raises(LoraError, match=r"once is distilled already \(t2v-seko-v1\.1\); the LoRA .* would do it again"):
-        run(tmp_path / "twice", ckpt_dir=tmp_path / "once", loras=loras_of("t2v-A14B", folder))
-    run(tmp_path / "style", ckpt_dir=tmp_path / "once")  # a LoRA of no known release may follow
-    assert record_of(tmp_path / "style")
+        run(tmp_path / "twice", ckpt_dir=once, loras=loras_of("t2v-A14B", other))
+    run(tmp_path / "forced", ckpt_dir=once, loras=loras_of("t2v-A14B", other), allow_partial=True)
+    run(tmp_path / "style", ckpt_dir=once, loras=loras_of("t2v-A14B", renamed(tmp_path / "style-lora", 0.2)))
+    record = record_of(tmp_path / "style")
+    assert record is not None
+    assert [lora["release"] for lora in record["loras"]["high"]] == ["t2v-seko-v1.1", None]
+    assert release_in(tmp_path / "style") == release_in(once)
+
+
+def test_the_same_lora_under_another_name_is_not_merged_twice(tmp_path: Path) -> None:
+    first, second = renamed(tmp_path / "mine"), renamed(tmp_path / "copy")
+    once = tmp_path / "once"
+    run(once, loras={"high": loras_of("t2v-A14B", first)["high"], "low": []})
+    with pytest.raises(LoraError, match=r"once has the LoRA \S*copy\S* merged in already, as \S*mine.*allow_partial"):
+        run(tmp_path / "twice", ckpt_dir=once, loras=loras_of("t2v-A14B", second))
+    run(tmp_path / "low", ckpt_dir=once, loras={"high": [], "low": loras_of("t2v-A14B", second)["low"]})
+    record = record_of(tmp_path / "low")
+    assert record is not None
+    assert [len(record["loras"][expert]) for expert in ("high", "low")] == [1, 1]
+
+
+def test_settings_of_the_result_are_kept(tmp_path: Path) -> None:
+    release = Release("mine", ("t2v-A14B",), "lora", "", steps=6, shift=7.0, guidance=(1.5, 2.0), solver="dmd")
+    run(tmp_path / "out", release=release)
+    found = release_in(tmp_path / "out")
+    assert found is not None
+    assert (found.name, found.steps, found.shift, found.guidance) == ("mine", 6, 7.0, (1.5, 2.0))
+    run(tmp_path / "style")
+    assert release_in(tmp_path / "style") is None
+
+
+def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    wrong = write(tmp_path / "style.safetensors", {"blocks.9.ffn.0.diff_b": torch.ones(80)})
+    bad = write(tmp_path / "bad.safetensors", {"blocks.0.ffn.0.diff_b": torch.ones(81)})
+    with pytest.raises(LoraError) as caught:
+        run(tmp_path / "out", loras={"high": [Lora.open(wrong), Lora.open(bad)], "low": []})
+    assert len(caught.value.problems) == 2
 
 
 def test_a_broken_base_is_named(tmp_path: Path) -> None:

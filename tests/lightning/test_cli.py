@@ -1,5 +1,6 @@
 """`python -m lightning`: what it prints, its exit codes, and that inspecting needs no torch."""
 
+import dataclasses
 import json
 import struct
 import subprocess
@@ -15,6 +16,10 @@ from lightning.distilled import record_of
 from lightning.names import released_shapes
 from tests.lightning.support import STORED, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
+from wan.plan import preflight
+from wan.request.resolve import resolve
+from wan.request.settings import Request
+from wan.utils.errors import InputError
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 ROOT = Path(__file__).parents[2]
@@ -32,8 +37,10 @@ def release(tmp_path: Path) -> Path:
 
 
 def test_inspect_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(release(tmp_path))]) == 0
-    first, second = capsys.readouterr().out.split("\n\n")
+    folder = release(tmp_path)
+    assert main(["inspect", str(folder)]) == 0
+    first, second, use = capsys.readouterr().out.split("\n\n")
+    assert use == f"{folder} is a release: generate.py --task t2v-A14B --lora_dir {folder}\n"
     assert second.startswith(str(tmp_path / FOLDER / "low_noise_model.safetensors"))
     for line in (
         "kind      LoRA, F32/I64, 1.23 GB",
@@ -96,10 +103,46 @@ def test_inspect_a_sharded_expert(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "fits      t2v-A14B" in out
 
 
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+def test_inspect_by_a_checkpoint_of_other_sizes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lora, ckpt_dir = str(lora_dir(task)), str(checkpoint(task))
+    assert main(["inspect", lora, "--ckpt_dir", ckpt_dir]) == 0
+    shown = capsys.readouterr().out
+    files = 1 if task == "ti2v-5B" else 2
+    assert shown.count("20/20 pairs, alpha/rank 0.5, 0 unmatched") == files
+    assert shown.count(f"fits      {task}") == files
+    assert f"{lora} is a release: generate.py --task {task} --lora_dir {lora}" in shown
+    assert main(["inspect", lora]) == 2
+    assert "(--ckpt_dir judges by a checkpoint of other sizes)" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_whole_folder_is_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, lora = str(checkpoint("t2v-A14B")), str(lora_dir("t2v-A14B"))
+    for layout in ("released", "diffusers"):
+        arguments = ["--task", "t2v-A14B", "--ckpt_dir", source, "--lora_dir", lora, "--layout", layout]
+        assert main(["bake", *arguments, "--out", str(tmp_path / layout)]) == 0
+    assert main(["inspect", source, "--ckpt_dir", source]) == 0
+    assert f"{source} is a checkpoint: generate.py --task t2v-A14B --ckpt_dir {source}" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "released"), "--ckpt_dir", source]) == 0
+    shown = capsys.readouterr().out
+    assert "merged into it: " in shown
+    assert "it is sampled as lora-t2v: steps 4, solver euler, shift 5, guidance 1/1" in shown
+    assert main(["inspect", str(tmp_path / "diffusers")]) == 0
+    assert "is a checkpoint in diffusers' layout" in capsys.readouterr().out
+
+
+def test_inspect_of_what_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "TurboWan2.2-I2V-A14B-high-720P.safetensors"
+    sparse(file, {"blocks.0.self_attn.q.weight": ("BF16", (4, 4))})
+    assert main(["inspect", str(file)]) == 2
+    assert "sparse linear attention" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["inspect", "absent"], "error: absent: no such file or folder"),
+        (["inspect", ".", "--ckpt_dir", "."], "error: --ckpt_dir . holds no diffusion_pytorch_model"),
         (["inspect", "."], "error: .: no safetensors file in this folder"),
         (["inspect", "cut.safetensors"], "error: cut.safetensors: not a safetensors file, or cut off"),
         (["inspect", "small.safetensors"], "20 of 60 tensors do not fit the model"),
@@ -109,7 +152,7 @@ def test_inspect_a_sharded_expert(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (
             ["bake", "--lora", "a:b", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
-            "error: LoRA a:b: no such file",
+            "error: --lora a:b: no such file",
         ),
         (
             ["bake", "--lora", "model=a", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
@@ -117,25 +160,9 @@ def test_inspect_a_sharded_expert(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (
             ["bake", "--lora", "a", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "../x"],
-            "error: LoRA a: no such file",
+            "error: --lora a: no such file",
         ),
         (["bake", "--lora_dir", "a", "--task", "ti2v-5B", "--ckpt_dir", ".", "--out", "../x"], "--lora_dir a: no such"),
-        (
-            [
-                "bake",
-                "--lora_dir",
-                "a",
-                "--lora_strength",
-                "1,2",
-                "--task",
-                "ti2v-5B",
-                "--ckpt_dir",
-                ".",
-                "--out",
-                "../x",
-            ],
-            "--lora_strength 1,2: ti2v-5B takes one number, such as 0.8",
-        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -167,6 +194,54 @@ def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [lora["strength"] for lora in record["loras"]["low"]] == [0.5, 0.25, 1.0]
     assert main(["bake", *arguments, *loras]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_unrecognised_lora_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, lora = tmp_path / "out", str(lora_dir("t2v-A14B"))
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(out)]
+    assert main(["bake", *arguments, "--lora_dir", lora, "--sample_steps", "6", "--sample_guide_scale", "1,1.5"]) == 0
+    request = Request(task="t2v-A14B", ckpt_dir=str(out), prompt="a cat", size="64*64", frame_num=5)
+    settings = resolve(request).settings
+    assert (settings.preset, settings.steps, settings.solver, settings.shift) == ("lora-t2v", 6, "euler", 5.0)
+    assert settings.guidance == (1.0, 1.5)
+    with pytest.raises(InputError, match=r"has the LoRA \S+ merged in already.*; --lora_allow_partial does it all"):
+        preflight(resolve(dataclasses.replace(request, lora_dir=lora)))
+    again = ["--task", "t2v-A14B", "--ckpt_dir", str(out), "--out", str(tmp_path / "again"), "--lora_dir", lora]
+    assert main(["bake", *again]) == 2
+    assert capsys.readouterr().err.count("merged in already") == 2
+
+
+def test_a_style_leaves_the_checkpoint_what_it_is(tmp_path: Path) -> None:
+    style = write(tmp_path / "style.safetensors", spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED))
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
+    assert main(["bake", *arguments, "--lora", str(style)]) == 0
+    settings = resolve(Request(task="t2v-A14B", ckpt_dir=str(tmp_path / "out"), prompt="a cat")).settings
+    assert (settings.steps, settings.solver, settings.guidance) == (40, "unipc", (3.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--sample_steps", "0"], "--sample_steps goes from 1 to 1000, not 0"),
+        (["--sample_shift", "nan"], "--sample_shift goes from 0.01 to 100, not nan"),
+        (["--sample_guide_scale", "1,2,3"], "takes a number or LOW,HIGH, from 0 to 100, not '1,2,3'"),
+        (["--sample_guide_scale", "x"], "takes a number or LOW,HIGH"),
+        (["--preset", "seko"], "no preset 'seko'"),
+        (["--preset", "ti2v-turbo"], "--preset ti2v-turbo is not a distillation of t2v-A14B"),
+        (["--preset", "motion-8"], "--preset motion-8 is not a distillation of t2v-A14B"),
+        (["--preset", "lightwan"], "packed 4-bit"),
+        (["--lora_alpha", "nan"], "--lora_alpha must be a number above 0, not nan"),
+    ],
+)
+def test_bad_settings_of_a_bake(
+    flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
+    assert main(["bake", *arguments, "--lora_dir", str(lora_dir("t2v-A14B")), *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,20 @@ def test_other_quantised_forms_are_refused(changes: dict[str, Tensor], sentence:
         open_expert(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {f"diffusion_model.{Q}.weight": torch.zeros(64, 64)},
+        {f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8)}
+        | {f"{Q}{name}": torch.ones(1) for name in (".weight_scale", ".scale_weight")},
+    ],
+)
+def test_one_tensor_in_two_spellings_is_refused(changes: dict[str, Tensor], tmp_path: Path) -> None:
+    path = write(tmp_path / "expert.safetensors", weights() | changes)
+    with pytest.raises(LoraError, match=r"self_attn\.q\.\S+ says again, in another spelling"):
+        open_expert(path)
+
+
 def test_what_is_no_expert(tmp_path: Path) -> None:
     lora = lora_dir("t2v-A14B") / "high_noise_model.safetensors"
     with pytest.raises(LoraError, match=r"not a full expert, .* is missing \(a LoRA goes to --lora\)"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from benchmarks.sparse import sparse
 from lightning import names
+from lightning.adapter import add_adapters
 from lightning.errors import LoraError
 from lightning.lora import Lora, check, expert_of, files_of
+from lightning.merge import Merge
 from tests.lightning.support import (
     ALPHA,
     FAMILIES,
@@ -20,8 +23,10 @@ from tests.lightning.support import (
     base,
     diffusers_module,
     family,
+    kohya,
     lora_of,
     merged,
+    module_tree,
     plain,
     small_pairs,
     spelled,
@@ -318,6 +323,65 @@ def test_refusals(changes: dict[str, Tensor | None], sentence: str, tmp_path: Pa
     with pytest.raises(LoraError, match=sentence) as caught:
         check(lora, SHAPES)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments", "sentence"),
+    [
+        ("lora_unet_{}.", {"module": kohya}, "20 of 60 tensors .* is for the same weight as .*, in another spelling"),
+        ("transformer.{}.", {"module": diffusers_module}, "40 of 100 tensors .* is for the same weight as"),
+        ("{}.", {}, "40 of 100 .* says the same as"),
+        ("diffusion_model.{}.", {"halves": ("lora_B.weight", "lora_A.weight")}, "40 of 100 .* says the same as"),
+    ],
+)
+def test_one_module_in_two_spellings(form: str, arguments: dict, sentence: str, tmp_path: Path) -> None:
+    again = {n: t for n, t in spelled(small_pairs(), form, alpha=STORED, **arguments).items() if "alpha" not in n}
+    if "lora_unet" in form:  # only the alphas are kohya's
+        again = {n: t for n, t in spelled(small_pairs(), form, alpha=STORED, **arguments).items() if "alpha" in n}
+    first = {n: t for n, t in lightning_tensors().items() if "lora_unet" not in form or "alpha" not in n}
+    lora = lora_of(tmp_path, first | again)
+    with pytest.raises(LoraError, match=sentence):
+        check(lora, SHAPES)
+    with pytest.raises(LoraError, match=r"says the same as|in another spelling"):
+        Merge([lora], SHAPES)
+    with pytest.raises(LoraError, match=r"says the same as|in another spelling"):
+        add_adapters(module_tree(base()), [lora])
+
+
+def test_a_modulation_in_two_spellings(tmp_path: Path) -> None:
+    twice = {"blocks.0.diff_m": torch.ones(1, 6, 64), "blocks.0.modulation.diff": torch.ones(1, 6, 64)}
+    with pytest.raises(LoraError, match=r"blocks\.0\..* is for the same weight as blocks\.0\..*, in another spelling"):
+        check(lora_of(tmp_path, twice), SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    pairs = {module: (up.to(dtype), down.to(dtype)) for module, (up, down) in small_pairs().items()}
+    tensors = {n: t for n, t in spelled(pairs, "diffusion_model.{}.", alpha=STORED).items() if "alpha" not in n}
+    lora = lora_of(tmp_path, tensors)
+    found, store = merged(lora), base()
+    for module, (up, down) in pairs.items():
+        assert torch.equal(found[f"{module}.weight"], plain(store.read(f"{module}.weight"), up, down, 1.0))
+    model = module_tree(store)
+    add_adapters(model, [lora])
+    for module, (up, down) in pairs.items():
+        layer = model.get_submodule(module)
+        assert torch.equal(layer.get_delta_weight("lora_0"), up.float() @ down.float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_nan_is_found_when_loading_in_both_modes(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {n: t.to(dtype) for n, t in lightning_tensors().items() if "alpha" not in n}
+    last = list(tensors)[-1]
+    as_float = tensors[last].float()
+    as_float[0, 0] = value
+    lora = lora_of(tmp_path, tensors | {last: as_float.to(dtype)})
+    sentence = f"LoRA .*lora.safetensors: tensor {re.escape(last)} holds NaN or Inf"
+    with pytest.raises(LoraError, match=sentence):
+        merged(lora)
+    with pytest.raises(LoraError, match=sentence):
+        add_adapters(module_tree(base()), [lora])
 
 
 def test_nothing_matches(tmp_path: Path) -> None:

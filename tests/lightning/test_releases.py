@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning.errors import LoraError
+from lightning.distilled import open_expert
+from lightning.errors import InputError, LoraError
 from lightning.releases import A14B_SIZES, RELEASES, TI2V_SIZES, preset, recognise
-from lightning.schedule import EulerSchedule
+from lightning.schedule import EulerSchedule, RenoisingSchedule, levels_at, spaced
+from tests.support import TINY
+from wan.request.resolve import resolve
+from wan.request.settings import Request
 
 LIGHTNING = "Wan2.2-Lightning"
 
@@ -41,7 +45,19 @@ LIGHTNING = "Wan2.2-Lightning"
         ),
         ("lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors", "wan2.1-t2v-lightx2v"),
         ("lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors", "wan2.1-i2v-lightx2v"),
-        ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "ti2v-fastwan"),
+        ("Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "ti2v-fastwan-lora"),
+        ("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", "ti2v-fastwan"),
+        ("TurboWan2.2-I2V-A14B-720P/TurboWan2.2-I2V-A14B-high-720P-quant.pth", "turbowan-i2v"),
+        ("LoRAs/rCM/Wan_2_1_T2V_14B_480p_rCM_lora_average_rank_83_bf16.safetensors", "rcm-lora"),
+        ("lightx2v/LightWan2.2-A14B/t2v/high_noise_model.safetensors", "lightwan"),
+        ("Wan2.2-NVFP4-Sparse/wan2.2_i2v_A14b_high_noise_nvfp4.safetensors", "nvfp4-sparse"),
+        ("FastVideo/SFWan2.2-T2V-A14B-Preview-Diffusers", "sfwan"),
+        ("FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers", "causalwan-i2v"),
+        ("wan2.2_t2v_A14b_high_noise_lightx2v_4step.safetensors", "t2v-distill-model"),
+        ("wan2.2_t2v_A14b_low_noise_scaled_fp8_e4m3_lightx2v_4step_1217.safetensors", "t2v-distill-model-1217"),
+        ("wan2.2_t2v_A14b_low_noise_int8_lightx2v_4step.safetensors", "t2v-distill-model"),
+        ("wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors", "wan2.1-t2v-distill"),
+        ("wan2.1_i2v_14b_lora_rank64_lightx2v_4step.safetensors", "wan2.1-i2v-distill"),
         ("Wan22_TI2V_5B_Turbo_lora_rank_64_fp16.safetensors", "ti2v-turbo-lora"),
         ("Wan2.2-TI2V-5B-Turbo/model.safetensors", "ti2v-turbo"),
         (
@@ -71,9 +87,13 @@ def test_settings_are_complete_and_sane() -> None:
     assert len({release.name for release in RELEASES}) == len(RELEASES)
     for release in RELEASES:
         assert release.name == release.name.lower()
-        assert release.solver == "euler"
+        assert release.solver in ("euler", "dmd")
+        assert release.kind in ("lora", "full", "recipe")
+        assert not (release.refused and release.kind != "full")
         assert set(release.tasks) <= {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
-        assert release.boundary in {("t2v-A14B",): (0.875,), ("i2v-A14B",): (0.9,)}.get(release.tasks, (None,))
+        assert release.refused or release.boundary in {("t2v-A14B",): (0.875,), ("i2v-A14B",): (0.9,)}.get(
+            release.tasks, (None,)
+        )
         assert release.sizes == (TI2V_SIZES if release.tasks == ("ti2v-5B",) else A14B_SIZES)
         for by_step in (release.lora_steps, release.guidance_steps, release.timesteps):
             assert by_step is None or len(by_step) == release.steps
@@ -82,8 +102,64 @@ def test_settings_are_complete_and_sane() -> None:
 def test_lightning_is_trained_at_the_schedules_timesteps() -> None:
     release = preset("t2v-seko-v1.1")
     assert (release.steps, release.shift, release.guidance) == (4, 5.0, (1.0, 1.0))
-    trained = EulerSchedule.spaced(release.steps, release.shift).timesteps
+    trained = EulerSchedule(spaced(release.steps, release.shift)).timesteps
     assert trained == pytest.approx([1000.0, 937.5, 833.3333, 625.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "timesteps"),
+    [
+        ("ti2v-fastwan", "full", (1000.0, 757.0, 522.0)),
+        ("ti2v-fastwan-lora", "lora", (1000.0, 757.0, 522.0)),
+        ("ti2v-turbo", "full", (1000.0, 750.0, 500.0, 250.0)),
+        ("ti2v-turbo-lora", "lora", (1000.0, 750.0, 500.0, 250.0)),
+        ("rcm-lora", "lora", (987.654, 933.784, 852.895, 608.98)),
+    ],
+)
+def test_releases_that_are_sampled_with_fresh_noise(name: str, kind: str, timesteps: tuple[float, ...]) -> None:
+    release = preset(name)
+    levels = levels_at(release.timesteps) if release.timesteps else spaced(release.steps, release.shift)
+    assert (release.solver, release.kind, release.guidance) == ("dmd", kind, (1.0, 1.0))
+    assert RenoisingSchedule(levels, None).timesteps == pytest.approx(timesteps, abs=1e-2)
+    assert ("NC" in release.licence) == ("turbo" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("TurboWan2.2-I2V-A14B-high-720P.pth", "sparse linear attention"),
+        ("Wan2.2-NVFP4-Sparse/high_noise.safetensors", "packed 4-bit"),
+        ("LightWan2.2-A14B/high_noise.safetensors", "packed 4-bit"),
+        ("CausalWan2.2-I2V-A14B-Preview-Diffusers/high_noise.safetensors", "causal variant"),
+        ("SFWan2.2-T2V-A14B/high_noise.safetensors", "causal variant"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(LoraError, match=reason):
+        open_expert(path)
+    task = "i2v-A14B" if "I2V" in name else "t2v-A14B"
+    folder = path.parent if path.parent != tmp_path else path
+    folder.mkdir()
+    request = Request(task=task, ckpt_dir=str(folder), prompt="x", image=str(TINY / "input.png"))
+    with pytest.raises(InputError, match=reason):
+        resolve(request)
+
+
+def test_settings_of_a_checkpoint_named_after_a_release(tmp_path: Path) -> None:
+    folder = tmp_path / "FastWan2.2-TI2V-5B-FullAttn-Diffusers"
+    folder.mkdir()
+    settings = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x")).settings
+    assert (settings.preset, settings.solver, settings.timesteps) == ("ti2v-fastwan", "dmd", (1000.0, 757.0, 522.0))
+    turbo = tmp_path / "Wan2.2-TI2V-5B-Turbo"
+    turbo.mkdir()
+    made = resolve(Request(task="ti2v-5B", ckpt_dir=str(turbo), prompt="x"))
+    assert (made.settings.solver, made.settings.steps, made.settings.shift) == ("dmd", 4, 1.0)
+    assert any("CC BY-NC-SA 4.0, not for commercial use" in warning for warning in made.warnings)
+    euler = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x", sample_solver="euler")).settings
+    assert (euler.solver, euler.steps, euler.timesteps) == ("euler", 3, None)
+    explicit = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x", timesteps="1000,500")).settings
+    assert (explicit.solver, explicit.timesteps) == ("dmd", (1000.0, 500.0))
 
 
 def test_motion_recipe() -> None:
@@ -93,5 +169,5 @@ def test_motion_recipe() -> None:
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(LoraError, match=r"no preset 'fast'; there are t2v-seko-v2\.0, .*motion-8"):
+    with pytest.raises(LoraError, match=r"no preset 'fast'; there are .*t2v-seko-v2\.0, .*motion-8"):
         preset("fast")

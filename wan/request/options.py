@@ -166,7 +166,7 @@ class Request:
         "settings of a published release; default: told from the names of the weights", into="sample_steps")
 
     sample_solver: str | None = option(SAMPLING, VIDEO, text, "SOLVER",
-        "euler, unipc or dpm++; default unipc, with a distilled weight euler", displaces=("timesteps",))
+        "euler, unipc, dpm++ or dmd; default unipc, with a distilled weight its own", displaces=("timesteps",))
     sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N", "default 40 (5B: 50), with a distilled weight 4",
         limits=(1, 1000), displaces=("timesteps",))
     sample_shift: float | None = option(SAMPLING, VIDEO, real, "S",

@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING
 
 from easydict import EasyDict
 
+from lightning.choice import LoraChoice
 from lightning.releases import Release
 from wan.request.options import Request
 from wan.request.prompts import Row
 
 if TYPE_CHECKING:
     from wan.extend.extension import ExtendSettings
-
-
-@dataclass(frozen=True)
-class LoraChoice:
-    """One LoRA file for one expert ("high", "low" or "model"), at a strength."""
-
-    expert: str
-    path: Path
-    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Weights:
 class Sampling:
     """How a video is sampled."""
 
-    solver: str  # "euler" | "unipc" | "dpm++"
+    solver: str  # "euler" | "unipc" | "dpm++" | "dmd" | "dmd"
     steps: int
     shift: float
     guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks

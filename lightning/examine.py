@@ -1,0 +1,196 @@
+"""What files and folders of weights are, and what can be done with them, from names and headers, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import names
+from lightning.adapter_settings import PEFT_CONFIG
+from lightning.distilled import holds_expert, open_expert, record_of, release_in
+from lightning.errors import InputError, LoraError
+from lightning.lora import Lora, check, expert_of, files_of
+from lightning.releases import Release, preset, recognise
+from lightning.tensorfile import INDEX_SUFFIX, TensorStore
+
+Shapes = dict[str, tuple[int, ...]]
+STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a file is judged by: the parameters of one expert, or of all that are alike (expert None)."""
+
+    task: str
+    expert: str | None
+    shapes: Shapes
+
+
+@dataclass(frozen=True)
+class Report:
+    """files: what each is, as plain data. uses: sentences about what the path as a whole is good for."""
+
+    files: list[dict[str, Any]]
+    uses: list[str]
+
+
+def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
+    """The released networks of the task or of all, or the experts of a checkpoint. LoraError if that holds none."""
+    if ckpt_dir is None:
+        return [Model(task, None, names.released_shapes(task)) for task in ([task] if task else names.NETWORKS)]
+    for layout in dict.fromkeys(tuple(experts.items()) for experts in names.EXPERTS.values()):
+        stores = {expert: open_network(ckpt_dir / where) for expert, where in layout}
+        if any(stores.values()):
+            found = {expert: store for expert, store in stores.items() if store}
+            kind = task or names.task_of(next(iter(found.values())).shapes) or "an unknown task"
+            return [Model(kind, expert, store.shapes) for expert, store in found.items()]
+    raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+
+
+def open_network(folder: Path) -> TensorStore | None:
+    """The weights of one network's folder, whole or in shards; None if there are none."""
+    for name in (f"{STEM}{INDEX_SUFFIX}", f"{STEM}.safetensors"):
+        if (folder / name).is_file():
+            return TensorStore.open(folder / name)
+    return None
+
+
+def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
+    """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
+    if (path / "model_index.json").is_file():
+        return Report([], [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"])
+    files = [path]
+    if path.is_dir() and not (path / PEFT_CONFIG).is_file():
+        folders = [path, *(path / where for where in ("high_noise_model", "low_noise_model"))]
+        files = [file for folder in folders for file in _weights_in(folder)]
+        if not files:
+            raise LoraError(f"{path}: no safetensors file in this folder")
+    reports = [_examine(file, models, alpha) for file in files]
+    return Report(reports, _uses(path, reports))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """Each index for its shards, else every file."""
+    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted(folder.glob("*.safetensors"))
+
+
+def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, Any]:
+    """Everything the header and the name tell about one file. `error`: why it fits none of the models, else None."""
+    release = recognise(file)
+    report: dict[str, Any] = {
+        "path": str(file),
+        "kind": "LoRA",
+        "release": release.name if release else None,
+        "source": release.source if release else None,
+        "settings": settings_of(release) if release else None,
+        "note": release.note if release else "",
+        "licence": release.licence if release else "",
+        "use": None,
+        "stored": [],
+        "gigabytes": 0.0,
+        "alphas": [],
+        "fits": [],
+        "coverage": None,
+        "error": None,
+    }
+    try:
+        if release:
+            release.check_supported(str(file))
+        if file.is_file() and holds_expert(store := TensorStore.open(file)):
+            report |= {"kind": "full expert", **_storage(store)}
+            shapes = store.shapes if file.name.endswith(INDEX_SUFFIX) else open_expert(file).shapes
+            report["fits"] = list(dict.fromkeys(model.task for model in models if model.shapes == shapes))
+            if not report["fits"]:
+                judged = " or ".join(dict.fromkeys(model.task for model in models))
+                report["error"] = f"{file}: names or shapes are not those of {judged}"
+            return report | {"use": _use_of_expert(file, report)}
+        lora = Lora.open(file, default_alpha=alpha)
+    except InputError as e:
+        return report | {"error": "; ".join(e.problems)}
+    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
+    errors: list[str] = []
+    named = expert_of(file.name)
+    judged_by = [model for model in models if model.expert in (None, "model", named) or named is None]
+    for model in _likely_first(judged_by, release):
+        try:
+            coverage = check(lora, model.shapes, expert=named)
+        except LoraError as e:
+            errors += e.problems
+            continue
+        report["fits"] += [model.task] if model.task not in report["fits"] else []
+        report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
+    if not report["fits"]:
+        hint = "" if any(model.expert for model in models) else " (--ckpt_dir judges by a checkpoint of other sizes)"
+        return report | {"error": errors[0] + hint}
+    return report | {"use": f"--lora {'' if named is None else f'{named}='}{file}"}
+
+
+def _use_of_expert(file: Path, report: dict[str, Any]) -> str | None:
+    """The flag that takes a single file; the shards of a checkpoint are used through its folder."""
+    if file.name.endswith(INDEX_SUFFIX) or not report["fits"]:
+        return None
+    expert = (
+        "model" if report["fits"] == ["ti2v-5B"] else expert_of(file.name) or expert_of(file.absolute().parent.name)
+    )
+    return f"--expert {expert or 'high (or low)'}={file}"
+
+
+def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
+    """What a whole folder can be given as."""
+    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
+        return []
+    fitting = [
+        set(report["fits"]).intersection(preset(report["release"]).tasks if report["release"] else names.NETWORKS)
+        for report in reports
+    ]
+    tasks = [task for task in names.NETWORKS if fitting and all(task in fits for fits in fitting)]
+    if all(report["kind"] == "full expert" for report in reports):
+        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in _whole(path, tasks)]
+        if record := record_of(path):
+            merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
+            said += [f"merged into it: {', '.join(merged)}"]
+        if release := release_in(path):
+            said += [f"it is sampled as {release.name}: {_plain_settings(release)}"]
+        return said
+    said = []
+    for task in tasks:
+        try:
+            files_of(path, names.EXPERTS[task])
+        except LoraError:
+            continue
+        said.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
+    return said
+
+
+def _whole(path: Path, tasks: list[str]) -> list[str]:
+    """The tasks that have all their experts here."""
+    return [task for task in tasks if all(_weights_in(path / where) for where in names.EXPERTS[task].values())]
+
+
+def _plain_settings(release: Release) -> str:
+    given = settings_of(release).items()
+    return ", ".join(f"{name} {plain(value)}" for name, value in given if name != "sizes")
+
+
+def _storage(store: TensorStore) -> dict[str, Any]:
+    dtypes = sorted({entry.dtype for entry in store.values()})
+    return {"stored": dtypes, "gigabytes": round(sum(entry.bytes for entry in store.values()) / 1e9, 3)}
+
+
+def _likely_first(models: list[Model], release: Release | None) -> list[Model]:
+    """The release's own tasks before the others, so that the report is about what the file was made for."""
+    return sorted(models, key=lambda model: model.task not in (release.tasks if release else ()))
+
+
+def settings_of(release: Release) -> dict[str, Any]:
+    """What it is sampled with, by name."""
+    fields = ("steps", "solver", "shift", "boundary", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
+    return {name: value for name in fields if (value := getattr(release, name)) is not None}
+
+
+def plain(value: Any) -> str:
+    """A setting for a reader: pairs with a slash between."""
+    if isinstance(value, tuple):
+        return "/".join(plain(v) for v in value)
+    return value if isinstance(value, str) else f"{value:g}"
