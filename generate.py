@@ -62,7 +62,7 @@ FLAGS: dict[str, dict[str, tuple[str, str]]] = {
     "machine": {
         "device": ("DEVICE", "auto, cuda, cuda:N, cpu or mps"),
         "dtype": ("DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32"),
-        "attention": ("NAME", "auto, sdpa, cudnn, flash2 or flash3"),
+        "attention": ("NAME", "auto, sdpa, flash, cudnn, flash2 or flash3"),
         "offload_model": ("[BOOL]", "keep idle networks in host memory; default True, under torchrun False"),
         "t5_cpu": ("", "run the text encoder on the CPU"),
         "convert_model_dtype": ("", "cast every parameter, also those kept in float32 otherwise"),

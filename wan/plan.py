@@ -136,7 +136,9 @@ def preflight(run: Run, processes: int = 1) -> Plan:
             model, _ = next(iter(checkpoint.experts.values()))
             dtype = as_dtype(plan.dtype)
             chosen = problems.attempt(lambda: choose_attention(s.attention, device, dtype, model))
-            plan.attention = chosen or ""
+            if chosen:
+                plan.attention = chosen.name
+                plan.warnings += chosen.warnings
     for job in run.jobs:
         described = problems.attempt(lambda job=job: _describe(job, s.task, config))  # type: ignore[misc]
         plan.jobs += [described] if described else []

@@ -27,7 +27,7 @@ from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import Experts
 from wan.loading.stream import as_dtype, free_memory, parameter_dtypes
-from wan.modules.attention import BACKENDS, choose
+from wan.modules.attention import BACKENDS, Choice, choose
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
@@ -106,7 +106,7 @@ class VideoTask(ABC):
             raise InputError(conflicts)
         ulysses = self.runtime.team.size if use_sp else ulysses_size
         self.layout = layout_for(self.runtime, device, first.num_heads, ulysses, ring_size, dit_fsdp or t5_fsdp)
-        self.attention = choose_attention(attention, device, self.dtype, first)
+        self.attention = choose_attention(attention, device, self.dtype, first).name
         self._contexts: dict[str, Tensor] = {}
 
     @cached_property
@@ -267,8 +267,8 @@ class VideoTask(ABC):
         return torch.cat(chunks, dim=1) if chunks else None
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> str:
-    """The attention back end to use, by name; "auto" is the fastest here. InputError if `name` cannot run here."""
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> Choice:
+    """The attention back end to use; "auto" is the fastest here. InputError if `name` cannot run here."""
     try:
         return choose(name, device, dtype, model.num_heads, model.head_width)
     except ValueError as e:

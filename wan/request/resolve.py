@@ -24,7 +24,7 @@ from wan.request.settings import Job, Request, Run, Settings
 from wan.request.weights import Weights, choose_sampling, choose_weights
 from wan.utils.errors import InputError
 
-ATTENTION = ("auto", "sdpa", "cudnn", "flash2", "flash3")
+ATTENTION = ("auto", "sdpa", "flash", "cudnn", "flash2", "flash3")
 NOT_THE_VIDEO = ("base_seed", "resume", "overwrite", "on_error", "save_latents", "preview", "dry_run", "json", "debug")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
