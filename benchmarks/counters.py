@@ -89,17 +89,17 @@ class Kernel:
     """Operations that run as one: it reads and writes each tensor that it was given once at most, and no others."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        self._given = {_storage(t) for t in given}
-        self._read: dict[int, int] = {}
-        self._written: dict[int, int] = {}
+        self._size = {_storage(t): t.nbytes for t in given}
+        self._read: set[int] = set()
+        self._written: set[int] = set()
 
     @property
     def traffic(self) -> int:
-        return sum(self._read.values()) + sum(self._written.values())
+        return sum(self._size.get(storage, 0) for storage in (*self._read, *self._written))
 
     def add(self, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
-        self._read |= {_storage(t): t.nbytes for t in read if _storage(t) in self._given - self._written.keys()}
-        self._written |= {_storage(t): t.nbytes for t in written if _storage(t) in self._given}
+        self._read |= {_storage(t) for t in read} - self._written
+        self._written |= {_storage(t) for t in written}
 
 
 def _storage(tensor: Tensor) -> int:

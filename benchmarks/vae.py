@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import interleaved, machine, table
 from wan.distributed.vae_parallel import area, divide
+from wan.modules.causal_conv import norm_silu
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wan.modules.vae_coders import Region
 
@@ -68,13 +69,18 @@ class Cost(NamedTuple):
     peak: int  # bytes alive at once, weights aside
 
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1) -> Cost:
-    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed."""
+def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1, fused: bool = False) -> Cost:
+    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed.
+
+    fused: norm and SiLU compiled into one operation."""
 
     def decode() -> None:
         vae, latent = WanVAE(*KINDS[kind]), torch.empty(FULL_SIZE[kind])
         vae.use_channels_last()
-        with CostCounter() as counter:
+        counter = CostCounter()
+        if fused:
+            vae.use_norm_silu(counter.fused(norm_silu))
+        with counter:
             if processes == 1:
                 parts = vae.decode(latent, chunk, tiles)
             else:

@@ -10,7 +10,7 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.modules.causal_conv import ClipState, convolve
+from wan.modules.causal_conv import ClipState, RMSNorm, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
 # fmt: off
@@ -91,6 +91,12 @@ class WanVAE(nn.Module):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
             elif isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+    def use_norm_silu(self, function: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """Run every norm that is followed by SiLU through `function(x, gamma, out)`: `norm_silu` as it is or compiled."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.norm_silu = function
 
     # Pixels to latents
 

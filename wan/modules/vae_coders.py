@@ -25,6 +25,7 @@ from wan.modules.causal_conv import (
     RMSNorm,
     Upsample,
     convolve,
+    copy,
     join_history,
 )
 
@@ -46,7 +47,7 @@ class Coder(nn.Module):
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
     def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve(self.conv1, join_history(self.conv1, x, state))
+        return convolve(self.conv1, join_history(self.conv1, x, state, copy))
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
@@ -54,7 +55,7 @@ class Coder(nn.Module):
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
         norm, conv = self.last
-        return convolve(conv, join_history(conv, norm(x), state, activate=True))
+        return convolve(conv, join_history(conv, x, state, norm.activate))
 
 
 class Encoder(Coder):
