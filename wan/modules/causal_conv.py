@@ -27,6 +27,13 @@ class ClipState:
     def __init__(self) -> None:
         self._started: set[object] = set()
         self._frames: dict[nn.Module, Tensor] = {}
+        self._made: dict[nn.Module, Tensor] = {}
+
+    def once(self, layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it gave for this layer before."""
+        if layer not in self._made:
+            self._made[layer] = make()
+        return self._made[layer]
 
     def starts_clip(self, layer: object) -> bool:
         """Whether this is the layer's first chunk, the one that holds frame 0."""
@@ -182,7 +189,8 @@ class Upsample(nn.Module):
                 del pairs
             x = frames
         conv = self.resample["1"]
-        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), doubling(conv.weight), conv.bias, 2, padding=1)
+        kernel = state.once(self, lambda: doubling(conv.weight))
+        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, conv.bias, stride=2, padding=1)
         return rearrange(fine, "t c h w -> t h w c")
 
 
@@ -193,10 +201,10 @@ def doubling(weight: Tensor) -> Tensor:
     columns alike. Adding the weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity:
     4/9 of the products, and no enlarged copy to read. Equal to rounding.
     """
-    # a row k of the transposed kernel goes from pixel i to 2i - 1 + k; the columns are the rows of `weight` in it
-    rows = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    kernel = torch.einsum("k i, l j, o c i j -> c o k l", rows, rows, weight)
-    return kernel.contiguous(memory_format=torch.channels_last)
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
+        weight = torch.stack([last, middle + last, first + middle, first], axis)
+    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class AverageShortcut:

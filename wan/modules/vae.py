@@ -178,6 +178,16 @@ class WanVAE(nn.Module):
                 start += part.shape[1]
         yield from video.split(4 * chunk, dim=1)
 
+    def decode_peak(self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> int:
+        """Bytes alive at once, at most, in a `decode` of a latent of this shape, weights aside; within 10 %."""
+        _, length, height, width = shape
+        pixels = 3 * height * self.stride[1] * width * self.stride[2]
+        features = length * height * width * self.decoder.conv1.out_channels
+        inside = self.decoder.peak((height, width), tiles, min(chunk, length))
+        video = pixels * (4 * length - 3) if tiles != (1, 1) else 8 * pixels * chunk
+        itemsize = self.conv2.weight.element_size()
+        return itemsize * (inside + features) + 4 * video
+
     @torch.no_grad()
     def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:
         """What `decode_region` wants, for whole frames: [z, L, h, w] -> [L, h, w, C]."""

@@ -120,6 +120,28 @@ class Decoder(Coder):
             region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
         return region.cut(self.run_head(x, state), window)
 
+    def peak(self, grid: tuple[int, int], tiles: tuple[int, int], chunk: int) -> int:
+        """Numbers alive at once, at most, while `finish` runs for the largest tile of a latent grid, chunk by chunk.
+
+        A level holds its input, a residual block's input, what comes out of its first convolution, and the second's
+        buffer with two frames of history; every convolution of every level keeps two frames from chunk to chunk.
+        """
+        frame, factor, frames = Region(0, grid[0], 0, grid[1]), 1, chunk
+        regions, transient, kept = Region.tiles(*grid, *tiles), [], 0
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
+            first = level.layers[0].steps[0][1]
+            before, width = first.in_channels, first.out_channels
+            transient.append(area * (frames * before + 3 * (frames + 1) * width))
+            kept += area * 2 * (before + 5 * width)
+            if isinstance(level.layers[-1], Upsample):
+                rate = 2 if level.layers[-1].time_conv else 1
+                kept += area * 2 * width * (rate - 1)
+                frames, factor = frames * rate, 2 * factor
+                fine = 4 * level.layers[-1].resample["1"].out_channels
+                transient.append(area * frames * (before / rate + width / rate + width + fine))
+        return int(max(transient)) + kept + area * 2 * width
+
 
 class Stage(NamedTuple):
     """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
@@ -171,6 +193,10 @@ class Region(NamedTuple):
         ys = pairwise(height * i // rows for i in range(rows + 1))
         xs = list(pairwise(width * i // columns for i in range(columns + 1)))
         return [cls(*y, *x) for y, x in product(ys, xs)]
+
+    @property
+    def area(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
 
     def scaled(self, factor: int) -> Region:
         return Region(*(factor * edge for edge in self))
