@@ -47,9 +47,14 @@ def main() -> None:
         ("VAE", "latent", "ours, s", "diffusers, s", "speed", "largest difference", "peak GB")
     ]
     for kind in [args.kind] if args.kind else KINDS:
-        modes = ("whole", (1, 1), 1), (f"tiles {args.tiles}", (rows, columns), 1), ("one of 8 processes", (1, 1), 8)
-        for mode, tiles, processes in modes:
-            cost = count_decode(kind, args.chunk, tiles, processes)
+        modes = (
+            ("whole", (1, 1), 1, False),
+            ("whole, norm and SiLU compiled", (1, 1), 1, True),
+            (f"tiles {args.tiles}", (rows, columns), 1, False),
+            ("one of 8 processes", (1, 1), 8, False),
+        )
+        for mode, tiles, processes, fused in modes:
+            cost = count_decode(kind, args.chunk, tiles, processes, fused)
             numbers = f"{cost.traffic / 1e9:,.0f}", f"{cost.operations:,}", f"{cost.flops / 1e12:,.0f}"
             counts.append((kind, mode, *numbers, f"{cost.peak / 2**30:.1f}"))
         shape = FULL_SIZE[kind]

@@ -195,7 +195,7 @@ class Upsample(nn.Module):
 
 
 def doubling(weight: Tensor) -> Tensor:
-    """The transposed 4 x 4 convolution [C, O, 4, 4] of stride 2 that is nearest doubling and then `weight` [O, C, 3, 3].
+    """The transposed convolution [C, O, 4, 4] of stride 2 that is nearest doubling and then `weight` [O, C, 3, 3].
 
     The three rows that row 2i of the result sees are rows i-1, i, i of the small one, those of row 2i+1 are i, i, i+1;
     columns alike. Adding the weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity:

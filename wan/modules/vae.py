@@ -93,7 +93,7 @@ class WanVAE(nn.Module):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
     def use_norm_silu(self, function: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        """Run every norm that is followed by SiLU through `function(x, gamma, out)`: `norm_silu` as it is or compiled."""
+        """Run every norm that SiLU follows through `function(x, gamma, out)`: `norm_silu` as it is or compiled."""
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.norm_silu = function
