@@ -115,6 +115,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
+        self.channels = channels, out_channels
         norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
         conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
         conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
@@ -173,6 +174,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, in_time: bool) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
@@ -189,6 +191,7 @@ class Upsample(nn.Module):
                 del pairs
             x = frames
         conv = self.resample["1"]
+        assert isinstance(conv, nn.Conv2d)
         kernel = state.once(self, lambda: doubling(conv.weight))
         fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, conv.bias, stride=2, padding=1)
         return rearrange(fine, "t c h w -> t h w c")

@@ -127,20 +127,21 @@ class Decoder(Coder):
         buffer with two frames of history; every convolution of every level keeps two frames from chunk to chunk.
         """
         frame, factor, frames = Region(0, grid[0], 0, grid[1]), 1, chunk
-        regions, transient, kept = Region.tiles(*grid, *tiles), [], 0
+        regions, kept = Region.tiles(*grid, *tiles), 0
+        transient: list[int] = []
         for level, rim in zip(self.levels, DECODER_RIM, strict=True):
             area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
-            first = level.layers[0].steps[0][1]
-            before, width = first.in_channels, first.out_channels
+            block, last = level.layers[0], level.layers[-1]
+            assert isinstance(block, ResidualBlock)
+            before, width = block.channels
             transient.append(area * (frames * before + 3 * (frames + 1) * width))
             kept += area * 2 * (before + 5 * width)
-            if isinstance(level.layers[-1], Upsample):
-                rate = 2 if level.layers[-1].time_conv else 1
+            if isinstance(last, Upsample):
+                rate = 2 if last.time_conv else 1
                 kept += area * 2 * width * (rate - 1)
                 frames, factor = frames * rate, 2 * factor
-                fine = 4 * level.layers[-1].resample["1"].out_channels
-                transient.append(area * frames * (before / rate + width / rate + width + fine))
-        return int(max(transient)) + kept + area * 2 * width
+                transient.append(area * frames // rate * (before + width + rate * (width + 4 * last.out_channels)))
+        return max(transient) + kept + area * 2 * width
 
 
 class Stage(NamedTuple):
