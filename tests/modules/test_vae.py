@@ -217,7 +217,7 @@ def test_peak_of_a_decode_is_predicted(kind: str, chunk: int, tiles: tuple[int, 
 
 
 def test_cost_of_a_720p_decode() -> None:
-    """The original moves 7,353 GB; 561 TFLOP where it has 639, for the upsampling's 4/9."""
+    """The original moves 7,353 GB in 639 TFLOP, of which the doubled convolutions need 4/9 here."""
     cost = count_decode("2.1", chunk=2, tiles=(1, 1), fused=True)
     assert cost.traffic <= 2.25e12
     assert cost.peak <= 20.5 * 2**30
