@@ -138,7 +138,7 @@ class Decoder(Coder):
             kept += area * 2 * (before + 5 * width)
             if isinstance(last, Upsample):
                 rate = 2 if last.time_conv else 1
-                kept += area * 2 * width * (rate - 1)
+                kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
                 frames, factor = frames * rate, 2 * factor
                 transient.append(area * frames // rate * (before + width + rate * (width + 4 * last.out_channels)))
         return max(transient) + kept + area * 2 * width
