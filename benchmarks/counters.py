@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ class CostCounter(TorchDispatchMode):
         self.traffic = self.calls = self.live = self.peak = 0
         self.by_operation: Counter[str] = Counter()
         self._known: set[int] = set()
+        self._kernel: Kernel | None = None
+
+    def fused(self, function: Callable[..., None]) -> Callable[..., None]:
+        """`function` as one operation, which reads and writes once what it is given and keeps the rest in registers."""
+
+        def run(*arguments: Any) -> None:
+            self._kernel = kernel = Kernel(_tensors(arguments))
+            function(*arguments)
+            self._kernel = None
+            self._charge(f"fused {function.__name__}", kernel.traffic)
+
+        return run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,17 +52,23 @@ class CostCounter(TorchDispatchMode):
         inputs = {_storage(t) for t in read}
         aliases = all(_storage(t) in inputs for t in written)
         mutates = func._schema.is_mutable
-        allocates = "empty" in func.__name__
-        if not allocates and not (aliases and not mutates):
-            amount = sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
+        if "empty" not in func.__name__ and not (aliases and not mutates):
             if "out" in (kwargs or {}) or func.__name__.startswith(OVERWRITES):
-                amount -= sum(t.nbytes for t in written)  # the destination is among the inputs but is not read
-            self.traffic += amount
-            self.calls += 1
-            self.by_operation[str(func)] += amount
+                destinations = {_storage(t) for t in written}  # among the inputs, but not read
+                read = [t for t in read if _storage(t) not in destinations]
+            if self._kernel:
+                self._kernel.add(read, written)
+            else:
+                self._charge(str(func), sum(t.nbytes for t in read) + sum(t.nbytes for t in written))
         for tensor in written:
-            self._track(tensor)
+            if not self._kernel and _storage(tensor) not in inputs:  # a view of a weight is not a tensor made inside
+                self._track(tensor)
         return out
+
+    def _charge(self, name: str, amount: int) -> None:
+        self.traffic += amount
+        self.calls += 1
+        self.by_operation[name] += amount
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -65,6 +83,23 @@ class CostCounter(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class Kernel:
+    """Operations that run as one: it reads and writes each tensor that it was given once at most, and no others."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self._size = {_storage(t): t.nbytes for t in given}
+        self._read: set[int] = set()
+        self._written: set[int] = set()
+
+    @property
+    def traffic(self) -> int:
+        return sum(self._size.get(storage, 0) for storage in (*self._read, *self._written))
+
+    def add(self, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+        self._read |= {_storage(t) for t in read} - self._written
+        self._written |= {_storage(t) for t in written}
 
 
 def _storage(tensor: Tensor) -> int:

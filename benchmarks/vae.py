@@ -23,6 +23,7 @@ from benchmarks.measure import interleaved, machine, table
 from lightning.diffusers_names import vae_name
 from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import area, divide
+from wan.modules.causal_conv import norm_silu
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 
@@ -47,9 +48,14 @@ def main() -> None:
         ("VAE", "latent", "ours, s", "diffusers, s", "speed", "largest difference", "peak GB")
     ]
     for kind in [args.kind] if args.kind else KINDS:
-        modes = ("whole", (1, 1), 1), (f"tiles {args.tiles}", (rows, columns), 1), ("one of 8 processes", (1, 1), 8)
-        for mode, tiles, processes in modes:
-            cost = count_decode(kind, args.chunk, tiles, processes)
+        modes = (
+            ("whole", (1, 1), 1, False),
+            ("whole, norm and SiLU compiled", (1, 1), 1, True),
+            (f"tiles {args.tiles}", (rows, columns), 1, False),
+            ("one of 8 processes", (1, 1), 8, False),
+        )
+        for mode, tiles, processes, fused in modes:
+            cost = count_decode(kind, args.chunk, tiles, processes, fused)
             numbers = f"{cost.traffic / 1e9:,.0f}", f"{cost.operations:,}", f"{cost.flops / 1e12:,.0f}"
             counts.append((kind, mode, *numbers, f"{cost.peak / 2**30:.1f}"))
         shape = FULL_SIZE[kind]
@@ -69,13 +75,18 @@ class Cost(NamedTuple):
     peak: int  # bytes alive at once, weights aside
 
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1) -> Cost:
-    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed."""
+def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1, fused: bool = False) -> Cost:
+    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed.
+
+    fused: norm and SiLU compiled into one operation."""
 
     def decode() -> None:
         vae, latent = WanVAE(*KINDS[kind]), torch.empty(FULL_SIZE[kind])
         vae.use_channels_last()
-        with CostCounter() as counter:
+        counter = CostCounter()
+        if fused:
+            vae.use_norm_silu(counter.fused(norm_silu))
+        with counter:
             if processes == 1:
                 parts = vae.decode(latent, chunk, tiles)
             else:

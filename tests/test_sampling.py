@@ -40,11 +40,16 @@ def test_timesteps_and_sigmas_are_the_originals(key: str) -> None:
 
 @pytest.mark.parametrize("key", GOLDEN["trajectories"])
 def test_trajectories_are_the_originals(key: str) -> None:
+    """Within 8 steps of float32 at 1 (2^-23 each) on values up to 2; between two processors it is 4 at most.
+
+    The library's logarithms, exponentials and small linear systems go through MKL, which picks its code, and so the
+    last bit, by the processor. A shift of 5.001 instead of 5 is off by 380 and more at 4 steps.
+    """
     schedule = golden_schedule(key)
     x = torch.tensor([-1.5, -0.4, 0.05, 0.9, 2.0]).view(1, 5, 1, 1, 1)
     for index, t in enumerate(schedule.timesteps):
         x = schedule.step(torch.sin(3 * x) * (0.5 + t / 1000) + 0.1 * x, index, x)
-    assert x.flatten().tolist() == GOLDEN["trajectories"][key]
+    torch.testing.assert_close(x.flatten(), torch.tensor(GOLDEN["trajectories"][key]), rtol=0, atol=8 * 2**-23)
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "dmd"])

@@ -23,7 +23,7 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.stream import as_dtype, parameter_dtypes
-from wan.modules.attention import choose
+from wan.modules.attention import Choice, choose
 from wan.modules.model import PATCH, WanModel
 from wan.request.checks import Check
 from wan.request.options import OPTIONS, VIDEO, Request
@@ -221,7 +221,9 @@ def open_plan(
     if checkpoint.experts:
         model, _ = next(iter(checkpoint.experts.values()))
         conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
-        attention = checks.attempt(lambda: _choose_attention(request.attention, device, dtypes[0], model)) or attention
+        if chosen := checks.attempt(lambda: _choose_attention(request.attention, device, dtypes[0], model)):
+            attention = chosen.name
+            warnings += chosen.warnings
     for problem in conflicts:
         checks.problem(problem)
     return Plan(
@@ -288,7 +290,7 @@ def _why_no_cuda() -> str:
     return "PyTorch sees no GPU"
 
 
-def _choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> str:
+def _choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> Choice:
     try:
         return choose(name, device, dtype, model.num_heads, model.head_width)
     except ValueError as e:

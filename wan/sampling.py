@@ -120,7 +120,8 @@ def denoise(
         if not torch.isfinite(sample).all():
             raise JobError(
                 f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
-                "a corrupt weight file or an unsuitable attention kernel does this: try --attention sdpa"
+                "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
+                "or cudnn where flash was used"
             )
         on_step(step)
     return sample

@@ -1,6 +1,7 @@
 """The transformer against diffusers' WanTransformer3DModel on other sizes than the golden ones, and its own rules."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor
 
 from lightning.names import diffusers_name
 from tests.support import manifest, relative_error
-from wan.modules.attention import BACKENDS, available, choose
-from wan.modules.model import Prompt, RMSNorm, WanModel, add_gated, modulated_norm, sinusoid
+from wan.modules import attention as backends
+from wan.modules.attention import BACKENDS, Attend, Choice, available, choose
+from wan.modules.model import Prompt, WanModel, _spans, sinusoid
+from wan.modules.passes import EAGER, compiled
+from wan.modules.passes import choose as choose_passes
 from wan.modules.rope import rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -97,10 +101,10 @@ def test_rotation_follows_the_three_axes() -> None:
     grid, width = (3, 4, 5), 20
     table = rotary_table(grid, width, 0, 60, CPU)
     token = (2 * 4 + 3) * 5 + 1  # frame 2, row 3, column 1
-    angles = torch.polar(torch.ones(10), table[token].angle())
     pairs = [4, 3, 3]
     expected = [p * 10000.0 ** (-j / n) for p, n in zip((2, 3, 1), pairs, strict=True) for j in range(n)]
-    torch.testing.assert_close(angles, torch.polar(torch.ones(10), torch.tensor(expected)))
+    torch.testing.assert_close(table[token, :, 0], torch.tensor(expected).cos())
+    torch.testing.assert_close(table[token, :, 1], torch.tensor(expected).sin())
     x = torch.randn(60, 2, width)
     turned = rotate(x.clone(), table)
     first = x[token, 1, 0] * math.cos(expected[0]) - x[token, 1, 1] * math.sin(expected[0])
@@ -110,29 +114,120 @@ def test_rotation_follows_the_three_axes() -> None:
 def test_rotary_table_of_a_share_and_of_padding() -> None:
     whole = rotary_table((2, 3, 4), 24, 0, 24, CPU)
     assert torch.equal(rotary_table((2, 3, 4), 24, 10, 17, CPU), whole[10:17])
-    assert torch.equal(rotary_table((2, 3, 4), 24, 20, 26, CPU)[4:], torch.ones(2, 12, dtype=torch.complex64))
+    assert torch.equal(rotary_table((2, 3, 4), 24, 20, 26, CPU)[4:], torch.tensor([1.0, 0.0]).expand(2, 12, 2))
 
 
 def test_rms_norm_is_over_the_whole_width_and_rounds_before_the_weight() -> None:
-    norm = RMSNorm(64, 1e-6)
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    weight, x = torch.randn(64), torch.randn(5, 64, dtype=torch.bfloat16)
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(norm(x), exact.to(torch.bfloat16) * norm.weight, rtol=1e-6, atol=0)
-        assert norm(x).dtype == torch.float32
-        assert norm(x, torch.bfloat16).dtype == torch.bfloat16
+    EAGER.rms_norm(x, weight, 1e-6)
+    assert torch.equal(x, (exact.to(torch.bfloat16) * weight).to(torch.bfloat16))
+
+
+def test_heads_are_normed_together_and_turned_each() -> None:
+    weight, x, table = torch.randn(48), torch.randn(7, 48), rotary_table((1, 1, 7), 24, 0, 7, CPU)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+    EAGER.rms_norm_rotate(x, weight, table, 1e-6)
+    torch.testing.assert_close(x, rotate(normed.reshape(7, 2, 24), table).flatten(1))
 
 
 def test_modulation_rows_apply_to_their_tokens() -> None:
+    block = random_model().blocks[0]
     x, shift, scale, gate = torch.randn(7, 8), torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8)
-    spans = [(0, slice(0, 3)), (1, slice(3, 7))]
+    spans = [(0, slice(0, 3)), (1, slice(3, 5)), (1, slice(5, 7))]
     token = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    norm = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
-    expected = norm * (1 + scale[token]) + shift[token]
-    torch.testing.assert_close(modulated_norm(x, shift, scale, spans, 1e-6, torch.float32), expected)
-    y = torch.randn(7, 8)
-    torch.testing.assert_close(add_gated(x.clone(), y, gate, spans), x + y * gate[token])
+    expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-6) * scale[token] + shift[token]
+    torch.testing.assert_close(block.normed(x, scale, shift, spans, torch.float32), expected)
+    y, total = torch.randn(7, 8), x.clone()
+    expected = x + y * gate[token]
+    for row, span in spans:
+        EAGER.add_norm(total[span], y[span], gate[row], scale[row], shift[row], 1e-6)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(y, block.normed(expected, scale, shift, spans, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("pinned", "start", "stop", "most", "sizes"),
+    [
+        (0, 0, 75600, 16384, [(0, 15120)] * 5),
+        (880, 0, 27280, 16384, [(0, 880), (1, 13200), (1, 13200)]),
+        (880, 13640, 27280, 16384, [(1, 13640)]),
+        (0, 0, 13, 5, [(0, 5), (0, 5), (0, 3)]),
+        (4, 2, 4, 5, [(0, 2)]),
+    ],
+)
+def test_tokens_are_shared_out_evenly(pinned: int, start: int, stop: int, most: int, sizes: list) -> None:
+    spans = _spans(pinned, start, stop, most)
+    assert [(row, span.stop - span.start) for row, span in spans] == sizes
+    edges = [0, *(span.stop for _, span in spans)]
+    assert [span.start for _, span in spans] == edges[:-1]
+    assert edges[-1] == stop - start
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_shares_of_rows_give_the_numbers_of_the_whole(rows: int) -> None:
+    """But for the order of sums in products of few rows, 1e-6; a wrong row is off by its own size."""
+    model = random_model()
+    latent, prompt = torch.randn(16, 3, 6, 8), Prompt(torch.randn(20, 48))
+    expected = model(latent, 625.0, prompt, 1)
+    model.rows = rows
+    assert relative_error(model(latent, 625.0, prompt, 1), expected) < 3e-6
+
+
+def test_passes_take_each_row_by_itself() -> None:
+    """What is not a product is equal to the bit, whatever the shares."""
+    x, rows, table = torch.randn(24, 64), torch.randn(3, 64), rotary_table((2, 3, 4), 32, 0, 24, CPU)
+    results = []
+    for shares in ([slice(0, 24)], [slice(0, 5), slice(5, 24)]):
+        y, out = x.clone(), x.to(torch.bfloat16)
+        for share in shares:
+            EAGER.rms_norm_rotate(out[share], rows[0], table[share], 1e-6)
+            EAGER.add_norm(y[share], out[share], rows[0], rows[1], rows[2], 1e-6)
+        results.append((y, out))
+    assert all(map(torch.equal, *results))
+
+
+def test_the_residual_stream_is_contiguous() -> None:
+    """Column-major, as the patch embedding leaves it, every pass over it strides, and each norm copies it."""
+    model, seen = random_model(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    model(torch.randn(16, 3, 6, 8), 1000.0, Prompt(torch.randn(20, 48)))
+    assert seen == [(256, 1)] * 3
+
+
+def test_passes_are_compiled_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, size = torch.device("cuda"), (75_600, 5120, 40)
+    monkeypatch.setattr("wan.modules.passes.find_spec", lambda _: object())
+    assert choose_passes(CPU, *size, forwards=80) == (EAGER, "")
+    assert choose_passes(gpu, *size, forwards=4) == (EAGER, "")
+    passes, reason = choose_passes(gpu, *size, forwards=80)
+    if not torch.cuda.is_available():  # the compiler's first call fails, and says why
+        assert passes is EAGER
+        assert "not compiled (" in reason
+    monkeypatch.setattr("wan.modules.passes.find_spec", lambda _: None)
+    assert choose_passes(gpu, *size, forwards=80) == (EAGER, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_compiled_passes_equal_the_plain_ones(dtype: torch.dtype, tolerance: float) -> None:
+    """All but the last bit of what each writes: 2e-7 in float32, 4e-3 in bf16."""
+    rows = [torch.randn(256) for _ in range(5)]
+    x, y, q = torch.randn(24, 256), torch.randn(24, 256).to(dtype), torch.randn(24, 256).to(dtype)
+    table = rotary_table((2, 3, 4), 64, 0, 24, CPU)
+    results = []
+    for passes in (EAGER, compiled()):
+        a, b, c, d, e = x.clone(), y.clone(), q.clone(), q.clone(), torch.empty_like(q)
+        with torch.no_grad():
+            passes.norm(a, rows[0], rows[1], 1e-6, e)
+            passes.add_norm(a, b, rows[2], rows[0], rows[1], 1e-6)
+            passes.add(a, b, rows[3])
+            passes.rms_norm(c, rows[4], 1e-6)
+            passes.rms_norm_rotate(d, rows[4], table, 1e-6)
+        results.append((a, b, c, d, e))
+    for plain, fused in zip(*results, strict=True):
+        assert relative_error(fused.float(), plain.float()) < tolerance
 
 
 def test_a_share_of_padding_keys_is_cut_off() -> None:
@@ -169,7 +264,30 @@ def test_each_back_end_equals_the_formula(name: str) -> None:
 
 
 def test_auto_takes_the_back_end_there_is() -> None:
-    assert choose("auto", CPU, torch.float32, 2, 16) == "sdpa"
+    assert choose("auto", CPU, torch.float32, 2, 16) == Choice("sdpa")
+
+
+def test_a_back_end_that_fails_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn is found but cannot be imported, cuDNN has no kernel: neither stops the others."""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    def milliseconds(attend: Attend, *_: object) -> float:
+        q = torch.randn(3, 2, 16, dtype=torch.bfloat16)
+        attend(q, q, q)
+        return 1.0 if attend is BACKENDS["flash"] else 2.0
+
+    monkeypatch.setattr(backends, "_milliseconds", milliseconds)
+    arguments = torch.device("cuda", 7), torch.bfloat16, 2, 16
+    name, warnings = choose("auto", *arguments)
+    assert name == "flash"
+    assert warnings[0].startswith("attention cudnn is left out: RuntimeError")
+    assert warnings[1:] == ("attention flash2 is left out: ImportError: flash_attn_2_cuda.so: undefined symbol",)
+    assert choose("sdpa", *arguments) == Choice("sdpa")
+    with pytest.raises(ValueError, match=r"--attention flash2 fails here \(ImportError: .*undefined symbol\): choose"):
+        choose("flash2", *arguments)
 
 
 @pytest.mark.gpu

@@ -1,10 +1,12 @@
 """The text encoder against transformers' UMT5EncoderModel, the bucket table, cleaning and the tokenizer."""
 
+import copy
 import math
 
 import pytest
 import torch
 
+from benchmarks.measure import rms_error
 from tests.support import checkpoint, manifest
 from wan.modules.t5 import UMT5Encoder, position_buckets
 from wan.modules.tokenizers import UMT5Tokenizer, clean_text
@@ -52,20 +54,43 @@ def pair(dtype: torch.dtype, vocab: int, dim: int, attention: int, ffn: int, hea
     return ours.eval().to(dtype), theirs.to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.0)])
-@pytest.mark.parametrize("sizes", [(101, 48, 64, 80, 4, 3), (501, 256, 512, 640, 8, 4)])
-def test_trimmed_equals_the_oracle_padded(dtype: torch.dtype, tolerance: float, sizes: tuple[int, ...]) -> None:
-    """Also: encoding only the real tokens equals encoding them padded to 512 under a mask. bf16 to the bit."""
-    ours, theirs = pair(dtype, *sizes)
-    for length in (1, 7, 130, 300):
+SIZES = [(101, 48, 64, 80, 4, 3), (501, 256, 512, 640, 8, 4)]
+
+
+def padded_to_512(theirs, ids: torch.Tensor) -> torch.Tensor:
+    padded = torch.zeros(1, 512, dtype=torch.int64)
+    padded[0, : len(ids)] = ids
+    mask = (torch.arange(512) < len(ids)).long()[None]
+    return theirs(padded, attention_mask=mask).last_hidden_state[0, : len(ids)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@torch.no_grad()
+def test_trimmed_equals_the_oracle_padded(sizes: tuple[int, ...]) -> None:
+    """Encoding only the real tokens equals encoding them padded to 512 under a mask."""
+    ours, theirs = pair(torch.float32, *sizes)
+    for length in (1, 7, 130, 300, 512):
         ids = torch.randint(4, sizes[0], (length,))
-        padded = torch.zeros(1, 512, dtype=torch.int64)
-        padded[0, :length] = ids
-        with torch.no_grad():
-            expected = theirs(padded, attention_mask=(torch.arange(512) < length).long()[None]).last_hidden_state[0]
-            (found,) = ours([ids])
-        scale = expected[:length].float().abs().max()
-        assert (found.float() - expected[:length].float()).abs().max() <= tolerance * scale
+        expected = padded_to_512(theirs, ids)
+        assert (ours([ids])[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@torch.no_grad()
+def test_bf16_is_the_oracles(sizes: tuple[int, ...]) -> None:
+    """To the bit where both multiply the same number of rows: each operation rounds where the oracle's does.
+
+    A product of fewer rows is summed in another order on some processors (AMX's tiles are chosen by the number of
+    rows), so trimmed against padded is judged by the distance of both to float32: within 1 % of each other, 5 % asked.
+    """
+    ours, theirs = pair(torch.bfloat16, *sizes)
+    full = torch.randint(4, sizes[0], (512,))
+    assert torch.equal(ours([full])[0], padded_to_512(theirs, full))
+    exact = copy.deepcopy(ours).float()
+    prompts = [torch.randint(4, sizes[0], (length,)) for length in (1, 7, 130, 300)]
+    reference = torch.cat([*exact(prompts)])
+    error = rms_error(torch.cat(ours(prompts)), reference)
+    assert error < 1.05 * rms_error(torch.cat([padded_to_512(theirs, ids) for ids in prompts]), reference) < 2e-2
 
 
 def test_buckets_follow_the_formula() -> None:

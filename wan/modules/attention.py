@@ -8,6 +8,7 @@ every key attended. Keys that are padding are not masked but cut off by the call
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's scaled_dot_product_attention, with the kernel PyTorch picks."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same through PyTorch's own flash kernel, where its pick may be another one."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,49 +51,66 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out)[0]  # some versions return (out, log-sum-exp)
 
 
-BACKENDS: dict[str, Attend] = {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}
+BACKENDS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}
+
+
+class Choice(NamedTuple):
+    """A back end's name, and a sentence for each that was left out because it failed."""
+
+    name: str
+    warnings: tuple[str, ...] = ()
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of the back ends that can run here, `sdpa` first."""
+    """Names of the back ends that are installed and made for this device, `sdpa` first. They may still fail."""
     names = ["sdpa"]
     if device.type != "cuda" or dtype == torch.float32:
         return names
+    generation = torch.cuda.get_device_capability(device)[0]
+    if generation >= 8:
+        names.append("flash")
     if torch.backends.cudnn.is_available():
         names.append("cudnn")
     if find_spec("flash_attn"):
         names.append("flash2")
-    if find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9:
+    if find_spec("flash_attn_interface") and generation == 9:
         names.append("flash3")
     return names
 
 
 @cache
-def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str:
+def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> Choice:
     """The back end to use: `name`, or for "auto" the one that measures fastest on this device.
 
-    ValueError if `name` cannot run here.
+    A package that cannot be imported and a kernel that fails its first call are left out. ValueError if `name` is.
     """
     names = available(device, dtype)
-    if name == "auto":
-        return names[0] if len(names) == 1 else min(names, key=lambda n: _milliseconds(n, device, dtype, heads, width))
-    if name not in names:
+    if name not in ("auto", *names):
         raise ValueError(f"--attention {name} cannot run here: on this machine choose auto, {', '.join(names)}")
-    return name
+    if name == "sdpa" or names == ["sdpa"]:
+        return Choice("sdpa")
+    times, failed = {}, {}
+    for each in names if name == "auto" else [name]:
+        try:
+            times[each] = _milliseconds(BACKENDS[each], device, dtype, heads, width)
+        except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known
+            failed[each] = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    if name in failed:
+        raise ValueError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
+    warnings = tuple(f"attention {each} is left out: {reason}" for each, reason in failed.items())
+    return Choice(min(times, key=lambda each: times[each], default="sdpa"), warnings)
 
 
-def _milliseconds(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> float:
-    """Median time of one call on 8,192 tokens; infinite for a kernel that refuses the device or the shape."""
+def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> float:
+    """Median time of one call on 8,192 tokens. Fails as the back end does, with few keys (the text's) or many."""
     q = torch.randn(8192, heads, width, device=device, dtype=dtype)
+    attend(q, q[:512], q[:512])
     times = []
-    try:
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            BACKENDS[name](q, q, q)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    except RuntimeError:
-        return float("inf")  # "no available kernel": one of the others serves
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        attend(q, q, q)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
     return sorted(times)[2]

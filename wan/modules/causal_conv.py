@@ -11,6 +11,8 @@ own: it is neither doubled nor halved in time, and the time convolution of `Upsa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -25,6 +27,13 @@ class ClipState:
     def __init__(self) -> None:
         self._started: set[object] = set()
         self._frames: dict[nn.Module, Tensor] = {}
+        self._made: dict[nn.Module, Tensor] = {}
+
+    def once(self, layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it gave for this layer before."""
+        if layer not in self._made:
+            self._made[layer] = make()
+        return self._made[layer]
 
     def starts_clip(self, layer: object) -> bool:
         """Whether this is the layer's first chunk, the one that holds frame 0."""
@@ -54,21 +63,28 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return rearrange(clip[0], "c t h w -> t h w c")
 
 
-def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, activate: bool = False) -> Tensor:
-    """A chunk, through SiLU if `activate`, behind the frames before it that `conv` reads: what to convolve.
+def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """A chunk behind the frames before it that `conv` reads: what to convolve.
 
-    SiLU writes its result straight behind the history, so joining the two costs no pass over the chunk; the border in
-    space is the convolution's own padding.
+    `write(x, out)` puts the chunk straight behind the history, so joining the two costs no pass of its own; the border
+    in space is the convolution's own padding.
     """
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
     state.restore(conv, frames[:history])
-    if activate:
-        torch.ops.aten.silu.out(x, out=frames[history:])
-    else:
-        frames[history:] = x
+    write(x, frames[history:])
     state.keep(conv, frames[-history:])
     return frames
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
+
+
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """out [T, H, W, C] = SiLU of each pixel of x over the root mean square of its channels, times gamma [C]."""
+    for frame, target in zip(x, out, strict=True):  # so that no more than a frame is between the two
+        torch.ops.aten.silu.out(F.rms_norm(frame, gamma.shape, gamma, NORM_EPSILON), out=target)
 
 
 def blocks(fine: Tensor, frames: int) -> Tensor:
@@ -83,10 +99,15 @@ class RMSNorm(nn.Module):
         """axes: how many axes of size 1 follow the channels in the checkpoint's gamma."""
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+        self.norm_silu: Callable[[Tensor, Tensor, Tensor], None] = norm_silu
 
     def forward(self, x: Tensor) -> Tensor:
         gamma = self.gamma.flatten()
         return F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)
+
+    def activate(self, x: Tensor, out: Tensor) -> None:
+        """The norm of x through SiLU, into `out`."""
+        self.norm_silu(x, self.gamma.flatten(), out)
 
 
 class ResidualBlock(nn.Module):
@@ -94,6 +115,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
+        self.channels = channels, out_channels
         norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
         conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
         conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
@@ -105,8 +127,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         y = x
         for norm, conv in self.steps:  # a name is reused at each step, so that its last tensor is freed
-            y = norm(y)
-            y = join_history(conv, y, state, activate=True)
+            y = join_history(conv, y, state, norm.activate)
             y = convolve(conv, y)
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
@@ -142,7 +163,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         first = state.starts_clip(self)
-        frames = join_history(self.time_conv, x, state)
+        frames = join_history(self.time_conv, x, state, copy)
         if not first:
             return convolve(self.time_conv, frames)
         return torch.cat([x[:1], convolve(self.time_conv, frames[1:])]) if len(x) > 1 else x
@@ -153,23 +174,40 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, in_time: bool) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
-        """The time convolution's two halves of channels are the earlier and the later frame. Interleaving them and
-        repeating pixels is one copy into the enlarged chunk."""
-        rate = 2 if self.time_conv else 1
-        alone = 1 if self.time_conv and state.starts_clip(self) else 0
-        frames, height, width, channels = x.shape
-        fine = x.new_empty(alone + rate * (frames - alone), 2 * height, 2 * width, channels)
-        blocks(fine[:alone], 1).copy_(rearrange(x[:alone], "t h w c -> t 1 h 1 w 1 c"))
-        if frames > alone:
-            rest = x[alone:]
-            if self.time_conv:
-                rest = convolve(self.time_conv, join_history(self.time_conv, rest, state))
-            blocks(fine[alone:], rate).copy_(rearrange(rest, "t h w (f c) -> t f h 1 w 1 c", f=rate))
-        return convolve(self.resample["1"], fine)
+        """The time convolution's two halves of channels are the earlier and the later frame: they are interleaved while
+        the frames are small."""
+        if self.time_conv:
+            alone = 1 if state.starts_clip(self) else 0
+            frames = x.new_empty(2 * len(x) - alone, *x.shape[1:])
+            frames[:alone] = x[:alone]
+            if len(x) > alone:
+                pairs = convolve(self.time_conv, join_history(self.time_conv, x[alone:], state, copy))
+                frames[alone:].unflatten(0, (-1, 2)).copy_(rearrange(pairs, "t h w (f c) -> t f h w c", f=2))
+                del pairs
+            x = frames
+        conv = self.resample["1"]
+        assert isinstance(conv, nn.Conv2d)
+        kernel = state.once(self, lambda: doubling(conv.weight))
+        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, conv.bias, stride=2, padding=1)
+        return rearrange(fine, "t c h w -> t h w c")
+
+
+def doubling(weight: Tensor) -> Tensor:
+    """The transposed convolution [C, O, 4, 4] of stride 2 that is nearest doubling and then `weight` [O, C, 3, 3].
+
+    The three rows that row 2i of the result sees are rows i-1, i, i of the small one, those of row 2i+1 are i, i, i+1;
+    columns alike. Adding the weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity:
+    4/9 of the products, and no enlarged copy to read. Equal to rounding.
+    """
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
+        weight = torch.stack([last, middle + last, first + middle, first], axis)
+    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class AverageShortcut:

@@ -8,7 +8,10 @@ statistics, the modulation and the output are float32. Which parameter has which
 
 There are three seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks),
 `SelfAttention.attend` (attention over all tokens) and `WanModel.residency` (where the weights are). Their defaults are
-the plain case.
+the plain case. So are `Attention.backend` (the kernel) and `passes` (what is between the matrix products).
+
+Memory: what is done row by row goes over `WanModel.rows` tokens at a time. At 1280x720x81 what is alive at once is the
+float32 residual stream, the normed input, and queries and keys, of 1.5 and thrice 0.8 GB, or values in place of rows.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.modules.attention import Attend, sdpa
+from wan.modules.passes import EAGER, Passes
 from wan.modules.residency import Residency
-from wan.modules.rope import rotary_table, rotate
+from wan.modules.rope import rotary_table
 
 PATCH = (1, 2, 2)
 Made = TypeVar("Made")
-# (row of the time embedding, the tokens it applies to)
+ROWS = 16384
+# (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]
 
 
@@ -53,6 +58,7 @@ class WanModel(nn.Module):
         self.freq_dim, self.text_len, self.num_heads, self.head_width = freq_dim, text_len, num_heads, dim // num_heads
         self.tokens: TokenSplit = TokenSplit()
         self.residency: Residency = Residency()
+        self.rows = ROWS
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -74,7 +80,7 @@ class WanModel(nn.Module):
         """
         x = self.patch_embedding(latent[None].to(self.patch_embedding.weight.dtype))[0]
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        x = rearrange(x, "d f h w -> (f h w) d")
+        x = rearrange(x, "d f h w -> (f h w) d").contiguous()
         total = x.shape[0]
         start, stop = self.tokens.span(total)
         x = self.tokens.shard(x)
@@ -84,7 +90,7 @@ class WanModel(nn.Module):
         time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device)).float()
         with self.residency.use(0):
             rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
-        spans = _spans(pinned_frames * grid[1] * grid[2], start, stop)
+        spans = _spans(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
 
         text = prompt.once(self, lambda: _run(self.text_embedding, prompt.padded(self.text_len)))
         for unit, block in enumerate(self.blocks, 1):
@@ -111,6 +117,12 @@ class WanModel(nn.Module):
             if isinstance(module, Attention):
                 module.backend = attend
 
+    def use_passes(self, passes: Passes) -> None:
+        """Let everything between the matrix products run through these functions."""
+        for module in self.modules():
+            if isinstance(module, Block | Attention | Head):
+                module.passes = passes
+
 
 class Block(nn.Module):
     """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep."""
@@ -118,9 +130,10 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.passes = EAGER
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.self_attn = SelfAttention(dim, num_heads, eps)
-        self.norm3 = AffineNorm(dim, eps)
+        self.norm3 = AffineNorm(dim)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
@@ -129,15 +142,26 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [L, D] (overwritten once it is float32), rows float32 [T, 6, D], text [text_len, D] -> float32 [L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
-        dtype = self.self_attn.q.weight.dtype
+        norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.weight.dtype
 
-        y = self.self_attn(modulated_norm(x, shift1, scale1, spans, self.eps, dtype), rotary, total)
+        # attentions run by `forward`: a module called as such keeps what it was given until it returns
+        y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
         # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
-        x = add_gated(x.float(), y, gate1, spans)
-        del y
-        x += self.cross_attn(self.norm3(x).to(dtype), prompt, text)
-        y = self.ffn(modulated_norm(x, shift2, scale2, spans, self.eps, dtype))
-        return add_gated(x, y, gate2, spans)
+        x = x.float()
+        for row, span in spans:
+            self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
+        y = self.cross_attn.forward(y, prompt, text, spans)
+        for row, span in spans:
+            self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
+            self.passes.add(x[span], self.ffn(y[span]), gate2[row])
+        return x
+
+    def normed(self, x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
+        """LayerNorm(x) * scale + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
+        y = torch.empty_like(x, dtype=dtype)
+        for row, span in spans:
+            self.passes.norm(x[span], scale[row], shift[row], self.eps, y[span])
+        return y
 
 
 class Attention(nn.Module):
@@ -145,10 +169,11 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.eps = num_heads, eps
         self.backend: Attend = sdpa
+        self.passes = EAGER
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = Scale(dim), Scale(dim)
 
     def heads(self, x: Tensor) -> Tensor:
         """[L, D] -> [L, N, d]."""
@@ -158,13 +183,17 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention of all video tokens to each other, with rotary positions."""
 
-    def forward(self, x: Tensor, rotary: Tensor, total: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, total: int, spans: Spans) -> Tensor:
         """This rank's tokens [L, D] -> [L, D]; `total` is the number of real tokens over all ranks."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), rotary).to(x.dtype)
-        k = rotate(self.heads(self.norm_k(self.k(x))), rotary).to(x.dtype)
-        v = self.heads(self.v(x))
-        del x
-        return self.o(self.attend(q, k, v, total).flatten(1))
+        q, k = self.q(x), self.k(x)
+        for y, scale in ((q, self.norm_q), (k, self.norm_k)):
+            for _, span in spans:
+                self.passes.rms_norm_rotate(y[span], scale.weight, rotary[span], self.eps)
+        v = self.v(x)
+        del x, y
+        x = self.attend(self.heads(q), self.heads(k), self.heads(v), total).flatten(1)
+        del q, k, v
+        return self.o(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
         """[L, N, d] each -> [L, N, d]. The seam: a parallel run puts another function here."""
@@ -174,38 +203,35 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, all `text_len` rows of it: the padding is attended, as in training."""
 
-    def forward(self, x: Tensor, prompt: Prompt, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
         """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
         k, v = prompt.once(self, lambda: self.keys_values(text))
-        q = self.heads(self.norm_q(self.q(x), x.dtype))
-        del x
-        return self.o(self.backend(q, k, v).flatten(1))
+        x = self.q(x)
+        for _, span in spans:
+            self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
+        x = self.backend(self.heads(x), k, v).flatten(1)
+        return self.o(x)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(self.norm_k(self.k(text), text.dtype)), self.heads(self.v(text))
+        k = self.k(text)
+        self.passes.rms_norm(k, self.norm_k.weight, self.eps)
+        return self.heads(k), self.heads(self.v(text))
 
 
-class AffineNorm(nn.LayerNorm):
-    """LayerNorm with weight and bias, in float32 whatever their dtype."""
+class Scale(nn.Module):
+    """The weight [D] of an RMS norm."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (arXiv 1910.07467): float32 statistics, rounded to x's dtype, scaled."""
-
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[L, D] -> `dtype` [L, D]. The products are written in their final dtype: no float32 copy of x is made."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        normalised = torch.mul(x, scale, out=torch.empty_like(x))
-        return torch.mul(normalised, self.weight, out=torch.empty_like(x, dtype=dtype))
+
+class AffineNorm(Scale):
+    """The weight and bias [D] of a LayerNorm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.bias = nn.Parameter(torch.empty(dim))
 
 
 class Head(nn.Module):
@@ -214,13 +240,19 @@ class Head(nn.Module):
     def __init__(self, dim: int, out_dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.passes = EAGER
         self.modulation = nn.Parameter(torch.empty(1, 2, dim))
         self.head = nn.Linear(dim, PATCH[0] * PATCH[1] * PATCH[2] * out_dim)
 
     def forward(self, x: Tensor, time: Tensor, spans: Spans) -> Tensor:
         """x [L, D], time float32 [T, D] -> float32 [L, patch * C_out]."""
         shift, scale = (self.modulation + time[:, None]).unbind(1)
-        return self.head(modulated_norm(x, shift, scale, spans, self.eps, self.head.weight.dtype)).float()
+        out = x.new_empty(x.shape[0], self.head.out_features, dtype=torch.float32)
+        for row, span in spans:
+            y = torch.empty_like(x[span], dtype=self.head.weight.dtype)
+            self.passes.norm(x[span], 1 + scale[row], shift[row], self.eps, y)
+            out[span] = self.head(y)
+        return out
 
 
 class Prompt:
@@ -271,27 +303,17 @@ def sinusoid(times: Sequence[float], width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, spans: Spans, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
-    out = torch.empty_like(x, dtype=dtype)
-    for row, span in spans:
-        norm = F.layer_norm(x[span], x.shape[-1:], eps=eps)
-        torch.addcmul(shift[row], norm, 1 + scale[row], out=out[span])
-    return out
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """x + y * gate with each token's row of [T, D], into the float32 x [L, D]."""
-    for row, span in spans:
-        x[span].addcmul_(y[span], gate[row])
-    return x
-
-
-def _spans(pinned: int, start: int, stop: int) -> Spans:
-    """Which of this rank's tokens `start` to `stop` take the pinned row, which the current timestep's."""
+def _spans(pinned: int, start: int, stop: int, most: int) -> Spans:
+    """This rank's tokens `start` to `stop` in shares of at most `most`, each with its row: the pinned tokens', then
+    the current timestep's. Shares are alike where that takes less than twice as many: each size is compiled anew."""
     edge = min(max(pinned - start, 0), stop - start)
-    both = [(0, slice(0, edge)), (1 if pinned else 0, slice(edge, stop - start))]
-    return [(row, span) for row, span in both if span.start < span.stop]
+    spans = []
+    for row, first, end in ((0, 0, edge), (1 if pinned else 0, edge, stop - start)):
+        least = -(-(end - first) // most)
+        parts = next((n for n in range(least, 2 * least) if (end - first) % n == 0), least)
+        size = -(-(end - first) // max(parts, 1))
+        spans += [(row, slice(i, min(i + size, end))) for i in range(first, end, max(size, 1))]
+    return spans
 
 
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:

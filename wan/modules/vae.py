@@ -10,7 +10,7 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from wan.modules.causal_conv import ClipState, convolve
+from wan.modules.causal_conv import ClipState, RMSNorm, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
@@ -74,6 +74,12 @@ class WanVAE(nn.Module):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
             elif isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+    def use_norm_silu(self, function: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """Run every norm that SiLU follows through `function(x, gamma, out)`: `norm_silu` as it is or compiled."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.norm_silu = function
 
     # Pixels to latents
 
@@ -154,6 +160,16 @@ class WanVAE(nn.Module):
                 tile[:, start : start + part.shape[1]] = part
                 start += part.shape[1]
         yield from video.split(4 * chunk, dim=1)
+
+    def decode_peak(self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> int:
+        """Bytes alive at once, at most, in a `decode` of a latent of this shape, weights aside; within 10 %."""
+        _, length, height, width = shape
+        pixels = 3 * height * self.stride[1] * width * self.stride[2]
+        features = length * height * width * self.decoder.conv1.out_channels
+        inside = self.decoder.peak((height, width), tiles, min(chunk, length))
+        video = pixels * (4 * length - 3) if tiles != (1, 1) else 8 * pixels * chunk
+        itemsize = self.conv2.weight.element_size()
+        return itemsize * (inside + features) + 4 * video
 
     @torch.no_grad()
     def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:

@@ -25,6 +25,7 @@ from wan.modules.causal_conv import (
     RMSNorm,
     Upsample,
     convolve,
+    copy,
     join_history,
 )
 
@@ -46,7 +47,7 @@ class Coder(nn.Module):
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
     def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve(self.conv1, join_history(self.conv1, x, state))
+        return convolve(self.conv1, join_history(self.conv1, x, state, copy))
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
@@ -54,7 +55,7 @@ class Coder(nn.Module):
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
         norm, conv = self.last
-        return convolve(conv, join_history(conv, norm(x), state, activate=True))
+        return convolve(conv, join_history(conv, x, state, norm.activate))
 
 
 class Encoder(Coder):
@@ -119,6 +120,29 @@ class Decoder(Coder):
             region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
         return region.cut(self.run_head(x, state), window)
 
+    def peak(self, grid: tuple[int, int], tiles: tuple[int, int], chunk: int) -> int:
+        """Numbers alive at once, at most, while `finish` runs for the largest tile of a latent grid, chunk by chunk.
+
+        A level holds its input, a residual block's input, what comes out of its first convolution, and the second's
+        buffer with two frames of history; every convolution of every level keeps two frames from chunk to chunk.
+        """
+        frame, factor, frames = Region(0, grid[0], 0, grid[1]), 1, chunk
+        regions, kept = Region.tiles(*grid, *tiles), 0
+        transient: list[int] = []
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
+            block, last = level.layers[0], level.layers[-1]
+            assert isinstance(block, ResidualBlock)
+            before, width = block.channels
+            transient.append(area * (frames * before + 3 * (frames + 1) * width))
+            kept += area * 2 * (before + 5 * width)
+            if isinstance(last, Upsample):
+                rate = 2 if last.time_conv else 1
+                kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
+                frames, factor = frames * rate, 2 * factor
+                transient.append(area * frames // rate * (before + width + rate * (width + 4 * last.out_channels)))
+        return max(transient) + kept + area * 2 * width
+
 
 class Stage(NamedTuple):
     """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
@@ -170,6 +194,10 @@ class Region(NamedTuple):
         ys = pairwise(height * i // rows for i in range(rows + 1))
         xs = list(pairwise(width * i // columns for i in range(columns + 1)))
         return [cls(*y, *x) for y, x in product(ys, xs)]
+
+    @property
+    def area(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
 
     def scaled(self, factor: int) -> Region:
         return Region(*(factor * edge for edge in self))

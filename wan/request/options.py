@@ -186,8 +186,8 @@ class Request:
         choices=("auto", "cuda", "cpu", "mps"), pattern=r"cuda:\d{1,3}")
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"))
-    attention: str = option(MACHINE, VIDEO, text, "NAME", "auto, sdpa, cudnn, flash2 or flash3",
-        choices=("auto", "sdpa", "cudnn", "flash2", "flash3"))
+    attention: str = option(MACHINE, VIDEO, text, "NAME", "auto, sdpa, flash, cudnn, flash2 or flash3",
+        choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3"))
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
         "keep idle networks in host memory; default True, under torchrun False")
     t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU")
