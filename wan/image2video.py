@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wan.original import Original
 from wan.pipeline import Pipeline, Start
+from wan.plan import latent_shape
 from wan.utils.images import i2v_tensor
 
 
@@ -17,7 +18,7 @@ class ImageToVideo(Pipeline):
 
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         assert image is not None, "image-to-video needs an image"
-        shape, device = self.latent_shape(size, frames), self.plan.device
+        shape, device = latent_shape(self.plan.config, size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
             latent = self.load_vae().encode_first_frame(i2v_tensor(image, size).to(device), frames)
         mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)

@@ -31,7 +31,7 @@ MORE_ROOM = {
     "text": "--t5_cpu encodes the prompts on the CPU",
     "load": "--offload_model True keeps idle networks in host memory, --t5_cpu the text encoder",
     "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
-    "decode": "--vae_tiling decodes in tiles",
+    "decode": "a smaller --size needs less",
 }
 
 
@@ -76,10 +76,10 @@ def save_video(
 
     earlier: seconds by stage that are not this video's.
     """
-    team, tiling = pipe.mesh.team, pipe.plan.request.vae_tiling
+    team = pipe.mesh.team
 
-    def attempt(tiled: bool) -> int:
-        with closing(pipe.decode(latent, tiled=tiled)) as chunks:
+    def attempt(finer: bool) -> int:
+        with closing(pipe.decode(latent, finer)) as chunks:
             if team.first:
                 return write(chunks)
             deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
@@ -101,12 +101,12 @@ def save_video(
         return video.frames
 
     try:
-        return team.agree(lambda: attempt(tiling))
+        return team.agree(lambda: attempt(False))
     except Exception as error:
-        if tiling or not out_of_memory(error):
+        if not out_of_memory(error):
             raise
     # Out here the failed attempt's tensors are no longer held by the exception.
-    progress.say("out of memory in decode: once more, in tiles (--vae_tiling does so from the start)")
+    progress.say("out of memory in decode: once more, in smaller tiles (--vae_tiling starts with tiles)")
     if latent.is_cuda:
         torch.cuda.empty_cache()
     return team.agree(lambda: attempt(True))

@@ -24,13 +24,13 @@ from wan.distributed.mesh import make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.loading.budget import free_bytes
 from wan.loading.residency import Experts, Networks, text_encoder
 from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS
 from wan.modules.model import PATCH, Prompt, WanModel
+from wan.modules.passes import choose as choose_passes
 from wan.modules.vae import WanVAE
-from wan.plan import Plan
+from wan.plan import TILES, Plan
 from wan.request.settings import Job, Sampling
 from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
 from wan.utils.images import open_image
@@ -39,7 +39,6 @@ from wan.utils.progress import Progress
 Module = TypeVar("Module", bound=nn.Module)
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
-ACTIVATION_BYTES = 24  # live at once in a forward, for each token and unit of width (8.53 GB at 1280x720x81: 22)
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,11 @@ class Pipeline(ABC):
         self.vae: WanVAE | SplitVAE | None = None
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
+        self._tiles = TILES[plan.request.vae_tiling]  # in which the next latent is decoded
 
     @abstractmethod
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
         """What this task makes of an image, for a video of `size` (width, height)."""
-
-    def latent_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
-        """[C, f, h, w] of a video of `size` (width, height) and 4n + 1 frames."""
-        vae = self.load_vae()
-        time, rows, columns = vae.stride
-        return vae.z_dim, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
 
     # -- text
 
@@ -143,7 +137,7 @@ class Pipeline(ABC):
                 sources = {n: (module, Source(store, dtype, merge)) for n, (module, store, merge) in parts.items()}
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
-                if not plan.offload or plan.device.type == "cpu":
+                if not plan.offload or plan.room is None:
                     networks.preload(report)
         for name, model in models.items():
             model.use_attention(BACKENDS[self.attention])
@@ -155,16 +149,6 @@ class Pipeline(ABC):
         self.experts = Experts(models, networks, None if merged else _set_scale())
         self.experts.offload = plan.offload
         return self.experts
-
-    def _slots(self, latent: Tensor) -> int | None:
-        """How many blocks have room on the device beside what a forward needs; None: all are to stay."""
-        experts, device = self.load_experts(), self.plan.device
-        if experts.networks is None or not experts.offload or device.type != "cuda":
-            return None
-        first = next(iter(experts.models.values()))
-        tokens = latent[0].numel() // math.prod(PATCH)
-        work = ACTIVATION_BYTES * tokens * first.num_heads * first.head_width // self.plan.layout.sequence
-        return experts.networks.slots_in(free_bytes(device) - work)
 
     def sample(
         self,
@@ -195,11 +179,25 @@ class Pipeline(ABC):
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
         forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
-        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, self._slots(noise)):
+        budget = self.plan.budget(size, frames, len(texts))
+        self._tiles = budget.tiles if budget else TILES[self.plan.request.vae_tiling]
+        self._choose_passes(experts, noise, len(forwards))
+        slots = budget.slots if budget and not budget.resident else None
+        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, slots):
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
             experts.leave()  # decoding needs the room
         return latent
+
+    def _choose_passes(self, experts: Experts, latent: Tensor, forwards: int) -> None:
+        """Compile what runs between the matrix products, where a run of so many forwards is long enough for that."""
+        model = next(iter(experts.models.values()))
+        tokens, width = latent[0].numel() // math.prod(PATCH), model.num_heads * model.head_width
+        passes, note = choose_passes(self.plan.device, tokens, width, len(model.blocks), forwards)
+        for each in experts.models.values():
+            each.use_passes(passes)
+        if note:
+            self.progress.say(note)
 
     def sample_job(self, job: Job) -> Tensor:
         """The planned job's final latent. JobError if it stops being finite."""
@@ -237,14 +235,14 @@ class Pipeline(ABC):
         self.load_experts()
         self.load_vae()
 
-    def decode(self, latent: Tensor, tiled: bool = False) -> Generator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order. `tiled`: a quarter of the frame at a time, same numbers.
+    def decode(self, latent: Tensor, finer: bool = False) -> Generator[Tensor]:
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order. finer: in smaller tiles than planned, same numbers.
 
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
-        tiled = tiled or self.plan.request.vae_tiling
+        tiles = TILES[min(TILES.index(self._tiles) + finer, len(TILES) - 1)]
         with torch.no_grad():
-            yield from self.load_vae().decode(latent.to(self.plan.device), tiles=(2, 2) if tiled else (1, 1))
+            yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""

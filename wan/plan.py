@@ -21,7 +21,9 @@ from lightning.tensorfile import fingerprint
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
+from wan.loading.budget import MARGIN, Budget, fit, free_bytes
 from wan.loading.checkpoint import Checkpoint, fetch
+from wan.loading.residency import sizes_of
 from wan.loading.stream import as_dtype, parameter_dtypes
 from wan.modules.attention import Choice, choose
 from wan.modules.model import PATCH, WanModel
@@ -34,6 +36,7 @@ from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
 MOST_STEPS_SHOWN = 12
+TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
@@ -53,7 +56,8 @@ class Plan:
     layout: Layout
     loras: dict[str, list[Lora]]  # by expert
     lora_mode: str
-    offload: bool  # idle networks wait in host memory
+    offload: bool  # the device holds what there is room for, and the rest is read when it is needed
+    room: int | None = None  # bytes of the device that the run may use; None: not limited, or not known
     coverage: dict[str, list[Coverage]] = field(default_factory=dict)  # by expert
     fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its size and ends
     weight_bytes: dict[str, int] = field(default_factory=dict)  # as they lie in memory, by network
@@ -63,11 +67,46 @@ class Plan:
     preset: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def tokens(self, job: Job) -> int:
-        """Tokens of the transformer for one video."""
-        time, rows, columns = self.config.vae_stride
-        width, height = job.size
-        return ((job.frame_num - 1) // time + 1) * (height // rows // PATCH[1]) * (width // columns // PATCH[2])
+    def tokens(self, size: tuple[int, int], frames: int) -> int:
+        """Tokens of the transformer for one video of `size` (width, height)."""
+        _, length, rows, columns = latent_shape(self.config, size, frames)
+        return length * (rows // PATCH[1]) * (columns // PATCH[2])
+
+    def largest(self) -> Job:
+        return max(self.jobs, key=lambda job: self.tokens(job.size, job.frame_num))
+
+    def prompts(self) -> int:
+        """Texts that the transformer attends to."""
+        return 2 if any(step.guided for step in self.steps) else 1
+
+    def budget(self, size: tuple[int, int], frames: int, prompts: int) -> Budget | None:
+        """How the networks share the device's room for a video of `size` (width, height); None where nothing streams.
+
+        prompts: texts that the transformer attends to, one or, where steps are guided, two.
+        """
+        checkpoint, request = self.checkpoint, self.request
+        if self.room is None or request.dit_fsdp or checkpoint.vae is None or checkpoint.text_encoder is None:
+            return None
+        dtype = parameter_dtypes(self.dtype, request.convert_model_dtype)
+        experts = {name: sizes_of(module, dtype) for name, (module, _) in checkpoint.experts.items()}
+        text = sizes_of(checkpoint.text_encoder[0], lambda _: self.text_dtype)
+        model, _ = next(iter(checkpoint.experts.values()))
+        width = model.num_heads * model.head_width
+        tokens = self.tokens(size, frames) // self.layout.sequence
+        work = (
+            tokens * width * (4 + 4 * self.dtype.itemsize)
+        )  # the residual stream; queries, keys, values, their result
+        work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
+        vae, shape = checkpoint.vae[0], latent_shape(self.config, size, frames)
+        free = self.room - self.weight_bytes["VAE"]
+        decodes = {tiles: vae.decode_peak(shape, tiles=tiles) for tiles in TILES[request.vae_tiling :]}
+        fixed = sum(sizes.fixed for sizes in experts.values())
+        fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
+        tiles = fitting[0] if fitting else TILES[-1]
+        return fit(
+            free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
+            activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,
+        )  # fmt: skip
 
     def lines(self) -> list[str]:
         request, sampling = self.request, self.sampling
@@ -82,14 +121,15 @@ class Plan:
         for expert, loras in self.coverage.items():
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
         lines += [f"expert {expert}: {path}" for expert, path in self.checkpoint.expert_files.items()]
-        residency = ", experts in host memory until needed" if self.offload and self.device.type != "cpu" else ""
-        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}{residency}")
+        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
+        if self.jobs and (budget := self.budget(self.largest().size, self.largest().frame_num, self.prompts())):
+            lines.append(budget.line(str(self.device)))
         lines += self._process_lines()
         for job in self.jobs:
             size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
-            extent = f"{size}, {job.frame_num} frames, {self.tokens(job):,} tokens"
+            extent = f"{size}, {job.frame_num} frames, {self.tokens(job.size, job.frame_num):,} tokens"
             lines.append(f"job {job.index + 1}: {extent}, seed {job.seed} -> {job.save_file}")
         return lines + [f"warning: {text}" for text in self.warnings]
 
@@ -106,7 +146,7 @@ class Plan:
             "jobs": [
                 {
                     "index": job.index, "size": list(job.size), "image": job.picture or None, "frames": job.frame_num,
-                    "tokens": self.tokens(job), "seed": job.seed, "save_file": str(job.save_file),
+                    "tokens": self.tokens(job.size, job.frame_num), "seed": job.seed, "save_file": str(job.save_file),
                 }
                 for job in self.jobs
             ],
@@ -157,12 +197,18 @@ class Plan:
         return plan_lines(
             layout,
             Network(dim, ffn_dim, model.num_heads, len(model.blocks)),
-            tokens=max(map(self.tokens, self.jobs)),
+            tokens=self.tokens(self.largest().size, self.largest().frame_num),
             jobs=len(self.jobs),
             element_bytes=self.dtype.itemsize,
             weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},
             sharded_bytes=max(self.weight_bytes[name] for name in experts) if request.dit_fsdp else 0,
         )
+
+
+def latent_shape(config: EasyDict, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
+    """[C, f, h, w] of the latent of a video of `size` (width, height) and 4n + 1 frames."""
+    time, rows, columns = config.vae_stride
+    return config.latent_channels, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
 
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
@@ -181,7 +227,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if generate is None:
         return replace(plan, warnings=(*outcome.warnings, *plan.warnings))
     steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
-    return replace(
+    plan = replace(
         plan,
         sampling=generate.sampling,
         steps=tuple(steps),
@@ -189,6 +235,10 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         preset=weights.release.name if weights.release else None,
         warnings=(*outcome.warnings, *plan.warnings),
     )
+    budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
+    if budget and budget.problem:
+        raise InputError(budget.problem)
+    return plan
 
 
 def open_plan(
@@ -240,6 +290,7 @@ def open_plan(
         loras=loras,
         lora_mode=weights.lora_mode,
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
+        room=_room(request, device),
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes[0], request.convert_model_dtype),
@@ -279,6 +330,15 @@ def compute_device(name: str) -> torch.device:
     except RuntimeError as e:
         raise InputError(f"--device {name}: the GPU cannot be used: {str(e).splitlines()[0]}") from e
     return device
+
+
+def _room(request: Request, device: torch.device) -> int | None:
+    """`--vram`, and of a GPU not more than is free."""
+    asked = None if request.vram is None else int(request.vram * 1e9)
+    if device.type != "cuda":
+        return asked
+    free = free_bytes(device)
+    return free if asked is None else min(asked, free)
 
 
 def _why_no_cuda() -> str:

@@ -19,7 +19,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Progress, tell
+from wan.utils.progress import Progress, duration, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -28,6 +28,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "ti2v-5B": TextImageToVideo,
 }
 ALONE = Runtime()
+TOLD_WAIT = 0.5  # seconds
 Result = TypeVar("Result")
 Event = tuple[str, dict[str, Any]]  # what a job came to: "saved", "failed" or "elsewhere", and its facts
 
@@ -68,6 +69,8 @@ def run_jobs(
         for kind, facts in (event for theirs in everyones[1:] for event in theirs):
             progress.event(kind, facts)
         events = [event for theirs in everyones for event in theirs]
+        if pipe.experts and pipe.experts.waited > TOLD_WAIT:
+            progress.say(f"computation waited {duration(pipe.experts.waited)} for weights")
     _sum_up(len(plan.jobs), len(jobs), events, progress)
     return sum(kind == "failed" for kind, _ in events)
 

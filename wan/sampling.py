@@ -99,11 +99,11 @@ def denoise(
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     sample = _pin(schedule.noise_scale * noise, pinned)
-    scale = steps[0].lora
+    before = steps[0]
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
-        if step.lora != scale:  # what the layers made of the prompts was made with other weights
-            scale = step.lora
+        if (step.expert, step.lora) != (before.expert, before.lora):  # the layers made keys of the texts with weights
+            before = step  # that are others now, and those keys take room
             for prompt in (text, negative):
                 if prompt is not None:
                     prompt.forget()

@@ -5,13 +5,14 @@ from torch import Tensor
 
 from wan.original import Original
 from wan.pipeline import Pipeline, Start
+from wan.plan import latent_shape
 
 
 class TextToVideo(Pipeline):
     """Wan2.2-T2V-A14B."""
 
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        return Start(self.latent_shape(size, frames))
+        return Start(latent_shape(self.plan.config, size, frames))
 
 
 class WanT2V(Original, TextToVideo):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wan.original import Original
 from wan.pipeline import Pipeline, Start
+from wan.plan import latent_shape
 from wan.utils.images import ti2v_tensor
 
 
@@ -13,7 +14,7 @@ class TextImageToVideo(Pipeline):
     """Wan2.2-TI2V-5B."""
 
     def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        shape = self.latent_shape(size, frames)
+        shape = latent_shape(self.plan.config, size, frames)
         if image is None:
             return Start(shape)
         with self.progress.stage("image"), torch.no_grad():

@@ -29,6 +29,7 @@ a14b_config = EasyDict(
     experts={"high": "high_noise_model", "low": "low_noise_model"},
     vae_checkpoint="Wan2.1_VAE.pth",
     vae_stride=(4, 8, 8),
+    latent_channels=16,
     size_step=16,  # VAE stride 8 x patch 2
     sizes=("1280*720", "720*1280", "832*480", "480*832"),
     frame_num=81,

@@ -11,6 +11,7 @@ ti2v_5B = EasyDict(
     experts={"model": "."},
     vae_checkpoint="Wan2.2_VAE.pth",
     vae_stride=(4, 16, 16),
+    latent_channels=48,
     size_step=32,  # VAE stride 16 x patch 2
     image_fit="crop",
     boundary=None,

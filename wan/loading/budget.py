@@ -35,6 +35,7 @@ class Budget:
     experts: dict[str, Sizes]
     stages: dict[str, dict[str, int]]
     keep: bool = False  # everything stays because it was asked for
+    tiles: tuple[int, int] = (1, 1)  # in which a frame is decoded
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -70,6 +71,8 @@ class Budget:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
         if self.text_slots:
             parts.append(f"text encoder passes through {self.text_slots} slots")
+        if self.tiles != (1, 1):
+            parts.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
         return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
 
     def _place(self, sizes: Sizes) -> str:
@@ -92,6 +95,7 @@ def fit(
     decode: int,
     text_slots: int = AHEAD + 1,
     keep: bool = False,
+    tiles: tuple[int, int] = (1, 1),
 ) -> Budget:
     """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
 
@@ -112,7 +116,7 @@ def fit(
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
-    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep)
+    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -189,7 +189,9 @@ class Request:
     attention: str = option(MACHINE, VIDEO, text, "NAME", "auto, sdpa, flash, cudnn, flash2 or flash3",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3"))
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
-        "keep idle networks in host memory; default True, under torchrun False")
+        "hold on the GPU what there is room for, read the rest when needed; default True, under torchrun False")
+    vram: float | None = option(MACHINE, HOW, real, "GB",
+        "use so much of the GPU's memory and no more; default: what is free", limits=(0.001, 10_000))
     t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU")
     convert_model_dtype: bool = option(MACHINE, VIDEO, truth, "",
         "cast every parameter, also those kept in float32 otherwise")
