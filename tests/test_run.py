@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import wan.run
+import wan.making
 from tests.support import checkpoint, lora_dir
 from wan.configs import WAN_CONFIGS
 from wan.distributed.mesh import Mesh
@@ -27,6 +27,7 @@ from wan.request.resolve import resolve
 from wan.request.settings import Generate, Job
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
+from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.progress import Progress
 from wan.utils.video import VideoWriter, count_frames, read_record
 
@@ -50,6 +51,7 @@ class Models(nn.Module):
     """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
 
     mesh = Mesh()
+    experts = None
 
     def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
         super().__init__()
@@ -249,8 +251,9 @@ def test_out_of_memory_in_tiles_too(tmp_path: Path, tiling: bool) -> None:
     errors = [torch.OutOfMemoryError("CUDA out of memory\nlong") for _ in range(2)]
     outcome = Outcome(make_run(tmp_path, ["one"], vae_tiling=tiling), decode_errors=errors)
     assert outcome.failed == 1
-    assert outcome.calls[3:] == ["sample 0", *(["decode tiled"] if tiling else ["decode", "decode tiled"])]
-    assert "out of memory on the device (CUDA out of memory); the finished latents are kept" in outcome.said
+    assert outcome.calls[3:] == ["sample 0", "decode", "decode tiled"]
+    assert "out of memory on the device (CUDA out of memory) in decode; " in outcome.said
+    assert "; the finished latents are kept" in outcome.said
     assert "--device cpu" in outcome.said
     assert names(tmp_path) == ["0.latents.safetensors"]
 
@@ -333,22 +336,22 @@ def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.Monk
     """First the folder of the video, then the one for temporary files; then it is said."""
     spare = tmp_path / "spare"
     spare.mkdir()
-    monkeypatch.setattr("wan.run.tempfile.gettempdir", lambda: str(spare))
-    real, full = wan.run.save_latents, [tmp_path / "out"]
+    monkeypatch.setattr("wan.utils.files.tempfile.gettempdir", lambda: str(spare))
+    real, full = wan.making.save_latents, [tmp_path / "out"]
 
     def save(path: Path, latent: Tensor, record: dict) -> None:
         if path.parent in full:
             raise OSError(28, "No space left on device")
         real(path, latent, record)
 
-    monkeypatch.setattr("wan.run.save_latents", save)
+    monkeypatch.setattr("wan.making.save_latents", save)
     said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
-    assert f"--decode_latents {spare / '0.latents.safetensors'}" in said
+    assert f"--decode_latents {latents_elsewhere(tmp_path / 'out' / '0.mp4')}" in said
     full.append(spare)
     said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
     assert "and the finished latents could not be kept" in said
-    for folder in full:
-        path = folder / "0.latents.safetensors"
+    video = tmp_path / "out" / "0.mp4"
+    for path in (Beside.of(video).latents, latents_elsewhere(video)):
         assert f"warning: the latents cannot be kept as {path} (No space left on device)" in said
 
 
@@ -358,7 +361,7 @@ def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wan.run.save_latents", full)
+    monkeypatch.setattr("wan.making.save_latents", full)
     outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
     assert outcome.failed == 1
     assert "0.mp4: saved, but not its latents (there is no room for them)" in outcome.said
@@ -381,7 +384,7 @@ test_run.Models = Killed
 Outcome(make_run(Path({os.fspath(tmp_path)!r}), ["one"]))
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == -9
-    assert names(tmp_path) == ["0.latents.safetensors"]
+    assert names(tmp_path) == [".0.mp4.claim", "0.latents.safetensors"]
     decode_only(planned(), tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), load=Models)
     assert count_frames(tmp_path / "0.mp4") == 13
 

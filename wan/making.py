@@ -106,7 +106,7 @@ def save_video(
         if not out_of_memory(error):
             raise
     # Out here the failed attempt's tensors are no longer held by the exception.
-    progress.say("out of memory in decode: once more, in smaller tiles (--vae_tiling starts with tiles)")
+    progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
     if latent.is_cuda:
         torch.cuda.empty_cache()
     return team.agree(lambda: attempt(True))

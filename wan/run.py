@@ -131,7 +131,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     todo, problems = [], []
     for folder in sorted({job.save_file.parent for job in plan.jobs}):
-        if swept := sweep(folder):
+        if folder.is_dir() and (swept := sweep(folder)):
             progress.say(f"{folder}: removed {len(swept)} files that runs which ended badly had left")
     for job, found in zip(plan.jobs, find_videos(plan), strict=True):
         if found.state == "whole":

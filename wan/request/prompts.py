@@ -162,7 +162,7 @@ def normal(text: str) -> str:
 def _text_of(path: Path, what: str, problems: list[str]) -> str | None:
     """The file's text with `\\n` line ends and no byte order mark; None, and a problem, if there is none."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISFIFO(kind):  # `<(command)` is a pipe
             problems.append(f"{path}: the {what} cannot be read, it is no regular file")
             return None
         text = re.sub("\r\n?", "\n", path.read_bytes().decode("utf-8-sig"))
