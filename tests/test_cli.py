@@ -326,7 +326,7 @@ def test_process_that_succeeds_and_resumes():
     assert python(*words).returncode == 2
     again = python(*words, "--resume")
     assert again.returncode == 0
-    assert '"saved"' not in again.stdout
+    assert '"event": "saved"' not in again.stdout
 
 
 def test_process_with_a_bad_flag():
