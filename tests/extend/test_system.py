@@ -5,9 +5,9 @@ import re
 import pytest
 from PIL import Image
 
+from wan.extend import LANGUAGES
 from wan.extend.extension import ExtendItem, ExtendSettings, extend
 from wan.extend.system_prompts import (
-    LANGUAGES,
     MOTION_EXAMPLES,
     MOTION_LENGTH,
     NO_WORDS,

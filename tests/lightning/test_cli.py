@@ -1,6 +1,5 @@
 """`python -m lightning`: what it prints, its exit codes, and that inspecting needs no torch."""
 
-import dataclasses
 import json
 import struct
 import subprocess
@@ -16,9 +15,10 @@ from lightning.distilled import record_of
 from lightning.names import released_shapes
 from tests.lightning.support import STORED, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
-from wan.plan import preflight
+from wan.distributed.runtime import Runtime
+from wan.plan import make_plan
 from wan.request.resolve import resolve
-from wan.request.settings import Request
+from wan.request.settings import Generate
 from wan.utils.errors import InputError
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
@@ -200,12 +200,14 @@ def test_an_unrecognised_lora_is_remembered(tmp_path: Path, capsys: pytest.Captu
     out, lora = tmp_path / "out", str(lora_dir("t2v-A14B"))
     arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(out)]
     assert main(["bake", *arguments, "--lora_dir", lora, "--sample_steps", "6", "--sample_guide_scale", "1,1.5"]) == 0
-    request = Request(task="t2v-A14B", ckpt_dir=str(out), prompt="a cat", size="64*64", frame_num=5)
-    settings = resolve(request).settings
-    assert (settings.preset, settings.steps, settings.solver, settings.shift) == ("lora-t2v", 6, "euler", 5.0)
+    given = {"task": "t2v-A14B", "ckpt_dir": str(out), "prompt": "a cat", "size": "64*64", "frame_num": 5}
+    made = resolve(given)
+    assert isinstance(made, Generate)
+    settings = made.sampling
+    assert (made.weights.release.name, settings.steps, settings.solver, settings.shift) == ("lora-t2v", 6, "euler", 5.0)
     assert settings.guidance == (1.0, 1.5)
     with pytest.raises(InputError, match=r"has the LoRA \S+ merged in already.*; --lora_allow_partial does it all"):
-        preflight(resolve(dataclasses.replace(request, lora_dir=lora)))
+        make_plan(resolve({**given, "lora_dir": lora}), Runtime())
     again = ["--task", "t2v-A14B", "--ckpt_dir", str(out), "--out", str(tmp_path / "again"), "--lora_dir", lora]
     assert main(["bake", *again]) == 2
     assert capsys.readouterr().err.count("merged in already") == 2
@@ -215,7 +217,7 @@ def test_a_style_leaves_the_checkpoint_what_it_is(tmp_path: Path) -> None:
     style = write(tmp_path / "style.safetensors", spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED))
     arguments = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--out", str(tmp_path / "out")]
     assert main(["bake", *arguments, "--lora", str(style)]) == 0
-    settings = resolve(Request(task="t2v-A14B", ckpt_dir=str(tmp_path / "out"), prompt="a cat")).settings
+    settings = resolve({"task": "t2v-A14B", "ckpt_dir": str(tmp_path / "out"), "prompt": "a cat"}).sampling
     assert (settings.steps, settings.solver, settings.guidance) == (40, "unipc", (3.0, 4.0))
 
 

@@ -10,7 +10,7 @@ from lightning.releases import A14B_SIZES, RELEASES, TI2V_SIZES, preset, recogni
 from lightning.schedule import EulerSchedule, RenoisingSchedule, levels_at, spaced
 from tests.support import TINY
 from wan.request.resolve import resolve
-from wan.request.settings import Request
+from wan.request.settings import Generate
 
 LIGHTNING = "Wan2.2-Lightning"
 
@@ -141,24 +141,36 @@ def test_what_cannot_be_run_is_refused_by_name_with_the_reason(name: str, reason
     task = "i2v-A14B" if "I2V" in name else "t2v-A14B"
     folder = path.parent if path.parent != tmp_path else path
     folder.mkdir()
-    request = Request(task=task, ckpt_dir=str(folder), prompt="x", image=str(TINY / "input.png"))
+    given = {"task": task, "ckpt_dir": str(folder), "prompt": "x", "image": str(TINY / "input.png")}
     with pytest.raises(InputError, match=reason):
-        resolve(request)
+        resolve(given)
+
+
+def resolved(folder: Path, **flags: str) -> Generate:
+    outcome = resolve({"task": "ti2v-5B", "ckpt_dir": str(folder), "prompt": "x", **flags})
+    assert isinstance(outcome, Generate)
+    return outcome
 
 
 def test_settings_of_a_checkpoint_named_after_a_release(tmp_path: Path) -> None:
     folder = tmp_path / "FastWan2.2-TI2V-5B-FullAttn-Diffusers"
     folder.mkdir()
-    settings = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x")).settings
-    assert (settings.preset, settings.solver, settings.timesteps) == ("ti2v-fastwan", "dmd", (1000.0, 757.0, 522.0))
+    made = resolved(folder)
+    assert made.weights.release is not None
+    found = made.weights.release.name, made.sampling.solver, made.sampling.timesteps
+    assert found == (
+        "ti2v-fastwan",
+        "dmd",
+        (1000.0, 757.0, 522.0),
+    )
     turbo = tmp_path / "Wan2.2-TI2V-5B-Turbo"
     turbo.mkdir()
-    made = resolve(Request(task="ti2v-5B", ckpt_dir=str(turbo), prompt="x"))
-    assert (made.settings.solver, made.settings.steps, made.settings.shift) == ("dmd", 4, 1.0)
+    made = resolved(turbo)
+    assert (made.sampling.solver, made.sampling.steps, made.sampling.shift) == ("dmd", 4, 1.0)
     assert any("CC BY-NC-SA 4.0, not for commercial use" in warning for warning in made.warnings)
-    euler = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x", sample_solver="euler")).settings
+    euler = resolved(folder, sample_solver="euler").sampling
     assert (euler.solver, euler.steps, euler.timesteps) == ("euler", 3, None)
-    explicit = resolve(Request(task="ti2v-5B", ckpt_dir=str(folder), prompt="x", timesteps="1000,500")).settings
+    explicit = resolved(folder, timesteps="1000,500").sampling
     assert (explicit.solver, explicit.timesteps) == ("dmd", (1000.0, 500.0))
 
 

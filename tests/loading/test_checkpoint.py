@@ -188,7 +188,8 @@ def test_pickled_weights_that_are_no_floats_are_refused(folder: Path, name: str,
     state = torch.load(folder / name)
     torch.save({key: tensor.to(dtype) for key, tensor in state.items()}, folder / name)
     (text,) = problems(folder)
-    assert text.startswith(f"{folder / name}: {len(state)} tensors are stored in a form that is not read here")
+    assert text.startswith(f"{folder / name}: ")
+    assert "stored in a form that is not read here" in text or f"has the unsupported dtype {dtype}" in text
 
 
 @pytest.mark.parametrize(

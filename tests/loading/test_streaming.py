@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 import wan
 from benchmarks.loading import peak_over_final, write_transformer
-from lightning.lora import Lora
 from lightning.tensorfile import TensorStore
 from tests.support import TINY, checkpoint, config_of, lora_dir
 from wan.loading.checkpoint import Checkpoint
@@ -28,8 +28,9 @@ from wan.loading.lanes import Lane, Slot
 from wan.loading.residency import Networks, text_encoder
 from wan.loading.stream import PIECE_BYTES, READERS, PickleStore, ReadError, Source, load, memory
 from wan.modules.model import Prompt, WanModel
+from wan.original import Original
+from wan.plan import Plan
 from wan.request.settings import Sampling
-from wan.task import VideoTask
 from wan.utils.errors import InputError, JobError
 
 CPU = torch.device("cpu")
@@ -47,17 +48,19 @@ def _no_thread_is_left() -> Iterator[None]:
 # -- whole tasks on the golden checkpoints
 
 
-def open_task(task: str, lora_mode: str | None) -> VideoTask:
+def open_task(task: str, lora_mode: str | None) -> Original:
     config = config_of(task)
-    loras = {}
-    if lora_mode:
-        files = {"t2v-A14B": {e: f"{e}_noise_model" for e in ("high", "low")},
-                 "ti2v-5B": {"model": "diffusion_pytorch_model"}}[task]  # fmt: skip
-        loras = {e: [Lora.open(lora_dir(task) / f"{name}.safetensors", expert=e)] for e, name in files.items()}
-    return CLASSES[task](config, checkpoint(task), loras=loras, lora_mode=lora_mode or "merge", device=CPU)
+    lora = lora_dir(task) if lora_mode else None
+    return CLASSES[task](config, checkpoint(task), lora, lora_mode=lora_mode or "merge", device=CPU)
 
 
-def two_videos(task: VideoTask, guided: bool) -> list[Tensor]:
+def use_slots(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the device had room for so many."""
+    budget = SimpleNamespace(slots=count, resident=False, tiles=(1, 1))
+    monkeypatch.setattr(Plan, "budget", lambda *_: budget)
+
+
+def two_videos(task: Original, guided: bool) -> list[Tensor]:
     sampling = Sampling("euler", 3, 5.0, (3.0, 2.0) if guided else (1.0, 1.0))
     return [task.sample("a cat", "bad", None, (32, 32), 1, seed, sampling) for seed in (1, 2)]
 
@@ -71,13 +74,13 @@ def test_latents_do_not_depend_on_the_slots(
     """One expert and two, with LoRA and without, one pass and two, two videos one after the other."""
     opened = open_task(task, lora_mode)
     want = two_videos(opened, guided)
-    networks = opened.experts.networks
+    networks = opened.load_experts().networks
     assert networks is not None
     assert networks.walker.copies == len(networks.walker.units), "with room for all, each is read once"
     for slots in range(1, len(networks.walker.units)):
         networks.leave()
-        monkeypatch.setattr(opened, "_slots", lambda _, slots=slots: slots)
-        opened.experts.offload = slots % 2 == 0  # whether it reckons with another video
+        use_slots(slots, monkeypatch)
+        opened.load_experts().offload = slots % 2 == 0  # whether it reckons with another video
         assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots"
         assert len(networks.walker.slots) == slots
 
@@ -89,17 +92,17 @@ def test_bf16_and_image_to_video_do_not_depend_on_the_slots(monkeypatch: pytest.
     image = Image.open(TINY / "input.png").convert("RGB")
     sampling = Sampling("unipc", 4, 5.0, (1.0, 1.0))
     want = task.sample("a cat", "", image, (64, 64), 5, 1, sampling)
-    assert task.experts.networks is not None
-    task.experts.networks.leave()
-    monkeypatch.setattr(task, "_slots", lambda _: 2)
+    assert task.load_experts().networks is not None
+    task.load_experts().networks.leave()
+    use_slots(2, monkeypatch)
     assert torch.equal(task.sample("a cat", "", image, (64, 64), 5, 1, sampling), want)
 
 
 def test_after_a_job_the_device_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     task = open_task(TASK, None)
-    monkeypatch.setattr(task, "_slots", lambda _: 3)
+    use_slots(3, monkeypatch)
     two_videos(task, guided=False)
-    networks = task.experts.networks
+    networks = task.load_experts().networks
     assert networks is not None
     slots = [weakref.ref(slot.memory) for slot in networks.walker.slots]
     assert len(slots) == 3
@@ -455,16 +458,16 @@ def test_a_released_text_encoder_is_gone() -> None:
     """Also from the checkpoint that it came from."""
     task = open_task(TASK, None)
     task.encode(["a cat"])
-    encode, _ = task.text_encoder
+    encode = task.load_text_encoder()
     slots = inspect.getclosurevars(encode).nonlocals["networks"].walker.slots
     gone = [weakref.ref(encode), *(weakref.ref(slot.memory) for slot in slots)]
     assert len(gone) > 2
     del encode, slots
     task.release_text_encoder()
     assert not [thing for thing in gone if thing() is not None]
-    assert task.checkpoint.text_encoder is not None
-    assert {p.device.type for p in task.checkpoint.text_encoder[0].parameters()} == {"meta"}
-    assert isinstance(task.checkpoint.text_encoder[1], PickleStore)
+    assert task.plan.checkpoint.text_encoder is not None
+    assert {p.device.type for p in task.plan.checkpoint.text_encoder[0].parameters()} == {"meta"}
+    assert isinstance(task.plan.checkpoint.text_encoder[1], PickleStore)
 
 
 def test_there_are_as_many_readers_as_said(file: Path) -> None:
