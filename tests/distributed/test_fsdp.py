@@ -85,7 +85,9 @@ def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, t
     want = tiny_forwards(whole)
     for found, before, after, dtypes in run_ranks(expert_of_a_rank, ranks, dtype, split):
         assert before < 1 / ranks + 0.05
-        assert after == before, "nothing of the other ranks' shards stays after a forward, not even the root's"
+        assert before <= after < before + 0.005, (
+            "of the other ranks' shards only the scales of norms stay after a forward"
+        )
         assert dtypes == {name: p.dtype for name, p in whole.named_parameters()}
         for x, y in zip(found, want, strict=True):
             assert relative_error(x, y) <= tolerance

@@ -100,7 +100,9 @@ def test_a_device_that_is_not_there_is_a_sentence(device: str, tmp_path: Path) -
         pytest.skip(f"there is {device} here")
     codes, said = launched(partial(generate.main, flags(tmp_path, "--device", device, "--dry_run")), 2, tmp_path)
     assert codes == [2, 2]
-    assert said == [f"error: --device {device}: there is no such device here; usable: auto, cpu\n", ""]
+    assert said[0].startswith(f"error: --device {device}: there is no such device here")
+    assert said[0].endswith("; usable: auto, cpu\n")
+    assert said[1] == ""
 
 
 def test_help_is_printed_once(tmp_path: Path) -> None:
@@ -189,8 +191,10 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
     assert len([line for line in lines if line.startswith("error: ")]) == 1
     assert lines.count("Traceback (most recent call last):") == (what == "raise"), "of a bug only, and once"
     said_last = next(text for text in said if "error: " in text).splitlines()[-1]
-    assert said_last.startswith("error: process "), said_last
-    words = {"kill": "lost another one", "raise": "3: ValueError: a bug", "memory": "3: OutOfMemoryError"}
+    words = {
+        "kill": "lost another one", "raise": "process 3: ValueError: a bug",
+        "memory": "error: out of memory on the device (CUDA out of memory) in load",
+    }  # fmt: skip
     assert words[what] in said_last
     # the other group may finish what it does; torchrun would end it
     assert 3 not in {int(path.name.split("_")[1]) for path in (tmp_path / "out").glob("*.mp4")}

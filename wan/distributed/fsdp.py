@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -46,10 +47,11 @@ def load_sharded(
         parameter.data = parameter.data.to(dtype(name))
     for unit in _units(module):
         # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole unless told each time
-        fully_shard(unit, mesh=mesh.shards, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh.shards, reshard_after_forward=not _is_vector(unit))
         _gather_together(unit, mesh.team)
     module.register_forward_hook(lambda root, *_: root.reshard())
     module.register_forward_pre_hook(_let_go, prepend=True)
+    module.register_forward_pre_hook(partial(_gather_vectors, mesh.team))  # after FSDP's own, which readies the root
     module.to_empty(device=home)
     shards = dict(module.named_parameters())
     rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
@@ -79,8 +81,21 @@ def _gather_together(unit: nn.Module, team: Team) -> None:
 def _let_go(root: nn.Module, *_: object) -> None:
     """A forward that has failed left some units whole, not the same ones on all ranks."""
     for unit in root.modules():
-        if isinstance(unit, FSDPModule):
+        if isinstance(unit, FSDPModule) and not _is_vector(unit):
             unit.reshard()
+
+
+def _gather_vectors(team: Team, root: nn.Module, *_: object) -> None:
+    """The scales of norms are read where they are used and their layers not called: gathered once, they stay."""
+    vectors = [unit for unit in root.modules() if isinstance(unit, FSDPModule) and _is_vector(unit)]
+    if vectors:
+        with team.exchange():
+            for unit in vectors:
+                unit.unshard()
+
+
+def _is_vector(unit: nn.Module) -> bool:
+    return all(parameter.dim() == 1 for parameter in unit.parameters())
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
