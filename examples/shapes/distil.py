@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
@@ -22,8 +23,9 @@ from examples.shapes import transformer
 from examples.shapes.loop import Peers, Stage
 from examples.shapes.transformer import Attend, Clips
 
-TRAJECTORIES = 1024
-BATCH = 64
+TRAJECTORIES = 384  # a part
+STEPS = {"high": 600, "low": 350}
+BATCH = 32
 LEVELS = {"high": (1.0, 0.9375), "low": (5 / 6, 0.625)}  # four steps of the schedule with shift 5
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
 TEACHER_SHIFT = {"t2v": 12.0, "i2v": 5.0}
@@ -43,10 +45,8 @@ class Teacher:
 
     @classmethod
     def load(cls, task: str, folder: Path) -> Teacher:
-        attend, experts = Attend(), {}
-        for name in ("high", "low"):
-            experts[name] = load_expert(f"{task}-{name}", folder, attend)
-            transformer.compile_blocks(experts[name])
+        attend = Attend()
+        experts = {name: load_expert(f"{task}-{name}", folder, attend) for name in ("high", "low")}
         return cls(task, experts, attend, Clips.load(folder))
 
     def trajectories(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Teacher:
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=TEACHER_SHIFT[self.task]
         )
-        scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0.0, 41)[:-1].numpy())
+        scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0.0, 41)[:-1])
         negative = len(self.clips.rows) - 2
         free = self.clips.rows[[negative] * len(rows)], self.clips.scores[[negative] * len(rows)]
         x = noise
@@ -91,7 +91,8 @@ class Student:
         self.task, self.expert = name.split("-")
         self.name, self.folder, self.attend = name, folder, Attend()
         self.clips = Clips.load(folder)
-        self.taught = torch.load(folder / f"teaching-{self.task}.pt")
+        parts = [torch.load(file) for file in sorted(folder.glob(f"teaching-{self.task}-?.pt"))]
+        self.taught = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         # where the high-noise expert has brought the noise before the low-noise expert takes over
         self.start = (
             self.taught["noise"] if self.expert == "high" else torch.load(folder / f"lora-{self.task}-high.pt")["end"]
@@ -101,7 +102,7 @@ class Student:
 
     def train(self, peers: Peers) -> dict[str, object]:
         transformer.compile_blocks(self.model)
-        Stage(f"lora-{self.name}", self.folder, self.model, self.loss, 400, 4e-3, peers).run()
+        Stage(f"lora-{self.name}", self.folder, self.model, self.loss, STEPS[self.expert], 4e-3, peers).run()
         weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {"weights": weights, "end": self.end() if self.expert == "high" else None}
 

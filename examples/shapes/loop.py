@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 SAVE_SECONDS = 60.0
-MEAN = 0.998  # of the exponential mean of the weights, which is what a stage hands on
+MEAN = 0.05  # share of a stage's steps that the exponential mean of the weights looks back, which is what it hands on
 WARM_UP = 100  # steps over which the learning rate rises
 
 
@@ -94,9 +94,9 @@ class Optimiser:
             (p for name, p in named if not is_matrix(name, p)), betas=(0.9, 0.98), weight_decay=0
         )
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, matrix_lead: float) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.muon.step(rate)
+        self.muon.step(rate * matrix_lead)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
@@ -125,6 +125,7 @@ class Stage:
     rate: float
     peers: Peers = Peers()
     is_matrix: Callable[[str, nn.Parameter], bool] = lambda _name, _parameter: False  # what Muon is for
+    matrix_lead: float = 1.0  # how much faster the matrices learn than the rest
     falls: bool = True  # whether the learning rate does towards the end
 
     def run(self) -> None:
@@ -140,9 +141,9 @@ class Stage:
             loss = self.loss(step / self.steps, torch.Generator().manual_seed(seed))
             loss.backward()
             self.peers.average_gradients(parameters)
-            optimiser.step(self.rate * self._share(step))
+            optimiser.step(self.rate * self._share(step), self.matrix_lead)
             with torch.no_grad():
-                torch._foreach_lerp_(mean, parameters, 1 - min(MEAN, (1 + step) / (10 + step)))
+                torch._foreach_lerp_(mean, parameters, max(1 / (MEAN * self.steps), 9 / (10 + step)))
             recent.append(loss.item())
             if step % 50 == 49 and self.peers.rank == 0:
                 pace = (time.monotonic() - begun) / (step + 1 - done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,11 @@ STAGES: dict[str, Callable[[Path, Peers], dict[str, object]]] = {
     **{f"clips-{part}": partial(stages.encode_clips, part) for part in (0, 1)},
     "base": stages.train_base,
     **{name: partial(stages.train_expert, name) for name in ("t2v-high", "t2v-low", "i2v-high", "i2v-low")},
-    **{f"teaching-{task}": partial(stages.make_teaching, task) for task in ("t2v", "i2v")},
+    **{
+        f"teaching-{task}-{part}": partial(stages.make_teaching, task, part)
+        for task in ("t2v", "i2v")
+        for part in (0, 1)
+    },
     **{f"lora-{name}": partial(stages.train_lora, name) for name in ("t2v-high", "i2v-high", "t2v-low", "i2v-low")},
 }
 # for the compiler too, whose own processes would disturb the others
@@ -39,7 +44,8 @@ ROUNDS = [
     [("base", 2)],
     [("t2v-high", 1), ("t2v-low", 1)],
     [("i2v-high", 1), ("i2v-low", 1)],
-    [("teaching-t2v", 1), ("teaching-i2v", 1)],
+    [("teaching-t2v-0", 1), ("teaching-i2v-0", 1)],
+    [("teaching-t2v-1", 1), ("teaching-i2v-1", 1)],
     [("lora-t2v-high", 1), ("lora-i2v-high", 1)],
     [("lora-t2v-low", 1), ("lora-i2v-low", 1)],
 ]
@@ -73,18 +79,24 @@ def finished(state: Path, stage: str) -> Path:
 
 
 def run_round(group: list[tuple[str, int]], state: Path) -> None:
-    """Start all processes of these stages and wait for them. Stops at the first that fails."""
+    """Start all processes of these stages and wait for them. Stops all at the first that fails."""
     running = []
     for stage, count in group:
         (state / f"{stage}.meeting").unlink(missing_ok=True)
         for rank in range(count):
             command = [sys.executable, "-m", "examples.shapes.train", "--state", str(state)]
             command += ["--stage", stage, "--rank", str(rank), "--processes", str(count)]
-            running.append((stage, subprocess.Popen(command, env=os.environ | ONE_THREAD)))
+            # each in a session of its own: by those Linux divides a busy machine's cores
+            running.append((stage, subprocess.Popen(command, env=os.environ | ONE_THREAD, start_new_session=True)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what follows is done then too
     begun = time.monotonic()
-    for stage, process in running:
-        if process.wait():
-            sys.exit(f"stage {stage} failed with exit code {process.returncode}")
+    try:
+        for stage, process in running:
+            if process.wait():
+                sys.exit(f"stage {stage} failed with exit code {process.returncode}")
+    finally:
+        for _, process in running:
+            process.terminate()
     if group:
         print(f"{', '.join(stage for stage, _ in group)}: {time.monotonic() - begun:.0f} s", flush=True)
 
