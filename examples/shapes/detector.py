@@ -22,9 +22,10 @@ def judge(frames: np.ndarray) -> Scene:
     border = np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)])
     ground = np.median(border, axis=0)
     away = np.linalg.norm(frames - ground, axis=-1)
-    front = frames[away > 0.75 * away.max()]
-    if away.max() < 40:
+    far = np.quantile(away, 0.95)  # a shape covers more than 5 % of the frame; a few stray pixels do not count
+    if far < 40:
         return Scene(NONE, NONE, NONE, nearest(ground))
+    front = frames[away > 0.75 * far]
     colour = np.median(front, axis=0)
     # how far each pixel is on the way from the ground's colour to the shape's
     way = colour - ground
