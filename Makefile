@@ -11,9 +11,15 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# The small trained checkpoint (examples/shapes) in four steps: a video from a prompt, then one from a prompt and a picture.
 demo: $(VENV)/.installed
-	$(BIN)/python generate.py --task t2v-A14B --ckpt_dir examples/tiny/Wan2.2-T2V-A14B --lora_dir examples/tiny/lora-t2v \
-		--size 96*64 --frame_num 17 --base_seed 42 --prompt "a cat boxing the red ball" --save_dir demo --preview --overwrite
+	$(BIN)/python generate.py --task t2v-A14B --ckpt_dir examples/shapes/Wan2.2-T2V-A14B --lora_dir examples/shapes/lora-t2v \
+		--size 64*64 --frame_num 9 --base_seed 1 --prompt "a yellow circle moves right on a blue background" \
+		--save_dir demo --preview --overwrite
+	$(BIN)/python -m generate --task i2v-A14B --ckpt_dir examples/shapes/Wan2.2-I2V-A14B --lora_dir examples/shapes/lora-i2v \
+		--size 64*64 --frame_num 9 --base_seed 1 --prompt "a purple triangle moves up on a green background" \
+		--image examples/shapes/first_frame.png --save_dir demo --preview --overwrite
+	@ls demo/*.mp4 demo/*.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
