@@ -226,6 +226,7 @@ RELEASES: tuple[Release, ...] = (
     _fastwan("ti2v-fastwan", "full", "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", r"fastwan2\.2[^/]*5b"),
     _turbo("ti2v-turbo-lora", "lora", KIJAI, r"ti2v-5b-turbo[^/]*lora"),
     _turbo("ti2v-turbo", "full", "quanhaol/Wan2.2-TI2V-5B-Turbo", r"ti2v-5b-turbo"),
+    Release("shapes", (T2V, I2V), "lora", "examples/shapes", (r"shapes/lora-(t2v|i2v)",), sizes=((64, 64),)),
     Release(
         "motion-8",
         (T2V, I2V),
