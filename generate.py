@@ -125,11 +125,14 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.plan import make_plan
+    from wan.record import differences
 
     team, extend = runtime.team, outcome.extend
     if extend:
         team.from_first(lambda: check(extend, _questions(outcome.rows)))
     plan = team.agree(lambda: make_plan(outcome, runtime))
+    if outcome.replayed:
+        plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
     if outcome.request.dry_run:
         return 0

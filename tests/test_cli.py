@@ -359,6 +359,64 @@ def test_process_that_is_interrupted():
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_process_that_is_told_to_end(number, code):
+    """As Ctrl-C: finished steps are kept, the command that finishes the video is told, nothing half is left."""
+    script = f"""
+import os, sys
+import generate
+from wan.pipeline import Pipeline
+
+def decode(self, latent, finer=False):
+    os.kill(os.getpid(), {int(number)})
+    yield latent
+
+Pipeline.decode = decode
+sys.exit(generate.main(sys.argv[1:]))
+"""
+    done = python("-c", script, *T2V, *SMALL, "--prompt", "a cat", "--base_seed", "1")
+    assert done.returncode == code, done.stderr
+    assert "--decode_latents" in done.stderr
+    assert "1 not tried" in done.stderr, "the summary"
+    assert done.stderr.endswith("interrupted\n")
+    assert [path.name for path in Path("outputs").iterdir()] == ["t2v-A14B_0000_seed1_a_cat.latents.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_log_that_nobody_reads_does_not_end_the_work():
+    words = [sys.executable, str(ROOT / "generate.py"), *T2V, *SMALL, "--prompt", "a cat", "--base_seed", "1", "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert Path("outputs/t2v-A14B_0000_seed1_a_cat.mp4").is_file()
+
+
+def test_a_prompt_that_the_terminal_cannot_show():
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", *T2V, *SMALL, "--prompt", "一只猫", "--dry_run"], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"\u4e00" in done.stdout
+
+
+def test_what_the_allocator_is_told():
+    ask = (
+        "import os, generate; generate.main(['--help-me']); print(*sorted(n for n in os.environ if 'ALLOC_CONF' in n))"
+    )
+    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
+    for given in ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}):
+        done = subprocess.run(
+            [sys.executable, "-c", ask], env=env | given, capture_output=True, text=True, timeout=60, check=True
+        )
+        both = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"] if sys.platform == "linux" else []
+        assert done.stdout.split() == (list(given) or both), "what the user says is left alone"
+
+
 @pytest.mark.slow
 def test_processes_that_agree():
     """Two processes: one plan, with one seed that the first one drew; one error line for bad input."""

@@ -19,6 +19,8 @@ from lightning.errors import TensorFileError
 from lightning.tensorfile import TensorStore
 from wan import __version__
 from wan.plan import Plan
+from wan.request.options import SCHEMA
+from wan.request.replay import Replayed
 from wan.request.settings import Job
 from wan.utils.errors import InputError, WanError
 from wan.utils.files import Beside, latents_elsewhere, replacing
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from easydict import EasyDict
 
-SCHEMA = 2
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 
@@ -45,6 +46,21 @@ def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any
         "pipeline": plain(pipeline),
         "versions": versions(),
     }
+
+
+def differences(plan: Plan, replayed: Replayed) -> list[str]:
+    """What a replay will do otherwise than the run that wrote the record, a sentence each."""
+    record, told = replayed.record, []
+    job = next(iter(plan.jobs))
+    meaning = record.get("meaning", {})
+    for name, value in plain(plan.meaning(job)).items():
+        if name not in replayed.others and name in meaning and meaning[name] != value:
+            told.append(f"--replay {replayed.path}: --{name} is not what the record was made with")
+    here = versions()
+    for name, then in record.get("versions", {}).items():
+        if here.get(name) not in (None, then):
+            told.append(f"--replay {replayed.path}: made with {name} {then}, here is {here[name]}")
+    return told
 
 
 def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, float]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Scope(Enum):
 VIDEO, HOW, START = Scope
 LARGEST_SEED = 2**63 - 1
 LONGEST_PATH = 4096
+SCHEMA = 2  # of records, which hold requests
 
 # -- how values are read: from words, and from what JSON makes of them
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan.request.options import DEFAULTS, OPTIONS, VIDEO, Request, Scope
+from wan.request.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope
 from wan.request.prompts import expanded
 from wan.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A record that is replayed. others: options that were given anew, or have to do with those."""
+
+    path: Path
+    record: Mapping[str, Any]
+    others: frozenset[str]
+
 
 OF_A_JOB = ("prompt", "negative_prompt", "image", "size", "frame_num", "base_seed")  # a record has them for its video
 # Told from the machine and the weights once these are open: what a run may differ in and still be gone on with.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 
 
-def replayed(given: Mapping[str, Any], path: Path) -> Request:
+def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     """The request that a record holds, narrowed to the record's one video, with the flags of `given` on top.
 
     The record's prompt is the extended one; it is not extended again. What belongs to one start or one machine is not
@@ -24,6 +35,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> Request:
     from wan.utils.video import read_record
 
     record = read_record(path)
+    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
+        raise InputError(f"--replay {path}: written by another version of this program (schema {schema}, not {SCHEMA})")
     try:
         job = record["job"]
         width, height = job["area"]
@@ -38,7 +51,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> Request:
     request = Request.from_dict({**earlier, **given}, problems)
     if problems:
         raise InputError([f"--replay {path}: {problem}" for problem in problems])
-    return request
+    others = {name for name in OPTIONS if name in given or name in displaced or OPTIONS[name].into in given}
+    return request, Replayed(path, record, frozenset(others | {OPTIONS[name].into for name in given}))
 
 
 def _is_replayed(name: str) -> bool:

@@ -35,7 +35,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     given: values by option, only those that were given. problems: those found before. InputError with all problems.
     """
     check = Check(problems)
-    request = replayed(given, expanded(given["replay"])) if "replay" in given else Request(**given)
+    request, record = replayed(given, expanded(given["replay"])) if "replay" in given else (Request(**given), None)
     asked_task = request.task
     request = _checked(request, check)
     if request.task != asked_task:
@@ -50,7 +50,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     elif request.extend_only is not None:
         outcome = _extend_only(request, config, check)
     else:
-        outcome = _generate(request, config, check)
+        outcome = replace(_generate(request, config, check), replayed=record)
     check.stop()
     return replace(outcome, warnings=tuple(check.warnings))
 

@@ -15,6 +15,7 @@ from wan.request.prompts import Row
 
 if TYPE_CHECKING:
     from wan.extend.extension import ExtendSettings
+    from wan.request.replay import Replayed
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Generate:
     jobs: tuple[Job, ...]
     extend: ExtendSettings | None = None  # None: prompts are used as they are
     warnings: tuple[str, ...] = ()
+    replayed: Replayed | None = None
 
 
 @dataclass(frozen=True)
