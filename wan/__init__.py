@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from wan.text2video import WanT2V as WanT2V
     from wan.textimage2video import WanTI2V as WanTI2V
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {"WanT2V": "wan.text2video", "WanI2V": "wan.image2video", "WanTI2V": "wan.textimage2video"}
 __all__ = ["WanI2V", "WanT2V", "WanTI2V"]
 
