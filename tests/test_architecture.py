@@ -17,6 +17,7 @@ ARROWS = {
     "wan": {"wan"},  # the front door of the package: lazy
     "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.pipeline", "wan.plan", "wan.record",
                 "wan.distributed", "wan.request", "wan.utils"},
+    "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
     "wan.record": {"wan.plan", "wan.request", "wan.utils", "lightning"},
     "wan.text2video": {"wan.original", "wan.pipeline", "wan.plan"},
     "wan.image2video": {"wan.original", "wan.pipeline", "wan.plan", "wan.utils"},
@@ -34,10 +35,15 @@ ARROWS = {
     "wan.modules": {"wan.configs", "lightning"},
     "wan.utils": {"lightning"},
     "wan.configs": set(),
+    # the original's names, for its scripts: nothing of ours imports them
+    "wan.distributed.util": {"wan.distributed"},
+    "wan.utils.utils": {"wan.utils", "wan.request"},
+    "wan.utils.prompt_extend": {"wan.utils", "wan.extend"},
     "lightning": set(),
 }  # fmt: skip
 TORCH_FREE = ["generate", "wan", "wan.request.resolve", "wan.configs", "wan.utils.images", "lightning.lora",
-              "lightning.releases", "lightning.names", "wan.extend.extension", "wan.utils.progress"]  # fmt: skip
+              "lightning.releases", "lightning.names", "wan.extend.extension", "wan.utils.progress",
+              "wan.gallery"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:
