@@ -210,7 +210,7 @@ def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _parser(problems: list[str]) -> argparse.ArgumentParser:
     """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
     parser = _Parser(
-        prog="generate.py", description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
+        description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")

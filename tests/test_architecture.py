@@ -15,8 +15,9 @@ SOURCES = [ROOT / "generate.py", *sorted((ROOT / "wan").rglob("*.py")), *sorted(
 ARROWS = {
     "generate": {"wan", "lightning"},
     "wan": {"wan"},  # the front door of the package: lazy
+    "wan.making": {"wan.pipeline", "wan.record", "wan.request", "wan.utils"},
     "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.pipeline", "wan.plan", "wan.record",
-                "wan.distributed", "wan.request", "wan.utils"},
+                "wan.making", "wan.distributed", "wan.request", "wan.utils"},
     "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
     "wan.record": {"wan.plan", "wan.request", "wan.utils", "lightning"},
     "wan.text2video": {"wan.original", "wan.pipeline", "wan.plan"},

@@ -14,6 +14,7 @@ import pytest
 
 import generate
 from tests.extend.fake_services import FakeService
+from wan import __version__
 from wan.request.options import OPTIONS, Request
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,13 @@ def test_help_names_every_flag(capsys):
     assert all(f"\n{title}:\n" in text for title in {row.group for row in OPTIONS.values()})
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as raised:
+        generate.main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"wan-lightning {__version__}\n"
+
+
 ASK = """
 import sys, generate
 try:
@@ -87,6 +95,7 @@ print("LOADED", code, *[name for name in {heavy} if name in sys.modules])
     ("words", "code", "allowed"),
     [
         (["--help"], 0, set()),
+        (["--version"], 0, set()),
         (["--lora-dir", "x"], 2, set()),
         (["--frame_num"], 2, set()),
         ([*T2V, "--frame_num", "80"], 2, {"PIL"}),

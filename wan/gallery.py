@@ -67,7 +67,7 @@ def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
             video = Beside.of(file.with_name(record["output"]["file"]))
             if video.record == file and video.video.is_file():
                 yield _entry(folder, record, video)
-        except (InputError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (InputError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
             continue  # another program's file
 
 
