@@ -132,6 +132,6 @@ class QwenPromptExpander(_Expander):
 def _as_file(image: Image.Image | str | Path | None, folder: Path) -> Path | None:
     """The image as a file: the services read one."""
     if not isinstance(image, Image.Image):
-        return image and Path(image)
+        return Path(image) if image else None
     image.save(folder / "image.png")
     return folder / "image.png"
