@@ -85,11 +85,11 @@ class VideoWriter:
         if self._encoder.returncode != 0:
             raise self._failure()
         with ExitStack() as files:
-            if record is not None:
-                beside = files.enter_context(replacing(Beside.of(self.path).record))
+            beside = None if record is None else files.enter_context(replacing(Beside.of(self.path).record))
+            whole = files.enter_context(replacing(self.path))  # the first to be left: no record is without its video
+            self._complete(whole, "" if record is None else json.dumps(record, ensure_ascii=False))
+            if beside is not None:
                 beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            whole = files.enter_context(replacing(self.path))  # left first: there is no record without its video
-            self._complete(whole, json.dumps(record, ensure_ascii=False) if record is not None else "")
 
     def __enter__(self) -> VideoWriter:
         return self
