@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wan import __version__
 from wan.request.checks import meant
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
@@ -124,6 +125,7 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
+    from wan.gallery import check_page, folder_of, write_page
     from wan.plan import make_plan
     from wan.record import differences
 
@@ -134,6 +136,9 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
+    page = folder_of(outcome.request) if outcome.request.gallery else None
+    if page:
+        team.from_first(lambda: check_page(page))
     if outcome.request.dry_run:
         return 0
 
@@ -142,7 +147,10 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.from_first(lambda: _answers(extend, outcome.rows, progress))
         plan = replace(plan, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in plan.jobs))
-    return 1 if run_jobs(plan, progress, runtime) else 0
+    failed = run_jobs(plan, progress, runtime)
+    if page:
+        progress.say(f"gallery: {team.from_first(lambda: write_page(page))}")
+    return 1 if failed else 0
 
 
 def _answers(settings: ExtendSettings, rows: Sequence[Row], progress: Progress) -> dict[tuple[str, Path | None], str]:
@@ -170,11 +178,12 @@ def _checked(progress: Progress) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def print_help(self, file: Any = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """--help and --version, by one process of many."""
         from wan.distributed.runtime import speaks_alone
 
         if speaks_alone():
-            super().print_help(file)
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -204,9 +213,10 @@ def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _parser(problems: list[str]) -> argparse.ArgumentParser:
     """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
     parser = _Parser(
-        prog="generate.py", description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
+        description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
     for name, row in OPTIONS.items():
         more: dict[str, Any] = {"help": row.help.replace("%", "%%")}

@@ -18,6 +18,7 @@ ARROWS = {
     "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.making", "wan.pipeline", "wan.plan",
                 "wan.record", "wan.distributed", "wan.request", "wan.utils"},
     "wan.making": {"wan.pipeline", "wan.record", "wan.request", "wan.utils"},
+    "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
     "wan.record": {"wan.plan", "wan.request", "wan.utils", "lightning"},
     "wan.text2video": {"wan.original", "wan.pipeline", "wan.plan"},
     "wan.image2video": {"wan.original", "wan.pipeline", "wan.plan", "wan.utils"},
@@ -35,10 +36,15 @@ ARROWS = {
     "wan.modules": {"wan.configs", "lightning"},
     "wan.utils": {"lightning"},
     "wan.configs": set(),
+    # the original's names, for its scripts: nothing of ours imports them
+    "wan.distributed.util": {"wan.distributed"},
+    "wan.utils.utils": {"wan.utils", "wan.request"},
+    "wan.utils.prompt_extend": {"wan.utils", "wan.extend"},
     "lightning": set(),
 }  # fmt: skip
 TORCH_FREE = ["generate", "wan", "wan.request.resolve", "wan.configs", "wan.utils.images", "lightning.lora",
-              "lightning.releases", "lightning.names", "wan.extend.extension", "wan.utils.progress"]  # fmt: skip
+              "lightning.releases", "lightning.names", "wan.extend.extension", "wan.utils.progress",
+              "wan.gallery"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 import generate
 from tests.extend.fake_services import FakeService
+from wan import __version__
 from wan.request.options import OPTIONS, Request
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +27,11 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "diffusers", "safetensors", "h
 # The flags are a promise to everybody's scripts: a change here is a change of the product.
 FLAGS = """
     attention base_seed ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype expert
-    extend_only frame_num high_steps image image_path_file json lora lora_allow_partial lora_alpha lora_dir lora_mode
-    lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model on_error overwrite preset
-    preview prompt prompt_extend_method prompt_extend_model prompt_extend_on_error prompt_extend_target_lang
-    prompt_file replay resume ring_size sample_guide_scale sample_shift sample_solver sample_steps save_dir save_file
-    save_latents seconds size t5_cpu t5_fsdp task timesteps ulysses_size use_prompt_extend vae_tiling vram
+    extend_only frame_num gallery high_steps image image_path_file json lora lora_allow_partial lora_alpha lora_dir
+    lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model on_error overwrite
+    preset preview prompt prompt_extend_method prompt_extend_model prompt_extend_on_error prompt_extend_target_lang
+    prompt_file replay resume ring_size sample_guide_scale sample_shift sample_solver sample_steps save_dir
+    save_file save_latents seconds size t5_cpu t5_fsdp task timesteps ulysses_size use_prompt_extend vae_tiling vram
 """
 
 
@@ -73,6 +74,13 @@ def test_help_names_every_flag(capsys):
     assert all(f"\n{title}:\n" in text for title in {row.group for row in OPTIONS.values()})
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as raised:
+        generate.main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"wan-lightning {__version__}\n"
+
+
 ASK = """
 import sys, generate
 try:
@@ -87,6 +95,7 @@ print("LOADED", code, *[name for name in {heavy} if name in sys.modules])
     ("words", "code", "allowed"),
     [
         (["--help"], 0, set()),
+        (["--version"], 0, set()),
         (["--lora-dir", "x"], 2, set()),
         (["--frame_num"], 2, set()),
         ([*T2V, "--frame_num", "80"], 2, {"PIL"}),
@@ -310,7 +319,7 @@ def test_examples(capsys):
     assert out.count("832x480, the area of") == 3
     code, out, _ = main(capsys, *I2V, *words)
     assert code == 0
-    assert "the example picture examples/i2v_input.png is used" in out
+    assert "i2v_input.png is used" in out
 
 
 # --- real processes

@@ -281,7 +281,7 @@ def test_lora_dir_without_an_expert(tmp_path):
         ({"frame_num": 85}, "85 frames are more than the 81"),
         ({"image": str(TINY / "input.png")}, "t2v-A14B takes no image"),
         ({"prompt": None}, "no --prompt given"),
-        ({"task": "i2v-A14B", "image": None}, "the example picture examples/i2v_input.png is used"),
+        ({"task": "i2v-A14B", "image": None}, "i2v_input.png is used"),
         ({"distilled": True, "timesteps": "1000,978.26,937.5,833.33"}, None),
         ({"distilled": True, "timesteps": "1000,750,500,250"}, "after shift 5 it is 1000,937.5,833.333,625"),
         ({"distilled": True, "timesteps": "900,800"}, "starts at 900"),

@@ -288,6 +288,6 @@ def test_truncated(tmp_path, kind):
 
 
 def test_example_picture():
-    path = Path(__file__).parents[2] / "examples" / "i2v_input.png"
+    path = Path(__file__).parents[2] / "wan" / "configs" / "i2v_input.png"
     assert open_image(path).size == (832, 480)
     assert path.stat().st_size < 400_000

@@ -7,6 +7,15 @@ from wan.configs.t2v_A14B import t2v_A14B
 from wan.configs.ti2v_5B import ti2v_5B
 
 WAN_CONFIGS: dict[str, EasyDict] = {config.name: config for config in (t2v_A14B, i2v_A14B, ti2v_5B)}
+# For scripts written for the original: the sizes by task, (width, height) of each, and its area.
+SUPPORTED_SIZES: dict[str, tuple[str, ...]] = {name: config.sizes for name, config in WAN_CONFIGS.items()}
+SIZE_CONFIGS: dict[str, tuple[int, int]] = {
+    size: (int(width), int(height))
+    for sizes in SUPPORTED_SIZES.values()
+    for size in sizes
+    for width, height in [size.split("*")]
+}
+MAX_AREA_CONFIGS: dict[str, int] = {size: width * height for size, (width, height) in SIZE_CONFIGS.items()}
 
 
 def download_command(config: EasyDict) -> str:

@@ -1,5 +1,7 @@
 """Wan2.2 image-to-video: two 14B experts, the Wan2.1 VAE, the image given as extra channels."""
 
+from pathlib import Path
+
 from easydict import EasyDict
 
 from wan.configs.shared_config import a14b_config
@@ -14,5 +16,5 @@ i2v_A14B = EasyDict(
     example_prompt="The scene comes alive: soft wind moves through it while the camera slowly pushes in.",
     image_fit="squeeze",
     mask_channels=4,  # one for each of the video frames that a latent frame covers
-    example_image="examples/i2v_input.png",
+    example_image=str(Path(__file__).with_name("i2v_input.png")),
 )

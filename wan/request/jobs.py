@@ -21,8 +21,6 @@ from wan.request.settings import Job, Weights
 from wan.utils.errors import InputError
 from wan.utils.images import open_image, video_size, what_was_done
 
-ROOT = Path(__file__).parents[2]
-
 
 def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check) -> list[Row]:
     """The prompts, each with its image; the task's example where nothing was given."""
@@ -78,7 +76,7 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
             )
             return rows
         check.warn(f"no --image given: the example picture {config.example_image} is used")
-        rows = [replace(row, image=ROOT / config.example_image) for row in rows]
+        rows = [replace(row, image=Path(config.example_image)) for row in rows]
     return rows
 
 

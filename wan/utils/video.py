@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -71,8 +71,9 @@ class VideoWriter:
         self._put(frames)
         self.frames += count
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Complete the video and put `record` into its comment tag and, as .json, beside it. Then both appear."""
+    def finish(self, record: dict[str, Any] | None) -> None:
+        """Complete the video and put `record`, if there is one, into its comment tag and, as .json, beside it. Then
+        both appear."""
         if self._encoder is None:
             raise JobError(f"{self.path}: no frames were decoded, so there is no video to save")
         self._put(None)
@@ -83,9 +84,12 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
-        with replacing(Beside.of(self.path).record) as record_file, replacing(self.path) as whole:
-            self._complete(whole, json.dumps(record, ensure_ascii=False))
-            record_file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with ExitStack() as files:
+            beside = None if record is None else files.enter_context(replacing(Beside.of(self.path).record))
+            whole = files.enter_context(replacing(self.path))  # the first to be left: no record is without its video
+            self._complete(whole, "" if record is None else json.dumps(record, ensure_ascii=False))
+            if beside is not None:
+                beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -1,0 +1,144 @@
+"""`python -m wan.gallery DIR`: one static page over the videos of a folder, from the records beside them.
+
+The page needs no network and no server: it names videos and contact sheets by their paths from where it lies. What is
+in the records is data to it and never markup. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from wan.configs import WAN_CONFIGS
+from wan.request.options import Request
+from wan.utils.errors import InputError, WanError
+from wan.utils.files import Beside, replacing
+from wan.utils.progress import tell
+from wan.utils.video import read_record
+
+PAGE = "index.html"
+TEMPLATE = Path(__file__).with_suffix(".html")
+MARK = '<meta name="generator" content="wan.gallery">'  # in every page of ours, which may be written again
+# In the page the data stands inside a script element, whose end a "<" could spell; the two others end lines in JS.
+HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+
+
+def folder_of(request: Request) -> Path:
+    """The folder that the page of a run covers."""
+    named = Path(request.save_file).parent if request.save_file is not None else Path(request.save_dir)
+    return named.expanduser()
+
+
+def check_page(folder: Path) -> None:
+    """InputError if the page's place is taken by something that is not a page of ours."""
+    page = folder / PAGE
+    if page.exists() and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
+        raise InputError(f"{page}: exists already and is no gallery page; move it away, or choose another folder")
+
+
+def write_page(folder: Path) -> Path:
+    """Write the page over the videos in `folder` and below it; where it is. InputError as `check_page`, WanError."""
+    check_page(folder)
+    entries = sorted(find_entries(folder), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
+    data = json.dumps(entries, ensure_ascii=False).translate(HARMLESS)
+    before, after = TEMPLATE.read_text(encoding="utf-8").split("[/* entries */]")
+    page = folder / PAGE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(page) as part:
+            part.write_text(before + data + after, encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise WanError(f"{page}: the gallery page cannot be written ({e.strerror})") from e
+    return page
+
+
+def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the page shows of each record in `folder` and below whose video is there; other files are passed over."""
+    for file in folder.rglob("*.json"):
+        try:
+            record = read_record(file)
+            video = Beside.of(file.with_name(record["output"]["file"]))
+            if video.record == file and video.video.is_file():
+                yield _entry(folder, record, video)
+        except (InputError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
+            continue  # another program's file
+
+
+def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
+    job, meaning, output, plan = record["job"], record["meaning"], record["output"], record["plan"]
+    width, height, frames, fps = (_number(output[name]) for name in ("width", "height", "frames", "fps"))
+    seconds = sum(map(_number, record["seconds"].values()))
+    steps = meaning["sample_steps"]
+    usual = WAN_CONFIGS[meaning["task"]].sample_neg_prompt
+    scales = dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)
+    loras = dict.fromkeys(_named(lora["path"]) for files in plan["loras"].values() for lora in files)
+    settings = {
+        "task": meaning["task"],
+        "size": f"{width:g}×{height:g}",
+        "length": f"{frames:g} frames, {frames / fps:.1f} s",
+        "steps": f"{len(steps)} {meaning['sample_solver']}",
+        "guidance": ", ".join(scales),
+        "weights": Path(record["request"]["ckpt_dir"]).name,
+        "LoRA": ", ".join(loras),
+        "dtype": meaning["dtype"],
+        "device": record["pipeline"]["device"],
+        "image": Path(job["image"]).name if job["image"] else "",
+        "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
+        "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
+    }
+    return {
+        "file": beside.video.relative_to(folder).as_posix(),
+        "video": _address(folder, beside.video),
+        "record": _address(folder, beside.record),
+        "sheet": _address(folder, beside.sheet) if beside.sheet.is_file() else "",
+        "prompt": str(job["prompt"]),
+        "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
+        "width": width,
+        "height": height,
+        "seconds": seconds,
+        "finished": str(record["finished"]),
+        "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)},
+    }
+
+
+def _named(path: str) -> str:
+    """A LoRA by its folder, if it is one of a release's two files, else by its name."""
+    file = Path(path)
+    return file.parent.name if file.stem in ("high_noise_model", "low_noise_model") else file.name
+
+
+def _number(value: Any) -> float:
+    """ValueError for what JSON's readers let through beside numbers that can be shown."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+def _address(folder: Path, file: Path) -> str:
+    """From the page to the file; "./" in front, so that no name is taken for an address with a scheme."""
+    return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wan.gallery", description="One page over the videos of a folder.")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")
+    folder = parser.parse_args(argv).folder
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such folder")
+        tell(sys.stdout, f"{write_page(folder)}\n")
+    except WanError as e:
+        tell(sys.stderr, f"error: {e}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
