@@ -17,6 +17,8 @@ ARROWS = {
     "wan": {"wan"},  # the front door of the package: lazy
     "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.pipeline", "wan.plan", "wan.record",
                 "wan.distributed", "wan.request", "wan.utils"},
+    "wan.doctor": {"wan.original", "wan.plan", "wan.sampling", "wan.loading", "wan.distributed", "wan.request",
+                   "wan.modules", "wan.configs", "wan.utils", "lightning"},
     "wan.record": {"wan.plan", "wan.request", "wan.utils", "lightning"},
     "wan.text2video": {"wan.original", "wan.pipeline", "wan.plan"},
     "wan.image2video": {"wan.original", "wan.pipeline", "wan.plan", "wan.utils"},
