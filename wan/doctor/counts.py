@@ -1,8 +1,9 @@
-"""The released networks without their files, on the meta device, and the operations that they take: counted, not timed."""
+"""The released networks without their files, on the meta device, and the operations they take: counted, not timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +46,12 @@ def released_text_encoder() -> UMT5Encoder:
     return on_meta(lambda: UMT5Encoder(**UMT5_XXL))
 
 
-def released_vae(task: str, device: torch.device | str = "meta") -> WanVAE:
-    """Its weights are not set."""
-    kind = "2.1" if "2.1" in WAN_CONFIGS[task].vae_checkpoint else "2.2"
-    return on_meta(lambda: WanVAE(*VAES[kind])).requires_grad_(False).to_empty(device=device)
+def released_vae(task: str) -> WanVAE:
+    return on_meta(lambda: WanVAE(*VAES[vae_kind(task)]))
+
+
+def vae_kind(task: str) -> str:
+    return "2.1" if "2.1" in WAN_CONFIGS[task].vae_checkpoint else "2.2"
 
 
 def network(task: str) -> Network:
@@ -62,10 +65,14 @@ def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
     return 2.0 * weights * tokens
 
 
-def decode_operations(task: str, shape: tuple[int, int, int, int]) -> float:
-    """Of one decode of a latent of this shape. After the first latent frame all cost the same, so three are counted."""
+@cache
+def decode_operations(kind: tuple[int, int, int, bool], shape: tuple[int, int, int, int]) -> float:
+    """Of one decode of a latent of this shape, `kind` as in VAES.
+
+    After the first latent frame all cost the same, so three are counted.
+    """
     channels, length, rows, columns = shape
-    vae = released_vae(task)
+    vae = on_meta(lambda: WanVAE(*kind))
 
     def count(frames: int) -> int:
         return _counted(lambda: list(vae.decode(torch.empty(channels, frames, rows, columns, device="meta"))))
@@ -74,9 +81,10 @@ def decode_operations(task: str, shape: tuple[int, int, int, int]) -> float:
     return first + (three - first) / 2 * (length - 1)
 
 
-def encode_operations(task: str, size: tuple[int, int], frames: int) -> float:
-    """Of encoding a picture of `size` (width, height) as the start of a clip."""
-    vae, image = released_vae(task), torch.empty(3, size[1], size[0], device="meta")
+@cache
+def encode_operations(kind: tuple[int, int, int, bool], size: tuple[int, int], frames: int) -> float:
+    """Of encoding a picture of `size` (width, height) as the start of a clip of 4n + 1 frames."""
+    vae, image = on_meta(lambda: WanVAE(*kind)), torch.empty(3, size[1], size[0], device="meta")
     return _counted(lambda: vae.encode_first_frame(image, frames))
 
 

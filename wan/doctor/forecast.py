@@ -18,6 +18,7 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.mesh import Layout
 from wan.doctor import rates
 from wan.doctor.counts import (
+    VAES,
     decode_operations,
     encode_operations,
     network,
@@ -25,6 +26,7 @@ from wan.doctor.counts import (
     released_transformer,
     released_vae,
     text_operations,
+    vae_kind,
 )
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
 from wan.doctor.machine import host_bytes
@@ -129,6 +131,7 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     config, task, speed = plan.config, plan.request.task, machine.rates
+    kind = VAES[vae_kind(task)]
     frames = config.frame_num
     budget = plan.budget(size, frames, plan.prompts())
     assert budget is not None, "there is room to share"
@@ -141,13 +144,13 @@ def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     encoder = cast(Any, plan.checkpoint.text_encoder)[0]
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
     thinking = plan.prompts() * text_operations(encoder, config.text_len) / speed[rates.MATMUL]
-    image = encode_operations(task, size, frames) / speed[rates.VAE] if config.mask_channels else 0.0
-    decode = decode_operations(task, latent_shape(config, size, frames)) / speed[rates.VAE]
+    image = encode_operations(kind, size, frames) / speed[rates.VAE] if config.mask_channels else 0.0
+    decode = decode_operations(kind, latent_shape(config, size, frames)) / speed[rates.VAE]
     text, denoise = max(thinking, text_bytes / feed), max(computing, read / feed)
     again = computing if budget.resident else denoise
     return Estimate(
         task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards.total(), budget.problem is None,
-        _mode(budget), budget.peak, read, text, denoise, decode,
+        _mode(budget, machine), budget.peak, read, text, denoise, decode,
         first=text + image + denoise + decode, next=text + image + again + decode,
     )  # fmt: skip
 
@@ -159,12 +162,14 @@ def _bytes_read(budget: Budget, expert: str, forwards: int, dtype: torch.dtype) 
     return (stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * FILE_BYTES // dtype.itemsize
 
 
-def _mode(budget: Budget) -> str:
-    """In few words what the budget's line says in a sentence."""
+def _mode(budget: Budget, machine: Machine) -> str:
+    """In few words what the budget's line says in a sentence; on a CPU blocks stream only where it is asked for."""
     if budget.problem:
         return f"does not fit: {budget.problem.rpartition(': ')[2]}"
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
     held = "all stay" if budget.resident else f"{stay} of {sizes.units} parts stay"
     held = "one expert at a time" if not budget.resident and stay == sizes.units else held
+    if machine.device.type == "cpu" and not budget.resident:
+        held = f"--vram {int(budget.free / 1e9)}: {held}"
     return held if budget.tiles == (1, 1) else f"{held}, {budget.tiles[0]}x{budget.tiles[1]} tiles"

@@ -58,7 +58,7 @@ def packages(machine: Machine) -> Outcome:
     return Outcome(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
 
 
-def video_encoder(machine: Machine) -> Outcome:
+def video_encoder(_: Machine) -> Outcome:
     """The ffmpeg that would write the videos, by encoding a frame."""
     try:
         check_encoder()

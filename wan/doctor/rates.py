@@ -1,4 +1,4 @@
-"""How fast the machine is: what the estimates divide counted work by. Random data: zeros run faster than real numbers."""
+"""How fast the machine is: what the estimates divide counted work by. Random data: zeros run faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from wan.doctor.counts import decode_operations, released_vae
+from wan.doctor.counts import VAES, decode_operations, on_meta
 from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome
 from wan.doctor.measure import interleaved
 from wan.loading.budget import free_bytes
 from wan.modules.attention import BACKENDS, choose
+from wan.modules.vae import WanVAE
 from wan.utils.progress import quantity
 
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
@@ -53,14 +54,14 @@ def attention(machine: Machine) -> Outcome:
 
 def vae(machine: Machine) -> Outcome:
     """A decode by Wan2.1's VAE at its released width, with random weights."""
-    shape = (16, 1, 2, 2)
-    if not machine.small:
-        shape = (16, 3, 8, 8)
-        if machine.device.type == "cuda":
-            shape = (16, 3, 60, 104) if free_bytes(machine.device) > VAE_ROOM else (16, 3, 20, 36)
-    module = released_vae("t2v-A14B", machine.device)
+    kind, shape = VAES["2.1"], (16, 3, 8, 8)
+    if machine.small:
+        kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
+    elif machine.device.type == "cuda":
+        shape = (16, 3, 60, 104) if free_bytes(machine.device) > VAE_ROOM else (16, 3, 20, 36)
+    module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=machine.device)
     for parameter in module.parameters():
-        parameter.data.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
+        parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
     module.use_channels_last()
     latent = torch.randn(shape, device=machine.device)
 
@@ -70,7 +71,7 @@ def vae(machine: Machine) -> Outcome:
 
     with torch.inference_mode():
         (seconds,) = interleaved([decode], repeats=1)
-    rate = decode_operations("t2v-A14B", shape) / seconds
+    rate = decode_operations(kind, shape) / seconds
     return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
 
 
