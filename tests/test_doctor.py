@@ -62,15 +62,15 @@ def test_without_the_repository_golden_cases_are_skipped_by_name(tmp_path: Path)
 
 
 def test_a_wrong_back_end_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, k, v: q)
+    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, *_: q)
     assert run(numerics.attention_checks(machine()), monkeypatch) == 1
     said = capsys.readouterr().out
-    assert "WRONG    attention sdpa float32: error against float32" in said
+    assert "WRONG    attention sdpa float32 (" in said
     assert "use --attention" in said
 
 
 def test_a_back_end_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, k, v: q * float("nan"))
+    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, *_: q * float("nan"))
     assert numerics.attention("sdpa", torch.float32, machine()).verdict == WRONG
 
 
@@ -81,8 +81,8 @@ def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, caps
     fine = Check("another", lambda _: Outcome(GOOD, "is fine"))
     assert run([Check("a kernel", broken), fine], monkeypatch) == 1
     said = capsys.readouterr().out
-    assert "WRONG    a kernel: fails with RuntimeError: no kernel image is available; put this report" in said
-    assert "good     another: is fine" in said
+    assert "WRONG    a kernel (0.0 s): fails with RuntimeError: no kernel image is available; put this report" in said
+    assert "good     another (0.0 s): is fine" in said
     assert "1 wrong" in said
 
 
@@ -119,7 +119,7 @@ def test_a_package_too_old_or_absent_is_found(tmp_path: Path) -> None:
     assert outcome.advice == "pip install 'torch>=99' 'no-such-thing>=1'"
 
 
-def test_a_device_that_is_not_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there_is_found() -> None:
     device, outcome = things.choose_device("cuda:77")
     if not torch.cuda.is_available():
         assert device == CPU

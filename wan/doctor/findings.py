@@ -30,7 +30,7 @@ class Machine:
     """What the checks look at.
 
     root: of the repository, or where its `examples` and `tests` would lie. disk: the folder whose disk is measured.
-    small: sizes that take milliseconds, for a test of the doctor himself. rates: measured so far, by name, in units a
+    small: sizes that take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units a
     second.
     """
 
@@ -51,8 +51,11 @@ class Machine:
 
 
 class Check(NamedTuple):
+    """advice: what to do where `run` raises."""
+
     name: str
     run: Callable[[Machine], Outcome]
+    advice: str = "put this report into a bug report"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Finding:
 
     def line(self) -> str:
         advice = f"; {self.advice}" if self.advice else ""
-        return f"{self.verdict:<7}  {self.name}: {self.sentence}{advice} ({duration(self.seconds)})"
+        return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {self.sentence}{advice}"
 
 
 def examine(check: Check, machine: Machine) -> Finding:
@@ -76,7 +79,7 @@ def examine(check: Check, machine: Machine) -> Finding:
         outcome = check.run(machine)
     except Exception as e:  # noqa: BLE001 - what a driver, kernel or foreign package fails with cannot be known
         first = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        outcome = Outcome(WRONG, f"fails with {first}", "put this report into a bug report")
+        outcome = Outcome(WRONG, f"fails with {first}", check.advice)
     spent = time.perf_counter() - began
     return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
 

@@ -93,7 +93,7 @@ def exchange(machine: Machine) -> Outcome:
     """One all-to-all, as sequence parallelism makes them, over all GPUs by NCCL, a process each."""
     count = torch.cuda.device_count() if machine.device.type == "cuda" else 0
     if count < 2:
-        return Outcome(SKIPPED, f"{count} GPUs here: nothing to exchange between processes")
+        return Outcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
     return exchange_between(count, "nccl")
 
 

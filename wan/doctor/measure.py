@@ -28,6 +28,8 @@ def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, wa
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:
