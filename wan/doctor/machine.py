@@ -63,11 +63,10 @@ def video_encoder(_: Machine) -> Outcome:
     try:
         check_encoder()
     except InputError as e:
-        sentence, _, advice = str(e).rpartition("; ")
-        return Outcome(WRONG, sentence, advice)
-    said = subprocess.run([ffmpeg()[0], "-version"], capture_output=True, text=True, timeout=30).stdout
-    words = said.split()[2:3]
-    return Outcome(GOOD, f"ffmpeg {' '.join(words)} encodes H.264", values={"ffmpeg": ffmpeg()[0]})
+        said, _, advice = str(e).rpartition("; ")
+        return Outcome(WRONG, said, advice)
+    told = subprocess.run([ffmpeg()[0], "-version"], capture_output=True, text=True, timeout=30).stdout
+    return Outcome(GOOD, f"ffmpeg {' '.join(told.split()[2:3])} encodes H.264", values={"ffmpeg": ffmpeg()[0]})
 
 
 def choose_device(name: str) -> tuple[torch.device, Outcome]:
@@ -99,10 +98,10 @@ def exchange(machine: Machine) -> Outcome:
 
 def exchange_between(count: int, backend: str) -> Outcome:
     """`count` processes exchange what each must have from each other one."""
-    import torch.multiprocessing as processes
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as folder:
-        context = processes.spawn(_exchange, (count, backend, f"{folder}/meeting"), nprocs=count, join=False)
+        context = spawn(_exchange, (count, backend, f"{folder}/meeting"), nprocs=count, join=False)
         assert context is not None, "not joined"
         end = time.monotonic() + EXCHANGE_SECONDS
         try:
@@ -158,7 +157,7 @@ def _bounds(root: Path) -> dict[str, str]:
             declared = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
     except (PackageNotFoundError, KeyError):
         return {}
-    return dict(match.groups() for line in declared if (match := REQUIREMENT.match(line)))
+    return {match[1]: match[2] for line in declared if (match := REQUIREMENT.match(line))}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
