@@ -63,7 +63,7 @@ def video_encoder(_: Machine) -> Outcome:
     try:
         check_encoder()
     except InputError as e:
-        said, _, advice = str(e).rpartition("; ")
+        said, advice = str(e).rsplit("; ", 1)
         return Outcome(WRONG, said, advice)
     told = subprocess.run([ffmpeg()[0], "-version"], capture_output=True, text=True, timeout=30).stdout
     return Outcome(GOOD, f"ffmpeg {' '.join(told.split()[2:3])} encodes H.264", values={"ffmpeg": ffmpeg()[0]})
