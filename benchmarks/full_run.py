@@ -13,7 +13,6 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +21,9 @@ from torch import nn
 
 from benchmarks.measure import ROOT, machine, randomise, synchronize, table
 from benchmarks.sparse import sparse
-from benchmarks.vae import KINDS
-from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime
+from wan.doctor.counts import HEAD_WIDTH, UMT5_XXL, VAES, on_meta, transformer_sizes
 from wan.loading.checkpoint import WEIGHTS
 from wan.loading.stream import Store
 from wan.modules.model import WanModel
@@ -38,27 +36,20 @@ from wan.request.settings import Generate
 from wan.run import PIPELINES, run_jobs
 from wan.utils.progress import Progress
 
-UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
 TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"
 
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def on_meta(build: Callable[[], Network]) -> Network:
-    with torch.device("meta"):
-        return build()
-
-
 def write_headers(folder: Path, task: str, layers: int | None, width: int | None) -> None:
     """A checkpoint in the released layout whose weights are holes in sparse files."""
     config = WAN_CONFIGS[task]
-    dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
+    sizes = transformer_sizes(task)
     if width:
-        dim, ffn = width, 2 * width
-    heads = max(1, dim // 128)
-    sizes = {"dim": dim, "ffn_dim": ffn, "in_dim": channels_in, "out_dim": channels_out, "num_heads": heads,
-             "num_layers": layers or blocks, "freq_dim": 256, "text_len": 512, "eps": 1e-6}  # fmt: skip
+        sizes |= {"dim": width, "ffn_dim": 2 * width, "num_heads": max(1, width // HEAD_WIDTH)}
+    if layers:
+        sizes |= {"num_layers": layers}
     t5 = UMT5_XXL | {"num_layers": layers or UMT5_XXL["num_layers"]}
     if width:
         t5 |= {"dim": width, "dim_attn": 64, "dim_ffn": 64, "num_heads": 1}
@@ -67,7 +58,7 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
         sparse(folder / where / WEIGHTS, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()})
-    z_dim, encoder, decoder, nested = KINDS["2.1" if "2.1" in config.vae_checkpoint else "2.2"]
+    z_dim, encoder, decoder, nested = VAES["2.1" if "2.1" in config.vae_checkpoint else "2.2"]
     if width:
         encoder, decoder = 16, 16
     parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5),

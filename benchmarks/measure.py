@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from wan.doctor.findings import table as aligned
+from wan.doctor.measure import interleaved as interleaved
+from wan.doctor.measure import rms_error as rms_error
+from wan.doctor.measure import synchronize as synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,39 +36,11 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, warm_up: int = 1) -> list[float]:
-    """Median seconds of each candidate; they take turns, so that drift of the machine meets all of them alike."""
-    for candidate in candidates:
-        for _ in range(warm_up):
-            candidate()
-    times: list[list[float]] = [[] for _ in candidates]
-    for _ in range(repeats):
-        for index, candidate in enumerate(candidates):
-            synchronize()
-            start = time.perf_counter()
-            candidate()
-            synchronize()
-            times[index].append(time.perf_counter() - start)
-    return [statistics.median(series) for series in times]
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Print aligned rows; the first is the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"\n{title}")
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """Root mean square error over the reference's root mean square."""
-    difference = found.double() - reference.double()
-    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
+    for line in aligned(rows):
+        print(f"  {line}")
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:

@@ -23,11 +23,11 @@ from benchmarks.measure import interleaved, machine, table
 from lightning.diffusers_names import vae_name
 from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import area, divide
+from wan.doctor.counts import VAES as KINDS
 from wan.modules.causal_conv import norm_silu
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 
-KINDS = {"2.1": (16, 96, 96, False), "2.2": (48, 160, 256, True)}  # the arguments of WanVAE
 FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wan.configs import WAN_CONFIGS
+from wan.doctor.measure import relative_error as relative_error
 from wan.modules.vae import WanVAE
 
 TESTS = Path(__file__).parent
@@ -46,12 +47,6 @@ def config_of(task: str, dtype: torch.dtype = torch.float32) -> EasyDict:
     config = copy.deepcopy(WAN_CONFIGS[task])
     config.param_dtype = config.t5_dtype = dtype
     return config
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest error over the stage's largest magnitude."""
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def assert_decodes(video: Tensor, vae: WanVAE, case: str, tolerance: float) -> None:

@@ -19,6 +19,8 @@ ARROWS = {
                 "wan.record", "wan.distributed", "wan.request", "wan.utils"},
     "wan.making": {"wan.pipeline", "wan.record", "wan.request", "wan.utils"},
     "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
+    "wan.doctor": {"wan.original", "wan.plan", "wan.sampling", "wan.loading", "wan.distributed", "wan.request",
+                   "wan.modules", "wan.configs", "wan.utils", "lightning"},
     "wan.record": {"wan.plan", "wan.request", "wan.utils", "lightning"},
     "wan.text2video": {"wan.original", "wan.pipeline", "wan.plan"},
     "wan.image2video": {"wan.original", "wan.pipeline", "wan.plan", "wan.utils"},

@@ -99,10 +99,11 @@ class Plan:
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         vae, shape = checkpoint.vae[0], latent_shape(self.config, size, frames)
         free = self.room - self.weight_bytes["VAE"]
-        decodes = {tiles: vae.decode_peak(shape, tiles=tiles) for tiles in TILES[request.vae_tiling :]}
+        possible = [tiles for tiles in TILES[request.vae_tiling :] if tiles[0] <= shape[2] and tiles[1] <= shape[3]]
+        decodes = {tiles: vae.decode_peak(shape, tiles=tiles) for tiles in possible}
         fixed = sum(sizes.fixed for sizes in experts.values())
         fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
-        tiles = fitting[0] if fitting else TILES[-1]
+        tiles = fitting[0] if fitting else possible[-1]
         return fit(
             free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
             activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,

@@ -7,9 +7,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.counters import CostCounter
-from benchmarks.vae import KINDS as RELEASED
 from benchmarks.vae import count_decode, to_diffusers
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
+from wan.doctor.counts import VAES as RELEASED
 from wan.modules.causal_conv import doubling
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 

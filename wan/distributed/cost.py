@@ -24,8 +24,16 @@ class Network:
 
     def operations(self, tokens: int) -> float:
         """Floating-point operations of one forward; a multiplication and an addition are two."""
-        linear = 6 * self.dim**2 + 2 * self.dim * self.ffn_dim  # q, k, v, o; the text's q, o; feed-forward
-        return self.num_layers * (2.0 * tokens * linear + 4.0 * tokens**2 * self.dim)
+        return self.linear(tokens) + self.attention(tokens)
+
+    def linear(self, tokens: int) -> float:
+        """Of `operations`, those of products with weights."""
+        weights = 6 * self.dim**2 + 2 * self.dim * self.ffn_dim  # q, k, v, o; the text's q, o; feed-forward
+        return self.num_layers * 2.0 * tokens * weights
+
+    def attention(self, tokens: int) -> float:
+        """Of `operations`, those of tokens with tokens."""
+        return self.num_layers * 4.0 * tokens**2 * self.dim
 
 
 def sent_bytes(

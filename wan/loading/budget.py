@@ -75,14 +75,18 @@ class Budget:
             parts.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
         return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
 
+    def staying(self, sizes: Sizes) -> int:
+        """Units of an expert that keep their slots while it is at work; the rest pass through the others."""
+        return sizes.units if self.slots >= sizes.units else self.slots - min(AHEAD, self.slots - 1) - 1
+
     def _place(self, sizes: Sizes) -> str:
         """Slots serve one expert at a time; the last step of one hands them to the next. A part: mostly a block."""
         if self.resident:
             return "all parts stay"
         if self.slots >= sizes.units:
             return f"all {sizes.units} parts stay while it is at work, then their slots go to the next"
-        through = min(AHEAD, self.slots - 1) + 1
-        stay = self.slots - through
+        stay = self.staying(sizes)
+        through = self.slots - stay
         return f"{stay} of {sizes.units} parts stay, {sizes.units - stay} pass through {through} slots"
 
 

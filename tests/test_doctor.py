@@ -1,0 +1,207 @@
+"""`python -m wan.doctor` on a CPU at small sizes: what it finds, that it finds what is broken, and its estimates."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import TESTS, checkpoint, config_of
+from wan import WanT2V
+from wan.doctor import __main__ as doctor
+from wan.doctor import machine as things
+from wan.doctor import numerics, rates
+from wan.doctor.counts import VAES, _counted, decode_operations, network, released_vae
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
+from wan.doctor.forecast import forecast, released_plan
+
+ROOT = TESTS.parent
+CPU = torch.device("cpu")
+SPEED = {rates.MATMUL: 700e12, rates.ATTENTION: 500e12, rates.VAE: 50e12, rates.DISK: 3e9, rates.PINNED: 50e9}
+
+
+def machine(root: Path = ROOT, disk: Path = ROOT) -> Machine:
+    return Machine(CPU, root, disk, small=True)
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
+    """Of a whole examination."""
+    return list(doctor.findings_of("cpu", ROOT, tmp_path_factory.mktemp("disk"), small=True))
+
+
+def run(checks: list[Check], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(doctor, "checks_of", lambda _: checks)
+    return doctor.main(["--device", "cpu", "--root", str(ROOT), *words])
+
+
+def test_nothing_is_wrong_here(findings: list[Finding]) -> None:
+    assert [finding.line() for finding in findings if finding.verdict == WRONG] == []
+    good = {finding.name for finding in findings if finding.verdict == GOOD}
+    assert good >= {
+        "versions", "packages", "ffmpeg", "devices", "attention sdpa float32", "attention sdpa bf16", "LoRA merge",
+        "golden t2v_lightning float32", "golden t2v_lightning bf16", "memory modes", "VAE decode",
+        "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy", "rate: disk read",
+    }  # fmt: skip
+    assert all(finding.seconds > 0 and finding.sentence for finding in findings)
+
+
+def test_every_golden_case_is_examined_in_both_precisions() -> None:
+    names = [check.name for check in numerics.golden_checks(Machine(CPU, ROOT, ROOT))]
+    cases = json.loads((TESTS / "golden" / "cases.json").read_text())
+    assert {f"golden {case['name']} {dtype}" for case in cases for dtype in ("float32", "bf16")} < set(names)
+
+
+def test_without_the_repository_golden_cases_are_skipped_by_name(tmp_path: Path) -> None:
+    found = [examine(check, machine(tmp_path)) for check in numerics.golden_checks(machine(tmp_path))]
+    assert {finding.verdict for finding in found} == {SKIPPED}
+    assert "golden cases" in {finding.name for finding in found}
+    assert all("--root CLONE" in finding.sentence for finding in found)
+
+
+def test_a_wrong_back_end_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, *_: q)
+    assert run(numerics.attention_checks(machine()), monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "WRONG    attention sdpa float32 (" in said
+    assert "use --attention" in said
+
+
+def test_a_back_end_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, *_: q * float("nan"))
+    assert numerics.attention("sdpa", torch.float32, machine()).verdict == WRONG
+
+
+def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(_: Machine) -> Outcome:
+        raise RuntimeError("no kernel image is available")
+
+    fine = Check("another", lambda _: Outcome(GOOD, "is fine"))
+    assert run([Check("a kernel", broken), fine], monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "WRONG    a kernel (0.0 s): fails with RuntimeError: no kernel image is available; put this report" in said
+    assert "good     another (0.0 s): is fine" in said
+    assert "1 wrong" in said
+
+
+def test_a_wrong_golden_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = json.loads((TESTS / "golden" / "cases.json").read_text())[0]
+    key = f"{case['name']}.latent"
+    expected = numerics.expectation(machine())
+    expected[key] = expected[key] + 1e-3 * expected[key].abs().max()
+    monkeypatch.setattr(numerics, "expectation", lambda _: expected)
+    outcome = numerics.golden_case(case, torch.float32, machine())
+    assert outcome.verdict == WRONG
+    assert "allowed at most 0.0001" in outcome.sentence
+
+
+def test_streaming_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = json.loads((TESTS / "golden" / "cases.json").read_text())[0]
+    monkeypatch.setattr(numerics, "sample", lambda task, *_: torch.ones(2) + (1e-6 if task.plan.room else 0.0))
+    outcome = numerics.memory_modes(case, machine())
+    assert outcome.verdict == WRONG
+    assert "blocks through two slots by" in outcome.sentence
+
+
+def test_a_merge_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = numerics.Merge.__call__
+    monkeypatch.setattr(numerics.Merge, "__call__", lambda self, *given: merge(self, *given) * 1.001)
+    assert numerics.lora_merge(machine()).verdict == WRONG
+
+
+def test_a_package_too_old_or_absent_is_found(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99", "no-such-thing>=1"]')
+    outcome = things.packages(machine(tmp_path))
+    assert outcome.verdict == WRONG
+    assert "at least 99 is needed" in outcome.sentence
+    assert outcome.advice == "pip install 'torch>=99' 'no-such-thing>=1'"
+
+
+def test_a_device_that_is_not_there_is_found() -> None:
+    device, outcome = things.choose_device("cuda:77")
+    if not torch.cuda.is_available():
+        assert device == CPU
+    assert outcome.verdict == WRONG
+    assert "--device cuda:77" in outcome.sentence
+
+
+def test_processes_exchange() -> None:
+    assert things.exchange_between(2, "gloo").verdict == GOOD
+
+
+def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [Check("x", lambda _: Outcome(WRONG, "is off", "mend it", {"error": 1.0}))]
+    assert run(checks, monkeypatch, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["wrong"] == 1
+    last = report["findings"][-1]
+    assert {k: last[k] for k in ("name", "verdict", "sentence", "advice", "values")} == {
+        "name": "x", "verdict": WRONG, "sentence": "is off", "advice": "mend it", "values": {"error": 1.0},
+    }  # fmt: skip
+
+
+def test_json_of_a_real_examination(findings: list[Finding]) -> None:
+    values = json.loads(json.dumps([vars(finding) for finding in findings], default=str))[-1]["values"]
+    assert {row["task"] for row in values["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
+
+
+def test_estimates_are_counted_work_over_rates() -> None:
+    """720p in 4 steps: 6.52 PFLOP a forward. An 80 GB device holds all; in 24 GB blocks pass through."""
+    found = {}
+    for room in (80, 24):
+        here = machine()
+        here.device, here.rates = CPU, dict(SPEED)
+        plan = released_plan("t2v-A14B", True, int(room * 1e9), here)
+        found[room] = plan.budget((1280, 720), 81, 1)
+    assert not found[24].resident
+    sizes = network("t2v-A14B")
+    assert sizes.operations(75600) == pytest.approx(6.52e15, rel=0.01)
+    assert sizes.linear(75600) + sizes.attention(75600) == sizes.operations(75600)
+
+
+def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan.doctor import forecast as module
+
+    monkeypatch.setattr(module, "host_bytes", lambda: int(400e9))
+    here = machine()
+    assert forecast(here).verdict == SKIPPED
+    here.rates = dict(SPEED)
+    rows = forecast(here).values["estimates"]
+    row = next(r for r in rows if (r["task"], r["size"], r["steps"]) == ("t2v-A14B", "1280x720", 4))
+    sizes = network("t2v-A14B")
+    computing = 4 * (sizes.linear(75600) / 700e12 + sizes.attention(75600) / 500e12)
+    assert row["mode"] == "all stay"
+    assert row["read"] == pytest.approx(2 * 57.15e9, rel=0.01)  # both experts once, float32
+    assert row["denoise"] == pytest.approx(max(computing, row["read"] / 3e9))
+    assert row["next"] == pytest.approx(row["text"] + computing + row["decode"])
+
+
+def test_operations_of_a_decode_are_the_sum_over_its_frames() -> None:
+    vae, shape = released_vae("t2v-A14B"), (16, 6, 4, 6)
+    whole = _counted(lambda: list(vae.decode(torch.empty(shape, device="meta"))))
+    assert decode_operations(VAES["2.1"], shape) == whole
+
+
+def test_a_small_video_has_a_budget() -> None:
+    """A grid of 6 x 8 cells cannot be cut into the 8 x 8 tiles that larger ones may need."""
+    task = WanT2V(config_of("t2v-A14B"), checkpoint("t2v-A14B"), device="cpu", vram=0.001)
+    budget = task.plan.budget((64, 48), 9, 1)
+    assert budget is not None
+    assert budget.tiles == (6, 6)
+
+
+@pytest.mark.slow
+def test_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wan.doctor", "--device", "cpu", "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["wrong"] == 0
+
+
+@pytest.mark.gpu
+def test_nothing_is_wrong_on_a_gpu(tmp_path: Path) -> None:
+    wrong = [f.line() for f in doctor.findings_of("cuda", ROOT, tmp_path) if f.verdict == WRONG]
+    assert not wrong

@@ -1,0 +1,85 @@
+"""Examine this machine: what is there, whether it computes right, how fast it is, what to expect. About a minute.
+
+    python -m wan.doctor [--device cuda:1] [--disk FOLDER] [--json]
+
+Exit codes: 0 nothing is wrong; 1 something is, with what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
+from wan.doctor.forecast import forecast
+from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
+from wan.doctor.numerics import attention_checks, golden_checks, lora_merge
+from wan.doctor.rates import rate_checks
+
+ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    parser.add_argument("--disk", type=Path, default=Path(), metavar="FOLDER", help="on the disk of the checkpoints")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="CLONE", help="of the repository, for an installation"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(words)
+    began = time.perf_counter()
+    findings = []
+    for finding in findings_of(given.device, given.root, given.disk, given.small):
+        findings.append(finding)
+        if not given.json:
+            print(finding.line(), flush=True)
+    wrong = [finding for finding in findings if finding.verdict == WRONG]
+    if given.json:
+        report = {"wrong": len(wrong), "seconds": time.perf_counter() - began, "findings": [vars(f) for f in findings]}
+        print(json.dumps(report, indent=2, default=str))
+    else:
+        print(f"\n{len(findings)} checks in {time.perf_counter() - began:.0f} s, {len(wrong) or 'nothing'} wrong")
+        for finding in wrong:
+            print(f"  {finding.name}: {finding.advice or finding.sentence}")
+    return 1 if wrong else 0
+
+
+def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
+    """Every finding as soon as it is there."""
+    machine = Machine(torch.device("cpu"), root, disk, small)
+
+    def devices(machine: Machine) -> Outcome:
+        machine.device, outcome = choose_device(device)
+        return outcome
+
+    first = [Check("versions", versions), Check("packages", packages), Check("ffmpeg", video_encoder)]
+    for check in [*first, Check("devices", devices)]:
+        yield examine(check, machine)
+    for check in checks_of(machine):
+        yield examine(check, machine)
+
+
+def checks_of(machine: Machine) -> list[Check]:
+    """What is examined once the device is known; the forecast needs the rates before it."""
+    return [
+        *attention_checks(machine),
+        Check("LoRA merge", lora_merge),
+        *golden_checks(machine),
+        Check("exchange between GPUs", exchange),
+        *rate_checks(),
+        Check("forecast", forecast),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

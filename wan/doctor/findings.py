@@ -1,0 +1,98 @@
+"""Checks and what they find. Each runs by itself: one that fails is a finding, too, and stops no other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from wan.utils.progress import duration
+
+GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found, in a sentence. advice: what to do where it is wrong. values: its numbers, for `--json`."""
+
+    verdict: str
+    sentence: str
+    advice: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Machine:
+    """What the checks look at.
+
+    root: of the repository, or where its `examples` and `tests` would lie. disk: the folder whose disk is measured.
+    small: sizes that take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units a
+    second.
+    """
+
+    device: torch.device
+    root: Path
+    disk: Path
+    small: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return torch.float32, torch.bfloat16
+
+    @property
+    def usual(self) -> torch.dtype:
+        """The transformer's with `--dtype auto`."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+
+class Check(NamedTuple):
+    """advice: what to do where `run` raises."""
+
+    name: str
+    run: Callable[[Machine], Outcome]
+    advice: str = "put this report into a bug report"
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    verdict: str
+    sentence: str
+    seconds: float
+    advice: str
+    values: dict[str, Any]
+
+    def line(self) -> str:
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {self.sentence}{advice}"
+
+
+def examine(check: Check, machine: Machine) -> Finding:
+    """Run the check; whatever it raises is a finding."""
+    began = time.perf_counter()
+    try:
+        outcome = check.run(machine)
+    except Exception as e:  # noqa: BLE001 - what a driver, kernel or foreign package fails with cannot be known
+        first = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        outcome = Outcome(WRONG, f"fails with {first}", check.advice)
+    spent = time.perf_counter() - began
+    return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
+
+
+def within(what: str, error: float, limit: float, advice: str, least: float = 0.0) -> Outcome:
+    """The verdict on an error that must lie between `least` and `limit`; NaN lies nowhere."""
+    good = least <= error <= limit
+    allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
+    values = {"error": error, "least": least, "limit": limit}
+    return Outcome(GOOD if good else WRONG, f"{what} {error:.1e}, allowed {allowed}", "" if good else advice, values)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

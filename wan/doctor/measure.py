@@ -1,0 +1,45 @@
+"""Time and error, as the doctor and the benchmarks measure them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, warm_up: int = 1) -> list[float]:
+    """Median seconds of each candidate; they take turns, so that drift of the machine meets all of them alike."""
+    for candidate in candidates:
+        for _ in range(warm_up):
+            candidate()
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(repeats):
+        for index, candidate in enumerate(candidates):
+            synchronize()
+            start = time.perf_counter()
+            candidate()
+            synchronize()
+            times[index].append(time.perf_counter() - start)
+    return [statistics.median(series) for series in times]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square error over the reference's root mean square."""
+    difference = found.double() - reference.double()
+    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error over the stage's largest magnitude."""
+    if found.shape != expected.shape:
+        raise ValueError(f"{list(found.shape)} is compared with {list(expected.shape)}")
+    return ((found - expected).abs().max() / expected.abs().max()).item()

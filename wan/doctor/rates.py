@@ -1,0 +1,145 @@
+"""How fast the machine is: what the estimates divide counted work by. Random data: zeros run faster."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+
+from wan.doctor.counts import VAES, decode_operations, on_meta
+from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome
+from wan.doctor.measure import interleaved
+from wan.loading.budget import free_bytes
+from wan.modules.attention import BACKENDS, choose
+from wan.modules.vae import WanVAE
+from wan.utils.progress import quantity
+
+MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
+COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
+REPEATS = 3
+PIECE = 8 << 20  # bytes of one read, as large as those of the loading code or nearly
+VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
+
+
+def rate_checks() -> list[Check]:
+    return [
+        Check("rate: matmul", matmul),
+        Check("rate: attention", attention),
+        Check("rate: VAE", vae),
+        Check("rate: device copy", device_copy),
+        Check("rate: host to device", host_to_device),
+        Check("rate: disk read", disk_read, "give --disk FOLDER where 300 MB can be written"),
+    ]
+
+
+def matmul(machine: Machine) -> Outcome:
+    """Square matrices in the transformer's usual precision."""
+    size = 64 if machine.small else 8192 if machine.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
+    rate = 2 * size**3 / _seconds(machine, lambda: a @ b)
+    return _operations(machine, MATMUL, rate, f"{machine.usual} {size}x{size}".removeprefix("torch."))
+
+
+def attention(machine: Machine) -> Outcome:
+    """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
+    gpu = machine.device.type == "cuda"
+    tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if gpu else (1024, 8, 128)
+    name = choose("auto", machine.device, machine.usual, heads, width).name
+    q, k, v = (torch.randn(tokens, heads, width, device=machine.device, dtype=machine.usual) for _ in range(3))
+    rate = 4 * tokens**2 * heads * width / _seconds(machine, lambda: BACKENDS[name](q, k, v))
+    return _operations(machine, ATTENTION, rate, f"{name}, {tokens:,} tokens, {heads} heads of {width}")
+
+
+def vae(machine: Machine) -> Outcome:
+    """A decode by Wan2.1's VAE at its released width, with random weights."""
+    kind, shape = VAES["2.1"], (16, 3, 8, 8)
+    if machine.small:
+        kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
+    elif machine.device.type == "cuda":
+        shape = (16, 3, 60, 104) if free_bytes(machine.device) > VAE_ROOM else (16, 3, 20, 36)
+    module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=machine.device)
+    for parameter in module.parameters():
+        parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
+    module.use_channels_last()
+    latent = torch.randn(shape, device=machine.device)
+
+    def decode() -> None:
+        for part in module.decode(latent):
+            del part
+
+    with torch.inference_mode():
+        (seconds,) = interleaved([decode], repeats=1)
+    rate = decode_operations(kind, shape) / seconds
+    return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
+
+
+def device_copy(machine: Machine) -> Outcome:
+    """Bytes read and bytes written count."""
+    size = 1 << 20 if machine.small else 1 << 27
+    if machine.device.type == "cuda":
+        size = min(1 << 30, free_bytes(machine.device) // 8)
+    source, target = (torch.ones(size // 4, device=machine.device) for _ in range(2))
+    return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
+
+
+def host_to_device(machine: Machine) -> Outcome:
+    if machine.device.type != "cuda":
+        return Outcome(SKIPPED, f"{machine.device} computes in the host's memory")
+    size = 1 << 28
+    target = torch.empty(size, dtype=torch.uint8, device=machine.device)
+    pageable = torch.ones(size, dtype=torch.uint8)
+    pinned = pageable.pin_memory()
+    sources = {PINNED: pinned, PAGEABLE: pageable}
+    return _bytes(
+        machine,
+        {name: size / _seconds(machine, lambda s=source: target.copy_(s)) for name, source in sources.items()},  # type: ignore[misc]
+    )
+
+
+def disk_read(machine: Machine) -> Outcome:
+    """A file that was written and dropped from the page cache, read once from start to end."""
+    size = 1 << 20 if machine.small else 1 << 28
+    block = os.urandom(min(size, PIECE))
+    with tempfile.NamedTemporaryFile(dir=machine.disk) as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        dropped = hasattr(os, "posix_fadvise")
+        if dropped:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(PIECE)
+        with open(file.name, "rb", buffering=0) as reader:
+
+            def read() -> None:
+                while reader.readinto(buffer):
+                    pass
+
+            (seconds,) = interleaved([read], repeats=1, warm_up=0)
+    where = f" ({machine.disk}; {'dropped from the page cache first' if dropped else 'perhaps from the page cache'})"
+    return _bytes(machine, {DISK: size / seconds}, where)
+
+
+def _seconds(machine: Machine, work: Callable[[], object]) -> float:
+    """Seconds of one call; on a GPU several are issued at a time, so that the wait for it does not count."""
+    calls = 10 if machine.device.type == "cuda" else 1
+
+    def several() -> None:
+        for _ in range(calls):
+            work()
+
+    (seconds,) = interleaved([several], repeats=REPEATS)
+    return seconds / calls
+
+
+def _operations(machine: Machine, name: str, rate: float, of_what: str) -> Outcome:
+    machine.rates[name] = rate
+    return Outcome(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({of_what})", values={name: rate})
+
+
+def _bytes(machine: Machine, rates: dict[str, float], where: str = "") -> Outcome:
+    machine.rates |= rates
+    told: Sequence[str] = [f"{name} {quantity(rate, 'B')}/s" for name, rate in rates.items()]
+    return Outcome(GOOD, ", ".join(told) + where, values=dict(rates))
