@@ -65,8 +65,10 @@ class Pipeline(ABC):
         self._tiles = TILES[plan.request.vae_tiling]  # in which the next latent is decoded
 
     @abstractmethod
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        """What this task makes of an image, for a video of `size` (width, height)."""
+    def start(
+        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
+    ) -> Start:
+        """What this task makes of its pictures, for a video of `size` (width, height)."""
 
     # -- text
 
@@ -160,6 +162,7 @@ class Pipeline(ABC):
         seed: int,
         sampling: Sampling,
         on_step: Callable[[Step], None] = lambda _: None,
+        last_image: Image.Image | None = None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
         device, noise_device = self.plan.device, self.plan.noise_device
@@ -174,7 +177,7 @@ class Pipeline(ABC):
         texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
-        start = self.start(image, size, frames)
+        start = self.start(image, size, frames, last_image)
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
@@ -203,14 +206,17 @@ class Pipeline(ABC):
         """The planned job's final latent. JobError if it stops being finite."""
         sampling = self.plan.sampling
         assert sampling is not None, "a plan with jobs has a sampling"
-        image = self.mesh.team.agree(lambda: open_image(job.image) if job.image else None)
+        pictures = self.mesh.team.agree(
+            lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
+        )
+        image, last_image = pictures["image"], pictures["last_image"]
 
         def show(step: Step) -> None:
             self.progress.advance(1, str(step))
 
         return self.mesh.team.agree(
             lambda: self.sample(
-                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show
+                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show, last_image
             )
         )
 

@@ -160,9 +160,9 @@ class Plan:
         """
         assert self.sampling is not None, "a plan with jobs has a sampling"
         sampling = self.sampling
-        digest = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image else None
         comes_to = {
-            "prompt": job.prompt, "negative_prompt": job.negative_prompt, "image": digest,
+            "prompt": job.prompt, "negative_prompt": job.negative_prompt,
+            **{name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],

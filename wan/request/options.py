@@ -128,9 +128,12 @@ class Request:
     prompt: str | None = option(MAKE, VIDEO, text, "TEXT", "what the video shows; default: the task's example")
     image: str | None = option(MAKE, VIDEO, path, "FILE",
         "the first frame (i2v-A14B, ti2v-5B); one serves every prompt")
+    last_image: str | None = option(MAKE, VIDEO, path, "FILE",
+        "the last frame (i2v-A14B), squeezed to the video's size; one serves every prompt")
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, negative_prompt, seed, size, "
-        "frame_num, save_file (inside --save_dir)", into="prompt", displaces=("prompt", "image", "negative_prompt"))
+        "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
+        "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        displaces=("prompt", "image", "last_image", "negative_prompt"))
     image_path_file: str | None = option(MAKE, VIDEO, path, "FILE",
         "an image path a line, paired one to one with the prompts", into="image", displaces=("image",))
     negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT",

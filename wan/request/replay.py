@@ -10,7 +10,15 @@ from wan.request.options import DEFAULTS, OPTIONS, VIDEO, Request, Scope
 from wan.request.prompts import expanded
 from wan.utils.errors import InputError
 
-OF_A_JOB = ("prompt", "negative_prompt", "image", "size", "frame_num", "base_seed")  # a record has them for its video
+OF_A_JOB = (
+    "prompt",
+    "negative_prompt",
+    "image",
+    "last_image",
+    "size",
+    "frame_num",
+    "base_seed",
+)  # a record has them for its video
 # Told from the machine and the weights once these are open: what a run may differ in and still be gone on with.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 
@@ -29,6 +37,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> Request:
         width, height = job["area"]
         of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
         of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        of_job |= {"last_image": job.get("last_image")}  # records of the first version have none
         earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e

@@ -84,7 +84,7 @@ def _generate(request: Request, config: EasyDict, check: Check) -> Generate:
     extend = _extension(request) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = make_jobs(request, config, weights, rows, check)
-    read = [job.image for job in jobs if job.image]
+    read = [path for job in jobs for path in job.pictures.values() if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     check_outputs(request, [job.save_file for job in jobs], check, read)
     return Generate(request, config, weights, sampling, tuple(rows), tuple(jobs), extend)
