@@ -72,6 +72,11 @@ class Plan:
         _, length, rows, columns = latent_shape(self.config, size, frames)
         return length * (rows // PATCH[1]) * (columns // PATCH[2])
 
+    def place(self, job: Job) -> str:
+        """The job's number in words: "5 of 12", or of the whole file's "5 of shard 2/3"."""
+        shard = self.request.shard
+        return f"{job.index + 1} of {f'shard {shard}' if shard else len(self.jobs)}"
+
     def largest(self) -> Job:
         return max(self.jobs, key=lambda job: self.tokens(job.size, job.frame_num))
 

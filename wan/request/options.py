@@ -220,6 +220,8 @@ class Request:
     extend_only: str | None = option(EXTENSION, START, path, "FILE",
         "write the extended prompts to a .txt or .jsonl file and stop")
 
+    shard: str | None = option(OUTPUT, START, text, "I/N",
+        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array")
     save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs")
     save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
