@@ -32,9 +32,11 @@ from wan.modules.passes import choose as choose_passes
 from wan.modules.vae import WanVAE
 from wan.plan import TILES, Plan
 from wan.request.settings import Job, Sampling
-from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
+from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
+from wan.utils.files import Beside
 from wan.utils.images import open_image
 from wan.utils.progress import Progress
+from wan.utils.strip import Strip
 
 Module = TypeVar("Module", bound=nn.Module)
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
@@ -161,7 +163,7 @@ class Pipeline(ABC):
         frames: int,
         seed: int,
         sampling: Sampling,
-        on_step: Callable[[Step], None] = lambda _: None,
+        on_step: OnStep = lambda *_: None,
         last_image: Image.Image | None = None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
@@ -211,7 +213,13 @@ class Pipeline(ABC):
         )
         image, last_image = pictures["image"], pictures["last_image"]
 
-        def show(step: Step) -> None:
+        strip = Strip(Beside.of(job.save_file).strip)
+
+        def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
+            if self.plan.request.preview_steps:
+                frame = self.look(clean(step, sample, velocity))
+                if frame is not None:
+                    strip.add(frame)
             self.progress.advance(1, str(step))
 
         return self.mesh.team.agree(
@@ -249,6 +257,16 @@ class Pipeline(ABC):
         tiles = TILES[min(TILES.index(self._tiles) + finer, len(TILES) - 1)]
         with torch.no_grad():
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
+
+    def look(self, latent: Tensor) -> Tensor | None:
+        """The frame [3, H, W] in the middle of a latent, decoded as if it stood alone: a single frame's work.
+
+        Of processes that make a video together the first gets it; all must ask.
+        """
+        middle = latent.shape[1] // 2
+        with torch.no_grad():
+            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=self._tiles))
+        return chunks[0][:, 0] if chunks else None
 
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""

@@ -108,6 +108,8 @@ class Plan:
         fixed = sum(sizes.fixed for sizes in experts.values())
         fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
         tiles = fitting[0] if fitting else TILES[-1]
+        if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
+            work = max(work, vae.decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
         return fit(
             free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
             activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,

@@ -227,6 +227,8 @@ class Request:
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
     decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept")
     preview: bool = option(OUTPUT, HOW, truth, "", "a contact sheet PNG beside the video")
+    preview_steps: bool = option(OUTPUT, HOW, truth, "",
+        "after each step a frame of the video as it will be, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist")
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",

@@ -54,7 +54,7 @@ def check_outputs(
         check.problem(f"{_shown(wrong)}: videos are written as .mp4; give --save_file that extension")
     usable = _check_names(files, check)
     mine = usable if own is None else [file for file in usable if file in own]
-    written = {file: _written(file, latents, request.preview) for file in usable}
+    written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
     written = {file: written[file] for file in mine}
@@ -74,9 +74,14 @@ def check_outputs(
     _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
 
 
-def _written(video: Path, latents: bool, preview: bool) -> list[Path]:
+def _written(video: Path, latents: bool, request: Request) -> list[Path]:
     beside = Beside.of(video)
-    return [beside.video, beside.record, *([beside.latents] if latents else []), *([beside.sheet] if preview else [])]
+    maybe = {
+        beside.latents: latents,
+        beside.sheet: request.preview,
+        beside.strip: request.preview_steps and request.decode_latents is None,
+    }
+    return [beside.video, beside.record, *(path for path, wanted in maybe.items() if wanted)]
 
 
 def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
@@ -128,6 +133,7 @@ def _foreign(written: list[Path]) -> list[Path]:
     Where the video is there, `--resume` judges it, and with it what lies beside it.
     """
     video, *beside = written
+    beside = [path for path in beside if path != Beside.of(video).strip]  # a run that was killed leaves it, unmarked
     if os.path.lexists(video):
         return []
     there = [path for path in beside if os.path.lexists(path)]
