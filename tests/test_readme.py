@@ -54,7 +54,8 @@ def on_small_checkpoints(words: list[str], folder: Path) -> list[str]:
     task = words[words.index("--task") + 1]
     replaced = {
         "--ckpt_dir": str(checkpoint(task)), "--lora_dir": str(lora_dir(task)), "--size": "64*64",
-        "--image": str(TINY / "input.png"), "--prompt_file": str(ROOT / "examples" / "prompts.txt"),
+        "--image": str(TINY / "input.png"), "--last_image": str(TINY / "input.png"),
+        "--prompt_file": str(ROOT / "examples" / "prompts.txt"),
     }  # fmt: skip
     small = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     extra = ["--frame_num", "5", "--save_dir", str(folder), *([] if "--size" in words else ["--size", "64*64"])]

@@ -1,6 +1,6 @@
-"""Image to video with Wan2.2-I2V-A14B: the image's latent and a mask are channels beside the noise.
+"""Image to video with Wan2.2-I2V-A14B: the latent of the known frames and a mask are channels beside the noise.
 
-Shapes: h, w rows and columns of the latent, f its frames.
+Shapes: h, w rows and columns of the latent, f its frames; T, H, W frames, rows, columns of the video.
 """
 
 import torch
@@ -16,13 +16,23 @@ from wan.utils.images import i2v_tensor
 class ImageToVideo(Pipeline):
     """Wan2.2-I2V-A14B."""
 
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+    def start(
+        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
+    ) -> Start:
         assert image is not None, "image-to-video needs an image"
         shape, device = latent_shape(self.plan.config, size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
-            latent = self.load_vae().encode_first_frame(i2v_tensor(image, size).to(device), frames)
+            first, vae = i2v_tensor(image, size), self.load_vae()
+            if last_image is None:
+                latent = vae.encode_first_frame(first.to(device), frames)
+            else:  # stays on the CPU: the encoder takes it piece by piece
+                clip = torch.zeros(3, frames, *first.shape[1:])
+                clip[:, 0], clip[:, -1] = first, i2v_tensor(last_image, size)
+                latent = vae.encode(clip)
         mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)
-        mask[:, 0] = 1  # the first frame is known
+        mask[:, 0] = 1  # the first frame is known, and stands for a whole latent frame
+        if last_image is not None:
+            mask[-1, -1] = 1  # of the last latent frame's four video frames only the last
         return Start(shape, channels=torch.cat([mask, latent]))
 
 

@@ -20,7 +20,7 @@ from wan.pipeline import Pipeline
 from wan.record import completed, describe, find_latents, find_video, save_latents
 from wan.request.options import Request
 from wan.request.settings import Job
-from wan.utils.claims import claimed
+from wan.utils.claims import ClaimedElsewhere, claimed
 from wan.utils.errors import JobError, WanError, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.progress import STAGE, Progress
@@ -146,7 +146,7 @@ def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Te
         return None, None
     # another process may have made it between our look at the folder and our claim
     if find_video(pipe.plan, job).state == "whole":
-        raise JobError(f"{job.save_file}: another process has just made it")
+        raise ClaimedElsewhere(f"{job.save_file}: another process has just made it")
     latent, kept = find_latents(pipe.plan, job)
     if kept:
         progress.say(f"the latents of an earlier try are used: {kept}")

@@ -32,9 +32,11 @@ from wan.modules.passes import choose as choose_passes
 from wan.modules.vae import WanVAE
 from wan.plan import TILES, Plan
 from wan.request.settings import Job, Sampling
-from wan.sampling import Conditioning, Step, denoise, make_schedule, plan_steps
+from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
+from wan.utils.files import Beside
 from wan.utils.images import open_image
 from wan.utils.progress import Progress
+from wan.utils.strip import Strip
 
 Module = TypeVar("Module", bound=nn.Module)
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
@@ -65,8 +67,10 @@ class Pipeline(ABC):
         self._tiles = TILES[plan.request.vae_tiling]  # in which the next latent is decoded
 
     @abstractmethod
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
-        """What this task makes of an image, for a video of `size` (width, height)."""
+    def start(
+        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
+    ) -> Start:
+        """What this task makes of its pictures, for a video of `size` (width, height)."""
 
     # -- text
 
@@ -159,7 +163,8 @@ class Pipeline(ABC):
         frames: int,
         seed: int,
         sampling: Sampling,
-        on_step: Callable[[Step], None] = lambda _: None,
+        on_step: OnStep = lambda *_: None,
+        last_image: Image.Image | None = None,
     ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
         device, noise_device = self.plan.device, self.plan.noise_device
@@ -174,7 +179,7 @@ class Pipeline(ABC):
         texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
-        start = self.start(image, size, frames)
+        start = self.start(image, size, frames, last_image)
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
@@ -203,14 +208,23 @@ class Pipeline(ABC):
         """The planned job's final latent. JobError if it stops being finite."""
         sampling = self.plan.sampling
         assert sampling is not None, "a plan with jobs has a sampling"
-        image = self.mesh.team.agree(lambda: open_image(job.image) if job.image else None)
+        pictures = self.mesh.team.agree(
+            lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
+        )
+        image, last_image = pictures["image"], pictures["last_image"]
 
-        def show(step: Step) -> None:
+        strip = Strip(Beside.of(job.save_file).strip)
+
+        def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
+            if self.plan.request.preview_steps:
+                frame = self.look(clean(step, sample, velocity))
+                if frame is not None:
+                    strip.add(frame)
             self.progress.advance(1, str(step))
 
         return self.mesh.team.agree(
             lambda: self.sample(
-                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show
+                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show, last_image
             )
         )
 
@@ -243,6 +257,16 @@ class Pipeline(ABC):
         tiles = TILES[min(TILES.index(self._tiles) + finer, len(TILES) - 1)]
         with torch.no_grad():
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
+
+    def look(self, latent: Tensor) -> Tensor | None:
+        """The frame [3, H, W] in the middle of a latent, decoded as if it stood alone: a single frame's work.
+
+        Of processes that make a video together the first gets it; all must ask.
+        """
+        middle = latent.shape[1] // 2
+        with torch.no_grad():
+            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=self._tiles))
+        return chunks[0][:, 0] if chunks else None
 
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""

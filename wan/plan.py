@@ -72,6 +72,11 @@ class Plan:
         _, length, rows, columns = latent_shape(self.config, size, frames)
         return length * (rows // PATCH[1]) * (columns // PATCH[2])
 
+    def place(self, job: Job) -> str:
+        """The job's number in words: "5 of 12", or of the whole file's "5 of shard 2/3"."""
+        shard = self.request.shard
+        return f"{job.index + 1} of {f'shard {shard}' if shard else len(self.jobs)}"
+
     def largest(self) -> Job:
         return max(self.jobs, key=lambda job: self.tokens(job.size, job.frame_num))
 
@@ -93,9 +98,8 @@ class Plan:
         model, _ = next(iter(checkpoint.experts.values()))
         width = model.num_heads * model.head_width
         tokens = self.tokens(size, frames) // self.layout.sequence
-        work = (
-            tokens * width * (4 + 4 * self.dtype.itemsize)
-        )  # the residual stream; queries, keys, values, their result
+        # the residual stream; queries, keys, values, and their result
+        work = tokens * width * (4 + 4 * self.dtype.itemsize)
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         vae, shape = checkpoint.vae[0], latent_shape(self.config, size, frames)
         free = self.room - self.weight_bytes["VAE"]
@@ -104,6 +108,8 @@ class Plan:
         fixed = sum(sizes.fixed for sizes in experts.values())
         fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
         tiles = fitting[0] if fitting else possible[-1]
+        if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
+            work = max(work, vae.decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
         return fit(
             free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
             activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,
@@ -161,9 +167,9 @@ class Plan:
         """
         assert self.sampling is not None, "a plan with jobs has a sampling"
         sampling = self.sampling
-        digest = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image else None
         comes_to = {
-            "prompt": job.prompt, "negative_prompt": job.negative_prompt, "image": digest,
+            "prompt": job.prompt, "negative_prompt": job.negative_prompt,
+            **{name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],

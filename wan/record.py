@@ -37,10 +37,11 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg
 def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """A job's record as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
     whole = plan.as_dict()
+    pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
         "schema": SCHEMA,
         "request": plan.request.recorded(),
-        "job": plain(dataclasses.replace(job, image=job.image and job.image.absolute())),
+        "job": {**plain(job), **plain(pictures)},
         "meaning": plan.meaning(job),
         "plan": plain({**whole, "jobs": [entry for entry in whole["jobs"] if entry["index"] == job.index]}),
         "pipeline": plain(pipeline),

@@ -81,7 +81,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
     for job in jobs:
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
-        progress.say(f"video {job.index + 1} of {len(pipe.plan.jobs)}: {job.save_file}")
+        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}")
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:
             facts["frames"] = make_video(pipe, job, progress, shared)
@@ -137,7 +137,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
         if found.state == "whole":
             for done in repair(plan, job, found):
                 progress.say(done)
-            progress.say(f"video {job.index + 1} of {len(plan.jobs)} is there already: {found.file}")
+            progress.say(f"video {plan.place(job)} is there already: {found.file}")
             continue
         if found.state == "other" and not plan.request.overwrite:
             problems.append(f"{job.save_file}: {_trouble(found)}; --overwrite replaces it")

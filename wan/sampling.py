@@ -56,6 +56,15 @@ class Conditioning:
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
 
 
+# Called after each step with what it started from and the velocity there, guidance included, both [C, f, h, w].
+OnStep = Callable[[Step, Tensor, Tensor], None]
+
+
+def clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
+    """What the latent will be without noise, as far as this step can tell: x - sigma v, sigma = t / 1000."""
+    return sample - step.timestep / TRAIN_TIMESTEPS * velocity
+
+
 class Experts(Protocol):
     """The denoising networks by name."""
 
@@ -91,7 +100,7 @@ def denoise(
     conditioning: Conditioning,
     schedule: Schedule,
     steps: Sequence[Step],
-    on_step: Callable[[Step], None] = lambda _: None,
+    on_step: OnStep = lambda *_: None,
 ) -> Tensor:
     """Noise float32 [C, f, h, w] -> latent of the same shape.
 
@@ -116,14 +125,14 @@ def denoise(
             free = model(latent, step.timestep, negative, frames)
             velocity = free + step.guidance * (velocity - free)
 
-        sample = _pin(schedule.step(velocity, index, sample), pinned)
+        before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
         if not torch.isfinite(sample).all():
             raise JobError(
                 f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
                 "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
                 "or cudnn where flash was used"
             )
-        on_step(step)
+        on_step(step, before_step, velocity)
     return sample
 
 

@@ -11,7 +11,9 @@ from wan.plan import latent_shape
 class TextToVideo(Pipeline):
     """Wan2.2-T2V-A14B."""
 
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+    def start(
+        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
+    ) -> Start:
         return Start(latent_shape(self.plan.config, size, frames))
 
 

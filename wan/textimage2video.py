@@ -13,7 +13,9 @@ from wan.utils.images import ti2v_tensor
 class TextImageToVideo(Pipeline):
     """Wan2.2-TI2V-5B."""
 
-    def start(self, image: Image.Image | None, size: tuple[int, int], frames: int) -> Start:
+    def start(
+        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
+    ) -> Start:
         shape = latent_shape(self.plan.config, size, frames)
         if image is None:
             return Start(shape)

@@ -28,6 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "task": {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))},
     "prompt": {"prompt": "a dog"},
     "image": {"image": "other.png"},
+    "last_image": {"last_image": "other.png"},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
     "negative_prompt": {"negative_prompt": "bad"},

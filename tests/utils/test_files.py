@@ -73,7 +73,7 @@ def test_a_link_at_the_name_of_the_part_is_not_followed(tmp_path: Path) -> None:
 
 def test_names_beside_a_video() -> None:
     assert [p.name for p in Beside.of(Path("out/a.b.mp4"))] == ["a.b.mp4", "a.b.json", "a.b.latents.safetensors",
-                                                               "a.b.png"]  # fmt: skip
+                                                               "a.b.png", "a.b.steps.png"]  # fmt: skip
 
 
 def test_kept_latents_of_equal_names_do_not_meet() -> None:

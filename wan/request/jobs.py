@@ -38,7 +38,7 @@ def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check
         rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
         if not imagined:
             check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
-    rows = _with_images(request, config, rows, check)
+    rows = _with_last_images(request, config, _with_images(request, config, rows, check), check)
     for row in rows:
         if not row.prompt and not (extended and row.image):
             check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
@@ -80,6 +80,16 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
     return rows
 
 
+def _with_last_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
+    if request.last_image is not None:
+        rows = [row if row.last_image else replace(row, last_image=expanded(request.last_image)) for row in rows]
+    named = next((row for row in rows if row.last_image), None)
+    if named and not config.mask_channels:
+        able = " and ".join(name for name, other in WAN_CONFIGS.items() if other.mask_channels)
+        check.problem(f"{named.source}: {config.name} takes no last image; {able} does")
+    return rows
+
+
 def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
     """One job for each prompt and seed."""
     step = config.size_step
@@ -103,6 +113,10 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
             size, picture = pictures.fit(row.source, row.image, area)
         else:
             picture = ""
+        if row.last_image:
+            picture += pictures.told_of(row.source, row.last_image)
+            if frames < 5:
+                check.problem(f"{row.source}: a first and a last frame need 5 frames or more, not {frames}")
         first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
             check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
@@ -128,6 +142,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
                     save_file=named or save_dir / name,
                     source=row.source,
                     picture=picture,
+                    last_image=row.last_image,
                 )
             )
     return jobs
@@ -167,15 +182,28 @@ class _Pictures:
 
     def fit(self, source: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
         """The video's size for this picture and `--size`, and how it came about."""
+        found = self._open(source, path)
         try:
-            if path not in self.sizes:
-                self.sizes[path] = None  # a damaged one is reported where it is first named
-                image = open_image(path)
-                self.sizes[path] = image.size
-                self.told[path] = "".join(f", {what}" for what in what_was_done(image))
-            if found := self.sizes[path]:
-                told = f"{found[0]}x{found[1]}{self.told[path]}, the area of {area[0]}x{area[1]}"
-                return video_size(self.config.image_fit, found, area), told
+            if found:
+                size = video_size(self.config.image_fit, found, area)
+                return size, f"{self.told[path]}, the area of {area[0]}x{area[1]}"
         except InputError as e:
             self.collected.problem(f"{source}: {e}")
         return area, ""
+
+    def told_of(self, source: str, path: Path) -> str:
+        """How the plan goes on for a last picture."""
+        return f", to {self.told[path]}" if self._open(source, path) else ""
+
+    def _open(self, source: str, path: Path) -> tuple[int, int] | None:
+        """The picture's size; None if it cannot be opened, which is a problem where it is first named."""
+        if path not in self.sizes:
+            self.sizes[path] = None
+            try:
+                image = open_image(path)
+                self.sizes[path] = image.size
+                done = "".join(f", {what}" for what in what_was_done(image))
+                self.told[path] = f"{image.width}x{image.height}{done}"
+            except InputError as e:
+                self.collected.problem(f"{source}: {e}")
+        return self.sizes[path]

@@ -129,9 +129,12 @@ class Request:
     prompt: str | None = option(MAKE, VIDEO, text, "TEXT", "what the video shows; default: the task's example")
     image: str | None = option(MAKE, VIDEO, path, "FILE",
         "the first frame (i2v-A14B, ti2v-5B); one serves every prompt")
+    last_image: str | None = option(MAKE, VIDEO, path, "FILE",
+        "the last frame (i2v-A14B), squeezed to the video's size; one serves every prompt")
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, negative_prompt, seed, size, "
-        "frame_num, save_file (inside --save_dir)", into="prompt", displaces=("prompt", "image", "negative_prompt"))
+        "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
+        "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        displaces=("prompt", "image", "last_image", "negative_prompt"))
     image_path_file: str | None = option(MAKE, VIDEO, path, "FILE",
         "an image path a line, paired one to one with the prompts", into="image", displaces=("image",))
     negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT",
@@ -218,12 +221,16 @@ class Request:
     extend_only: str | None = option(EXTENSION, START, path, "FILE",
         "write the extended prompts to a .txt or .jsonl file and stop")
 
+    shard: str | None = option(OUTPUT, START, text, "I/N",
+        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array")
     save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs")
     save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
     decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept")
     preview: bool = option(OUTPUT, HOW, truth, "", "a contact sheet PNG beside the video")
     gallery: bool = option(OUTPUT, START, truth, "", "after the run, a page index.html over the videos of --save_dir")
+    preview_steps: bool = option(OUTPUT, HOW, truth, "",
+        "after each step a frame of the video as it will be, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist")
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",

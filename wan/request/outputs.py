@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -37,19 +37,27 @@ def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
 
 
 def check_outputs(
-    request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), latents: bool = True
+    request: Request,
+    files: Sequence[Path],
+    check: Check,
+    inputs: Iterable[Path] = (),
+    latents: bool = True,
+    own: Collection[Path] | None = None,
 ) -> None:
     """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
 
     files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. latents:
     whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
+    own: those of the videos that this process makes, None: all; others' may be there already.
     """
     if wrong := [file for file in files if file.suffix.lower() != ".mp4"]:
         check.problem(f"{_shown(wrong)}: videos are written as .mp4; give --save_file that extension")
     usable = _check_names(files, check)
-    written = {file: _written(file, latents, request.preview) for file in usable}
+    mine = usable if own is None else [file for file in usable if file in own]
+    written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
+    written = {file: written[file] for file in mine}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
         check.problem(f"{_shown(folders)}: is a folder, and a file is to be written there; choose another name")
@@ -66,9 +74,14 @@ def check_outputs(
     _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
 
 
-def _written(video: Path, latents: bool, preview: bool) -> list[Path]:
+def _written(video: Path, latents: bool, request: Request) -> list[Path]:
     beside = Beside.of(video)
-    return [beside.video, beside.record, *([beside.latents] if latents else []), *([beside.sheet] if preview else [])]
+    maybe = {
+        beside.latents: latents,
+        beside.sheet: request.preview,
+        beside.strip: request.preview_steps and request.decode_latents is None,
+    }
+    return [beside.video, beside.record, *(path for path, wanted in maybe.items() if wanted)]
 
 
 def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
@@ -120,6 +133,7 @@ def _foreign(written: list[Path]) -> list[Path]:
     Where the video is there, `--resume` judges it, and with it what lies beside it.
     """
     video, *beside = written
+    beside = [path for path in beside if path != Beside.of(video).strip]  # a run that was killed leaves it, unmarked
     if os.path.lexists(video):
         return []
     there = [path for path in beside if os.path.lexists(path)]

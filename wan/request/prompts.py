@@ -28,6 +28,7 @@ class Row:
     prompt: str
     source: str  # for messages: "prompts.txt line 3"
     image: Path | None = None
+    last_image: Path | None = None
     negative_prompt: str | None = None
     seed: int | None = None
     size: str | None = None
@@ -38,7 +39,8 @@ class Row:
 
 KEYS = tuple(field.name for field in fields(Row) if field.name != "source")
 WHOLE_NUMBERS = ("seed", "frame_num")
-NEVER_EMPTY = ("image", "size", "save_file")
+PICTURES = ("image", "last_image")
+NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 
 def read_rows(path: Path, problems: list[str]) -> tuple[list[Row], int]:
@@ -250,10 +252,9 @@ def _row(path: Path, source: str, values: Mapping[str, object], problems: list[s
     if wrong:
         problems.extend(f"{source}: {sentence}" for sentence in wrong)
         return None
-    image = given.pop("image", None)
+    given |= {key: beside(path, str(given[key])) for key in PICTURES if key in given}
     row = replace(Row("", source), **given)  # type: ignore[arg-type]  # each value's type was checked above
-    row = replace(row, prompt=row.prompt.strip())
-    return replace(row, image=beside(path, str(image))) if image else row
+    return replace(row, prompt=row.prompt.strip())
 
 
 def _whole(value: object) -> int | None:

@@ -21,7 +21,8 @@ class Replayed:
     others: frozenset[str]
 
 
-OF_A_JOB = ("prompt", "negative_prompt", "image", "size", "frame_num", "base_seed")  # a record has them for its video
+# What a record has for its one video.
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
 # Told from the machine and the weights once these are open: what a run may differ in and still be gone on with.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 
@@ -42,6 +43,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         width, height = job["area"]
         of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
         of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        of_job |= {"last_image": job.get("last_image")}  # records of the first version have none
         earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e

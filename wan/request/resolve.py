@@ -24,6 +24,7 @@ from wan.request.outputs import check_outputs
 from wan.request.prompts import expanded, text_problem
 from wan.request.replay import earlier_seed, replayed
 from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
+from wan.request.shards import chosen_shard, own_jobs
 from wan.request.weights import choose_sampling, choose_weights
 
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -41,7 +42,8 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.task != asked_task:
         check.stop()  # all other defaults and limits hang on the task
     config = WAN_CONFIGS[request.task]
-    if request.base_seed < 0:
+    request = chosen_shard(request, check)
+    if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
     _check_processes(request, check)
@@ -84,10 +86,13 @@ def _generate(request: Request, config: EasyDict, check: Check) -> Generate:
     extend = _extension(request) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = make_jobs(request, config, weights, rows, check)
-    read = [job.image for job in jobs if job.image]
+    own = own_jobs(request, jobs, rows, check)
+    read = [path for job in jobs for path in job.pictures.values() if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
-    check_outputs(request, [job.save_file for job in jobs], check, read)
-    return Generate(request, config, weights, sampling, tuple(rows), tuple(jobs), extend)
+    check_outputs(request, [job.save_file for job in jobs], check, read, own={job.save_file for job in own})
+    numbers = {job.index // request.num_videos for job in own}
+    rows = [row for number, row in enumerate(rows) if number in numbers]
+    return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
 
 
 def _extend_only(request: Request, config: EasyDict, check: Check) -> Extend:

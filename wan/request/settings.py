@@ -64,6 +64,12 @@ class Job:
     save_file: Path
     source: str  # where it came from, for messages: "prompts.txt line 3"
     picture: str = ""  # how an image led to `size`, for the plan: "600x400, the area of 832x480"
+    last_image: Path | None = None
+
+    @property
+    def pictures(self) -> dict[str, Path | None]:
+        """Every picture that the video may be made from, by the name of its option."""
+        return {"image": self.image, "last_image": self.last_image}
 
 
 @dataclass(frozen=True)

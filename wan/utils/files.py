@@ -31,11 +31,13 @@ class Beside(NamedTuple):
     record: Path
     latents: Path  # kept until the video is whole, with --save_latents for good
     sheet: Path  # --preview
+    strip: Path  # --preview_steps
 
     @classmethod
     def of(cls, video: Path) -> Beside:
         folder, stem = video.parent, video.stem
-        return cls(video, folder / f"{stem}.json", folder / f"{stem}.latents.safetensors", folder / f"{stem}.png")
+        latents, strip = folder / f"{stem}.latents.safetensors", folder / f"{stem}.steps.png"
+        return cls(video, folder / f"{stem}.json", latents, folder / f"{stem}.png", strip)
 
 
 def latents_elsewhere(video: Path) -> Path:
