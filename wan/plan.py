@@ -120,7 +120,8 @@ class Plan:
             lines.append(" | ".join(_step_lines(self.steps)))
         for expert, loras in self.coverage.items():
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
-        lines += [f"expert {expert}: {path}" for expert, path in self.checkpoint.expert_files.items()]
+        for part, path in self.checkpoint.files.items():
+            lines.append(f"{'expert ' if part in self.config.experts else ''}{part.replace('_', ' ')}: {path}")
         lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
@@ -371,7 +372,7 @@ def _open_loras(
         if lora is None or choice.expert not in checkpoint.experts:
             continue
         shapes = checkpoint.experts[choice.expert][1].shapes
-        base = checkpoint.expert_files.get(choice.expert, checkpoint.folder)
+        base = checkpoint.files.get(choice.expert, checkpoint.folder)
         twice = distilled_twice(base, lora.path, choice.expert)
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")

@@ -147,7 +147,7 @@ class Request:
         limits=(1, 100_000))
 
     ckpt_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "released checkpoint: a folder, or a hub id such as Wan-AI/Wan2.2-T2V-A14B")
+        "a checkpoint, as released or in diffusers' layout: a folder, or a hub id such as Wan-AI/Wan2.2-T2V-A14B")
     lora_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
         "Lightning release: a folder with one LoRA for each expert", into="ckpt_dir",
         displaces=("lora_strength", "preset"))
