@@ -26,7 +26,7 @@ from benchmarks.vae import KINDS
 from lightning.names import NETWORKS, TEXT_WIDTH
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime
-from wan.loading.checkpoint import WEIGHTS
+from wan.loading.places import WEIGHTS
 from wan.loading.stream import Store
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder

@@ -64,8 +64,8 @@ def bake(
     settings = settings_of(networks, task, made_for) if layout == "diffusers" else {}
     if settings and made_for and made_for.solver == "dmd":
         report(
-            f"warning: {made_for.name} is made for re-noising (dmd), which diffusers has no scheduler for: the folder's "
-            "is an Euler-like one, another sampler; generate.py samples the folder as it is made for"
+            f"warning: {made_for.name} is made for re-noising (dmd), which diffusers has no scheduler for: the "
+            "folder's is an Euler-like one, another sampler; generate.py samples the folder as it is made for"
         )
     partial = _prepare(out, sources)
     shards = [(network, plan_shards(network, shard_bytes)) for network in networks]

@@ -372,8 +372,8 @@ def _open_loras(
         if lora is None or choice.expert not in checkpoint.experts:
             continue
         shapes = checkpoint.experts[choice.expert][1].shapes
-        base = checkpoint.files.get(choice.expert, checkpoint.folder)
-        twice = distilled_twice(base, lora.path, choice.expert)
+        base = checkpoint.files.get(choice.expert) or checkpoint.folder
+        twice = distilled_twice(base, lora.path, choice.expert) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(

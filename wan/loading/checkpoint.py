@@ -198,7 +198,7 @@ class Checkpoint:
 
 def transformer_sizes(
     config: Path | None, shapes: Mapping[str, tuple[int, ...]], where: str, most_text: int
-) -> dict[str, int | float | str]:
+) -> dict[str, Any]:
     """config.json, held against the tensors of the weights before anything of those sizes is built.
 
     Without one the sizes are those of the weights, with heads as wide as all published models have them.
