@@ -103,5 +103,5 @@ def test_hostile_headers(text: bytes, tmp_path: Path) -> None:
 def test_hostile_indexes(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors.index.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(TensorFileError, match="not a safetensors index"):
+    with pytest.raises(TensorFileError, match=r"not a safetensors index|the index names no tensor"):
         TensorStore.open(path)
