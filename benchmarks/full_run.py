@@ -24,7 +24,7 @@ from benchmarks.sparse import sparse
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime
 from wan.doctor.counts import HEAD_WIDTH, UMT5_XXL, VAES, on_meta, transformer_sizes
-from wan.loading.checkpoint import WEIGHTS
+from wan.loading.places import WEIGHTS
 from wan.loading.stream import Store
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import ROOT, interleaved, machine, table
+from lightning.pickled import PickleStore
 from lightning.tensorfile import TensorStore
 from wan.loading.residency import Networks
-from wan.loading.stream import PickleStore, Source, load, parameter_dtypes
+from wan.loading.stream import Source, load, parameter_dtypes
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 

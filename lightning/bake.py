@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lightning.diffusers_layout import FOLDERS, TOKENIZER, rest_of, settings_of
-from lightning.distilled import FLOATS, RECORD, distilled_twice, record_of, release_in, release_record
+from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
 from lightning.examine import STEM, open_network
 from lightning.lora import Lora, check
@@ -28,6 +28,7 @@ from lightning.names import EXPERTS, diffusers_name, keeps_float32, task_of
 from lightning.releases import Release
 from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
+from lightning.weights import FLOATS
 
 SHARD_BYTES = 10_000_000_000
 
@@ -57,9 +58,15 @@ def bake(
     stores = {expert: _open(ckpt_dir / where) for expert, where in EXPERTS[task].items()}
     sources = _sources(task, ckpt_dir, stores, loras, dtype, allow_partial, report)
     sources["layout"] = layout
-    sources["release"] = release_record(release or release_in(ckpt_dir))
+    made_for = release or release_in(ckpt_dir)
+    sources["release"] = release_record(made_for)
     networks = _networks(ckpt_dir, task, stores, loras, dtype, layout)
-    settings = settings_of(networks, task, release or release_in(ckpt_dir)) if layout == "diffusers" else {}
+    settings = settings_of(networks, task, made_for) if layout == "diffusers" else {}
+    if settings and made_for and made_for.solver == "dmd":
+        report(
+            f"warning: {made_for.name} is made for re-noising (dmd), which diffusers has no scheduler for: the "
+            "folder's is an Euler-like one, another sampler; generate.py samples the folder as it is made for"
+        )
     partial = _prepare(out, sources)
     shards = [(network, plan_shards(network, shard_bytes)) for network in networks]
     _check_room(partial, [shard for _, plan in shards for shard in plan])

@@ -18,7 +18,7 @@ from lightning.diffusers_names import text_name, vae_name
 from lightning.errors import LoraError
 from lightning.latents import LATENT_MEAN, LATENT_STD
 from lightning.names import PATCH
-from lightning.pickled import PickledTensors
+from lightning.pickled import PickleStore
 from lightning.releases import Release
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
@@ -46,7 +46,7 @@ def rest_of(ckpt_dir: Path) -> list[Network]:
         ("vae", vae, "diffusion_pytorch_model", vae_name),
         ("text_encoder", ckpt_dir / TEXT_ENCODER, "model", text_name),
     ):
-        store = PickledTensors(file)
+        store = PickleStore(file)
         found.append(Network(folder.replace("_", " "), store, Path(folder), _as_stored(store), stem, rename))
     return found
 

@@ -86,7 +86,9 @@ class Pipeline(ABC):
             assert part is not None, "a checkpoint with problems makes no plan"
             module, store = part
             if plan.request.t5_fsdp:
-                with self._loading("text encoder", store.path.stat().st_size, sharded=True) as report:
+                with self._loading(
+                    "text encoder", sum(entry.bytes for entry in store.values()), sharded=True
+                ) as report:
                     self._text_encoder = self.load(
                         module, store, sharded=True, home=plan.text_device, dtype=lambda _: plan.text_dtype,
                         report=report,
@@ -236,7 +238,7 @@ class Pipeline(ABC):
             part = self.plan.checkpoint.vae
             assert part is not None, "a checkpoint with problems makes no plan"
             module, store = part
-            with self._loading("VAE", store.path.stat().st_size) as report:
+            with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
                 vae = self.load(
                     module, store, sharded=False, home=self.plan.device, dtype=lambda _: torch.float32, report=report
                 )

@@ -121,13 +121,14 @@ class Plan:
         if sampling is not None:
             preset = f", settings of {self.preset}" if self.preset else ""
             lines.append(
-                f"{request.task} from {request.ckpt_dir}, {sampling.solver}, shift {sampling.shift:g}, "
+                f"{request.task} from {request.ckpt_dir or 'files'}, {sampling.solver}, shift {sampling.shift:g}, "
                 f"{len(self.steps)} steps{preset}"
             )
             lines.append(" | ".join(_step_lines(self.steps)))
         for expert, loras in self.coverage.items():
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
-        lines += [f"expert {expert}: {path}" for expert, path in self.checkpoint.expert_files.items()]
+        for part, path in self.checkpoint.files.items():
+            lines.append(f"{'expert ' if part in self.config.experts else ''}{part.replace('_', ' ')}: {path}")
         lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
@@ -226,9 +227,13 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if generate:
         _check_disk(generate.jobs, checks)
     download = not outcome.request.dry_run
-    folder = checks.attempt(lambda: fetch(outcome.weights.ckpt_dir, outcome.config, download=download))
-    weights = replace(outcome.weights, ckpt_dir=folder or outcome.weights.ckpt_dir)
-    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if folder else None
+    weights, asked = outcome.weights, outcome.weights.ckpt_dir
+    if asked is not None:
+        given = [part for part, _ in (*weights.expert_files, *weights.files)]
+        folder = checks.attempt(lambda: fetch(asked, outcome.config, download, given))
+        weights = replace(weights, ckpt_dir=folder)
+    opened = weights.ckpt_dir is not None or asked is None
+    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
     checks.stop()
     assert plan is not None, "without problems there is a plan"
     if generate is None:
@@ -265,7 +270,9 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and device.type == "cpu")
         wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
-    checkpoint = Checkpoint(weights.ckpt_dir, request.task, config, dict(weights.expert_files))
+    checkpoint = Checkpoint(
+        weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
+    )
     checks.attempt(checkpoint.raise_problems)
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
@@ -378,8 +385,8 @@ def _open_loras(
         if lora is None or choice.expert not in checkpoint.experts:
             continue
         shapes = checkpoint.experts[choice.expert][1].shapes
-        base = checkpoint.expert_files.get(choice.expert, checkpoint.folder)
-        twice = distilled_twice(base, lora.path, choice.expert)
+        base = checkpoint.files.get(choice.expert) or checkpoint.folder
+        twice = distilled_twice(base, lora.path, choice.expert) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.vae import count_decode
+from lightning.pickled import PickleStore
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE, area, divide
-from wan.loading.stream import PickleStore, load
+from wan.loading.stream import load
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 from wan.utils.errors import JobError

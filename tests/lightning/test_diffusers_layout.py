@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning.__main__ import main
 from lightning.diffusers_names import original, original_text, original_vae
 from lightning.names import EXPERTS
-from lightning.pickled import PickledTensors
+from lightning.pickled import PickleStore
 from lightning.schedule import spaced
 from lightning.tensorfile import TensorStore
 from tests.lightning.support import base
@@ -82,7 +82,7 @@ def test_there_and_back_every_bit_is_the_same(task: str, tmp_path: Path) -> None
     }
     others = {"vae": source / VAES[task], "text_encoder": source / "models_t5_umt5-xxl-enc-bf16.pth"}
     back = {"vae": original_vae, "text_encoder": original_text}
-    for place, store in (before | {name: PickledTensors(path) for name, path in others.items()}).items():
+    for place, store in (before | {name: PickleStore(path) for name, path in others.items()}).items():
         index = next((folder / place).glob("*.safetensors.index.json"))
         found = TensorStore.open(index)
         names = back.get(place, original)(found)
@@ -109,7 +109,7 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path: Path, caps
     (experts / "Wan2.1_VAE.pth").write_bytes(b"no pickle")
     (experts / "models_t5_umt5-xxl-enc-bf16.pth").symlink_to(experts / "Wan2.1_VAE.pth")
     assert main([*arguments, "--layout", "diffusers"]) == 2
-    assert "no zipped .pth file of plain tensors, or damaged" in capsys.readouterr().err
+    assert "truncated or damaged, or not a zipped .pth file" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 
 import wan
 from benchmarks.loading import peak_over_final, write_transformer
+from lightning.pickled import PickleStore
 from lightning.tensorfile import TensorStore
 from tests.support import TINY, checkpoint, config_of, lora_dir
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.lanes import Lane, Slot
 from wan.loading.residency import Networks, text_encoder
-from wan.loading.stream import PIECE_BYTES, READERS, PickleStore, ReadError, Source, load, memory
+from wan.loading.stream import PIECE_BYTES, READERS, ReadError, Source, load, memory
 from wan.modules.model import Prompt, WanModel
 from wan.original import Original
 from wan.plan import Plan

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.support import TINY, checkpoint, lora_dir
@@ -43,6 +44,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lora_alpha": {"lora_alpha": 3.0},
     "lora_mode": {"lora_mode": "adapter"},
     "expert": {"expert": ("high=expert.safetensors",)},
+    "vae": {"vae": "vae.pth"},
+    "text_encoder": {"text_encoder": "t5.pth"},
+    "tokenizer": {"tokenizer": "tokens"},
     "preset": {"preset": "i2v-seko-v1", "lora_dir": None},
     "sample_solver": {"sample_solver": "unipc"},
     "sample_steps": {"sample_steps": 5},
@@ -70,6 +74,12 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("other").mkdir()
     for path in source.iterdir():
         (Path("other") / path.name).symlink_to(path)
+    for name, file in (("vae.pth", "Wan2.1_VAE.pth"), ("t5.pth", "models_t5_umt5-xxl-enc-bf16.pth")):
+        state = torch.load(source / file)
+        torch.save({key: tensor * 2 for key, tensor in state.items()}, name)
+    Path("tokens").mkdir()
+    text = (source / "google" / "umt5-xxl" / "tokenizer.json").read_text()
+    Path("tokens/tokenizer.json").write_text(text + "\n")
     low = source / "low_noise_model"
     Path("other/low_noise_model").unlink()
     Path("other/low_noise_model").symlink_to(source / "high_noise_model")

@@ -1,10 +1,10 @@
-"""Checkpoints in the released layout: what must be there, read off the headers before any weight is."""
+"""Checkpoints: what must be there, read off the headers before any weight is."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,20 @@ import torch
 from easydict import EasyDict
 from torch import nn
 
-from lightning.distilled import FLOATS, open_expert
+from lightning.distilled import open_expert
 from lightning.json_input import parse_json
-from lightning.tensorfile import INDEX_SUFFIX, TensorStore
+from lightning.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.configs import download_command
-from wan.loading.stream import Module, PickleStore, Store
+from wan.loading import places
+from wan.loading.stream import Module, Store
 from wan.modules.model import PATCH, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
-WEIGHTS_INDEX = WEIGHTS.removesuffix(".safetensors") + INDEX_SUFFIX
+HEAD_WIDTH = 128  # of every published Wan transformer; their weights do not tell it
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
 TOLD_BY = {
     "dim": ("text_embedding.0.weight", 0, 1),
@@ -34,28 +34,31 @@ TOLD_BY = {
     "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
     "freq_dim": ("time_embedding.0.weight", 1, 1),
 }
+DIFFUSERS_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 
 
 class Checkpoint:
-    """A checkpoint folder, known from its headers.
+    """A checkpoint, known from its headers: a folder, files in place of some of its parts, or files alone.
 
     `problems` lists, as sentences, everything that keeps it from being loaded; `experts`, `text_encoder` and `vae` are
     (module on meta, store) pairs, present for what could be opened, and so is the `tokenizer`.
     """
 
     def __init__(
-        self, folder: Path, task: str, config: EasyDict, expert_files: Mapping[str, Path] | None = None
+        self, folder: Path | None, task: str, config: EasyDict, files: Mapping[str, Path] | None = None
     ) -> None:
+        """files: by part (see `places`) what serves in place of the folder's; without a folder, all of them."""
         self.folder, self.task, self.config = folder, task, config
-        self.expert_files = dict(expert_files or {})
+        self.files = dict(files or {})
         self.problems: list[str] = []
-        self.experts: dict[str, tuple[WanModel, TensorStore]] = {}
-        self.text_encoder: tuple[UMT5Encoder, PickleStore] | None = None
-        self.vae: tuple[WanVAE, PickleStore] | None = None
+        self.experts: dict[str, tuple[WanModel, Store]] = {}
+        self.text_encoder: tuple[UMT5Encoder, Store] | None = None
+        self.vae: tuple[WanVAE, Store] | None = None
         self.tokenizer: UMT5Tokenizer | None = None
-        if self._try(self._complete, self.expert_files):
-            for name, where in config.experts.items():
-                self._try(self._open_expert, name, folder / where, self.expert_files.get(name))
+        self._places = places.places_in(folder, config) if folder else {}
+        if self._try(self._complete):
+            for name in config.experts:
+                self._try(self._open_expert, name)
             self._try(self._open_text_encoder)
             self._try(self._open_tokenizer)
             self._try(self._open_vae)
@@ -66,11 +69,13 @@ class Checkpoint:
             raise InputError(self.problems)
 
     def weight_files(self) -> dict[str, list[Path]]:
-        """The files that were opened, by network."""
+        """The files that were opened, by network; the tokenizer's too, which has its say in a video as well."""
         files = {f"{name} expert": list(store.files) for name, (_, store) in self.experts.items()}
         for name, part in (("text encoder", self.text_encoder), ("VAE", self.vae)):
             if part:
-                files[name] = [part[1].path]
+                files[name] = list(part[1].files)
+        if self.tokenizer:
+            files["tokenizer"] = [self._place("tokenizer")]
         return files
 
     def _try(self, opener: Callable[..., bool | None], *arguments: object) -> bool | None:
@@ -84,54 +89,50 @@ class Checkpoint:
             self.problems.append(f"{e.filename}: {why}")
         return None
 
-    def _complete(self, expert_files: Mapping[str, Path]) -> bool:
+    def _complete(self) -> bool:
         """Whether every file is there; if not, one problem that lists all that are missing."""
-        folder, config = self.folder, self.config
-        get = download_command(config)
-        if (folder / "model_index.json").is_file():
-            self.problems.append(f"--ckpt_dir {folder} is in diffusers' layout; the original's is read: {get}")
-            return False
-        wanted = [config.t5_checkpoint, f"{config.t5_tokenizer}/tokenizer.json", config.vae_checkpoint]
-        missing = [name for name in wanted if not (folder / name).is_file()]
-        for name, where in config.experts.items():
-            part = Path(where)
-            missing += [] if (folder / part / "config.json").is_file() else [str(part / "config.json")]
-            if name not in expert_files and weights_file(folder / part) is None:
-                in_shards = any((folder / part).glob("diffusion_pytorch_model-*.safetensors"))
-                missing.append(str(part / (WEIGHTS_INDEX if in_shards else WEIGHTS)))
-        if missing:
-            self.problems.append(f"--ckpt_dir {folder} lacks {', '.join(missing)}; get them with: {get}")
-        return not missing
+        if self.folder is None:
+            return True  # the request was refused if a file was not given
+        if lacking := places.missing(self.folder, self.config, self.files):
+            get = places.download_command(self.folder, self.config)
+            self.problems.append(f"--ckpt_dir {self.folder} lacks {', '.join(lacking)}; get them with: {get}")
+        return not lacking
 
-    def _open_expert(self, name: str, folder: Path, replacement: Path | None) -> None:
-        if replacement is None:
-            weights = weights_file(folder)
-            assert weights is not None, "checked by _complete"
-            store = TensorStore.open(weights)
-        else:
-            store = open_expert(replacement)
-        where = str(replacement or folder)
-        sizes = transformer_sizes(folder / "config.json", store.shapes, where, self.config.text_len)
+    def _place(self, part: str) -> Path:
+        """The file, or index, that a part is read from."""
+        if part in self.files:
+            return self.files[part]
+        assert self.folder is not None, "without a folder every part is given"
+        file = self.folder / self._places[part]
+        return places.weights_at(file) or file
+
+    def _open_expert(self, name: str) -> None:
+        path = self._place(name)
+        where = str(path if name in self.files else path.parent)
+        store = open_expert(path) if name in self.files else as_ours(open_file(path), EXPERT, where)
+        config = self.folder / places.settings_of(self._places[name]) if self.folder else None
+        if name in self.files and config and not config.is_file():
+            config = None
+        sizes = transformer_sizes(config, store.shapes, where, self.config.text_len)
         with torch.device("meta"):
             module = WanModel.from_config(sizes, text_dim=store["text_embedding.0.weight"].shape[1])
         self._match(module, store, where)
         self.experts[name] = module, store
 
     def _open_text_encoder(self) -> None:
-        path = self.folder / self.config.t5_checkpoint
-        module, store = self._open_pickle(path, UMT5Encoder.from_shapes)
+        module, store = self._open_by_shapes("text_encoder", TEXT_ENCODER, UMT5Encoder.from_shapes)
         shapes = store.shapes
         wide, heads = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.pos_embedding.embedding.weight"][1]
         if not heads or wide % heads:
-            raise InputError(f"{path}: not a UMT5 encoder: {heads} heads do not divide a width of {wide}")
+            where = self._place("text_encoder")
+            raise InputError(f"{where}: not a UMT5 encoder: {heads} heads do not divide a width of {wide}")
         self.text_encoder = module, store
 
     def _open_tokenizer(self) -> None:
-        folder = self.folder / self.config.t5_tokenizer
-        file = folder / "tokenizer.json"
+        file = self._place("tokenizer")
         file.open("rb").close()  # the library does not tell a file that may not be read from one that is none
         try:
-            tokenizer = UMT5Tokenizer(folder, self.config.text_len)
+            tokenizer = UMT5Tokenizer(file.parent, self.config.text_len)
             works = len(tokenizer("a cat")) > 1
         except Exception as e:  # the library raises nothing more special
             raise InputError(f"{file}: not a tokenizer ({_line(e)}); get the file again") from e
@@ -143,8 +144,7 @@ class Checkpoint:
         self.tokenizer = tokenizer
 
     def _open_vae(self) -> None:
-        path = self.folder / self.config.vae_checkpoint
-        self.vae = self._open_pickle(path, WanVAE.from_shapes)
+        self.vae = self._open_by_shapes("vae", VAE, WanVAE.from_shapes)
 
     def _check_fit(self) -> None:
         """The parts must belong to one model, and to the task."""
@@ -152,33 +152,31 @@ class Checkpoint:
             return
         vae, text_dim = self.vae[0], self.text_encoder[1].shapes["token_embedding.weight"][1]
         if vae.stride != self.config.vae_stride:
-            self.problems.append(f"{self.vae[1].path}: has stride {vae.stride}, --task {self.task} needs another VAE")
+            self.problems.append(f"{self._place('vae')}: has stride {vae.stride}, --task {self.task} needs another VAE")
             return
         mask = self.config.mask_channels
         given = vae.z_dim + (mask + vae.z_dim if mask else 0)
-        for _, store in self.experts.values():
-            folder, shapes = store.files[0].parent, store.shapes
+        for name, (_, store) in self.experts.items():
+            path, shapes = self._place(name), store.shapes
+            where = path if name in self.files else path.parent
             channels, width = shapes["patch_embedding.weight"][1], shapes["text_embedding.0.weight"][1]
             if channels != given:
                 task = f"--task {self.task} gives {given}: a checkpoint of another task?"
-                self.problems.append(f"{folder}: takes {channels} channels, {task}")
+                self.problems.append(f"{where}: takes {channels} channels, {task}")
             if width != text_dim:
-                self.problems.append(f"{folder}: reads text of width {width}, the encoder has {text_dim}")
+                self.problems.append(f"{where}: reads text of width {width}, the encoder has {text_dim}")
 
-    def _open_pickle(
-        self, path: Path, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
-    ) -> tuple[Module, PickleStore]:
-        path.open("rb").close()  # a file that may not be read is not one that is damaged
+    def _open_by_shapes(
+        self, part: str, kind: str, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
+    ) -> tuple[Module, Store]:
+        """A network whose sizes its weights tell."""
+        path = self._place(part)
         try:
-            store = PickleStore(path)
-            if odd := next(
-                (name for name in store.shapes if not isinstance(name, str) or not name.isprintable()), None
-            ):
-                raise ValueError(f"a tensor is named {odd!r:.60}")
+            store = as_ours(open_file(path), kind, str(path))
             _count_blocks(store.shapes)
             with torch.device("meta"):
                 module = build(store.shapes)
-        except InputError:
+        except (InputError, OSError):
             raise
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
             raise InputError(f"{path}: {_line(e)}") from e
@@ -186,15 +184,9 @@ class Checkpoint:
         return module, store
 
     def _match(self, module: nn.Module, store: Store, where: str) -> None:
-        """Names and shapes must be exactly the module's, and the tensors floating-point numbers."""
+        """Names and shapes must be exactly the module's."""
         expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
         found = store.shapes
-        if odd := [name for name in expected if name in store and store[name].dtype not in FLOATS]:
-            self.problems.append(
-                f"{where}: {len(odd)} tensors are stored in a form that is not read here "
-                f"(first: {odd[0]} is {store[odd[0]].dtype}); weights are float32, float16 or bfloat16, "
-                "and a quantised expert goes to --expert"
-            )
         if missing := sorted(expected.keys() - found.keys()):
             self.problems.append(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
         if unexpected := sorted(found.keys() - expected.keys()):
@@ -205,10 +197,11 @@ class Checkpoint:
 
 
 def transformer_sizes(
-    config: Path, shapes: Mapping[str, tuple[int, ...]], where: str, most_text: int
-) -> dict[str, int | float | str]:
+    config: Path | None, shapes: Mapping[str, tuple[int, ...]], where: str, most_text: int
+) -> dict[str, Any]:
     """config.json, held against the tensors of the weights before anything of those sizes is built.
 
+    Without one the sizes are those of the weights, with heads as wide as all published models have them.
     where: of the weights, for messages. most_text: tokens that a prompt has at most. InputError for what does not fit.
     """
     for name, axis, _ in TOLD_BY.values():
@@ -219,17 +212,15 @@ def transformer_sizes(
         told["num_layers"] = _count_blocks(shapes)
     except ValueError as e:
         raise InputError(f"{where}: not a Wan transformer: {e}") from e
-    try:
-        given = parse_json(config.read_bytes())
-        sizes: dict[str, Any] = {key: given[key] for key in (*told, "num_heads", "text_len", "eps")}
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{config}: not the configuration of a Wan transformer ({_line(e)})") from e
-    whole = [key for key in sizes if key != "eps"]
-    wrong = [f"{key} is {sizes[key]!r:.40}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
-    if not (isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1):
-        wrong.append(f"eps is {sizes['eps']!r:.40}")
-    if wrong:
-        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
+    if config is None:
+        if told["dim"] % HEAD_WIDTH or not told["dim"] or not told["out_dim"].is_integer():
+            raise InputError(
+                f"{where}: the weights do not tell their heads, and a width of {told['dim']:g} is no multiple of "
+                f"{HEAD_WIDTH}; give the folder with their config.json as --ckpt_dir"
+            )
+        whole_sizes = {key: int(size) for key, size in told.items()}
+        return whole_sizes | {"num_heads": whole_sizes["dim"] // HEAD_WIDTH, "text_len": most_text, "eps": 1e-6}
+    sizes = _read_sizes(config, (*told, "num_heads", "text_len", "eps"), most_text)
     wrong = [
         f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}"
         for key, size in told.items()
@@ -244,6 +235,26 @@ def transformer_sizes(
     return sizes
 
 
+def _read_sizes(config: Path, keys: tuple[str, ...], most_text: int) -> dict[str, Any]:
+    """The sizes `keys` as a config.json has them, the original's or diffusers'. InputError for anything else."""
+    try:
+        given = parse_json(config.read_bytes())
+        if "num_attention_heads" in given:
+            given |= {ours: given[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": most_text}
+            widths = given["num_heads"], given["attention_head_dim"]
+            given["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
+        sizes: dict[str, Any] = {key: given[key] for key in keys}
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{config}: not the configuration of a Wan transformer ({_line(e)})") from e
+    whole = [key for key in sizes if key != "eps"]
+    wrong = [f"{key} is {sizes[key]!r:.40}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
+    if not (isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1):
+        wrong.append(f"eps is {sizes['eps']!r:.40}")
+    if wrong:
+        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
+    return sizes
+
+
 def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many blocks the names tell of. ValueError where they leave one out: a name alone makes no million blocks."""
     found = {match[1] for name in shapes if (match := re.match(r"blocks\.([^.]*)", name))}
@@ -255,18 +266,11 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len(found)
 
 
-def weights_file(folder: Path) -> Path | None:
-    """The index of the shards, or the single file, of one network."""
-    for path in (folder / WEIGHTS_INDEX, folder / WEIGHTS):
-        if path.is_file():
-            return path
-    return None
-
-
-def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True) -> Path:
+def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True, given: Collection[str] = ()) -> Path:
     """A local folder as it is; any other name is a hub id, such as `Wan-AI/Wan2.2-T2V-A14B`: its local copy.
 
-    Only the files the task needs are fetched, none without `download`. InputError if they cannot be had.
+    Only the files the task needs are fetched, none without `download`, nor those of the parts that are `given`
+    otherwise. InputError if they cannot be had.
     """
     try:
         if ckpt_dir.is_dir():
@@ -282,9 +286,7 @@ def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [config.t5_checkpoint, f"{config.t5_tokenizer}/*", config.vae_checkpoint]
-    for where in config.experts.values():
-        wanted += ["config.json", "diffusion_pytorch_model*"] if where == "." else [f"{where}/*"]
+    wanted = places.patterns(config, given)
     try:
         return Path(snapshot_download(ckpt_dir.as_posix(), allow_patterns=wanted, local_files_only=not download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:

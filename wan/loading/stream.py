@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import pickle
-import zipfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +20,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning.errors import TensorFileError
 from lightning.merge import Merge
 from lightning.names import keeps_float32
-from lightning.tensorfile import DTYPES, Entry, TensorStore
+from lightning.tensorfile import TensorStore
 from wan.utils.errors import InputError, JobError
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
@@ -36,73 +33,6 @@ Store = TensorStore
 
 class ReadError(JobError):
     """A weight file that could be opened cannot be read, or is not what it was. Of several processes one may see it."""
-
-
-class PickleStore(TensorStore):
-    """The tensors of a `.pth` file, read from where they lie in it.
-
-    Only plain tensors are accepted (`weights_only`): nothing in the file is ever run.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """TensorFileError if the file is damaged, or holds anything but a flat dictionary of tensors."""
-        self.path = path
-        state = _open_pickle(path)
-        starts = _storage_offsets(path, state)
-        names = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
-        entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, Tensor]] = {}
-        for name, tensor in state.items():
-            if tensor.dtype not in names:
-                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype}")
-            offset = starts.get(tensor.untyped_storage().data_ptr(), 0)
-            offset += int(tensor.storage_offset()) * tensor.element_size()
-            entries[name] = Entry(path, names[tensor.dtype], tuple(tensor.shape), offset)
-            if not tensor.is_contiguous():
-                extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-                self._strided[name] = TensorStore({name: Entry(path, names[tensor.dtype], (extent,), offset)}), tensor
-        super().__init__(entries)
-
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        if name not in self._strided:
-            return super().read(name, rows, buffer)
-        flat, tensor = self._strided[name]
-        found = flat.read(name).as_strided(tensor.shape, tensor.stride())
-        return (found if rows is None else found[rows]).contiguous()
-
-
-def _open_pickle(path: Path) -> dict[str, Tensor]:
-    """Views of the mapped file: no data is read."""
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise TensorFileError(f"{path}: holds more than plain tensors, or is damaged; not opened") from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise TensorFileError(f"{path}: not a flat dictionary of tensors")
-    return state
-
-
-def _storage_offsets(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
-    """Where in the file the storage at each address of the map lies.
-
-    torch does not tell, but the archive's records, stored uncompressed, lie in the map as they do in the file.
-    """
-    addresses = {t.untyped_storage().data_ptr() for t in state.values() if t.untyped_storage().nbytes()}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        records = []
-        for info in archive.infolist():
-            if info.filename.split("/")[-2:-1] == ["data"] and info.file_size:
-                file.seek(info.header_offset + 26)  # lengths of name and extra field, in the record's own header
-                lengths = file.read(4)
-                name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-                records.append(info.header_offset + 30 + name + extra)
-    base = min(addresses, default=0) - min(records, default=0)
-    offsets = {address: address - base for address in addresses}  # one of an empty tensor is not among them
-    if not set(offsets.values()) <= set(records):
-        raise TensorFileError(f"{path}: its tensors are not stored as a .pth file stores them")
-    return offsets
 
 
 @dataclass(frozen=True)

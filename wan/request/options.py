@@ -151,7 +151,7 @@ class Request:
         limits=(1, 100_000))
 
     ckpt_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "released checkpoint: a folder, or a hub id such as Wan-AI/Wan2.2-T2V-A14B")
+        "a checkpoint, as released or in diffusers' layout: a folder, or a hub id such as Wan-AI/Wan2.2-T2V-A14B")
     lora_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
         "Lightning release: a folder with one LoRA for each expert", into="ckpt_dir",
         displaces=("lora_strength", "preset"))
@@ -165,7 +165,13 @@ class Request:
     lora_mode: str | None = option(WEIGHTS, VIDEO, text, "MODE",
         "merge (default) into the weights, or adapter: kept apart")
     expert: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "EXPERT",
-        "high=FILE, low=FILE or model=FILE: a full distilled weight in place of that expert", into="ckpt_dir")
+        "high=FILE, low=FILE or model=FILE: a full (distilled) weight in place of that expert", into="ckpt_dir")
+    vae: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a video autoencoder in place of the checkpoint's",
+        into="ckpt_dir")
+    text_encoder: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a UMT5 encoder in place of the checkpoint's",
+        into="ckpt_dir")
+    tokenizer: str | None = option(WEIGHTS, VIDEO, path, "DIR",
+        "a folder with tokenizer.json in place of the checkpoint's", into="ckpt_dir")
     preset: str | None = option(WEIGHTS, VIDEO, text, "NAME",
         "settings of a published release; default: told from the names of the weights", into="sample_steps")
 

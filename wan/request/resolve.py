@@ -25,7 +25,7 @@ from wan.request.prompts import expanded, text_problem
 from wan.request.replay import earlier_seed, replayed
 from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
 from wan.request.shards import chosen_shard, own_jobs
-from wan.request.weights import choose_sampling, choose_weights
+from wan.request.weights import choose_sampling, choose_weights, part_files
 
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
@@ -113,15 +113,22 @@ def _decode(request: Request, config: EasyDict, check: Check) -> Decode:
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)
-    return Decode(request, config, Weights(_checkpoint_folder(request, config, check)), latents, video)
+    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, check))
+    return Decode(request, config, weights, latents, video)
 
 
-def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path:
-    """A folder, or a hub id whose files are fetched later."""
+def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path | None:
+    """A folder, or a hub id whose files are fetched later; None where files stand for all of it."""
     get = f"get it with: {download_command(config)}"
     given = request.ckpt_dir
     if given is None:
-        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}")
+        experts = {text.partition("=")[0] for text in request.expert or ()}
+        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in experts]
+        lacking += [f"--{part}" for part in ("vae", "text_encoder", "tokenizer") if getattr(request, part) is None]
+        if not lacking:
+            return None
+        alone = "" if len(lacking) == len(config.experts) + 3 else f", or give {', '.join(lacking)} too"
+        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
     if path.is_dir() or is_hub_id(given):

@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights serve: a checkpoint folder (or hub id), and what comes on top of it.
+    """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
 
     loras: in the order given; --lora_dir's first. expert_files: full (distilled) files that replace an expert's.
+    files: what serves in place of the folder's "vae", "text_encoder" and "tokenizer" (its tokenizer.json).
     lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
     """
 
-    ckpt_dir: Path
+    ckpt_dir: Path | None
     loras: tuple[LoraChoice, ...] = ()
     expert_files: tuple[tuple[str, Path], ...] = ()
+    files: tuple[tuple[str, Path], ...] = ()
     lora_mode: str = "merge"
     release: Release | None = None
     distilled: bool = False

@@ -5,6 +5,7 @@ A distilled weight changes every sampling default: few Euler steps without guida
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,10 @@ SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
 GUIDANCES = (0.0, 100.0)
+BASE_NAME = r"wan[-_]?2[-_.]2"  # of a file that is named after the model and, as nobody's release, is not distilled
 
 
-def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path, check: Check) -> Weights:
+def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, check: Check) -> Weights:
     """LoRAs in the order given, --lora_dir's first; full expert files; and the release they are."""
     task, experts = config.name, tuple(config.experts)
     chosen = choose_loras(experts, request.lora_dir, request.lora_strength, request.lora or ())
@@ -56,8 +58,29 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path, check: Ch
             "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
             "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
         )
-    distilled = bool(request.lora_dir or request.preset or expert_files or (release and release.kind != "recipe"))
-    return Weights(ckpt_dir, tuple(loras), tuple(expert_files.items()), release=release, distilled=distilled)
+    told = bool(release and release.kind != "recipe")
+    base = [file for file in expert_files.values() if re.search(BASE_NAME, file.name.lower())]
+    if base and not (told or request.lora_dir or request.preset):
+        check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
+    distilled = bool(request.lora_dir or request.preset or told or len(expert_files) > len(base))
+    files = part_files(request, check)
+    return Weights(ckpt_dir, tuple(loras), tuple(expert_files.items()), files, release=release, distilled=distilled)
+
+
+def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
+    """The files given in place of the checkpoint's, but for the experts."""
+    found: dict[str, Path] = {}
+    for part in ("vae", "text_encoder", "tokenizer"):
+        given = getattr(request, part)
+        if given is None:
+            continue
+        file = expanded(given) / "tokenizer.json" if part == "tokenizer" else expanded(given)
+        if file.is_file():
+            found[part] = file
+        else:
+            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else "no such file"
+            check.problem(f"--{part} {given}: {wanted}")
+    return tuple(found.items())
 
 
 def choose_sampling(request: Request, config: EasyDict, weights: Weights, check: Check) -> Sampling:

@@ -1,0 +1,140 @@
+"""The weights of one network under our names, whatever file they come in and whoever named and quantised them.
+
+Files: safetensors (whole or shards by their index), `.pth`. Names: the released ones, behind the prefixes that other
+front ends add, diffusers' and transformers'. Weights quantised with one scale for the tensor or one for each row (fp8,
+int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding. All else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.diffusers_names import original, original_text, original_vae
+from lightning.errors import LoraError
+from lightning.names import diffusers_name
+from lightning.pickled import PickleStore
+from lightning.tensorfile import Entry, TensorStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
+ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
+NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, that ComfyUI's files carry
+FLOATS = ("F32", "F16", "BF16")
+QUANTISED = ("F8_E4M3", "F8_E5M2", "I8")
+Naming = Callable[[Iterable[str]], dict[str, str]]  # names in a file -> ours; those that say nothing are left out
+
+
+class NamedWeights(TensorStore):
+    """Tensors of another store by our names, quantised ones as float32. Entries tell the dtype that `read` gives."""
+
+    def __init__(self, raw: TensorStore, names: Mapping[str, str], scales: Mapping[str, str]) -> None:
+        """names: ours -> the tensor in `raw`. scales: ours -> what the tensor is multiplied by, in `raw`."""
+        entries = {ours: raw[theirs] for ours, theirs in names.items()}
+        quantised = {n: Entry(e.file, "F32", e.shape, e.offset) for n, e in entries.items() if e.dtype in QUANTISED}
+        super().__init__(entries | quantised, raw.metadata)
+        self._raw, self._names, self._scales, self._quantised = raw, names, scales, set(quantised)
+
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        """As TensorStore.read; quantised weights come as q * scale in float32."""
+        import torch
+
+        if name not in self._quantised:
+            return self._raw.read(self._names[name], rows, buffer)
+        stored = self._raw.read(self._names[name], rows)
+        room = torch.empty(4 * stored.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * stored.numel()]
+        weight = room.view(torch.float32).view(stored.shape).copy_(stored)
+        if scale_name := self._scales.get(name):
+            one_for_each_row = math.prod(self._raw[scale_name].shape) > 1
+            scale = self._raw.read(scale_name, rows if one_for_each_row else None).float()
+            weight.mul_(scale.reshape(-1, *[1] * (weight.dim() - 1)))
+        return weight
+
+
+def open_file(path: Path) -> TensorStore:
+    """The tensors of a file of any of the forms, as they are. TensorFileError for a damaged one; headers only."""
+    return PickleStore(path) if path.suffix in (".pth", ".pt") else TensorStore.open(path)
+
+
+def as_ours(raw: TensorStore, kind: str, where: str) -> TensorStore:
+    """The network of this kind (EXPERT, TEXT_ENCODER or VAE) that a file holds, under our names.
+
+    where: the file in messages. LoraError for what is stored in a form that is not known here.
+    """
+    plain = {name: _plain(name) for name in raw}
+    plain = {n: p for n, p in plain.items() if p not in NO_WEIGHTS and not p.endswith(ACTIVATION_SCALES)}
+    weight_of = {n: f"{p.rpartition('.')[0]}.weight" if p.endswith(SCALES) else p for n, p in plain.items()}
+    ours = NAMINGS[kind](weight_of.values())
+    names: dict[str, str] = {}
+    scales: dict[str, str] = {}
+    for name, weight in weight_of.items():
+        if weight in ours:
+            into = scales if plain[name].endswith(SCALES) else names
+            if into.setdefault(ours[weight], name) != name:
+                raise LoraError(f"{where}: {name} says again, in another spelling, what another tensor says")
+    odd = [problem for name in {*names, *scales} if (problem := _problem(name, raw, names.get(name), scales.get(name)))]
+    if odd:
+        raise LoraError(
+            f"{where}: {len(odd)} tensors are stored in a form that is not read here (first: {min(odd)}); "
+            "weights are floats, or fp8 and int8 with one scale for a tensor or a row"
+        )
+    if not scales and list(names) == list(raw) and all(entry.dtype in FLOATS for entry in raw.values()):
+        return raw  # as it should be
+    return NamedWeights(raw, names, scales)
+
+
+def holds(names: Iterable[str], parameter: str) -> bool:
+    """Whether one of these names, of whatever spelling, is an expert's `parameter`."""
+    return not {parameter, diffusers_name(parameter)}.isdisjoint(map(_plain, names))
+
+
+def _plain(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _as_they_are_unless(sign: str, rename: Naming) -> Naming:
+    """Names of a network as `rename` has them if one begins with `sign`, else as they are."""
+
+    def ours(names: Iterable[str]) -> dict[str, str]:
+        listed = list(names)
+        return rename(listed) if any(name.startswith(sign) for name in listed) else {name: name for name in listed}
+
+    return ours
+
+
+NAMINGS: dict[str, Naming] = {
+    EXPERT: _as_they_are_unless("condition_embedder.", original),
+    TEXT_ENCODER: _as_they_are_unless("encoder.block.", original_text),
+    VAE: _as_they_are_unless("quant_conv.", original_vae),
+}
+
+
+def _problem(name: str, raw: TensorStore, stored: str | None, scaled_by: str | None) -> str | None:
+    """What keeps this weight from being read, None if nothing does."""
+    if stored is None:
+        return f"{name} has a scale but is missing"
+    entry = raw[stored]
+    if entry.dtype not in FLOATS + QUANTISED:
+        return f"{name} is {entry.dtype}"
+    if scaled_by is None:
+        return f"{name} is int8 without a scale" if entry.dtype == "I8" else None
+    if entry.dtype not in QUANTISED:
+        return f"{name} has a scale but is {entry.dtype}"
+    scale = raw[scaled_by]
+    if scale.dtype not in FLOATS or scale.shape not in _scale_shapes(entry.shape):
+        return f"{name} has a scale of {list(scale.shape)} {scale.dtype}"
+    return None
+
+
+def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """One number, or one for each row."""
+    return [(), (1,), (1, 1), shape[:1], (*shape[:1], *[1] * (len(shape) - 1))]
