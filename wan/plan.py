@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lightning.tensorfile import fingerprint
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
-from wan.loading.budget import MARGIN, Budget, fit, free_bytes
+from wan.loading.budget import MARGIN, Budget, Sizes, fit, free_bytes
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.residency import sizes_of
 from wan.loading.stream import as_dtype, parameter_dtypes
@@ -87,8 +87,7 @@ class Plan:
         checkpoint, request = self.checkpoint, self.request
         if self.room is None or request.dit_fsdp or checkpoint.vae is None or checkpoint.text_encoder is None:
             return None
-        dtype = parameter_dtypes(self.dtype, request.convert_model_dtype)
-        experts = {name: sizes_of(module, dtype) for name, (module, _) in checkpoint.experts.items()}
+        experts = self._expert_sizes()
         text = sizes_of(checkpoint.text_encoder[0], lambda _: self.text_dtype)
         model, _ = next(iter(checkpoint.experts.values()))
         width = model.num_heads * model.head_width
@@ -97,16 +96,40 @@ class Plan:
             tokens * width * (4 + 4 * self.dtype.itemsize)
         )  # the residual stream; queries, keys, values, their result
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
-        vae, shape = checkpoint.vae[0], latent_shape(self.config, size, frames)
-        free = self.room - self.weight_bytes["VAE"]
-        decodes = {tiles: vae.decode_peak(shape, tiles=tiles) for tiles in TILES[request.vae_tiling :]}
-        fixed = sum(sizes.fixed for sizes in experts.values())
-        fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
-        tiles = fitting[0] if fitting else TILES[-1]
+        shape = latent_shape(self.config, size, frames)
+        tiles = self.tiles(shape)
         return fit(
-            free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
-            activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,
+            self.room - self.weight_bytes["VAE"], experts,
+            text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
+            decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload,
         )  # fmt: skip
+
+    def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:
+        """Rows and columns in which the frames of a `latent` [C, f, h, w] are decoded: no more than the room asks for.
+
+        finer: the next more, for a device that has less room than was thought.
+        """
+        grid, request, checkpoint = latent[2:], self.request, self.checkpoint
+        ways = [tiles for tiles in TILES[request.vae_tiling :] if tiles[0] <= grid[0] and tiles[1] <= grid[1]]
+        ways = ways or [TILES[0]]
+        chosen = 0
+        if self.room is not None and not request.dit_fsdp:
+            assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+            room = (self.room - self.weight_bytes["VAE"]) * (1 - MARGIN) - self._beside_decoding()
+            peaks = (checkpoint.vae[0].decode_peak(tuple(latent), tiles=tiles) for tiles in ways)
+            chosen = next((index for index, peak in enumerate(peaks) if peak <= room), len(ways) - 1)
+        return ways[min(chosen + finer, len(ways) - 1)]
+
+    def _beside_decoding(self) -> int:
+        """Bytes of the experts that are on the device while it decodes."""
+        return sum(
+            sizes.fixed if self.offload else sizes.fixed + sizes.units * sizes.unit_bytes
+            for sizes in self._expert_sizes().values()
+        )
+
+    def _expert_sizes(self) -> dict[str, Sizes]:
+        dtype = parameter_dtypes(self.dtype, self.request.convert_model_dtype)
+        return {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
 
     def lines(self) -> list[str]:
         request, sampling = self.request, self.sampling
