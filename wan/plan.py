@@ -6,6 +6,7 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from lightning.tensorfile import fingerprint
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
-from wan.loading.budget import MARGIN, Budget, Sizes, fit, free_bytes
+from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit, free_bytes
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.residency import sizes_of
 from wan.loading.stream import as_dtype, parameter_dtypes
@@ -37,6 +38,7 @@ from wan.utils.video import check_encoder
 
 MOST_STEPS_SHOWN = 12
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
+DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
@@ -92,9 +94,11 @@ class Plan:
         model, _ = next(iter(checkpoint.experts.values()))
         width = model.num_heads * model.head_width
         tokens = self.tokens(size, frames) // self.layout.sequence
-        work = (
-            tokens * width * (4 + 4 * self.dtype.itemsize)
-        )  # the residual stream; queries, keys, values, their result
+        # the residual stream; queries, keys, values, their result
+        work = tokens * width * (4 + 4 * self.dtype.itemsize)
+        work += 4 * tokens * model.head_width  # the table of rotations
+        if self.lora_mode == "adapter" and self.loras:
+            work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = latent_shape(self.config, size, frames)
         tiles = self.tiles(shape)
@@ -115,9 +119,9 @@ class Plan:
         chosen = 0
         if self.room is not None and not request.dit_fsdp:
             assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
-            room = (self.room - self.weight_bytes["VAE"]) * (1 - MARGIN) - self._beside_decoding()
+            room = (self.room - self.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - self._beside_decoding()
             peaks = (checkpoint.vae[0].decode_peak(tuple(latent), tiles=tiles) for tiles in ways)
-            chosen = next((index for index, peak in enumerate(peaks) if peak <= room), len(ways) - 1)
+            chosen = next((index for index, peak in enumerate(peaks) if DECODING * peak <= room), len(ways) - 1)
         return ways[min(chosen + finer, len(ways) - 1)]
 
     def _beside_decoding(self) -> int:
@@ -129,7 +133,21 @@ class Plan:
 
     def _expert_sizes(self) -> dict[str, Sizes]:
         dtype = parameter_dtypes(self.dtype, self.request.convert_model_dtype)
-        return {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
+        sizes = {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
+        return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
+
+    def _adapter_bytes(self, expert: str) -> int:
+        """Of an expert's LoRAs that stay beside its weights."""
+        if self.lora_mode == "merge":
+            return 0
+        shapes = self.checkpoint.experts[expert][1].shapes
+        pairs = [
+            (lora, delta.tensors)
+            for lora in self.loras.get(expert, [])
+            for delta in lora.deltas(shapes)
+            if delta.rank and len(shapes[delta.target]) == 2
+        ]
+        return sum(math.prod(lora.store[name].shape) for lora, names in pairs for name in names) * self.dtype.itemsize
 
     def lines(self) -> list[str]:
         request, sampling = self.request, self.sampling
@@ -361,7 +379,11 @@ def _room(request: Request, device: torch.device) -> int | None:
     if device.type != "cuda":
         return asked
     free = free_bytes(device)
-    return free if asked is None else min(asked, free)
+    if asked is None or asked >= free:
+        return free
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(asked / total, device)  # what PyTorch keeps for later counts too
+    return asked
 
 
 def _why_no_cuda() -> str:

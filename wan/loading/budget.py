@@ -14,6 +14,7 @@ LEAST_SLOTS = 2  # with one, every read waits for the block before it
 # A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
 TRANSIT_BYTES = 6 * PIECE_BYTES
 MARGIN = 0.02  # of the free memory: rounding of allocations
+POOLS_BYTES = 256 << 20  # what PyTorch's allocator holds unused at a peak; it has a pool for each of two streams
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def fit(
     total = sum(sizes.units for sizes in experts.values())
     fixed = sum(sizes.fixed for sizes in experts.values())
     slot_bytes = max(sizes.unit_bytes for sizes in experts.values())
-    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES
+    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES - POOLS_BYTES
     slots = total if keep else min(total, max(LEAST_SLOTS, room // slot_bytes))
     stages = {
         "denoise": {
