@@ -20,7 +20,8 @@ class ImageToVideo(Pipeline):
         assert image is not None, "image-to-video needs an image"
         shape, device = latent_shape(self.plan.config, size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
-            latent = self.load_vae().encode_first_frame(i2v_tensor(image, size).to(device), frames)
+            pixels, tiles = i2v_tensor(image, size).to(device), self.plan.encode_tiles(shape)
+            latent = self.load_vae().encode_first_frame(pixels, frames, tiles=tiles)
         mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)
         mask[:, 0] = 1  # the first frame is known
         return Start(shape, channels=torch.cat([mask, latent]))

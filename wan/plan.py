@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from wan.loading.residency import sizes_of
 from wan.loading.stream import as_dtype, parameter_dtypes
 from wan.modules.attention import Choice, choose
 from wan.modules.model import PATCH, WanModel
+from wan.modules.vae import WanVAE
 from wan.request.checks import Check
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Decode, Generate, Job, Sampling, Weights
@@ -102,10 +103,11 @@ class Plan:
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = latent_shape(self.config, size, frames)
         tiles = self.tiles(shape)
+        image = self._vae().encode_peak(shape[2:], self.encode_tiles(shape)) if self.config.mask_channels else 0
         return fit(
             self.room - self.weight_bytes["VAE"], experts,
             text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
-            decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload,
+            decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
         )  # fmt: skip
 
     def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:
@@ -113,16 +115,30 @@ class Plan:
 
         finer: the next more, for a device that has less room than was thought.
         """
-        grid, request, checkpoint = latent[2:], self.request, self.checkpoint
-        ways = [tiles for tiles in TILES[request.vae_tiling :] if tiles[0] <= grid[0] and tiles[1] <= grid[1]]
-        ways = ways or [TILES[0]]
+        vae = self._vae()
+        return self._tiles(
+            latent, lambda tiles: vae.decode_peak(tuple(latent), tiles=tiles), self.request.vae_tiling, finer
+        )
+
+    def encode_tiles(self, latent: Sequence[int]) -> tuple[int, int]:
+        """The same for the image that becomes channels beside a `latent`."""
+        vae, (height, width) = self._vae(), latent[2:]
+        return self._tiles(latent, lambda tiles: vae.encode_peak((height, width), tiles))
+
+    def _tiles(
+        self, latent: Sequence[int], peak: Callable[[tuple[int, int]], int], first: int = 0, finer: bool = False
+    ) -> tuple[int, int]:
+        ways = [tiles for tiles in TILES[first:] if tiles[0] <= latent[2] and tiles[1] <= latent[3]] or [TILES[0]]
         chosen = 0
-        if self.room is not None and not request.dit_fsdp:
-            assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+        if self.room is not None and not self.request.dit_fsdp:
             room = (self.room - self.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - self._beside_decoding()
-            peaks = (checkpoint.vae[0].decode_peak(tuple(latent), tiles=tiles) for tiles in ways)
-            chosen = next((index for index, peak in enumerate(peaks) if DECODING * peak <= room), len(ways) - 1)
+            fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= room)
+            chosen = next(fitting, len(ways) - 1)
         return ways[min(chosen + finer, len(ways) - 1)]
+
+    def _vae(self) -> WanVAE:
+        assert self.checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+        return self.checkpoint.vae[0]
 
     def _beside_decoding(self) -> int:
         """Bytes of the experts that are on the device while it decodes."""

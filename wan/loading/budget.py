@@ -97,11 +97,13 @@ def fit(
     text_slots: int = AHEAD + 1,
     keep: bool = False,
     tiles: tuple[int, int] = (1, 1),
+    image: int = 0,
 ) -> Budget:
     """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
 
-    free: bytes of the device that the run may use, or `--vram`. activations, decode: what a forward and decoding need
-    beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay (`--offload_model False`).
+    free: bytes of the device that the run may use, or `--vram`. activations, decode, image: what a forward, decoding
+    and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay
+    (`--offload_model False`).
     """
     total = sum(sizes.units for sizes in experts.values())
     fixed = sum(sizes.fixed for sizes in experts.values())
@@ -114,6 +116,8 @@ def fit(
         },
         "decode": {"other weights": fixed, "blocks": slots * slot_bytes if keep else 0, "work": decode},
     }  # fmt: skip
+    if image:
+        stages["image"] = {**stages["decode"], "work": image}
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
