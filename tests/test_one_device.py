@@ -74,6 +74,7 @@ def open_on_meta(task: str, dtype: torch.dtype, lora_mode: str | None, offload: 
     """The pipeline as planned for a CPU, but for the device."""
     lora = {"lora_dir": lora_dir(task), "lora_mode": lora_mode} if lora_mode else {}
     plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", **lora).plan
+    assert plan.lora_mode == (lora_mode or "merge")
     plan = replace(plan, device=META, text_device=META, offload=offload, room=room)
     return PIPELINES[task](plan, Progress(quiet=True), Runtime())
 

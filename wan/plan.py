@@ -115,10 +115,9 @@ class Plan:
 
         finer: the next more, for a device that has less room than was thought.
         """
-        vae = self._vae()
-        return self._tiles(
-            latent, lambda tiles: vae.decode_peak(tuple(latent), tiles=tiles), self.request.vae_tiling, finer
-        )
+        vae, (channels, length, height, width) = self._vae(), latent
+        shape = channels, length, height, width
+        return self._tiles(shape, lambda tiles: vae.decode_peak(shape, tiles=tiles), self.request.vae_tiling, finer)
 
     def encode_tiles(self, latent: Sequence[int]) -> tuple[int, int]:
         """The same for the image that becomes channels beside a `latent`."""
