@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -44,14 +44,16 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
             inject_adapter_in_model(config, model, _name(number), low_cpu_mem_usage=True)
-        state: dict[str, Tensor] = {}
+        # not by peft's loader, which moves adapters to where the layer's weight is: nowhere, when it streams
+        adapted = dict(model.named_modules())
         for module, delta in modules.items():
-            weight = layers[module].weight
+            weight, layer = layers[module].weight, adapted[module]
             assert isinstance(weight, Tensor)
+            assert isinstance(layer, LoraLayer)
             home = device or weight.device
-            for part, tensor in zip(("lora_B", "lora_A"), delta.tensors, strict=True):
-                state[f"{module}.{part}.weight"] = lora.read(tensor).flatten(1).to(home, weight.dtype)
-        set_peft_model_state_dict(model, state, _name(number), low_cpu_mem_usage=True)
+            for parts, tensor in zip((layer.lora_B, layer.lora_A), delta.tensors, strict=True):
+                found = lora.read(tensor).flatten(1).to(home, weight.dtype)
+                parts[_name(number)].weight = nn.Parameter(found, requires_grad=False)
     set_scale(model, 1.0)
 
 

@@ -24,7 +24,7 @@ class ImageToVideo(Pipeline):
         with self.progress.stage("image"), torch.no_grad():
             first, vae = i2v_tensor(image, size), self.load_vae()
             if last_image is None:
-                latent = vae.encode_first_frame(first.to(device), frames)
+                latent = vae.encode_first_frame(first.to(device), frames, tiles=self.plan.encode_tiles(shape))
             else:  # stays on the CPU: the encoder takes it piece by piece
                 clip = torch.zeros(3, frames, *first.shape[1:])
                 clip[:, 0], clip[:, -1] = first, i2v_tensor(last_image, size)

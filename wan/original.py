@@ -6,6 +6,7 @@ Shapes: F, H, W frames, rows, columns of the video.
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,7 +69,9 @@ class Original(Pipeline):
         }  # fmt: skip
         request = Request.from_dict({**given, **more}, check.problems)
         weights = choose_weights(request, config, Path(checkpoint_dir), check)
+        mode = check.choice("lora_mode", request.lora_mode, ("merge", "adapter"))
         check.stop()
+        weights = replace(weights, lora_mode=mode)
         dtypes = as_dtype(config.param_dtype), as_dtype(config.t5_dtype)
         plan = open_plan(request, config, weights, runtime, check, dtypes=dtypes)
         check.stop()

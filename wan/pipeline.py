@@ -30,7 +30,7 @@ from wan.modules.attention import BACKENDS
 from wan.modules.model import PATCH, Prompt, WanModel
 from wan.modules.passes import choose as choose_passes
 from wan.modules.vae import WanVAE
-from wan.plan import TILES, Plan
+from wan.plan import Plan
 from wan.request.settings import Job, Sampling
 from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
 from wan.utils.files import Beside
@@ -64,7 +64,6 @@ class Pipeline(ABC):
         self.vae: WanVAE | SplitVAE | None = None
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
-        self._tiles = TILES[plan.request.vae_tiling]  # in which the next latent is decoded
 
     @abstractmethod
     def start(
@@ -187,7 +186,6 @@ class Pipeline(ABC):
         experts = self.load_experts()
         forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
         budget = self.plan.budget(size, frames, len(texts))
-        self._tiles = budget.tiles if budget else TILES[self.plan.request.vae_tiling]
         self._choose_passes(experts, noise, len(forwards))
         slots = budget.slots if budget and not budget.resident else None
         with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, slots):
@@ -256,7 +254,7 @@ class Pipeline(ABC):
 
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
-        tiles = TILES[min(TILES.index(self._tiles) + finer, len(TILES) - 1)]
+        tiles = self.plan.tiles(latent.shape, finer)
         with torch.no_grad():
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
@@ -267,7 +265,7 @@ class Pipeline(ABC):
         """
         middle = latent.shape[1] // 2
         with torch.no_grad():
-            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=self._tiles))
+            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=self.plan.tiles(latent.shape)))
         return chunks[0][:, 0] if chunks else None
 
     def info(self) -> dict[str, str]:

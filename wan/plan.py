@@ -6,8 +6,9 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from easydict import EasyDict
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from lightning.tensorfile import fingerprint
+from wan.device import choose_attention, compute_device, room_of
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
-from wan.loading.budget import MARGIN, Budget, fit, free_bytes
+from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.residency import sizes_of
 from wan.loading.stream import as_dtype, parameter_dtypes
-from wan.modules.attention import Choice, choose
-from wan.modules.model import PATCH, WanModel
+from wan.modules.model import PATCH
+from wan.modules.vae import WanVAE
 from wan.request.checks import Check
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Decode, Generate, Job, Sampling, Weights
@@ -37,6 +39,7 @@ from wan.utils.video import check_encoder
 
 MOST_STEPS_SHOWN = 12
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
+DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
@@ -92,28 +95,81 @@ class Plan:
         checkpoint, request = self.checkpoint, self.request
         if self.room is None or request.dit_fsdp or checkpoint.vae is None or checkpoint.text_encoder is None:
             return None
-        dtype = parameter_dtypes(self.dtype, request.convert_model_dtype)
-        experts = {name: sizes_of(module, dtype) for name, (module, _) in checkpoint.experts.items()}
+        experts = self._expert_sizes()
         text = sizes_of(checkpoint.text_encoder[0], lambda _: self.text_dtype)
         model, _ = next(iter(checkpoint.experts.values()))
         width = model.num_heads * model.head_width
         tokens = self.tokens(size, frames) // self.layout.sequence
-        # the residual stream; queries, keys, values, and their result
+        # the residual stream; queries, keys, values, their result
         work = tokens * width * (4 + 4 * self.dtype.itemsize)
+        work += 4 * tokens * model.head_width  # the table of rotations
+        if self.lora_mode == "adapter" and self.loras:
+            work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
-        vae, shape = checkpoint.vae[0], latent_shape(self.config, size, frames)
-        free = self.room - self.weight_bytes["VAE"]
-        possible = [tiles for tiles in TILES[request.vae_tiling :] if tiles[0] <= shape[2] and tiles[1] <= shape[3]]
-        decodes = {tiles: vae.decode_peak(shape, tiles=tiles) for tiles in possible}
-        fixed = sum(sizes.fixed for sizes in experts.values())
-        fitting = [tiles for tiles, peak in decodes.items() if peak + fixed <= free * (1 - MARGIN)]
-        tiles = fitting[0] if fitting else possible[-1]
+        shape = latent_shape(self.config, size, frames)
+        tiles = self.tiles(shape)
+        image = self._vae().encode_peak(shape[2:], self.encode_tiles(shape)) if self.config.mask_channels else 0
         if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
-            work = max(work, vae.decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
+            work = max(work, self._vae().decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
         return fit(
-            free, experts, text if self.text_device == self.device and not request.t5_fsdp else None,
-            activations=work, decode=decodes[tiles], tiles=tiles, keep=not self.offload,
+            self.room - self.weight_bytes["VAE"], experts,
+            text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
+            decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
         )  # fmt: skip
+
+    def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:
+        """Rows and columns in which the frames of a `latent` [C, f, h, w] are decoded: no more than the room asks for.
+
+        finer: the next more, for a device that has less room than was thought.
+        """
+        vae, (channels, length, height, width) = self._vae(), latent
+        shape = channels, length, height, width
+        return self._tiles(shape, lambda tiles: vae.decode_peak(shape, tiles=tiles), self.request.vae_tiling, finer)
+
+    def encode_tiles(self, latent: Sequence[int]) -> tuple[int, int]:
+        """The same for the image that becomes channels beside a `latent`."""
+        vae, (height, width) = self._vae(), latent[2:]
+        return self._tiles(latent, lambda tiles: vae.encode_peak((height, width), tiles))
+
+    def _tiles(
+        self, latent: Sequence[int], peak: Callable[[tuple[int, int]], int], first: int = 0, finer: bool = False
+    ) -> tuple[int, int]:
+        ways = [tiles for tiles in TILES[first:] if tiles[0] <= latent[2] and tiles[1] <= latent[3]] or [TILES[0]]
+        chosen = 0
+        if self.room is not None and not self.request.dit_fsdp:
+            room = (self.room - self.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - self._beside_decoding()
+            fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= room)
+            chosen = next(fitting, len(ways) - 1)
+        return ways[min(chosen + finer, len(ways) - 1)]
+
+    def _vae(self) -> WanVAE:
+        assert self.checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+        return self.checkpoint.vae[0]
+
+    def _beside_decoding(self) -> int:
+        """Bytes of the experts that are on the device while it decodes."""
+        return sum(
+            sizes.fixed if self.offload else sizes.fixed + sizes.units * sizes.unit_bytes
+            for sizes in self._expert_sizes().values()
+        )
+
+    def _expert_sizes(self) -> dict[str, Sizes]:
+        dtype = parameter_dtypes(self.dtype, self.request.convert_model_dtype)
+        sizes = {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
+        return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
+
+    def _adapter_bytes(self, expert: str) -> int:
+        """Of an expert's LoRAs that stay beside its weights."""
+        if self.lora_mode == "merge":
+            return 0
+        shapes = self.checkpoint.experts[expert][1].shapes
+        pairs = [
+            (lora, delta.tensors)
+            for lora in self.loras.get(expert, [])
+            for delta in lora.deltas(shapes)
+            if delta.rank and len(shapes[delta.target]) == 2
+        ]
+        return sum(math.prod(lora.store[name].shape) for lora, names in pairs for name in names) * self.dtype.itemsize
 
     def lines(self) -> list[str]:
         request, sampling = self.request, self.sampling
@@ -285,7 +341,7 @@ def open_plan(
     if checkpoint.experts:
         model, _ = next(iter(checkpoint.experts.values()))
         conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
-        if chosen := checks.attempt(lambda: _choose_attention(request.attention, device, dtypes[0], model)):
+        if chosen := checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], model)):
             attention = chosen.name
             warnings += chosen.warnings
     for problem in conflicts:
@@ -304,71 +360,12 @@ def open_plan(
         loras=loras,
         lora_mode=weights.lora_mode,
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
-        room=_room(request, device),
+        room=room_of(device, request.vram),
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes[0], request.convert_model_dtype),
         warnings=tuple(warnings),
     )
-
-
-def compute_device(name: str) -> torch.device:
-    """The device of `--device`, a GPU with its number; "auto" is CUDA where there is one, else the CPU.
-
-    InputError if it is not there, and for "auto" if a GPU is there that PyTorch cannot use: a run on the CPU takes
-    days, so it must be asked for.
-    """
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        if not usable["cuda"] and Path("/proc/driver/nvidia/version").exists():
-            raise InputError(
-                f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {_why_no_cuda()}; "
-                "mend that, or give --device cpu (slow)"
-            )
-        name = "cuda" if usable["cuda"] else "cpu"
-    device = torch.device(name)
-    if not usable.get(device.type):
-        there = ", ".join(kind for kind, can in usable.items() if can)
-        reason = f" ({_why_no_cuda()})" if device.type == "cuda" else ""
-        raise InputError(f"--device {name}: there is no such device here{reason}; usable: auto, {there}")
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if device.index >= count:
-        there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
-    try:
-        torch.cuda.set_device(device)  # streams and events made without naming a device belong to this one
-        torch.cuda.mem_get_info(device)
-    except RuntimeError as e:
-        raise InputError(f"--device {name}: the GPU cannot be used: {str(e).splitlines()[0]}") from e
-    return device
-
-
-def _room(request: Request, device: torch.device) -> int | None:
-    """`--vram`, and of a GPU not more than is free."""
-    asked = None if request.vram is None else int(request.vram * 1e9)
-    if device.type != "cuda":
-        return asked
-    free = free_bytes(device)
-    return free if asked is None else min(asked, free)
-
-
-def _why_no_cuda() -> str:
-    """PyTorch's own words: no driver, one that is too old, a build without CUDA, no visible GPU."""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as e:
-        return str(e).splitlines()[0].rstrip(".")
-    return "PyTorch sees no GPU"
-
-
-def _choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> Choice:
-    try:
-        return choose(name, device, dtype, model.num_heads, model.head_width)
-    except ValueError as e:
-        raise InputError(str(e)) from e
 
 
 def _open_loras(

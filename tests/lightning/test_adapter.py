@@ -79,3 +79,13 @@ def test_adapters_take_the_layers_dtype() -> None:
     add_adapters(model, [Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 20
+
+
+def test_adapters_are_there_while_the_layers_are_not() -> None:
+    """Blocks that stream are on the meta device until they are used, and peft moves adapters to their layers."""
+    lora = Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")
+    model = module_tree(base()).to("meta")
+    add_adapters(model, [lora, lora], torch.device("cpu"))
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert adapters
+    assert {parameter.device.type for parameter in adapters} == {"cpu"}

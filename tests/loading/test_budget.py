@@ -7,7 +7,7 @@ import torch
 
 from lightning.names import NETWORKS, TEXT_WIDTH
 from tests.support import checkpoint, config_of, manifest
-from wan.loading.budget import LEAST_SLOTS, TRANSIT_BYTES, Budget, Sizes, fit
+from wan.loading.budget import LEAST_SLOTS, POOLS_BYTES, TRANSIT_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import Networks, sizes_of
 from wan.loading.stream import Source, parameter_dtypes
@@ -68,8 +68,8 @@ def test_too_little_is_a_sentence_that_names_the_parts() -> None:
     [
         (8, "GPU 8.0 GB free: high and low expert: 0 of 41 parts stay, 41 pass through 2 slots; "
             "text encoder passes through 3 slots; peak 7.3 GB"),
-        (24, "GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; "
-             "text encoder passes through 3 slots; peak 23.5 GB"),
+        (24, "GPU 24.0 GB free: high and low expert: 21 of 41 parts stay, 20 pass through 3 slots; "
+             "text encoder passes through 3 slots; peak 22.8 GB"),
         (48, "GPU 48.0 GB free: high and low expert: all 41 parts stay while it is at work, then their slots go to "
              "the next; text encoder passes through 3 slots; peak 46.7 GB"),
         (80, "GPU 80.0 GB free: high and low expert: all parts stay; text encoder passes through 3 slots; "
@@ -87,7 +87,8 @@ def test_a_budget_uses_what_there_is_and_no_more(task: str, free: int) -> None:
     budget = fit(free * GB, experts, None, activations=4 * GB, decode=2 * GB)
     assert budget.problem is None
     assert (
-        budget.resident or free * GB - budget.peak < 0.03 * free * GB + budget.experts[next(iter(experts))].unit_bytes
+        budget.resident
+        or free * GB - budget.peak < 0.03 * free * GB + POOLS_BYTES + budget.experts[next(iter(experts))].unit_bytes
     )
 
 

@@ -145,6 +145,13 @@ def test_tiles_decode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
     assert_same(torch.cat(parts, dim=1), whole(vae, latent))
 
 
+@pytest.mark.parametrize(("grid", "tiles"), [((1, 20), (1, 2)), ((4, 3), (3, 2))])
+def test_tiles_encode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tuple[int, int]) -> None:
+    size = grid[0] * vae.stride[1], grid[1] * vae.stride[2]
+    image = torch.randn(3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_same(vae.encode_first_frame(image, 5, tiles=tiles), vae.encode_first_frame(image, 5))
+
+
 @pytest.mark.parametrize("level", range(4))
 def test_decoder_rim_is_how_far_a_level_reaches(vae: WanVAE, level: int) -> None:
     """What is not a number spreads exactly as far as the convolutions read."""

@@ -31,18 +31,19 @@ class SplitVAE:
 
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
         """[3, T, H, W] -> [z, L, h, w], on every rank."""
-        return self._encode(video, video.shape[1], chunk)
+        return self._encode(video, video.shape[1], chunk, (1, 1))
 
-    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1) -> Tensor:
+    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """The clip that begins with `image` [3, H, W] and goes on in grey -> [z, L, h, w], on every rank."""
-        return self._encode(image[:, None], frames, chunk)
+        return self._encode(image[:, None], frames, chunk, tiles)
 
-    def _encode(self, video: Tensor, frames: int, chunk: int) -> Tensor:
+    def _encode(self, video: Tensor, frames: int, chunk: int, tiles: tuple[int, int]) -> Tensor:
         height, width = video.shape[-2] // self.stride[1], video.shape[-1] // self.stride[2]
         regions = divide(height, width, self.size)
         # a rank without a region computes the first one: it must know the features' shape to take part
         mine = regions[self.rank] if self.rank < len(regions) else regions[0]
-        part = self.vae.encode_region(video, mine, frames, chunk)
+        tiles = min(tiles[0], mine.bottom - mine.top), min(tiles[1], mine.right - mine.left)
+        part = self.vae.encode_region(video, mine, frames, chunk, tiles)
         length, channels = part.shape[0], part.shape[-1]
         sent = filled_up(part, max(map(area, regions)) * length * channels)
         received = sent.new_empty(self.size * len(sent))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import wan
+from wan.device import compute_device
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
-from wan.plan import compute_device
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 from wan.utils.video import check_encoder, ffmpeg

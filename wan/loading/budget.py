@@ -14,6 +14,7 @@ LEAST_SLOTS = 2  # with one, every read waits for the block before it
 # A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
 TRANSIT_BYTES = 6 * PIECE_BYTES
 MARGIN = 0.02  # of the free memory: rounding of allocations
+POOLS_BYTES = 256 << 20  # what PyTorch's allocator holds unused at a peak; it has a pool for each of two streams
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,18 @@ def fit(
     text_slots: int = AHEAD + 1,
     keep: bool = False,
     tiles: tuple[int, int] = (1, 1),
+    image: int = 0,
 ) -> Budget:
     """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
 
-    free: bytes of the device that the run may use, or `--vram`. activations, decode: what a forward and decoding need
-    beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay (`--offload_model False`).
+    free: bytes of the device that the run may use, or `--vram`. activations, decode, image: what a forward, decoding
+    and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay
+    (`--offload_model False`).
     """
     total = sum(sizes.units for sizes in experts.values())
     fixed = sum(sizes.fixed for sizes in experts.values())
     slot_bytes = max(sizes.unit_bytes for sizes in experts.values())
-    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES
+    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES - POOLS_BYTES
     slots = total if keep else min(total, max(LEAST_SLOTS, room // slot_bytes))
     stages = {
         "denoise": {
@@ -117,6 +120,8 @@ def fit(
         },
         "decode": {"other weights": fixed, "blocks": slots * slot_bytes if keep else 0, "work": decode},
     }  # fmt: skip
+    if image:
+        stages["image"] = {**stages["decode"], "work": image}
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}

@@ -32,7 +32,7 @@ from wan.modules.rope import rotary_table
 
 PATCH = (1, 2, 2)
 Made = TypeVar("Made")
-ROWS = 16384
+ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps of all tokens, at 480p too
 # (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]
 

@@ -22,6 +22,7 @@ from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.modules.causal_conv import ClipState, RMSNorm, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
+ENCODING = 35  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
 
 
@@ -91,23 +92,33 @@ class WanVAE(nn.Module):
         """
         return self.encode_features(self.encode_region(video, chunk=chunk), chunk)
 
-    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1) -> Tensor:
+    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """Encode the clip that begins with `image` [3, H, W] and goes on in mid-grey (0): bit-identical to `encode`, at
-        less than half the work (see `reuse_constant_tail`)."""
-        return self.encode_features(self.encode_region(image[:, None], None, frames, chunk), chunk)
+        less than half the work (see `reuse_constant_tail`). tiles: as for `encode_region`."""
+        return self.encode_features(self.encode_region(image[:, None], None, frames, chunk, tiles), chunk)
 
     @torch.no_grad()
     def encode_region(
-        self, video: Tensor, region: Region | None = None, frames: int | None = None, chunk: int = 1
+        self,
+        video: Tensor,
+        region: Region | None = None,
+        frames: int | None = None,
+        chunk: int = 1,
+        tiles: tuple[int, int] = (1, 1),
     ) -> Tensor:
         """What `encode_features` wants, [L, rows, columns, C], for one region of the latent grid or all of it.
 
         video: the whole frames, [3, T, H, W]; followed by mid-grey ones if `frames` says that the clip is longer.
+        tiles: rows and columns into which the region is divided, with less memory and the same numbers.
         """
         frames = video.shape[1] if frames is None else frames
         self._check_clip(video, frames, chunk)
         frame = Region(0, video.shape[2] // self.stride[1], 0, video.shape[3] // self.stride[2])
         region = region or frame
+        if tiles != (1, 1):
+            parts = [self.encode_region(video, part, frames, chunk) for part in region.divided(*tiles)]
+            rows = [torch.cat(parts[i : i + tiles[1]], dim=2) for i in range(0, len(parts), tiles[1])]
+            return torch.cat(rows, dim=1)
         window = region.grown(*ENCODER_RIM, frame)
         state, constant = ClipState(), video.shape[1]
         stream = self._pixel_chunks(video, window.scaled(self.stride[1]), frames, chunk)
@@ -115,6 +126,13 @@ class WanVAE(nn.Module):
             constant = stage.constant_after(constant)
             stream = reuse_constant_tail(stage.run, stream, constant)
         return region.cut(torch.cat(list(stream)), window)
+
+    def encode_peak(self, grid: tuple[int, int], tiles: tuple[int, int] = (1, 1)) -> int:
+        """Bytes alive at once, at most, in `encode_first_frame` at a latent grid, weights aside: about."""
+        frame = Region(0, grid[0], 0, grid[1])
+        pixels = max(part.grown(*ENCODER_RIM, frame).scaled(self.stride[1]).area for part in frame.divided(*tiles))
+        width = self.encoder.conv1.out_channels
+        return ENCODING * pixels // self.patch**2 * width * self.conv2.weight.element_size()
 
     @torch.no_grad()
     def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:

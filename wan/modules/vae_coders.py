@@ -195,6 +195,12 @@ class Region(NamedTuple):
         xs = list(pairwise(width * i // columns for i in range(columns + 1)))
         return [cls(*y, *x) for y, x in product(ys, xs)]
 
+    def divided(self, rows: int, columns: int) -> list[Region]:
+        """The region in rows x columns, as `tiles`."""
+        top, left = self.top, self.left
+        parts = Region.tiles(self.bottom - top, self.right - left, rows, columns)
+        return [Region(top + a, top + b, left + c, left + d) for a, b, c, d in parts]
+
     @property
     def area(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)

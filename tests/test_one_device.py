@@ -1,0 +1,113 @@
+"""Every task and mode on a device that computes nothing, `meta`: what would fail on a GPU for being on two devices.
+
+An operation on tensors of both devices is refused, but for copies; so is one that needs a number off the device where
+the program does not fetch it. The host side (files, threads, random numbers) is real.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.support import FOLDERS, TINY, checkpoint, config_of, lora_dir
+from tests.test_golden import CLASSES
+from wan.distributed.runtime import Runtime
+from wan.loading.lanes import Lane, Slot
+from wan.pipeline import Pipeline
+from wan.request.settings import Sampling
+from wan.run import PIPELINES
+from wan.utils.progress import Progress
+
+META = torch.device("meta")
+COPIES = {"aten::copy_", "aten::_to_copy"}
+SIZE, FRAMES = (64, 32), 5
+RUNS = (  # with steps of both experts, guided and not
+    (torch.bfloat16, [Sampling("euler", 2, 5.0, (1.0, 1.0)), Sampling("unipc", 3, 5.0, (2.0, 3.0))], (2, 2)),
+    (torch.float32, [Sampling("dmd", 2, 5.0, (1.0, 1.0)), Sampling("dpm++", 3, 5.0, (2.0, 1.0))], (1, 1)),
+)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU would. What is copied to the host is zeros."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.name().partition(".")[0]
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        devices = {t.device.type for t in tensors if t.dim()}  # a GPU's kernels take a number from the host
+        devices |= {t.device.type for t in tensors if t.device == META}
+        if len(devices) > 1 and name not in COPIES:
+            raise AssertionError(f"{func} on {sorted(devices)} at once")
+        if name == "aten::_to_copy" and args[0].device == META and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if name == "aten::copy_" and args[0].device.type == "cpu" and args[1].device == META:
+            return args[0].zero_()
+        return func(*args, **kwargs)
+
+
+class AllIsWell(TorchFunctionMode):
+    """The one question the denoise loop asks the device, whether all numbers are finite, is answered yes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].device == META:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class WatchedLane(Lane):
+    """Modes belong to a thread: the walker's, which brings weights and merges, is watched from its lane."""
+
+    @contextmanager
+    def write(self, slot: Slot) -> Iterator[None]:
+        with OneDevice():
+            yield
+
+
+def open_on_meta(task: str, dtype: torch.dtype, lora_mode: str | None, offload: bool, room: int | None) -> Pipeline:
+    """The pipeline as planned for a CPU, but for the device."""
+    lora = {"lora_dir": lora_dir(task), "lora_mode": lora_mode} if lora_mode else {}
+    plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", **lora).plan
+    assert plan.lora_mode == (lora_mode or "merge")
+    plan = replace(plan, device=META, text_device=META, offload=offload, room=room)
+    return PIPELINES[task](plan, Progress(quiet=True), Runtime())
+
+
+@pytest.mark.parametrize(
+    ("offload", "room"), [(False, None), (True, None), (True, 1)], ids=["kept", "offloaded", "few slots"]
+)
+@pytest.mark.parametrize("lora_mode", [None, "merge", "adapter"])
+@pytest.mark.parametrize("task", FOLDERS)
+def test_nothing_is_on_two_devices(
+    task: str, lora_mode: str | None, offload: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.loading.walker.lane_for", lambda _: WatchedLane())
+    image = None if task == "t2v-A14B" else Image.open(TINY / "input.png").convert("RGB")
+    for dtype, samplings, tiles in RUNS:
+        pipe = open_on_meta(task, dtype, lora_mode, offload, room)
+        with OneDevice(), AllIsWell():
+            latents = [pipe.sample("a cat", "bad", image, SIZE, FRAMES, 1, sampling) for sampling in samplings]
+            chunks = list(pipe.load_vae().decode(latents[0], tiles=tiles))
+        assert {each.device for each in (*latents, *chunks)} == {META}
+        assert sum(chunk.shape[1] for chunk in chunks) == FRAMES
+        networks = pipe.load_experts().networks
+        assert networks is not None
+        if room:
+            assert networks.walker.copies > len(samplings) * len(networks.walker.units), "blocks pass through the slots"
+
+
+def test_what_a_gpu_refuses_is_refused() -> None:
+    host, device = torch.ones(2, 2), torch.ones(2, 2, device=META)
+    with OneDevice():
+        device.copy_(host)
+        assert torch.equal(device.cpu(), torch.zeros(2, 2))
+        with pytest.raises(AssertionError, match="at once"):
+            torch.where(device > 0, host, device)
+        with pytest.raises(AssertionError, match="at once"):
+            device + host
