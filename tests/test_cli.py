@@ -443,5 +443,7 @@ def test_processes_that_agree():
 def test_command_line_of_the_makefile():
     """The demo's flags are flags of this program."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"generate\.py (.*)", text)
-    generate._parse(shlex.split(line))
+    lines = re.findall(r"(?:generate\.py|-m generate) (--.*)", text)
+    assert len(lines) == 2
+    for line in lines:
+        assert generate._parse(shlex.split(line))[1] == []

@@ -161,6 +161,18 @@ def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
     assert (codes, said[0].count("exists already"), said[1]) == ([2, 2], 1, "")
 
 
+def test_json_tells_of_the_jobs_of_all_groups(tmp_path: Path) -> None:
+    """Three groups of one process; the record says how many processes there were."""
+    codes, said = launched(partial(generate.main, flags(tmp_path, "--json")), 3, tmp_path)
+    assert codes == [0] * 3, said
+    events = [json.loads(line) for line in (tmp_path / "0.out").read_text().splitlines()]
+    assert sorted(event["index"] for event in events if event["event"] == "saved") == list(range(len(PROMPTS)))
+    (summary,) = [event for event in events if event["event"] == "summary"]
+    assert (summary["saved"], summary["failed"]) == (len(PROMPTS), 0)
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert record["pipeline"]["processes"] == "3 processes = data 3 x ulysses 1"
+
+
 def one_prompt(folder: Path) -> Path:
     (folder / "one.txt").write_text("a cat")
     return folder / "one.txt"
