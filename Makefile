@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	@ls demo/*.mp4 demo/*.png
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

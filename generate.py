@@ -110,7 +110,7 @@ def _extend(outcome: Extend, progress: Progress) -> int:
 
 
 def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
-    from wan.plan import make_plan
+    from wan.planning import make_plan
     from wan.record import read_latents
     from wan.run import decode_only
 
@@ -126,7 +126,7 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
-    from wan.plan import make_plan
+    from wan.planning import make_plan
     from wan.record import differences
 
     team, extend = runtime.team, outcome.extend

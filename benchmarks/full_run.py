@@ -30,7 +30,8 @@ from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.pipeline import Pipeline
-from wan.plan import Plan, make_plan
+from wan.plan import Plan
+from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
 from wan.run import PIPELINES, run_jobs

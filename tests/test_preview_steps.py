@@ -13,7 +13,7 @@ import generate
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, lora_dir
 from wan.distributed.runtime import Runtime
-from wan.plan import make_plan
+from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
 from wan.run import open_pipeline, run_jobs

@@ -10,7 +10,7 @@ import torch
 
 from tests.test_run import Models, Outcome, make_run, names, planned
 from wan.distributed.runtime import Runtime
-from wan.plan import make_plan
+from wan.planning import make_plan
 from wan.record import differences
 from wan.request.resolve import resolve
 from wan.request.settings import Generate

@@ -21,7 +21,8 @@ from tests.support import checkpoint, lora_dir
 from wan.configs import WAN_CONFIGS
 from wan.distributed.mesh import Mesh
 from wan.distributed.runtime import Runtime
-from wan.plan import Plan, make_plan
+from wan.plan import Plan
+from wan.planning import make_plan
 from wan.record import plain, read_latents
 from wan.request.resolve import resolve
 from wan.request.settings import Generate, Job

@@ -18,7 +18,7 @@ from torch import Tensor
 from wan.distributed.runtime import Runtime
 from wan.loading.stream import as_dtype
 from wan.pipeline import Pipeline
-from wan.plan import open_plan
+from wan.planning import open_plan
 from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.resolve import DRAWN_SEEDS

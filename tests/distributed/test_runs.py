@@ -25,7 +25,7 @@ from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_erro
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
 from wan.modules.vae import WanVAE
-from wan.plan import make_plan
+from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
 from wan.run import run_jobs

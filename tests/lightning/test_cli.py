@@ -16,7 +16,7 @@ from lightning.names import released_shapes
 from tests.lightning.support import STORED, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.runtime import Runtime
-from wan.plan import make_plan
+from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
 from wan.utils.errors import InputError

@@ -11,7 +11,7 @@ from PIL import Image
 
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime, Team
-from wan.plan import make_plan
+from wan.planning import make_plan
 from wan.request.checks import effective_shift, shifted
 from wan.request.options import OPTIONS, Request, path, paths, real, text, truth, whole
 from wan.request.prompts import Row, read_rows, slug, write_rows

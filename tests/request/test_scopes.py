@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.support import TINY, checkpoint, lora_dir
 from wan.distributed.runtime import Runtime
-from wan.plan import Plan, make_plan
+from wan.plan import Plan
+from wan.planning import make_plan
 from wan.record import plain
 from wan.request.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
 from wan.request.replay import earlier_seed

@@ -109,7 +109,7 @@ def _decode(request: Request, config: EasyDict, check: Check) -> Decode:
     """The video lies beside its latents unless --save_file says otherwise."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
-        check.problem(f"--decode_latents {request.decode_latents!r}: no such file")
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: no such file")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)
