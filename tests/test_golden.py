@@ -96,7 +96,7 @@ def generate(task: Original, case: dict, monkeypatch: pytest.MonkeyPatch) -> tup
     """(final latent, video) of the public `generate` with the case's arguments."""
     latents: list[torch.Tensor] = []
     decode = task.decode
-    monkeypatch.setattr(task, "decode", lambda latent: latents.append(latent) or decode(latent))
+    monkeypatch.setattr(task, "decode", lambda latent, finer: latents.append(latent) or decode(latent, finer))
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in case["args"].items()}
     image = image_of(case)
     if image is not None:

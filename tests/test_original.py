@@ -1,5 +1,7 @@
 """The original's classes: what they refuse, and what they leave alone."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -46,3 +48,22 @@ def test_a_drawn_seed_leaves_the_callers_random_numbers_alone(pipe: wan.WanT2V) 
     assert first is not None
     assert second is not None
     assert not torch.equal(first, second)
+
+
+def test_no_room_for_the_decode_leads_to_tiles(pipe: wan.WanT2V, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, ways = pipe.decode, []
+
+    def full(latent: torch.Tensor, finer: bool) -> Iterator[torch.Tensor]:
+        ways.append(finer)
+        if not finer:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from decode(latent, finer)
+
+    given = {"size": (64, 48), "frame_num": 5, "sampling_steps": 1, "guide_scale": 1.0, "seed": 1}
+    whole = pipe.generate("a cat", **given)
+    monkeypatch.setattr(pipe, "decode", full)
+    tiled = pipe.generate("a cat", **given)
+    assert ways == [False, True]
+    assert whole is not None
+    assert tiled is not None
+    assert torch.allclose(whole, tiled, atol=1e-4)

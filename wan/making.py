@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from wan.pipeline import Pipeline
+from wan.pipeline import Pipeline, in_the_room
 from wan.record import completed, describe, find_latents, find_video, save_latents
 from wan.request.options import Request
 from wan.request.settings import Job
@@ -100,16 +100,7 @@ def save_video(
                 video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
         return video.frames
 
-    try:
-        return team.agree(lambda: attempt(False))
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    # Out here the failed attempt's tensors are no longer held by the exception.
-    progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
-    if latent.is_cuda:
-        torch.cuda.empty_cache()
-    return team.agree(lambda: attempt(True))
+    return in_the_room(team, progress, attempt)
 
 
 def check_place(save_file: Path) -> None:

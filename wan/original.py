@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan.distributed.runtime import Runtime
 from wan.loading.stream import as_dtype
-from wan.pipeline import Pipeline
+from wan.pipeline import Pipeline, in_the_room
 from wan.planning import open_plan
 from wan.request.checks import Check
 from wan.request.options import Request
@@ -112,10 +112,11 @@ class Original(Pipeline):
         if seed < 0:
             seed = self.mesh.team.from_first(lambda: secrets.randbelow(DRAWN_SEEDS))
         self.load_experts().offload = offload_model
-        latent = self.sample(prompt, n_prompt or config.sample_neg_prompt, image, size, frame_num, seed, sampling)
+        negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
+        latent = team.agree(lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling))
         if offload_model:
             self.release_text_encoder()
-        chunks = list(self.decode(latent))
+        chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
         return torch.cat(chunks, dim=1) if chunks else None
 
 

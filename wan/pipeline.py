@@ -23,6 +23,7 @@ from lightning.merge import Merge
 from wan.distributed.mesh import make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import split_tokens
+from wan.distributed.team import Team
 from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.residency import Experts, Networks, text_encoder
 from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
@@ -33,12 +34,14 @@ from wan.modules.vae import WanVAE
 from wan.plan import Plan
 from wan.request.settings import Job, Sampling
 from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
+from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
 from wan.utils.images import open_image
 from wan.utils.progress import Progress
 from wan.utils.strip import Strip
 
 Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
@@ -294,6 +297,19 @@ class Pipeline(ABC):
     def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, what)
+
+
+def in_the_room(team: Team, progress: Progress, decode: Callable[[bool], Result]) -> Result:
+    """`decode(False)` by all of the team; where the device has no room for it, `decode(True)`: in finer tiles."""
+    try:
+        return team.agree(lambda: decode(False))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # Out here the failed attempt's tensors are no longer held by the exception.
+    progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
+    free_memory()
+    return team.agree(lambda: decode(True))
 
 
 def _set_scale() -> Callable[[WanModel, float], None]:
