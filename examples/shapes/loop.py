@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for shape, group in self.groups.items():
-            gradient = torch.stack([p.grad.view(shape) for p in group])  # type: ignore[union-attr]
+            gradient = torch.stack([p.grad.view(shape) for p in group])  # type: ignore[union-attr]  # called after backward
             trace = self.trace[shape].lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp_(trace, self.momentum))  # Nesterov's look ahead
             # entries then have the size 0.2, which is about what AdamW's have
@@ -107,9 +108,9 @@ class Optimiser:
     def state(self) -> dict[str, object]:
         return {"adam": self.adam.state_dict(), "trace": list(self.muon.trace.values())}
 
-    def restore(self, state: dict[str, object]) -> None:
-        self.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
-        for trace, kept in zip(self.muon.trace.values(), state["trace"], strict=True):  # type: ignore[call-overload]
+    def restore(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        for trace, kept in zip(self.muon.trace.values(), state["trace"], strict=True):
             trace.copy_(kept)
 
 

@@ -5,6 +5,7 @@ A T2V expert serves noise levels from 0.875 on or below it, an I2V expert from 0
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def train_text(folder: Path, peers: Peers) -> dict[str, object]:
 
 def train_vae(folder: Path, peers: Peers) -> dict[str, object]:
     vae = autoencoder.build()
-    loss = lambda progress, generator: autoencoder.reconstruction_loss(vae, progress, generator)  # noqa: E731
+    loss = partial(autoencoder.reconstruction_loss, vae)
     Stage("vae", folder, vae, loss, 1500, 3e-3, peers, autoencoder.is_matrix).run()
     exact()
     generator = torch.Generator().manual_seed(1)
