@@ -15,6 +15,7 @@ from lightning import names
 from lightning.choice import Choices, choose_loras, real
 from lightning.errors import InputError, LoraError
 from lightning.examine import examine, models_to_judge_by, plain
+from lightning.hub import located, whole
 from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
 
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
-    inspect.add_argument("path", type=Path, help="a safetensors file, a folder of them, or one saved by PEFT")
+    inspect.add_argument(
+        "path", help="a safetensors file, a folder of them, or one saved by PEFT; also on the hub: owner/name/path"
+    )
     inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
     inspect.add_argument("--ckpt_dir", type=Path, help="check against this checkpoint, which may be of other sizes")
     inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
@@ -68,10 +71,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    if not args.path.exists():
-        raise LoraError(f"{args.path}: no such file or folder")
+    path = located("inspect", args.path)
+    if not path.exists():
+        raise LoraError(f"{path}: no such file or folder")
     models = models_to_judge_by(args.task, args.ckpt_dir)
-    report = examine(args.path, models, args.lora_alpha)
+    report = examine(path, models, args.lora_alpha)
     if args.json:
         print(json.dumps(report.files, indent=2))
     else:
@@ -113,8 +117,9 @@ def _bake(args: argparse.Namespace) -> int:
     loras: dict[str, list[Lora]] = {expert: [] for expert in names.EXPERTS[args.task]}
     for choice in chosen.loras:
         try:
-            loras[choice.expert].append(Lora.open(choice.path, choice.strength, args.lora_alpha, choice.expert))
-        except LoraError as e:
+            path = whole(choice.path)
+            loras[choice.expert].append(Lora.open(path, choice.strength, args.lora_alpha, choice.expert))
+        except InputError as e:
             chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
     release = _settings_kept(args, chosen)
     if chosen.problems:

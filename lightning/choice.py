@@ -4,6 +4,8 @@
                           a release folder: each expert gets its file
 --lora EXPERT=PATH[:S]    for one expert: high, low, or model where a task has only one
 --lora_dir DIR            a release folder, with --lora_strength HIGH[,LOW]
+
+PATH and DIR may be places on the hub: owner/name[@revision]/folder/file.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS
-from lightning.errors import LoraError
+from lightning.errors import InputError
+from lightning.hub import located
 from lightning.lora import expert_of, files_of
 
 WEAKEST, STRONGEST = -10.0, 10.0
@@ -63,15 +66,19 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         return
     expert, (name, strength) = match[1], split_strength(match[2])
     strength = _within_range(f"--lora {text}: strength", strength, out.problems)
-    path = Path(name)
     if expert and expert not in experts:
         out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+        return
+    try:
+        path = located("--lora", name)
+    except InputError as e:
+        out.problems += e.problems
         return
     if not os.path.exists(path):
         out.problems.append(f"--lora {path}: no such file")
         return
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
-        files = _files_of(name, [expert] if expert else experts, "--lora", out.problems)
+        files = _files_of(str(path), [expert] if expert else experts, "--lora", out.problems)
         out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
         return
     named = expert_of((path.absolute().parent if path.name == PEFT_WEIGHTS else path).name)
@@ -123,8 +130,8 @@ def _within_range(what: str, strength: float, problems: list[str]) -> float:
 
 def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
     try:
-        return files_of(Path(os.path.expanduser(folder)), experts, flag)
-    except LoraError as e:
+        return files_of(located(flag, folder), experts, flag)
+    except InputError as e:
         problems += e.problems
         return {}
 

@@ -6,20 +6,21 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from easydict import EasyDict
 
+from lightning import hub
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from lightning.tensorfile import fingerprint
 from wan.device import choose_attention, compute_device, room_of
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
-from wan.loading.checkpoint import Checkpoint, fetch
+from wan.loading.checkpoint import Checkpoint, folder_of
 from wan.loading.stream import as_dtype, parameter_dtypes
 from wan.plan import Plan
 from wan.request.checks import Check
@@ -39,16 +40,18 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     generate = outcome if isinstance(outcome, Generate) else None
     if generate:
         _check_disk(generate.jobs, checks)
-    download = not outcome.request.dry_run
-    weights, asked = outcome.weights, outcome.weights.ckpt_dir
+    weights, asked = _placed(outcome.weights, hub.here), outcome.weights.ckpt_dir
     if asked is not None:
         given = [part for part, _ in (*weights.expert_files, *weights.files)]
-        folder = checks.attempt(lambda: fetch(asked, outcome.config, download, given))
-        weights = replace(weights, ckpt_dir=folder)
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config, given)))
     opened = weights.ckpt_dir is not None or asked is None
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
     checks.stop()
     assert plan is not None, "without problems there is a plan"
+    if not outcome.request.dry_run and (fetched := _placed(weights, hub.whole)) != weights:
+        weights = fetched
+        plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
+        checks.stop()
     if generate is None:
         return replace(plan, warnings=(*outcome.warnings, *plan.warnings))
     steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
@@ -64,6 +67,17 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if budget and budget.problem:
         raise InputError(budget.problem)
     return plan
+
+
+def _placed(weights: Weights, place: Callable[[Path], Path]) -> Weights:
+    """The same weights where `place` says that their files are."""
+    return replace(
+        weights,
+        ckpt_dir=weights.ckpt_dir and place(weights.ckpt_dir),
+        loras=tuple(replace(lora, path=place(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, place(file)) for expert, file in weights.expert_files),
+        files=tuple((part, place(file)) for part, file in weights.files),
+    )
 
 
 def open_plan(

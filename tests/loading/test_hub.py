@@ -1,30 +1,43 @@
-"""`--ckpt_dir owner/name`: fetched with huggingface_hub, here from a small hub on 127.0.0.1."""
+"""Weights by their place on the hub, `owner/name[@revision][/path]`: here from a small hub on 127.0.0.1."""
 
 import hashlib
 import json
+import shutil
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, unquote
 
 import pytest
+import torch
 
-from tests.support import TESTS, checkpoint
+from benchmarks.sparse import sparse
+from lightning.tensorfile import fingerprint
+from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EXTRA = {"assets/large_video.mp4": b"not needed", "README.md": b"nor this"}
+SEKO = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one repository the way the hub's interface does: a listing, then files with their hash."""
+    """Serves folders as repositories the way the hub's interface does: facts, listings, files or parts of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.contents = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        self.contents |= EXTRA
-        self.served: list[str] = []
+    def __init__(self, **folders: Path) -> None:
+        self.repositories = {
+            f"owner/{name}": {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+            for name, folder in folders.items()
+        }
+        self.served: dict[str, int] = {}  # bytes by file
         super().__init__(("127.0.0.1", 0), Answer)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.served.values())
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -36,84 +49,234 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(body=True)
 
-    def answer(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith(f"/api/models/owner/name/tree/{COMMIT}"):
-            sizes = {name: len(content) for name, content in self.server.contents.items()}
-            tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
-            self.send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
-        elif path.startswith("/api/models/owner/name"):
-            listing = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.server.contents]}
-            self.send(json.dumps(listing).encode(), body, {"Content-Type": "application/json"})
-        elif path.startswith(f"/owner/name/resolve/{COMMIT}/"):
-            name = path.split(COMMIT + "/")[1]
-            content = self.server.contents[name]
-            if body:
-                self.server.served.append(name)
-            etag = hashlib.sha256(content).hexdigest()
-            self.send(content, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.send_error(404)
+    def do_POST(self) -> None:
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        repository = self.repository()
+        if repository:
+            self.send_json([entry for entry in self.tree(repository) if entry["path"] in asked["paths"]])
 
-    def send(self, content: bytes, body: bool, headers: dict[str, str]) -> None:
-        self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+    def repository(self) -> str | None:
+        parts = unquote(self.path.partition("?")[0]).removeprefix("/api/models").strip("/").split("/")
+        name, revision = "/".join(parts[:2]), parts[3] if len(parts) > 3 else "main"
+        if name in self.server.repositories and revision in ("main", "v1", COMMIT):
+            return name
+        self.send_error(404)
+        return None
+
+    def answer(self, body: bool) -> None:
+        path = unquote(self.path.partition("?")[0])
+        repository = self.repository()
+        if repository is None:
+            return
+        if path.startswith(f"/api/models/{repository}/tree/"):
+            inside = path.split("/tree/")[1].partition("/")[2]
+            self.send_json([entry for entry in self.tree(repository) if entry["path"].startswith(inside)])
+        elif path.startswith("/api/models/"):
+            names = [{"rfilename": name} for name in self.server.repositories[repository]]
+            self.send_json({"id": repository, "sha": COMMIT, "siblings": names})
+        else:
+            self.send_file(path.split("/resolve/")[1].partition("/")[2], repository, body)
+
+    def tree(self, repository: str) -> list[dict[str, object]]:
+        files = self.server.repositories[repository].items()
+        return [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in files]
+
+    def send_file(self, name: str, repository: str, body: bool) -> None:
+        file = self.server.repositories[repository][name]
+        size = file.stat().st_size
+        etag = hashlib.sha256(f"{name} {size}".encode()).hexdigest()
+        if not body:
+            self.send(200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(size)})
+            return
+        part = self.headers["Range"]
+        first, last = part.removeprefix("bytes=").split("-") if part else ("0", "")
+        start, end = int(first), min(size, int(last) + 1) if last else size
+        with file.open("rb") as opened:
+            opened.seek(start)
+            data = opened.read(end - start)
+        self.server.served[name] = self.server.served.get(name, 0) + len(data)
+        self.send(206 if part else 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, data)
+
+    def send_json(self, content: object) -> None:
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+    def send(self, code: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(content)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub(checkpoint("ti2v-5B"))
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    base = shutil.copytree(checkpoint("ti2v-5B"), tmp_path / "base")
+    for name, content in EXTRA.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(content)
+    loras = tmp_path / "loras"
+    shutil.copytree(lora_dir("t2v-A14B"), loras / SEKO)
+    server = Hub(name=base, loras=loras, a14b=shutil.copytree(checkpoint("t2v-A14B"), tmp_path / "a14b"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def generate(hub: Hub, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: the library reads the hub's address when it is imported."""
-    environment = {
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    return {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home), "NO_PROXY": "127.0.0.1", "PATH": "/usr/bin:/bin",
     }  # fmt: skip
-    command = [
-        sys.executable, "generate.py", "--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--size", "64*64",
+
+
+def started(hub: Hub, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: the library reads the hub's address when it is imported."""
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=TESTS.parent, env=environment(hub, home),
+        check=False,
+    )  # fmt: skip
+
+
+def generate(hub: Hub, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    words = [
+        "generate.py", "--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--size", "64*64",
         "--frame_num", "5", "--sample_steps", "1", "--prompt", "a cat", "--save_dir", str(home / "out"),
     ]  # fmt: skip
-    return subprocess.run(
-        [*command, *flags], capture_output=True, text=True, cwd=TESTS.parent, env=environment, check=False
-    )
+    return started(hub, home, *words, *flags)
+
+
+T2V = ("--task", "t2v-A14B", "--ckpt_dir", "owner/a14b@v1", "--sample_steps", "2")
 
 
 def test_only_what_the_task_needs_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
     first = generate(hub, tmp_path)
     assert first.returncode == 0, first.stderr
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
-    assert set(hub.served) == set(hub.contents) - set(EXTRA)
+    assert set(hub.served) == set(hub.repositories["owner/name"]) - set(EXTRA)
     hub.served.clear()
     again = generate(hub, tmp_path, "--dry_run", "--overwrite")
     assert again.returncode == 0, again.stderr
-    assert hub.served == []
+    assert hub.served == {}
 
 
-def test_a_dry_run_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
-    run = generate(hub, tmp_path, "--dry_run")
-    assert run.returncode == 2
-    assert run.stderr.strip() == (
-        "error: --ckpt_dir owner/name is not on this machine and was not fetched: "
-        "it is fetched when a run starts, not for --dry_run"
+def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
+    run = generate(hub, tmp_path, *T2V, "--lora_dir", f"owner/loras@v1/{SEKO}", "--dry_run")
+    assert run.returncode == 0, run.stderr
+    assert "settings of t2v-seko-v1.1" in run.stdout
+    assert "20/20 pairs, alpha/rank 0.5" in run.stdout, run.stdout
+    assert not (tmp_path / "hub").exists()  # the library's cache
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_and_folder_make_one_video(hub: Hub, tmp_path: Path) -> None:
+    there = generate(hub, tmp_path, *T2V, "--lora_dir", f"owner/loras/{SEKO}", "--save_file", str(tmp_path / "a.mp4"))
+    assert there.returncode == 0, there.stderr
+    own = ("--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(tmp_path / "loras" / SEKO))
+    here = generate(
+        hub, tmp_path, *T2V, *own, "--save_file", str(tmp_path / "b.mp4"), "--base_seed", seed(there.stdout)
     )
-    assert hub.served == []
+    assert here.returncode == 0, here.stderr
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    assert (read_frames(tmp_path / "a.mp4") == read_frames(tmp_path / "b.mp4")).all()
+    assert records[0]["request"]["lora_dir"] == f"owner/loras/{SEKO}"
+    assert sorted(records[0]["plan"]["fingerprints"].values()) == sorted(records[1]["plan"]["fingerprints"].values())
 
 
-def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    run = generate(hub, tmp_path, "--ckpt_dir", "owner/other")
+def test_diffusers_layout_and_single_files_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    baked = ("-m", "lightning", "bake", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
+    made = started(hub, tmp_path, *baked, "--layout=diffusers", "--dtype=fp32", "--out", str(tmp_path / "pipeline"))
+    assert made.returncode == 0, made.stderr
+    there = Hub(pipeline=tmp_path / "pipeline", a14b=tmp_path / "a14b")
+    threading.Thread(target=there.serve_forever, daemon=True).start()
+    parts = ("--vae", "owner/a14b/Wan2.1_VAE.pth", "--tokenizer", "owner/a14b/google/umt5-xxl", "--base_seed", "1")
+    flags = (*T2V, "--sample_steps", "1", *parts)
+    run = generate(there, tmp_path, *flags, "--ckpt_dir", "owner/pipeline", "--save_file", str(tmp_path / "a.mp4"))
+    there.shutdown()
+    there.server_close()
+    assert run.returncode == 0, run.stderr
+    assert "Wan2.1_VAE.pth" in there.served
+    assert not [name for name in there.served if name.startswith("vae/")]
+    own = generate(hub, tmp_path, *flags[:-6], "--ckpt_dir", str(checkpoint("t2v-A14B")), "--base_seed", "1",
+                   "--save_file", str(tmp_path / "b.mp4"))  # fmt: skip
+    assert own.returncode == 0, own.stderr
+    assert (read_frames(tmp_path / "a.mp4") == read_frames(tmp_path / "b.mp4")).all()
+
+
+def test_inspect_and_bake_take_places_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    run = started(hub, tmp_path, "-m", "lightning", "inspect", f"owner/loras/{SEKO}", "--task", "t2v-A14B",
+                  "--ckpt_dir", str(checkpoint("t2v-A14B")))  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "t2v-seko-v1.1" in run.stdout
+    baked = ("-m", "lightning", "bake", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
+    for name, release in (("there", f"owner/loras/{SEKO}"), ("here", str(tmp_path / "loras" / SEKO))):
+        made = started(hub, tmp_path, *baked, "--lora_dir", release, "--out", str(tmp_path / name))
+        assert made.returncode == 0, made.stderr
+    file = "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors"
+    assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+
+
+def seed(plan: str) -> str:
+    return plan.split("seed ")[1].split()[0]
+
+
+def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
+    """A LoRA of full size, without content but for its alphas, and a large .pth: their copies open as they do."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    tensors = {name: ("F32" if shape else "I64", shape) for name, shape in manifest("lightning_lora").items()}
+    alphas = {name: struct.pack("<q", 8) for name, shape in manifest("lightning_lora").items() if not shape}
+    sparse(folder / "high_noise_model.safetensors", tensors, alphas)
+    torch.save({f"{n}": torch.full((1 << 18,), float(n)) for n in range(20)}, folder / "large.pth")
+    server = Hub(large=folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = """
+import sys
+from pathlib import Path
+from lightning.hub import located, whole
+from lightning.lora import Lora
+from lightning.tensorfile import fingerprint
+from lightning.weights import open_file
+lora = Lora.open(located("--lora", "owner/large/high_noise_model.safetensors"), 1.0, None, "high")
+print(set(lora.alphas.values()))
+pickled = located("--vae", "owner/large/large.pth")
+theirs, ours = open_file(Path(sys.argv[1], "large.pth")), open_file(pickled)
+print([(e.shape, e.offset) for e in theirs.values()] == [(e.shape, e.offset) for e in ours.values()])
+print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
+"""
+    run = started(server, tmp_path, "-c", script, str(folder))
+    server.shutdown()
+    server.server_close()
+    assert run.returncode == 0, run.stderr
+    alphas_found, same, rest = run.stdout.strip().splitlines()
+    assert alphas_found == "{8.0}", run.stdout
+    assert same == "True"
+    assert rest == f"{fingerprint(folder / 'large.pth')} 7.0"
+    assert (
+        server.served["high_noise_model.safetensors"] < 3e6 < (folder / "high_noise_model.safetensors").stat().st_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--ckpt_dir", "owner/other"), "--ckpt_dir owner/other: no such file or folder here, and owner/other "),
+        (("--ckpt_dir", "owner/name@v9"), "--ckpt_dir owner/name@v9: no such file or folder here, and owner/name "),
+        (("--vae", "owner/name/none.pth"),
+         "--vae owner/name/none.pth: no such file or folder here, and owner/name on the hub has no none.pth"),
+        (("--lora", "owner/loras/none:0.5"),
+         "--lora owner/loras/none: no such file or folder here, and owner/loras on the hub has no none"),
+        (("--tokenizer", "owner/loras"), "--tokenizer owner/loras: no such folder, or no tokenizer.json in it"),
+        (("--ckpt_dir", "owner/loras"), "--ckpt_dir owner/loras on the hub lacks "),
+        (("--ckpt_dir", "example/tiny.safetensors"), "--ckpt_dir example/tiny.safetensors: no such folder"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path, flags: tuple[str, str], told: str) -> None:
+    run = generate(hub, tmp_path, *flags)
     assert run.returncode == 2
     (line,) = run.stderr.strip().splitlines()
-    assert line.startswith("error: --ckpt_dir owner/other is not on this machine and was not fetched: ")
+    assert line.startswith(f"error: {told}")
+    assert not hub.served.keys() - {"config.json", "tokenizer.json"}

@@ -12,6 +12,7 @@ import torch
 from easydict import EasyDict
 from torch import nn
 
+from lightning import hub
 from lightning.distilled import open_expert
 from lightning.json_input import parse_json
 from lightning.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
@@ -24,7 +25,6 @@ from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 
-HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 HEAD_WIDTH = 128  # of every published Wan transformer; their weights do not tell it
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
 TOLD_BY = {
@@ -95,7 +95,8 @@ class Checkpoint:
             return True  # the request was refused if a file was not given
         if lacking := places.missing(self.folder, self.config, self.files):
             get = places.download_command(self.folder, self.config)
-            self.problems.append(f"--ckpt_dir {self.folder} lacks {', '.join(lacking)}; get them with: {get}")
+            where = hub.shown(self.folder)
+            self.problems.append(f"--ckpt_dir {where} lacks {', '.join(lacking)}; get them with: {get}")
         return not lacking
 
     def _place(self, part: str) -> Path:
@@ -266,11 +267,11 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len(found)
 
 
-def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True, given: Collection[str] = ()) -> Path:
-    """A local folder as it is; any other name is a hub id, such as `Wan-AI/Wan2.2-T2V-A14B`: its local copy.
+def folder_of(ckpt_dir: Path, config: EasyDict, given: Collection[str] = ()) -> Path:
+    """A local folder as it is; a place on the hub, such as `Wan-AI/Wan2.2-T2V-A14B`, by the copy of its headers.
 
-    Only the files the task needs are fetched, none without `download`, nor those of the parts that are `given`
-    otherwise. InputError if they cannot be had.
+    Only the files that the task needs are looked at there, and none of the parts that are `given` otherwise.
+    InputError if it is neither.
     """
     try:
         if ckpt_dir.is_dir():
@@ -280,18 +281,10 @@ def fetch(ckpt_dir: Path, config: EasyDict, download: bool = True, given: Collec
         raise InputError(f"--ckpt_dir {ckpt_dir}: there is no permission to reach it") from None
     except OSError as e:
         raise InputError(f"--ckpt_dir {ckpt_dir}: no such folder ({e.strerror})") from None
-    if is_file or not re.fullmatch(HUB_ID, ckpt_dir.as_posix()):
+    if is_file or not hub.place(ckpt_dir.as_posix()):
         what = "is a file, not a folder" if is_file else "no such folder"
         raise InputError(f"--ckpt_dir {ckpt_dir}: {what}; get the checkpoint with: {download_command(config)}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = places.patterns(config, given)
-    try:
-        return Path(snapshot_download(ckpt_dir.as_posix(), allow_patterns=wanted, local_files_only=not download))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if download else "it is fetched when a run starts, not for --dry_run"
-        raise InputError(f"--ckpt_dir {ckpt_dir} is not on this machine and was not fetched: {reason}") from e
+    return hub.located("--ckpt_dir", ckpt_dir.as_posix(), places.patterns(config, given))
 
 
 def _line(error: Exception) -> str:

@@ -151,10 +151,10 @@ class Request:
         limits=(1, 100_000))
 
     ckpt_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "a checkpoint, as released or in diffusers' layout: a folder, or a hub id such as Wan-AI/Wan2.2-T2V-A14B")
+        "a checkpoint, as released or in diffusers' layout: a folder, or on the hub, owner/name[@revision]")
     lora_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "Lightning release: a folder with one LoRA for each expert", into="ckpt_dir",
-        displaces=("lora_strength", "preset"))
+        "Lightning release: a folder, also on the hub (owner/name/folder), with one LoRA for each expert",
+        into="ckpt_dir", displaces=("lora_strength", "preset"))
     lora_strength: str | None = option(WEIGHTS, VIDEO, text, "HIGH[,LOW]", "scales --lora_dir; default 1",
         into="ckpt_dir")
     lora: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "LORA",

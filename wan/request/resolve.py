@@ -6,7 +6,6 @@ Everything here needs no weight and no torch. All problems are collected into on
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from lightning.hub import place
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
 from wan.request.checks import Check
@@ -131,16 +131,10 @@ def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
-    if path.is_dir() or is_hub_id(given):
+    if path.is_dir() or place(given):
         return path
     check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
     return path
-
-
-def is_hub_id(name: str) -> bool:
-    """`owner/name`, unless there is something here that it may mean as a path."""
-    owner, _, rest = name.partition("/")
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and bool(rest) and not Path(owner).exists()
 
 
 def _check_processes(request: Request, check: Check) -> None:

@@ -14,6 +14,7 @@ from easydict import EasyDict
 from lightning.choice import LoraChoice, choose_loras
 from lightning.distilled import release_in
 from lightning.errors import LoraError
+from lightning.hub import located, place
 from lightning.releases import Release, preset, recognise
 from wan.request.checks import Check
 from wan.request.options import Request
@@ -44,10 +45,11 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
             check.problem(f"--expert {text}: {task} takes {allowed}")
         elif expert in expert_files:
             check.problem(f"--expert {expert}= is given twice")
-        elif not expanded(name).is_file():
-            check.problem(f"--expert {text}: no such file")
-        else:
-            expert_files[expert] = expanded(name)
+        elif file := check.attempt(lambda name=name: located("--expert", name)):  # type: ignore[misc]
+            if file.is_file():
+                expert_files[expert] = file
+            else:
+                check.problem(f"--expert {text}: no such file")
     release = _release(request, task, loras, expert_files, check)
     if release and release.refused:
         check.problem(f"{release.name} ({release.source}) cannot be run: {release.refused}")
@@ -74,7 +76,11 @@ def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
         given = getattr(request, part)
         if given is None:
             continue
-        file = expanded(given) / "tokenizer.json" if part == "tokenizer" else expanded(given)
+        file = check.attempt(lambda given=given, part=part: located(f"--{part}", given))  # type: ignore[misc]
+        if file is None:
+            continue
+        if part == "tokenizer":
+            file /= "tokenizer.json"
         if file.is_file():
             found[part] = file
         else:
@@ -147,7 +153,10 @@ def _release(
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
             return found
-    return release_in(expanded(request.ckpt_dir)) if request.ckpt_dir else None
+    if request.ckpt_dir is None:
+        return None
+    there = place(request.ckpt_dir)
+    return release_in(Path(there.repository, there.path) if there else expanded(request.ckpt_dir))
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:
