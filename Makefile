@@ -1,14 +1,19 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each does all of its own set-up.
+# TORCH_INDEX: where pip finds another PyTorch than its default one, such as the build without CUDA for a laptop.
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "installing into $(VENV); PyTorch's default build for Linux brings CUDA, several GB: see README, Two commands"
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
+	$(PIP) -r requirements.txt
 	touch $@
 
 # The small trained checkpoint (examples/shapes) in four steps: a video from a prompt, then one from a prompt and a picture.
