@@ -126,8 +126,9 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
+    from wan.plan_report import as_dict, lines
     from wan.planning import make_plan
-    from wan.record import differences
+    from wan.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
     if extend:
@@ -135,12 +136,14 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     plan = team.agree(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
-    _show(progress, "plan", plan.as_dict(), "\n".join(plan.lines()))
+    found = find_videos(plan) if outcome.request.dry_run and outcome.request.resume else []
+    done = [job.index for job, video in zip(plan.jobs, found, strict=False) if video.state == "whole"]
+    _show(progress, "plan", as_dict(plan), "\n".join(lines(plan, done)))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
         team.from_first(lambda: check_page(page))
     if outcome.request.dry_run:
-        return 0
+        return _checked(progress)
 
     from wan.run import run_jobs
 
@@ -173,7 +176,7 @@ def _warn(outcome: Extend | Decode, progress: Progress) -> None:
 
 
 def _checked(progress: Progress) -> int:
-    _show(progress, "checked", {}, "all is well; nothing is made (--dry_run)")
+    _show(progress, "checked", {}, "dry run: nothing was made")
     return 0
 
 

@@ -31,6 +31,7 @@ from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.pipeline import Pipeline
 from wan.plan import Plan
+from wan.plan_report import lines
 from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
@@ -111,7 +112,7 @@ def main() -> None:
         assert isinstance(outcome, Generate)
         runtime = Runtime()
         plan = make_plan(outcome, runtime)
-        print("\n".join(plan.lines()))
+        print("\n".join(lines(plan)))
         failed = run_jobs(plan, Progress(), runtime, load=random_pipeline)
         records = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(folder.glob("out/*.mp4"))]
     assert not failed, "a job failed"

@@ -13,9 +13,10 @@ from wan import WanT2V
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.counts import VAES, _counted, decode_operations, network, released_vae
+from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast, released_plan
+from wan.expected import counted, decode_operations, network_of
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_estimates_are_counted_work_over_rates() -> None:
         plan = released_plan("t2v-A14B", True, int(room * 1e9), here)
         found[room] = plan.budget((1280, 720), 81, 1)
     assert not found[24].resident
-    sizes = network("t2v-A14B")
+    sizes = network_of(plan)
     assert sizes.operations(75600) == pytest.approx(6.52e15, rel=0.01)
     assert sizes.linear(75600) + sizes.attention(75600) == sizes.operations(75600)
 
@@ -170,7 +171,7 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
     here.rates = dict(SPEED)
     rows = forecast(here).values["estimates"]
     row = next(r for r in rows if (r["task"], r["size"], r["steps"]) == ("t2v-A14B", "1280x720", 4))
-    sizes = network("t2v-A14B")
+    sizes = network_of(released_plan("t2v-A14B", True, int(400e9), here))
     computing = 4 * (sizes.linear(75600) / 700e12 + sizes.attention(75600) / 500e12)
     assert row["mode"] == "all stay"
     assert row["read"] == pytest.approx(2 * 57.15e9, rel=0.01)  # both experts once, float32
@@ -180,8 +181,8 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_operations_of_a_decode_are_the_sum_over_its_frames() -> None:
     vae, shape = released_vae("t2v-A14B"), (16, 6, 4, 6)
-    whole = _counted(lambda: list(vae.decode(torch.empty(shape, device="meta"))))
-    assert decode_operations(VAES["2.1"], shape) == whole
+    whole = counted(lambda: list(vae.decode(torch.empty(shape, device="meta"))))
+    assert decode_operations(vae, shape) == whole
 
 
 def test_a_small_video_has_a_budget() -> None:

@@ -22,6 +22,7 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.mesh import Mesh
 from wan.distributed.runtime import Runtime
 from wan.plan import Plan
+from wan.plan_report import as_dict
 from wan.planning import make_plan
 from wan.record import plain, read_latents
 from wan.request.resolve import resolve
@@ -181,7 +182,7 @@ def test_the_record(tmp_path: Path) -> None:
     assert record["meaning"] == json.loads(json.dumps(plain(run.meaning(run.jobs[1]))))
     assert record["job"]["prompt"] == record["job"]["original_prompt"] == "二"
     assert (record["job"]["seed"], record["job"]["negative_prompt"], record["meaning"]["image"]) == (7, "bad", None)
-    assert record["plan"] == json.loads(json.dumps({**run.as_dict(), "jobs": run.as_dict()["jobs"][1:2]}))
+    assert record["plan"] == json.loads(json.dumps({**as_dict(run), "jobs": as_dict(run)["jobs"][1:2]}))
     assert record["pipeline"]["attention"] == "sdpa"
     assert {"python", "torch", "diffusers", "wan-lightning", "imageio-ffmpeg"} <= set(record["versions"])
     assert record["output"] == {"file": "1.mp4", "frames": 13, "width": 64, "height": 48, "fps": 16}

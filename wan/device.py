@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,6 +60,19 @@ def room_of(device: torch.device, vram: float | None) -> int | None:
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(asked / total, device)  # what PyTorch keeps for later counts too
     return asked
+
+
+def host_bytes() -> int:
+    """Host memory that can be had without swapping, the page cache included; 0 where it is not told."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    pages: Callable[[str], int] | None = getattr(os, "sysconf", None)
+    try:
+        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if pages else 0
+    except (ValueError, OSError):
+        return 0
 
 
 def _why_no_cuda() -> str:

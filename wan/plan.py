@@ -1,4 +1,4 @@
-"""The plan of a run: what was opened and decided before any weight is read. What is printed is what runs."""
+"""The plan of a run: what was opened and decided before any weight is read. `plan_report.py` prints what runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from easydict import EasyDict
 
 from lightning.lora import Coverage, Lora
-from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout
 from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
@@ -23,9 +23,8 @@ from wan.modules.vae import WanVAE
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Job, Sampling
 from wan.sampling import Step
-from wan.utils.progress import quantity
 
-MOST_STEPS_SHOWN = 12
+MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
 DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 
@@ -158,52 +157,6 @@ class Plan:
         ]
         return sum(math.prod(lora.store[name].shape) for lora, names in pairs for name in names) * self.dtype.itemsize
 
-    def lines(self) -> list[str]:
-        request, sampling = self.request, self.sampling
-        lines = []
-        if sampling is not None:
-            preset = f", settings of {self.preset}" if self.preset else ""
-            lines.append(
-                f"{request.task} from {request.ckpt_dir or 'files'}, {sampling.solver}, shift {sampling.shift:g}, "
-                f"{len(self.steps)} steps{preset}"
-            )
-            lines.append(" | ".join(_step_lines(self.steps)))
-        for expert, loras in self.coverage.items():
-            lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
-        for part, path in self.checkpoint.files.items():
-            lines.append(f"{'expert ' if part in self.config.experts else ''}{part.replace('_', ' ')}: {path}")
-        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
-        parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
-        lines.append(f"weights in memory: {parts}")
-        if self.jobs and (budget := self.budget(self.largest().size, self.largest().frame_num, self.prompts())):
-            lines.append(budget.line(str(self.device)))
-        lines += self._process_lines()
-        for job in self.jobs:
-            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
-            extent = f"{size}, {job.frame_num} frames, {self.tokens(job.size, job.frame_num):,} tokens"
-            lines.append(f"job {job.index + 1}: {extent}, seed {job.seed} -> {job.save_file}")
-        return lines + [f"warning: {text}" for text in self.warnings]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "steps": [asdict(step) for step in self.steps],
-            "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in self.coverage.items()},
-            "fingerprints": self.fingerprints,
-            "device": str(self.device),
-            "dtype": _name(self.dtype),
-            "attention": self.attention,
-            "layout": str(self.layout),
-            "weight_bytes": self.weight_bytes,
-            "jobs": [
-                {
-                    "index": job.index, "size": list(job.size), "image": job.picture or None, "frames": job.frame_num,
-                    "tokens": self.tokens(job.size, job.frame_num), "seed": job.seed, "save_file": str(job.save_file),
-                }
-                for job in self.jobs
-            ],
-            "warnings": list(self.warnings),
-        }  # fmt: skip
-
     def meaning(self, job: Job) -> dict[str, Any]:
         """What every option with a say in the video comes to for this job: equal meanings make equal videos.
 
@@ -218,7 +171,7 @@ class Plan:
             "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],
             "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
-            "noise_device": self.noise_device.type, "device": self.device.type, "dtype": _name(self.dtype),
+            "noise_device": self.noise_device.type, "device": self.device.type, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
         told = {name: getattr(self.request, name) for name, row in OPTIONS.items() if row.scope is VIDEO}
         told |= comes_to
@@ -235,26 +188,6 @@ class Plan:
             ]
         return parts
 
-    def _process_lines(self) -> list[str]:
-        """How several processes divide the work, and what that costs."""
-        layout, request = self.layout, self.request
-        if layout.world == 1 or not self.jobs:
-            return []
-        model, store = next(iter(self.checkpoint.experts.values()))
-        experts = [f"{name} expert" for name in self.checkpoint.experts]
-        sharded = (experts if request.dit_fsdp else []) + (["text encoder"] if request.t5_fsdp else [])
-        ffn_dim, dim = store.shapes["blocks.0.ffn.0.weight"]
-        sizes = self.weight_bytes.items()
-        return plan_lines(
-            layout,
-            Network(dim, ffn_dim, model.num_heads, len(model.blocks)),
-            tokens=self.tokens(self.largest().size, self.largest().frame_num),
-            jobs=len(self.jobs),
-            element_bytes=self.dtype.itemsize,
-            weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},
-            sharded_bytes=max(self.weight_bytes[name] for name in experts) if request.dit_fsdp else 0,
-        )
-
 
 def latent_shape(config: EasyDict, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
     """[C, f, h, w] of the latent of a video of `size` (width, height) and 4n + 1 frames."""
@@ -262,18 +195,16 @@ def latent_shape(config: EasyDict, size: tuple[int, int], frames: int) -> tuple[
     return config.latent_channels, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
 
 
-def _name(dtype: torch.dtype) -> str:
+def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
+    """What the videos need at most on the disk, by the nearest folder that is there."""
+    needed: dict[Path, float] = {}
+    for job in jobs:
+        folder = job.save_file.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        needed[folder] = needed.get(folder, 0.0) + job.frame_num * job.size[0] * job.size[1] * MP4_BYTES_PER_PIXEL
+    return needed
+
+
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _step_lines(steps: tuple[Step, ...]) -> list[str]:
-    """`step 1 t=1000.0 high cfg 1`; of a long plan, one entry for each run of steps that differ in their time alone."""
-    if len(steps) <= MOST_STEPS_SHOWN:
-        return [f"step {number} {step}" for number, step in enumerate(steps, 1)]
-    lines, first = [], 0
-    for last, step in enumerate(steps):
-        after = steps[last + 1] if last + 1 < len(steps) else None
-        if after is None or replace(after, timestep=step.timestep) != step:
-            lines.append(f"steps {first + 1} to {last + 1} t={steps[first].timestep:.1f} to {step}")
-            first = last + 1
-    return lines

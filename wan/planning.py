@@ -22,15 +22,13 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, folder_of
 from wan.loading.stream import as_dtype, parameter_dtypes
-from wan.plan import Plan
+from wan.plan import Plan, written_bytes
 from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.settings import Decode, Generate, Job, Weights
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
 from wan.utils.video import check_encoder
-
-MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
@@ -189,14 +187,7 @@ def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool)
 
 
 def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:
-    needed: dict[Path, float] = {}
-    for job in jobs:
-        folder = job.save_file.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1]
-        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
-    for folder, size in needed.items():
+    for folder, size in written_bytes(jobs).items():
         free = shutil.disk_usage(folder).free
         if free < size:
             checks.problem(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")

@@ -19,6 +19,7 @@ from lightning.errors import TensorFileError
 from lightning.tensorfile import TensorStore
 from wan import __version__
 from wan.plan import Plan
+from wan.plan_report import as_dict
 from wan.request.options import SCHEMA
 from wan.request.replay import Replayed
 from wan.request.settings import Job
@@ -36,7 +37,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg
 
 def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """A job's record as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
-    whole = plan.as_dict()
+    whole = as_dict(plan)
     pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
         "schema": SCHEMA,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from wan.extend.cache import cache_folder, cache_key, read_cached, write_cached
+from wan.extend.cache import cache_key, prompts_folder, read_cached, write_cached
 from wan.extend.extension import DEFAULT_MODELS, ExtendItem, ExtendSettings, check, extend, model_for
 from wan.extend.text import LONGEST_ANSWER, AnswerError, Question, clean, neutralise
 from wan.utils.errors import InputError
@@ -286,10 +286,10 @@ def test_every_part_names_another_cache_entry(tmp_path, picture):
 def test_cache_folder(platform, environment, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("wan.extend.cache.sys.platform", platform)
+    monkeypatch.setattr("wan.utils.files.sys.platform", platform)
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
-    assert cache_folder() == Path(folder.format(tmp=tmp_path)) / "wan-lightning" / "prompts"
+    assert prompts_folder() == Path(folder.format(tmp=tmp_path)) / "wan-lightning" / "prompts"
 
 
 def test_an_interrupted_write_leaves_nothing(monkeypatch):
@@ -303,4 +303,4 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_cached("k", "half", question, "m")
     assert read_cached("k") == "whole"
-    assert [path.name for path in cache_folder().iterdir()] == ["k.json"]
+    assert [path.name for path in prompts_folder().iterdir()] == ["k.json"]

@@ -1,18 +1,15 @@
-"""The released networks without their files, on the meta device, and the operations they take: counted, not timed."""
+"""The released networks without their files, on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning.names import NETWORKS, TEXT_WIDTH, TIME_WIDTH
 from wan.configs import WAN_CONFIGS
-from wan.distributed.cost import Network
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
@@ -52,43 +49,3 @@ def released_vae(task: str) -> WanVAE:
 
 def vae_kind(task: str) -> str:
     return "2.1" if "2.1" in WAN_CONFIGS[task].vae_checkpoint else "2.2"
-
-
-def network(task: str) -> Network:
-    dim, ffn, blocks, _, _ = NETWORKS[task]
-    return Network(dim, ffn, dim // HEAD_WIDTH, blocks)
-
-
-def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
-    """One product with every weight but the table's; attention over so few tokens is left out."""
-    weights = sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
-    return 2.0 * weights * tokens
-
-
-@cache
-def decode_operations(kind: tuple[int, int, int, bool], shape: tuple[int, int, int, int]) -> float:
-    """Of one decode of a latent of this shape, `kind` as in VAES.
-
-    After the first latent frame all cost the same, so three are counted.
-    """
-    channels, length, rows, columns = shape
-    vae = on_meta(lambda: WanVAE(*kind))
-
-    def count(frames: int) -> int:
-        return _counted(lambda: list(vae.decode(torch.empty(channels, frames, rows, columns, device="meta"))))
-
-    first, three = count(1), count(3)
-    return first + (three - first) / 2 * (length - 1)
-
-
-@cache
-def encode_operations(kind: tuple[int, int, int, bool], size: tuple[int, int], frames: int) -> float:
-    """Of encoding a picture of `size` (width, height) as the start of a clip of 4n + 1 frames."""
-    vae, image = on_meta(lambda: WanVAE(*kind)), torch.empty(3, size[1], size[0], device="meta")
-    return _counted(lambda: vae.encode_first_frame(image, frames))
-
-
-def _counted(work: Callable[[], object]) -> int:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
-        work()
-    return counter.get_total_flops()

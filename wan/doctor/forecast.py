@@ -1,12 +1,12 @@
 """What to expect: for each task and size that was trained, what fits, how the weights are held, and seconds.
 
-All seconds are estimates: operations counted from the networks, and bytes of the released files, divided by the rates
-that were measured on this machine a moment ago. What is between the products, and writing the mp4, is not in them.
+All seconds are estimates (`wan.expected`) by the rates that were measured on this machine a moment ago, which are kept
+for the plans of later runs.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,33 +15,20 @@ import torch
 
 from lightning.releases import RELEASES
 from wan.configs import WAN_CONFIGS
+from wan.device import host_bytes
 from wan.distributed.mesh import Layout
-from wan.doctor import rates
-from wan.doctor.counts import (
-    VAES,
-    decode_operations,
-    encode_operations,
-    network,
-    released_text_encoder,
-    released_transformer,
-    released_vae,
-    text_operations,
-    vae_kind,
-)
+from wan.doctor.counts import released_text_encoder, released_transformer, released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
-from wan.doctor.machine import host_bytes
+from wan.expected import NEEDED, keep_rates, seconds
 from wan.loading.budget import Budget, free_bytes
 from wan.loading.checkpoint import Checkpoint
-from wan.plan import Plan, latent_shape
+from wan.plan import Plan
 from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.settings import Weights
 from wan.request.weights import choose_sampling
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.progress import duration, quantity
-
-FILE_BYTES = 4  # of a weight of a released expert, stored in float32; the text encoder's are bf16
-NEEDED = (rates.MATMUL, rates.ATTENTION, rates.VAE, rates.DISK)
 
 
 @dataclass(frozen=True)
@@ -81,6 +68,9 @@ def forecast(machine: Machine) -> Outcome:
     missing = [name for name in NEEDED if name not in machine.rates]
     if missing:
         return Outcome(SKIPPED, f"not measured: {', '.join(missing)}")
+    if not machine.small:
+        with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
+            keep_rates(machine.device, machine.rates)
     room = free_bytes(machine.device) if machine.device.type == "cuda" else host_bytes()
     estimates = [
         estimate
@@ -130,36 +120,16 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
 
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
-    config, task, speed = plan.config, plan.request.task, machine.rates
-    kind = VAES[vae_kind(task)]
-    frames = config.frame_num
+    frames = plan.config.frame_num
     budget = plan.budget(size, frames, plan.prompts())
     assert budget is not None, "there is room to share"
-    forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
-    read = sum(_bytes_read(budget, name, count, plan.dtype) for name, count in forwards.items())
-    feed = min(speed[rates.DISK], speed.get(rates.PINNED, float("inf")))
-    tokens, sizes = plan.tokens(size, frames), network(task)
-    forward = sizes.linear(tokens) / speed[rates.MATMUL] + sizes.attention(tokens) / speed[rates.ATTENTION]
-    computing = forward * forwards.total()
-    encoder = cast(Any, plan.checkpoint.text_encoder)[0]
-    text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
-    thinking = plan.prompts() * text_operations(encoder, config.text_len) / speed[rates.MATMUL]
-    image = encode_operations(kind, size, frames) / speed[rates.VAE] if config.mask_channels else 0.0
-    decode = decode_operations(kind, latent_shape(config, size, frames)) / speed[rates.VAE]
-    text, denoise = max(thinking, text_bytes / feed), max(computing, read / feed)
-    again = computing if budget.resident else denoise
+    found = seconds(plan, budget, size, frames, machine.rates)
+    forwards = sum(1 + step.guided for step in plan.steps)
     return Estimate(
-        task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards.total(), budget.problem is None,
-        _mode(budget, machine), budget.peak, read, text, denoise, decode,
-        first=text + image + denoise + decode, next=text + image + again + decode,
+        plan.request.task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards, budget.problem is None,
+        _mode(budget, machine), budget.peak, found.read, found.text, found.denoise, found.decode, found.first,
+        found.next,
     )  # fmt: skip
-
-
-def _bytes_read(budget: Budget, expert: str, forwards: int, dtype: torch.dtype) -> int:
-    """Of the expert's file in one video: what stays once, what passes through once a forward."""
-    sizes = budget.experts[expert]
-    stay = budget.staying(sizes)
-    return (stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * FILE_BYTES // dtype.itemsize
 
 
 def _mode(budget: Budget, machine: Machine) -> str:

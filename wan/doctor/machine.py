@@ -9,14 +9,13 @@ import subprocess
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 
 import wan
-from wan.device import compute_device
+from wan.device import compute_device, host_bytes
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
@@ -133,18 +132,6 @@ def _exchange(rank: int, count: int, backend: str, meeting: str) -> None:
     if not torch.equal(got, expected):
         raise ValueError(f"process {rank} has received other numbers than were sent")
     dist.destroy_process_group()
-
-
-def host_bytes() -> int:
-    """Host memory that can be had without swapping, the page cache included; 0 where it is not told."""
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    pages: Callable[[str], int] | None = getattr(os, "sysconf", None)
-    try:
-        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if pages else 0
-    except (ValueError, OSError):
-        return 0
 
 
 def _bounds(root: Path) -> dict[str, str]:

@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from wan.doctor.counts import VAES, decode_operations, on_meta
+from wan.doctor.counts import VAES, on_meta
 from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome
 from wan.doctor.measure import interleaved
+from wan.expected import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
 from wan.loading.budget import free_bytes
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.vae import WanVAE
 from wan.utils.progress import quantity
 
-MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
-COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
 REPEATS = 3
 PIECE = 8 << 20  # bytes of one read, as large as those of the loading code or nearly
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
@@ -71,7 +70,7 @@ def vae(machine: Machine) -> Outcome:
 
     with torch.inference_mode():
         (seconds,) = interleaved([decode], repeats=1)
-    rate = decode_operations(kind, shape) / seconds
+    rate = decode_operations(on_meta(lambda: WanVAE(*kind)), shape) / seconds
     return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
 
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from wan.extend.text import Question
+from wan.utils.files import cache_folder
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME`, else the platform's cache folder. Raises RuntimeError if the user has no home folder."""
-    given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    if given and Path(given).is_absolute():  # the XDG standard has relative ones ignored
-        base = Path(given)
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "wan-lightning" / "prompts"
+def prompts_folder() -> Path:
+    """RuntimeError if the user has no home folder."""
+    return cache_folder() / "prompts"
 
 
 def cache_key(question: Question, method: str, model: str, language: str, seed: int) -> str:
@@ -32,7 +27,7 @@ def cache_key(question: Question, method: str, model: str, language: str, seed: 
 def read_cached(key: str) -> str | None:
     """The kept answer; None if there is none or its file is damaged."""
     try:
-        kept = json.loads((cache_folder() / f"{key}.json").read_text("utf-8"))
+        kept = json.loads((prompts_folder() / f"{key}.json").read_text("utf-8"))
     except (OSError, ValueError, RuntimeError):
         return None
     prompt = kept.get("prompt") if isinstance(kept, dict) else None
@@ -44,7 +39,7 @@ def write_cached(key: str, prompt: str, question: Question, model: str) -> None:
 
     Raises OSError, or RuntimeError if the user has no home folder.
     """
-    folder = cache_folder()
+    folder = prompts_folder()
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"prompt": prompt, "original": question.text, "model": model}
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")

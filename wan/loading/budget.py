@@ -66,7 +66,7 @@ class Budget:
         )
 
     def line(self, name: str = "GPU") -> str:
-        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; ...; peak 23.5 GB`"""
+        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; ...; peaks in GB: denoise 23.5, decode 8.0`"""
         parts = [f"{expert} expert: {self._place(sizes)}" for expert, sizes in self.experts.items()]
         if len(set(map(self._place, self.experts.values()))) == 1:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
@@ -74,7 +74,8 @@ class Budget:
             parts.append(f"text encoder passes through {self.text_slots} slots")
         if self.tiles != (1, 1):
             parts.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
-        return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
+        peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in self.peaks.items())
+        return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peaks in GB: {peaks}"
 
     def staying(self, sizes: Sizes) -> int:
         """Units of an expert that keep their slots while it is at work; the rest pass through the others."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,16 @@ def latents_elsewhere(video: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
     stem = os.fsencode(video.stem)[:100].decode("utf-8", "ignore")
     return Path(tempfile.gettempdir()) / f"{stem}-{digest}.latents.safetensors"
+
+
+def cache_folder() -> Path:
+    """This program's: in `$XDG_CACHE_HOME`, else the platform's. Raises RuntimeError if the user has no home folder."""
+    given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    if given and Path(given).is_absolute():  # the XDG standard has relative ones ignored
+        base = Path(given)
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "wan-lightning"
 
 
 @cache
