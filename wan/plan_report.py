@@ -140,10 +140,8 @@ def _time_lines(plan: Plan, todo: Sequence[Job]) -> list[str]:
     counts = Counter((job.size, job.frame_num) for job in todo)
     longest = max(found.values(), key=lambda one: one.first)
     whole = sum(found[shape].next * count for shape, count in counts.items()) + longest.first - longest.next
-    image = f", image {duration(longest.image)}" if longest.image else ""
-    stages = (
-        f"text {duration(longest.text)}{image}, denoise {duration(longest.denoise)}, decode {duration(longest.decode)}"
-    )
+    parts = {"text": longest.text, "image": longest.image, "denoise": longest.denoise, "decode": longest.decode}
+    stages = ", ".join(f"{name} {duration(spent)}" for name, spent in parts.items() if spent)
     videos = f"; {len(todo):,} videos {duration(whole)}" if len(todo) > 1 else ""
     return [f"expected time, by the rates that wan.doctor measured here: {stages}{videos}"]
 

@@ -66,7 +66,7 @@ class Budget:
         )
 
     def line(self, name: str = "GPU") -> str:
-        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, 19 pass through 3 slots; ...; peaks in GB: denoise 23.5, decode 8.0`"""
+        """`GPU 24.0 GB free: high and low expert: 22 of 41 parts stay, ...; peaks in GB: denoise 23.5, decode 8.0`"""
         parts = [f"{expert} expert: {self._place(sizes)}" for expert, sizes in self.experts.items()]
         if len(set(map(self._place, self.experts.values()))) == 1:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
