@@ -1,7 +1,8 @@
-"""What `--device` answers where a GPU cannot be used, in PyTorch's own words of the reason (seen with its CUDA build)."""
+"""What `--device` answers where a GPU cannot be used, whatever words PyTorch has for it; how much of a GPU is used."""
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.test_cli import SMALL, T2V
 from wan import planning
-from wan.device import compute_device, held_by_others
+from wan.device import compute_device, held_by_others, room_of
 from wan.distributed.runtime import Runtime
 from wan.request.resolve import resolve
 from wan.utils.errors import InputError
@@ -44,9 +45,10 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def refusal(name: str) -> str:
-    with warnings.catch_warnings(), pytest.raises(InputError) as error:
+    with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's warning beside the sentence would say it twice
-        compute_device(name)
+        with pytest.raises(InputError) as error:
+            compute_device(name)
     return str(error.value)
 
 
@@ -87,6 +89,17 @@ def test_a_gpu_without_room_for_a_context_is_told(words: str, monkeypatch: pytes
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", full)
     assert refusal("cuda") == f"--device cuda: the GPU cannot be used: {words}"
+
+
+def test_a_limit_ends_with_the_plan_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's limit is the process's: a second pipeline without `vram` must not fail by the first one's."""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: limits.append(fraction))
+    monkeypatch.setattr("wan.device.free_bytes", lambda _: int(70e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(80e9)))
+    assert (room_of(GPU, 8.0), limits[-1]) == (int(8e9), 0.1)
+    assert (room_of(GPU, None), limits[-1]) == (int(70e9), 1.0)
+    assert (room_of(GPU, 75.0), limits[-1]) == (int(70e9), 1.0)
 
 
 def test_what_other_processes_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

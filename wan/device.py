@@ -58,10 +58,14 @@ def compute_device(name: str) -> torch.device:
 
 
 def room_of(device: torch.device, vram: float | None) -> int | None:
-    """Bytes that the run may use: `--vram` (in GB), and of a GPU not more than is free; None: not limited."""
+    """Bytes that the run may use: `--vram` (in GB), and of a GPU not more than is free; None: not limited.
+
+    On a GPU PyTorch is held to `vram`, until the next plan of this process.
+    """
     asked = None if vram is None else int(vram * 1e9)
     if device.type != "cuda":
         return asked
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
     free = free_bytes(device)
     if asked is None or asked >= free:
         return free
