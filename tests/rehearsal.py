@@ -69,4 +69,4 @@ def rehearse(words: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(rehearse(sys.argv[1:])), flush=True)
+    sys.stdout.write(f"{json.dumps(rehearse(sys.argv[1:]))}\n")  # at once: other processes write, too

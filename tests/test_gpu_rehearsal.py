@@ -64,8 +64,11 @@ def flags(task: str, folder: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def check(seen: dict[str, Any], room: int, title: str) -> None:
-    """What was planned holds, to 10 %: the highest peak both ways, each stage's from above. Prints a table's row."""
+def check(seen: dict[str, Any], room: int, title: str, stage: str | None = None) -> None:
+    """What was planned holds, to 10 %: every stage's peak from above, that of `stage` (None: the highest) both ways.
+
+    Prints a table's row.
+    """
     planned = {name: (size + seen["VAE"]) / 1e9 for name, size in seen["planned"].items()}
     found = {name: seen["allocated"][name] / 1e9 for name in planned if name in seen["allocated"]}
     most, tiles = max(seen["reserved"].values()) / 1e9, "x".join(map(str, seen["tiles"]))
@@ -74,7 +77,8 @@ def check(seen: dict[str, Any], room: int, title: str) -> None:
     ]
     print(f"\n| {title} | {room} GB | {' | '.join(cells)} | {tiles} | {most:.2f} |")
     assert seen["code"] == 0
-    assert max(found.values()) == pytest.approx(max(planned.values()), rel=TOLERANCE)
+    stage = stage or max(planned, key=planned.__getitem__)
+    assert found[stage] == pytest.approx(planned[stage], rel=TOLERANCE)
     assert not {name: size for name, size in found.items() if size > (1 + TOLERANCE) * planned[name]}
     assert most <= room
 
@@ -93,13 +97,14 @@ def test_one_gpu(task: str, room: int, released: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", SIZES)
 def test_four_gpus_share_a_video(task: str, released: Any, tmp_path: Path) -> None:
+    """Images and decoding are planned as if one process did them whole, so their peaks are lower."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.rehearsal"]
     words = [*flags(task, released(task), tmp_path), "--ulysses_size", "4"]
     done = run(*torchrun, *words, FAKE_GPU_GB=80, FAKE_GPU_COUNT=4, FAKE_GPU_CC=90)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
     assert len(seen) == 4
-    check(max(seen, key=lambda each: len(each["allocated"])), 80, f"{task} {SIZES[task]}, 4 GPUs")
+    check(max(seen, key=lambda each: len(each["allocated"])), 80, f"{task} {SIZES[task]}, 4 GPUs", "denoise")
 
 
 @pytest.mark.parametrize("task", FOLDERS)
