@@ -45,7 +45,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def write_headers(folder: Path, task: str, layers: int | None, width: int | None) -> None:
-    """A checkpoint in the released layout whose weights are holes in sparse files."""
+    """A checkpoint in the released layout and dtypes whose weights are holes in sparse files."""
     config = WAN_CONFIGS[task]
     sizes = transformer_sizes(task)
     if width:
@@ -59,11 +59,11 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     for where in config.experts.values():
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
-        sparse(folder / where / WEIGHTS, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()})
+        sparse(folder / where / WEIGHTS, {n: ("F32", tuple(p.shape)) for n, p in model.named_parameters()})
     z_dim, encoder, decoder, nested = VAES["2.1" if "2.1" in config.vae_checkpoint else "2.2"]
     if width:
         encoder, decoder = 16, 16
-    parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5),
+    parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5).bfloat16(),
              config.vae_checkpoint: lambda: WanVAE(z_dim, encoder, decoder, nested)}  # fmt: skip
     for name, build in parts.items():
         with torch.serialization.skip_data():

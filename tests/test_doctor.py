@@ -106,6 +106,15 @@ def test_streaming_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "blocks through two slots by" in outcome.sentence
 
 
+def test_memory_modes_leave_no_limit_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vram` holds PyTorch to it for the whole process: so little would fail this check and every one after it."""
+    case, given, open_task = json.loads((TESTS / "golden" / "cases.json").read_text())[0], [], numerics.open_task
+    monkeypatch.setattr(numerics, "open_task", lambda *args, **how: given.append(how) or open_task(*args, **how))
+    assert numerics.memory_modes(case, machine()).verdict == GOOD
+    assert given
+    assert not [how for how in given if "vram" in how]
+
+
 def test_a_merge_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     merge = numerics.Merge.__call__
     monkeypatch.setattr(numerics.Merge, "__call__", lambda self, *given: merge(self, *given) * 1.001)

@@ -81,7 +81,8 @@ def row_plan(folder: Path, prompts: list[str], **flags: Any) -> Any:
     (folder / "p.txt").write_text("\n".join(prompts))
     given = {
         "ckpt_dir": planned().request.ckpt_dir, "lora_dir": planned().request.lora_dir, "size": "64*48",
-        "frame_num": 13, "base_seed": 7, "prompt_file": str(folder / "p.txt"), "save_dir": str(folder / "out"), **flags,
+        "frame_num": 13, "base_seed": 7, "prompt_file": str(folder / "p.txt"), "save_dir": str(folder / "out"),
+        "device": "cpu", **flags,
     }  # fmt: skip
     outcome = resolve(given)
     assert isinstance(outcome, Generate)

@@ -41,7 +41,7 @@ def planned(**flags: Any) -> Plan:
     """A real plan for the small checkpoint with a LoRA."""
     given = {
         "ckpt_dir": str(checkpoint("t2v-A14B")), "lora_dir": str(lora_dir("t2v-A14B")), "prompt": "one",
-        "size": "64*48",         "frame_num": 13, "base_seed": 7, "save_dir": "absent",
+        "size": "64*48", "frame_num": 13, "base_seed": 7, "save_dir": "absent", "device": "cpu",
     }  # fmt: skip
     given = {name: value for name, value in {**given, **flags}.items() if value is not None}
     outcome = resolve(given)
@@ -277,7 +277,8 @@ def test_the_command_finishes_the_job(tmp_path: Path) -> None:
     latents = broken / "0.latents.safetensors"
     assert command == [
         "python", "generate.py", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")),
-        "--decode_latents", str(latents), "--save_file", str(broken / "0.mp4"), "--dtype", "fp32", "--overwrite",
+        "--decode_latents", str(latents), "--save_file", str(broken / "0.mp4"), "--device", "cpu", "--dtype", "fp32",
+        "--overwrite",
     ]  # fmt: skip
     decode_only(run, latents, broken / "0.mp4", Progress(quiet=True), load=Models)
     assert read_record(broken / "0.mp4")["meaning"] == read_record(whole / "0.mp4")["meaning"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,10 @@ from wan.modules.attention import Choice, choose
 from wan.modules.model import WanModel
 from wan.utils.errors import InputError
 
+LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
+NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
+OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
+
 
 def compute_device(name: str) -> torch.device:
     """The device of `--device`, a GPU with its number; "auto" is CUDA where there is one, else the CPU.
@@ -21,14 +26,19 @@ def compute_device(name: str) -> torch.device:
     InputError if it is not there, and for "auto" if a GPU is there that PyTorch cannot use: a run on the CPU takes
     days, so it must be asked for.
     """
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of what is told below
+        cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    usable = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        if not usable["cuda"] and Path("/proc/driver/nvidia/version").exists():
+        reason = "" if cuda else _why_no_cuda()
+        driver = Path("/proc/driver/nvidia/version").exists()  # not under Windows, there PyTorch's words must do
+        if reason and (driver or not reason.startswith(NOTHING_THERE)):
             raise InputError(
-                f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {_why_no_cuda()}; "
+                f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {reason}; "
                 "mend that, or give --device cpu (slow)"
             )
-        name = "cuda" if usable["cuda"] else "cpu"
+        name = "cuda" if cuda else "cpu"
     device = torch.device(name)
     if not usable.get(device.type):
         there = ", ".join(kind for kind, can in usable.items() if can)
@@ -50,10 +60,14 @@ def compute_device(name: str) -> torch.device:
 
 
 def room_of(device: torch.device, vram: float | None) -> int | None:
-    """Bytes that the run may use: `--vram` (in GB), and of a GPU not more than is free; None: not limited."""
+    """Bytes that the run may use: `--vram` (in GB), and of a GPU not more than is free; None: not limited.
+
+    On a GPU PyTorch is held to `vram`, until the next plan of this process.
+    """
     asked = None if vram is None else int(vram * 1e9)
     if device.type != "cuda":
         return asked
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
     free = free_bytes(device)
     if asked is None or asked >= free:
         return free
@@ -75,13 +89,32 @@ def host_bytes() -> int:
         return 0
 
 
+def held_by_others(device: torch.device) -> str:
+    """What other processes hold of a GPU, as the end of a sentence about too little room; "" if next to nothing."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    held = total - free - torch.cuda.memory_reserved(device)
+    return f"; other processes hold {held / 1e9:.1f} GB of it (nvidia-smi names them)" if held > OWN_BYTES else ""
+
+
 def _why_no_cuda() -> str:
-    """PyTorch's own words: no driver, one that is too old, a build without CUDA, no visible GPU."""
+    """Why PyTorch can use no GPU: a driver that is too old, else in its own words (no driver, a build without CUDA)."""
     try:
         torch.cuda.init()
+        said = "No CUDA GPUs are available"
     except (RuntimeError, AssertionError) as e:
-        return str(e).splitlines()[0].rstrip(".")
-    return "PyTorch sees no GPU"
+        said = str(e).splitlines()[0].rstrip(".")
+    if "driver on your system is too old" in said:
+        made_for = torch.version.cuda or "a newer CUDA"
+        least = LEAST_DRIVER.get(made_for.partition(".")[0])
+        needed = f", which needs driver {least} or newer" if least else ""
+        return (
+            f"its driver is too old for this PyTorch, made for CUDA {made_for}{needed}: "
+            "update it, or install a PyTorch made for an older CUDA"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return said if visible is None else f"{said}; CUDA_VISIBLE_DEVICES is '{visible}'"
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> Choice:

@@ -17,7 +17,7 @@ from lightning import hub
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from lightning.tensorfile import fingerprint
-from wan.device import choose_attention, compute_device, room_of
+from wan.device import choose_attention, compute_device, held_by_others, room_of
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, folder_of
@@ -63,7 +63,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     )
     budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
     if budget and budget.problem:
-        raise InputError(budget.problem)
+        raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
     return plan
 
 

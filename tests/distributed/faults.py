@@ -89,7 +89,7 @@ def batch(folder: Path, *more: str) -> list[str]:
     return [
         "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
         "--size", "80*48", "--frame_num", str(FRAMES), "--prompt_file", str(folder / "prompts.txt"), "--base_seed", "3",
-        "--save_dir", str(folder / "out"), "--ulysses_size", "2", "--dit_fsdp", *more,
+        "--save_dir", str(folder / "out"), "--ulysses_size", "2", "--dit_fsdp", "--device", "cpu", *more,
     ]  # fmt: skip
 
 

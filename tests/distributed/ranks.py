@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo  # FSDP imports it when first called: once here is less than once in every rank
 import torch.distributed as dist
@@ -21,6 +22,8 @@ import wan.distributed.fsdp  # noqa: F401 - likewise
 from wan.distributed.mesh import Layout, Mesh, make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.team import Team
+
+sharded = pytest.mark.skipif(torch.__version__ < "2.7", reason="sharded weights on a CPU need PyTorch 2.7")
 
 
 def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: float = 120) -> list[Any]:
@@ -46,7 +49,7 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: fl
 
 
 def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, arguments: Any, seconds: float) -> None:
-    torch.set_num_threads(1)  # first of all: a forked child of a parent that has used OpenMP hangs otherwise
+    _be_a_rank()
     code = 0
     try:
         meet, limit = (folder / "store").as_uri(), timedelta(seconds=seconds)
@@ -88,7 +91,7 @@ def launched(
 
 
 def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+    _be_a_rank()
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
@@ -97,6 +100,11 @@ def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _be_a_rank() -> None:
+    torch.set_num_threads(1)  # first of all: a forked child of a parent that has used OpenMP hangs otherwise
+    torch.cuda.device_count = lambda: 0  # ranks compute on the CPU: where the parent has used a GPU, they could not
 
 
 def mesh_of(runtime: Runtime, ulysses: int = 1, ring: int = 1) -> Mesh:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.communication import count, model_of
-from tests.distributed.ranks import mesh_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import manifest
 from wan.distributed.cost import Network, plan_lines, sent_bytes
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
@@ -111,6 +111,7 @@ def test_bytes_sent_are_the_formulas(layout: Layout) -> None:
             assert size * (0.9 if purpose == "ring" else 1) <= counted <= size  # no padding goes round a ring
 
 
+@sharded
 def test_bytes_of_sharded_weights(tmp_path: Path) -> None:
     file, model = tmp_path / "model.safetensors", model_of(SMALL).to(torch.bfloat16)
     save_file({name: torch.zeros_like(p) for name, p in model.named_parameters()}, file)

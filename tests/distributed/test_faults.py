@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.faults import VIDEOS, Fault, faults, try_out
+from tests.distributed.ranks import sharded
 
 FAULTS = faults(seed=0)
 ENDS = {"kill": -signal.SIGKILL, "freeze": None, "interrupt": 130, "raise": 1, "memory": 1}
 
 
+@sharded
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.what}-{f.where}-{len(f.processes)}" for f in FAULTS])
 def test_fault(fault: Fault, tmp_path: Path) -> None:

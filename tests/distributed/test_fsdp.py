@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning.lora import Lora
 from lightning.merge import Merge
 from lightning.tensorfile import TensorStore
-from tests.distributed.ranks import mesh_of, run_ranks
+from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import checkpoint, config_of, lora_dir, relative_error
 from wan.distributed.fsdp import load_sharded, shard_rows
 from wan.distributed.mesh import Mesh
@@ -78,6 +78,7 @@ def expert_of_a_rank(runtime: Runtime, dtype: torch.dtype, split: bool) -> tuple
     return tiny_forwards(model), before, held(model), {name: p.dtype for name, p in model.named_parameters()}
 
 
+@sharded
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("dtype", "split", "tolerance"), [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.0)])
 def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, tolerance: float) -> None:
@@ -104,6 +105,7 @@ def encode_text_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], float]:
     return encode_text(mesh_of(runtime, runtime.team.size))
 
 
+@sharded
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_text_encoder(ranks: int) -> None:
     want, _ = encode_text(Mesh())
@@ -168,6 +170,7 @@ def load_and_count(runtime: Runtime, file: Path) -> tuple[int, int]:
     return sum(count), watch.peak
 
 
+@sharded
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_a_rank_reads_and_keeps_its_share(tmp_path: Path) -> None:
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import generate
 import wan.pipeline
 from tests.distributed.faults import Fault, run_with_fault
-from tests.distributed.ranks import launched, run_ranks
+from tests.distributed.ranks import launched, run_ranks, sharded
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
@@ -42,7 +42,7 @@ def flags(folder: Path, *more: str) -> list[str]:
     return [
         "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
         "--size", "80*48", "--frame_num", "5", "--prompt_file", str(prompts), "--base_seed", "3", "--save_latents",
-        "--save_dir", str(folder / "out"), *more,
+        "--save_dir", str(folder / "out"), "--device", "cpu", *more,
     ]  # fmt: skip
 
 
@@ -67,7 +67,14 @@ def check_batch(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     assert not list((folder / "out").glob("*.tmp*"))
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(4, SPLIT), (2, []), (3, ["--ring_size", "3", "--dit_fsdp"])])
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        pytest.param(4, SPLIT, marks=sharded),
+        (2, []),
+        pytest.param(3, ["--ring_size", "3", "--dit_fsdp"], marks=sharded),
+    ],
+)
 def test_a_batch(ranks: int, more: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """5 prompts over 2 groups of 2, over 2 groups of 1, and over one ring of 3."""
     codes, said = launched(partial(generate.main, flags(tmp_path, *more)), ranks, tmp_path)
@@ -128,7 +135,7 @@ def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "contin
     given = {
         "task": "i2v-A14B", "ckpt_dir": str(checkpoint("i2v-A14B")), "lora_dir": str(lora_dir("i2v-A14B")),
         "size": "64*48", "frame_num": 5, "prompt": "a cat", "image": image, "num_videos": 5, "base_seed": 1,
-        "save_dir": str(folder), "ulysses_size": 2, "on_error": on_error,
+        "save_dir": str(folder), "ulysses_size": 2, "on_error": on_error, "device": "cpu",
     }  # fmt: skip
     outcome = resolve(given)
     assert isinstance(outcome, Generate)
@@ -152,7 +159,7 @@ def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "out").glob("*.safetensors")
     (whole,) = (tmp_path / "out").glob("*.mp4")
     words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
-    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2"]
+    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2", "--device", "cpu"]
     codes, said = launched(partial(generate.main, words), 2, tmp_path)
     assert codes == [0, 0], said
     again, first = (read_frames(file).astype(int) for file in (tmp_path / "again.mp4", whole))
@@ -190,6 +197,7 @@ def test_stopping_stops_the_other_group_too(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*_0004_*.mp4")), "the other group's last job"
 
 
+@sharded
 @pytest.mark.parametrize(
     ("what", "where"), [("kill", "load"), ("raise", "load"), ("memory", "load"), ("kill", "step"), ("kill", "decode")]
 )
@@ -213,6 +221,7 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
     assert not list((tmp_path / "out").glob("*.part"))
 
 
+@sharded
 @pytest.mark.parametrize(("what", "where"), [("raise", "step"), ("memory", "step"), ("raise", "decode")])
 @pytest.mark.parametrize("processes", [(3,), (2, 3)])
 def test_an_error_in_one_process_fails_one_job_of_its_group(
@@ -246,6 +255,7 @@ def test_a_good_video_outlives_a_process_that_fails_in_decoding_its_successor(ca
     assert not list((tmp_path / "out").glob("*.part"))
 
 
+@sharded
 @pytest.mark.parametrize("where", ["load", "step", "decode"])
 def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +289,7 @@ def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path:
     assert generate.main(flags(tmp_path, "--prompt_file", str(one_prompt(tmp_path)))) == 0
     (kept,) = (tmp_path / "out").glob("*.safetensors")
     words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
-    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2"]
+    words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2", "--device", "cpu"]
     began = time.monotonic()
     codes, said = launched(partial(without_a_vae, words, rank), 2, tmp_path)
     assert time.monotonic() - began < 30

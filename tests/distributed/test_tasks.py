@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_ranks, sharded
 from tests.support import CASES, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES, END_TO_END, STAGE, image_of
 from wan.distributed.runtime import Runtime
@@ -61,10 +61,10 @@ def make_all(runtime: Runtime, names: list[str], ulysses: int, ring: int, fsdp: 
     ("ranks", "ulysses", "ring", "fsdp"),
     [
         (2, 2, 1, False),
-        (4, 4, 1, True),
+        pytest.param(4, 4, 1, True, marks=sharded),
         (2, 1, 2, False),
-        (4, 2, 2, True),
-        pytest.param(2, 2, 1, True, marks=pytest.mark.slow),
+        pytest.param(4, 2, 2, True, marks=sharded),
+        pytest.param(2, 2, 1, True, marks=[pytest.mark.slow, sharded]),
         pytest.param(4, 4, 1, False, marks=pytest.mark.slow),
     ],
 )
@@ -92,6 +92,7 @@ def generate_as_a_script(runtime: Runtime, name: str) -> Tensor | None:
     return task.generate(case["prompt"], **{k: tuple(v) if isinstance(v, list) else v for k, v in case["args"].items()})
 
 
+@sharded
 def test_the_originals_interface() -> None:
     first, second = run_ranks(generate_as_a_script, 2, "t2v_lightning")
     assert relative_error(first, alone("t2v_lightning")[1]) < END_TO_END

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import generate
+from tests.distributed.ranks import sharded
 from tests.distributed.test_runs import SPLIT, check_batch, flags, latents
 from tests.support import TESTS
 
@@ -31,6 +32,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@sharded
 @pytest.mark.slow
 def test_the_documented_command(tmp_path: Path) -> None:
     alone = tmp_path / "alone"
@@ -43,6 +45,7 @@ def test_the_documented_command(tmp_path: Path) -> None:
     assert (tmp_path / "all.txt").read_text().count("5 saved") == 1
 
 
+@sharded
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_machines(rendezvous: str, tmp_path: Path) -> None:
@@ -67,6 +70,7 @@ def test_two_machines(rendezvous: str, tmp_path: Path) -> None:
     assert "".join(said).count("5 saved") == 1
 
 
+@sharded
 @pytest.mark.slow
 def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     words = flags(tmp_path, *SPLIT, "--sample_steps", "200", "--sample_shift", "5")

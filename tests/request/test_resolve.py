@@ -117,10 +117,10 @@ def test_task_defaults_to_t2v():
 def test_offload_is_off_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     eight = Runtime(Team(0, 8))
-    assert make_plan(run(), eight).offload is False
-    assert make_plan(run(offload_model=True), eight).offload is True
+    assert make_plan(run(device="cpu"), eight).offload is False
+    assert make_plan(run(device="cpu", offload_model=True), eight).offload is True
     monkeypatch.delenv("WORLD_SIZE")
-    assert make_plan(run(), Runtime()).offload is True
+    assert make_plan(run(device="cpu"), Runtime()).offload is True
 
 
 def test_flags_win_over_defaults():

@@ -24,6 +24,7 @@ FOLDER = str(lora_dir("i2v-A14B"))
 USUAL = {
     "task": "i2v-A14B", "ckpt_dir": str(checkpoint("i2v-A14B")), "lora_dir": FOLDER, "prompt": "a cat",
     "image": str(TINY / "input.png"), "size": "64*64", "frame_num": 9, "base_seed": 3, "save_dir": "absent",
+    "device": "cpu",
 }  # fmt: skip
 # What changes the video: for each option a value other than the usual one, with what it needs beside it.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -131,7 +132,7 @@ def test_what_does_not_change_the_video_is_not(name: str) -> None:
 def test_it_is_the_meaning_that_counts(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(USUAL["ckpt_dir"])
     for change in (
-        {"device": "cpu"},
+        {"noise_device": "cpu"},
         {"dtype": "fp32"},
         {"ckpt_dir": "linked"},
         {"sample_steps": 4},

@@ -1,0 +1,72 @@
+"""generate.py on a CUDA runtime whose kernels do nothing: what each stage takes of the device, beside what was planned.
+
+`python -m tests.rehearsal FLAGS` takes generate.py's flags; each process ends with a line of JSON. Files of weights
+are opened but their data is not read (nothing depends on it there); everything else is the program's own path.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import generate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wan.loading.stream import Piece, Source
+    from wan.plan import Plan
+    from wan.utils.progress import Progress
+
+
+def rehearse(words: list[str]) -> dict[str, Any]:
+    """{"code": exit code, "planned", "allocated", "reserved": the most bytes of this process's device, by stage}.
+
+    "VAE": the bytes of its weights, which the plan takes from the room before it divides it.
+    """
+    generate._prepare_process()  # before torch is imported
+    import torch
+
+    import wan.planning
+    from lightning.tensorfile import DTYPES
+    from wan.loading.stream import Source
+    from wan.utils.progress import Progress
+
+    plans: list[Plan] = []
+    allocated: dict[str, int] = {}
+    reserved: dict[str, int] = {}
+    make_plan, real_stage = wan.planning.make_plan, Progress.stage
+
+    def kept_plan(*given: Any) -> "Plan":
+        plans.append(make_plan(*given))
+        return plans[-1]
+
+    def leave_out(source: "Source", piece: "Piece", buffer: "Tensor") -> "Tensor":
+        entry = source.store[piece.name]
+        shape = entry.shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *entry.shape[1:])
+        dtype, width = DTYPES[entry.dtype]
+        return buffer[: math.prod(shape) * width].view(getattr(torch, dtype)).view(shape)
+
+    @contextmanager
+    def stage(progress: "Progress", name: str, *extent: Any, **more: Any) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        with real_stage(progress, name, *extent, **more):
+            yield
+        allocated[name] = max(allocated.get(name, 0), torch.cuda.max_memory_allocated())
+        reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
+
+    wan.planning.make_plan, Source.read, Progress.stage = kept_plan, leave_out, stage  # type: ignore[method-assign, assignment]
+    code = generate.main(words)
+    (plan,) = plans
+    job = plan.largest()
+    budget = plan.budget(job.size, job.frame_num, plan.prompts())
+    return {
+        "code": code, "planned": budget.peaks if budget else {}, "tiles": budget.tiles if budget else None,
+        "VAE": plan.weight_bytes["VAE"], "allocated": allocated, "reserved": reserved,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{json.dumps(rehearse(sys.argv[1:]))}\n")  # at once: other processes write, too

@@ -1,0 +1,155 @@
+"""The CUDA path at released sizes on a CUDA runtime whose kernels do nothing: memory by stage, and what is said.
+
+Such a runtime is loaded in front of PyTorch's CUDA build, so that the allocator, the streams and the program are real
+on a machine without a GPU; numbers are not. WAN_FAKE_CUDA holds the words that run a CUDA build's Python on it. It
+reads FAKE_GPU_GB and FAKE_GPU_COUNT (what devices there are), FAKE_GPU_CC (compute capability) and FAKE_GPU_ERROR
+(the number with which CUDA refuses to count devices).
+
+    WAN_FAKE_CUDA="RUNTIME PYTHON" python -m pytest -m gpu_rehearsal -s     # six minutes on two cores; prints a table
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.full_run import write_headers
+from tests.support import FOLDERS, TESTS, TINY, checkpoint
+
+ROOT = TESTS.parent
+PYTHON = shlex.split(os.environ.get("WAN_FAKE_CUDA", ""))
+SIZES = {"t2v-A14B": "1280*720", "i2v-A14B": "1280*720", "ti2v-5B": "1280*704"}
+GB = (8, 24, 48, 80)
+TOLERANCE = 0.1  # of the planned peak
+
+pytestmark = [
+    pytest.mark.gpu_rehearsal,
+    pytest.mark.skipif(not PYTHON, reason="WAN_FAKE_CUDA names no CUDA runtime whose kernels do nothing"),
+]
+
+
+def run(*words: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in settings.items()}}
+    return subprocess.run([*PYTHON, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a task's checkpoint: headers of the released sizes, holes for data."""
+
+    @cache
+    def folder(task: str) -> Path:
+        path = tmp_path_factory.mktemp(task)
+        write_headers(path, task, None, None)
+        return path
+
+    yield folder
+    for task in SIZES:
+        shutil.rmtree(folder(task), ignore_errors=True)
+
+
+def flags(task: str, folder: Path, out: Path) -> list[str]:
+    """A video of the default length, with a step of each expert."""
+    image = ["--image", str(TINY / "input.png")] if task == "i2v-A14B" else []
+    return [
+        "--task", task, "--ckpt_dir", str(folder), *image, "--size", SIZES[task], "--prompt", "cat",
+        "--sample_solver", "euler", "--sample_steps", "2", "--sample_shift", "5", "--sample_guide_scale", "1",
+        "--base_seed", "1", "--save_dir", str(out),
+    ]  # fmt: skip
+
+
+def check(seen: dict[str, Any], room: int, title: str, stage: str | None = None) -> None:
+    """What was planned holds, to 10 %: every stage's peak from above, that of `stage` (None: the highest) both ways.
+
+    Prints a table's row.
+    """
+    planned = {name: (size + seen["VAE"]) / 1e9 for name, size in seen["planned"].items()}
+    found = {name: seen["allocated"][name] / 1e9 for name in planned if name in seen["allocated"]}
+    most, tiles = max(seen["reserved"].values()) / 1e9, "x".join(map(str, seen["tiles"]))
+    cells = [
+        f"{found[n]:.2f} of {planned[n]:.2f}" if n in found else "" for n in ("text", "image", "denoise", "decode")
+    ]
+    print(f"\n| {title} | {room} GB | {' | '.join(cells)} | {tiles} | {most:.2f} |")
+    assert seen["code"] == 0
+    stage = stage or max(planned, key=planned.__getitem__)
+    assert found[stage] == pytest.approx(planned[stage], rel=TOLERANCE)
+    assert not {name: size for name, size in found.items() if size > (1 + TOLERANCE) * planned[name]}
+    assert most <= room
+
+
+def last_line(text: str) -> dict[str, Any]:
+    return json.loads(text.splitlines()[-1])
+
+
+@pytest.mark.parametrize("room", GB)
+@pytest.mark.parametrize("task", SIZES)
+def test_one_gpu(task: str, room: int, released: Any, tmp_path: Path) -> None:
+    done = run("-m", "tests.rehearsal", *flags(task, released(task), tmp_path), FAKE_GPU_GB=room, FAKE_GPU_CC=89)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(last_line(done.stdout), room, f"{task} {SIZES[task]}")
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_four_gpus_share_a_video(task: str, released: Any, tmp_path: Path) -> None:
+    """Images and decoding are planned as if one process did them whole, so their peaks are lower."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.rehearsal"]
+    words = [*flags(task, released(task), tmp_path), "--ulysses_size", "4"]
+    done = run(*torchrun, *words, FAKE_GPU_GB=80, FAKE_GPU_COUNT=4, FAKE_GPU_CC=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
+    assert len(seen) == 4
+    check(max(seen, key=lambda each: len(each["allocated"])), 80, f"{task} {SIZES[task]}, 4 GPUs", "denoise")
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_sharded_weights_on_four_gpus(task: str, tmp_path: Path) -> None:
+    """The small checkpoint, to the video: the host's part of NCCL and of sharding."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "generate.py"]
+    small = [*flags(task, checkpoint(task), tmp_path), "--size", "64*64", "--frame_num", "5"]
+    done = run(
+        *torchrun, *small, "--dit_fsdp", "--t5_fsdp", "--ulysses_size", "2", "--ring_size", "2", FAKE_GPU_COUNT=4
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 saved" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "sentence"),
+    [
+        (
+            {"FAKE_GPU_ERROR": 35},
+            "auto",
+            "this machine has an NVIDIA driver, but PyTorch cannot use a GPU: its driver is too old for this PyTorch, "
+            "made for CUDA 13.0, which needs driver 580 or newer: update it, or install a PyTorch made for an older "
+            "CUDA; mend that, or give --device cpu (slow)",
+        ),
+        ({"FAKE_GPU_ERROR": 35}, "cuda", "--device cuda: there is no such device here (its driver is too old"),
+        ({"FAKE_GPU_ERROR": 803}, "auto", "but PyTorch cannot use a GPU: Unexpected error from cudaGetDeviceCount"),
+        ({"FAKE_GPU_ERROR": 100}, "cuda", "there is no such device here (No CUDA GPUs are available); usable: auto"),
+        (
+            {"FAKE_GPU_ERROR": 100, "CUDA_VISIBLE_DEVICES": ""},
+            "cuda",
+            "(No CUDA GPUs are available; CUDA_VISIBLE_DEVICES is ''); usable: auto, cpu",
+        ),
+        ({}, "cuda:7", "--device cuda:7: there is no such GPU here; there is cuda:0 ("),
+        ({"FAKE_GPU_GB": 0.05}, "cuda", "0.0 GB are free"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_told_in_one_line(settings: dict[str, Any], device: str, sentence: str) -> None:
+    words = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--size", "64*48", "--frame_num", "5", "--prompt", "cat"]
+    done = run("generate.py", *words, "--device", device, "--dry_run", **settings)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_a_gpu_auto_is_the_cpu() -> None:
+    words = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--size", "64*48", "--frame_num", "5", "--prompt", "cat"]
+    done = run("generate.py", *words, "--dry_run", FAKE_GPU_ERROR=100)
+    assert (done.returncode, "cpu, float32" in done.stdout) == (0, True), done.stderr
