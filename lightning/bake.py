@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from lightning.diffusers_layout import FOLDERS, TOKENIZER, rest_of, settings_of
+from lightning.diffusers_layout import TOKENIZER, rest_of, settings_of
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
 from lightning.examine import STEM, open_network
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, diffusers_name, keeps_float32, task_of
+from lightning.names import EXPERTS, FOLDERS, diffusers_name, keeps_float32, task_of
 from lightning.releases import Release
 from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header

@@ -23,7 +23,6 @@ from lightning.releases import Release
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
 
-FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}
 PIPELINES = {"t2v-A14B": "WanPipeline", "i2v-A14B": "WanImageToVideoPipeline", "ti2v-5B": "WanPipeline"}
 BOUNDARIES = {"t2v-A14B": 0.875, "i2v-A14B": 0.9}
 BASE_SHIFTS = {"t2v-A14B": 12.0, "i2v-A14B": 5.0, "ti2v-5B": 5.0}

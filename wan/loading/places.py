@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from easydict import EasyDict
 
-from lightning.diffusers_layout import FOLDERS
+from lightning.names import FOLDERS
 from lightning.tensorfile import INDEX_SUFFIX
 from wan import configs
 
