@@ -50,7 +50,7 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
 
 
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
-    """The experts of a checkpoint folder, as released or in diffusers' layout, under our names; those that are there."""
+    """The experts of a checkpoint folder, as released or in diffusers' layout, under our names; what is there."""
     most: dict[str, TensorStore] = {}
     for experts in names.EXPERTS.values():
         for layout in (experts, {expert: names.FOLDERS[expert] for expert in experts}):
@@ -153,7 +153,7 @@ def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model
 
 
 def _belongs(kind: str, shapes: Shapes, expert: Shapes) -> bool:
-    """Whether a network of these shapes is that expert's, or works with it: same width of text, same latent channels."""
+    """Whether a network of these shapes is that expert's, or goes with it: the same text width, the same channels."""
     if kind == TEXT_ENCODER:
         return shapes.get("token_embedding.weight", (0, 0))[1:] == expert["text_embedding.0.weight"][1:]
     if kind == VAE:

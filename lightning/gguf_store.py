@@ -1,9 +1,9 @@
 """The tensors of a GGUF file as a TensorStore; quantised ones are float32, made as they are read, some rows at a time.
 
-What a block of numbers means is the package `gguf`'s affair. The header is read here, within bounds: the package's reader
-makes an array of each of the 256,000 words of a text encoder's vocabulary, and follows whatever length a file names.
-The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind and value of each setting;
-name, axes from the innermost, type and offset of each tensor; then the data, each tensor at a multiple of the alignment.
+What a block of numbers means is the package `gguf`'s affair. The header is read here, within bounds: the package's
+reader makes an array of each of the 256,000 words of a text encoder's vocabulary, which takes seconds, and follows
+whatever length a file names. The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind
+and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Blocks:
 
 
 class GgufStore(TensorStore):
-    """The tensors of a GGUF file. Quantised ones are float32 by `entries`; `stored_as` tells what they are stored as."""
+    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored_as` tells the file's types."""
 
     def __init__(self, path: Path) -> None:
-        """TensorFileError for a damaged file, for types that cannot be dequantised, and where the package is missing."""
+        """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
         self.path = path
         tensors, settings, start = _read_header(path)
         gguf = _package(path)

@@ -1,8 +1,9 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
 Files: safetensors (whole or shards by their index), `.pth`, GGUF. Names: the released ones, behind the prefixes that
-other front ends add, diffusers', transformers' and llama.cpp's. Weights quantised with one scale for the tensor or one for each row (fp8,
-int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding. All else is refused.
+other front ends add, diffusers', transformers' and llama.cpp's. Weights quantised with one scale for the tensor or one
+for each row (fp8, int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding; GGUF's
+are float32 as the file gives them. All else is refused.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def as_ours(raw: TensorStore, kind: str, where: str) -> TensorStore:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """Which kind of network has parameters of these names, in whatever spelling; None for a LoRA, or what is unknown."""
+    """Which kind of network has parameters of these names, in whatever spelling; None for a LoRA and other things."""
     plain = [_plain(name) for name in names]
     return next((kind for kind, sign in SIGNS.items() if sign in NAMINGS[kind](plain).values()), None)
 
