@@ -62,9 +62,9 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return most
 
 
-def open_network(folder: Path) -> TensorStore | None:
+def open_network(folder: Path, stem: str = STEM) -> TensorStore | None:
     """The weights of one network's folder, whole or in shards; None if there are none."""
-    for name in (f"{STEM}{INDEX_SUFFIX}", f"{STEM}.safetensors"):
+    for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
         if (folder / name).is_file():
             return TensorStore.open(folder / name)
     return None
@@ -72,7 +72,7 @@ def open_network(folder: Path) -> TensorStore | None:
 
 def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
     """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
-    if (path / "model_index.json").is_file():
+    if (path / names.MODEL_INDEX).is_file():
         said = f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"
         shapes = [store.shapes for store in experts_in(path).values()]
         tasks = dict.fromkeys(task for task in map(names.task_of, shapes) if task)
