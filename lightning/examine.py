@@ -180,14 +180,19 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         for report in reports
     ]
     tasks = [task for task in names.NETWORKS if fitting and all(task in fits for fits in fitting)]
-    if all(report["kind"] == "full expert" for report in reports):
+    kinds = {report["kind"] for report in reports}
+    if "LoRA" in kinds and len(kinds) > 1:
+        return []  # what each file is good for stands beside it
+    if kinds == {SAID[EXPERT]}:
         said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in _whole(path, tasks)]
         if record := record_of(path):
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
             said += [f"merged into it: {', '.join(merged)}"]
         if release := release_in(path):
             said += [f"it is sampled as {release.name}: {_plain_settings(release)}"]
-        return said
+        return said + _as_files(path, tasks, reports)
+    if "LoRA" not in kinds:
+        return _as_files(path, tasks, reports)
     said = []
     for task in tasks:
         try:
@@ -195,6 +200,20 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         except LoraError:
             continue
         said.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
+    return said
+
+
+def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> list[str]:
+    """For each task the command that takes the single files, where they are all its experts, each once."""
+    uses = [report["use"] for report in reports if report["use"]]
+    flags = [report["use"].removesuffix(report["path"]) for report in reports if report["use"]]
+    said = []
+    for task in tasks:
+        needed = {f"--expert {expert}=" for expert in names.EXPERTS[task]}
+        others = set(flags) - needed
+        if needed <= set(flags) and others <= {"--vae ", "--text_encoder "} and len(set(flags)) == len(flags):
+            rest = "--tokenizer DIR" if len(others) == 2 else "--ckpt_dir DIR"
+            said.append(f"{path} holds weights in single files: generate.py --task {task} {' '.join(uses)} {rest}")
     return said
 
 
