@@ -183,14 +183,14 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     kinds = {report["kind"] for report in reports}
     if "LoRA" in kinds and len(kinds) > 1:
         return []  # what each file is good for stands beside it
-    if kinds == {SAID[EXPERT]}:
-        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in _whole(path, tasks)]
+    if kinds == {SAID[EXPERT]} and (whole := _whole(path, tasks)):
+        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in whole]
         if record := record_of(path):
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
             said += [f"merged into it: {', '.join(merged)}"]
         if release := release_in(path):
             said += [f"it is sampled as {release.name}: {_plain_settings(release)}"]
-        return said + _as_files(path, tasks, reports)
+        return said
     if "LoRA" not in kinds:
         return _as_files(path, tasks, reports)
     said = []
