@@ -5,7 +5,7 @@ import sys
 
 from benchmarks.measure import ROOT
 
-PARTS = ("command_line", "transformer", "vae", "text_encoder", "loading", "lora_merge")
+PARTS = ("command_line", "transformer", "vae", "text_encoder", "loading", "gguf_reading", "lora_merge")
 
 if __name__ == "__main__":
     failed = [p for p in PARTS if subprocess.run([sys.executable, "-m", f"benchmarks.{p}"], cwd=ROOT).returncode]

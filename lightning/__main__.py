@@ -90,6 +90,8 @@ def _lines(report: dict[str, Any]) -> str:
     """The report for a reader."""
     coverage = report["coverage"]
     rows = [("kind", f"{report['kind']}, {'/'.join(report['stored'])}, {report['gigabytes']:.2f} GB")]
+    if report["kind"] != "LoRA" and len(report["stored"]) > 1:
+        rows.append(("tensors", ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())))
     rows.append(("release", f"{report['release']} ({report['source']})" if report["release"] else "not recognised"))
     rows.append(("fits", ", ".join(report["fits"]) or "none of the tasks"))
     if coverage:

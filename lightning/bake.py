@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from lightning.diffusers_layout import FOLDERS, TOKENIZER, rest_of, settings_of
+from lightning.diffusers_layout import is_diffusers, rest_of, settings_of, tokenizer_of
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
 from lightning.examine import STEM, open_network
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, diffusers_name, keeps_float32, task_of
+from lightning.names import EXPERTS, FOLDERS, diffusers_name, keeps_float32, task_of
 from lightning.releases import Release
 from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
-from lightning.weights import FLOATS
+from lightning.weights import EXPERT, FLOATS, as_ours
 
 SHARD_BYTES = 10_000_000_000
 
@@ -53,9 +53,11 @@ def bake(
     Everything is checked before anything is written, and all that is wrong is told: InputError.
     """
     _check_places(ckpt_dir, out)
+    if layout == "released" and is_diffusers(ckpt_dir):
+        raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout, and so is its result: give --layout diffusers")
     if layout == "released" and not any(loras.values()):
         raise LoraError("nothing to bake: give --lora_dir or --lora")
-    stores = {expert: _open(ckpt_dir / where) for expert, where in EXPERTS[task].items()}
+    stores = _open_experts(task, ckpt_dir)
     sources = _sources(task, ckpt_dir, stores, loras, dtype, allow_partial, report)
     sources["layout"] = layout
     made_for = release or release_in(ckpt_dir)
@@ -79,7 +81,7 @@ def bake(
     if layout == "released":
         _bring_others(ckpt_dir, partial, task)
     else:
-        shutil.copytree(ckpt_dir / TOKENIZER, partial / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(tokenizer_of(ckpt_dir), partial / "tokenizer", dirs_exist_ok=True)
     for place, content in settings.items():
         write_json(partial / place, content)
     write_json(partial / RECORD, {**sources, "shards": digests})
@@ -159,10 +161,16 @@ def _sources(
     return sources
 
 
-def _open(folder: Path) -> TensorStore:
-    if (store := open_network(folder)) is None:
-        raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
-    return store
+def _open_experts(task: str, ckpt_dir: Path) -> dict[str, TensorStore]:
+    """The task's experts, in whichever layout, under our names."""
+    folders = FOLDERS if is_diffusers(ckpt_dir) else EXPERTS[task]
+    stores = {}
+    for expert in EXPERTS[task]:
+        folder = ckpt_dir / folders[expert]
+        if (store := open_network(folder)) is None:
+            raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+        stores[expert] = as_ours(store, EXPERT, str(folder))
+    return stores
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -16,39 +16,65 @@ import torch
 
 from lightning.diffusers_names import text_name, vae_name
 from lightning.errors import LoraError
+from lightning.examine import STEM, open_network
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from lightning.names import PATCH
-from lightning.pickled import PickleStore
+from lightning.names import MODEL_INDEX, PATCH
 from lightning.releases import Release
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
+from lightning.weights import TEXT_ENCODER, VAE, as_ours, open_file
 
-FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}
 PIPELINES = {"t2v-A14B": "WanPipeline", "i2v-A14B": "WanImageToVideoPipeline", "ti2v-5B": "WanPipeline"}
 BOUNDARIES = {"t2v-A14B": 0.875, "i2v-A14B": 0.9}
 BASE_SHIFTS = {"t2v-A14B": 12.0, "i2v-A14B": 5.0, "ti2v-5B": 5.0}
-TEXT_ENCODER, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
+TEXT_ENCODER_FILE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
+TEXT_STEM = "model"
 VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 
 
 def rest_of(ckpt_dir: Path) -> list[Network]:
-    """The autoencoder and the text encoder of a released checkpoint, in the precision they are stored in.
+    """The autoencoder and the text encoder of a checkpoint of either layout, in the precision they are stored in.
 
     LoraError listing what is not there.
     """
-    vae = next((ckpt_dir / name for name in VAES if (ckpt_dir / name).is_file()), None)
-    missing = [] if vae else [" or ".join(VAES)]
-    missing += [name for name in (TEXT_ENCODER, f"{TOKENIZER}/tokenizer.json") if not (ckpt_dir / name).is_file()]
-    if missing or vae is None:
+    vae, text_encoder = _open_rest(ckpt_dir)
+    tokenizer = tokenizer_of(ckpt_dir) / "tokenizer.json"
+    missing = [] if vae else ["vae" if is_diffusers(ckpt_dir) else " or ".join(VAES)]
+    missing += [] if text_encoder else ["text_encoder" if is_diffusers(ckpt_dir) else TEXT_ENCODER_FILE]
+    missing += [] if tokenizer.is_file() else [str(tokenizer.relative_to(ckpt_dir))]
+    if missing or vae is None or text_encoder is None:
         raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(missing)}, which --layout diffusers needs")
-    found = []
-    for folder, file, stem, rename in (
-        ("vae", vae, "diffusion_pytorch_model", vae_name),
-        ("text_encoder", ckpt_dir / TEXT_ENCODER, "model", text_name),
-    ):
-        store = PickleStore(file)
-        found.append(Network(folder.replace("_", " "), store, Path(folder), _as_stored(store), stem, rename))
-    return found
+    return [
+        Network("vae", vae, Path("vae"), _as_stored(vae), STEM, vae_name),
+        Network("text encoder", text_encoder, Path("text_encoder"), _as_stored(text_encoder), TEXT_STEM, text_name),
+    ]
+
+
+def is_diffusers(ckpt_dir: Path) -> bool:
+    return (ckpt_dir / MODEL_INDEX).is_file()
+
+
+def tokenizer_of(ckpt_dir: Path) -> Path:
+    """The folder of the tokenizer."""
+    return ckpt_dir / ("tokenizer" if is_diffusers(ckpt_dir) else TOKENIZER)
+
+
+def _open_rest(ckpt_dir: Path) -> tuple[TensorStore | None, TensorStore | None]:
+    """(autoencoder, text encoder) under our names, None for what is not there."""
+    if is_diffusers(ckpt_dir):
+        found = {
+            VAE: open_network(ckpt_dir / "vae", STEM),
+            TEXT_ENCODER: open_network(ckpt_dir / "text_encoder", TEXT_STEM),
+        }
+    else:
+        vae = next((ckpt_dir / name for name in VAES if (ckpt_dir / name).is_file()), None)
+        text_encoder = ckpt_dir / TEXT_ENCODER_FILE
+        found = {
+            VAE: open_file(vae) if vae else None,
+            TEXT_ENCODER: open_file(text_encoder) if text_encoder.is_file() else None,
+        }
+    vae_store, text_store = (as_ours(store, kind, str(ckpt_dir)) if store else None for kind, store in found.items())
+    return vae_store, text_store
 
 
 def _as_stored(store: TensorStore) -> Callable[[str], torch.dtype]:
@@ -60,7 +86,7 @@ def settings_of(networks: Sequence[Network], task: str, release: Release | None)
 
     release: whose solver and shift the scheduler gets.
     """
-    found = {"model_index.json": model_index(task), "scheduler/scheduler_config.json": scheduler_config(task, release)}
+    found = {MODEL_INDEX: model_index(task), "scheduler/scheduler_config.json": scheduler_config(task, release)}
     for network in networks:
         folder, shapes = str(network.folder), network.store.shapes
         if folder == "vae":
@@ -83,11 +109,12 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def transformer_config(ours: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """WanTransformer3DModel's settings. ours: the released config.json, of which the number of heads is needed."""
+def transformer_config(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """WanTransformer3DModel's settings. given: config.json of either layout, of which the number of heads is needed."""
     width, channels = shapes["patch_embedding.weight"][:2]
     try:
-        heads, eps = int(ours["num_heads"]), float(ours.get("eps", 1e-6))
+        heads = int(given["num_heads"] if "num_heads" in given else given["num_attention_heads"])
+        eps = float(given.get("eps", 1e-6))
         if heads < 1 or width % heads:
             raise ValueError(heads)
     except (KeyError, TypeError, ValueError) as e:

@@ -2,6 +2,7 @@
 
 ours -> theirs: `diffusers_name` (transformer, in names.py), `vae_name`, `text_name`; back: `original`, `original_vae`,
 `original_text`, which take all names of a file, because the two autoencoders use one name for different places.
+llama.cpp has names of its own for a text encoder's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 
 from lightning.names import DIFFUSERS
 
+Spellings = Iterable[tuple[str, str]]  # ours, theirs
 MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 RESIDUAL = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
             ("shortcut", "conv_shortcut"))  # fmt: skip
@@ -25,6 +27,16 @@ TEXT = (
     ("ffn.fc2", "layer.1.DenseReluDense.wo"),
 )
 TEXT_ENDS = (("token_embedding", "shared"), ("norm", "encoder.final_layer_norm"))
+LLAMA_TEXT = (
+    ("norm1", "attn_norm"),
+    *((f"attn.{x}", f"attn_{x}") for x in "qkvo"),
+    ("pos_embedding.embedding", "attn_rel_b"),
+    ("norm2", "ffn_norm"),
+    ("ffn.gate.0", "ffn_gate"),
+    ("ffn.fc1", "ffn_up"),
+    ("ffn.fc2", "ffn_down"),
+)
+LLAMA_TEXT_ENDS = (("token_embedding", "token_embd"), ("norm", "enc.output_norm"))
 RESNETS = 3  # of a decoder level, after which the 2.1 autoencoder counts its upsampling on
 
 
@@ -102,20 +114,30 @@ def text_name(name: str) -> str:
 
 def original_text(names: Iterable[str]) -> dict[str, str]:
     """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`."""
-    found = {}
-    for name in names:
-        if block := re.match(r"encoder\.block\.(\d+)\.", name):
-            found[name] = f"blocks.{block[1]}.{_renamed(name[block.end() :], _back(TEXT))}"
-        elif not name.startswith("encoder.embed_tokens."):
-            found[name] = _renamed(name, _back(TEXT_ENDS))
-    return found
+    return {
+        name: _original_text(name, r"encoder\.block\.(\d+)\.", TEXT, TEXT_ENDS)
+        for name in names
+        if not name.startswith("encoder.embed_tokens.")
+    }
 
 
-def _back(table: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def original_llama_text(names: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's names of a text encoder's parameters -> ours."""
+    return {name: _original_text(name, r"enc\.blk\.(\d+)\.", LLAMA_TEXT, LLAMA_TEXT_ENDS) for name in names}
+
+
+def _original_text(name: str, start: str, inside: Spellings, outside: Spellings) -> str:
+    """start: matches what stands before a block's own names."""
+    if block := re.match(start, name):
+        return f"blocks.{block[1]}.{_renamed(name[block.end() :], _back(inside))}"
+    return _renamed(name, _back(outside))
+
+
+def _back(table: Spellings) -> list[tuple[str, str]]:
     return [(theirs, ours) for ours, theirs in table]
 
 
-def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+def _renamed(name: str, table: Spellings) -> str:
     """`name` with its beginning, up to a dot, replaced."""
     for before, after in table:
         if name.startswith(f"{before}."):

@@ -4,7 +4,6 @@ checkpoints with a LoRA baked in; and why no LoRA of the kind may be added to th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from lightning.adapter_settings import PEFT_WEIGHTS
 from lightning.errors import LoraError, TensorFileError
 from lightning.releases import SPARSE, Release, preset, recognise
 from lightning.tensorfile import TensorStore, fingerprint
-from lightning.weights import EXPERT, as_ours, holds, open_file
+from lightning.weights import EXPERT, SIGNS, as_ours, kind_of, open_file
 
 SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "boundary", "licence")  # kept by `bake`
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
-A_WEIGHT = "blocks.0.self_attn.q.weight"  # every expert has it, and no LoRA
 
 
 def open_expert(path: Path) -> TensorStore:
@@ -29,20 +27,15 @@ def open_expert(path: Path) -> TensorStore:
     raw = open_file(path)
     if any(".proj_l." in name for name in raw):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
-    if not holds_expert(raw):
-        raise LoraError(f"--expert {path}: not a full expert, {A_WEIGHT} is missing (a LoRA goes to --lora)")
+    if kind_of(raw) != EXPERT:
+        raise LoraError(f"--expert {path}: not a full expert, {SIGNS[EXPERT]} is missing (a LoRA goes to --lora)")
     return as_ours(raw, EXPERT, f"--expert {path}")
-
-
-def holds_expert(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are an expert's own weights, not additions to them."""
-    return holds(names, A_WEIGHT)
 
 
 def is_full_expert(path: Path) -> bool:
     """Whether the file is a full expert. False for files that cannot be opened."""
     try:
-        return holds_expert(open_file(path))
+        return kind_of(open_file(path)) == EXPERT
     except (TensorFileError, OSError):
         return False
 

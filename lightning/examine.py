@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning import names
 from lightning.adapter_settings import PEFT_CONFIG
-from lightning.distilled import holds_expert, open_expert, record_of, release_in
+from lightning.distilled import open_expert, record_of, release_in
 from lightning.errors import InputError, LoraError
 from lightning.lora import Lora, check, expert_of, files_of
 from lightning.releases import Release, preset, recognise
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
+from lightning.weights import EXPERT, GGUF, PICKLED, TEXT_ENCODER, VAE, as_ours, kind_of, open_file
 
 Shapes = dict[str, tuple[int, ...]]
 STEM = "diffusion_pytorch_model"
+SAID = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,28 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
     """The released networks of the task or of all, or the experts of a checkpoint. LoraError if that holds none."""
     if ckpt_dir is None:
         return [Model(task, None, names.released_shapes(task)) for task in ([task] if task else names.NETWORKS)]
-    for layout in dict.fromkeys(tuple(experts.items()) for experts in names.EXPERTS.values()):
-        stores = {expert: open_network(ckpt_dir / where) for expert, where in layout}
-        if any(stores.values()):
-            found = {expert: store for expert, store in stores.items() if store}
-            kind = task or names.task_of(next(iter(found.values())).shapes) or "an unknown task"
-            return [Model(kind, expert, store.shapes) for expert, store in found.items()]
-    raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+    if not (stores := experts_in(ckpt_dir)):
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+    kind = task or names.task_of(next(iter(stores.values())).shapes) or "an unknown task"
+    return [Model(kind, expert, store.shapes) for expert, store in stores.items()]
 
 
-def open_network(folder: Path) -> TensorStore | None:
+def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
+    """The experts of a checkpoint folder, as released or in diffusers' layout, under our names; what is there."""
+    most: dict[str, TensorStore] = {}
+    for experts in names.EXPERTS.values():
+        for layout in (experts, {expert: names.FOLDERS[expert] for expert in experts}):
+            opened = {expert: open_network(ckpt_dir / where) for expert, where in layout.items()}
+            found = {expert: as_ours(store, EXPERT, str(ckpt_dir)) for expert, store in opened.items() if store}
+            if len(found) == len(layout):
+                return found
+            most = most or found
+    return most
+
+
+def open_network(folder: Path, stem: str = STEM) -> TensorStore | None:
     """The weights of one network's folder, whole or in shards; None if there are none."""
-    for name in (f"{STEM}{INDEX_SUFFIX}", f"{STEM}.safetensors"):
+    for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
         if (folder / name).is_file():
             return TensorStore.open(folder / name)
     return None
@@ -58,21 +72,24 @@ def open_network(folder: Path) -> TensorStore | None:
 
 def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
     """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
-    if (path / "model_index.json").is_file():
-        return Report([], [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"])
+    if (path / names.MODEL_INDEX).is_file():
+        said = f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"
+        shapes = [store.shapes for store in experts_in(path).values()]
+        tasks = dict.fromkeys(task for task in map(names.task_of, shapes) if task)
+        return Report([], [said, *(f"and for generate.py --task {task} --ckpt_dir {path}" for task in tasks)])
     files = [path]
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         folders = [path, *(path / where for where in ("high_noise_model", "low_noise_model"))]
         files = [file for folder in folders for file in _weights_in(folder)]
         if not files:
-            raise LoraError(f"{path}: no safetensors file in this folder")
+            raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
     reports = [_examine(file, models, alpha) for file in files]
     return Report(reports, _uses(path, reports))
 
 
 def _weights_in(folder: Path) -> list[Path]:
     """Each index for its shards, else every file."""
-    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
 
 
 def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, Any]:
@@ -87,7 +104,7 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
         "note": release.note if release else "",
         "licence": release.licence if release else "",
         "use": None,
-        "stored": [],
+        "stored": {},
         "gigabytes": 0.0,
         "alphas": [],
         "fits": [],
@@ -97,14 +114,10 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
     try:
         if release:
             release.check_supported(str(file))
-        if file.is_file() and holds_expert(store := TensorStore.open(file)):
-            report |= {"kind": "full expert", **_storage(store)}
-            shapes = store.shapes if file.name.endswith(INDEX_SUFFIX) else open_expert(file).shapes
-            report["fits"] = list(dict.fromkeys(model.task for model in models if model.shapes == shapes))
-            if not report["fits"]:
-                judged = " or ".join(dict.fromkeys(model.task for model in models))
-                report["error"] = f"{file}: names or shapes are not those of {judged}"
-            return report | {"use": _use_of_expert(file, report)}
+        if file.is_file() and (kind := kind_of(store := open_file(file))):
+            return report | _examine_network(file, store, kind, models)
+        if file.suffix in (GGUF, *PICKLED):
+            raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
         lora = Lora.open(file, default_alpha=alpha)
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
@@ -121,19 +134,41 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
         report["fits"] += [model.task] if model.task not in report["fits"] else []
         report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
     if not report["fits"]:
-        hint = "" if any(model.expert for model in models) else " (--ckpt_dir judges by a checkpoint of other sizes)"
-        return report | {"error": errors[0] + hint}
+        return report | {"error": errors[0] + _hint(models)}
     return report | {"use": f"--lora {'' if named is None else f'{named}='}{file}"}
 
 
-def _use_of_expert(file: Path, report: dict[str, Any]) -> str | None:
-    """The flag that takes a single file; the shards of a checkpoint are used through its folder."""
-    if file.name.endswith(INDEX_SUFFIX) or not report["fits"]:
-        return None
-    expert = (
-        "model" if report["fits"] == ["ti2v-5B"] else expert_of(file.name) or expert_of(file.absolute().parent.name)
-    )
-    return f"--expert {expert or 'high (or low)'}={file}"
+def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model]) -> dict[str, Any]:
+    """What is told of a file that holds one network's own weights."""
+    shapes = (open_expert(file) if kind == EXPERT else as_ours(raw, kind, str(file))).shapes
+    found: dict[str, Any] = {"kind": SAID[kind], **_storage(raw), "use": None, "error": None}
+    found["fits"] = list(dict.fromkeys(model.task for model in models if _belongs(kind, shapes, model.shapes)))
+    if not found["fits"]:
+        judged = " or ".join(dict.fromkeys(model.task for model in models))
+        found["error"] = f"{file}: names or shapes are not those of {judged}{_hint(models)}"
+    elif not file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
+        found["use"] = f"--expert {_expert_said(file, found['fits'])}" if kind == EXPERT else f"--{kind}"
+        found["use"] += f"{'=' if kind == EXPERT else ' '}{file}"
+    return found
+
+
+def _belongs(kind: str, shapes: Shapes, expert: Shapes) -> bool:
+    """Whether a network of these shapes is that expert's, or goes with it: the same text width, the same channels."""
+    if kind == TEXT_ENCODER:
+        return shapes.get("token_embedding.weight", (0, 0))[1:] == expert["text_embedding.0.weight"][1:]
+    if kind == VAE:
+        return shapes.get("conv2.weight", (0,))[0] * math.prod(names.PATCH) == expert["head.head.weight"][0]
+    return shapes == expert
+
+
+def _expert_said(file: Path, fits: list[str]) -> str:
+    if fits == ["ti2v-5B"]:
+        return "model"
+    return expert_of(file.name) or expert_of(file.absolute().parent.name) or "high (or low)"
+
+
+def _hint(models: list[Model]) -> str:
+    return "" if any(model.expert for model in models) else " (--ckpt_dir judges by a checkpoint of other sizes)"
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
@@ -145,14 +180,19 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         for report in reports
     ]
     tasks = [task for task in names.NETWORKS if fitting and all(task in fits for fits in fitting)]
-    if all(report["kind"] == "full expert" for report in reports):
-        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in _whole(path, tasks)]
+    kinds = {report["kind"] for report in reports}
+    if "LoRA" in kinds and len(kinds) > 1:
+        return []  # what each file is good for stands beside it
+    if kinds == {SAID[EXPERT]} and (whole := _whole(path, tasks)):
+        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in whole]
         if record := record_of(path):
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
             said += [f"merged into it: {', '.join(merged)}"]
         if release := release_in(path):
             said += [f"it is sampled as {release.name}: {_plain_settings(release)}"]
         return said
+    if "LoRA" not in kinds:
+        return _as_files(path, tasks, reports)
     said = []
     for task in tasks:
         try:
@@ -160,6 +200,20 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         except LoraError:
             continue
         said.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
+    return said
+
+
+def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> list[str]:
+    """For each task the command that takes the single files, where they are all its experts, each once."""
+    uses = [report["use"] for report in reports if report["use"]]
+    flags = [report["use"].removesuffix(report["path"]) for report in reports if report["use"]]
+    said = []
+    for task in tasks:
+        needed = {f"--expert {expert}=" for expert in names.EXPERTS[task]}
+        others = set(flags) - needed
+        if needed <= set(flags) and others <= {"--vae ", "--text_encoder "} and len(set(flags)) == len(flags):
+            rest = "--tokenizer DIR" if len(others) == 2 else "--ckpt_dir DIR"
+            said.append(f"{path} holds weights in single files: generate.py --task {task} {' '.join(uses)} {rest}")
     return said
 
 
@@ -174,8 +228,10 @@ def _plain_settings(release: Release) -> str:
 
 
 def _storage(store: TensorStore) -> dict[str, Any]:
-    dtypes = sorted({entry.dtype for entry in store.values()})
-    return {"stored": dtypes, "gigabytes": round(sum(entry.bytes for entry in store.values()) / 1e9, 3)}
+    """stored: how many tensors are of which type."""
+    kinds = Counter(store.stored_as(name) for name in store)
+    size = sum(store.stored_bytes(name) for name in store)
+    return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 3)}
 
 
 def _likely_first(models: list[Model], release: Release | None) -> list[Model]:

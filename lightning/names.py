@@ -21,6 +21,9 @@ EXPERTS = {
     "i2v-A14B": {"high": "high_noise_model", "low": "low_noise_model"},
     "ti2v-5B": {"model": "."},
 }
+# Where diffusers' layout keeps them.
+MODEL_INDEX = "model_index.json"  # only that layout has it
+FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}
 TEXT_WIDTH, TIME_WIDTH = 4096, 256
 PATCH = (1, 2, 2)
 

@@ -65,7 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises TensorFileError for a file that is truncated, corrupt, of another kind or closed to us, OSError if it cannot
     be opened for another reason.
     """
-    size = _size_of(path)
+    size = size_of(path)
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -99,7 +99,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes of a regular file; of anything else (a pipe would be waited for) TensorFileError."""
     try:
         found = os.stat(path)
@@ -142,7 +142,7 @@ def _names_a_file(name: object) -> bool:
 
 def _parse_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard beside the index."""
-    _size_of(path)
+    size_of(path)
     try:
         weight_map = parse_json(path.read_bytes())["weight_map"]
         shards = set(weight_map.values())
@@ -214,6 +214,14 @@ class TensorStore(Mapping[str, Entry]):
 
     def file(self, name: str) -> Path:
         return self.entries[name].file
+
+    def stored_as(self, name: str) -> str:
+        """The file's own name for what it holds the tensor as, which need not be the dtype that `read` gives."""
+        return self.entries[name].dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.entries[name].bytes
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         """`names` in the order in which a disk reads them fastest."""

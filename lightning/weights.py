@@ -1,8 +1,9 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Files: safetensors (whole or shards by their index), `.pth`. Names: the released ones, behind the prefixes that other
-front ends add, diffusers' and transformers'. Weights quantised with one scale for the tensor or one for each row (fp8,
-int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding. All else is refused.
+Files: safetensors (whole or shards by their index), `.pth`, GGUF. Names: the released ones, behind the prefixes that
+other front ends add, diffusers', transformers' and llama.cpp's. Weights quantised with one scale for the tensor or one
+for each row (fp8, int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding; GGUF's
+are float32 as the file gives them. All else is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning.diffusers_names import original, original_text, original_vae
+from lightning.diffusers_names import original, original_llama_text, original_text, original_vae
 from lightning.errors import LoraError
-from lightning.names import diffusers_name
+from lightning.gguf_store import GgufStore
 from lightning.pickled import PickleStore
 from lightning.tensorfile import Entry, TensorStore
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
+GGUF, PICKLED = ".gguf", (".pth", ".pt")  # suffixes; all other files are safetensors
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
 ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
@@ -59,7 +61,9 @@ class NamedWeights(TensorStore):
 
 def open_file(path: Path) -> TensorStore:
     """The tensors of a file of any of the forms, as they are. TensorFileError for a damaged one; headers only."""
-    return PickleStore(path) if path.suffix in (".pth", ".pt") else TensorStore.open(path)
+    if path.suffix == GGUF:
+        return GgufStore(path)
+    return PickleStore(path) if path.suffix in PICKLED else TensorStore.open(path)
 
 
 def as_ours(raw: TensorStore, kind: str, where: str) -> TensorStore:
@@ -89,9 +93,10 @@ def as_ours(raw: TensorStore, kind: str, where: str) -> TensorStore:
     return NamedWeights(raw, names, scales)
 
 
-def holds(names: Iterable[str], parameter: str) -> bool:
-    """Whether one of these names, of whatever spelling, is an expert's `parameter`."""
-    return not {parameter, diffusers_name(parameter)}.isdisjoint(map(_plain, names))
+def kind_of(names: Iterable[str]) -> str | None:
+    """Which kind of network has parameters of these names, in whatever spelling; None for a LoRA and other things."""
+    plain = [_plain(name) for name in names]
+    return next((kind for kind, sign in SIGNS.items() if sign in NAMINGS[kind](plain).values()), None)
 
 
 def _plain(name: str) -> str:
@@ -101,20 +106,25 @@ def _plain(name: str) -> str:
     return name
 
 
-def _as_they_are_unless(sign: str, rename: Naming) -> Naming:
-    """Names of a network as `rename` has them if one begins with `sign`, else as they are."""
+def _as_they_are_unless(*spellings: tuple[str, Naming]) -> Naming:
+    """Names of a network as the first naming has them of which one begins with the sign, else as they are."""
 
     def ours(names: Iterable[str]) -> dict[str, str]:
         listed = list(names)
-        return rename(listed) if any(name.startswith(sign) for name in listed) else {name: name for name in listed}
+        for sign, rename in spellings:
+            if any(name.startswith(sign) for name in listed):
+                return rename(listed)
+        return {name: name for name in listed}
 
     return ours
 
 
+# a parameter that each network of the kind has, and no other
+SIGNS = {EXPERT: "blocks.0.self_attn.q.weight", TEXT_ENCODER: "blocks.0.attn.q.weight", VAE: "decoder.conv1.weight"}
 NAMINGS: dict[str, Naming] = {
-    EXPERT: _as_they_are_unless("condition_embedder.", original),
-    TEXT_ENCODER: _as_they_are_unless("encoder.block.", original_text),
-    VAE: _as_they_are_unless("quant_conv.", original_vae),
+    EXPERT: _as_they_are_unless(("condition_embedder.", original)),
+    TEXT_ENCODER: _as_they_are_unless(("encoder.block.", original_text), ("enc.blk.", original_llama_text)),
+    VAE: _as_they_are_unless(("quant_conv.", original_vae)),
 }
 
 

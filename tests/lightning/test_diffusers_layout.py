@@ -121,3 +121,26 @@ def test_the_record_stays_with_the_folder(tmp_path: Path) -> None:
     assert len(record["loras"]["model"]) == 1
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["flow_shift"], scheduler["solver_order"]) == (5.0, 1)
+
+
+@pytest.mark.parametrize("task", EXPERTS)
+def test_a_folder_in_diffusers_layout_is_a_base_as_well(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = ["--lora_dir", str(lora_dir(task))]
+    plain, expected = bake(task, tmp_path / "plain"), bake(task, tmp_path / "once", *lora)
+    arguments = ["--task", task, "--ckpt_dir", str(plain), "--dtype", "fp32", *lora]
+    assert main(["bake", *arguments, "--out", str(tmp_path / "twice"), "--layout", "diffusers"]) == 0
+    files = {file.relative_to(expected) for file in expected.rglob("*") if file.is_file()} - {Path("bake.json")}
+    assert len(files) > 10
+    assert all((tmp_path / "twice" / file).read_bytes() == (expected / file).read_bytes() for file in files)
+    capsys.readouterr()
+    assert main(["inspect", str(lora_dir(task)), "--ckpt_dir", str(plain)]) == 0
+    assert capsys.readouterr().out.count("20/20 pairs") == len(EXPERTS[task])
+    assert main(["inspect", str(plain)]) == 0
+    assert f"generate.py --task {task} --ckpt_dir {plain}" in capsys.readouterr().out
+    assert main(["bake", *arguments, "--out", str(tmp_path / "no")]) == 2
+    assert "give --layout diffusers" in capsys.readouterr().err
+    next((plain / "vae").glob("*.index.json")).unlink()
+    assert main(["bake", *arguments, "--out", str(tmp_path / "no"), "--layout", "diffusers"]) == 2
+    assert f"--ckpt_dir {plain} lacks vae, which --layout diffusers needs" in capsys.readouterr().err

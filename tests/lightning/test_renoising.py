@@ -1,12 +1,15 @@
 """The re-noising sampler in a whole task: a seed names a video, with a picture too, on one process and on several."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+import generate
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
@@ -71,3 +74,28 @@ def test_two_ranks_make_what_one_makes(pinned: bool) -> None:
     expected = latent_of(alone(), pinned, 5)
     for found in run_ranks(work, 2, pinned):
         assert relative_error(found, expected) < 1e-5
+
+
+def names_of(folder: Path, suffix: str) -> list[Path]:
+    return sorted(folder.glob(f"*{suffix}"))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_resume_and_replay_make_the_same_latents(pinned: bool, tmp_path: Path) -> None:
+    command = ["--task", "ti2v-5B", "--ckpt_dir", str(checkpoint("ti2v-5B")), "--prompt", "a boat", "--size", "64*64",
+               "--frame_num", "5", "--sample_solver", "dmd", "--timesteps", "1000,757,522", "--sample_guide_scale", "1",
+               "--num_videos", "2", "--base_seed", "5", "--save_latents", "--save_dir", str(tmp_path)]  # fmt: skip
+    command += ["--image", str(TINY / "input.png")] if pinned else []
+    assert generate.main(command) == 0
+    first, second = names_of(tmp_path, ".latents.safetensors")
+    expected = [load_file(file)["latent"] for file in (first, second)]
+    assert not torch.equal(*expected), "each seed has its own fresh noise"
+    left = [file.stat().st_mtime_ns for file in names_of(tmp_path, ".mp4")[:1]]
+    for suffix in (".mp4", ".json", ".latents.safetensors"):
+        names_of(tmp_path, suffix)[1].unlink()
+    assert generate.main([*command, "--resume"]) == 0
+    assert [file.stat().st_mtime_ns for file in names_of(tmp_path, ".mp4")[:1]] == left, "the finished one is left"
+    assert torch.equal(load_file(second)["latent"], expected[1])
+    again = tmp_path / "again.mp4"
+    assert generate.main(["--replay", str(names_of(tmp_path, ".mp4")[1]), "--save_file", str(again)]) == 0
+    assert torch.equal(load_file(tmp_path / "again.latents.safetensors")["latent"], expected[1])

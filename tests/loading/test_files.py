@@ -9,6 +9,7 @@ from torch import Tensor
 
 import generate
 from lightning.diffusers_names import text_name
+from lightning.examine import open_network
 from lightning.tensorfile import TensorStore
 from lightning.weights import TEXT_ENCODER, VAE, as_ours, open_file
 from tests.support import checkpoint, config_of
@@ -19,8 +20,9 @@ SOURCE = checkpoint(TASK)
 VAE_FILE, T5_FILE = SOURCE / "Wan2.1_VAE.pth", SOURCE / "models_t5_umt5-xxl-enc-bf16.pth"
 
 
-def expert(where: str) -> dict[str, Tensor]:
-    store = TensorStore.open(SOURCE / where / "diffusion_pytorch_model.safetensors.index.json")
+def expert(where: str, folder: Path = SOURCE) -> dict[str, Tensor]:
+    store = open_network(folder / where)
+    assert store is not None
     return {name: store.read(name).contiguous() for name in store}
 
 

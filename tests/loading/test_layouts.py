@@ -122,3 +122,13 @@ def test_a_release_that_diffusers_cannot_sample_is_told(tmp_path: Path, capsys: 
     shutil.copy(next(lora_dir("ti2v-5B").glob("*.safetensors")), lora)
     bake("ti2v-5B", tmp_path / "out", "--lora", str(lora))
     assert "warning: ti2v-fastwan-lora is made for re-noising (dmd)" in capsys.readouterr().err
+
+
+def test_resume_takes_the_same_weights_in_another_layout_for_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generated(checkpoint("t2v-A14B"), tmp_path / "videos") == 0
+    folder = bake("t2v-A14B", tmp_path / "one", "--dtype", "fp32")
+    capsys.readouterr()
+    assert generated(folder, tmp_path / "videos", "--resume") == 2
+    assert "ckpt_dir" in capsys.readouterr().err

@@ -11,12 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from easydict import EasyDict
 
-from lightning.diffusers_layout import FOLDERS
+from lightning.names import FOLDERS, MODEL_INDEX
 from lightning.tensorfile import INDEX_SUFFIX
 from wan import configs
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MODEL_INDEX = "model_index.json"  # only diffusers' layout has it
 
 
 def released(config: EasyDict) -> dict[str, str]:

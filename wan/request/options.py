@@ -165,11 +165,12 @@ class Request:
     lora_mode: str | None = option(WEIGHTS, VIDEO, text, "MODE",
         "merge (default) into the weights, or adapter: kept apart")
     expert: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "EXPERT",
-        "high=FILE, low=FILE or model=FILE: a full (distilled) weight in place of that expert", into="ckpt_dir")
+        "high=FILE, low=FILE or model=FILE: a full (distilled) weight, safetensors or GGUF, in place of that expert",
+        into="ckpt_dir")
     vae: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a video autoencoder in place of the checkpoint's",
         into="ckpt_dir")
-    text_encoder: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a UMT5 encoder in place of the checkpoint's",
-        into="ckpt_dir")
+    text_encoder: str | None = option(WEIGHTS, VIDEO, path, "FILE",
+        "a UMT5 encoder, safetensors, .pth or GGUF, in place of the checkpoint's", into="ckpt_dir")
     tokenizer: str | None = option(WEIGHTS, VIDEO, path, "DIR",
         "a folder with tokenizer.json in place of the checkpoint's", into="ckpt_dir")
     preset: str | None = option(WEIGHTS, VIDEO, text, "NAME",
