@@ -18,6 +18,7 @@ from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
+from wan.modules.fp8 import multiplies_fp8, working_bytes
 from wan.modules.model import PATCH
 from wan.modules.vae import WanVAE
 from wan.request.options import OPTIONS, VIDEO, Request
@@ -92,6 +93,7 @@ class Plan:
         work += 4 * tokens * model.head_width  # the table of rotations
         if self.lora_mode == "adapter" and self.loras:
             work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's
+        work += working_bytes(model, self.dtype)
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = latent_shape(self.config, size, frames)
         tiles = self.tiles(shape)
@@ -141,8 +143,10 @@ class Plan:
         )
 
     def _expert_sizes(self) -> dict[str, Sizes]:
-        dtype = parameter_dtypes(self.dtype, self.request.convert_model_dtype)
-        sizes = {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
+        sizes = {
+            name: sizes_of(module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, module))
+            for name, (module, _) in self.checkpoint.experts.items()
+        }
         return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
 
     def _adapter_bytes(self, expert: str) -> int:
@@ -172,7 +176,7 @@ class Plan:
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
         for part, path in self.checkpoint.files.items():
             lines.append(f"{'expert ' if part in self.config.experts else ''}{part.replace('_', ' ')}: {path}")
-        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
+        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}{self._quantised()}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
         if self.jobs and (budget := self.budget(self.largest().size, self.largest().frame_num, self.prompts())):
@@ -183,6 +187,12 @@ class Plan:
             extent = f"{size}, {job.frame_num} frames, {self.tokens(job.size, job.frame_num):,} tokens"
             lines.append(f"job {job.index + 1}: {extent}, seed {job.seed} -> {job.save_file}")
         return lines + [f"warning: {text}" for text in self.warnings]
+
+    def _quantised(self) -> str:
+        if self.request.quantize == "none":
+            return ""
+        how = "multiplied in fp8" if multiplies_fp8(self.device, self.dtype) else "unpacked for each product"
+        return f", weights of inner blocks in fp8, {how}"
 
     def as_dict(self) -> dict[str, Any]:
         return {
