@@ -14,7 +14,7 @@ from tests.modules.test_model import random_model
 from wan.doctor.measure import rms_error
 from wan.loading.stream import load, parameter_dtypes
 from wan.modules import fp8
-from wan.modules.fp8 import Fp8Linear, multiplies_fp8, product_error, working_bytes
+from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, working_bytes
 from wan.modules.model import Prompt, WanModel
 from wan.modules.passes import EAGER, compiled
 
@@ -33,10 +33,7 @@ needs_the_product = pytest.mark.skipif(not has_the_product(), reason="this PyTor
 
 
 def layer_of(weight: Tensor, dtype: torch.dtype) -> Fp8Linear:
-    layer = Fp8Linear(weight.shape[1], weight.shape[0], CPU)
-    quantise(weight, layer.weight, layer.weight_scale[:, None])
-    layer.bias = nn.Parameter(torch.linspace(-1, 1, weight.shape[0]).to(dtype), requires_grad=False)
-    return layer
+    return in_fp8(weight, torch.linspace(-1, 1, len(weight)).to(dtype))
 
 
 def with_fp8_weights(model: WanModel, file: Path) -> WanModel:

@@ -84,11 +84,17 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+def in_fp8(weight: Tensor, bias: Tensor) -> Fp8Linear:
+    """The layer of a weight [O, I] and a bias [O], on the device they are on."""
+    layer = Fp8Linear(weight.shape[1], weight.shape[0], weight.device)
+    quantise(weight, layer.weight, layer.weight_scale[:, None])
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
 def product_error(x: Tensor, weight: Tensor) -> float:
     """Root mean square error of x [R, I] times weightᵀ [I, O] in fp8, against the same fp8 numbers in float32."""
-    layer = Fp8Linear(weight.shape[1], weight.shape[0], x.device)
-    quantise(weight, layer.weight, layer.weight_scale[:, None])
-    layer.bias = nn.Parameter(torch.zeros_like(layer.bias, dtype=x.dtype), requires_grad=False)
+    layer = in_fp8(weight, x.new_zeros(len(weight)))
     q, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
     quantise(x, q, scale)
     exact = (q.float() * scale) @ (layer.weight.float() * layer.weight_scale[:, None]).t()
