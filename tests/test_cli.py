@@ -252,6 +252,26 @@ def test_dry_run(tmp_path, capsys):
     assert (code, err, plan["event"], len(plan["steps"])) == (0, [], "plan", 4)
 
 
+def test_fp8_in_plan_record_and_replay(capsys):
+    """A network of four blocks, two of which are in fp8."""
+    shapes = ROOT / "examples" / "shapes"
+    four = ["--ckpt_dir", str(shapes / "Wan2.2-T2V-A14B"), "--lora_dir", str(shapes / "lora-t2v"), *SMALL]
+    _, plain, _ = main(capsys, *four, "--dry_run", "--json")
+    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", "fp8", "--save_file", "a.mp4")
+    assert code == 0, err
+    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product"
+    assert line in out
+    assert line not in plain
+    record = json.loads(Path("a.json").read_text())
+    assert record["request"]["quantize"] == "fp8"
+    rows = 2 * (9 * 192 + 768)  # of two blocks
+    matrices = 2 * (8 * 192**2 + 2 * 192 * 768)
+    saved = json.loads(plain)["weight_bytes"]["high expert"] - record["plan"]["weight_bytes"]["high expert"]
+    assert saved == 3 * matrices - 4 * rows, "a byte in place of four, and a scale a row"
+    code, out, err = main(capsys, "--replay", "a.json", "--dry_run")
+    assert (code, line in out) == (0, True), err
+
+
 def test_a_run_and_its_replay(tmp_path, capsys):
     code, _, err = main(capsys, *I2V, *SMALL, "--image", str(TINY / "input.png"), "--prompt", "猫", "--preview")
     assert code == 0, err
