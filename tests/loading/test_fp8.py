@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fp8 import streamed
 from lightning.adapter import add_adapters, set_scale
 from lightning.fp8 import FP8, LARGEST, quantise, scale_name
 from lightning.lora import Lora
@@ -16,6 +17,8 @@ from lightning.tensorfile import TensorStore
 from lightning.weights import EXPERT, as_ours
 from tests.lightning.support import write
 from tests.support import relative_error
+from wan.doctor.counts import released_transformer
+from wan.loading.budget import Sizes
 from wan.loading.residency import Networks, sizes_of
 from wan.loading.stream import Source, load, parameter_dtypes
 from wan.modules.fp8 import Fp8Linear
@@ -212,24 +215,37 @@ def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None
     assert torch.equal(layer(x), plain)
 
 
-def released(task: str, dtype: torch.dtype, fp8: bool) -> tuple[WanModel, object]:
-    from lightning.names import NETWORKS, TEXT_WIDTH
-
-    dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
-    with torch.device("meta"):
-        model = WanModel(
-            dim=dim, ffn_dim=ffn, in_dim=channels_in, out_dim=channels_out, num_heads=dim // 128, num_layers=blocks,
-            text_dim=TEXT_WIDTH,
-        )  # fmt: skip
+def released(task: str, fp8: bool) -> Sizes:
+    model = released_transformer(task)
     if fp8:
         model.use_fp8()
-    return model, sizes_of(model, parameter_dtypes(dtype, False, model))
+    return sizes_of(model, parameter_dtypes(torch.bfloat16, False, model))
 
 
 @pytest.mark.parametrize(("task", "parts"), [("t2v-A14B", 22), ("ti2v-5B", 17)])
 def test_two_blocks_share_a_slot(task: str, parts: int) -> None:
-    _, before = released(task, torch.bfloat16, fp8=False)
-    _, sizes = released(task, torch.bfloat16, fp8=True)
+    before, sizes = released(task, fp8=False), released(task, fp8=True)
     assert sizes.units == parts
     assert sizes.unit_bytes == pytest.approx(before.unit_bytes, rel=0.005)
     assert sizes.fixed == before.fixed
+
+
+def test_what_streams_is_halved() -> None:
+    """By the plan for 8 GB: from files in fp8; other files come to the device as they are."""
+    rows = {(row[2], row[6]): float(row[7].split(" / ")[0]) for row in streamed("t2v-A14B", 8)}
+    assert rows["bf16", "bf16"] == rows["fp8", "bf16"] == pytest.approx(28.7, abs=0.1)
+    assert rows["fp8", "fp8"] < 0.55 * rows["bf16", "bf16"]
+
+
+def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:
+    tensors = weights()
+    for name in [name for name in tensors if takes_fp8(name, 5)]:
+        tensors[name], scale = in_fp8(tensors[name])
+        tensors[scale_name(name)] = scale[:, None]
+    model = blueprint()
+    source = Source(store_of(tmp_path, tensors), parameter_dtypes(torch.float32, False, model))
+    networks, told = Networks({"model": (model, source)}, CPU), list[int]()
+    networks.preload(told.append)
+    streaming = [name for name, _ in model.named_parameters() if model.unit_of(name) is not None]
+    assert networks.walker.brought == sum(tensors[n].nbytes for n in streaming if not n.endswith("_scale"))
+    assert sum(told) == sum(source.store[n].bytes for n in streaming if n in source.store), "as progress counts a file"
