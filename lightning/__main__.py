@@ -20,6 +20,7 @@ from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
 
 TASKS = tuple(names.NETWORKS)
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
     bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     bake.add_argument("--layout", choices=("released", "diffusers"), default="released", help="of the result")
-    bake.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    bake.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     bake.set_defaults(command=_bake)
     return parser
 
@@ -133,7 +134,7 @@ def _bake(args: argparse.Namespace) -> int:
         args.ckpt_dir,
         loras,
         args.out,
-        dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
+        dtype=getattr(torch, DTYPES[args.dtype]),
         allow_partial=args.lora_allow_partial,
         release=release,
         layout=args.layout,

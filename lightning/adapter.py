@@ -49,10 +49,12 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
         for module, delta in modules.items():
             weight, layer = layers[module].weight, adapted[module]
             assert isinstance(weight, Tensor)
+            bias = layers[module].bias
+            dtype = bias.dtype if isinstance(bias, Tensor) else weight.dtype  # a weight may be fp8
             assert isinstance(layer, LoraLayer)
             home = device or weight.device
             for parts, tensor in zip((layer.lora_B, layer.lora_A), delta.tensors, strict=True):
-                found = lora.read(tensor).flatten(1).to(home, weight.dtype)
+                found = lora.read(tensor).flatten(1).to(home, dtype)
                 parts[_name(number)].weight = nn.Parameter(found, requires_grad=False)
     set_scale(model, 1.0)
 

@@ -1,7 +1,8 @@
 """Write a checkpoint with its LoRAs merged in, in the released layout or diffusers': a start reads half the bytes.
 
-Every tensor is stored as a bf16 run keeps it (bf16, or float32 for the few that stay in it), so that running the
-baked folder equals merging on the fly, tensor for tensor. All is written into `OUT.partial`, which becomes `OUT` by
+Every tensor is stored as a bf16 run keeps it (bf16, or float32 for the few that stay in it; in fp8, with a scale for
+each row, what a run with `--quantize fp8` has so), so that running the baked folder equals merging on the fly, tensor
+for tensor. All is written into `OUT.partial`, which becomes `OUT` by
 one rename at the end: a run that was stopped leaves nothing under that name, and the next one finishes it.
 """
 
@@ -22,9 +23,10 @@ from lightning.diffusers_layout import is_diffusers, rest_of, settings_of, token
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
 from lightning.examine import STEM, open_network
+from lightning.fp8 import FP8
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, FOLDERS, diffusers_name, keeps_float32, task_of
+from lightning.names import EXPERTS, FOLDERS, diffusers_name, keeps_float32, takes_fp8, task_of
 from lightning.releases import Release
 from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
@@ -55,8 +57,10 @@ def bake(
     _check_places(ckpt_dir, out)
     if layout == "released" and is_diffusers(ckpt_dir):
         raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout, and so is its result: give --layout diffusers")
-    if layout == "released" and not any(loras.values()):
+    if layout == "released" and dtype != FP8 and not any(loras.values()):
         raise LoraError("nothing to bake: give --lora_dir or --lora")
+    if layout == "diffusers" and dtype == FP8:
+        raise LoraError("--dtype fp8: diffusers does not read scales of rows; take the released layout, or bf16")
     stores = _open_experts(task, ckpt_dir)
     sources = _sources(task, ckpt_dir, stores, loras, dtype, allow_partial, report)
     sources["layout"] = layout
@@ -99,11 +103,15 @@ def _networks(
 ) -> list[Network]:
     """The networks whose weights are written: the experts, and in diffusers' layout the others too."""
 
-    def stored(name: str) -> torch.dtype:
-        return torch.float32 if keeps_float32(name) else dtype
-
     networks = []
     for expert, store in stores.items():
+        blocks = 1 + max((int(name.split(".")[1]) for name in store if name.startswith("blocks.")), default=0)
+
+        def stored(name: str, blocks: int = blocks) -> torch.dtype:
+            if keeps_float32(name):
+                return torch.float32
+            return dtype if dtype != FP8 or takes_fp8(name, blocks) else torch.bfloat16
+
         merge = Merge(loras.get(expert, ()), store.shapes)
         if layout == "released":
             networks.append(Network(expert, store, Path(EXPERTS[task][expert]), stored, change=merge))

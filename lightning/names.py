@@ -70,6 +70,7 @@ _KINDS = (
     ("diff_b", r"\.diff_b"),
     ("diff_m", r"\.diff_m"),
 )
+_MATRIX = re.compile(r"blocks\.(\d+)\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
 _KEY = re.compile("(?P<stem>.+?)(?:" + "|".join(f"(?P<{kind}>{suffix})" for kind, suffix in _KINDS) + ")")
 
 
@@ -160,6 +161,12 @@ def task_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The published task whose network takes as many channels as this one, None if there is none."""
     channels = shapes.get("patch_embedding.weight", (0, 0))[1]
     return next((task for task, network in NETWORKS.items() if network[3] == channels), None)
+
+
+def takes_fp8(name: str, blocks: int, kept: int = 1) -> bool:
+    """Whether a run in fp8 holds this parameter in it: the matrices of all blocks but the first and last `kept`."""
+    found = _MATRIX.fullmatch(name)
+    return found is not None and kept <= int(found[1]) < blocks - kept
 
 
 def keeps_float32(name: str) -> bool:

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from lightning.errors import TensorFileError
+from lightning.fp8 import FP8, quantise, scale_name
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 
 CHUNK = 1 << 24
-FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", FP8: "F8_E4M3"}
 
 
 @dataclass(frozen=True)
 class Network:
     """One network to write: where its tensors come from, and where they go.
 
-    folder: relative to the checkpoint. stored: dtype by our name. rename: our name -> the one in the file.
+    folder: relative to the checkpoint. stored: dtype by our name; fp8 brings a scale for each row, in a tensor beside.
+    rename: our name -> the one in the file.
     change: what becomes of a tensor on the way (a `Merge`).
     """
 
@@ -39,12 +41,13 @@ class Network:
 
 
 class Target(NamedTuple):
-    """One tensor of a file to write."""
+    """One tensor of a file to write. scales: not the weight `source`, but what its rows in fp8 are multiplied by."""
 
     source: str
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scales: bool = False
 
     @property
     def bytes(self) -> int:
@@ -80,12 +83,16 @@ def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
     groups: list[list[Target]] = [[]]
     room = shard_bytes
     for name in network.store.in_file_order(network.store):
-        target = Target(name, network.rename(name), network.stored(name), network.store[name].shape)
-        if target.bytes > room and groups[-1]:
+        targets = [Target(name, network.rename(name), network.stored(name), network.store[name].shape)]
+        if targets[0].dtype == FP8:
+            shape = targets[0].shape[0], 1
+            targets.append(Target(name, scale_name(targets[0].name), torch.float32, shape, scales=True))
+        size = sum(target.bytes for target in targets)
+        if size > room and groups[-1]:
             groups.append([])
             room = shard_bytes
-        groups[-1].append(target)
-        room -= target.bytes
+        groups[-1] += targets
+        room -= size
     return [
         Shard(
             network.folder / f"{network.stem}-{number:05d}-of-{len(groups):05d}.safetensors",
@@ -107,7 +114,7 @@ def write_shard(path: Path, shard: Shard, network: Network) -> str:
         file.write(header)
         digest.update(header)
         for tensor in shard.tensors:
-            data = _bytes_of(_changed(tensor.source, network).to(tensor.dtype))
+            data = _bytes_of(_stored(tensor, network))
             file.write(data)
             digest.update(data)
         file.flush()
@@ -139,6 +146,16 @@ def sha256(file: Path) -> str:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _stored(target: Target, network: Network) -> Tensor:
+    """As it is written. A weight in fp8 and its scales lie apart in the file, and each makes both."""
+    tensor = _changed(target.source, network)
+    if target.dtype != FP8 and not target.scales:
+        return tensor.to(target.dtype)
+    q, scale = torch.empty(tensor.shape, dtype=FP8), torch.empty(len(tensor), 1)
+    quantise(tensor, q, scale)
+    return scale if target.scales else q
 
 
 def _changed(name: str, network: Network) -> Tensor:

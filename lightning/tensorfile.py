@@ -253,6 +253,12 @@ class TensorStore(Mapping[str, Entry]):
             return entry.bytes
         return entry.bytes // entry.shape[0] * len(range(*rows.indices(entry.shape[0])))
 
+    def read_fp8(
+        self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(e4m3 numbers, float32 scales [rows, 1]) of a matrix that is stored so; None for any other tensor."""
+        return None
+
     def read(self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in the file's dtype.
 

@@ -2,8 +2,8 @@
 
 Files: safetensors (whole or shards by their index), `.pth`, GGUF. Names: the released ones, behind the prefixes that
 other front ends add, diffusers', transformers' and llama.cpp's. Weights quantised with one scale for the tensor or one
-for each row (fp8, int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding; GGUF's
-are float32 as the file gives them. All else is refused.
+for each row (fp8, int8) are given as float32, W = q * scale, which loses nothing beyond that product's rounding, and
+e4m3 also as it is stored; GGUF's are float32 as the file gives them. All else is refused.
 """
 
 from __future__ import annotations
@@ -52,11 +52,27 @@ class NamedWeights(TensorStore):
         stored = self._raw.read(self._names[name], rows)
         room = torch.empty(4 * stored.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * stored.numel()]
         weight = room.view(torch.float32).view(stored.shape).copy_(stored)
-        if scale_name := self._scales.get(name):
-            one_for_each_row = math.prod(self._raw[scale_name].shape) > 1
-            scale = self._raw.read(scale_name, rows if one_for_each_row else None).float()
-            weight.mul_(scale.reshape(-1, *[1] * (weight.dim() - 1)))
+        if name in self._scales:
+            weight.mul_(self._scale(name, rows).reshape(-1, *[1] * (weight.dim() - 1)))
         return weight
+
+    def read_fp8(
+        self, name: str, rows: slice | None = None, buffer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As TensorStore.read_fp8: the numbers as they are in the file, one scale for all or none as one for each."""
+        import torch
+
+        theirs = self._names[name]
+        if self._raw[theirs].dtype != "F8_E4M3":
+            return None
+        q = self._raw.read(theirs, rows, buffer)
+        scale = self._scale(name, rows) if name in self._scales else torch.ones(1)
+        return q, scale.reshape(-1, 1).expand(len(q), 1)
+
+    def _scale(self, name: str, rows: slice | None) -> Tensor:
+        """float32: one number, or one for each of the rows."""
+        scale = self._raw[self._scales[name]]
+        return self._raw.read(self._scales[name], rows if math.prod(scale.shape) > 1 else None).float()
 
 
 def open_file(path: Path) -> TensorStore:

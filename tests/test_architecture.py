@@ -32,7 +32,7 @@ ARROWS = {
     "wan.planning": {"wan.plan", "wan.device", "wan.sampling", "wan.loading", "wan.distributed", "wan.request",
                      "wan.modules", "wan.utils", "lightning"},
     "wan.plan_report": {"wan.plan", "wan.device", "wan.expected", "wan.sampling", "wan.loading", "wan.distributed",
-                        "wan.request", "wan.utils"},
+                        "wan.modules", "wan.request", "wan.utils"},
     "wan.expected": {"wan.plan", "wan.loading", "wan.distributed", "wan.modules", "wan.utils"},
     "wan.plan": {"wan.sampling", "wan.loading", "wan.distributed", "wan.request", "wan.modules", "wan.utils",
                  "lightning"},

@@ -30,7 +30,7 @@ FLAGS = """
     extend_only frame_num gallery high_steps image image_path_file json last_image lora lora_allow_partial lora_alpha
     lora_dir lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model on_error
     overwrite preset preview preview_steps prompt prompt_extend_method prompt_extend_model prompt_extend_on_error
-    prompt_extend_target_lang prompt_file replay resume ring_size sample_guide_scale sample_shift sample_solver
+    prompt_extend_target_lang prompt_file quantize replay resume ring_size sample_guide_scale sample_shift sample_solver
     sample_steps save_dir save_file save_latents seconds shard size t5_cpu t5_fsdp task text_encoder timesteps
     tokenizer ulysses_size use_prompt_extend vae vae_tiling vram
 """
@@ -250,6 +250,26 @@ def test_dry_run(tmp_path, capsys):
     code, out, err = main(capsys, *T2V, *SMALL, "--dry_run", "--json")
     plan = json.loads(out)
     assert (code, err, plan["event"], len(plan["steps"])) == (0, [], "plan", 4)
+
+
+def test_fp8_in_plan_record_and_replay(capsys):
+    """A network of four blocks, two of which are in fp8."""
+    shapes = ROOT / "examples" / "shapes"
+    four = ["--ckpt_dir", str(shapes / "Wan2.2-T2V-A14B"), "--lora_dir", str(shapes / "lora-t2v"), *SMALL]
+    _, plain, _ = main(capsys, *four, "--dry_run", "--json")
+    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", "fp8", "--save_file", "a.mp4")
+    assert code == 0, err
+    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product"
+    assert line in out
+    assert line not in plain
+    record = json.loads(Path("a.json").read_text())
+    assert record["request"]["quantize"] == "fp8"
+    rows = 2 * (9 * 192 + 768)  # of two blocks
+    matrices = 2 * (8 * 192**2 + 2 * 192 * 768)
+    saved = json.loads(plain)["weight_bytes"]["high expert"] - record["plan"]["weight_bytes"]["high expert"]
+    assert saved == 3 * matrices - 4 * rows, "a byte in place of four, and a scale a row"
+    code, out, err = main(capsys, "--replay", "a.json", "--dry_run")
+    assert (code, line in out) == (0, True), err
 
 
 def test_a_run_and_its_replay(tmp_path, capsys):

@@ -17,6 +17,8 @@ from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast, released_plan
 from wan.expected import counted, decode_operations, network_of
+from wan.modules.attention import sdpa
+from wan.modules.fp8 import in_fp8
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
@@ -73,6 +75,21 @@ def test_a_wrong_back_end_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_back_end_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(numerics.BACKENDS, "sdpa", lambda q, *_: q * float("nan"))
     assert numerics.attention("sdpa", torch.float32, machine()).verdict == WRONG
+
+
+def test_a_layer_in_fp8_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = numerics.fp8_layer(machine())
+    assert (outcome.verdict, outcome.sentence.partition(",")[0]) == (GOOD, "no fp8 product here: unpacked")
+    monkeypatch.setattr(numerics, "in_fp8", lambda weight, bias: in_fp8(weight.roll(1), bias))
+    assert numerics.fp8_layer(machine()).verdict == WRONG
+    monkeypatch.setattr(numerics, "in_fp8", lambda weight, _: lambda x: x @ weight.t())
+    assert numerics.fp8_layer(machine()).verdict == WRONG, "better than fp8 can be"
+
+
+def test_attention_in_8_bits_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, factor, verdict in (("sage", 1.04, GOOD), ("sdpa", 1.04, WRONG), ("sage", 1.1, WRONG)):
+        monkeypatch.setitem(numerics.BACKENDS, name, lambda *qkv, factor=factor: sdpa(*qkv) * factor)
+        assert numerics.attention(name, torch.bfloat16, machine()).verdict == verdict
 
 
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

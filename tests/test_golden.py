@@ -3,6 +3,7 @@
 Tolerances (largest error over the stage's largest magnitude), float32 on a CPU: 1e-5 a stage, 1e-4 end to end.
 """
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import wan
 from benchmarks.measure import rms_error
 from tests.lightning.support import FAMILIES
 from tests.lightning.support import family as lora_family
+from tests.modules.test_fp8 import needs_the_product
 from tests.support import CASES, TINY, assert_decodes, checkpoint, config_of, golden, lora_dir, relative_error
-from wan.modules.model import Prompt
+from wan.modules import fp8
+from wan.modules.model import Prompt, WanModel
 from wan.original import Original
 from wan.pipeline import Start
 from wan.request.settings import Sampling
@@ -24,10 +27,10 @@ CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2
 STAGE, END_TO_END = 1e-5, 1e-4
 
 
-def open_task(case: dict, dtype: torch.dtype = torch.float32) -> Original:
+def open_task(case: dict, dtype: torch.dtype = torch.float32, **more: str) -> Original:
     task = case["task"]
     lora = lora_dir(task) if case["lora"] else None
-    return CLASSES[task](config_of(task, dtype), checkpoint(task), lora_dir=lora, device="cpu")
+    return CLASSES[task](config_of(task, dtype), checkpoint(task), lora_dir=lora, device="cpu", **more)
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -131,6 +134,29 @@ def test_bf16_stays_near_float32(case: dict, monkeypatch: pytest.MonkeyPatch) ->
     latents, video = generate(task, case, monkeypatch)
     assert 1e-3 < rms_error(latents, golden()[f"{name}.latent"]) < 1.5e-2
     assert 1e-3 < rms_error(video, golden()[f"{name}.video"]) < 2e-2
+
+
+@pytest.mark.parametrize("multiplied", [False, pytest.param(True, marks=needs_the_product)])
+def test_fp8_stays_near_float32(case: dict, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in e4m3 are off by 2.6 %, and so is a product; with activations in e4m3 too, 3.7 %. The residual stream
+    and everything between products are not. Root mean square errors, over all cases: with weights unpacked 1.1-2.3 %
+    of the final latent and 2.0-4.5 % of the pixels; multiplied in fp8 1.5-4.4 % and 2.5-7.8 %, with guidance, which
+    multiplies the error, the upper halves.
+
+    The small networks have two blocks, a first and a last one: a run keeps those, and here they are in fp8 too.
+    """
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
+    monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
+    task = open_task(case, torch.bfloat16, quantize="fp8")
+    latent, video = generate(task, case, monkeypatch)
+    of_latent, of_pixels = (6e-2, 1e-1) if multiplied else (3e-2, 6e-2)
+    assert 5e-3 < rms_error(latent, golden()[f"{case['name']}.latent"]) < of_latent
+    assert 5e-3 < rms_error(video, golden()[f"{case['name']}.video"]) < of_pixels
+
+
+def test_a_first_and_a_last_block_are_not_in_fp8(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent, _ = generate(open_task(case, quantize="fp8"), case, monkeypatch)
+    assert relative_error(latent, golden()[f"{case['name']}.latent"]) < END_TO_END
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "diffusers, low half only"])

@@ -7,6 +7,7 @@ the program does not fetch it. The host side (files, threads, random numbers) is
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -21,6 +22,9 @@ from tests.support import FOLDERS, TINY, checkpoint, config_of, lora_dir
 from tests.test_golden import CLASSES
 from wan.distributed.runtime import Runtime
 from wan.loading.lanes import Lane, Slot
+from wan.modules import fp8
+from wan.modules.fp8 import Fp8Linear
+from wan.modules.model import WanModel
 from wan.pipeline import Pipeline
 from wan.request.settings import Sampling
 from wan.run import PIPELINES
@@ -70,10 +74,12 @@ class WatchedLane(Lane):
             yield
 
 
-def open_on_meta(task: str, dtype: torch.dtype, lora_mode: str | None, offload: bool, room: int | None) -> Pipeline:
+def open_on_meta(
+    task: str, dtype: torch.dtype, lora_mode: str | None, offload: bool, room: int | None, quantize: str = "none"
+) -> Pipeline:
     """The pipeline as planned for a CPU, but for the device."""
     lora = {"lora_dir": lora_dir(task), "lora_mode": lora_mode} if lora_mode else {}
-    plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", **lora).plan
+    plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", quantize=quantize, **lora).plan
     assert plan.lora_mode == (lora_mode or "merge")
     plan = replace(plan, device=META, text_device=META, offload=offload, room=room)
     return PIPELINES[task](plan, Progress(quiet=True), Runtime())
@@ -100,6 +106,24 @@ def test_nothing_is_on_two_devices(
         assert networks is not None
         if room:
             assert networks.walker.copies > len(samplings) * len(networks.walker.units), "blocks pass through the slots"
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
+def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks. What the product checks of its operands (layouts, sizes, scales) is told without a GPU as well, but
+    only by the form of it that makes its result."""
+    product = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, out, **how: out.copy_(product(*given, **how)))
+    monkeypatch.setattr("wan.loading.walker.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
+    monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
+    pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")
+    with OneDevice(), AllIsWell():
+        latent = pipe.sample("a cat", "bad", None, SIZE, FRAMES, 1, RUNS[0][1][0])
+    assert latent.device == META
+    layers = [m for model in pipe.load_experts().models.values() for m in model.modules() if isinstance(m, Fp8Linear)]
+    assert len(layers) == 2 * 2 * 10
 
 
 def test_what_a_gpu_refuses_is_refused() -> None:

@@ -97,7 +97,7 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
         return STORED * sum(parameter.numel() for parameter in module.parameters())
     sizes, stored = budget.experts[expert], float(STORED)
     if store is not None:  # of a released checkpoint that is not here there is none
-        stored = sum(e.bytes for e in store.values()) / sum(math.prod(e.shape) for e in store.values())
+        stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
     stay = budget.staying(sizes)
     return int((stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * stored / plan.dtype.itemsize)
 

@@ -125,13 +125,17 @@ class Pipeline(ABC):
         if self.experts is not None:
             return self.experts
         plan, merged = self.plan, self.plan.lora_mode == "merge"
-        dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype)
         parts = {
-            name: (module, store, Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None)
+            name: (
+                module,
+                store,
+                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, module),
+                Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None,
+            )
             for name, (module, store) in plan.checkpoint.experts.items()
             for loras in [plan.loras.get(name)]
         }
-        size = sum(entry.bytes for _, store, _ in parts.values() for entry in store.values())
+        size = sum(entry.bytes for _, store, *_ in parts.values() for entry in store.values())
         networks = None
         with self._loading("experts", size, plan.request.dit_fsdp) as report:
             if plan.request.dit_fsdp:
@@ -139,10 +143,10 @@ class Pipeline(ABC):
                     name: self.load(
                         module, store, sharded=True, home=plan.device, dtype=dtype, merge=merge, report=report
                     )
-                    for name, (module, store, merge) in parts.items()
+                    for name, (module, store, dtype, merge) in parts.items()
                 }
             else:
-                sources = {n: (module, Source(store, dtype, merge)) for n, (module, store, merge) in parts.items()}
+                sources = {n: (m, Source(store, dtype, merge)) for n, (m, store, dtype, merge) in parts.items()}
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:

@@ -18,6 +18,7 @@ from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
+from wan.modules.fp8 import working_bytes
 from wan.modules.model import PATCH
 from wan.modules.vae import WanVAE
 from wan.request.options import OPTIONS, VIDEO, Request
@@ -91,6 +92,7 @@ class Plan:
         work += 4 * tokens * model.head_width  # the table of rotations
         if self.lora_mode == "adapter" and self.loras:
             work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's
+        work += working_bytes(model, self.dtype)
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = latent_shape(self.config, size, frames)
         tiles = self.tiles(shape)
@@ -140,8 +142,10 @@ class Plan:
         )
 
     def _expert_sizes(self) -> dict[str, Sizes]:
-        dtype = parameter_dtypes(self.dtype, self.request.convert_model_dtype)
-        sizes = {name: sizes_of(module, dtype) for name, (module, _) in self.checkpoint.experts.items()}
+        sizes = {
+            name: sizes_of(module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, module))
+            for name, (module, _) in self.checkpoint.experts.items()
+        }
         return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
 
     def _adapter_bytes(self, expert: str) -> int:

@@ -12,6 +12,7 @@ from wan.device import host_bytes
 from wan.distributed.cost import plan_lines
 from wan.expected import Seconds, kept_rates, network_of, seconds
 from wan.loading.budget import Budget
+from wan.modules.fp8 import multiplies_fp8
 from wan.plan import Plan, dtype_name, written_bytes
 from wan.request.settings import Job
 from wan.sampling import Step
@@ -39,7 +40,7 @@ def lines(plan: Plan, done: Collection[int] = ()) -> list[str]:
         told += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():
         told.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
-    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}")
+    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}")
     parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
     told.append(f"weights in memory: {parts}")
     told += _memory_lines(plan)
@@ -76,6 +77,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         ],
         "warnings": list(plan.warnings),
     }  # fmt: skip
+
+
+def _quantised(plan: Plan) -> str:
+    if plan.request.quantize == "none":
+        return ""
+    how = "multiplied in fp8" if multiplies_fp8(plan.device, plan.dtype) else "unpacked for each product"
+    return f", weights of inner blocks in fp8, {how}"
 
 
 def _budget(plan: Plan) -> Budget | None:

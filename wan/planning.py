@@ -99,9 +99,12 @@ def open_plan(
         weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
     )
     checks.attempt(checkpoint.raise_problems)
+    if request.quantize == "fp8":
+        for model, _ in checkpoint.experts.values():
+            model.use_fp8()
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
-        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode,
+        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
     )  # fmt: skip
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
@@ -174,10 +177,10 @@ def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> di
 
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool) -> dict[str, int]:
-    dtype_of = parameter_dtypes(dtype, convert_all)
     sizes = {
         f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
         for name, (module, _) in checkpoint.experts.items()
+        for dtype_of in [parameter_dtypes(dtype, convert_all, module)]
     }
     if checkpoint.text_encoder:
         sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtype.itemsize

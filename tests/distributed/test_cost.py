@@ -66,7 +66,8 @@ def test_devices_of_several_processes(device: str, processes: int, uses_gpus: bo
 
 
 PLAIN = {
-    "ring": 1, "attention": "auto", "t5_fsdp": False, "t5_cpu": False, "dit_fsdp": False, "lora_mode": "merge"
+    "ring": 1, "attention": "auto", "t5_fsdp": False, "t5_cpu": False, "dit_fsdp": False, "lora_mode": "merge",
+    "quantize": "none",
 }  # fmt: skip
 
 
@@ -77,6 +78,9 @@ PLAIN = {
         ({"ring": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
         ({"ring": 2, "attention": "flash3"}, "--attention flash3: a ring"),
         ({"t5_fsdp": True, "t5_cpu": True}, "--t5_fsdp and --t5_cpu exclude each other"),
+        ({"dit_fsdp": True, "quantize": "fp8"}, "--quantize fp8: FSDP"),
+        ({"ring": 2, "attention": "sage"}, "--attention sage: a ring"),
+        ({"ring": 2, "quantize": "fp8"}, ""),
         ({"dit_fsdp": True, "lora_mode": "adapter"}, "with --dit_fsdp use --lora_mode merge"),
     ],
 )

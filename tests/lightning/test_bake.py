@@ -17,15 +17,20 @@ from lightning import shards
 from lightning.bake import RECORD, bake
 from lightning.distilled import record_of, release_in
 from lightning.errors import LoraError, TensorFileError
+from lightning.fp8 import FP8
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from lightning.names import EXPERTS, keeps_float32
 from lightning.releases import Release, preset
 from lightning.tensorfile import TensorStore
+from lightning.weights import EXPERT, as_ours
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
+from wan.loading.stream import load, parameter_dtypes
+from wan.modules.model import WanModel
 
 SHARD = 100_000
+CPU = torch.device("cpu")
 
 
 def loras_of(task: str, folder: Path | None = None, strength: float = 1.0) -> dict[str, list[Lora]]:
@@ -59,6 +64,47 @@ def test_equals_merging_on_the_fly(task: str, dtype: torch.dtype, tmp_path: Path
             found = after.read(name)
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_in_fp8_it_is_what_a_run_in_fp8_makes(with_lora: bool, tmp_path: Path) -> None:
+    """Loaded as they are, and to the bit what reading, merging and quantising give. With four blocks, two in fp8."""
+    ckpt_dir = tmp_path / "base"
+    where = EXPERTS["t2v-A14B"]
+    blueprints = {expert: four_blocks(ckpt_dir / folder) for expert, folder in where.items()}
+    stores = {expert: TensorStore.open(ckpt_dir / folder / INDEX) for expert, folder in where.items()}
+    loras = loras_of("t2v-A14B") if with_lora else {}
+    bake("t2v-A14B", ckpt_dir, loras, tmp_path / "out", dtype=FP8, shard_bytes=SHARD, report=[].append)
+    for expert, model in blueprints.items():
+        file = tmp_path / "out" / where[expert] / INDEX
+        dtype = parameter_dtypes(torch.bfloat16, False, model)
+        merge = Merge(loras.get(expert, ()), stores[expert].shapes)
+        merged = load(model, stores[expert], home=CPU, dtype=dtype, merge=merge)
+        baked = load(model, as_ours(TensorStore.open(file), EXPERT, str(file)), home=CPU, dtype=dtype)
+        expected = dict(merged.named_parameters())
+        assert {p.dtype for p in expected.values()} == {torch.bfloat16, torch.float32, FP8}
+        for name, found in baked.named_parameters():
+            assert torch.equal(found.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def four_blocks(folder: Path) -> WanModel:
+    """Write an expert of the small checkpoint's sizes with four blocks; the network on the meta device, in fp8."""
+    weights = {name: base().read(name) for name in base()}
+    for name in [name for name in weights if name.startswith("blocks.")]:
+        weights[name.replace("blocks.0", "blocks.2").replace("blocks.1", "blocks.3")] = weights[name] * 0.9
+    write(folder / "diffusion_pytorch_model-00001-of-00001.safetensors", weights)
+    index = {"weight_map": dict.fromkeys(weights, "diffusion_pytorch_model-00001-of-00001.safetensors")}
+    (folder / INDEX).write_text(json.dumps(index))
+    sizes = json.loads((checkpoint("t2v-A14B") / "high_noise_model" / "config.json").read_text())
+    with torch.device("meta"):
+        model = WanModel.from_config({**sizes, "num_layers": 4}, weights["text_embedding.0.weight"].shape[1])
+    model.use_fp8()
+    return model
+
+
+def test_fp8_has_no_place_in_diffusers_layout(tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="--dtype fp8: diffusers does not read"):
+        run(tmp_path / "out", dtype=FP8, layout="diffusers")
 
 
 def test_layout_and_other_files(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "noise_device": {},  # the CPU's noise is the CPU's noise
     "device": {},  # there is one device here
     "dtype": {"dtype": "bf16"},
+    "quantize": {"quantize": "fp8"},
     "attention": {"attention": "sdpa"},
     "convert_model_dtype": {"convert_model_dtype": True},
 }

@@ -62,7 +62,7 @@ def load_sharded(
         report(tensor.nbytes)
         shard = shards[piece.name]
         assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
-        source.place(piece, tensor, shard.to_local(), rows[piece.name].start)
+        source.place(piece, tensor, {piece.name: shard.to_local()}, rows[piece.name].start)
     return module
 
 

@@ -82,7 +82,7 @@ def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> li
 
 
 def flag_conflicts(
-    *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str
+    *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
 ) -> list[str]:
     """Which of these settings exclude each other, as sentences."""
     problems = []
@@ -92,6 +92,8 @@ def flag_conflicts(
         )
     if t5_fsdp and t5_cpu:
         problems.append("--t5_fsdp and --t5_cpu exclude each other; give one of them")
+    if dit_fsdp and quantize != "none":
+        problems.append(f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out")
     if dit_fsdp and lora_mode == "adapter":
         problems.append("--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge")
     return problems

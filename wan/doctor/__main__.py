@@ -19,7 +19,7 @@ import torch
 from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
-from wan.doctor.numerics import attention_checks, golden_checks, lora_merge
+from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
 from wan.doctor.rates import rate_checks
 
 ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
@@ -74,6 +74,7 @@ def checks_of(machine: Machine) -> list[Check]:
     return [
         *attention_checks(machine),
         Check("LoRA merge", lora_merge),
+        Check("weights in fp8", fp8_layer),
         *golden_checks(machine),
         Check("exchange between GPUs", exchange),
         *rate_checks(),

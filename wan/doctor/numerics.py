@@ -26,7 +26,8 @@ from lightning.merge import Merge
 from wan.configs import WAN_CONFIGS
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, within
 from wan.doctor.measure import relative_error, rms_error
-from wan.modules.attention import BACKENDS, available
+from wan.modules.attention import BACKENDS, QUANTISED, available
+from wan.modules.fp8 import in_fp8, multiplies_fp8
 from wan.original import Original
 from wan.request.settings import Sampling
 from wan.utils.images import video_size
@@ -39,6 +40,10 @@ REPORT = "do not trust videos made here; put this report into a bug report"
 LEFT_OUT = "runs leave this back end out; reinstall its package for this PyTorch, or remove it"
 # Root mean square errors of attention against float32: bf16 rounds inputs' products and the result to 2^-9 at most.
 ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# SageAttention's scheme (queries and keys int8; the rest 16 bits, or e4m3) written out on a CPU: 1.2e-2 to 3.9e-2.
+IN_8_BITS = 6e-2
+# A product whose weights are e4m3, against float32: 2.6e-2; with the activations in e4m3 too 3.7e-2.
+FP8 = (2e-2, 5e-2)
 END_TO_END = 1e-4  # float32: largest error over the largest magnitude, from prompt to latent and to pixels
 BF16 = (1e-3, 1.5e-2)  # root mean square of the final latent; below the first it would not be bf16
 TILED = 1e-5  # tiles are the same numbers in kernels of other sizes
@@ -72,12 +77,27 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
         found = BACKENDS[name](*(x.to(machine.device) for x in (q, k[:keys], v[:keys])))
         error = max(error, rms_error(found.cpu(), exact)) if found.isfinite().all() else float("nan")
     other = "sdpa" if name != "sdpa" else "flash"
-    return within("error against float32", error, ATTENTION[dtype], f"use --attention {other}; {REPORT}")
+    limit = IN_8_BITS if name in QUANTISED else ATTENTION[dtype]
+    return within("error against float32", error, limit, f"use --attention {other}; {REPORT}")
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("qnd,knd->nqk", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("nqk,knd->qnd", scores.softmax(-1), v)
+
+
+def fp8_layer(machine: Machine) -> Outcome:
+    """A linear layer of `--quantize fp8` as a run has it on the device, against float32."""
+    rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    x = torch.randn(rows, inputs, generator=generator).to(machine.usual)
+    layer = in_fp8(weight.to(machine.device), torch.zeros(outputs, device=machine.device, dtype=machine.usual))
+    error = rms_error(layer(x.to(machine.device)).cpu(), x.float() @ weight.t())
+    least, limit = FP8
+    outcome = within("root mean square error", error, limit, f"leave --quantize out; {REPORT}", least)
+    how = "multiplied in fp8" if multiplies_fp8(machine.device, machine.usual) else "no fp8 product here: unpacked"
+    return Outcome(outcome.verdict, f"{how}, {outcome.sentence}", outcome.advice, outcome.values)
 
 
 def lora_merge(machine: Machine) -> Outcome:

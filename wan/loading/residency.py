@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,18 @@ from wan.modules.residency import Residency
 from wan.modules.t5 import UMT5Encoder
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
+SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
 
 
 class Streamed(Residency):
     """The seam's other case: a network whose units a walker brings."""
 
-    def __init__(self, walker: Walker, first: int) -> None:
-        """first: the walker's number of the network's unit 0."""
-        self.walker, self.first = walker, first
+    def __init__(self, walker: Walker, numbers: Sequence[int]) -> None:
+        """numbers: the walker's, for each of the network's units."""
+        self.walker, self.numbers = walker, numbers
 
     def use(self, unit: int) -> AbstractContextManager[None]:
-        return self.walker.use(self.first + unit)
+        return self.walker.use(self.numbers[unit])
 
 
 class Networks(Generic[Network]):
@@ -53,13 +54,13 @@ class Networks(Generic[Network]):
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
                 model.token_embedding = FileTable(source, "token_embedding.weight", device)
-            fixed, groups = parameters_by_unit(model)
-            fill(model, source, fixed, device, report)
-            self._numbers[name] = list(range(len(units), len(units) + len(groups)))
-            units += [Unit(model, source, names) for names in groups]
+            found = parts_of(model, source.dtype)
+            fill(model, source, found.fixed, device, report)
+            self._numbers[name] = [len(units) + part for part in found.of_unit]
+            units += [Unit(model, source, names) for names in found.parts]
         self.walker = Walker(units, device, lane)
         for name, model in self.models.items():
-            model.residency = Streamed(self.walker, self._numbers[name][0])
+            model.residency = Streamed(self.walker, self._numbers[name])
 
     def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
         """Inside this, forwards of the networks named, in this order. again: a job with the same ones follows."""
@@ -81,21 +82,49 @@ class Networks(Generic[Network]):
         free_memory()
 
 
-def parameters_by_unit(model: WanModel | UMT5Encoder) -> tuple[list[str], list[list[str]]]:
-    """Names of the parameters that are always there, and of those of each unit."""
-    groups: dict[int | None, list[str]] = {}
-    for name, _ in model.named_parameters():
-        groups.setdefault(model.unit_of(name), []).append(name)
-    return groups.pop(None, []), [groups[number] for number in range(len(groups))]
+class Parts(NamedTuple):
+    """Names of a network's parameters by when they are on the device.
+
+    fixed: always. parts: each in one slot, in the order of use. of_unit: the number of the part that a unit is in.
+    """
+
+    fixed: list[str]
+    parts: list[list[str]]
+    of_unit: list[int]
+
+
+def parts_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Parts:
+    """A part is a unit, or neighbours that are no larger together than the largest unit: blocks in fp8 go in pairs,
+    where the first and the last are in bf16."""
+    size = _sizes(model, dtype)
+    units: dict[int | None, list[str]] = {}
+    for name in size:
+        units.setdefault(model.unit_of(name), []).append(name)
+    found = Parts(units.pop(None, []), [], [])
+    need = {number: sum(size[name] for name in names) for number, names in units.items()}
+    room = taken = max(need.values()) * (1 + SPARE)
+    for number in range(len(units)):
+        if taken + need[number] > room:
+            found.parts.append([])
+            taken = 0
+        found.parts[-1].extend(units[number])
+        found.of_unit.append(len(found.parts) - 1)
+        taken += need[number]
+    return found
 
 
 def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
     """What a network built on the meta device will take as one of `Networks`."""
-    size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
-    fixed, groups = parameters_by_unit(model)
+    size = _sizes(model, dtype)
+    fixed, parts, _ = parts_of(model, dtype)
     gathered = {"token_embedding.weight"} if isinstance(model, UMT5Encoder) else set()
-    unit_bytes = max(sum(size[name] for name in names) for names in groups)
-    return Sizes(len(groups), unit_bytes, sum(size[name] for name in fixed if name not in gathered))
+    largest = max(sum(size[name] for name in names) for names in parts)
+    return Sizes(len(parts), largest, sum(size[name] for name in fixed if name not in gathered))
+
+
+def _sizes(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> dict[str, int]:
+    """Bytes of each parameter in a slot."""
+    return {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
 
 
 class FileTable(nn.Module):
@@ -113,7 +142,8 @@ class FileTable(nn.Module):
         buffer = torch.empty(self.source.store.buffer_bytes(self.name, slice(0, 1)), dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
-            self.source.place(piece, self.source.read(piece, buffer), found[number : number + 1], row)
+            target = {self.name: found[number : number + 1]}
+            self.source.place(piece, self.source.read(piece, buffer), target, row)
         return found[places.to(self.device)]
 
 

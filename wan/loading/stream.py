@@ -10,7 +10,7 @@ import copy
 import gc
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -20,9 +20,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning.fp8 import FP8, is_finite, quantise, scale_name
 from lightning.merge import Merge
 from lightning.names import keeps_float32
 from lightning.tensorfile import TensorStore
+from wan.modules.fp8 import Fp8Linear
 from wan.utils.errors import InputError, JobError
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
@@ -58,10 +60,14 @@ class Source:
         self.store, self.dtype, self.merge = store, dtype, merge
         self._stamps = {file: _stamp(file) for file in store.files}
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
+        self._scales: dict[tuple[str, int], Tensor] = {}  # of those that are stored in fp8
 
     def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
-        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size."""
-        for name in self.store.in_file_order(names):
+        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size.
+
+        Scales of fp8 weights are no pieces of their own: `place` makes them with the weights.
+        """
+        for name in self.store.in_file_order(name for name in names if name in self.store):
             entry = self.store[name]
             if not entry.shape:
                 yield Piece(self, name, None)
@@ -75,28 +81,53 @@ class Source:
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
         file = self.store.file(piece.name)
+        key = piece.name, piece.rows.start if piece.rows else 0
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
-            tensor = self.store.read(piece.name, piece.rows, buffer)
+            if stored := self._as_stored(piece, buffer):
+                tensor, self._scales[key] = stored
+            else:
+                tensor = self.store.read(piece.name, piece.rows, buffer)
         except OSError as e:
             raise ReadError(f"{file}: tensor {piece.name} cannot be read ({e.strerror or e})") from e
-        key = piece.name, piece.rows.start if piece.rows else 0
         if key not in self._finite:
-            # the sum of finite numbers may overflow: then look at each
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            if not _is_finite(tensor) or not _is_finite(self._scales.get(key, torch.ones(1))):
                 raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf: the file is corrupt")
             self._finite.add(key)
         return tensor
 
-    def place(self, piece: Piece, tensor: Tensor, target: Tensor, start: int = 0) -> None:
-        """Merge in float32, cast once, write into `target`, which holds the parameter's rows from `start` on."""
-        if self.merge is not None and self.merge.touches(piece.name):
+    def _as_stored(self, piece: Piece, buffer: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The piece and its scales where the file has them as the parameter is to be."""
+        if self.dtype(piece.name) != FP8 or self._merged(piece):
+            return None
+        return self.store.read_fp8(piece.name, piece.rows, buffer)
+
+    def _merged(self, piece: Piece) -> bool:
+        return self.merge is not None and self.merge.touches(piece.name)
+
+    def place(self, piece: Piece, tensor: Tensor, targets: Mapping[str, Tensor], start: int = 0) -> None:
+        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on.
+
+        targets: by name; that of an fp8 weight has one for its scales beside it.
+        """
+        target, rows = targets[piece.name], slice(None)
+        if self.merge is not None and self._merged(piece):
             tensor = self.merge(piece.name, tensor, piece.rows)
         elif target.device.type != "cpu":
             tensor = tensor.to(target.device)  # an accelerator casts faster
-        rows = piece.rows
-        (target if rows is None else target[rows.start - start : rows.stop - start]).copy_(tensor)
+        if piece.rows is not None:
+            rows = slice(piece.rows.start - start, piece.rows.stop - start)
+            target = target[rows]
+        if target.dtype != FP8:
+            target.copy_(tensor)
+            return
+        scale = targets[scale_name(piece.name)][rows, None]
+        if tensor.dtype != FP8:
+            quantise(tensor, target, scale)
+        else:
+            target.copy_(tensor)
+            scale.copy_(self._scales[piece.name, piece.rows.start if piece.rows else 0])
 
 
 def read_ahead(
@@ -155,13 +186,12 @@ def fill(
 ) -> None:
     """Give the parameters `names` of `module` memory on `home`, and their weights."""
     pieces = list(source.pieces(names))
-    targets: dict[str, Tensor] = {}
+    targets = {
+        name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
+    }
     for piece, tensor in read_ahead(pieces, max((p.bytes for p in pieces), default=0), pin=home.type == "cuda"):
-        report(tensor.nbytes)
-        name = piece.name
-        if name not in targets:
-            targets[name] = torch.empty(source.store[name].shape, dtype=source.dtype(name), device=home)
-        source.place(piece, tensor, targets[name])
+        report(piece.bytes)
+        source.place(piece, tensor, targets)
     for name, target in targets.items():
         Place.of(module, name).put(target)
 
@@ -182,12 +212,23 @@ class Place:
         setattr(self.owner, self.leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def parameter_dtypes(dtype: torch.dtype, convert_all: bool) -> Callable[[str], torch.dtype]:
+def parameter_dtypes(
+    dtype: torch.dtype, convert_all: bool, module: nn.Module | None = None
+) -> Callable[[str], torch.dtype]:
     """The transformer's precision: `dtype`, but float32 for the parameters that the original keeps in float32.
 
     convert_all (`--convert_model_dtype`): `dtype` for every parameter.
+    module: whose layers in fp8 keep what is fp8 of them, and its scales, whatever the rest is.
     """
-    return lambda name: torch.float32 if not convert_all and keeps_float32(name) else dtype
+    layers = module.named_modules() if module is not None else ()
+    kept = {
+        f"{name}.{leaf}": own for name, layer in layers if isinstance(layer, Fp8Linear) for leaf, own in layer.dtypes()
+    }
+
+    def dtype_of(name: str) -> torch.dtype:
+        return kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
+
+    return dtype_of
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -200,6 +241,13 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == FP8:
+        return is_finite(tensor)
+    # the sum of finite numbers may overflow: then look at each
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
 
 
 def _stamp(file: Path) -> tuple[int, int]:

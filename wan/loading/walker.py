@@ -33,7 +33,7 @@ class Unit:
         self._offsets: dict[str, int] = {}
         self.bytes = 0
         for name in names:
-            shape, dtype = source.store[name].shape, source.dtype(name)
+            shape, dtype = module.get_parameter(name).shape, source.dtype(name)
             self._absent[name] = torch.empty(shape, dtype=dtype, device="meta")
             self._offsets[name] = self.bytes
             self.bytes += aligned(self._absent[name].nbytes)
@@ -166,9 +166,9 @@ class Walker:
                         if self._stopped:
                             return
                         piece, tensor = next(arriving)
-                        piece.source.place(piece, tensor, views[piece.name])
+                        piece.source.place(piece, tensor, views)
                         self.brought += tensor.nbytes
-                        report(tensor.nbytes)
+                        report(piece.bytes)
                 self._put(slot, move.unit, views)
 
     def _free(self, move: Move) -> bool:

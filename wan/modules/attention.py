@@ -51,7 +51,17 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out)[0]  # some versions return (out, log-sum-exp)
 
 
-BACKENDS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}
+def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SageAttention (package `sageattention`): queries and keys in 8 bits, so another result than all the others'."""
+    from sageattention import sageattn
+
+    return sageattn(q[None], k[None], v[None], tensor_layout="NHD", is_causal=False)[0]
+
+
+BACKENDS: dict[str, Attend] = {
+    "sdpa": sdpa, "flash": flash, "cudnn": cudnn, "flash2": flash2, "flash3": flash3, "sage": sage,
+}  # fmt: skip
+QUANTISED = ("sage",)  # changes the numbers: never taken unless it is named
 
 
 class Choice(NamedTuple):
@@ -75,22 +85,25 @@ def available(device: torch.device, dtype: torch.dtype) -> list[str]:
         names.append("flash2")
     if find_spec("flash_attn_interface") and generation == 9:
         names.append("flash3")
+    if find_spec("sageattention") and generation >= 8:
+        names.append("sage")
     return names
 
 
 @cache
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> Choice:
-    """The back end to use: `name`, or for "auto" the one that measures fastest on this device.
+    """The back end to use: `name`, or for "auto" the one that measures fastest of those that compute exactly.
 
     A package that cannot be imported and a kernel that fails its first call are left out. ValueError if `name` is.
     """
     names = available(device, dtype)
     if name not in ("auto", *names):
         raise ValueError(f"--attention {name} cannot run here: on this machine choose auto, {', '.join(names)}")
-    if name == "sdpa" or names == ["sdpa"]:
+    exact = [each for each in names if each not in QUANTISED]
+    if name == "sdpa" or (name == "auto" and exact == ["sdpa"]):
         return Choice("sdpa")
     times, failed = {}, {}
-    for each in names if name == "auto" else [name]:
+    for each in exact if name == "auto" else [name]:
         try:
             times[each] = _milliseconds(BACKENDS[each], device, dtype, heads, width)
         except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known

@@ -3,7 +3,7 @@
 Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned),
 F, H, W token grid, C latent channels. There is no batch axis: guidance runs its two passes one after the other.
 
-Precision follows the parameters: a linear layer runs in the dtype of its weight, the residual stream, the norms'
+Precision follows the parameters: a linear layer runs in the dtype of its bias, the residual stream, the norms'
 statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
 
 There are three seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks),
@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lightning.names import takes_fp8
 from wan.modules.attention import Attend, sdpa
+from wan.modules.fp8 import Fp8Linear
 from wan.modules.passes import EAGER, Passes
 from wan.modules.residency import Residency
 from wan.modules.rope import rotary_table
@@ -120,8 +122,15 @@ class WanModel(nn.Module):
     def use_passes(self, passes: Passes) -> None:
         """Let everything between the matrix products run through these functions."""
         for module in self.modules():
-            if isinstance(module, Block | Attention | Head):
+            if isinstance(module, Block | Attention | Head | Fp8Linear):
                 module.passes = passes
+
+    def use_fp8(self, kept: int = 1) -> None:
+        """Have layers for weights in fp8, before any are loaded; the first and last `kept` blocks stay as they are."""
+        for name, parameter in list(self.named_parameters()):
+            if takes_fp8(name, len(self.blocks), kept):
+                outputs, inputs = parameter.shape
+                self.set_submodule(name.removesuffix(".weight"), Fp8Linear(inputs, outputs))
 
 
 class Block(nn.Module):
@@ -142,7 +151,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [L, D] (overwritten once it is float32), rows float32 [T, 6, D], text [text_len, D] -> float32 [L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
-        norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.weight.dtype
+        norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
 
         # attentions run by `forward`: a module called as such keeps what it was given until it returns
         y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning.fp8 import quantise
 from wan.modules.rope import rotate
 
 
@@ -73,6 +74,7 @@ class Passes(NamedTuple):
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = add_norm
     rms_norm: Callable[[Tensor, Tensor, float], None] = rms_norm
     rms_norm_rotate: Callable[[Tensor, Tensor, Tensor, float], None] = rms_norm_rotate
+    quantise: Callable[[Tensor, Tensor, Tensor], None] = quantise
 
 
 EAGER = Passes()

@@ -197,8 +197,12 @@ class Request:
         choices=("auto", "cuda", "cpu", "mps"), pattern=r"cuda:\d{1,3}")
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"))
-    attention: str = option(MACHINE, VIDEO, text, "NAME", "auto, sdpa, flash, cudnn, flash2 or flash3",
-        choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3"))
+    quantize: str = option(MACHINE, VIDEO, text, "WHAT",
+        "none (default), or fp8: the experts' weights in 8 bits, but for the first and last blocks'",
+        choices=("none", "fp8"))
+    attention: str = option(MACHINE, VIDEO, text, "NAME",
+        "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
+        choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
         "hold on the GPU what there is room for, read the rest when needed; default True, under torchrun False")
     vram: float | None = option(MACHINE, HOW, real, "GB",

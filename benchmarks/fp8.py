@@ -1,0 +1,173 @@
+"""What `--quantize fp8` saves and costs: bytes brought to the device a step, errors of layers, golden cases, the demo.
+
+    python -m benchmarks.fp8
+
+Products in fp8 are the device's where it has them (CUDA, compute capability 8.9 on); on a CPU those of PyTorch's own
+CPU kernel stand in, which a run there does not use: its weights are unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partialmethod
+from pathlib import Path
+from unittest.mock import patch
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+from benchmarks.demo import LORAS, agreement, decibels, make
+from benchmarks.measure import ROOT, machine, rms_error, table
+from examples.shapes.detector import judge
+from examples.shapes.world import held_out, trained
+from lightning.fp8 import FP8
+from lightning.names import keeps_float32
+from wan.doctor.findings import Machine
+from wan.doctor.forecast import released_plan
+from wan.doctor.numerics import expectation, open_task, sample
+from wan.loading.residency import parts_of
+from wan.loading.schedule import schedule
+from wan.loading.stream import parameter_dtypes
+from wan.modules import fp8
+from wan.modules.fp8 import in_fp8
+from wan.modules.model import WanModel
+from wan.plan import Plan
+
+VIDEOS = {"t2v-A14B": ((1280, 720), (8, 12, 16, 24)), "ti2v-5B": ((1280, 704), (8,))}  # size, GB of the device
+FILES = ("float32", "bf16", "fp8")  # the released experts, baked ones, and baked or published ones
+LAYERS = ((5120, 5120), (5120, 13824), (13824, 5120))  # of A14B
+HERE = Machine(torch.device("cpu"), ROOT, ROOT)
+
+
+def main() -> None:
+    print(machine())
+    heading: tuple[str, ...] = (
+        "network, size", "GB", "weights", "experts, GB", "slots", "parts that stay", "files of", "GB to the device",
+    )  # fmt: skip
+    brought = [row for task, (_, rooms) in VIDEOS.items() for room in rooms for row in streamed(task, room)]
+    table("brought in steps 2 / 3 / 4 of 4 (counted)", [heading, *brought])
+    heading = ("inputs x outputs", "bf16", "weights unpacked", "products in fp8")
+    table("a layer: rms error against float32", [heading, *map(layer, LAYERS)])
+    heading = ("case", "bf16", "weights unpacked", "products in fp8")
+    table("golden cases, every block in fp8: rms error of the final latent", [heading, *golden()])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for task in LORAS for row in demo(task, Path(folder))]
+    table("the trained demo, 4 steps", [("task", "", "as asked", "dB to float32, mean", "least"), *rows])
+
+
+def products(in_fp8: bool) -> AbstractContextManager[object]:
+    """Inside this layers multiply in fp8, or not, whatever the device."""
+    return patch.object(fp8, "multiplies_fp8", lambda *_: in_fp8)
+
+
+# -- bytes
+
+
+def streamed(task: str, room: int) -> Iterator[tuple[str, ...]]:
+    """Rows for bf16 and fp8 weights, with each kind of file that they can come from."""
+    width, height = VIDEOS[task][0]
+    for quantize in ("none", "fp8"):
+        plan = released_plan(task, True, room * 10**9, Machine(torch.device("cuda"), ROOT, ROOT))
+        models = [model for model, _ in plan.checkpoint.experts.values()]
+        if quantize == "fp8":
+            for model in models:
+                model.use_fp8()
+        budget = plan.budget((width, height), plan.config.frame_num, 1)
+        assert budget is not None, "there is room to share"
+        sizes = next(iter(budget.experts.values()))
+        weights = sum(each.units * each.unit_bytes + each.fixed for each in budget.experts.values())
+        for file in FILES if quantize == "fp8" else FILES[:2]:
+            steps = [size / 1e9 for size in by_step(plan, budget.slots, file)]
+            yield (
+                f"{task} {width}x{height}", f"{room}", "bf16" if quantize == "none" else "fp8", f"{weights / 1e9:.1f}",
+                f"{budget.slots}", f"{budget.staying(sizes)} of {sizes.units}", file,
+                " / ".join(f"{size:.1f}" for size in steps[1:]),
+            )  # fmt: skip
+
+
+def by_step(plan: Plan, slots: int, file: str) -> list[int]:
+    """Bytes of the files that pass to the device in each step, as the walker would bring them."""
+    uses: list[int] = []
+    step_of: list[int] = []
+    part_bytes: list[int] = []
+    numbers: dict[str, list[int]] = {}
+    for name, (model, _) in plan.checkpoint.experts.items():
+        parts = parts_of(model, parameter_dtypes(plan.dtype, False, model))
+        numbers[name] = [len(part_bytes) + part for part in parts.of_unit]
+        stored = file_bytes(model, file)
+        part_bytes += [sum(stored[each] for each in names) for names in parts.parts]
+    for index, step in enumerate(plan.steps):
+        uses += numbers[step.expert]
+        step_of += [index] * len(numbers[step.expert])
+    brought = [0] * len(plan.steps)
+    for move in schedule(uses, slots, again=False):
+        brought[step_of[move.use]] += part_bytes[move.unit]
+    return brought
+
+
+def file_bytes(model: WanModel, file: str) -> dict[str, int]:
+    """Of each parameter as it lies in such a file."""
+
+    def width(name: str, parameter: torch.Tensor) -> int:
+        if file == "float32" or keeps_float32(name):
+            return 0 if name.endswith("weight_scale") and file != "fp8" else 4
+        return 1 if file == "fp8" and parameter.dtype == FP8 else 2
+
+    return {name: parameter.numel() * width(name, parameter) for name, parameter in model.named_parameters()}
+
+
+# -- errors
+
+
+def layer(size: tuple[int, int]) -> tuple[str, ...]:
+    """Normal weights; activations as after a norm and its modulation, which differs by channel."""
+    inputs, outputs = size
+    generator = torch.Generator().manual_seed(0)
+    weight, x, scale, shift = (
+        torch.randn(*shape, generator=generator) for shape in ((outputs, inputs), (256, inputs), (inputs,), (inputs,))
+    )
+    x = (x * (1 + 0.3 * scale) + 0.3 * shift).bfloat16()
+    exact, quantised = x.float() @ weight.t(), in_fp8(weight, torch.zeros(outputs, dtype=torch.bfloat16))
+    errors = [rms_error(x @ weight.bfloat16().t(), exact)]
+    for way in (False, True):
+        with products(way):
+            errors.append(rms_error(quantised(x), exact))
+    return f"{inputs} x {outputs}", *(f"{error:.1e}" for error in errors)
+
+
+def golden() -> Iterator[tuple[str, ...]]:
+    """With two blocks the small networks have no inner one: here their first and last are in fp8 too."""
+    cases = json.loads((ROOT / "tests" / "golden" / "cases.json").read_text())
+    for case in cases:
+        expected, errors = expectation(HERE)[f"{case['name']}.latent"], []
+        for quantize, way in (("none", False), ("fp8", False), ("fp8", True)):
+            with products(way), patch.object(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0)):
+                task = open_task(case, torch.bfloat16, HERE, quantize=quantize)
+                errors.append(rms_error(sample(task, case, HERE), expected))
+        yield case["name"], *(f"{error:.1e}" for error in errors)
+
+
+def demo(task: str, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Videos of known and held-out scenes, judged by the detector, and how far they are from float32's."""
+    scenes = [*trained()[7::101], *held_out()[:4]]
+    ways: dict[str, tuple[str, ...]] = {"float32": (), "bf16": ("--dtype", "bf16")}
+    ways |= dict.fromkeys(("weights unpacked", "products in fp8"), ("--dtype", "bf16", "--quantize", "fp8"))
+    base: list[np.ndarray] = []
+    for way, flags in ways.items():
+        with products(way == "products in fp8"):
+            files = make(
+                task, scenes, folder / f"{task} {way}".replace(" ", "-"), "--lora_dir", str(LORAS[task]), *flags
+            )
+        videos = [iio.imread(file, plugin="FFMPEG") for file in files]
+        base = base or videos
+        right = sum(all(agreement(judge(video), scene)) for video, scene in zip(videos, scenes, strict=True))
+        near = [decibels(*pair) for pair in zip(videos, base, strict=True)]
+        yield task, way, f"{right} of {len(scenes)}", f"{np.mean(near):.1f}", f"{min(near):.1f}"
+
+
+if __name__ == "__main__":
+    main()
