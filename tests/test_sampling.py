@@ -167,6 +167,8 @@ class Field:
 
     def ready(self, name: str, lora: float):
         def network(latent, timestep, prompt, pinned):
+            if not isinstance(prompt, Prompt):
+                return torch.stack([network(latent, timestep, each, pinned) for each in prompt])
             self.asked.append((name, lora, timestep, prompt.rows.item(), latent.shape[0], pinned))
             return torch.full_like(latent[:2], self.value * prompt.rows.item())
 

@@ -187,11 +187,13 @@ class Pipeline(ABC):
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
-        forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
+        passes = [(step.expert, 1 + step.guided) for step in steps]
         budget = self.plan.budget(size, frames, len(texts))
-        self._choose_passes(experts, noise, len(forwards))
+        self._choose_passes(experts, noise, sum(count for _, count in passes))
         slots = budget.slots if budget and not budget.resident else None
-        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, slots):
+        # weights that pass through, or are gathered from the other processes, come once for both passes of a step
+        together = budget.together if budget else self.plan.request.dit_fsdp
+        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(passes, slots, together):
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
             experts.leave()  # decoding needs the room

@@ -102,6 +102,7 @@ class Plan:
             self.room - self.weight_bytes["VAE"], experts,
             text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
             decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
+            second_pass=4 * tokens * width if prompts > 1 else 0,
         )  # fmt: skip
 
     def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:

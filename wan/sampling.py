@@ -119,11 +119,12 @@ def denoise(
 
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
         frames = 0 if pinned is None else pinned.shape[1]
-        velocity = model(latent, step.timestep, text, frames)
         if step.guided:
             assert negative is not None, "a guided step needs the negative prompt's encoding"
-            free = model(latent, step.timestep, negative, frames)
+            velocity, free = model(latent, step.timestep, (text, negative), frames)
             velocity = free + step.guidance * (velocity - free)
+        else:
+            velocity = model(latent, step.timestep, text, frames)
 
         before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
         if not torch.isfinite(sample).all():

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,9 +56,9 @@ def open_task(task: str, lora_mode: str | None) -> Original:
     return CLASSES[task](config, checkpoint(task), lora, lora_mode=lora_mode or "merge", device=CPU)
 
 
-def use_slots(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_slots(count: int, monkeypatch: pytest.MonkeyPatch, together: bool = False) -> None:
     """As if the device had room for so many."""
-    budget = SimpleNamespace(slots=count, resident=False, tiles=(1, 1))
+    budget = SimpleNamespace(slots=count, resident=False, tiles=(1, 1), together=together)
     monkeypatch.setattr(Plan, "budget", lambda *_: budget)
 
 
@@ -78,12 +79,28 @@ def test_latents_do_not_depend_on_the_slots(
     networks = opened.load_experts().networks
     assert networks is not None
     assert networks.walker.copies == len(networks.walker.units), "with room for all, each is read once"
-    for slots in range(1, len(networks.walker.units)):
+    for slots, together in product(range(1, len(networks.walker.units)), {False, guided}):
         networks.leave()
-        use_slots(slots, monkeypatch)
+        use_slots(slots, monkeypatch, together)
         opened.load_experts().offload = slots % 2 == 0  # whether it reckons with another video
-        assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots"
+        assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots, together {together}"
         assert len(networks.walker.slots) == slots
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_of_a_guided_step_each_part_comes_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two videos of three guided steps through two slots: each part comes once a step, and not once a pass."""
+    brought = {}
+    for together in (False, True):
+        opened = open_task(task, None)
+        use_slots(2, monkeypatch, together)
+        walker = opened.load_experts().networks.walker  # type: ignore[union-attr]
+        before = walker.copies
+        two_videos(opened, guided=True)
+        brought[together] = walker.copies - before
+    uses = 2 * 3 * len(walker.units) // len(opened.load_experts().models)
+    assert brought[True] <= uses
+    assert brought[False] >= 2 * uses - 2 * 4, "at the begin of a video or pass two may be there still"
 
 
 def test_bf16_and_image_to_video_do_not_depend_on_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:

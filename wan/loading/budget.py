@@ -37,6 +37,7 @@ class Budget:
     stages: dict[str, dict[str, int]]
     keep: bool = False  # everything stays because it was asked for
     tiles: tuple[int, int] = (1, 1)  # in which a frame is decoded
+    together: bool = False  # a block does both passes of a guided step before the next block begins
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -72,6 +73,8 @@ class Budget:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
         if self.text_slots:
             parts.append(f"text encoder passes through {self.text_slots} slots")
+        if self.together:
+            parts.append("each part serves both passes of a step")
         if self.tiles != (1, 1):
             parts.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
         return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(parts)}; peak {self.peak / 1e9:.1f} GB"
@@ -102,8 +105,12 @@ def fit(
     keep: bool = False,
     tiles: tuple[int, int] = (1, 1),
     image: int = 0,
+    second_pass: int = 0,
 ) -> Budget:
     """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
+
+    second_pass: what both passes of a guided step need more if they go through the blocks together; 0: none is guided.
+    They do so where parts pass through, which then come once a step: that is worth more than the slots it takes.
 
     free: bytes of the device that the run may use, or `--vram`. activations, decode, image: what a forward, decoding
     and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay
@@ -114,6 +121,10 @@ def fit(
     slot_bytes = max(sizes.unit_bytes for sizes in experts.values())
     room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES - POOLS_BYTES
     slots = total if keep else min(total, max(LEAST_SLOTS, room // slot_bytes))
+    beside = (room - second_pass) // slot_bytes
+    together = second_pass > 0 and slots < max(sizes.units for sizes in experts.values()) and beside >= LEAST_SLOTS
+    if together:
+        slots, activations = beside, activations + second_pass
     stages = {
         "denoise": {
             "blocks": slots * slot_bytes, "other weights": fixed, "in transit": TRANSIT_BYTES, "work": activations,
@@ -125,7 +136,7 @@ def fit(
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
-    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles)
+    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles, together)
 
 
 def free_bytes(device: torch.device) -> int:

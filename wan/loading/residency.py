@@ -153,8 +153,14 @@ class Experts:
         self._lora_scale = dict.fromkeys(models, 1.0)
 
     @contextmanager
-    def job(self, forwards: Sequence[str], slots: int | None = None) -> Iterator[None]:
-        """Inside this, forwards of the networks named, in this order. slots: for their blocks; default: for all."""
+    def job(self, steps: Sequence[tuple[str, int]], slots: int | None = None, together: bool = False) -> Iterator[None]:
+        """Inside this, for each step so many passes of the network named. slots: for the blocks; default: for all.
+
+        together: the passes of a step go through the blocks together.
+        """
+        for model in self.models.values():
+            model.residency.together = together
+        forwards = [name for name, passes in steps for _ in range(1 if together else passes)]
         if self.networks is None:
             yield
             return
