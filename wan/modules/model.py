@@ -101,7 +101,7 @@ class WanModel(nn.Module):
         rotary = rotary_table(grid, self.head_width, start, stop, x.device)
 
         times = [0.0, timestep] if pinned_frames else [timestep]
-        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device)).float()
+        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device, non_blocking=True)).float()
         with self.residency.use(0):
             rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
         spans = _spans(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
