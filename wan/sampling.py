@@ -110,7 +110,7 @@ def denoise(
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     sample = _pin(schedule.noise_scale * noise, pinned)
     before = steps[0]
-    look: Callable[[], None] = lambda: None
+    look: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
         if (step.expert, step.lora) != (before.expert, before.lora):  # the layers made keys of the texts with weights
@@ -128,7 +128,8 @@ def denoise(
         else:
             velocity = model(latent, step.timestep, text, frames)
 
-        look()
+        if look:
+            look()
         before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
         look = _finite_later(
             sample,
@@ -137,6 +138,7 @@ def denoise(
             "or cudnn where flash was used",
         )
         on_step(step, before_step, velocity)
+    assert look, "a plan has steps"
     look()
     return sample
 
