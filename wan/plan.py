@@ -14,7 +14,7 @@ from easydict import EasyDict
 from lightning.lora import Coverage, Lora
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout
-from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
+from wan.loading.budget import DECODING, MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
@@ -27,7 +27,6 @@ from wan.utils.progress import quantity
 
 MOST_STEPS_SHOWN = 12
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
-DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,11 @@ class Plan:
         if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
             work = max(work, self._vae().decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
         return fit(
-            self.room - self.weight_bytes["VAE"], experts,
+            self.room, experts,
             text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
             decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
-            second_pass=4 * tokens * width if prompts > 1 else 0,
+            second_pass=4 * tokens * width if prompts > 1 else 0, vae=self.weight_bytes["VAE"],
+            vae_stays=request.preview_steps,
         )  # fmt: skip
 
     def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:

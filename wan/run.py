@@ -82,6 +82,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
         progress.say(f"video {pipe.plan.place(job)}: {job.save_file}")
+        pipe.follows = job is not jobs[-1]
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:
             facts["frames"] = make_video(pipe, job, progress, shared)

@@ -134,3 +134,25 @@ def test_passes_go_together_where_parts_pass_through_and_there_is_room(free: int
     assert budget.stages["denoise"]["work"] == int(5.4 * GB) + together * int(1.55 * GB)
     assert ("each part serves both passes of a step" in budget.line()) == together
     assert not a14b(free, 5.4, second_pass=int(1.55 * GB), keep=True).together
+
+
+def test_the_vae_leaves_where_parts_pass_through() -> None:
+    """TI2V-5B's 2.8 GB are ten blocks; where all of an expert has room, or the VAE is asked for, it stays."""
+    experts, vae = {"model": released("ti2v-5B")}, int(2.8 * GB)
+
+    def budget(free: int, **more: bool) -> Budget:
+        return fit(free * GB, experts, None, activations=3 * GB, decode=2 * GB, vae=vae, **more)
+
+    short, kept, ample = budget(8), budget(8, vae_stays=True), budget(24)
+    assert (short.vae_leaves, kept.vae_leaves, ample.vae_leaves) == (True, False, False)
+    assert short.slots >= kept.slots + 8
+    assert kept.stages["denoise"]["other weights"] - short.stages["denoise"]["other weights"] == vae
+    assert short.stages["decode"] == kept.stages["decode"]
+    assert all(each.peak <= each.free for each in (short, kept, ample))
+
+
+@pytest.mark.parametrize(("free", "decode", "between"), [(8, 6.0, 0), (24, 8.0, 19), (80, 22.8, 74), (80, 6.0, 82)])
+def test_between_two_videos_what_has_room_beside_the_decode_stays(free: int, decode: float, between: int) -> None:
+    budget = a14b(free, 5.4, decode, vae=GB // 2)
+    assert budget.between == between
+    assert budget.between * budget.experts["high"].unit_bytes + budget.peaks["decode"] <= free * GB

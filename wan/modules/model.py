@@ -163,7 +163,7 @@ class Block(nn.Module):
 
     def forward(
         self,
-        streams: Sequence[Tensor],
+        streams: list[Tensor],
         rows: Tensor,
         spans: Spans,
         rotary: Tensor,
@@ -174,10 +174,11 @@ class Block(nn.Module):
         """One pass after the other, each with its residual stream, its prompt and that prompt's text.
 
         streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
-        [L, D].
+        [L, D], in the same list: nobody keeps a stream that has been converted.
         """
-        passes = zip(streams, prompts, texts, strict=True)
-        return [self._pass(x, rows, spans, rotary, total, prompt, text) for x, prompt, text in passes]
+        for prompt, text in zip(prompts, texts, strict=True):
+            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
+        return streams
 
     def _pass(
         self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
