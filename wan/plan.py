@@ -14,7 +14,7 @@ from easydict import EasyDict
 from lightning.lora import Coverage, Lora
 from wan.distributed.cost import Network, plan_lines
 from wan.distributed.mesh import Layout
-from wan.loading.budget import DECODING, MARGIN, POOLS_BYTES, Budget, Sizes, fit
+from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
@@ -27,6 +27,7 @@ from wan.utils.progress import quantity
 
 MOST_STEPS_SHOWN = 12
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
+DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 
 
 @dataclass(frozen=True)
