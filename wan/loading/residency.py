@@ -210,3 +210,8 @@ class Experts:
     def waited(self) -> float:
         """Seconds in which computation waited for weights, so far."""
         return 0.0 if self.networks is None else self.networks.walker.waited
+
+    @property
+    def brought(self) -> int:
+        """Bytes of weights read into slots, so far."""
+        return 0 if self.networks is None else self.networks.walker.brought
