@@ -1,4 +1,4 @@
-"""Decoding beside writing (C12): both at once over the longer of the two alone. One thread decodes, ffmpeg has the rest.
+"""Decoding beside writing (C12): both at once over the longer one alone. One thread decodes, ffmpeg has the rest.
 
 python -m benchmarks.overlap [--size 320x192] [--frames 33]
 """
