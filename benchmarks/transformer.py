@@ -43,7 +43,7 @@ def static_block(fused: bool = True) -> CostCounter:
         model.use_attention(attention)
         x, rows, text = torch.empty(75_600, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
         rotary, prompt = torch.empty(75_600, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())
-        arguments = (x, rows, [(0, slice(0, 75_600))], rotary, 75_600, prompt, text)
+        arguments = ([x], rows, [(0, slice(0, 75_600))], rotary, 75_600, [prompt], [text])
         model.blocks[0](*arguments)
         counter = CostCounter()
         if fused:

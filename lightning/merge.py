@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ class Merge:
                 if lora.strength and (linear_pairs or not delta.rank or len(shapes[delta.target]) != 2):
                     self.parts.setdefault(delta.target, []).append(_Part(lora, delta))
         self._buffers: dict[str, Tensor] = {}
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._downs: dict[tuple[Path, str], Tensor] = {}  # of one weight, whose rows come one share after the other
+        self._downs_of = ""
 
     def touches(self, name: str) -> bool:
         return name in self.parts
@@ -70,6 +74,8 @@ class Merge:
         start, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
         if tuple(weight.shape) != (max(0, stop - start), *self.shapes[name][1:]):
             raise ValueError(f"{name}: rows {start}:{stop} of {list(self.shapes[name])} given as {list(weight.shape)}")
+        if name != self._downs_of:
+            self._downs, self._downs_of = {}, name
         terms = [self._load(part, slice(start, stop)) for part in parts]
         source = _matrix(weight)
         result = self._buffer("result", source.shape)
@@ -101,14 +107,25 @@ class Merge:
         return kept[:count].view(*shape)
 
     def _load(self, part: _Part, rows: slice) -> _Term:
-        """Read one delta's tensors (these rows of `up` or of the difference) in float32 onto the device."""
+        """One delta's tensors (these rows of `up` or of the difference) in float32 on the device."""
         lora, delta = part.lora, part.delta
-        tensors = [
-            _matrix(lora.read(name, which)).to(self.device, torch.float32)
-            for name, which in zip(delta.tensors, (rows, None), strict=False)
-        ]
-        down = tensors[1] if delta.rank else None
-        return _Term(tensors[0], down, delta.scale * lora.strength)
+        up, down = self._read(lora, delta.tensors[0], rows), None
+        if delta.rank:
+            key = lora.path, delta.tensors[1]
+            if key not in self._downs:
+                self._downs[key] = self._read(lora, delta.tensors[1])
+            down = self._downs[key]
+        return _Term(up, down, delta.scale * lora.strength)
+
+    def _read(self, lora: Lora, name: str, rows: slice | None = None) -> Tensor:
+        """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
+        buffer = None
+        if self.device.type == "cuda":
+            size = lora.store.buffer_bytes(name, rows)
+            if self._staging.numel() < size:
+                self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            buffer = self._staging
+        return _matrix(lora.read(name, rows, buffer)).to(self.device, torch.float32)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

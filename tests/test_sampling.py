@@ -167,6 +167,8 @@ class Field:
 
     def ready(self, name: str, lora: float):
         def network(latent, timestep, prompt, pinned):
+            if not isinstance(prompt, Prompt):
+                return torch.stack([network(latent, timestep, each, pinned) for each in prompt])
             self.asked.append((name, lora, timestep, prompt.rows.item(), latent.shape[0], pinned))
             return torch.full_like(latent[:2], self.value * prompt.rows.item())
 
@@ -200,6 +202,21 @@ def test_a_changed_lora_scale_makes_the_layers_read_the_prompt_again() -> None:
     steps = [Step(1000.0, "high", 1.0, 0.0), Step(500.0, "high", 1.0, 1.0)]
     denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text), schedule_of("euler", 2, 1.0), steps)
     assert text.once(layer, lambda: "fresh") == "fresh"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nan_names_its_step_one_step_late() -> None:
+    """The step after it has been asked for, and the one after that has not."""
+    device, field, schedule = torch.device("cuda"), Field(), schedule_of("euler", 4, 5.0)
+    text = Prompt(torch.tensor(1.0))
+
+    def spoil(step: Step, *_: torch.Tensor) -> None:
+        field.value = float("nan") if step is steps[0] else 1.0
+
+    steps = plan_of(schedule.timesteps, 0.875)
+    with pytest.raises(JobError, match="after step 2 of 4"):
+        denoise(field, torch.zeros(2, 1, 1, 1, device=device), Conditioning(text), schedule, steps, spoil)
+    assert len(field.asked) == 3
 
 
 def test_nan_stops_the_job_and_names_the_step() -> None:

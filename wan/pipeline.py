@@ -10,7 +10,7 @@ import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -65,6 +65,7 @@ class Pipeline(ABC):
         self.attention = self.mesh.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
+        self.follows = False  # whether another video is made after this one
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
 
@@ -191,14 +192,20 @@ class Pipeline(ABC):
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
         experts = self.load_experts()
-        forwards = [step.expert for step in steps for _ in range(1 + step.guided)]
+        passes = [(step.expert, 1 + step.guided) for step in steps]
         budget = self.plan.budget(size, frames, len(texts))
-        self._choose_passes(experts, noise, len(forwards))
+        self._choose_passes(experts, noise, sum(count for _, count in passes))
         slots = budget.slots if budget and not budget.resident else None
-        with self.progress.stage("denoise", total=len(steps), unit="step"), experts.job(forwards, slots):
+        # weights that pass through, or are gathered from the other processes, come once for both passes of a step
+        together = budget.together if budget else self.plan.request.dit_fsdp
+        if budget and budget.vae_leaves:
+            self.vae = None
+            free_memory()
+        job = experts.job(passes, slots, together, again=self.follows)
+        with self.progress.stage("denoise", total=len(steps), unit="step"), job:
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
-            experts.leave()  # decoding needs the room
+            experts.leave(budget.between if budget and self.follows else 0)  # decoding needs the room
         return latent
 
     def _choose_passes(self, experts: Experts, latent: Tensor, forwards: int) -> None:
@@ -259,10 +266,14 @@ class Pipeline(ABC):
     def decode(self, latent: Tensor, finer: bool = False) -> Generator[Tensor]:
         """Chunks [3, t, H, W] float32 in [-1, 1], in order. finer: in smaller tiles than planned, same numbers.
 
+        Meanwhile the next video's first weights are read into what room there is beside.
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
         tiles = self.plan.tiles(latent.shape, finer)
-        with torch.no_grad():
+        if finer and self.experts and self.experts.offload:
+            self.experts.leave()
+        beside = self.experts.ahead() if self.experts and self.follows else nullcontext()
+        with torch.no_grad(), beside:
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
     def look(self, latent: Tensor) -> Tensor | None:

@@ -100,9 +100,11 @@ class Plan:
         if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
             work = max(work, self._vae().decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
         return fit(
-            self.room - self.weight_bytes["VAE"], experts,
+            self.room, experts,
             text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
             decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
+            second_pass=4 * tokens * width if prompts > 1 else 0, vae=self.weight_bytes["VAE"],
+            vae_stays=request.preview_steps,
         )  # fmt: skip
 
     def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:

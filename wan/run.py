@@ -19,7 +19,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Progress, duration, tell
+from wan.utils.progress import Progress, duration, quantity, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -70,7 +70,8 @@ def run_jobs(
             progress.event(kind, facts)
         events = [event for theirs in everyones for event in theirs]
         if pipe.experts and pipe.experts.waited > TOLD_WAIT:
-            progress.say(f"computation waited {duration(pipe.experts.waited)} for weights")
+            waited, brought = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
+            progress.say(f"computation waited {waited} for weights, of which {brought} were read")
     _sum_up(len(plan.jobs), len(jobs), events, progress)
     return sum(kind == "failed" for kind, _ in events)
 
@@ -82,6 +83,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
         progress.say(f"video {pipe.plan.place(job)}: {job.save_file}")
+        pipe.follows = job is not jobs[-1]
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:
             facts["frames"] = make_video(pipe, job, progress, shared)

@@ -104,11 +104,13 @@ def denoise(
 ) -> Tensor:
     """Noise float32 [C, f, h, w] -> latent of the same shape.
 
-    JobError naming the step at which the latent stopped being finite.
+    JobError naming the step at which the latent stopped being finite. On a GPU it comes a step late: nothing waits for
+    the device before it has its next step to do.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     sample = _pin(schedule.noise_scale * noise, pinned)
     before = steps[0]
+    look: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
         if (step.expert, step.lora) != (before.expert, before.lora):  # the layers made keys of the texts with weights
@@ -119,21 +121,46 @@ def denoise(
 
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
         frames = 0 if pinned is None else pinned.shape[1]
-        velocity = model(latent, step.timestep, text, frames)
         if step.guided:
             assert negative is not None, "a guided step needs the negative prompt's encoding"
-            free = model(latent, step.timestep, negative, frames)
+            velocity, free = model(latent, step.timestep, (text, negative), frames)
             velocity = free + step.guidance * (velocity - free)
+        else:
+            velocity = model(latent, step.timestep, text, frames)
 
+        if look:
+            look()
         before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
-        if not torch.isfinite(sample).all():
-            raise JobError(
-                f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
-                "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
-                "or cudnn where flash was used"
-            )
+        look = _finite_later(
+            sample,
+            f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
+            "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
+            "or cudnn where flash was used",
+        )
         on_step(step, before_step, velocity)
+    assert look, "a plan has steps"
+    look()
     return sample
+
+
+def _finite_later(sample: Tensor, problem: str) -> Callable[[], None]:
+    """Call it to have JobError(problem) raised if `sample` has NaN or Inf: it then waits for what the device was given
+    up to here, and no more. What does one thing after the other raises it at once."""
+    finite = torch.isfinite(sample).all()
+    arrived: torch.cuda.Event | None = None
+    if sample.device.type == "cuda":
+        finite = finite.to("cpu", non_blocking=True)  # into pinned memory
+        arrived = torch.cuda.current_stream(sample.device).record_event()
+
+    def look() -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        if not finite:
+            raise JobError(problem)
+
+    if arrived is None:
+        look()
+    return look
 
 
 def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from benchmarks.communication import SentBytes
 from lightning.lora import Lora
 from lightning.merge import Merge
 from lightning.tensorfile import TensorStore
@@ -64,6 +65,31 @@ def tiny_forwards(model: WanModel) -> list[Tensor]:
         with torch.no_grad():
             found += [model(latent, t, prompt) for t in (937.5, 500.0)]
     return found
+
+
+def guided_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], list[int]]:
+    """Velocities of two prompts, in a forward each and together in one, and the bytes of weights sent for them."""
+    mesh = mesh_of(runtime, runtime.team.size)
+    model = load_expert(torch.float32, mesh, split=True)
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randn(16, 3, 6, 6, generator=generator)
+    prompts = [Prompt(torch.randn(count, 32, generator=generator)) for count in (7, 3)]
+    model.residency.together = True
+    with torch.no_grad():
+        model(latent, 500.0, prompts)  # what is gathered once, is
+        with SentBytes(mesh.layout) as sent:
+            alone = torch.stack([model(latent, 500.0, prompt) for prompt in prompts])
+        with SentBytes(mesh.layout) as sent_together:
+            both = model(latent, 500.0, prompts)
+    return [alone, both], [sent.counts["weights"], sent_together.counts["weights"]]
+
+
+def test_a_guided_step_gathers_each_block_once() -> None:
+    (whole, _), _ = guided_of_a_rank(Runtime())
+    for (alone, both), (twice, once) in run_ranks(guided_of_a_rank, 2):
+        assert torch.equal(alone, both)
+        assert relative_error(alone, whole) < 1e-5
+        assert twice == 2 * once > 0
 
 
 def held(module: torch.nn.Module) -> float:

@@ -1,6 +1,7 @@
 """The streamed merge equals the plain formula bit for bit, on any slice, in any order, for any file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning import merge as merge_module
 from lightning.errors import LoraError
 from lightning.lora import Lora, check
 from lightning.merge import Merge
+from lightning.tensorfile import TensorStore
 from tests.lightning.support import STORED, base, diffusers_module, lora_of, merged, plain, small_pairs, spelled
 from tests.support import lora_dir
 
@@ -46,6 +48,22 @@ def test_many_blocks_are_bit_equal_to_the_formula(
         torch.testing.assert_close(found, expected[start:stop], rtol=1e-6, atol=1e-5)
     quarters = [merge(f"{Q}.weight", weight[i : i + 250], slice(i, i + 250)).clone() for i in range(0, 1000, 250)]
     assert torch.equal(torch.cat(quarters), expected)
+
+
+def test_a_weight_in_shares_reads_each_row_of_its_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, up, down = large_pair(1000, 512, 16)
+    tensors = {f"{Q}.lora_up.weight": up, f"{Q}.lora_down.weight": down}
+    merge, read, bytes_read = Merge([lora_of(tmp_path, tensors)], {f"{Q}.weight": (1000, 512)}), TensorStore.read, []
+
+    def counted(*arguments: Any) -> Tensor:
+        tensor = read(*arguments)
+        bytes_read.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(TensorStore, "read", counted)
+    for start in range(0, 1000, 250):
+        merge(f"{Q}.weight", weight[start : start + 250], slice(start, start + 250))
+    assert sum(bytes_read) == up.nbytes + down.nbytes
 
 
 def test_untouched_weights_come_back_as_they_are() -> None:

@@ -32,7 +32,7 @@ def released_text_encoder() -> Sizes:
         return sizes_of(UMT5Encoder.from_shapes(manifest("umt5_xxl")), lambda _: torch.bfloat16)
 
 
-def a14b(free: float, activations: float, decode: float = 6.0, **more: bool) -> Budget:
+def a14b(free: float, activations: float, decode: float = 6.0, **more: int) -> Budget:
     experts = dict.fromkeys(("high", "low"), released("t2v-A14B"))
     work = {"activations": int(activations * GB), "decode": int(decode * GB)}
     return fit(int(free * GB), experts, released_text_encoder(), **work, **more)
@@ -114,3 +114,45 @@ def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> 
     there = sum(p.nbytes for p in networks.models["it"].parameters() if p.device.type != "meta")
     assert there <= sizes.fixed < there + 256 * 100
     assert networks.slots_in(TRANSIT_BYTES + 3 * sizes.unit_bytes) == 3
+
+
+@pytest.mark.parametrize(
+    ("free", "slots", "together"),
+    [
+        (8, 2, False),  # both residual streams do not fit: the passes run one after the other, as without
+        (10, 2, True),
+        (24, 22, True),
+        (48, 58, False),  # an expert stays while it is at work: nothing comes twice
+        (80, 82, False),
+    ],
+)
+def test_passes_go_together_where_parts_pass_through_and_there_is_room(free: int, slots: int, together: bool) -> None:
+    alone, budget = a14b(free, 5.4), a14b(free, 5.4, second_pass=int(1.55 * GB))
+    assert (budget.slots, budget.together) == (slots, together)
+    assert alone.slots - budget.slots in ((2, 3) if together else (0,)), "1.55 GB are two slots and a part"
+    assert budget.peaks["denoise"] <= free * GB
+    assert budget.stages["denoise"]["work"] == int(5.4 * GB) + together * int(1.55 * GB)
+    assert ("each part serves both passes of a step" in budget.line()) == together
+    assert not a14b(free, 5.4, second_pass=int(1.55 * GB), keep=True).together
+
+
+def test_the_vae_leaves_where_parts_pass_through() -> None:
+    """TI2V-5B's 2.8 GB are ten blocks; where all of an expert has room, or the VAE is asked for, it stays."""
+    experts, vae = {"model": released("ti2v-5B")}, int(2.8 * GB)
+
+    def budget(free: int, **more: bool) -> Budget:
+        return fit(free * GB, experts, None, activations=3 * GB, decode=2 * GB, vae=vae, **more)
+
+    short, kept, ample = budget(8), budget(8, vae_stays=True), budget(24)
+    assert (short.vae_leaves, kept.vae_leaves, ample.vae_leaves) == (True, False, False)
+    assert short.slots >= kept.slots + 8
+    assert kept.stages["denoise"]["other weights"] - short.stages["denoise"]["other weights"] == vae
+    assert short.stages["decode"] == kept.stages["decode"]
+    assert all(each.peak <= each.free for each in (short, kept, ample))
+
+
+@pytest.mark.parametrize(("free", "decode", "between"), [(8, 6.0, 0), (24, 8.0, 16), (80, 22.8, 65), (80, 6.0, 82)])
+def test_between_two_videos_what_has_room_beside_the_decode_stays(free: int, decode: float, between: int) -> None:
+    budget = a14b(free, 5.4, decode, vae=GB // 2)
+    assert budget.between == between
+    assert budget.between * budget.experts["high"].unit_bytes + budget.peaks["decode"] <= free * GB

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,9 +56,9 @@ def open_task(task: str, lora_mode: str | None) -> Original:
     return CLASSES[task](config, checkpoint(task), lora, lora_mode=lora_mode or "merge", device=CPU)
 
 
-def use_slots(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_slots(count: int, monkeypatch: pytest.MonkeyPatch, together: bool = False) -> None:
     """As if the device had room for so many."""
-    budget = SimpleNamespace(slots=count, resident=False, tiles=(1, 1))
+    budget = SimpleNamespace(slots=count, resident=False, tiles=(1, 1), together=together, vae_leaves=True, between=1)
     monkeypatch.setattr(Plan, "budget", lambda *_: budget)
 
 
@@ -78,12 +79,28 @@ def test_latents_do_not_depend_on_the_slots(
     networks = opened.load_experts().networks
     assert networks is not None
     assert networks.walker.copies == len(networks.walker.units), "with room for all, each is read once"
-    for slots in range(1, len(networks.walker.units)):
+    for slots, together in product(range(1, len(networks.walker.units)), {False, guided}):
         networks.leave()
-        use_slots(slots, monkeypatch)
+        use_slots(slots, monkeypatch, together)
         opened.load_experts().offload = slots % 2 == 0  # whether it reckons with another video
-        assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots"
+        assert all(map(torch.equal, two_videos(opened, guided), want)), f"{slots} slots, together {together}"
         assert len(networks.walker.slots) == slots
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_of_a_guided_step_each_part_comes_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two videos of three guided steps through two slots: each part comes once a step, and not once a pass."""
+    brought = {}
+    for together in (False, True):
+        opened = open_task(task, None)
+        use_slots(2, monkeypatch, together)
+        walker = opened.load_experts().networks.walker  # type: ignore[union-attr]
+        before = walker.copies
+        two_videos(opened, guided=True)
+        brought[together] = walker.copies - before
+    uses = 2 * 3 * len(walker.units) // len(opened.load_experts().models)
+    assert brought[True] <= uses
+    assert brought[False] >= 2 * uses - 2 * 4, "at the begin of a video or pass two may be there still"
 
 
 def test_bf16_and_image_to_video_do_not_depend_on_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +114,41 @@ def test_bf16_and_image_to_video_do_not_depend_on_the_slots(monkeypatch: pytest.
     task.load_experts().networks.leave()
     use_slots(2, monkeypatch)
     assert torch.equal(task.sample("a cat", "", image, (64, 64), 5, 1, sampling), want)
+
+
+def test_while_a_video_is_decoded_the_next_ones_first_weights_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, sampling = open_task(TASK, None), Sampling("euler", 3, 5.0, (1.0, 1.0))
+    want = [task.sample("a cat", "bad", None, (32, 32), 1, seed, sampling) for seed in (1, 2)]
+    networks = task.load_experts().networks
+    assert networks is not None
+    networks.leave()
+    use_slots(2, monkeypatch)
+    task.follows = True
+    latent = task.sample("a cat", "bad", None, (32, 32), 1, 1, sampling)
+    assert not {0, 1} <= networks.walker._where.keys()
+    chunks = task.decode(latent)
+    next(chunks)
+    deadline = time.monotonic() + 10
+    while not {0, 1} <= networks.walker._where.keys():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    chunks.close()
+    task.follows = False
+    before = networks.walker.copies
+    assert torch.equal(latent, want[0])
+    assert torch.equal(task.sample("a cat", "bad", None, (32, 32), 1, 2, sampling), want[1])
+    assert networks.walker.copies - before == 3 * len(task.load_experts().models["high"].blocks) + 3 - 2
+
+
+def test_the_vae_makes_room_for_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = open_task(TASK, None)
+    latent = two_videos(task, guided=False)[0]
+    want = torch.cat(list(task.decode(latent)), dim=1)
+    gone = weakref.ref(task.load_vae().conv1.weight)  # type: ignore[union-attr]
+    use_slots(2, monkeypatch)
+    assert torch.equal(two_videos(task, guided=False)[0], latent)
+    assert gone() is None
+    assert torch.equal(torch.cat(list(task.decode(latent)), dim=1), want)
 
 
 def test_after_a_job_the_device_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,22 @@ def test_tokens_are_shared_out_evenly(pinned: int, start: int, stop: int, most: 
     assert edges[-1] == stop - start
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pinned", [0, 1])
+def test_passes_through_the_blocks_together_are_those_one_after_the_other(pinned: int, dtype: torch.dtype) -> None:
+    """To the bit, and each block is called once for all of them."""
+    model, latent = random_model().to(dtype), torch.randn(16, 3, 6, 8)
+    rows, called = [torch.randn(count, 48, dtype=dtype) for count in (20, 7)], []
+    expected = [model(latent, 625.0, Prompt(each), pinned) for each in rows]
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: called.append(1))
+    for model.residency.together, calls in ((False, 2), (True, 1)):
+        called.clear()
+        found = model(latent, 625.0, [Prompt(each) for each in rows], pinned)
+        assert all(map(torch.equal, found, expected))
+        assert len(called) == calls * len(model.blocks)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_shares_of_rows_give_the_numbers_of_the_whole(rows: int) -> None:
     """But for the order of sums in products of few rows, 1e-6; a wrong row is off by its own size."""
@@ -193,7 +209,7 @@ def test_the_residual_stream_is_contiguous() -> None:
     """Column-major, as the patch embedding leaves it, every pass over it strides, and each norm copies it."""
     model, seen = random_model(), []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].stride()))
     model(torch.randn(16, 3, 6, 8), 1000.0, Prompt(torch.randn(20, 48)))
     assert seen == [(256, 1)] * 3
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wan.distributed.mesh import Mesh
 from wan.distributed.sequence import all_gather
-from wan.modules.vae import WanVAE
+from wan.modules.vae import WanVAE, waiting_room
 from wan.modules.vae_coders import Region
 
 
@@ -85,14 +85,15 @@ class SplitVAE:
             return
         rows, columns = region.bottom - region.top, region.right - region.left
         size = sum(counts), rows * self.stride[1], columns * self.stride[2]
-        pixels = torch.empty(3, *size, device=self.device)
+        pixels = torch.empty(3, *size, device=waiting_room(self.device))
         for tile in Region.tiles(rows, columns, min(tiles[0], rows), min(tiles[1], columns)):
             origin = region.top, region.top, region.left, region.left
             inside = Region(*(edge + start for edge, start in zip(tile, origin, strict=True)))
             targets = of_region(pixels, tile.scaled(self.stride[1])).split(counts, 1)
             for part, target in zip(self.vae.decode_region(features, inside, chunk), targets, strict=True):
                 target.copy_(part)
-        yield from pixels.split(counts, 1)
+        for part in pixels.split(counts, 1):
+            yield part.to(self.device)
 
     def _gather(self, part: Tensor, places: list[Region], frames: int) -> list[Tensor]:
         """Every rank's pixels of one chunk on the first rank, each filled up to the largest."""

@@ -10,6 +10,9 @@ import torch
 from wan.loading.schedule import AHEAD
 from wan.loading.stream import PIECE_BYTES
 
+# Of the predicted peak of decoding, where blocks lie beside it: counted reserved 1.24 to 1.28 of what was allocated. A
+# run that is short of a few blocks there loses nothing, one that fails to get memory stops to give back what is unused.
+BESIDE_DECODING = 1.35
 LEAST_SLOTS = 2  # with one, every read waits for the block before it
 # A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
 TRANSIT_BYTES = 6 * PIECE_BYTES
@@ -37,6 +40,9 @@ class Budget:
     stages: dict[str, dict[str, int]]
     keep: bool = False  # everything stays because it was asked for
     tiles: tuple[int, int] = (1, 1)  # in which a frame is decoded
+    together: bool = False  # a block does both passes of a guided step before the next block begins
+    vae_leaves: bool = False  # the VAE's weights make room for blocks, and are read again to decode
+    between: int = 0  # slots that there is room for beside decoding, for what the next video begins with
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -72,6 +78,8 @@ class Budget:
             parts = [f"{' and '.join(self.experts)} expert: {self._place(next(iter(self.experts.values())))}"]
         if self.text_slots:
             parts.append(f"text encoder passes through {self.text_slots} slots")
+        if self.together:
+            parts.append("each part serves both passes of a step")
         if self.tiles != (1, 1):
             parts.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
         peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in self.peaks.items())
@@ -103,8 +111,16 @@ def fit(
     keep: bool = False,
     tiles: tuple[int, int] = (1, 1),
     image: int = 0,
+    second_pass: int = 0,
+    vae: int = 0,
+    vae_stays: bool = False,
 ) -> Budget:
     """As many slots as there is room for, at least `LEAST_SLOTS`; ask the result for its `problem`.
+
+    vae: its weights. Where parts pass through they leave for the denoising, unless vae_stays.
+
+    second_pass: what both passes of a guided step need more if they go through the blocks together; 0: none is guided.
+    They do so where parts pass through, which then come once a step: that is worth more than the slots it takes.
 
     free: bytes of the device that the run may use, or `--vram`. activations, decode, image: what a forward, decoding
     and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything is to stay
@@ -113,20 +129,34 @@ def fit(
     total = sum(sizes.units for sizes in experts.values())
     fixed = sum(sizes.fixed for sizes in experts.values())
     slot_bytes = max(sizes.unit_bytes for sizes in experts.values())
-    room = int(free * (1 - MARGIN)) - fixed - activations - TRANSIT_BYTES - POOLS_BYTES
-    slots = total if keep else min(total, max(LEAST_SLOTS, room // slot_bytes))
+    usable = int(free * (1 - MARGIN)) - fixed - TRANSIT_BYTES - POOLS_BYTES
+
+    def slots_beside(work: int) -> int:
+        return total if keep else min(total, (usable - work) // slot_bytes)
+
+    passing = slots_beside(activations + vae) < max(sizes.units for sizes in experts.values())
+    vae_leaves = passing and not vae_stays
+    staying = fixed if vae_leaves else fixed + vae
+    slots = max(LEAST_SLOTS, slots_beside(activations + staying - fixed))
+    together = passing and second_pass > 0 and slots_beside(activations + second_pass + staying - fixed) >= LEAST_SLOTS
+    if together:
+        activations += second_pass
+        slots = slots_beside(activations + staying - fixed)
     stages = {
         "denoise": {
-            "blocks": slots * slot_bytes, "other weights": fixed, "in transit": TRANSIT_BYTES, "work": activations,
+            "blocks": slots * slot_bytes, "other weights": staying, "in transit": TRANSIT_BYTES, "work": activations,
         },
-        "decode": {"other weights": fixed, "blocks": slots * slot_bytes if keep else 0, "work": decode},
+        "decode": {"other weights": fixed + vae, "blocks": slots * slot_bytes if keep else 0, "work": decode},
     }  # fmt: skip
     if image:
         stages["image"] = {**stages["decode"], "work": image}
     if text is not None:
         text_slots = text.units if keep else min(text_slots, text.units)
         stages["text"] = {"blocks": text_slots * text.unit_bytes, "other weights": text.fixed, "work": TRANSIT_BYTES}
-    return Budget(free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles)
+    return Budget(
+        free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles, together, vae_leaves,
+        between=max(0, min(slots, slots_beside(vae + int(BESIDE_DECODING * max(decode, image))))),
+    )  # fmt: skip
 
 
 def free_bytes(device: torch.device) -> int:

@@ -64,7 +64,14 @@ class Networks(Generic[Network]):
 
     def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
         """Inside this, forwards of the networks named, in this order. again: a job with the same ones follows."""
-        return self.walker.job([unit for name in forwards for unit in self._numbers[name]], again)
+        return self.walker.job(self._uses(forwards), again)
+
+    def ahead(self, forwards: Sequence[str]) -> AbstractContextManager[None]:
+        """Beside what is done inside this, what such a job begins with is brought, as much as there are slots for."""
+        return self.walker.ahead(self._uses(forwards))
+
+    def _uses(self, forwards: Sequence[str]) -> list[int]:
+        return [unit for name in forwards for unit in self._numbers[name]]
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Bring all of them, to stay."""
@@ -76,9 +83,9 @@ class Networks(Generic[Network]):
         walker = self.walker
         return max(LEAST_SLOTS, len(walker.slots) + (free - TRANSIT_BYTES) // walker.slot_bytes)
 
-    def leave(self) -> None:
-        """Give back the slots' memory."""
-        self.walker.resize(0)
+    def leave(self, slots: int = 0) -> None:
+        """Give back the memory of all but so many slots."""
+        self.walker.resize(min(slots, len(self.walker.slots)))
         free_memory()
 
 
@@ -181,15 +188,37 @@ class Experts:
         self.models, self.networks, self.offload = dict(models), networks, True
         self._set_lora = set_lora
         self._lora_scale = dict.fromkeys(models, 1.0)
+        self._forwards: list[str] = []  # of the last job
 
     @contextmanager
-    def job(self, forwards: Sequence[str], slots: int | None = None) -> Iterator[None]:
-        """Inside this, forwards of the networks named, in this order. slots: for their blocks; default: for all."""
+    def job(
+        self,
+        steps: Sequence[tuple[str, int]],
+        slots: int | None = None,
+        together: bool = False,
+        again: bool = False,
+    ) -> Iterator[None]:
+        """Inside this, for each step so many passes of the network named. slots: for the blocks; default: for all.
+
+        together: the passes of a step go through the blocks together. again: a job with the same steps follows.
+        """
+        for model in self.models.values():
+            model.residency.together = together
+        self._forwards = [name for name, passes in steps for _ in range(1 if together else passes)]
         if self.networks is None:
             yield
             return
         self.networks.walker.resize(len(self.networks.walker.units) if slots is None else slots)
-        with self.networks.job(forwards, again=not self.offload):
+        with self.networks.job(self._forwards, again=again or not self.offload):
+            yield
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Beside what is done inside this, what another job like the last one begins with comes into the slots left."""
+        if self.networks is None:
+            yield
+            return
+        with self.networks.ahead(self._forwards):
             yield
 
     def ready(self, name: str, lora: float) -> WanModel:
@@ -201,12 +230,18 @@ class Experts:
             self._lora_scale[name] = lora
         return model
 
-    def leave(self) -> None:
-        """Free the device of what can be brought again. On a CPU nothing else asks for the memory: it stays."""
+    def leave(self, slots: int = 0) -> None:
+        """Free the device of what can be brought again, but for so many slots. On a CPU nothing else asks for the
+        memory: it stays."""
         if self.networks is not None and self.networks.walker.device.type != "cpu":
-            self.networks.leave()
+            self.networks.leave(slots)
 
     @property
     def waited(self) -> float:
         """Seconds in which computation waited for weights, so far."""
         return 0.0 if self.networks is None else self.networks.walker.waited
+
+    @property
+    def brought(self) -> int:
+        """Bytes of weights read into slots, so far."""
+        return 0 if self.networks is None else self.networks.walker.brought

@@ -118,6 +118,22 @@ class Walker:
             self._uses = self._walking = None
 
     @contextmanager
+    def ahead(self, uses: Sequence[int]) -> Iterator[None]:
+        """Beside what is done inside this, the slots get what a job of `uses` begins with. The thread ends with it.
+
+        What goes wrong is left to that job, whose own reads meet it again.
+        """
+        self._stopped = False
+        moves = [move for move in self._schedule(uses, again=True) if not move.after] if self.slots else []
+        with ThreadPoolExecutor(1, thread_name_prefix="walker") as pool:
+            pool.submit(self._bring, moves)
+            try:
+                yield
+            finally:
+                self._stopped = True
+                self._tell()
+
+    @contextmanager
     def use(self, unit: int) -> Iterator[None]:
         """The unit is on the device inside this. What went wrong while it was brought is raised here."""
         with self.lane.waiting():

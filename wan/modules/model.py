@@ -1,7 +1,8 @@
 """The Wan2.2 diffusion transformer (DiT).
 
 Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned),
-F, H, W token grid, C latent channels. There is no batch axis: guidance runs its two passes one after the other.
+F, H, W token grid, C latent channels. There is no batch axis: of a guided step's two passes one follows the other,
+through the whole network or, where weights are brought when they are used, through each block (`Residency.together`).
 
 Precision follows the parameters: a linear layer runs in the dtype of its bias, the residual stream, the norms'
 statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
@@ -12,6 +13,7 @@ the plain case. So are `Attention.backend` (the kernel) and `passes` (what is be
 
 Memory: what is done row by row goes over `WanModel.rows` tokens at a time. At 1280x720x81 what is alive at once is the
 float32 residual stream, the normed input, and queries and keys, of 1.5 and thrice 0.8 GB, or values in place of rows.
+Passes that go through the blocks together have a residual stream each, the rest in turn.
 """
 
 from __future__ import annotations
@@ -75,11 +77,23 @@ class WanModel(nn.Module):
         sizes = {name: int(config[name]) for name in names}
         return cls(**sizes, text_dim=text_dim, eps=float(config["eps"]))
 
-    def forward(self, latent: Tensor, timestep: float, prompt: Prompt, pinned_frames: int = 0) -> Tensor:
-        """[C_in, f, h, w] latent at `timestep` (0 to 1000) -> float32 [C_out, f, h, w] velocity.
+    def forward(
+        self, latent: Tensor, timestep: float, prompt: Prompt | Sequence[Prompt], pinned_frames: int = 0
+    ) -> Tensor:
+        """[C_in, f, h, w] latent at `timestep` (0 to 1000) -> float32 [C_out, f, h, w] velocity, for each prompt.
 
+        Of P prompts in a sequence the velocities are stacked, [P, C_out, f, h, w].
         The tokens of the first `pinned_frames` latent frames are clean and get timestep 0.
         """
+        if isinstance(prompt, Prompt):
+            return self._velocities(latent, timestep, [prompt], pinned_frames)[0]
+        groups = [prompt] if self.residency.together else [[each] for each in prompt]
+        return torch.stack([v for group in groups for v in self._velocities(latent, timestep, group, pinned_frames)])
+
+    def _velocities(
+        self, latent: Tensor, timestep: float, prompts: Sequence[Prompt], pinned_frames: int
+    ) -> list[Tensor]:
+        """As above; each block does all prompts before the next one begins."""
         x = self.patch_embedding(latent[None].to(self.patch_embedding.weight.dtype))[0]
         grid = (x.shape[1], x.shape[2], x.shape[3])
         x = rearrange(x, "d f h w -> (f h w) d").contiguous()
@@ -89,16 +103,26 @@ class WanModel(nn.Module):
         rotary = rotary_table(grid, self.head_width, start, stop, x.device)
 
         times = [0.0, timestep] if pinned_frames else [timestep]
-        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device)).float()
+        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device, non_blocking=True)).float()
         with self.residency.use(0):
             rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
         spans = _spans(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
 
-        text = prompt.once(self, lambda: _run(self.text_embedding, prompt.padded(self.text_len)))
+        texts = [each.once(self, lambda each=each: self._text(each)) for each in prompts]  # type: ignore[misc]
+        streams = [x, *(x.clone() for _ in prompts[1:])]
+        del x
         for unit, block in enumerate(self.blocks, 1):
             with self.residency.use(unit):
-                x = block(x, rows, spans, rotary, total, prompt, text)
-        x = self.tokens.gather(self.head(x, time, spans), total)
+                streams = block(streams, rows, spans, rotary, total, prompts, texts)
+        return [self._latent(self.tokens.gather(self.head(x, time, spans), total), grid) for x in streams]
+
+    def _text(self, prompt: Prompt) -> Tensor:
+        """[text_len, D]."""
+        return _run(self.text_embedding, prompt.padded(self.text_len))
+
+    @staticmethod
+    def _latent(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[F H W, patch * C] -> [C, f, h, w]."""
         f, h, w = grid
         return rearrange(x, "(f h w) (q r c) -> c f (h q) (w r)", f=f, h=h, w=w, q=PATCH[1], r=PATCH[2])
 
@@ -147,9 +171,27 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(
+        self,
+        streams: list[Tensor],
+        rows: Tensor,
+        spans: Spans,
+        rotary: Tensor,
+        total: int,
+        prompts: Sequence[Prompt],
+        texts: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """One pass after the other, each with its residual stream, its prompt and that prompt's text.
+
+        streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
+        [L, D], in the same list: nobody keeps a stream that has been converted.
+        """
+        for prompt, text in zip(prompts, texts, strict=True):
+            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
+        return streams
+
+    def _pass(
         self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
     ) -> Tensor:
-        """x [L, D] (overwritten once it is float32), rows float32 [T, 6, D], text [text_len, D] -> float32 [L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
 

@@ -10,7 +10,10 @@ class Residency:
 
     A unit is a group of weights that is used together, numbered in the order in which a forward uses them; a network's
     `unit_of` tells a parameter's.
+    together: of several passes over one latent, a unit does all before the next begins, so that it is brought once.
     """
+
+    together = False
 
     def use(self, unit: int) -> AbstractContextManager[None]:
         """The weights of `unit` are on the device inside this."""

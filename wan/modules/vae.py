@@ -161,7 +161,8 @@ class WanVAE(nn.Module):
 
         chunk: latent frames per call of the network: more is faster and takes more memory.
         tiles: rows and columns into which the frame is divided; each tile is decoded for the whole clip before the
-        next, with far less memory and the same numbers, but the first chunk comes when the last tile is done.
+        next, with far less memory and the same numbers, but the first chunk comes when the last tile is done. Until
+        then a GPU's pixels wait in host memory.
         """
         regions = Region.tiles(latent.shape[-2], latent.shape[-1], *tiles)
         features = self.decode_features(latent, chunk)
@@ -169,7 +170,7 @@ class WanVAE(nn.Module):
             yield from self.decode_region(features, regions[0], chunk)
             return
         size = 4 * latent.shape[1] - 3, latent.shape[2] * self.stride[1], latent.shape[3] * self.stride[2]
-        video = torch.empty(3, *size, device=features.device)
+        video = torch.empty(3, *size, device=waiting_room(features.device))
         for region in regions:
             place = region.scaled(self.stride[1])
             tile = video[:, :, place.top : place.bottom, place.left : place.right]
@@ -177,15 +178,17 @@ class WanVAE(nn.Module):
             for part in self.decode_region(features, region, chunk):
                 tile[:, start : start + part.shape[1]] = part
                 start += part.shape[1]
-        yield from video.split(4 * chunk, dim=1)
+        for part in video.split(4 * chunk, dim=1):
+            yield part.to(features.device)
 
     def decode_peak(self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> int:
-        """Bytes alive at once, at most, in a `decode` of a latent of this shape, weights aside; within 10 %."""
+        """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights aside; within
+        10 %. Of tiles what waits is not counted: a GPU's is in host memory."""
         _, length, height, width = shape
-        pixels = 3 * height * self.stride[1] * width * self.stride[2]
+        pixels = 3 * -(-height // tiles[0]) * self.stride[1] * -(-width // tiles[1]) * self.stride[2]  # of a tile
         features = length * height * width * self.decoder.conv1.out_channels
         inside = self.decoder.peak((height, width), tiles, min(chunk, length))
-        video = pixels * (4 * length - 3) if tiles != (1, 1) else 8 * pixels * chunk
+        video = 8 * pixels * chunk
         itemsize = self.conv2.weight.element_size()
         return itemsize * (inside + features) + 4 * video
 
@@ -226,3 +229,8 @@ class WanVAE(nn.Module):
             raise ValueError(f"width and height must be multiples of {rows}, not {size}")
         if frames < video.shape[1] or chunk < 1:
             raise ValueError(f"frames must be {video.shape[1]} or more and chunk 1 or more, not {frames} and {chunk}")
+
+
+def waiting_room(device: torch.device) -> torch.device:
+    """Where a whole clip's pixels wait that were made on `device`: a GPU's memory is for work."""
+    return torch.device("cpu") if device.type == "cuda" else device
