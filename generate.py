@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from lightning.words import Parser
 from wan import __version__
-from wan.request.checks import meant
+from wan.request.hints import ALSO
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import tell
@@ -27,6 +28,7 @@ from wan.utils.progress import tell
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
     from wan.extend.extension import ExtendItem, ExtendSettings
+    from wan.plan import Plan
     from wan.request.prompts import Row
     from wan.request.settings import Decode, Extend, Generate
     from wan.utils.progress import Progress
@@ -115,9 +117,9 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     from wan.run import decode_only
 
     plan = runtime.team.agree(lambda: make_plan(outcome, runtime))
-    _warn(outcome, progress)
+    runtime.team.agree(lambda: read_latents(outcome.latents, outcome.config))
+    _warn(plan, progress)
     if outcome.request.dry_run:
-        runtime.team.from_first(lambda: read_latents(outcome.latents, outcome.config))
         return _checked(progress)
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
     return 0
@@ -167,7 +169,7 @@ def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
 
 
-def _warn(outcome: Extend | Decode, progress: Progress) -> None:
+def _warn(outcome: Extend | Plan, progress: Progress) -> None:
     for warning in outcome.warnings:
         progress.say(f"warning: {warning}")
 
@@ -177,7 +179,7 @@ def _checked(progress: Progress) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """--help and --version, by one process of many."""
         from wan.distributed.runtime import speaks_alone
@@ -185,48 +187,37 @@ class _Parser(argparse.ArgumentParser):
         if speaks_alone():
             super()._print_message(message, file)
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
 
 def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; what is wrong with values).
 
-    InputError naming every flag that does not exist, with the nearest that does.
+    InputError naming every flag that does not exist, with the one that was probably meant.
     """
     problems: list[str] = []
-    known, unknown = _parser(problems).parse_known_args(words)
-    flags = [f"--{name}" for name in OPTIONS]
-    strangers = []
-    for before, word in zip(["", *unknown], unknown, strict=False):
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            strangers.append(f"there is no flag {name}{meant(name, flags)}")
-        elif not before.startswith("--"):  # else the value of an unknown flag
-            strangers.append(f"unexpected {word!r}; a text with spaces needs quotes around it")
-    if strangers:
-        raise InputError(strangers)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    known = vars(_parser(problems).read(words))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     return {name: value for name, value in given.items() if value is not None}, problems
 
 
-def _parser(problems: list[str]) -> argparse.ArgumentParser:
+def _parser(problems: list[str]) -> Parser:
     """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
     parser = _Parser(
-        description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        also={f"--{name}": names.split() for name, names in ALSO.items()},
+        description="Make videos with Wan2.2 and Wan2.2-Lightning.", argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
     for name, row in OPTIONS.items():
         more: dict[str, Any] = {"help": row.help.replace("%", "%%")}
+        read_it = partial(read, name, problems=problems)
         if not row.takes:
             more |= {"action": "store_const", "const": True}
         elif row.read is paths:
             more |= {"action": "append", "metavar": row.takes}
+        elif row.takes.startswith("["):
+            more |= {"type": read_it, "metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
         else:
-            more |= {"type": partial(read, name, problems=problems), "metavar": row.takes.strip("[]")}
-            more |= {"nargs": "?", "const": True} if row.takes.startswith("[") else {}
+            more |= {"type": read_it, "metavar": row.takes}
         groups[row.group].add_argument(f"--{name}", **more)
     return parser
 

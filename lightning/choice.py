@@ -18,6 +18,7 @@ from pathlib import Path
 from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning.errors import LoraError
 from lightning.lora import expert_of, files_of
+from lightning.words import short
 
 WEAKEST, STRONGEST = -10.0, 10.0
 
@@ -109,13 +110,12 @@ def _strengths(given: str | None, experts: Collection[str], problems: list[str])
 def _within_range(what: str, strength: float, problems: list[str]) -> float:
     if WEAKEST <= strength <= STRONGEST:
         return strength
+    lowest, highest = short(WEAKEST), short(STRONGEST)
     if math.isfinite(strength):
-        nearest = min(max(strength, WEAKEST), STRONGEST)
-        sentence = (
-            f"{strength:g} is out of range; it goes from {WEAKEST:g} to {STRONGEST:g}, the nearest is {nearest:g}"
-        )
+        nearest = short(min(max(strength, WEAKEST), STRONGEST))
+        sentence = f"{short(strength)} is out of range; it goes from {lowest} to {highest}, the nearest is {nearest}"
     else:
-        sentence = f"must be a finite number from {WEAKEST:g} to {STRONGEST:g}, not {strength}"
+        sentence = f"must be a finite number from {lowest} to {highest}, not {strength}"
     if f"{what} {sentence}" not in problems:
         problems.append(f"{what} {sentence}")
     return 1.0

@@ -23,7 +23,9 @@ from wan.loading.checkpoint import Checkpoint, fetch
 from wan.loading.stream import as_dtype, parameter_dtypes
 from wan.plan import Plan
 from wan.request.checks import Check
+from wan.request.hints import idle_on
 from wan.request.options import Request
+from wan.request.prompts import expanded
 from wan.request.settings import Decode, Generate, Job, Weights
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
@@ -49,8 +51,10 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
     checks.stop()
     assert plan is not None, "without problems there is a plan"
+    idle = idle_on(outcome.request, plan.device.type, str(plan.dtype).removeprefix("torch."))
+    plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
     if generate is None:
-        return replace(plan, warnings=(*outcome.warnings, *plan.warnings))
+        return plan
     steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
     plan = replace(
         plan,
@@ -58,7 +62,6 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         steps=tuple(steps),
         jobs=generate.jobs,
         preset=weights.release.name if weights.release else None,
-        warnings=(*outcome.warnings, *plan.warnings),
     )
     budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
     if budget and budget.problem:
@@ -86,7 +89,7 @@ def open_plan(
     checkpoint = Checkpoint(
         weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
     )
-    checks.attempt(checkpoint.raise_problems)
+    checks.attempt(checkpoint.raise_problems, _brought(request, weights))
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode,
@@ -129,12 +132,14 @@ def _open_loras(
     request: Request, weights: Weights, checkpoint: Checkpoint, checks: Check
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
     """(LoRAs and what they do, by expert; warnings). Headers only."""
+    brought = _brought(request, weights)
     loras: dict[str, list[Lora]] = {}
     coverage: dict[str, list[Coverage]] = {}
     warnings: list[str] = []
     for choice in weights.loras:
         lora = checks.attempt(
-            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert)  # type: ignore[misc]
+            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
+            brought,
         )
         if lora is None or choice.expert not in checkpoint.experts:
             continue
@@ -146,13 +151,25 @@ def _open_loras(
         found = checks.attempt(
             lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
                 lora, shapes, expert=expert, allow_partial=request.lora_allow_partial
-            )
+            ),
+            brought,
         )
         if found:
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
     return loras, coverage, warnings
+
+
+def _brought(request: Request, weights: Weights) -> dict[str, str]:
+    """The flag that each file or folder of weights came by, by its path."""
+    flags = {str(path): f"--{part}" for part, path in weights.files}
+    flags |= {str(path): "--expert" for _, path in weights.expert_files}
+    folder = str(expanded(request.lora_dir)) if request.lora_dir else None
+    for choice in weights.loras:
+        path = str(choice.path)
+        flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
+    return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
 
 
 def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from easydict import EasyDict
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
 from wan.request.checks import Check
+from wan.request.hints import without_effect
 from wan.request.jobs import make_jobs, prompt_rows
 from wan.request.options import DEFAULTS, OPTIONS, Request
 from wan.request.outputs import check_outputs
@@ -54,7 +55,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
     check.stop()
-    return replace(outcome, warnings=tuple(check.warnings))
+    return replace(outcome, warnings=(*check.warnings, *without_effect(given, request)))
 
 
 def _checked(request: Request, check: Check) -> Request:

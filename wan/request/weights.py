@@ -15,6 +15,7 @@ from lightning.choice import LoraChoice, choose_loras
 from lightning.distilled import release_in
 from lightning.errors import LoraError
 from lightning.releases import Release, preset, recognise
+from lightning.words import short
 from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.prompts import expanded
@@ -173,7 +174,7 @@ def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, chec
         ("--sample_shift", recipe.shift, release.shift),
     ):
         if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
-            check.warn(f"{flag} {given}: {name} was made for {made_for}")
+            check.warn(f"{flag} {short(given)}: {name} was made for {short(made_for)}")
     if recipe.guidance != release.guidance:
         low, high = recipe.guidance
         check.warn(

@@ -177,7 +177,8 @@ def extent(done: float, total: float | None, unit: str) -> str:
 def quantity(value: float, unit: str) -> str:
     """With SI prefixes for bytes: `1.20 GB`, `350 MB`."""
     if unit != "B":
-        return f"{value:.3g} {unit}{'s' if unit and value != 1 else ''}".strip()
+        number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+        return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
     for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}B"
