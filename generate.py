@@ -23,7 +23,7 @@ from wan import __version__
 from wan.request.hints import ALSO
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
-from wan.utils.progress import tell
+from wan.utils.progress import clearing, tell
 
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
-    from wan.distributed.runtime import Stopped, launch, speaks_alone
+    from wan.distributed.runtime import Stopped, launch, speaks_alone, tell_launcher
 
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given, problems = _parse(words)
         return launch(lambda runtime: _start(given, problems, runtime))
     except InputError as e:  # found before the processes are connected
+        tell_launcher(f"error: {e}")
         if speaks_alone():
             _complain(e.problems, debug)
         return 2
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         _complain([], debug)
-        tell(sys.stderr, "interrupted\n")
+        tell(sys.stderr, f"{clearing(sys.stderr)}interrupted\n")
         return e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
 
 
@@ -70,9 +71,12 @@ def _prepare_process() -> None:
 
 def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
+    from wan.distributed.runtime import tell_launcher
+
     try:
         return _run(given, problems, runtime)
     except InputError as e:
+        tell_launcher(f"error: {e}")
         if runtime.team.first:
             _complain(e.problems, given.get("debug", False))
         return 2

@@ -88,7 +88,8 @@ def save_video(
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
         with VideoWriter(path, pipe.plan.config.sample_fps) as video:
-            with progress.stage("decode", unit="frame"):
+            length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
+            with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
                     if not chunk.isfinite().all():
                         raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")

@@ -19,7 +19,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Progress, duration, tell
+from wan.utils.progress import Batch, Progress, duration, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -77,14 +77,17 @@ def run_jobs(
 
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
     """This group's jobs, one after the other; what each came to joins `events`."""
-    shared = dict(progress.seconds)
-    for job in jobs:
+    shared, works = dict(progress.seconds), [pipe.plan.tokens(job.size, job.frame_num) for job in jobs]
+    progress.batch = Batch(works)
+    for job, work in zip(jobs, works, strict=True):
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
-        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}")
+        left = progress.batch.left()
+        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:
-            facts["frames"] = make_video(pipe, job, progress, shared)
+            with progress.batch.video(work):
+                facts["frames"] = make_video(pipe, job, progress, shared)
             kind = "saved"
         except ClaimedElsewhere as error:
             progress.say(str(error))
