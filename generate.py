@@ -132,7 +132,7 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
-    from wan.planning import make_plan
+    from wan.planning import cut_prompts, make_plan
     from wan.record import differences
 
     team, extend = runtime.team, outcome.extend
@@ -153,6 +153,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.from_first(lambda: _answers(extend, outcome.rows, progress))
         plan = replace(plan, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in plan.jobs))
+        for warning in cut_prompts(plan):
+            progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
     if page:
         progress.say(f"gallery: {team.from_first(lambda: write_page(page))}")

@@ -29,6 +29,7 @@ from wan.request.prompts import expanded
 from wan.request.settings import Decode, Generate, Job, Weights
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
+from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
@@ -51,7 +52,8 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
     checks.stop()
     assert plan is not None, "without problems there is a plan"
-    idle = idle_on(outcome.request, plan.device.type, str(plan.dtype).removeprefix("torch."))
+    place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
+    idle = idle_on(outcome.request, place, str(plan.dtype).removeprefix("torch."))
     plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
     if generate is None:
         return plan
@@ -63,6 +65,11 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         jobs=generate.jobs,
         preset=weights.release.name if weights.release else None,
     )
+    told = [] if generate.extend else cut_prompts(plan)
+    unguided = not any(step.guided for step in steps)
+    if unguided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+        told.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    plan = replace(plan, warnings=(*plan.warnings, *told))
     budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
     if budget and budget.problem:
         raise InputError(budget.problem)
@@ -159,6 +166,24 @@ def _open_loras(
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
     return loras, coverage, warnings
+
+
+def cut_prompts(plan: Plan) -> list[str]:
+    """A warning of the prompts that are longer than what the model reads, if there are any."""
+    tokenizer, guided = plan.checkpoint.tokenizer, any(step.guided for step in plan.steps)
+    assert tokenizer is not None, "a checkpoint with problems makes no plan"
+    sources = {job.prompt: job.source for job in reversed(plan.jobs)}
+    for job in plan.jobs if guided else ():
+        own = job.negative_prompt != plan.request.negative_prompt
+        sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
+    lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}
+    if not lost:
+        return []
+    most = max(lost, key=lost.__getitem__)
+    others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
+    read = tokenizer.text_len
+    cut = "token is" if lost[most] == 1 else "tokens are"
+    return [f"{most}: the model reads {read} tokens of a prompt; the last {lost[most]} {cut} cut off{others}"]
 
 
 def _brought(request: Request, weights: Weights) -> dict[str, str]:

@@ -93,7 +93,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
             progress.say(str(error))
             kind = "elsewhere"
         except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-            facts["reason"] = _report(job, error, progress, pipe.mesh.team)
+            facts["reason"] = _report(pipe.plan, job, error, progress, pipe.mesh.team)
             kind = "failed"
         events.append((kind, facts))
         progress.event(kind, facts)
@@ -172,13 +172,13 @@ def _check_file(overwrite: bool, save_file: Path) -> None:
     check_place(save_file)
 
 
-def _report(job: Job, error: Exception, progress: Progress, team: Team) -> str:
+def _report(plan: Plan, job: Job, error: Exception, progress: Progress, team: Team) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
     if told := origin_of(error).traceback:
         progress.say(told)
         if progress.quiet and team.first:  # the summary will not have it
             tell(sys.stderr, f"{told}\n")
-    sentence = "; ".join([f"{job.source}: {reason(error)}", *getattr(error, "__notes__", [])])
+    sentence = "; ".join([f"{job.source}: {reason(error, plan, job)}", *getattr(error, "__notes__", [])])
     progress.say(f"failed: {sentence}")
     return sentence
 

@@ -57,14 +57,21 @@ def whole(value: object) -> int:
     """a whole number"""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise TypeError
-    return int(value)
+    return int(_plain(value))
 
 
 def real(value: object) -> float:
     """a number"""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
-    return float(value)
+    return float(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Not `1_0`, which Python reads as 10: it is a slip."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError
+    return value
 
 
 def truth(value: object) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
 from wan.request.shards import chosen_shard, own_jobs
 from wan.request.weights import choose_sampling, choose_weights, part_files
 
+COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 
@@ -144,6 +147,17 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and bool(rest) and not Path(owner).exists()
 
 
+def program() -> str:
+    """What the user typed to start this, as far as it can be told, for commands in messages."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    if name == COMMAND:
+        return COMMAND
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "generate":
+        return "python -m generate"
+    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
+
+
 def _check_processes(request: Request, check: Check) -> None:
     """Whether the flags fit the number of processes that torchrun started (1 without it)."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -152,7 +166,8 @@ def _check_processes(request: Request, check: Check) -> None:
     asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
     if asked and processes == 1:
         count = ulysses * ring if ulysses * ring > 1 else 8
-        command = f"torchrun --nproc-per-node {count} generate.py ..."
+        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
+        command = f"torchrun --nproc-per-node {count} {script} ..."
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
