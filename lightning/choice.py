@@ -69,7 +69,8 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
         return
     if not os.path.exists(path):
-        out.problems.append(f"--lora {path}: no such file")
+        among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
+        out.problems.append(f"--lora {path}: no such file{among}")
         return
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         files = _files_of(name, [expert] if expert else experts, "--lora", out.problems)

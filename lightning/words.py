@@ -56,7 +56,9 @@ class Parser(argparse.ArgumentParser):
 
     def _fault(self, error: argparse.ArgumentError, words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
         """What is wrong with the value of one flag."""
-        flag = error.argument_name or ""
+        flag = (error.argument_name or "").rpartition("/")[2]
+        if mistaken := next((word for word in words if flag == "--help" and re.match("-h.", word)), None):
+            return f"there is no flag {_name(mistaken)}{self.suggestion(_name(mistaken), flags)}"  # argparse reads -h
         if flag not in flags:
             return error.message.replace("invalid choice: ", "there is no ")
         given = next((word for word in words if word.startswith(f"{flag}=")), None)

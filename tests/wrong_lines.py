@@ -20,7 +20,7 @@ from typing import NamedTuple
 import generate
 from tests.support import TINY, checkpoint, lora_dir
 from wan.request.hints import ALSO
-from wan.request.options import OPTIONS, paths, real, whole
+from wan.request.options import OPTIONS, real, whole
 
 LONGEST = 700  # characters of a line; paths and the names that are allowed take room
 Named = tuple[str, ...]
@@ -33,6 +33,7 @@ class Wrong(NamedTuple):
     names: Named
     task: str = "t2v-A14B"
     prompt: bool = True  # whether the good line has one
+    lines: int = 1  # of the answer
 
 
 def base(task: str, prompt: bool) -> list[str]:
@@ -47,7 +48,7 @@ def make_files(folder: Path) -> None:
     texts = {
         "text.txt": "text", "empty.txt": "\n", "two.txt": "a\nb\n", "rows.tsv": "prompt\tseed\na\t1\n",
         "rows.yaml": "- prompt: a\n", "rows.txt": '{"prompt": "a"}\n', "list.txt": '[\n{"prompt": "a"}\n]\n',
-        "table.txt": "prompt,seed\na,1\n", "one.txt": f"{TINY / 'input.png'}\n", "there.mp4": "", "gone.txt": "gone.png",
+        "table.txt": "prompt,seed\na,1\n", "one.txt": f"{TINY / 'input.png'}\n", "there.mp4": "",
     }  # fmt: skip
     for name, content in texts.items():
         (folder / name).write_text(content)
@@ -88,7 +89,7 @@ def without_value(rng: random.Random) -> Wrong:
 
 
 def switch_with_value(rng: random.Random) -> Wrong:
-    name = rng.choice([name for name, row in OPTIONS.items() if not row.takes])
+    name = rng.choice([name for name, row in OPTIONS.items() if not row.takes and name != "debug"])
     value = rng.choice(["True", "False", "1", "yes"])
     return Wrong(rng.choice([[f"--{name}", value], [f"--{name}={value}"]]), (f"--{name} takes no value", value))
 
@@ -159,6 +160,13 @@ def absent_file(rng: random.Random) -> Wrong:
     return Wrong([f"--{option}", word], (f"--{option}", file), task, prompt=not option.endswith("_file"))
 
 
+def all_files_absent(rng: random.Random) -> Wrong:
+    """Several at once: the answer has a line for each."""
+    chosen = rng.sample(["image", "last_image", "vae", "text_encoder", "lora"], 3)
+    words = [word for option in chosen for word in (f"--{option}", f"no {option}.file")]
+    return Wrong(words, tuple(f"--{option} no {option}.file: no such" for option in chosen), "i2v-A14B", lines=3)
+
+
 def bad_file(rng: random.Random) -> Wrong:
     """A file that is there and is something else."""
     option = rng.choice([option for option in FILES if option not in ("ckpt_dir", "lora_dir", "tokenizer")])
@@ -206,15 +214,16 @@ def contradiction(rng: random.Random) -> Wrong:
     cases = [
         Wrong(["--prompt_file", "two.txt"], ("--prompt and --prompt_file",)),
         Wrong(["--image_path_file", "one.txt"], ("--image and --image_path_file",), "i2v-A14B"),
-        Wrong(["--prompt_file", "two.txt", "--image_path_file", "one.txt"], ("--image_path_file", "2 prompts but 1 image in one.txt"), "i2v-A14B", False),
+        Wrong(["--prompt_file", "two.txt", "--image_path_file", "one.txt"],
+              ("--image_path_file", "2 prompts but 1 image"), "i2v-A14B", False),
         Wrong(["--seconds", "2"], ("--seconds and --frame_num",)),
         Wrong(["--timesteps", "1000,500", "--sample_steps", "3"], ("--timesteps", "--sample_steps")),
         Wrong(["--timesteps", "1000,500", "--sample_shift", "5"], ("--timesteps", "--sample_shift")),
         Wrong(["--timesteps", "1000,500", "--sample_solver", "unipc"], ("--timesteps", "--sample_solver")),
         Wrong(["--save_file", "x.mp4", "--num_videos", "2"], ("--save_file",)),
         Wrong(["--save_file", "x.gif"], ("--save_file", "x.gif")),
-        Wrong(["--save_file", "there.mp4"], ("there.mp4", "--overwrite")),
-        Wrong(["--save_file", "folder"], ("folder", "--save_file")),
+        Wrong(["--save_file", "there.mp4"], ("--save_file there.mp4", "--overwrite")),
+        Wrong(["--save_file", "folder"], ("--save_file folder", "--save_dir")),
         Wrong(["--save_dir", "text.txt"], ("text.txt is a file",)),
         Wrong(["--ulysses_size", "4"], ("--ulysses_size 4", "torchrun --nproc-per-node 4 generate.py")),
         Wrong(["--ring_size", "2"], ("--ring_size 2", "torchrun")),
@@ -257,8 +266,9 @@ def contradiction(rng: random.Random) -> Wrong:
 
 
 KINDS: list[Callable[[random.Random], Wrong]] = [
-    mistyped, named_as_elsewhere, without_value, switch_with_value, stray, long_dash, wrong_type, out_of_range, no_choice,
-    size, frames, absent_file, bad_file, data_in_text, bad_row, bad_picture_in_row, contradiction, contradiction,
+    mistyped, named_as_elsewhere, without_value, switch_with_value, stray, long_dash, wrong_type, out_of_range,
+    no_choice, size, frames, all_files_absent, absent_file, bad_file, data_in_text, bad_row, bad_picture_in_row,
+    contradiction, contradiction, contradiction,
 ]  # fmt: skip
 
 
@@ -275,12 +285,11 @@ def answer(wrong: Wrong) -> tuple[int, str, list[str]]:
 
 def finding(wrong: Wrong, code: int, out: str, lines: list[str]) -> str | None:
     """What is wrong with an answer; None if nothing is."""
-    if (code, out, len(lines)) != (2, "", 1):
+    if (code, out, len(lines)) != (2, "", wrong.lines):
         return f"exit code {code}, {len(lines)} lines"
-    (line,) = lines
-    if not line.startswith("error: ") or not line.isprintable() or len(line) > LONGEST:
+    if not all(line.startswith("error: ") and line.isprintable() and len(line) <= LONGEST for line in lines):
         return "no line for a terminal"
-    lacking = [name for name in wrong.names if name not in line]
+    lacking = [name for name in wrong.names if not any(name in line for line in lines)]
     return f"does not say {' or '.join(map(repr, lacking))}" if lacking else None
 
 

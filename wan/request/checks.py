@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from lightning.words import meant, short
@@ -133,8 +134,8 @@ class Check:
         below = max(1, (given - 1) // 4 * 4 + 1)
         if given == below:
             return given
-        nearest = f"{short(below)} or {short(below + 4)}" if given > 1 else "1"
-        self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid values are {nearest}")
+        nearest = f"values are {short(below)} or {short(below + 4)}" if given > 1 else "value is 1"
+        self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
         return below
 
     def timesteps(self, given: str) -> tuple[float, ...] | None:
@@ -206,6 +207,11 @@ def real(text: str) -> float | None:
         return None if "_" in text else float(text)
     except ValueError:
         return None
+
+
+def no_file(path: Path) -> str:
+    """Why `path`, which is no file, is none."""
+    return "is a folder, not a file" if path.is_dir() else "no such file"
 
 
 def _farthest(what: str, most: int, unit: str) -> str:

@@ -130,7 +130,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
             several = f" for --num_videos {count}" if count > 1 else ""
             check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
         named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
-        if request.save_file is not None:
+        if request.save_file is not None and len(rows) * count == 1:
             named = expanded(request.save_file)
         for seed in range(first, first + count):
             original = row.original_prompt or row.prompt
@@ -162,6 +162,7 @@ def _frame_num(request: Request, config: EasyDict, check: Check) -> int:
         return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
     if request.frame_num is not None:
         check.problem("--seconds and --frame_num exclude each other; give one of them")
+        return config.frame_num
     seconds = check.number("--seconds", request.seconds, 1.0, 1 / config.sample_fps, 600)
     frames = math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
     return check.frames(f"--seconds {short(seconds)}: frame_num", frames)

@@ -19,7 +19,7 @@ from easydict import EasyDict
 
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
-from wan.request.checks import Check
+from wan.request.checks import Check, no_file
 from wan.request.hints import without_effect
 from wan.request.jobs import make_jobs, prompt_rows
 from wan.request.options import DEFAULTS, OPTIONS, Request
@@ -113,7 +113,7 @@ def _decode(request: Request, config: EasyDict, check: Check) -> Decode:
     """The video lies beside its latents unless --save_file says otherwise."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
-        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: no such file")
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)

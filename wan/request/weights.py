@@ -16,7 +16,7 @@ from lightning.distilled import release_in
 from lightning.errors import LoraError
 from lightning.releases import Release, preset, recognise
 from lightning.words import short
-from wan.request.checks import Check
+from wan.request.checks import Check, no_file
 from wan.request.options import Request
 from wan.request.prompts import expanded
 from wan.request.settings import Sampling, Weights
@@ -46,7 +46,7 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
         elif expert in expert_files:
             check.problem(f"--expert {expert}= is given twice")
         elif not expanded(name).is_file():
-            check.problem(f"--expert {text}: no such file")
+            check.problem(f"--expert {text}: {no_file(expanded(name))}")
         else:
             expert_files[expert] = expanded(name)
     release = _release(request, task, loras, expert_files, check)
@@ -79,7 +79,7 @@ def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
         if file.is_file():
             found[part] = file
         else:
-            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else "no such file"
+            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
             check.problem(f"--{part} {given}: {wanted}")
     return tuple(found.items())
 
