@@ -75,7 +75,8 @@ class Parser(argparse.ArgumentParser):
         self, words: Sequence[str], unknown: Sequence[str], flags: Mapping[str, argparse.Action]
     ) -> list[str]:
         """A sentence for each flag that does not exist, and for each run of words that belong to no flag."""
-        sentences, left, stray = [], list(unknown), []
+        sentences, left = [], list(unknown)
+        stray: list[str] = []
         flag, stranger = "", False  # the last flag before a word, and whether it is unknown
         for word in [*words, "--"]:
             if not (left and word == left[0]):

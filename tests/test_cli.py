@@ -16,6 +16,7 @@ import generate
 from tests.extend.fake_services import FakeService
 from wan import __version__
 from wan.request.options import OPTIONS, Request
+from wan.request.resolve import program
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"
@@ -263,6 +264,67 @@ def test_debug_shows_where(capsys):
     _, _, err = main(capsys, "--frame_num", "80", "--debug")
     assert any("Traceback" in line for line in err)
     assert any(line.startswith("error: ") for line in err)
+
+
+# --- warnings of what has no effect, and of what is cut off
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--prompt_extend_model", "q"], "--prompt_extend_model has no effect without --use_prompt_extend or"),
+        (["--save_dir", "a", "--save_file", "b.mp4"], "--save_dir has no effect beside --save_file"),
+        (["--t5_cpu"], "--t5_cpu has no effect on the CPU"),
+        (["--offload_model", "True"], "--offload_model has no effect on the CPU"),
+        (["--convert_model_dtype"], "--convert_model_dtype has no effect on a run in float32"),
+        (["--negative_prompt", "x"], "a negative prompt has no effect here: no step is guided"),
+        (["--prompt", "cat " * 700], "--prompt: the model reads 512 tokens of a prompt; the last "),
+        (["--sample_guide_scale", "3", "--negative_prompt", "cat " * 700], "--negative_prompt: the model reads 512"),
+    ],
+)
+def test_warnings_of_what_has_no_effect(capsys, words, warning):
+    code, out, err = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
+    assert (code, err) == (0, [])
+    assert [line.startswith(f"warning: {warning}") for line in out.splitlines()].count(True) == 1, out
+
+
+def test_what_has_an_effect_is_not_warned_of(capsys):
+    words = ["--vram", "1", "--offload_model", "True", "--sample_guide_scale", "3", "--negative_prompt", "x"]
+    code, out, _ = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
+    assert (code, "no effect" in out, "cut off" in out) == (0, False, False)
+
+
+def test_prompts_that_are_cut_have_one_warning(tmp_path, capsys):
+    put(tmp_path / "p.txt", f"{'cat ' * 600}\na\n{'cat ' * 700}\n")
+    _, out, _ = main(capsys, *T2V, *SMALL, "--prompt_file", "p.txt", "--dry_run")
+    (line,) = [line for line in out.splitlines() if "cut off" in line]
+    assert re.fullmatch(r"warning: p.txt line 3: .* the last \d+ tokens are cut off, and of 1 other prompt some", line)
+
+
+def test_decoding_looks_at_few_flags(capsys):
+    assert main(capsys, *T2V, *SMALL, "--save_file", "a.mp4", "--save_latents")[0] == 0
+    words = ["--decode_latents", "a.latents.safetensors", "--save_file", "b.mp4", "--steps_are", "4"]
+    assert main(capsys, *T2V, *SMALL, *words)[0] == 2
+    _, _, err = main(capsys, *T2V, *SMALL, *words[:4], "--sample_steps", "4", "--dry_run")
+    assert err == [
+        "warning: --lora_dir, --size, --frame_num and --sample_steps have no effect beside --decode_latents: "
+        "only decode latents that were kept"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "launched"),
+    [
+        ("/usr/bin/wan-generate", "wan-generate", "-m generate"),
+        ("../generate.py", "python ../generate.py", "../generate.py"),
+        ("elsewhere.py", "python generate.py", "generate.py"),
+    ],
+)
+def test_commands_in_messages_are_those_of_the_user(capsys, monkeypatch, script, command, launched):
+    monkeypatch.setattr(sys, "argv", [script])
+    assert program() == command
+    _, _, err = main(capsys, *T2V, *SMALL, "--ulysses_size", "2")
+    assert f"torchrun --nproc-per-node 2 {launched} ..." in err[0]
 
 
 # --- plans and runs

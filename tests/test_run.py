@@ -29,7 +29,7 @@ from wan.request.settings import Generate, Job
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, latents_elsewhere
-from wan.utils.progress import Progress
+from wan.utils.progress import STAGE, Progress, quantity
 from wan.utils.video import VideoWriter, count_frames, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +238,36 @@ def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
     assert names(tmp_path) == ["0.latents.safetensors"]
 
 
+def test_out_of_memory_says_what_was_expected(tmp_path: Path) -> None:
+    """On a device whose room is known: the plan's own figure for the stage beside PyTorch's words."""
+    plan = make_run(tmp_path, ["one"])
+    plan = dataclasses.replace(plan, room=10**9)
+    budget = plan.budget(plan.jobs[0].size, plan.jobs[0].frame_num, plan.prompts())
+    assert budget is not None
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nlong")
+    setattr(error, STAGE, "denoise")
+    assert wan.making.reason(error, plan, plan.jobs[0]) == (
+        "out of memory on the device (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free) in denoise "
+        f"of 64x48, 13 frames; expected were {quantity(budget.peaks['denoise'], 'B')} of {quantity(budget.free, 'B')}; "
+        "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory"
+    )
+    with pytest.raises(RuntimeError) as of_the_host:
+        torch.empty(10**15)
+    assert "out of memory" in wan.making.reason(of_the_host.value)
+
+
+def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_jobs(make_run(tmp_path, ["one"]), Progress(json=True), load=Models) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["total"] for event in events if event["event"] == "begin" and event["stage"] == "decode"] == [13]
+
+
+def test_a_batch_tells_what_is_left(tmp_path: Path) -> None:
+    said = Outcome(make_run(tmp_path)).said.splitlines()
+    videos = [line for line in said if line.startswith("video ")]
+    assert [line.endswith(" left for all)") for line in videos] == [False, True, True]
+
+
 def test_out_of_memory_is_retried_in_tiles(tmp_path: Path) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"]), decode_errors=[torch.OutOfMemoryError("CUDA out of memory\nlong")])
     assert outcome.failed == 0
@@ -253,7 +283,7 @@ def test_out_of_memory_in_tiles_too(tmp_path: Path, tiling: bool) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"], vae_tiling=tiling), decode_errors=errors)
     assert outcome.failed == 1
     assert outcome.calls[3:] == ["sample 0", "decode", "decode tiled"]
-    assert "out of memory on the device (CUDA out of memory) in decode; " in outcome.said
+    assert "out of memory on the device (CUDA out of memory) in decode of 64x48, 13 frames; " in outcome.said
     assert "; the finished latents are kept" in outcome.said
     assert "--device cpu" in outcome.said
     assert names(tmp_path) == ["0.latents.safetensors"]

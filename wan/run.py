@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +83,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
     for job, work in zip(jobs, works, strict=True):
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
-        left = progress.batch.left()
+        left = progress.batch.left(time.perf_counter())
         progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:

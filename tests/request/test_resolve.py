@@ -326,8 +326,8 @@ def test_effective_shift():
     [
         ({"frame_num": 80}, "--frame_num 80 is not of the form 4n+1; the nearest valid values are 77 or 81"),
         ({"frame_num": 82}, "81 or 85"),
-        ({"frame_num": 0}, "the nearest valid values are 1"),
-        ({"frame_num": -7}, "the nearest valid values are 1"),
+        ({"frame_num": 0}, "the nearest valid value is 1"),
+        ({"frame_num": -7}, "the nearest valid value is 1"),
         ({"frame_num": 81, "seconds": 2.0}, "exclude each other"),
         ({"seconds": float("nan")}, "--seconds must be a finite number"),
         ({"seconds": -1.0}, "out of range"),
@@ -641,7 +641,7 @@ def test_bad_outputs(tmp_path):
 
 def test_existing_outputs(tmp_path):
     write(tmp_path / "there.mp4", "")
-    assert problem(save_file="there.mp4").startswith("there.mp4: exists already; --overwrite replaces it")
+    assert problem(save_file="there.mp4").startswith("--save_file there.mp4: exists already; --overwrite replaces it")
     for flags in ({"overwrite": True}, {"resume": True}):
         assert run(save_file="there.mp4", **flags).jobs
 

@@ -175,11 +175,11 @@ def test_what_is_left_of_a_batch(clock: list[float]) -> None:
     stream = Terminal()
     progress = Progress(stream=stream)
     progress.batch = batch = Batch([10.0, 10.0, 20.0, 5.0])
-    assert batch.left() == ""
+    assert batch.left(clock[0]) == ""
     with batch.video(10.0):
         clock[0] += 60
-        assert batch.left() == "", "nothing is known yet"
-    assert batch.left() == "3 min 30 s left for all"
+        assert batch.left(clock[0]) == "", "nothing is known yet"
+    assert batch.left(clock[0]) == "3 min 30 s left for all"
 
     def fail() -> None:
         with batch.video(10.0):
@@ -188,13 +188,13 @@ def test_what_is_left_of_a_batch(clock: list[float]) -> None:
 
     with pytest.raises(ValueError, match="no"):
         fail()
-    assert batch.left() == "2 min 30 s left for all"
+    assert batch.left(clock[0]) == "2 min 30 s left for all"
     with batch.video(20.0), progress.stage("denoise", total=4, unit="step"):
         clock[0] += 30
         progress.advance(1)
         assert last_drawn(stream) == "denoise step 1/4 | 2 min 00 s left for all | 1 min 30 s left | 30 s each"
         clock[0] += 1000
-        assert batch.left() == "0.0 s left for all"
+        assert batch.left(clock[0]) == "0.0 s left for all"
 
 
 def test_json_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def without_effect(given: Mapping[str, Any], request: Request) -> list[str]:
 def idle_on(request: Request, device: str, dtype: str) -> list[str]:
     """The same for what the device ("cpu") and the dtype ("float32") of the run leave without effect."""
     rows = [(f"--{name}", row.idle_on) for name, row in OPTIONS.items() if getattr(request, name) != DEFAULTS[name]]
-    found = [(flag, place) for flag, place in rows if place in (device, dtype)]
+    found = [(flag, place) for flag, place in rows if place and place in (device, dtype)]
     return [f"{flag} has no effect on {'the CPU' if place == 'cpu' else 'a run in ' + place}" for flag, place in found]
 
 

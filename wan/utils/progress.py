@@ -74,11 +74,11 @@ class Batch:
             self._began = None
             self.ahead -= work
 
-    def left(self) -> str:
+    def left(self, now: float) -> str:
         """`1 h 20 min left for all`; empty while no video is finished, and where there is only one."""
         if not self.done or self.count < 2:
             return ""
-        spent = 0.0 if self._began is None else time.perf_counter() - self._began
+        spent = 0.0 if self._began is None else now - self._began
         return f"{duration(max(0.0, self.ahead * self.spent / self.done - spent))} left for all"
 
 
@@ -175,7 +175,7 @@ class Progress:
     def _parts(self, now: float) -> list[str]:
         """Of the innermost stage, and what is left of all."""
         first, *more = self._open[-1].parts(now)
-        left = self.batch.left()
+        left = self.batch.left(now)
         return [first, *([left] if left else []), *more]
 
     def _draw(self, now: float) -> None:
