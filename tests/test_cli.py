@@ -260,6 +260,15 @@ def test_all_problems_at_once(capsys):
     assert (code, len(err)) == (2, 5)
 
 
+def test_all_missing_files_at_once(capsys):
+    flags = ("prompt_file", "image", "last_image", "vae", "text_encoder", "lora", "ckpt_dir")
+    words = [word for flag in flags for word in (f"--{flag}", f"./no_{flag}.txt")]
+    code, _, err = main(capsys, "--task", "i2v-A14B", *words)
+    assert (code, len(err)) == (2, len(flags))
+    for flag in flags:
+        assert any(line.startswith(f"error: --{flag} ") and f"no_{flag}.txt: no such" in line for line in err), flag
+
+
 def test_debug_shows_where(capsys):
     _, _, err = main(capsys, "--frame_num", "80", "--debug")
     assert any("Traceback" in line for line in err)

@@ -28,7 +28,7 @@ from wan.request.resolve import resolve
 from wan.request.settings import Generate, Job
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, latents_elsewhere
+from wan.utils.files import Beside, latents_elsewhere, machine
 from wan.utils.progress import STAGE, Progress, quantity
 from wan.utils.video import VideoWriter, count_frames, read_record
 
@@ -312,6 +312,18 @@ def test_the_command_finishes_the_job(tmp_path: Path) -> None:
     assert read_record(broken / "0.mp4")["meaning"] == read_record(whole / "0.mp4")["meaning"]
     frames = [b"".join(raw_frames(folder / "0.mp4")) for folder in (whole, broken)]
     assert frames[0] == frames[1]
+
+
+def test_decoding_kept_latents_sweeps_the_folder(tmp_path: Path) -> None:
+    """What a process that was killed in decode left goes when the video is made after all."""
+    run = make_run(tmp_path, ["one"], save_latents=True)
+    Outcome(run)
+    dead = tmp_path / f".x.mp4.{machine()}-999999999.encoding.part"
+    dead.write_bytes(b"half")
+    stream = io.StringIO()
+    decode_only(run, tmp_path / "0.latents.safetensors", tmp_path / "x.mp4", Progress(stream=stream), load=Models)
+    assert not dead.exists()
+    assert f"{tmp_path}: removed 1 file that runs which ended badly had left" in stream.getvalue()
 
 
 def raw_frames(path: Path) -> Iterator[bytes]:

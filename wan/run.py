@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Batch, Progress, duration, tell
+from wan.utils.progress import Batch, Progress, duration, quantity, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -115,6 +115,7 @@ def decode_only(
     world, request = runtime.team, plan.request
     latent, record = world.agree(lambda: read_latents(latents_file, plan.config))
     world.from_first(lambda: _check_file(request.overwrite, save_file))
+    world.from_first(lambda: _sweep([save_file.parent], progress))
     pipe = world.agree(lambda: load(plan, progress, runtime))
     if pipe.mesh.data_rank:
         return  # one video is one group's work
@@ -134,9 +135,7 @@ def decode_only(
 def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     todo, problems = [], []
-    for folder in sorted({job.save_file.parent for job in plan.jobs}):
-        if folder.is_dir() and (swept := sweep(folder)):
-            progress.say(f"{folder}: removed {len(swept)} files that runs which ended badly had left")
+    _sweep((job.save_file.parent for job in plan.jobs), progress)
     for job, found in zip(plan.jobs, find_videos(plan), strict=True):
         if found.state == "whole":
             for done in repair(plan, job, found):
@@ -149,6 +148,12 @@ def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     if problems:
         raise InputError(problems)
     return todo
+
+
+def _sweep(folders: Iterable[Path], progress: Progress) -> None:
+    for folder in sorted(set(folders)):
+        if folder.is_dir() and (swept := sweep(folder)):
+            progress.say(f"{folder}: removed {quantity(len(swept), 'file')} that runs which ended badly had left")
 
 
 def _trouble(found: Found) -> str:

@@ -106,6 +106,9 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
     save_dir = expanded(request.save_dir)
     pictures = _Pictures(config, check)
+    for name in () if rows or config.image_fit is None else ("image", "last_image"):
+        if given := getattr(request, name):  # all that is not there is told at once
+            pictures.told_of(f"--{name} ", expanded(given))
     jobs: list[Job] = []
     for row in rows:
         size, frames = default_size, default_frames
