@@ -34,5 +34,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What was made here, but for the videos in outputs: those may have taken days.
 clean:
-	rm -rf $(VENV) demo outputs
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

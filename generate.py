@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from lightning.words import Parser
 from wan import __version__
-from wan.request.checks import meant
+from wan.request.hints import ALSO
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
-from wan.utils.progress import tell
+from wan.utils.progress import clearing, tell
 
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
     from wan.extend.extension import ExtendItem, ExtendSettings
+    from wan.plan import Plan
     from wan.request.prompts import Row
     from wan.request.settings import Decode, Extend, Generate
     from wan.utils.progress import Progress
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
-    from wan.distributed.runtime import Stopped, launch, speaks_alone
+    from wan.distributed.runtime import Stopped, launch, speaks_alone, tell_launcher
 
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given, problems = _parse(words)
         return launch(lambda runtime: _start(given, problems, runtime))
     except InputError as e:  # found before the processes are connected
+        tell_launcher(f"error: {e}")
         if speaks_alone():
             _complain(e.problems, debug)
         return 2
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         _complain([], debug)
-        tell(sys.stderr, "interrupted\n")
+        tell(sys.stderr, f"{clearing(sys.stderr)}interrupted\n")
         return e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
 
 
@@ -68,9 +71,12 @@ def _prepare_process() -> None:
 
 def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
+    from wan.distributed.runtime import tell_launcher
+
     try:
         return _run(given, problems, runtime)
     except InputError as e:
+        tell_launcher(f"error: {e}")
         if runtime.team.first:
             _complain(e.problems, given.get("debug", False))
         return 2
@@ -115,9 +121,9 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     from wan.run import decode_only
 
     plan = runtime.team.agree(lambda: make_plan(outcome, runtime))
-    _warn(outcome, progress)
+    runtime.team.agree(lambda: read_latents(outcome.latents, outcome.config))
+    _warn(plan, progress)
     if outcome.request.dry_run:
-        runtime.team.from_first(lambda: read_latents(outcome.latents, outcome.config))
         return _checked(progress)
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
     return 0
@@ -127,7 +133,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
     from wan.plan_report import as_dict, lines
-    from wan.planning import make_plan
+    from wan.planning import cut_prompts, make_plan
     from wan.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
@@ -150,6 +156,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.from_first(lambda: _answers(extend, outcome.rows, progress))
         plan = replace(plan, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in plan.jobs))
+        for warning in cut_prompts(plan):
+            progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
     if page:
         progress.say(f"gallery: {team.from_first(lambda: write_page(page))}")
@@ -170,7 +178,7 @@ def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
 
 
-def _warn(outcome: Extend | Decode, progress: Progress) -> None:
+def _warn(outcome: Extend | Plan, progress: Progress) -> None:
     for warning in outcome.warnings:
         progress.say(f"warning: {warning}")
 
@@ -180,7 +188,7 @@ def _checked(progress: Progress) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """--help and --version, by one process of many."""
         from wan.distributed.runtime import speaks_alone
@@ -188,48 +196,37 @@ class _Parser(argparse.ArgumentParser):
         if speaks_alone():
             super()._print_message(message, file)
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
 
 def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; what is wrong with values).
 
-    InputError naming every flag that does not exist, with the nearest that does.
+    InputError naming every flag that does not exist, with the one that was probably meant.
     """
     problems: list[str] = []
-    known, unknown = _parser(problems).parse_known_args(words)
-    flags = [f"--{name}" for name in OPTIONS]
-    strangers = []
-    for before, word in zip(["", *unknown], unknown, strict=False):
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            strangers.append(f"there is no flag {name}{meant(name, flags)}")
-        elif not before.startswith("--"):  # else the value of an unknown flag
-            strangers.append(f"unexpected {word!r}; a text with spaces needs quotes around it")
-    if strangers:
-        raise InputError(strangers)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    known = vars(_parser(problems).read(words))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     return {name: value for name, value in given.items() if value is not None}, problems
 
 
-def _parser(problems: list[str]) -> argparse.ArgumentParser:
+def _parser(problems: list[str]) -> Parser:
     """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
     parser = _Parser(
-        description="Make videos with Wan2.2 and Wan2.2-Lightning.", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        also={f"--{name}": names.split() for name, names in ALSO.items()},
+        description="Make videos with Wan2.2 and Wan2.2-Lightning.", argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
     for name, row in OPTIONS.items():
         more: dict[str, Any] = {"help": row.help.replace("%", "%%")}
+        read_it = partial(read, name, problems=problems)
         if not row.takes:
             more |= {"action": "store_const", "const": True}
         elif row.read is paths:
             more |= {"action": "append", "metavar": row.takes}
+        elif row.takes.startswith("["):
+            more |= {"type": read_it, "metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
         else:
-            more |= {"type": partial(read, name, problems=problems), "metavar": row.takes.strip("[]")}
-            more |= {"nargs": "?", "const": True} if row.takes.startswith("[") else {}
+            more |= {"type": read_it, "metavar": row.takes}
         groups[row.group].add_argument(f"--{name}", **more)
     return parser
 

@@ -18,6 +18,7 @@ from lightning.examine import examine, models_to_judge_by, plain
 from lightning.hub import located, whole
 from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
+from lightning.words import Parser
 
 TASKS = tuple(names.NETWORKS)
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
@@ -25,8 +26,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of b
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted. Errors are one line on stderr."""
-    args = _parser().parse_args(arguments)
     try:
+        args = _parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
     except InputError as e:
         for problem in e.problems:
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
     inspect.add_argument(

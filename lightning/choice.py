@@ -21,6 +21,7 @@ from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning.errors import InputError
 from lightning.hub import located
 from lightning.lora import expert_of, files_of
+from lightning.words import short
 
 WEAKEST, STRONGEST = -10.0, 10.0
 
@@ -75,7 +76,8 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems += e.problems
         return
     if not os.path.exists(path):
-        out.problems.append(f"--lora {path}: no such file")
+        among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
+        out.problems.append(f"--lora {path}: no such file{among}")
         return
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         files = _files_of(str(path), [expert] if expert else experts, "--lora", out.problems)
@@ -116,13 +118,12 @@ def _strengths(given: str | None, experts: Collection[str], problems: list[str])
 def _within_range(what: str, strength: float, problems: list[str]) -> float:
     if WEAKEST <= strength <= STRONGEST:
         return strength
+    lowest, highest = short(WEAKEST), short(STRONGEST)
     if math.isfinite(strength):
-        nearest = min(max(strength, WEAKEST), STRONGEST)
-        sentence = (
-            f"{strength:g} is out of range; it goes from {WEAKEST:g} to {STRONGEST:g}, the nearest is {nearest:g}"
-        )
+        nearest = short(min(max(strength, WEAKEST), STRONGEST))
+        sentence = f"{short(strength)} is out of range; it goes from {lowest} to {highest}, the nearest is {nearest}"
     else:
-        sentence = f"must be a finite number from {WEAKEST:g} to {STRONGEST:g}, not {strength}"
+        sentence = f"must be a finite number from {lowest} to {highest}, not {strength}"
     if f"{what} {sentence}" not in problems:
         problems.append(f"{what} {sentence}")
     return 1.0

@@ -17,7 +17,7 @@ ARROWS = {
     "wan": {"wan"},  # the front door of the package: lazy
     "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.making", "wan.pipeline", "wan.plan",
                 "wan.record", "wan.distributed", "wan.request", "wan.utils"},
-    "wan.making": {"wan.pipeline", "wan.record", "wan.request", "wan.utils"},
+    "wan.making": {"wan.pipeline", "wan.plan", "wan.record", "wan.request", "wan.utils"},
     "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
     "wan.doctor": {"wan.device", "wan.expected", "wan.original", "wan.plan", "wan.sampling", "wan.loading",
                    "wan.distributed", "wan.request", "wan.modules", "wan.configs", "wan.utils", "lightning"},

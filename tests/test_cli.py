@@ -16,6 +16,7 @@ import generate
 from tests.extend.fake_services import FakeService
 from wan import __version__
 from wan.request.options import OPTIONS, Request
+from wan.request.resolve import program
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"
@@ -118,8 +119,31 @@ def test_bad_flags_are_answered_without_torch(words, code, allowed):
         (["--sampel_steps=4"], ["there is no flag --sampel_steps; did you mean --sample_steps?"]),
         (["--prompt_fil", "x", "--zzz"], ["--prompt_fil; did you mean --prompt_file?", "there is no flag --zzz"]),
         (["--frame", "81"], ["there is no flag --frame"]),  # no abbreviations
-        (["--prompt", "a", "cat"], ["unexpected 'cat'; a text with spaces needs quotes around it"]),
-        (["--size"], ["argument --size: expected one argument"]),
+        (
+            ["--prompt", "a", "cat"],
+            ["unexpected 'cat': --prompt takes one value, TEXT; a text with spaces needs quotes"],
+        ),
+        (["--prompt", "“a", "big", "cat”"], ["unexpected 'big cat”': --prompt takes one value, TEXT; curly quotes"]),
+        (["a cat"], ["unexpected 'a cat'; a value follows its flag"]),
+        (["--t5_cpu", "True"], ["--t5_cpu takes no value, and 'True' is one"]),
+        (["--t5_cpu=True"], ["--t5_cpu takes no value, and 'True' is one"]),
+        (["--size"], ["--size needs a value, W*H"]),
+        (
+            ["--lora_strength", "-0.5,1"],
+            [
+                "--lora_strength needs a value, HIGH[,LOW]",
+            ],
+        ),
+        (["—size", "832*480"], ["—size begins with a long dash, not with two short ones; write --size"]),
+        (["-o", "x.mp4"], ["there is no flag -o; did you mean --save_dir or --save_file?"]),
+        (["-prompt", "a cat"], ["there is no flag -prompt; did you mean --prompt?"]),
+        (["--output=x.mp4"], ["there is no flag --output; did you mean --save_dir or --save_file?"]),
+        (["--steps", "4"], ["there is no flag --steps; did you mean --sample_steps?"]),
+        (["--width", "832", "--height", "480"], ["--width; did you mean --size?", "--height; did you mean --size?"]),
+        (["--seed", "1"], ["there is no flag --seed; did you mean --base_seed?"]),
+        (["--negative", "x"], ["there is no flag --negative; did you mean --negative_prompt?"]),
+        (["--guidance-scale", "1"], ["there is no flag --guidance-scale; did you mean --sample_guide_scale?"]),
+        (["--model", "x"], ["there is no flag --model; did you mean --ckpt_dir?"]),
     ],
 )
 def test_mistyped_flags(capsys, words, sentences):
@@ -158,19 +182,24 @@ ERRORS = {
     "checkpoint empty": (["--ckpt_dir", "."], "models_t5_umt5-xxl-enc-bf16.pth"),
     "lora folder absent": ([*T2V, "--lora_dir", "absent"], "--lora_dir absent: no such folder"),
     "lora for no expert": ([*T2V, "--lora_dir", "."], "high_noise_model.safetensors and low_noise_model.safetensors"),
-    "lora is no lora": ([*T2V, "--lora", "text.txt"], "text.txt"),
-    "lora cut off": ([*T2V, "--lora", "cut.safetensors"], "cut.safetensors"),
-    "prompt file absent": ([*T2V, "--prompt_file", "absent.txt"], "absent.txt: no such prompt file"),
+    "lora is no lora": ([*T2V, "--lora", "text.txt"], "--lora text.txt: not a safetensors file"),
+    "lora cut off": ([*T2V, "--lora", "cut.safetensors"], "--lora cut.safetensors"),
+    "prompt file absent": ([*T2V, "--prompt_file", "absent.txt"], "--prompt_file absent.txt: no such prompt file"),
     "prompt file empty": ([*T2V, "--prompt_file", "empty.txt"], "empty.txt: the prompt file holds no prompt"),
     "prompt file not UTF-8": ([*T2V, "--prompt_file", "latin.txt"], "latin.txt line 2: the prompt file is not UTF-8"),
     "row malformed": ([*T2V, "--prompt_file", "bad.jsonl"], "bad.jsonl line 2: not valid JSON"),
     "row with unknown key": ([*T2V, "--prompt_file", "bad.csv"], "bad.csv line 1: unknown column 'promt'"),
-    "image absent": ([*I2V, "--image", "absent.png"], "absent.png: no such image file"),
-    "image corrupt": ([*I2V, "--image", "text.txt"], "text.txt: not an image"),
+    "image absent": ([*I2V, "--image", "absent.png"], "--image absent.png: no such image file"),
+    "image corrupt": ([*I2V, "--image", "text.txt"], "--image text.txt: not an image"),
+    "last image absent": ([*I2V, "--last_image", "absent.png"], "--last_image absent.png: no such image file"),
+    "size absurd": ([*T2V, "--size", "100000*100000"], "--size 100000*100000 is too large; a side has at most 16384"),
+    "frame_num absurd": ([*T2V, "--frame_num", "100001"], "--frame_num 100001 is too long; a video has at most 4093"),
+    "large number": ([*T2V, "--vram", "2e6"], "--vram 2000000 is out of range; it goes from 0.001 to 10000,"),
+    "vae corrupt": ([*T2V, "--vae", "text.txt"], "--vae text.txt: not a safetensors file"),
     "image in a row": ([*I2V, "--prompt_file", "image.jsonl"], "image.jsonl line 1: absent.png: no such image file"),
     "counts differ": (
         [*I2V, "--prompt_file", "two.txt", "--image_path_file", "three.txt"],
-        "2 prompts but 3 images in three.txt",
+        "--image_path_file: 2 prompts but 3 images in three.txt",
     ),
     "frame_num": ([*T2V, "--frame_num", "80"], "the nearest valid values are 77 or 81"),
     "frame_num is no number": ([*T2V, "--frame_num", "many"], "--frame_num takes a whole number, not 'many'"),
@@ -191,7 +220,7 @@ ERRORS = {
     "preset": ([*T2V, "--preset", "fast"], "t2v-seko-v1.1"),
     "latents absent": ([*T2V, "--decode_latents", "absent.safetensors"], "--decode_latents absent.safetensors"),
     "latents are none": ([*T2V, "--decode_latents", "text.txt"], "--decode_latents text.txt"),
-    "record absent": (["--replay", "absent.json"], "absent.json: no such file"),
+    "record absent": (["--replay", "absent.json"], "--replay absent.json: no such file"),
     "no key": ([*T2V, "--use_prompt_extend", "--prompt_extend_method", "dashscope"], "DASH_API_KEY"),
 }
 
@@ -231,10 +260,80 @@ def test_all_problems_at_once(capsys):
     assert (code, len(err)) == (2, 5)
 
 
+def test_all_missing_files_at_once(capsys):
+    flags = ("prompt_file", "image", "last_image", "vae", "text_encoder", "lora", "ckpt_dir")
+    words = [word for flag in flags for word in (f"--{flag}", f"./no_{flag}.txt")]
+    code, _, err = main(capsys, "--task", "i2v-A14B", *words)
+    assert (code, len(err)) == (2, len(flags))
+    for flag in flags:
+        assert any(line.startswith(f"error: --{flag} ") and f"no_{flag}.txt: no such" in line for line in err), flag
+
+
 def test_debug_shows_where(capsys):
     _, _, err = main(capsys, "--frame_num", "80", "--debug")
     assert any("Traceback" in line for line in err)
     assert any(line.startswith("error: ") for line in err)
+
+
+# --- warnings of what has no effect, and of what is cut off
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--prompt_extend_model", "q"], "--prompt_extend_model has no effect without --use_prompt_extend or"),
+        (["--save_dir", "a", "--save_file", "b.mp4"], "--save_dir has no effect beside --save_file"),
+        (["--t5_cpu"], "--t5_cpu has no effect on the CPU"),
+        (["--offload_model", "True"], "--offload_model has no effect on the CPU"),
+        (["--convert_model_dtype"], "--convert_model_dtype has no effect on a run in float32"),
+        (["--negative_prompt", "x"], "a negative prompt has no effect here: no step is guided"),
+        (["--prompt", "cat " * 700], "--prompt: the model reads 512 tokens of a prompt; the last "),
+        (["--sample_guide_scale", "3", "--negative_prompt", "cat " * 700], "--negative_prompt: the model reads 512"),
+    ],
+)
+def test_warnings_of_what_has_no_effect(capsys, words, warning):
+    code, out, err = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
+    assert (code, err) == (0, [])
+    assert [line.startswith(f"warning: {warning}") for line in out.splitlines()].count(True) == 1, out
+
+
+def test_what_has_an_effect_is_not_warned_of(capsys):
+    words = ["--vram", "1", "--offload_model", "True", "--sample_guide_scale", "3", "--negative_prompt", "x"]
+    code, out, _ = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
+    assert (code, "no effect" in out, "cut off" in out) == (0, False, False)
+
+
+def test_prompts_that_are_cut_have_one_warning(tmp_path, capsys):
+    put(tmp_path / "p.txt", f"{'cat ' * 600}\na\n{'cat ' * 700}\n")
+    _, out, _ = main(capsys, *T2V, *SMALL, "--prompt_file", "p.txt", "--dry_run")
+    (line,) = [line for line in out.splitlines() if "cut off" in line]
+    assert re.fullmatch(r"warning: p.txt line 3: .* the last \d+ tokens are cut off, and of 1 other prompt some", line)
+
+
+def test_decoding_looks_at_few_flags(capsys):
+    assert main(capsys, *T2V, *SMALL, "--save_file", "a.mp4", "--save_latents")[0] == 0
+    words = ["--decode_latents", "a.latents.safetensors", "--save_file", "b.mp4", "--steps_are", "4"]
+    assert main(capsys, *T2V, *SMALL, *words)[0] == 2
+    _, _, err = main(capsys, *T2V, *SMALL, *words[:4], "--sample_steps", "4", "--dry_run")
+    assert err == [
+        "warning: --lora_dir, --size, --frame_num and --sample_steps have no effect beside --decode_latents: "
+        "only decode latents that were kept"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "launched"),
+    [
+        ("/usr/bin/wan-generate", "wan-generate", "-m generate"),
+        ("../generate.py", "python ../generate.py", "../generate.py"),
+        ("elsewhere.py", "python generate.py", "generate.py"),
+    ],
+)
+def test_commands_in_messages_are_those_of_the_user(capsys, monkeypatch, script, command, launched):
+    monkeypatch.setattr(sys, "argv", [script])
+    assert program() == command
+    _, _, err = main(capsys, *T2V, *SMALL, "--ulysses_size", "2")
+    assert f"torchrun --nproc-per-node 2 {launched} ..." in err[0]
 
 
 # --- plans and runs
@@ -457,7 +556,9 @@ def test_processes_that_agree():
     done = python(*start, "--dry_run", "--lora", "absent")
     assert done.returncode != 0
     assert done.stdout == ""
-    assert done.stderr.count("error: --lora absent: no such file") == 1
+    sentence = "error: --lora absent: no such file"
+    assert done.stderr.splitlines().count(sentence) == 1
+    assert sentence in done.stderr.splitlines()[-2], "torchrun's report, which stands last, says why"
 
 
 def test_command_line_of_the_makefile():

@@ -122,8 +122,11 @@ def outcome(**flags: object) -> Generate:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"last_image": "absent.png"}, "--prompt: absent.png: no such image file"),
-        ({"last_image": str(TINY / "input.png"), "frame_num": 1}, "need 5 frames or more, not 1"),
+        ({"last_image": "absent.png"}, "--last_image absent.png: no such image file"),
+        (
+            {"last_image": str(TINY / "input.png"), "frame_num": 1},
+            "--frame_num 1: a first and a last frame need 5 frames or more",
+        ),
         (
             {"last_image": str(TINY / "input.png"), "task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B"))},
             "ti2v-5B takes no last image; i2v-A14B does",

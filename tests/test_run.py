@@ -29,8 +29,8 @@ from wan.request.resolve import resolve
 from wan.request.settings import Generate, Job
 from wan.run import decode_only, run_jobs
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, latents_elsewhere
-from wan.utils.progress import Progress
+from wan.utils.files import Beside, latents_elsewhere, machine
+from wan.utils.progress import STAGE, Progress, quantity
 from wan.utils.video import VideoWriter, count_frames, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +239,36 @@ def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
     assert names(tmp_path) == ["0.latents.safetensors"]
 
 
+def test_out_of_memory_says_what_was_expected(tmp_path: Path) -> None:
+    """On a device whose room is known: the plan's own figure for the stage beside PyTorch's words."""
+    plan = make_run(tmp_path, ["one"])
+    plan = dataclasses.replace(plan, room=10**9)
+    budget = plan.budget(plan.jobs[0].size, plan.jobs[0].frame_num, plan.prompts())
+    assert budget is not None
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nlong")
+    setattr(error, STAGE, "denoise")
+    assert wan.making.reason(error, plan, plan.jobs[0]) == (
+        "out of memory on the device (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free) in denoise "
+        f"of 64x48, 13 frames; expected were {quantity(budget.peaks['denoise'], 'B')} of {quantity(budget.free, 'B')}; "
+        "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory"
+    )
+    with pytest.raises(RuntimeError) as of_the_host:
+        torch.empty(10**15)
+    assert "out of memory" in wan.making.reason(of_the_host.value)
+
+
+def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_jobs(make_run(tmp_path, ["one"]), Progress(json=True), load=Models) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["total"] for event in events if event["event"] == "begin" and event["stage"] == "decode"] == [13]
+
+
+def test_a_batch_tells_what_is_left(tmp_path: Path) -> None:
+    said = Outcome(make_run(tmp_path)).said.splitlines()
+    videos = [line for line in said if line.startswith("video ")]
+    assert [line.endswith(" left for all)") for line in videos] == [False, True, True]
+
+
 def test_out_of_memory_is_retried_in_tiles(tmp_path: Path) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"]), decode_errors=[torch.OutOfMemoryError("CUDA out of memory\nlong")])
     assert outcome.failed == 0
@@ -254,7 +284,7 @@ def test_out_of_memory_in_tiles_too(tmp_path: Path, tiling: bool) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"], vae_tiling=tiling), decode_errors=errors)
     assert outcome.failed == 1
     assert outcome.calls[3:] == ["sample 0", "decode", "decode tiled"]
-    assert "out of memory on the device (CUDA out of memory) in decode; " in outcome.said
+    assert "out of memory on the device (CUDA out of memory) in decode of 64x48, 13 frames; " in outcome.said
     assert "; the finished latents are kept" in outcome.said
     assert "--device cpu" in outcome.said
     assert names(tmp_path) == ["0.latents.safetensors"]
@@ -284,6 +314,18 @@ def test_the_command_finishes_the_job(tmp_path: Path) -> None:
     assert read_record(broken / "0.mp4")["meaning"] == read_record(whole / "0.mp4")["meaning"]
     frames = [b"".join(raw_frames(folder / "0.mp4")) for folder in (whole, broken)]
     assert frames[0] == frames[1]
+
+
+def test_decoding_kept_latents_sweeps_the_folder(tmp_path: Path) -> None:
+    """What a process that was killed in decode left goes when the video is made after all."""
+    run = make_run(tmp_path, ["one"], save_latents=True)
+    Outcome(run)
+    dead = tmp_path / f".x.mp4.{machine()}-999999999.encoding.part"
+    dead.write_bytes(b"half")
+    stream = io.StringIO()
+    decode_only(run, tmp_path / "0.latents.safetensors", tmp_path / "x.mp4", Progress(stream=stream), load=Models)
+    assert not dead.exists()
+    assert f"{tmp_path}: removed 1 file that runs which ended badly had left" in stream.getvalue()
 
 
 def raw_frames(path: Path) -> Iterator[bytes]:

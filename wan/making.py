@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from wan.pipeline import Pipeline, in_the_room
+from wan.plan import Plan
 from wan.record import completed, describe, find_latents, find_video, save_latents
 from wan.request.options import Request
+from wan.request.resolve import program
 from wan.request.settings import Job
 from wan.utils.claims import ClaimedElsewhere, claimed
 from wan.utils.errors import JobError, WanError, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere
-from wan.utils.progress import STAGE, Progress
+from wan.utils.progress import STAGE, Progress, quantity
 from wan.utils.video import VideoWriter, save_contact_sheet
 
 # What would help where a stage has no room.
@@ -88,7 +90,8 @@ def save_video(
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
         with VideoWriter(path, pipe.plan.config.sample_fps) as video:
-            with progress.stage("decode", unit="frame"):
+            length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
+            with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
                     if not chunk.isfinite().all():
                         raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
@@ -112,13 +115,18 @@ def check_place(save_file: Path) -> None:
         raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
 
 
-def reason(error: Exception) -> str:
-    """Why a job failed, in a line."""
+def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
+    """Why a job failed, in a line; of one without room, of what size it is and what the plan expected it to need."""
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
-        first_line = str(error).partition("\n")[0]
+        size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
+        budget = plan.budget(job.size, job.frame_num, plan.prompts()) if plan and job else None
+        peak = budget.peaks.get(stage) if budget else None
+        expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
+        first_line = str(error).partition("\n")[0].rstrip(". ")
         hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
-        return f"out of memory on the device ({first_line}){f' in {stage}' if stage else ''}{hint}"
+        where = f" in {stage}{size}" if stage else size
+        return f"out of memory on the device ({first_line}){where}{expected}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 
@@ -174,10 +182,10 @@ def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: 
     if kept is None:
         return "and the finished latents could not be kept"
     device = "cpu" if out_of_memory(error) else request.device
-    words: list[object] = ["python", "generate.py", "--task", request.task, "--ckpt_dir", request.ckpt_dir]
+    words: list[object] = ["--task", request.task, "--ckpt_dir", request.ckpt_dir]
     words += ["--decode_latents", kept, "--save_file", save_file]
     words += [] if device == "auto" else ["--device", device]
     words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
     words += ["--vae_tiling"] if request.vae_tiling else []
     words += ["--overwrite"] if request.overwrite else []
-    return f"the finished latents are kept; to make the video of them: {shlex.join(map(str, words))}"
+    return f"the finished latents are kept; to make the video of them: {program()} {shlex.join(map(str, words))}"

@@ -22,12 +22,15 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, folder_of
 from wan.loading.stream import as_dtype, parameter_dtypes
-from wan.plan import Plan, written_bytes
+from wan.plan import Plan, dtype_name, written_bytes
 from wan.request.checks import Check
+from wan.request.hints import idle_on
 from wan.request.options import Request
+from wan.request.prompts import expanded
 from wan.request.settings import Decode, Generate, Job, Weights
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
+from wan.utils.progress import quantity
 from wan.utils.video import check_encoder
 
 
@@ -50,8 +53,11 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
         checks.stop()
+    place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
+    idle = idle_on(outcome.request, place, dtype_name(plan.dtype))
+    plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
     if generate is None:
-        return replace(plan, warnings=(*outcome.warnings, *plan.warnings))
+        return plan
     steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
     plan = replace(
         plan,
@@ -59,8 +65,12 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         steps=tuple(steps),
         jobs=generate.jobs,
         preset=weights.release.name if weights.release else None,
-        warnings=(*outcome.warnings, *plan.warnings),
     )
+    told = [] if generate.extend else cut_prompts(plan)
+    unguided = not any(step.guided for step in steps)
+    if unguided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+        told.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    plan = replace(plan, warnings=(*plan.warnings, *told))
     budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
     if budget and budget.problem:
         raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
@@ -98,7 +108,7 @@ def open_plan(
     checkpoint = Checkpoint(
         weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
     )
-    checks.attempt(checkpoint.raise_problems)
+    checks.attempt(checkpoint.raise_problems, _brought(request, weights))
     if request.quantize == "fp8":
         for model, _ in checkpoint.experts.values():
             model.use_fp8()
@@ -144,12 +154,14 @@ def _open_loras(
     request: Request, weights: Weights, checkpoint: Checkpoint, checks: Check
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
     """(LoRAs and what they do, by expert; warnings). Headers only."""
+    brought = _brought(request, weights)
     loras: dict[str, list[Lora]] = {}
     coverage: dict[str, list[Coverage]] = {}
     warnings: list[str] = []
     for choice in weights.loras:
         lora = checks.attempt(
-            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert)  # type: ignore[misc]
+            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
+            brought,
         )
         if lora is None or choice.expert not in checkpoint.experts:
             continue
@@ -161,13 +173,43 @@ def _open_loras(
         found = checks.attempt(
             lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
                 lora, shapes, expert=expert, allow_partial=request.lora_allow_partial
-            )
+            ),
+            brought,
         )
         if found:
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
     return loras, coverage, warnings
+
+
+def cut_prompts(plan: Plan) -> list[str]:
+    """A warning of the prompts that are longer than what the model reads, if there are any."""
+    tokenizer, guided = plan.checkpoint.tokenizer, any(step.guided for step in plan.steps)
+    assert tokenizer is not None, "a checkpoint with problems makes no plan"
+    sources = {job.prompt: job.source for job in reversed(plan.jobs)}
+    for job in plan.jobs if guided else ():
+        own = job.negative_prompt != plan.request.negative_prompt
+        sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
+    lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}
+    if not lost:
+        return []
+    most = max(lost, key=lost.__getitem__)
+    others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
+    read = tokenizer.text_len
+    cut = "token is" if lost[most] == 1 else "tokens are"
+    return [f"{most}: the model reads {read} tokens of a prompt; the last {lost[most]} {cut} cut off{others}"]
+
+
+def _brought(request: Request, weights: Weights) -> dict[str, str]:
+    """The flag that each file or folder of weights came by, by its path."""
+    flags = {str(path): f"--{part}" for part, path in weights.files}
+    flags |= {str(path): "--expert" for _, path in weights.expert_files}
+    folder = str(expanded(request.lora_dir)) if request.lora_dir else None
+    for choice in weights.loras:
+        path = str(choice.path)
+        flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
+    return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
 
 
 def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:

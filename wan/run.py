@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
 from wan.utils.claims import ClaimedElsewhere, sweep
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.progress import Progress, duration, quantity, tell
+from wan.utils.progress import Batch, Progress, duration, quantity, tell
 from wan.utils.video import save_contact_sheet
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -78,21 +79,24 @@ def run_jobs(
 
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
     """This group's jobs, one after the other; what each came to joins `events`."""
-    shared = dict(progress.seconds)
-    for job in jobs:
+    shared, works = dict(progress.seconds), [pipe.plan.tokens(job.size, job.frame_num) for job in jobs]
+    progress.batch = Batch(works)
+    for job, work in zip(jobs, works, strict=True):
         if pipe.mesh.team.from_first(runtime.has_stopped):
             return
-        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}")
+        left = progress.batch.left(time.perf_counter())
+        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
         pipe.follows = job is not jobs[-1]
         facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
         try:
-            facts["frames"] = make_video(pipe, job, progress, shared)
+            with progress.batch.video(work):
+                facts["frames"] = make_video(pipe, job, progress, shared)
             kind = "saved"
         except ClaimedElsewhere as error:
             progress.say(str(error))
             kind = "elsewhere"
         except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-            facts["reason"] = _report(job, error, progress, pipe.mesh.team)
+            facts["reason"] = _report(pipe.plan, job, error, progress, pipe.mesh.team)
             kind = "failed"
         events.append((kind, facts))
         progress.event(kind, facts)
@@ -113,6 +117,7 @@ def decode_only(
     world, request = runtime.team, plan.request
     latent, record = world.agree(lambda: read_latents(latents_file, plan.config))
     world.from_first(lambda: _check_file(request.overwrite, save_file))
+    world.from_first(lambda: _sweep([save_file.parent], progress))
     pipe = world.agree(lambda: load(plan, progress, runtime))
     if pipe.mesh.data_rank:
         return  # one video is one group's work
@@ -132,9 +137,7 @@ def decode_only(
 def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     """Without those that `--resume` finds done. InputError naming every file that is in the way."""
     todo, problems = [], []
-    for folder in sorted({job.save_file.parent for job in plan.jobs}):
-        if folder.is_dir() and (swept := sweep(folder)):
-            progress.say(f"{folder}: removed {len(swept)} files that runs which ended badly had left")
+    _sweep((job.save_file.parent for job in plan.jobs), progress)
     for job, found in zip(plan.jobs, find_videos(plan), strict=True):
         if found.state == "whole":
             for done in repair(plan, job, found):
@@ -147,6 +150,12 @@ def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
     if problems:
         raise InputError(problems)
     return todo
+
+
+def _sweep(folders: Iterable[Path], progress: Progress) -> None:
+    for folder in sorted(set(folders)):
+        if folder.is_dir() and (swept := sweep(folder)):
+            progress.say(f"{folder}: removed {quantity(len(swept), 'file')} that runs which ended badly had left")
 
 
 def _trouble(found: Found) -> str:
@@ -171,13 +180,13 @@ def _check_file(overwrite: bool, save_file: Path) -> None:
     check_place(save_file)
 
 
-def _report(job: Job, error: Exception, progress: Progress, team: Team) -> str:
+def _report(plan: Plan, job: Job, error: Exception, progress: Progress, team: Team) -> str:
     """Say that a job failed and why; the sentence comes back for the summary."""
     if told := origin_of(error).traceback:
         progress.say(told)
         if progress.quiet and team.first:  # the summary will not have it
             tell(sys.stderr, f"{told}\n")
-    sentence = "; ".join([f"{job.source}: {reason(error)}", *getattr(error, "__notes__", [])])
+    sentence = "; ".join([f"{job.source}: {reason(error, plan, job)}", *getattr(error, "__notes__", [])])
     progress.say(f"failed: {sentence}")
     return sentence
 

@@ -260,3 +260,22 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     record = record_of(tmp_path / "out")
     assert record is not None
     assert record["dtype"] == str(torch.float32).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["inspect", "x", "--tasks", "t2v-A14B"], "there is no flag --tasks; did you mean --task?"),
+        (["inspect", "x", "y"], "unexpected 'y'; a value follows its flag"),
+        (["inspekt", "x"], "there is no 'inspekt'"),
+        (["inspect", "x", "--task", "t2v"], "--task: invalid choice: 't2v'"),
+        (["inspect", "x", "--task"], "--task needs a value"),
+        (["bake", "--task", "t2v-A14B"], "the following arguments are required: --ckpt_dir, --out (see --help)"),
+        ([], "the following arguments are required: inspect|bake (see --help)"),
+    ],
+)
+def test_a_mistyped_line_is_answered_in_one(words, sentence, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {sentence}"), err

@@ -67,13 +67,13 @@ def test_too_little_is_a_sentence_that_names_the_parts() -> None:
     ("free", "line"),
     [
         (8, "GPU 8.0 GB free: high and low expert: 0 of 41 parts stay, 41 pass through 2 slots; "
-            "text encoder passes through 3 slots; peak 7.3 GB"),
+            "text encoder passes through 3 slots; peaks in GB: denoise 7.3, decode 6.4, text 1.3"),
         (24, "GPU 24.0 GB free: high and low expert: 21 of 41 parts stay, 20 pass through 3 slots; "
-             "text encoder passes through 3 slots; peak 22.8 GB"),
+             "text encoder passes through 3 slots; peaks in GB: denoise 22.8, decode 6.4, text 1.3"),
         (48, "GPU 48.0 GB free: high and low expert: all 41 parts stay while it is at work, then their slots go to "
-             "the next; text encoder passes through 3 slots; peak 46.7 GB"),
+             "the next; text encoder passes through 3 slots; peaks in GB: denoise 46.7, decode 6.4, text 1.3"),
         (80, "GPU 80.0 GB free: high and low expert: all parts stay; text encoder passes through 3 slots; "
-             "peak 63.5 GB"),
+             "peaks in GB: denoise 63.5, decode 6.4, text 1.3"),
     ],
 )  # fmt: skip
 def test_the_plan_says_what_stays(free: int, line: str) -> None:

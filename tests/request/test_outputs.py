@@ -123,7 +123,7 @@ def test_an_input_is_never_replaced(here: Path) -> None:
     (here / "link").symlink_to(here)
     for inputs in (("cat.png",), (str(here / "cat.png"),), ("link/cat.png",)):
         found = problem("cat.mp4", preview=True, overwrite=True, inputs=inputs)
-        assert found == "cat.png: is read by this run and would be replaced by it; choose another --save_file"
+        assert found == "cat.png: is read by this run and would be replaced by it; choose another name"
     assert problems("cat.mp4", overwrite=True, inputs=("cat.png",)) == []
     read, exists = problems("cat.mp4", preview=True, inputs=("cat.png",))
     assert "cat.png: is read" in read

@@ -273,7 +273,7 @@ def test_lora_dir_without_an_expert(tmp_path):
     [
         ({"distilled": True, "sample_solver": "unipc"}, "--sample_solver unipc: a distilled weight was made for euler"),
         ({"distilled": True, "sample_steps": 8}, "--sample_steps 8: a distilled weight was made for 4"),
-        ({"distilled": True, "sample_shift": 8.0}, "--sample_shift 8.0: a distilled weight was made for 5.0"),
+        ({"distilled": True, "sample_shift": 8.0}, "--sample_shift 8: a distilled weight was made for 5"),
         ({"distilled": True, "sample_guide_scale": "3"}, "was made for guidance 1"),
         ({"preset": "t2v-seko-v1", "size": "640*480"}, "not among those t2v-seko-v1 was trained for"),
         ({"sample_steps": 4}, "4 steps without a distilled weight"),
@@ -326,8 +326,8 @@ def test_effective_shift():
     [
         ({"frame_num": 80}, "--frame_num 80 is not of the form 4n+1; the nearest valid values are 77 or 81"),
         ({"frame_num": 82}, "81 or 85"),
-        ({"frame_num": 0}, "the nearest valid values are 1"),
-        ({"frame_num": -7}, "the nearest valid values are 1"),
+        ({"frame_num": 0}, "the nearest valid value is 1"),
+        ({"frame_num": -7}, "the nearest valid value is 1"),
         ({"frame_num": 81, "seconds": 2.0}, "exclude each other"),
         ({"seconds": float("nan")}, "--seconds must be a finite number"),
         ({"seconds": -1.0}, "out of range"),
@@ -500,7 +500,7 @@ def test_csv_file(tmp_path):
         ("p.txt", b"good\nb\xe4d\n", "p.txt line 2: the prompt file is not UTF-8"),
         ("p.txt", "text".encode("utf-16"), "p.txt line 1: the prompt file is not UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl line 2: not valid JSON"),
-        ("p.jsonl", '["a"]', "p.jsonl line 1: a line holds one JSON object"),
+        ("p.jsonl", '["a"]', "p.jsonl entry 1: a prompt with its settings is one JSON object"),
         ("p.jsonl", '{"prompt": "a", "sed": 3}', "p.jsonl line 1: unknown key 'sed'; allowed are prompt, image"),
         ("p.jsonl", '{"seed": 3}', "p.jsonl line 1: no 'prompt'"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "p.jsonl line 1: 'seed' must be a whole number, not 1.5"),
@@ -523,7 +523,7 @@ def test_bad_prompt_files(tmp_path, name, content, sentence):
 
 
 def test_absent_prompt_file(tmp_path):
-    assert problem(prompt=None, prompt_file="absent.txt") == "absent.txt: no such prompt file"
+    assert problem(prompt=None, prompt_file="absent.txt") == "--prompt_file absent.txt: no such prompt file"
     assert "cannot be read" in problem(prompt=None, prompt_file=str(tmp_path))
     assert "exclude each other" in problem(prompt="a", prompt_file=write(tmp_path / "p.txt", "b"))
 
@@ -554,7 +554,7 @@ def test_one_image_serves_all(tmp_path):
 def test_image_counts(tmp_path):
     prompts, images = write(tmp_path / "p.txt", "1\n2\n3\n"), write(tmp_path / "i.txt", f"{TINY}/input.png\n" * 2)
     found = problem("i2v-A14B", prompt=None, prompt_file=prompts, image=None, image_path_file=images)
-    assert found.startswith("3 prompts but 2 images")
+    assert found.startswith("--image_path_file: 3 prompts but 2 images")
     assert "exclude each other" in problems("i2v-A14B", prompt=None, prompt_file=prompts, image_path_file=images)[0]
     missing = problem("i2v-A14B", prompt=None, prompt_file=prompts, image=None)
     assert "i2v-A14B needs an image for every prompt" in missing
@@ -572,7 +572,8 @@ def test_bad_images_with_their_lines(tmp_path):
     assert absent == f"{path} line 1: absent.png: no such image file"
     assert bad.startswith(f"{path} line 2: {tmp_path / 'bad.png'}: not an image")
     Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
-    assert "--prompt: an image of 1x5000 is too long" in problem("i2v-A14B", image=str(tmp_path / "thin.png"))
+    thin = str(tmp_path / "thin.png")
+    assert problem("i2v-A14B", image=thin).startswith(f"--image {thin}: an image of 1x5000 is too long")
 
 
 def test_images_in_two_places(tmp_path):
@@ -640,7 +641,7 @@ def test_bad_outputs(tmp_path):
 
 def test_existing_outputs(tmp_path):
     write(tmp_path / "there.mp4", "")
-    assert problem(save_file="there.mp4").startswith("there.mp4: exists already; --overwrite replaces it")
+    assert problem(save_file="there.mp4").startswith("--save_file there.mp4: exists already; --overwrite replaces it")
     for flags in ({"overwrite": True}, {"resume": True}):
         assert run(save_file="there.mp4", **flags).jobs
 

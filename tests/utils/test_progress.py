@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wan.utils import progress as module
-from wan.utils.progress import Progress, duration, peak_memory, quantity
+from wan.utils.progress import Batch, Progress, cut, duration, peak_memory, quantity, width
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_sparse_lines_in_a_log(clock: list[float]) -> None:
             clock[0] += 0.1
             progress.advance(100_000_000, note="high expert")
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "load 2.9 GB of 28.6 GB 10% | 1 GB/s | 26 s left | high expert"
+    assert lines[0] == "load 2.9 GB of 28.6 GB 10% | 26 s left | 1 GB/s | high expert"
     assert len(lines) == 10
     assert lines[-1] == "load 28.6 GB in 29 s (high expert)"
 
@@ -93,9 +93,9 @@ def test_slow_steps_each_have_a_line(clock: list[float]) -> None:
             clock[0] += 90
             progress.advance(1, note=f"{expert} noise")
     assert stream.getvalue().splitlines() == [
-        "denoise step 1/4 | 1 min 30 s each | 4 min 30 s left | high noise",
-        "denoise step 2/4 | 1 min 30 s each | 3 min 00 s left | high noise",
-        "denoise step 3/4 | 1 min 30 s each | 1 min 30 s left | low noise",
+        "denoise step 1/4 | 4 min 30 s left | 1 min 30 s each | high noise",
+        "denoise step 2/4 | 3 min 00 s left | 1 min 30 s each | high noise",
+        "denoise step 3/4 | 1 min 30 s left | 1 min 30 s each | low noise",
         "denoise step 4/4 | 1 min 30 s each | low noise",
         "denoise 4 steps in 6 min 00 s",
     ]
@@ -111,9 +111,90 @@ def test_one_line_on_a_terminal(clock: list[float]) -> None:
         progress.say("a word")
     text = stream.getvalue()
     assert text.count("\n") == 2
-    assert 9 <= text.count("\r") - 2 <= 10  # redrawn ten times a second, not a hundred
+    assert 9 <= text.count("\r") - 3 <= 10  # redrawn ten times a second, not a hundred
     assert "\r\x1b[Ka word\n" in text
     assert text.endswith("\r\x1b[Kdecode 100 frames in 1.0 s\n")
+
+
+def last_drawn(stream: Terminal) -> str:
+    return stream.getvalue().split("\r")[-1].removesuffix("\x1b[K")
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "denoise step 1/4 | 4 min 30 s left | 1 min 30 s each | t=1000.0 high cfg 1"),
+        (60, "denoise step 1/4 | 4 min 30 s left | 1 min 30 s each"),
+        (50, "denoise step 1/4 | 4 min 30 s left"),
+        (20, "denoise step 1/4"),
+        (12, "denoise …"),
+    ],
+)
+def test_a_line_fits_the_terminal(clock: list[float], monkeypatch, columns: int, shown: str) -> None:
+    """What matters least goes first, and the "^C" that the terminal adds has room."""
+    monkeypatch.setattr(module, "columns_of", lambda _: columns)
+    stream = Terminal()
+    progress = Progress(stream=stream)
+    with progress.stage("denoise", total=4, unit="step"):
+        clock[0] += 90
+        progress.advance(1, note="t=1000.0 high cfg 1")
+        assert last_drawn(stream) == shown
+    drawn = [line.removesuffix("\x1b[K") for line in stream.getvalue().split("\r") if line.endswith("\x1b[K")]
+    assert all(width(line) <= columns - 3 for line in drawn)
+
+
+def test_wide_signs_take_two_columns() -> None:
+    assert [width(text) for text in ("cat", "一只猫", "ねこ.mp4", "e\u0301", "한국어")] == [3, 6, 8, 1, 6]
+    assert [cut("一只猫", columns) for columns in (6, 5, 4)] == ["一只猫", "一只…", "一…"]
+
+
+def test_a_stage_is_shown_from_its_begin() -> None:
+    """The first frame may take a minute; a log has a line when there is something to tell."""
+    stream, log = Terminal(), io.StringIO()
+    with Progress(stream=stream).stage("decode", 81, "frame"), Progress(stream=log).stage("decode", 81, "frame"):
+        assert last_drawn(stream) == "decode frame 0/81"
+        assert log.getvalue() == ""
+
+
+def test_nothing_is_left_of_a_line_that_is_interrupted() -> None:
+    stream = Terminal()
+    progress = Progress(stream=stream)
+
+    def run() -> None:
+        with progress.stage("denoise", total=4, unit="step"):
+            stream.write("^C")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert stream.getvalue().endswith("^C\r\x1b[K")
+
+
+def test_what_is_left_of_a_batch(clock: list[float]) -> None:
+    """Judged by the finished videos and their work; what failed tells nothing, and is done with."""
+    stream = Terminal()
+    progress = Progress(stream=stream)
+    progress.batch = batch = Batch([10.0, 10.0, 20.0, 5.0])
+    assert batch.left(clock[0]) == ""
+    with batch.video(10.0):
+        clock[0] += 60
+        assert batch.left(clock[0]) == "", "nothing is known yet"
+    assert batch.left(clock[0]) == "3 min 30 s left for all"
+
+    def fail() -> None:
+        with batch.video(10.0):
+            clock[0] += 1
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert batch.left(clock[0]) == "2 min 30 s left for all"
+    with batch.video(20.0), progress.stage("denoise", total=4, unit="step"):
+        clock[0] += 30
+        progress.advance(1)
+        assert last_drawn(stream) == "denoise step 1/4 | 2 min 00 s left for all | 1 min 30 s left | 30 s each"
+        clock[0] += 1000
+        assert batch.left(clock[0]) == "0.0 s left for all"
 
 
 def test_json_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +226,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_units() -> None:
     assert [quantity(v, "B") for v in (12, 3.5e5, 1.2e9)] == ["12 B", "350 kB", "1.2 GB"]
-    assert [quantity(v, "frame") for v in (1, 81)] == ["1 frame", "81 frames"]
+    assert [quantity(v, "frame") for v in (1, 81, 12_000)] == ["1 frame", "81 frames", "12000 frames"]
     assert [duration(s) for s in (0.44, 42, 187, 7500)] == ["0.4 s", "42 s", "3 min 07 s", "2 h 05 min"]
     assert [duration(s) for s in (9.97, 59.8, 3599.7)] == ["10 s", "1 min 00 s", "1 h 00 min"]
 

@@ -6,6 +6,7 @@ ends badly, the others notice by their closed connections and end, too. Imports 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,13 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.distributed.team import PATIENCE, Broken, Team, origin_of, patience
 from wan.utils.errors import InputError, WanError
+from wan.utils.progress import clearing
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -96,7 +99,9 @@ class Runtime:
         """End this process now. The others notice and follow; whoever fails first is the only one to say why."""
         sys.stdout.flush()
         if self._fails_first():
-            sys.stderr.write(_last_words(self.team.rank, error))
+            words = _last_words(self.team.rank, error)
+            sys.stderr.write(clearing(sys.stderr) + words)
+            tell_launcher(words.splitlines()[-1])
         sys.stderr.flush()
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
@@ -156,6 +161,14 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def tell_launcher(sentence: str) -> None:
+    """Why this process ends badly, where torchrun looks for it: its own report, which stands last, then says so."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def speaks_alone() -> bool:

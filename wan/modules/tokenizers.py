@@ -25,6 +25,7 @@ class UMT5Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; a sentencepiece model alone (spiece.model) is not read")
+        self.text_len = text_len
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.enable_truncation(text_len)
         self._tokenizer.no_padding()
@@ -35,3 +36,10 @@ class UMT5Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(clean_text(text)).ids
+
+    def lost(self, text: str) -> int:
+        """How many tokens of `text` are beyond those that it gives."""
+        if 4 * len(text) + 2 < self.text_len:  # a sign has at most four bytes, each a token
+            return 0
+        ends = self._tokenizer.num_special_tokens_to_add(False)
+        return sum(len(part.ids) - ends for part in self._tokenizer.encode(clean_text(text)).overflowing)

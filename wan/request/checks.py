@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from lightning.words import meant, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
+POSITIONS = 1024  # along each axis, height, width and time: of the original's table of rotations
 COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
 MOST_SHOWN = 50  # problems; a file of a hundred thousand bad rows has one cause
 
@@ -48,13 +50,18 @@ class Check:
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)
 
-    def attempt(self, work: Callable[[], Found]) -> Found | None:
-        """`work()`, or None if it finds the input bad: what it says joins the problems."""
+    def attempt(self, work: Callable[[], Found], brought: Mapping[str, str] | None = None) -> Found | None:
+        """`work()`, or None if it finds the input bad: what it says joins the problems.
+
+        brought: the flag by the path that it brought; a problem that begins with one is told with its flag.
+        """
         try:
             return work()
         except InputError as e:
             for problem in e.problems:
-                self.problem(problem)
+                named = problem.removeprefix("LoRA ")
+                flag = next((flag for path, flag in (brought or {}).items() if named.startswith(path)), None)
+                self.problem(f"{flag} {named}" if flag else problem)
         return None
 
     def stop(self) -> None:
@@ -75,12 +82,12 @@ class Check:
         if given is None:
             return default
         if isinstance(given, float) and not math.isfinite(given):
-            self.problem(f"{flag} must be a finite number from {_short(low)} to {_short(high)}, not {given}")
+            self.problem(f"{flag} must be a finite number from {short(low)} to {short(high)}, not {given}")
             return default
         if not low <= given <= high:
-            first, last, nearest = (_short(number) for number in (low, high, min(max(given, low), high)))
+            first, last, nearest = (short(number) for number in (low, high, min(max(given, low), high)))
             self.problem(
-                f"{flag} {_short(given)} is out of range; it goes from {first} to {last}, the nearest is {nearest}"
+                f"{flag} {short(given)} is out of range; it goes from {first} to {last}, the nearest is {nearest}"
             )
             return default
         return given
@@ -104,11 +111,14 @@ class Check:
 
     def size(self, flag: str, given: str, step: int) -> tuple[int, int]:
         """(width, height) of `W*H` or `WxH`, multiples of `step`."""
-        match = re.fullmatch(r"\s*(\d{1,6})\s*[*xX×]\s*(\d{1,6})\s*", given)
+        match = re.fullmatch(r"\s*(\d{1,30})\s*[*xX×]\s*(\d{1,30})\s*", given)
         if not match:
             self.problem(f"{flag} {given!r} is not a size; write width*height, such as 832*480 or 832x480")
             return step, step
         width, height = int(match[1]), int(match[2])
+        if max(width, height) > POSITIONS * step:
+            self.problem(f"{flag} {width}*{height} is too large; {_farthest('a side', POSITIONS * step, 'pixels')}")
+            return step, step
         valid = [max(step, round(side / step) * step) for side in (width, height)]
         if valid != [width, height]:
             nearest = f"{valid[0]}*{valid[1]}"
@@ -117,11 +127,15 @@ class Check:
 
     def frames(self, flag: str, given: int) -> int:
         """A frame count of the form 4n+1: the first frame stands alone, the VAE folds the others by four."""
+        longest = (POSITIONS - 1) * 4 + 1
+        if given > longest:
+            self.problem(f"{flag} {short(given)} is too long; {_farthest('a video', longest, 'frames')}")
+            return 1
         below = max(1, (given - 1) // 4 * 4 + 1)
         if given == below:
             return given
-        nearest = f"{_short(below)} or {_short(below + 4)}" if given > 1 else "1"
-        self.problem(f"{flag} {_short(given)} is not of the form 4n+1; the nearest valid values are {nearest}")
+        nearest = f"values are {short(below)} or {short(below + 4)}" if given > 1 else "value is 1"
+        self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
         return below
 
     def timesteps(self, given: str) -> tuple[float, ...] | None:
@@ -195,14 +209,10 @@ def real(text: str) -> float | None:
         return None
 
 
-def _short(number: int | float) -> str:
-    """A number as part of a line: whole ones as they are, of very long ones how many digits they have."""
-    if not isinstance(number, int):  # mypy takes an int for a float
-        return f"{number:g}"
-    return str(number) if abs(number) < 10**21 else f"a number of {number.bit_length() * math.log10(2):.0f} digits"
+def no_file(path: Path) -> str:
+    """Why `path`, which is no file, is none."""
+    return "is a folder, not a file" if path.is_dir() else "no such file"
 
 
-def meant(given: str, allowed: Sequence[str]) -> str:
-    """A suggestion to append to a sentence about a word that is not among `allowed`."""
-    close = get_close_matches(given.replace("-", "_"), allowed, 1) or get_close_matches(given, allowed, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _farthest(what: str, most: int, unit: str) -> str:
+    return f"{what} has at most {most} {unit}, for the model was made for {POSITIONS} positions along each axis"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from lightning.words import short
 from wan.configs import WAN_CONFIGS
 from wan.request.checks import Check
 from wan.request.options import LARGEST_SEED, Request
@@ -20,6 +21,7 @@ from wan.request.prompts import Row, expanded, output_name, read_paths, read_row
 from wan.request.settings import Job, Weights
 from wan.utils.errors import InputError
 from wan.utils.images import open_image, video_size, what_was_done
+from wan.utils.progress import quantity
 
 
 def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check) -> list[Row]:
@@ -27,7 +29,9 @@ def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check
     if request.prompt_file is not None:
         if request.prompt is not None:
             check.problem("--prompt and --prompt_file exclude each other; give one of them")
-        rows, blank = read_rows(expanded(request.prompt_file), check.problems)
+        problems: list[str] = []
+        rows, blank = read_rows(expanded(request.prompt_file), problems)
+        check.problems.extend(f"--prompt_file {problem}" for problem in problems)
         if blank:
             check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
     elif request.prompt is not None:
@@ -47,15 +51,16 @@ def prompt_rows(request: Request, config: EasyDict, extended: bool, check: Check
 
 def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
     if request.image_path_file is not None:
-        images = read_paths(expanded(request.image_path_file), check.problems)
+        problems: list[str] = []
+        images = read_paths(expanded(request.image_path_file), problems)
+        check.problems.extend(f"--image_path_file {problem}" for problem in problems)
         if request.image is not None:
             check.problem("--image and --image_path_file exclude each other; give one of them")
         if named := next((row for row in rows if row.image), None):
             check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
         if rows and images and len(rows) != len(images):
-            check.problem(
-                f"{len(rows)} prompts but {len(images)} images in {request.image_path_file}: they are paired one to one"
-            )
+            counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
+            check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")
         rows = [
             replace(row, image=image, source=f"{row.source}, {source}")
             for row, (source, image) in zip(rows, images, strict=False)
@@ -83,10 +88,11 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
 def _with_last_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
     if request.last_image is not None:
         rows = [row if row.last_image else replace(row, last_image=expanded(request.last_image)) for row in rows]
-    named = next((row for row in rows if row.last_image), None)
-    if named and not config.mask_channels:
+    first = next((row for row in rows if row.last_image), None)
+    if first and not config.mask_channels:
         able = " and ".join(name for name, other in WAN_CONFIGS.items() if other.mask_channels)
-        check.problem(f"{named.source}: {config.name} takes no last image; {able} does")
+        beginning = f"{_named_by(request, first, 'last_image')}{first.last_image}"
+        check.problem(f"{beginning}: {config.name} takes no last image; {able} does")
     return rows
 
 
@@ -100,6 +106,9 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
     save_dir = expanded(request.save_dir)
     pictures = _Pictures(config, check)
+    for name in () if rows or config.image_fit is None else ("image", "last_image"):
+        if given := getattr(request, name):  # all that is not there is told at once
+            pictures.told_of(f"--{name} ", expanded(given))
     jobs: list[Job] = []
     for row in rows:
         size, frames = default_size, default_frames
@@ -110,18 +119,21 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
         _warn_of_extent(size, frames, config, weights, check)
         area = size
         if row.image:
-            size, picture = pictures.fit(row.source, row.image, area)
+            size, picture = pictures.fit(_named_by(request, row, "image"), row.image, area)
         else:
             picture = ""
         if row.last_image:
-            picture += pictures.told_of(row.source, row.last_image)
+            picture += pictures.told_of(_named_by(request, row, "last_image"), row.last_image)
             if frames < 5:
-                check.problem(f"{row.source}: a first and a last frame need 5 frames or more, not {frames}")
+                where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
+                check.problem(f"{where} {frames}: a first and a last frame need 5 frames or more")
         first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
-            check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
+            where = f"{row.source}: seed" if row.seed is not None and row.seed >= 0 else "--base_seed"
+            several = f" for --num_videos {count}" if count > 1 else ""
+            check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
         named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
-        if request.save_file is not None:
+        if request.save_file is not None and len(rows) * count == 1:
             named = expanded(request.save_file)
         for seed in range(first, first + count):
             original = row.original_prompt or row.prompt
@@ -153,8 +165,17 @@ def _frame_num(request: Request, config: EasyDict, check: Check) -> int:
         return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
     if request.frame_num is not None:
         check.problem("--seconds and --frame_num exclude each other; give one of them")
+        return config.frame_num
     seconds = check.number("--seconds", request.seconds, 1.0, 1 / config.sample_fps, 600)
-    return math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
+    frames = math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
+    return check.frames(f"--seconds {short(seconds)}: frame_num", frames)
+
+
+def _named_by(request: Request, row: Row, picture: str) -> str:
+    """How a sentence about a row's picture begins, before its path: with the flag that brought it, or with the row."""
+    given = getattr(request, picture)
+    brought = given is not None and getattr(row, picture) == expanded(given)
+    return f"--{picture} " if brought else f"{row.source}: "
 
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: EasyDict, weights: Weights, check: Check) -> None:
@@ -180,22 +201,23 @@ class _Pictures:
         self.sizes: dict[Path, tuple[int, int] | None] = {}
         self.told: dict[Path, str] = {}
 
-    def fit(self, source: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
-        """The video's size for this picture and `--size`, and how it came about."""
-        found = self._open(source, path)
+    def fit(self, beginning: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
+        """The video's size for this picture and `--size`, and how it came about. beginning: of sentences about it."""
+        found = self._open(beginning, path)
         try:
             if found:
-                size = video_size(self.config.image_fit, found, area)
+                width, height = video_size(self.config.image_fit, found, area)
+                size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
                 return size, f"{self.told[path]}, the area of {area[0]}x{area[1]}"
         except InputError as e:
-            self.collected.problem(f"{source}: {e}")
+            self.collected.problem(f"{beginning}{path}: {e}")
         return area, ""
 
-    def told_of(self, source: str, path: Path) -> str:
+    def told_of(self, beginning: str, path: Path) -> str:
         """How the plan goes on for a last picture."""
-        return f", to {self.told[path]}" if self._open(source, path) else ""
+        return f", to {self.told[path]}" if self._open(beginning, path) else ""
 
-    def _open(self, source: str, path: Path) -> tuple[int, int] | None:
+    def _open(self, beginning: str, path: Path) -> tuple[int, int] | None:
         """The picture's size; None if it cannot be opened, which is a problem where it is first named."""
         if path not in self.sizes:
             self.sizes[path] = None
@@ -205,5 +227,5 @@ class _Pictures:
                 done = "".join(f", {what}" for what in what_was_done(image))
                 self.told[path] = f"{image.width}x{image.height}{done}"
             except InputError as e:
-                self.collected.problem(f"{source}: {e}")
+                self.collected.problem(f"{beginning}{e}")
         return self.sizes[path]

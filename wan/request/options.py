@@ -57,14 +57,21 @@ def whole(value: object) -> int:
     """a whole number"""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise TypeError
-    return int(value)
+    return int(_plain(value))
 
 
 def real(value: object) -> float:
     """a number"""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
-    return float(value)
+    return float(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Not `1_0`, which Python reads as 10: it is a slip."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError
+    return value
 
 
 def truth(value: object) -> bool:
@@ -84,6 +91,8 @@ class Option:
     takes: the placeholder in the help; "" for a switch, "[...]" where the value may be left out.
     into: the option whose value says what this one comes to (a prompt file is compared by the prompt).
     displaces: what a record says of these no longer counts once this option is given beside --replay.
+    needs: it has no effect without any of these; beaten_by: nor beside this one.
+    idle_on: nor on this device, or in this dtype.
     """
 
     group: str
@@ -96,6 +105,9 @@ class Option:
     limits: tuple[float, float] | None = None
     into: str = ""
     displaces: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    beaten_by: str = ""
+    idle_on: str = ""
 
 
 def option(
@@ -118,6 +130,7 @@ def option(
 
 MAKE, WEIGHTS, SAMPLING = "what to make", "weights", "sampling"
 MACHINE, EXTENSION, OUTPUT = "machine", "prompt extension", "output"
+EXTENDS = ("use_prompt_extend", "extend_only")  # what extends prompts
 
 
 @dataclass(frozen=True)
@@ -160,10 +173,11 @@ class Request:
     lora: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "LORA",
         "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S, on top of --lora_dir", into="ckpt_dir")
     lora_alpha: float | None = option(WEIGHTS, VIDEO, real, "A", "alpha of LoRA files that store none",
-        limits=(1e-3, 1e4))
-    lora_allow_partial: bool = option(WEIGHTS, HOW, truth, "", "accept LoRA files with names that fit nothing")
+        limits=(1e-3, 1e4), needs=("lora_dir", "lora"))
+    lora_allow_partial: bool = option(WEIGHTS, HOW, truth, "", "accept LoRA files with names that fit nothing",
+        needs=("lora_dir", "lora"))
     lora_mode: str | None = option(WEIGHTS, VIDEO, text, "MODE",
-        "merge (default) into the weights, or adapter: kept apart")
+        "merge (default) into the weights, or adapter: kept apart", needs=("lora_dir", "lora", "preset"))
     expert: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "EXPERT",
         "high=FILE, low=FILE or model=FILE: a full (distilled) weight, safetensors or GGUF, in place of that expert",
         into="ckpt_dir")
@@ -204,12 +218,13 @@ class Request:
         "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
-        "hold on the GPU what there is room for, read the rest when needed; default True, under torchrun False")
+        "hold on the GPU what there is room for, read the rest when needed; default True, under torchrun False",
+        idle_on="cpu")
     vram: float | None = option(MACHINE, HOW, real, "GB",
         "use so much of the GPU's memory and no more; default: what is free", limits=(0.001, 10_000))
-    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU")
+    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU", idle_on="cpu")
     convert_model_dtype: bool = option(MACHINE, VIDEO, truth, "",
-        "cast every parameter, also those kept in float32 otherwise")
+        "cast every parameter, also those kept in float32 otherwise", idle_on="float32")
     vae_tiling: bool = option(MACHINE, HOW, truth, "", "decode in tiles: less memory")
     t5_fsdp: bool = option(MACHINE, START, truth, "", "shard the text encoder over the processes (torchrun)")
     dit_fsdp: bool = option(MACHINE, START, truth, "", "shard the experts over the processes (torchrun)")
@@ -221,20 +236,21 @@ class Request:
     use_prompt_extend: bool = option(EXTENSION, VIDEO, truth, "",
         "have a language model write the prompts out first", into="prompt")
     prompt_extend_method: str = option(EXTENSION, VIDEO, text, "METHOD", "local_qwen (default), dashscope or openai",
-        choices=METHODS, into="prompt")
+        choices=METHODS, into="prompt", needs=EXTENDS)
     prompt_extend_model: str | None = option(EXTENSION, VIDEO, text, "MODEL", "default: by method and task",
-        into="prompt")
+        into="prompt", needs=EXTENDS)
     prompt_extend_target_lang: str = option(EXTENSION, VIDEO, text, "LANG", "zh (default) or en", choices=LANGUAGES,
-        into="prompt")
+        into="prompt", needs=EXTENDS)
     prompt_extend_on_error: str = option(EXTENSION, START, text, "WHAT",
-        "raw (default): keep the prompt, with a warning; or fail", choices=ON_ERROR)
-    no_extend_cache: bool = option(EXTENSION, START, truth, "", "ask again for prompts that were extended before")
+        "raw (default): keep the prompt, with a warning; or fail", choices=ON_ERROR, needs=EXTENDS)
+    no_extend_cache: bool = option(EXTENSION, START, truth, "", "ask again for prompts that were extended before",
+        needs=EXTENDS)
     extend_only: str | None = option(EXTENSION, START, path, "FILE",
         "write the extended prompts to a .txt or .jsonl file and stop")
 
     shard: str | None = option(OUTPUT, START, text, "I/N",
         "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array")
-    save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs")
+    save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs", beaten_by="save_file")
     save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
     decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept")

@@ -50,8 +50,9 @@ def check_outputs(
     whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
     own: those of the videos that this process makes, None: all; others' may be there already.
     """
-    if wrong := [file for file in files if file.suffix.lower() != ".mp4"]:
-        check.problem(f"{_shown(wrong)}: videos are written as .mp4; give --save_file that extension")
+    flag = "--save_file " if request.save_file is not None else ""
+    if wrong := [file for file in files if file.suffix.lower() != ".mp4" and not file.is_dir()]:
+        check.problem(f"{flag}{_shown(wrong)}: videos are written as .mp4; give it that extension")
     usable = _check_names(files, check)
     mine = usable if own is None else [file for file in usable if file in own]
     written = {file: _written(file, latents, request) for file in usable}
@@ -60,16 +61,18 @@ def check_outputs(
     written = {file: written[file] for file in mine}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
-        check.problem(f"{_shown(folders)}: is a folder, and a file is to be written there; choose another name")
+        check.problem(
+            f"{flag}{_shown(folders)}: is a folder, and a file is to be written there; --save_dir takes a folder"
+        )
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     if taken := [path for path in there if place(path) in read]:
-        check.problem(f"{_shown(taken)}: is read by this run and would be replaced by it; choose another --save_file")
+        check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(paths)]
     if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
         check.problem(
-            f"{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
-            "or choose another --save_dir"
+            f"{flag}{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
+            f"or choose another {flag.strip() or '--save_dir'}"
         )
     _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
 

@@ -18,6 +18,7 @@ from wan.utils.files import replacing
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name, its longest neighbour's and a part's decorations stay within 255 bytes
 TEXT, JSON_LINES, CSV = ("", ".txt"), (".jsonl", ".json"), (".csv",)  # what the end of a prompt file's name means
+JSON_IN_TEXT = 'holds JSON, not a prompt a line; name it .jsonl, with one object such as {"prompt": "a cat"} a line'
 LONGEST_NUMBER = 30  # digits; what fits is told by the checks of each number
 
 
@@ -46,7 +47,8 @@ NEVER_EMPTY = (*PICTURES, "size", "save_file")
 def read_rows(path: Path, problems: list[str]) -> tuple[list[Row], int]:
     """(rows, number of blank lines skipped) of a `.txt`, `.jsonl` or `.csv` file in UTF-8.
 
-    Text files (a name without an end is one) hold a prompt a line. In a CSV an empty cell is a value not given; JSON
+    Text files (a name without an end is one) hold a prompt a line; `.jsonl` and `.json` an object a line, or one list
+    of objects. In a CSV an empty cell is a value not given; JSON
     tells `""` (empty) from null (not given). What is wrong is appended to `problems`, with file and line.
     """
     kind = path.suffix.lower()
@@ -61,19 +63,39 @@ def read_rows(path: Path, problems: list[str]) -> tuple[list[Row], int]:
     before = len(problems)
     if kind in CSV:
         rows, blank = _csv_rows(path, text, problems), 0
+    elif kind in JSON_LINES and (listed := _json_list(text)) is not None:
+        entries = [(f"{path} entry {number}", values) for number, values in enumerate(listed, 1)]
+        rows, blank = [row for source, values in entries if (row := _json_row(path, source, values, problems))], 0
     else:
         lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
         filled = [(f"{path} line {number}", line) for number, line in lines if line]
         blank = len(lines) - len(filled) - text.endswith("\n")
         if kind in JSON_LINES:
-            rows = [row for source, line in filled if (row := _json_row(path, source, line, problems))]
+            rows = [row for source, line in filled if (row := _json_line(path, source, line, problems))]
         else:
             rows = [Row(line, source) for source, line in filled]
-            if wrong := next((wrong for row in rows if (wrong := _no_prompt(row.prompt))), None):
+            data = JSON_IN_TEXT if _are_rows(_json_list(text)) else None
+            if wrong := data or next((wrong for row in rows if (wrong := _no_prompt(row.prompt))), None):
                 problems.append(f"{path}: {wrong}")
     if not rows and len(problems) == before:
         problems.append(f"{path}: the prompt file holds no prompt")
     return rows, blank
+
+
+def _json_list(text: str) -> list[object] | None:
+    """The values of a text that is one JSON list, or one object over several lines; else None."""
+    begin = text.strip()
+    if begin[:1] != "[" and not (begin[:1] == "{" and begin[1:2].isspace()):
+        return None
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        return None
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _are_rows(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and isinstance(values[0], dict | str)
 
 
 def _no_prompt(line: str) -> str | None:
@@ -83,8 +105,8 @@ def _no_prompt(line: str) -> str | None:
             values = parse_json(line)
         except ValueError:
             return None
-        if isinstance(values, dict) or (isinstance(values, list) and values and isinstance(values[0], dict | str)):
-            return 'holds JSON, not a prompt a line; name it .jsonl, with one object such as {"prompt": "a cat"} a line'
+        if isinstance(values, dict) or _are_rows(values):
+            return JSON_IN_TEXT
     cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line)]
     if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
         return f"starts as a table with the columns {', '.join(cells)}, not with a prompt; name it .csv, with commas"
@@ -183,14 +205,18 @@ def _text_of(path: Path, what: str, problems: list[str]) -> str | None:
     return None
 
 
-def _json_row(path: Path, source: str, line: str, problems: list[str]) -> Row | None:
+def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row | None:
     try:
         values = parse_json(line)
     except ValueError as e:
         problems.append(f'{source}: not valid JSON ({e}); a line holds one object such as {{"prompt": "a cat"}}')
         return None
+    return _json_row(path, source, values, problems)
+
+
+def _json_row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
     if not isinstance(values, dict):
-        problems.append(f'{source}: a line holds one JSON object such as {{"prompt": "a cat"}}')
+        problems.append(f'{source}: a prompt with its settings is one JSON object such as {{"prompt": "a cat"}}')
         return None
     return _row(path, source, values, problems)
 

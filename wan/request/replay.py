@@ -35,7 +35,10 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     """
     from wan.utils.video import read_record
 
-    record = read_record(path)
+    try:
+        record = read_record(path)
+    except InputError as e:
+        raise InputError(f"--replay {e}") from e
     if (schema := record.get("schema", SCHEMA)) != SCHEMA:
         raise InputError(f"--replay {path}: written by another version of this program (schema {schema}, not {SCHEMA})")
     try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from easydict import EasyDict
 from lightning.hub import place
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
-from wan.request.checks import Check
+from wan.request.checks import Check, no_file
+from wan.request.hints import without_effect
 from wan.request.jobs import make_jobs, prompt_rows
 from wan.request.options import DEFAULTS, OPTIONS, Request
 from wan.request.outputs import check_outputs
@@ -27,6 +30,7 @@ from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
 from wan.request.shards import chosen_shard, own_jobs
 from wan.request.weights import choose_sampling, choose_weights, part_files
 
+COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 
@@ -54,7 +58,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
     check.stop()
-    return replace(outcome, warnings=tuple(check.warnings))
+    return replace(outcome, warnings=(*check.warnings, *without_effect(given, request)))
 
 
 def _checked(request: Request, check: Check) -> Request:
@@ -109,7 +113,7 @@ def _decode(request: Request, config: EasyDict, check: Check) -> Decode:
     """The video lies beside its latents unless --save_file says otherwise."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
-        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: no such file")
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)
@@ -137,6 +141,17 @@ def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path
     return path
 
 
+def program() -> str:
+    """What the user typed to start this, as far as it can be told, for commands in messages."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    if name == COMMAND:
+        return COMMAND
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "generate":
+        return "python -m generate"
+    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
+
+
 def _check_processes(request: Request, check: Check) -> None:
     """Whether the flags fit the number of processes that torchrun started (1 without it)."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,7 +160,8 @@ def _check_processes(request: Request, check: Check) -> None:
     asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
     if asked and processes == 1:
         count = ulysses * ring if ulysses * ring > 1 else 8
-        command = f"torchrun --nproc-per-node {count} generate.py ..."
+        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
+        command = f"torchrun --nproc-per-node {count} {script} ..."
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)

@@ -16,7 +16,8 @@ from lightning.distilled import release_in
 from lightning.errors import LoraError
 from lightning.hub import located, place
 from lightning.releases import Release, preset, recognise
-from wan.request.checks import Check
+from lightning.words import short
+from wan.request.checks import Check, no_file
 from wan.request.options import Request
 from wan.request.prompts import expanded
 from wan.request.settings import Sampling, Weights
@@ -49,7 +50,7 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
             if file.is_file():
                 expert_files[expert] = file
             else:
-                check.problem(f"--expert {text}: no such file")
+                check.problem(f"--expert {text}: {no_file(file)}")
     release = _release(request, task, loras, expert_files, check)
     if release and release.refused:
         check.problem(f"{release.name} ({release.source}) cannot be run: {release.refused}")
@@ -84,7 +85,7 @@ def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
         if file.is_file():
             found[part] = file
         else:
-            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else "no such file"
+            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
             check.problem(f"--{part} {given}: {wanted}")
     return tuple(found.items())
 
@@ -182,7 +183,7 @@ def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, chec
         ("--sample_shift", recipe.shift, release.shift),
     ):
         if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
-            check.warn(f"{flag} {given}: {name} was made for {made_for}")
+            check.warn(f"{flag} {short(given)}: {name} was made for {short(made_for)}")
     if recipe.guidance != release.guidance:
         low, high = recipe.guidance
         check.warn(

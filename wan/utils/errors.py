@@ -3,7 +3,7 @@
 from lightning.errors import InputError as InputError
 from lightning.errors import WanError as WanError
 
-# What CUDA's libraries say, each in its own words, when they get no memory.
+# What PyTorch and CUDA's libraries say, each in its own words, when they get no memory.
 NO_MEMORY = (
     "out of memory",
     "GET was unable to find an engine",
@@ -11,6 +11,7 @@ NO_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA_ERROR_OUT_OF_MEMORY",
+    "DefaultCPUAllocator: ",  # "can't allocate memory", or "not enough memory"
 )
 
 
@@ -20,6 +21,6 @@ class JobError(WanError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device had no room, in whatever dress that comes. Imports no torch."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

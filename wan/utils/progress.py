@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ STAGE = "stage"  # attribute of an exception: the innermost stage that it left
 REDRAW_SECONDS = 0.1  # on a terminal
 LINE_SECONDS = 10.0  # elsewhere: a line so often, and one for every tenth of the work...
 TENTH_SECONDS = 0.5  # ...unless the last one is that young
+SPARE_COLUMNS = 3  # at a terminal's right edge: for the "^C" that it shows itself, which must not begin a new line
 
 
 @dataclass
@@ -35,16 +37,49 @@ class Stage:
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
 
-    def line(self, now: float) -> str:
-        """`load 12.3 GB of 28.6 GB 43% | 1.2 GB/s | 14 s left | note`"""
+    def parts(self, now: float) -> list[str]:
+        """`load 12.3 GB of 28.6 GB 43%`, `14 s left`, `1.2 GB/s`, `note`: what matters most first."""
         elapsed = now - self.began
-        parts = [f"{self.name} {extent(self.done, self.total, self.unit)}"]
+        told = extent(self.done, self.total, self.unit) if self.done or self.total else ""
+        parts = [f"{self.name} {told}".rstrip()]
         if self.done and elapsed > 0:
             rate = self.done / elapsed
-            parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
             if self.total and self.done < self.total:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
-        return " | ".join([*parts, *self.notes[-1:]])
+            parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
+        return [*parts, *self.notes[-1:]]
+
+
+class Batch:
+    """Videos that are made one after the other: how long the rest takes, judged by the finished ones.
+
+    Work is in any unit; a video that failed, or that another process makes, is work that is gone and tells nothing.
+    """
+
+    def __init__(self, works: Sequence[float]) -> None:
+        self.ahead = sum(works)
+        self.count = len(works)
+        self.done = self.spent = 0.0  # work and seconds of the finished ones
+        self._began: float | None = None  # the one that is being made
+
+    @contextmanager
+    def video(self, work: float) -> Iterator[None]:
+        """Around the making of one."""
+        self._began = time.perf_counter()
+        try:
+            yield
+            self.done += work
+            self.spent += time.perf_counter() - self._began
+        finally:
+            self._began = None
+            self.ahead -= work
+
+    def left(self, now: float) -> str:
+        """`1 h 20 min left for all`; empty while no video is finished, and where there is only one."""
+        if not self.done or self.count < 2:
+            return ""
+        spent = 0.0 if self._began is None else now - self._began
+        return f"{duration(max(0.0, self.ahead * self.spent / self.done - spent))} left for all"
 
 
 class Progress:
@@ -58,7 +93,8 @@ class Progress:
         self.quiet = quiet
         self.stream = stream if stream is not None else sys.stderr
         self.seconds: dict[str, float] = {}
-        self._terminal = not json and self.stream.isatty()
+        self.batch = Batch([])
+        self._terminal = not json and not quiet and self.stream.isatty()
         self._open: list[Stage] = []
         self._began = time.perf_counter()
 
@@ -69,6 +105,7 @@ class Progress:
         stage = Stage(name, total, unit, began=now, shown_at=now)
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
+        self._draw(now)
         whole = False
         try:
             yield
@@ -86,6 +123,8 @@ class Progress:
                 self._open[-1].inner += elapsed
             end = {"stage": name, "done": stage.done, "unit": unit, "seconds": elapsed, "whole": whole}
             self.event("end", end)
+            if not whole and self._terminal:  # what is said next begins a line; a "^C" of the terminal's goes with ours
+                tell(self.stream, clearing(self.stream))
             if whole:
                 did = f" {extent(stage.done, None, unit)}" if stage.done else ""
                 what = f" ({stage.notes[0]})" if len(stage.notes) == 1 else ""
@@ -110,9 +149,9 @@ class Progress:
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
         self.event("advance", {**state, "seconds": now - stage.began})
         if self._terminal:
-            tell(self.stream, f"\r{stage.line(now)}\x1b[K")
+            self._draw(now)
         else:
-            self._print(stage.line(now))
+            self._print(" | ".join(self._parts(now)))
 
     def say(self, text: str) -> None:
         """A message of its own: one or more whole lines."""
@@ -133,9 +172,24 @@ class Progress:
         peaks = ", ".join(f"{name} {quantity(count, 'B')}" for name, count in peak_memory().items())
         return "\n".join([*lines, f"peak memory: {peaks or 'not known here'}"])
 
+    def _parts(self, now: float) -> list[str]:
+        """Of the innermost stage, and what is left of all."""
+        first, *more = self._open[-1].parts(now)
+        left = self.batch.left(now)
+        return [first, *([left] if left else []), *more]
+
+    def _draw(self, now: float) -> None:
+        """The one line of a terminal that is written over again and again; no more than fits in it."""
+        if self._terminal:
+            columns = columns_of(self.stream) - SPARE_COLUMNS
+            parts = self._parts(now)
+            while len(parts) > 1 and width(" | ".join(parts)) > columns:
+                parts.pop()
+            tell(self.stream, f"\r{cut(' | '.join(parts), columns)}\x1b[K")
+
     def _print(self, text: str) -> None:
         if not self.quiet and not self.json:
-            tell(self.stream, f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+            tell(self.stream, f"{clearing(self.stream)}{text}\n")
 
 
 def tell(stream: TextIO, text: str) -> None:
@@ -146,6 +200,33 @@ def tell(stream: TextIO, text: str) -> None:
     except (OSError, ValueError):  # ValueError: the stream was closed
         with suppress(OSError, ValueError):  # what comes later, the flush at exit included, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def clearing(stream: TextIO) -> str:
+    """What empties a terminal's line before something is said on it: a line of progress, or its "^C"."""
+    return "\r\x1b[K" if stream.isatty() else ""
+
+
+def columns_of(stream: TextIO) -> int:
+    """The width of the terminal now; 80 where it does not say."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+def width(text: str) -> int:
+    """Columns that a terminal needs for `text`: two for a wide sign, none for a mark on the sign before."""
+    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+    return len(text) + wide - sum(unicodedata.category(sign) in ("Mn", "Me", "Cf") for sign in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """`text`, or as much of its begin as fits with an ellipsis after it."""
+    if width(text) <= columns:
+        return text
+    while text and width(text) >= columns:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def peak_memory() -> dict[str, int]:
@@ -177,7 +258,8 @@ def extent(done: float, total: float | None, unit: str) -> str:
 def quantity(value: float, unit: str) -> str:
     """With SI prefixes for bytes: `1.20 GB`, `350 MB`."""
     if unit != "B":
-        return f"{value:.3g} {unit}{'s' if unit and value != 1 else ''}".strip()
+        number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+        return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
     for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}B"
