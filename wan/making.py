@@ -87,7 +87,7 @@ def save_video(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps) as video:
+        with VideoWriter(path, pipe.plan.config.sample_fps, bool(record["job"].get("follows"))) as video:
             with progress.stage("decode", unit="frame"):
                 for chunk in chunks:
                     if not chunk.isfinite().all():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,9 +19,11 @@ from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
 from wan.modules.model import PATCH
 from wan.modules.vae import WanVAE
+from wan.request.chains import chains
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Job, Sampling
 from wan.sampling import Step
+from wan.utils.images import digest
 from wan.utils.progress import quantity
 
 MOST_STEPS_SHOWN = 12
@@ -182,6 +183,12 @@ class Plan:
             size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
             extent = f"{size}, {job.frame_num} frames, {self.tokens(job.size, job.frame_num):,} tokens"
             lines.append(f"job {job.index + 1}: {extent}, seed {job.seed} -> {job.save_file}")
+        for chain in chains(self.jobs):
+            if joined := chain[0].joined:
+                count = sum(job.frame_num for job in chain) - len(chain) + 1
+                lines.append(
+                    f"jobs {', '.join(str(job.index + 1) for job in chain)} joined, {count} frames -> {joined}"
+                )
         return lines + [f"warning: {text}" for text in self.warnings]
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,6 +205,7 @@ class Plan:
                 {
                     "index": job.index, "size": list(job.size), "image": job.picture or None, "frames": job.frame_num,
                     "tokens": self.tokens(job.size, job.frame_num), "seed": job.seed, "save_file": str(job.save_file),
+                    "joined": job.joined and str(job.joined),
                 }
                 for job in self.jobs
             ],
@@ -213,7 +221,7 @@ class Plan:
         sampling = self.sampling
         comes_to = {
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
-            **{name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in job.pictures.items()},
+            **{name: path and digest(path) for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],

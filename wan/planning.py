@@ -180,7 +180,7 @@ def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:
         folder = job.save_file.absolute().parent
         while not folder.exists():
             folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1]
+        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
         needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
     for folder, size in needed.items():
         free = shutil.disk_usage(folder).free
