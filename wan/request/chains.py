@@ -18,8 +18,6 @@ from wan.request.options import Request
 from wan.request.prompts import Row, expanded
 from wan.request.settings import Job
 
-SHORTEST = 5  # frames: its first one is not shown, and a clip has 4n + 1
-
 
 def chains(jobs: Iterable[Job]) -> list[list[Job]]:
     """What one process makes, in this order: the clips of a chain, or one video that is in none."""
@@ -68,8 +66,7 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
         first = firsts[index] = firsts.setdefault(index - copies, before)
         if row.size is not None and job.area != first.area:
             check.problem(f"{row.source}: a chain has the size of its first clip; leave 'size' out")
-        if job.frame_num < SHORTEST:
-            check.problem(f"{row.source}: a clip that follows needs {SHORTEST} frames or more, not {job.frame_num}")
+        check.several(f"{row.source}: a clip that follows needs", job.frame_num)
         made[index] = replace(
             job, image=before.save_file, follows=True, area=first.size, size=first.size,
             picture=f"the last frame of job {before.index + 1}{job.picture}",

@@ -124,6 +124,11 @@ class Check:
         self.problem(f"{flag} {_short(given)} is not of the form 4n+1; the nearest valid values are {nearest}")
         return below
 
+    def several(self, what_needs: str, frames: int) -> None:
+        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip that follows needs"."""
+        if frames < 5:
+            self.problem(f"{what_needs} 5 frames or more, not {frames}")
+
     def timesteps(self, given: str) -> tuple[float, ...] | None:
         """An explicit list of final timesteps: falling, within (0, 1000]."""
         flag = "--timesteps"

@@ -121,8 +121,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
             picture = ""
         if row.last_image:
             picture += pictures.told_of(row.source, row.last_image)
-            if frames < 5:
-                check.problem(f"{row.source}: a first and a last frame need 5 frames or more, not {frames}")
+            check.several(f"{row.source}: a first and a last frame need", frames)
         first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
             check.problem(f"{row.source}: seed {first + count - 1} is too large, at most {LARGEST_SEED}")
