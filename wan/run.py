@@ -96,8 +96,9 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
                 runtime.stop()
                 return
             if kind in ("failed", "elsewhere"):
-                if place < len(chain):
-                    progress.say(f"the {len(chain) - place} videos that follow it in its chain are left out")
+                if left := chain[place:]:
+                    more = f", nor are the {len(left) - 1} after it" if left[1:] else ""
+                    progress.say(f"{left[0].save_file} is not made: it goes on from {job.save_file}{more}")
                 break
         else:
             events += _join_together(pipe, chain[0].joined, progress)

@@ -66,7 +66,8 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
         first = firsts[index] = firsts.setdefault(index - copies, before)
         if row.size is not None and job.area != first.area:
             check.problem(f"{row.source}: a chain has the size of its first clip; leave 'size' out")
-        check.several(f"{row.source}: a clip that follows needs", job.frame_num)
+        for each, frames in ((rows[index // copies - 1], before.frame_num), (row, job.frame_num)):
+            check.several(f"{each.source}: a clip of a chain needs", frames)
         made[index] = replace(
             job, image=before.save_file, follows=True, area=first.size, size=first.size,
             picture=f"the last frame of job {before.index + 1}{job.picture}",

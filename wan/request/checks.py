@@ -125,7 +125,7 @@ class Check:
         return below
 
     def several(self, what_needs: str, frames: int) -> None:
-        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip that follows needs"."""
+        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip of a chain needs"."""
         if frames < 5:
             self.problem(f"{what_needs} 5 frames or more, not {frames}")
 

@@ -70,6 +70,9 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
         return [replace(row, image=None) for row in rows]
     bare = [row for number, row in enumerate(rows) if row.image is None and not _follows(request, number)]
     if bare and "example_image" in config and request.image_path_file is None:
+        if request.chain:
+            check.problem(f"{bare[0].source}: the first row of a chain needs an image with {config.name}; give --image")
+            return rows
         if request.prompt_file is not None:
             check.problem(
                 f"{config.name} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
