@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     _prepare_process()
     try:
-        given, problems = _parse(words)
+        given, problems = parse(words)
         return launch(lambda runtime: _start(given, problems, runtime))
     except InputError as e:  # found before the processes are connected
         if speaks_alone():
@@ -189,7 +189,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; what is wrong with values).
 
     InputError naming every flag that does not exist, with the nearest that does.

@@ -135,12 +135,12 @@ def test_mistyped_flags(capsys, words, sentences):
     [([], None), (["--offload_model"], True), (["--offload_model", "False"], False), (["--offload_model=True"], True)],
 )
 def test_offload_model_spellings(words, value):
-    assert generate._parse(words)[0].get("offload_model") is value
+    assert generate.parse(words)[0].get("offload_model") is value
 
 
 def test_values_that_look_like_flags():
     words = ["--base_seed", "-1", "--lora", "a:-0.5", "--lora", "high=b", "--lora_strength=-0.5,1"]
-    request = Request(**generate._parse(words)[0])
+    request = Request(**generate.parse(words)[0])
     assert (request.base_seed, request.lora, request.lora_strength) == (-1, ("a:-0.5", "high=b"), "-0.5,1")
 
 
@@ -446,4 +446,4 @@ def test_command_line_of_the_makefile():
     lines = re.findall(r"(?:generate\.py|-m generate) (--.*)", text)
     assert len(lines) == 2
     for line in lines:
-        assert generate._parse(shlex.split(line))[1] == []
+        assert generate.parse(shlex.split(line))[1] == []

@@ -30,6 +30,8 @@ def chosen_shard(request: Request, check: Check) -> Request:
     elif request.prompt_file is not None and request.extend_only is None and (found := _of_slurm(check)):
         check.warn(f"--shard {found}, from the Slurm array; --shard 1/1 makes every video")
         request = replace(request, shard=found)
+    if request.shard is not None and _read(request.shard, check) == WHOLE:
+        request = replace(request, shard=None)
     return request
 
 
