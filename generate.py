@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     _prepare_process()
     try:
-        given, problems = _parse(words)
+        given, problems = parse(words)
         return launch(lambda runtime: _start(given, problems, runtime))
     except InputError as e:  # found before the processes are connected
         tell_launcher(f"error: {e}")
@@ -143,7 +143,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = find_videos(plan) if outcome.request.dry_run and outcome.request.resume else []
-    done = [job.index for job, video in zip(plan.jobs, found, strict=False) if video.state == "whole"]
+    done = [job.index for job, video in found if video.state == "whole"]
     _show(progress, "plan", as_dict(plan), "\n".join(lines(plan, done)))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
@@ -197,7 +197,7 @@ class _Parser(Parser):
             super()._print_message(message, file)
 
 
-def _parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; what is wrong with values).
 
     InputError naming every flag that does not exist, with the one that was probably meant.

@@ -15,8 +15,10 @@ SOURCES = [ROOT / "generate.py", *sorted((ROOT / "wan").rglob("*.py")), *sorted(
 ARROWS = {
     "generate": {"wan", "lightning"},
     "wan": {"wan"},  # the front door of the package: lazy
-    "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.making", "wan.pipeline", "wan.plan",
+    "wan.run": {"wan.text2video", "wan.image2video", "wan.textimage2video", "wan.chain", "wan.making", "wan.pipeline",
+                "wan.plan",
                 "wan.record", "wan.distributed", "wan.request", "wan.utils"},
+    "wan.chain": {"wan.making", "wan.plan", "wan.record", "wan.request", "wan.utils"},
     "wan.making": {"wan.pipeline", "wan.plan", "wan.record", "wan.request", "wan.utils"},
     "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
     "wan.doctor": {"wan.device", "wan.expected", "wan.original", "wan.plan", "wan.sampling", "wan.loading",

@@ -27,7 +27,7 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "diffusers", "safetensors", "h
 
 # The flags are a promise to everybody's scripts: a change here is a change of the product.
 FLAGS = """
-    attention base_seed ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype expert
+    attention base_seed chain ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype expert
     extend_only frame_num gallery high_steps image image_path_file json last_image lora lora_allow_partial lora_alpha
     lora_dir lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model on_error
     overwrite preset preview preview_steps prompt prompt_extend_method prompt_extend_model prompt_extend_on_error
@@ -159,12 +159,12 @@ def test_mistyped_flags(capsys, words, sentences):
     [([], None), (["--offload_model"], True), (["--offload_model", "False"], False), (["--offload_model=True"], True)],
 )
 def test_offload_model_spellings(words, value):
-    assert generate._parse(words)[0].get("offload_model") is value
+    assert generate.parse(words)[0].get("offload_model") is value
 
 
 def test_values_that_look_like_flags():
     words = ["--base_seed", "-1", "--lora", "a:-0.5", "--lora", "high=b", "--lora_strength=-0.5,1"]
-    request = Request(**generate._parse(words)[0])
+    request = Request(**generate.parse(words)[0])
     assert (request.base_seed, request.lora, request.lora_strength) == (-1, ("a:-0.5", "high=b"), "-0.5,1")
 
 
@@ -567,4 +567,4 @@ def test_command_line_of_the_makefile():
     lines = re.findall(r"(?:generate\.py|-m generate) (--.*)", text)
     assert len(lines) == 2
     for line in lines:
-        assert generate._parse(shlex.split(line))[1] == []
+        assert generate.parse(shlex.split(line))[1] == []

@@ -80,6 +80,21 @@ def test_two_processes_give_what_one_does() -> None:
         assert relative_error(found, want) < 1e-5
 
 
+def test_the_class_makes_what_the_command_line_makes(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    flags = ["--image", str(tmp_path / "first.png"), "--last_image", str(tmp_path / "last.png"), "--prompt", "a cat"]
+    video = ["--save_file", str(tmp_path / "a.mp4"), "--save_latents", "--negative_prompt", "bad"]
+    assert generate.main([*COMMAND, *flags, *video]) == 0
+    want = load_file(tmp_path / "a.latents.safetensors")["latent"]
+    first, last = pictures()
+    given = {"frame_num": 5, "sample_solver": "euler", "sampling_steps": 4, "guide_scale": 1.0, "seed": 3}
+    found = alone().generate("a cat", first, 64 * 64, **given, last_image=last)
+    assert found is not None
+    assert torch.equal(found, torch.cat(list(alone().decode(want)), dim=1))
+    with pytest.raises(InputError, match="need 5 frames or more, not 1"):
+        alone().generate("a cat", first, 64 * 64, **{**given, "frame_num": 1}, last_image=last)
+
+
 def write_pictures(folder: Path) -> None:
     for name, picture in zip(("first.png", "last.png"), pictures(), strict=True):
         picture.save(folder / name)

@@ -73,7 +73,7 @@ def test_its_commands_run(words: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [c for c in commands("python generate.py ") if "..." in c], ids=lambda w: w[1])
 def test_its_fragments_are_flags_of_the_program(words: list[str]) -> None:
-    generate._parse([word for word in words if word != "..."])
+    generate.parse([word for word in words if word != "..."])
 
 
 def test_its_lightning_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,17 +72,38 @@ def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
-    job, meaning, output, plan = record["job"], record["meaning"], record["output"], record["plan"]
+    output = record["output"]
     width, height, frames, fps = (_number(output[name]) for name in ("width", "height", "frames", "fps"))
-    seconds = sum(map(_number, record["seconds"].values()))
+    told = _of_clips(record) if "clips" in record else _of_one(record)
+    settings = {
+        "task": told["task"],
+        "size": f"{width:g}×{height:g}",
+        "length": f"{frames:g} frames, {frames / fps:.1f} s",
+        **told["settings"],
+    }
+    return {
+        "file": beside.video.relative_to(folder).as_posix(),
+        "video": _address(folder, beside.video),
+        "record": _address(folder, beside.record),
+        "sheet": _address(folder, beside.sheet) if beside.sheet.is_file() else "",
+        "prompt": told["prompt"],
+        "seed": told["seed"],  # as text: JavaScript's numbers end at 2^53
+        "width": width,
+        "height": height,
+        "seconds": told["seconds"],
+        "finished": str(record["finished"]),
+        "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)},
+    }
+
+
+def _of_one(record: dict[str, Any]) -> dict[str, Any]:
+    """What a video was made from."""
+    job, meaning = record["job"], record["meaning"]
     steps = meaning["sample_steps"]
     usual = WAN_CONFIGS[meaning["task"]].sample_neg_prompt
     scales = dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)
-    loras = dict.fromkeys(_named(lora["path"]) for files in plan["loras"].values() for lora in files)
+    loras = dict.fromkeys(_named(lora["path"]) for files in record["plan"]["loras"].values() for lora in files)
     settings = {
-        "task": meaning["task"],
-        "size": f"{width:g}×{height:g}",
-        "length": f"{frames:g} frames, {frames / fps:.1f} s",
         "steps": f"{len(steps)} {meaning['sample_solver']}",
         "guidance": ", ".join(scales),
         "weights": Path(record["request"]["ckpt_dir"]).name,
@@ -93,19 +114,21 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
         "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
     }
+    seconds = sum(map(_number, record["seconds"].values()))
     return {
-        "file": beside.video.relative_to(folder).as_posix(),
-        "video": _address(folder, beside.video),
-        "record": _address(folder, beside.record),
-        "sheet": _address(folder, beside.sheet) if beside.sheet.is_file() else "",
-        "prompt": str(job["prompt"]),
-        "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
-        "width": width,
-        "height": height,
-        "seconds": seconds,
-        "finished": str(record["finished"]),
-        "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)},
-    }
+        "task": meaning["task"], "prompt": str(job["prompt"]), "seed": str(job["seed"]), "seconds": seconds,
+        "settings": settings,
+    }  # fmt: skip
+
+
+def _of_clips(record: dict[str, Any]) -> dict[str, Any]:
+    """What a chain was joined from."""
+    clips = record["clips"]
+    prompts, seeds, files = ([str(clip[name]) for clip in clips] for name in ("prompt", "seed", "file"))
+    return {
+        "task": record["task"], "prompt": "\n".join(prompts), "seed": ", ".join(dict.fromkeys(seeds)), "seconds": 0,
+        "settings": {"joined of": "\n".join(files)},
+    }  # fmt: skip
 
 
 def _named(path: str) -> str:

@@ -54,9 +54,14 @@ class WanI2V(Original, ImageToVideo):
         n_prompt: str = "",
         seed: int = -1,
         offload_model: bool = True,
+        *,
+        last_image: Image.Image | None = None,
     ) -> Tensor | None:
-        """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise)."""
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise).
+
+        last_image: the last frame, squeezed to the video's size; frame_num must then be 5 or more.
+        """
         return self._generate(
             input_prompt, img, (max_area, 1), frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt,
-            seed, offload_model,
+            seed, offload_model, last_image,
         )  # fmt: skip

@@ -89,7 +89,7 @@ def save_video(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps) as video:
+        with VideoWriter(path, pipe.plan.config.sample_fps, bool(record["job"].get("follows"))) as video:
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:

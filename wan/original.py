@@ -90,6 +90,7 @@ class Original(Pipeline):
         n_prompt: str,
         seed: int,
         offload_model: bool,
+        last_image: Image.Image | None = None,
     ) -> Tensor | None:
         """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `size` counts as an area.
 
@@ -102,6 +103,8 @@ class Original(Pipeline):
         else:
             size = video_size(config.image_fit, image.size, size)
         frame_num = check.frames("frame_num", frame_num)
+        if last_image is not None:
+            check.several("frame_num: a first and a last frame need", frame_num)
         sampling = Sampling(
             check.choice("sample_solver", sample_solver, SOLVERS),
             check.whole("sampling_steps", sampling_steps, 1, 1, 1000),
@@ -113,7 +116,9 @@ class Original(Pipeline):
             seed = self.mesh.team.from_first(lambda: secrets.randbelow(DRAWN_SEEDS))
         self.load_experts().offload = offload_model
         negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
-        latent = team.agree(lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling))
+        latent = team.agree(
+            lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)
+        )
         if offload_model:
             self.release_text_encoder()
         chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))

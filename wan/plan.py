@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from wan.modules.vae import WanVAE
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Job, Sampling
 from wan.sampling import Step
+from wan.utils.images import digest
 
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
@@ -172,7 +172,7 @@ class Plan:
         sampling = self.sampling
         comes_to = {
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
-            **{name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in job.pictures.items()},
+            **{name: path and digest(path) for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": sampling.solver, "sample_steps": [asdict(step) for step in self.steps],
@@ -208,7 +208,8 @@ def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
         folder = job.save_file.absolute().parent
         while not folder.exists():
             folder = folder.parent
-        needed[folder] = needed.get(folder, 0.0) + job.frame_num * job.size[0] * job.size[1] * MP4_BYTES_PER_PIXEL
+        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
+        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
     return needed
 
 

@@ -81,7 +81,7 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
 @dataclass(frozen=True)
 class Found:
     """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off)
-    or "other": another video or another file.
+    "other": another video or another file, or "later": it hangs on a video that is not there yet.
 
     differing: the options that made the other video, as far as it says; None where nobody asked.
     """
@@ -91,19 +91,30 @@ class Found:
     differing: tuple[str, ...] | None = None
 
 
-def find_videos(plan: Plan) -> list[Found]:
-    """What there is of each job's video. With `--resume` also under another number: rows may have been inserted."""
-    if not plan.request.resume:
-        return [Found("other" if job.save_file.exists() else "nothing", job.save_file) for job in plan.jobs]
-    elsewhere = _recorded(plan)
-    found = []
+def find_videos(plan: Plan) -> list[tuple[Job, Found]]:
+    """Each job with what there is of its video; one that follows a clip that was found starts from that.
+
+    With `--resume` also under another number: rows may have been inserted. A clip that follows one which is still to be
+    made cannot be told from another: "later".
+    """
+    resume, found = plan.request.resume, []
+    elsewhere = _recorded(plan) if resume else {}
+    last: dict[Path | None, Found] = {}  # by chain
     for job in plan.jobs:
-        here = find_video(plan, job)
-        if here.state == "nothing":
-            other = elsewhere.get(_key(plain(plan.meaning(job))))
-            moved = find_video(plan, dataclasses.replace(job, save_file=other)) if other else here
-            here = moved if moved.state == "whole" else here
-        found.append(here)
+        before = last.get(job.joined) if job.follows else None
+        if before:
+            job = dataclasses.replace(job, image=before.file)
+        if not resume:
+            here = Found("other" if job.save_file.exists() else "nothing", job.save_file)
+        elif before and before.state != "whole":
+            here = Found("later", job.save_file)
+        else:
+            here = find_video(plan, job)
+            if here.state == "nothing" and (other := elsewhere.get(_key(plain(plan.meaning(job))))):
+                moved = find_video(plan, dataclasses.replace(job, save_file=other))
+                here = moved if moved.state == "whole" else here
+        last[job.joined] = here
+        found.append((job, here))
     return found
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wan.chain import clips_of, is_joined, join
 from wan.distributed.runtime import Runtime
 from wan.distributed.team import Team, origin_of
 from wan.image2video import ImageToVideo
 from wan.making import check_place, make_video, reason, save_video
 from wan.pipeline import Pipeline
 from wan.plan import Plan
-from wan.record import Found, find_videos, read_latents, repair
+from wan.record import Found, find_video, find_videos, read_latents, repair
+from wan.request.chains import chains
 from wan.request.settings import Job
 from wan.text2video import TextToVideo
 from wan.textimage2video import TextImageToVideo
@@ -31,7 +34,9 @@ PIPELINES: dict[str, type[Pipeline]] = {
 ALONE = Runtime()
 TOLD_WAIT = 0.5  # seconds
 Result = TypeVar("Result")
-Event = tuple[str, dict[str, Any]]  # what a job came to: "saved", "failed" or "elsewhere", and its facts
+# What a job came to, "saved", "failed", "elsewhere" or "there"; or a chain, "joined" or "not joined"; and its facts.
+Event = tuple[str, dict[str, Any]]
+FAILURES = ("failed", "not joined")
 
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
@@ -51,11 +56,12 @@ def run_jobs(
     InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
     world = runtime.team
-    jobs = world.from_first(lambda: jobs_to_do(plan, progress))
-    events: list[Event] = []
+    jobs, places = world.from_first(lambda: jobs_to_do(plan, progress))
+    plan, events = replace(plan, jobs=places), list[Event]()
+    joined = world.from_first(lambda: _join_whole(plan, jobs, progress))
     if jobs:
         pipe = world.agree(lambda: load(plan, progress, runtime))
-        team, mine = pipe.mesh.team, pipe.mesh.share(jobs)
+        team, mine = pipe.mesh.team, [job for chain in pipe.mesh.share(chains(jobs)) for job in chain]
         texts = [text for job in mine for text in pipe.texts(job)]
         world.agree(lambda: _with_room(pipe.load_text_encoder) if texts else None)
         team.agree(lambda: _with_room(lambda: pipe.encode(texts)))
@@ -73,36 +79,94 @@ def run_jobs(
         if pipe.experts and pipe.experts.waited > TOLD_WAIT:
             waited, brought = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
             progress.say(f"computation waited {waited} for weights, of which {brought} were read")
+    events = joined + events
     _sum_up(len(plan.jobs), len(jobs), events, progress)
-    return sum(kind == "failed" for kind, _ in events)
+    return sum(kind in FAILURES for kind, _ in events)
 
 
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
     """This group's jobs, one after the other; what each came to joins `events`."""
-    shared, works = dict(progress.seconds), [pipe.plan.tokens(job.size, job.frame_num) for job in jobs]
-    progress.batch = Batch(works)
-    for job, work in zip(jobs, works, strict=True):
-        if pipe.mesh.team.from_first(runtime.has_stopped):
-            return
-        left = progress.batch.left(time.perf_counter())
-        progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
-        pipe.follows = job is not jobs[-1]
-        facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
-        try:
-            with progress.batch.video(work):
-                facts["frames"] = make_video(pipe, job, progress, shared)
-            kind = "saved"
-        except ClaimedElsewhere as error:
-            progress.say(str(error))
-            kind = "elsewhere"
-        except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-            facts["reason"] = _report(pipe.plan, job, error, progress, pipe.mesh.team)
-            kind = "failed"
-        events.append((kind, facts))
-        progress.event(kind, facts)
-        if kind == "failed" and pipe.plan.request.on_error == "stop":
-            runtime.stop()
-            return
+    shared, team = dict(progress.seconds), pipe.mesh.team
+    progress.batch = Batch([pipe.plan.tokens(job.size, job.frame_num) for job in jobs])
+    for chain in chains(jobs):
+        for place, job in enumerate(chain, 1):
+            if team.from_first(runtime.has_stopped):
+                return
+            pipe.follows = job is not jobs[-1]
+            kind, facts = _attempt(pipe, job, progress, shared)
+            events.append((kind, facts))
+            progress.event(kind, facts)
+            if kind == "failed" and pipe.plan.request.on_error == "stop":
+                runtime.stop()
+                return
+            if kind in ("failed", "elsewhere"):
+                if left := chain[place:]:
+                    more = f", nor are the {len(left) - 1} after it" if left[1:] else ""
+                    progress.say(f"{left[0].save_file} is not made: it goes on from {job.save_file}{more}")
+                break
+        else:
+            events += _join_together(pipe, chain[0].joined, progress)
+
+
+def _join_together(pipe: Pipeline, joined: Path | None, progress: Progress) -> list[Event]:
+    return pipe.mesh.team.from_first(lambda: _join(pipe.plan, joined, progress)) if joined else []
+
+
+def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> Event:
+    """Make one video; what came of it."""
+    team = pipe.mesh.team
+    left = progress.batch.left(time.perf_counter())
+    progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
+    facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
+    try:
+        if job.follows and team.from_first(lambda: _is_there(pipe.plan, job, progress)):
+            return "there", facts
+        with progress.batch.video(pipe.plan.tokens(job.size, job.frame_num)):
+            facts["frames"] = make_video(pipe, job, progress, shared)
+        return "saved", facts
+    except ClaimedElsewhere as error:
+        progress.say(str(error))
+        return "elsewhere", facts
+    except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
+        facts["reason"] = _report(pipe.plan, job, error, progress, team)
+        return "failed", facts
+
+
+def _is_there(plan: Plan, job: Job, progress: Progress) -> bool:
+    """Whether `--resume` finds this clip done, now that the one before it is. JobError if another is in the way."""
+    if not plan.request.resume:
+        return False
+    found = find_video(plan, job)
+    if found.state == "other" and not plan.request.overwrite:
+        raise JobError(f"{job.save_file}: {_trouble(found)}; --overwrite replaces it")
+    if found.state == "whole":
+        _tell_of(plan, job, found, progress)
+    return found.state == "whole"
+
+
+def _join_whole(plan: Plan, to_do: list[Job], progress: Progress) -> list[Event]:
+    """Join the chains whose clips are all there, but not the video of them; what came of it."""
+    unfinished = {job.joined for job in to_do}
+    whole = [chain for chain in chains(plan.jobs) if chain[0].joined not in unfinished]
+    paths = [chain[0].joined for chain in whole if not is_joined(plan, chain)]
+    return [event for path in paths if path for event in _join(plan, path, progress)]
+
+
+def _join(plan: Plan, joined: Path, progress: Progress) -> list[Event]:
+    """Join a chain whose clips are all there; what came of it, nothing if another process is at it."""
+    facts: dict[str, Any] = {"file": str(joined)}
+    try:
+        join(plan, [job for job in plan.jobs if job.joined == joined], progress)
+        kind = "joined"
+    except ClaimedElsewhere as error:
+        progress.say(str(error))
+        return []
+    except (JobError, OSError) as error:
+        facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
+        progress.say(f"failed: {facts['reason']}")
+        kind = "not joined"
+    progress.event(kind, facts)
+    return [(kind, facts)]
 
 
 def decode_only(
@@ -134,22 +198,34 @@ def decode_only(
     progress.say(progress.table())
 
 
-def jobs_to_do(plan: Plan, progress: Progress) -> list[Job]:
-    """Without those that `--resume` finds done. InputError naming every file that is in the way."""
-    todo, problems = [], []
-    _sweep((job.save_file.parent for job in plan.jobs), progress)
-    for job, found in zip(plan.jobs, find_videos(plan), strict=True):
+def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ...]]:
+    """(jobs that `--resume` does not find done; all of them, each with the place where its video is or will be).
+
+    InputError naming every file that is in the way.
+    """
+    todo, places, problems = [], [], []
+    _sweep((file.parent for job in plan.jobs for file in (job.save_file, job.joined) if file), progress)
+    for job, found in find_videos(plan):
+        places.append(replace(job, save_file=found.file))
         if found.state == "whole":
-            for done in repair(plan, job, found):
-                progress.say(done)
-            progress.say(f"video {plan.place(job)} is there already: {found.file}")
+            _tell_of(plan, job, found, progress)
             continue
         if found.state == "other" and not plan.request.overwrite:
             problems.append(f"{job.save_file}: {_trouble(found)}; --overwrite replaces it")
         todo.append(job)
+    for joined in sorted({job.joined for job in plan.jobs if job.joined}):
+        if joined.exists() and clips_of(joined) is None and not plan.request.overwrite:
+            problems.append(f"{joined}: exists already, and is not joined of clips; --overwrite replaces it")
     if problems:
         raise InputError(problems)
-    return todo
+    return todo, tuple(places)
+
+
+def _tell_of(plan: Plan, job: Job, found: Found, progress: Progress) -> None:
+    """Of a video that is whole, and of what was put right beside it."""
+    for done in repair(plan, job, found):
+        progress.say(done)
+    progress.say(f"video {plan.place(job)} is there already: {found.file}")
 
 
 def _sweep(folders: Iterable[Path], progress: Progress) -> None:
@@ -195,14 +271,16 @@ def _sum_up(jobs: int, tried: int, events: list[Event], progress: Progress) -> N
     kinds = [kind for kind, _ in events]
     counts = {
         "saved": kinds.count("saved"),
-        "there already": jobs - tried,
+        "there already": jobs - tried + kinds.count("there"),
         "failed": kinds.count("failed"),
         "being made by other processes": kinds.count("elsewhere"),
-        "not tried": tried - len(kinds),
+        "not tried": tried - sum(kinds.count(kind) for kind in ("saved", "there", "failed", "elsewhere")),
+        "joined": kinds.count("joined"),
+        "not joined": kinds.count("not joined"),
     }
     progress.event("summary", counts)
     progress.say(progress.table())
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
     if jobs > 1:
-        for facts in (facts for kind, facts in events if kind == "failed"):
+        for facts in (facts for kind, facts in events if kind in FAILURES):
             progress.say(f"  {facts['reason']}")

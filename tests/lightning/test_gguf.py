@@ -137,7 +137,9 @@ def test_the_header_says_what_the_packages_reader_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", [lambda name: name, lambda name: f"model.diffusion_model.{name}", diffusers_name], ids=str
+    "spelling",
+    [lambda name: name, lambda name: f"model.diffusion_model.{name}", diffusers_name],
+    ids=["released", "ComfyUI", "diffusers"],
 )
 def test_experts_in_any_spelling(spelling: Callable[[str], str], tmp_path: Path) -> None:
     tensors = {spelling(name): tensor for name, tensor in weights().items()}

@@ -138,6 +138,11 @@ class Check:
         self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
         return below
 
+    def several(self, what_needs: str, frames: int) -> None:
+        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip of a chain needs"."""
+        if frames < 5:
+            self.problem(f"{what_needs} 5 frames or more, not {frames}")
+
     def timesteps(self, given: str) -> tuple[float, ...] | None:
         """An explicit list of final timesteps: falling, within (0, 1000]."""
         flag = "--timesteps"

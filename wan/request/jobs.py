@@ -66,14 +66,18 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
             for row, (source, image) in zip(rows, images, strict=False)
         ]
     elif request.image is not None:
-        rows = [row if row.image else replace(row, image=expanded(request.image)) for row in rows]
+        own = expanded(request.image)
+        rows = [row if row.image or _follows(request, n) else replace(row, image=own) for n, row in enumerate(rows)]
     if config.image_fit is None:
         if any(row.image for row in rows):
             able = " and ".join(name for name, other in WAN_CONFIGS.items() if other.image_fit)
             check.warn(f"{config.name} takes no image; the one given is ignored ({able} take one)")
         return [replace(row, image=None) for row in rows]
-    bare = [row for row in rows if row.image is None]
+    bare = [row for number, row in enumerate(rows) if row.image is None and not _follows(request, number)]
     if bare and "example_image" in config and request.image_path_file is None:
+        if request.chain:
+            check.problem(f"{bare[0].source}: the first row of a chain needs an image with {config.name}; give --image")
+            return rows
         if request.prompt_file is not None:
             check.problem(
                 f"{config.name} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
@@ -83,6 +87,11 @@ def _with_images(request: Request, config: EasyDict, rows: list[Row], check: Che
         check.warn(f"no --image given: the example picture {config.example_image} is used")
         rows = [replace(row, image=Path(config.example_image)) for row in rows]
     return rows
+
+
+def _follows(request: Request, number: int) -> bool:
+    """Whether a row without an image has one from the row before it."""
+    return request.chain and number > 0
 
 
 def _with_last_images(request: Request, config: EasyDict, rows: list[Row], check: Check) -> list[Row]:
@@ -102,7 +111,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
     default_size = check.size("--size", request.size or config.sizes[0], step)
     default_frames = _frame_num(request, config, check)
     count = request.num_videos
-    if request.save_file is not None and len(rows) * count > 1:
+    if request.save_file is not None and len(rows) * count > 1 and not request.chain:
         check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
     save_dir = expanded(request.save_dir)
     pictures = _Pictures(config, check)
@@ -124,16 +133,15 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
             picture = ""
         if row.last_image:
             picture += pictures.told_of(_named_by(request, row, "last_image"), row.last_image)
-            if frames < 5:
-                where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
-                check.problem(f"{where} {frames}: a first and a last frame need 5 frames or more")
+            where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
+            check.several(f"{where}: a first and a last frame need", frames)
         first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
         if first + count - 1 > LARGEST_SEED:
             where = f"{row.source}: seed" if row.seed is not None and row.seed >= 0 else "--base_seed"
             several = f" for --num_videos {count}" if count > 1 else ""
             check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
         named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
-        if request.save_file is not None and len(rows) * count == 1:
+        if request.save_file is not None and len(rows) * count == 1 and not request.chain:
             named = expanded(request.save_file)
         for seed in range(first, first + count):
             original = row.original_prompt or row.prompt
@@ -206,12 +214,22 @@ class _Pictures:
         found = self._open(beginning, path)
         try:
             if found:
-                width, height = video_size(self.config.image_fit, found, area)
-                size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
+                if self._goes_on(path, found, area):
+                    size = found
+                else:
+                    width, height = video_size(self.config.image_fit, found, area)
+                    size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
                 return size, f"{self.told[path]}, the area of {area[0]}x{area[1]}"
         except InputError as e:
             self.collected.problem(f"{beginning}{path}: {e}")
         return area, ""
+
+    def _goes_on(self, path: Path, found: tuple[int, int], area: tuple[int, int]) -> bool:
+        """Whether it is of a video of the size asked for; the rule for pictures would make 832x464 of 832x480."""
+        step = self.config.size_step
+        return (
+            path.suffix.lower() == ".mp4" and math.prod(found) == math.prod(area) and not any(n % step for n in found)
+        )
 
     def told_of(self, beginning: str, path: Path) -> str:
         """How the plan goes on for a last picture."""

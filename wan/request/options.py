@@ -148,6 +148,9 @@ class Request:
         "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
         "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
         displaces=("prompt", "image", "last_image", "negative_prompt"))
+    chain: bool = option(MAKE, START, truth, "",
+        "rows of --prompt_file follow each other: one without an image starts from the last frame of the row before; "
+        "joined into one .mp4 too")
     image_path_file: str | None = option(MAKE, VIDEO, path, "FILE",
         "an image path a line, paired one to one with the prompts", into="image", displaces=("image",))
     negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT",

@@ -41,6 +41,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         raise InputError(f"--replay {e}") from e
     if (schema := record.get("schema", SCHEMA)) != SCHEMA:
         raise InputError(f"--replay {path}: written by another version of this program (schema {schema}, not {SCHEMA})")
+    if "clips" in record:
+        raise InputError(f"--replay {path}: is joined of several clips; replay one of those")
     try:
         job = record["job"]
         width, height = job["area"]

@@ -19,6 +19,7 @@ from easydict import EasyDict
 from lightning.hub import place
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
+from wan.request.chains import check_chain, linked
 from wan.request.checks import Check, no_file
 from wan.request.hints import without_effect
 from wan.request.jobs import make_jobs, prompt_rows
@@ -26,7 +27,7 @@ from wan.request.options import DEFAULTS, OPTIONS, Request
 from wan.request.outputs import check_outputs
 from wan.request.prompts import expanded, text_problem
 from wan.request.replay import earlier_seed, replayed
-from wan.request.settings import Decode, Extend, Generate, Outcome, Weights
+from wan.request.settings import Decode, Extend, Generate, Job, Outcome, Weights
 from wan.request.shards import chosen_shard, own_jobs
 from wan.request.weights import choose_sampling, choose_weights, part_files
 
@@ -51,6 +52,7 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
     _check_processes(request, check)
+    check_chain(request, config, check)
     if request.decode_latents is not None:
         outcome: Outcome = _decode(request, config, check)
     elif request.extend_only is not None:
@@ -89,14 +91,21 @@ def _generate(request: Request, config: EasyDict, check: Check) -> Generate:
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
     extend = _extension(request) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
-    jobs = make_jobs(request, config, weights, rows, check)
+    jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [path for job in jobs for path in job.pictures.values() if path]
+    read = [
+        path for job in jobs for name, path in job.pictures.items() if path and not (name == "image" and job.follows)
+    ]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
-    check_outputs(request, [job.save_file for job in jobs], check, read, own={job.save_file for job in own})
+    check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
     numbers = {job.index // request.num_videos for job in own}
     rows = [row for number, row in enumerate(rows) if number in numbers]
     return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
+
+
+def _videos(jobs: Sequence[Job]) -> list[Path]:
+    """The files of these jobs, then what their chains are joined into."""
+    return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
 
 
 def _extend_only(request: Request, config: EasyDict, check: Check) -> Extend:

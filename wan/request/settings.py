@@ -67,6 +67,8 @@ class Job:
     source: str  # where it came from, for messages: "prompts.txt line 3"
     picture: str = ""  # how an image led to `size`, for the plan: "600x400, the area of 832x480"
     last_image: Path | None = None
+    follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
+    joined: Path | None = None  # what its chain is joined into; None: it is in none
 
     @property
     def pictures(self) -> dict[str, Path | None]:

@@ -1,4 +1,5 @@
-"""A part of a prompt file for each of several independent processes: every N-th video by its number in the whole file.
+"""A part of a prompt file for each of several independent processes: every N-th video, or chain of
+them, by its number in the whole file.
 
 Numbers, seeds and names are those of the whole file, so they do not depend on how many processes there are.
 """
@@ -10,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from wan.request.chains import chains
 from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.prompts import Row
@@ -28,6 +30,8 @@ def chosen_shard(request: Request, check: Check) -> Request:
     elif request.prompt_file is not None and request.extend_only is None and (found := _of_slurm(check)):
         check.warn(f"--shard {found}, from the Slurm array; --shard 1/1 makes every video")
         request = replace(request, shard=found)
+    if request.shard is not None and _read(request.shard, check) == WHOLE:
+        request = replace(request, shard=None)
     return request
 
 
@@ -36,7 +40,8 @@ def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: 
     index, count = _read(request.shard, check) if request.shard is not None else WHOLE
     if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
         check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
-    own = [job for job in jobs if job.index % count == index - 1]
+    own = [job for number, chain in enumerate(chains(jobs)) if number % count == index - 1 for job in chain]
+    own.sort(key=lambda job: job.index)
     if jobs and not own:
         check.warn(f"--shard {index}/{count}: there are only {len(jobs)} videos, none of them falls to this process")
     return own

@@ -6,11 +6,13 @@ evaluated in binary64 in the original's order: another order rounds to another m
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
 import struct
 import warnings
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +80,21 @@ def open_image(path: Path) -> Image:
         raise InputError(f"{path}: the image cannot be read ({e})") from e
     picture.info = {DONE: done}
     return picture
+
+
+def digest(path: Path) -> str:
+    """Tells pictures apart: SHA-256 of the file, of an mp4 that of its last frame alone. OSError, InputError.
+
+    So a video that is made again, with other times in its record, is the same picture.
+    """
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, _written: int, _size: int) -> str:
+    held = last_frame(path) if path.suffix.lower() == ".mp4" else path.read_bytes()
+    return hashlib.sha256(held).hexdigest()
 
 
 def what_was_done(image: Image) -> list[str]:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ CRF = 10  # x264's constant quality: what the original asks of imageio with qual
 # Frames x264 looks ahead. Its own 40 would leave half of an 81-frame video to be encoded after the last one has come;
 # at this quality looking further changes neither size nor error.
 LOOKAHEAD = 8
+THREADS = 8  # the frames that x264 writes depend on it: the same on every machine
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 RECORDS = "a record is the .json or the .mp4 that an earlier run wrote"
 STALL_SECONDS = 600.0  # an encoder that takes nothing for so long is given up
@@ -46,9 +48,11 @@ class VideoWriter:
     Errors: JobError with one sentence if the encoder fails, dies or stalls, OSError from the file system.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: float, follows: bool = False) -> None:
+        """follows: another video, so that the two may be joined: decoding can start at its second frame."""
         self.path = path
         self.fps = fps
+        self.follows = follows
         self.frames = 0
         self.size: tuple[int, int] | None = None  # width, height; known from the first chunk
         self._encoded = part_of(path, ".encoding")
@@ -84,12 +88,7 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
-        with ExitStack() as files:
-            beside = None if record is None else files.enter_context(replacing(Beside.of(self.path).record))
-            whole = files.enter_context(replacing(self.path))  # the first to be left: no record is without its video
-            self._complete(whole, "" if record is None else json.dumps(record, ensure_ascii=False))
-            if beside is not None:
-                beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        self._complete(record)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -110,7 +109,8 @@ class VideoWriter:
         pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"  # 4:2:0 cannot hold odd sizes
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
         h264 = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD)]
-        h264 += ["-pix_fmt", pixels]
+        h264 += ["-pix_fmt", pixels, "-threads", str(THREADS)]
+        h264 += ["-force_key_frames", "expr:eq(n,1)"] if self.follows else []
         make_part(self.path, ".encoding")
         return subprocess.Popen(
             [*ffmpeg(), *raw, *h264, "-f", "mp4", local(self._encoded)],
@@ -154,14 +154,26 @@ class VideoWriter:
         reason = f"it took no frames for {STALL_SECONDS:.0f} s" if code is None else how_it_ended(code)
         return JobError(f"{self.path}: the video encoder failed: {reason}{last_words(self._messages.read())}")
 
-    def _complete(self, whole: Path, comment: str) -> None:
-        """The second pass: the encoded packets, the comment, the index in front, all of it on the disk."""
+    def _complete(self, record: dict[str, Any] | None) -> None:
+        publish(self.path, ["-i", local(self._encoded)], self.frames, record)
+
+
+def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, Any] | None) -> None:
+    """The second pass: the packets of `source` (ffmpeg's words for an input) become the video `path`, all of it on the
+    disk: with the index in front and `record`, if there is one, in its comment tag and, as .json, beside it.
+
+    frames: how many there must be. JobError, OSError; then there is no file.
+    """
+    with ExitStack() as files:
+        beside = None if record is None else files.enter_context(replacing(Beside.of(path).record))
+        whole = files.enter_context(replacing(path))  # the first to be left: no record is without its video
+        comment = "" if record is None else json.dumps(record, ensure_ascii=False)
         escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
         tags = f";FFMETADATA1\ncomment={escaped}\n".encode()
-        source = ["-i", local(self._encoded), "-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v"]
+        inputs = [*source, "-f", "ffmetadata", "-i", "pipe:0"]
         target = ["-map_metadata", "1", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", local(whole)]
         done = subprocess.run(
-            [*ffmpeg(), "-xerror", *source, *target, "-progress", "pipe:1"],
+            [*ffmpeg(), "-xerror", *inputs, "-map", "0:v", *target, "-progress", "pipe:1"],
             input=tags,
             capture_output=True,
             check=False,
@@ -169,9 +181,11 @@ class VideoWriter:
         )
         if done.returncode != 0:
             reason = how_it_ended(done.returncode) + last_words(done.stderr)
-            raise JobError(f"{self.path}: the video could not be completed: {reason}")
-        if (found := frames_reported(done.stdout)) != self.frames:
-            raise JobError(f"{self.path}: the encoder kept {found} of {self.frames} frames")
+            raise JobError(f"{path}: the video could not be completed: {reason}")
+        if (found := frames_reported(done.stdout)) != frames:
+            raise JobError(f"{path}: the encoder kept {found} of {frames} frames")
+        if beside is not None:
+            beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def to_bytes(chunk: torch.Tensor) -> numpy.ndarray:
