@@ -172,7 +172,8 @@ class Plan:
             lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
         for part, path in self.checkpoint.files.items():
             lines.append(f"{'expert ' if part in self.config.experts else ''}{part.replace('_', ' ')}: {path}")
-        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}")
+        decoding = ", decode in bf16" if self.request.vae_dtype == "bf16" else ""
+        lines.append(f"{self.device}, {_name(self.dtype)}, attention {self.attention}{decoding}")
         parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in self.weight_bytes.items())
         lines.append(f"weights in memory: {parts}")
         if self.jobs and (budget := self.budget(self.largest().size, self.largest().frame_num, self.prompts())):

@@ -59,6 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "device": {},  # there is one device here
     "dtype": {"dtype": "bf16"},
     "attention": {"attention": "sdpa"},
+    "vae_dtype": {"vae_dtype": "bf16"},
     "convert_model_dtype": {"convert_model_dtype": True},
 }
 NEEDS_A_MODEL = {name for name, row in OPTIONS.items() if row.group == EXTENSION and row.scope is VIDEO}
