@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import Row, report
 from lightning.tensorfile import TensorStore
 from wan.distributed.cost import Network, sent_bytes
 from wan.distributed.fsdp import load_sharded
@@ -95,26 +96,32 @@ def _rank(rank: int, folder: Path, layout: Layout, network: Network, tokens: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("tokens", 512), ("dim", 1024), ("layers", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
-    network = Network(given.dim, 2 * given.dim, 8, given.layers)
-    print(f"{given.tokens} tokens, width {given.dim}, {given.layers} blocks, bf16; MB sent by a rank in a forward")
+    report(rows(given.tokens, given.dim, given.layers))
+
+
+def rows(tokens: int = 512, dim: int = 1024, layers: int = 2) -> list[Row]:
+    network = Network(dim, 2 * dim, 8, layers)
+    where = f"MB a rank sends in a forward of {tokens} tokens, width {dim}, {layers} blocks, bf16: "
+    found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         model = model_of(network).to(torch.bfloat16)
         save_file({name: torch.zeros_like(p) for name, p in model.named_parameters()}, file)
         size = sum(p.nbytes for p in model.parameters())
         for layout, shards in [*((layout, None) for layout in LAYOUTS), (Layout(4, 4), file)]:
-            formula = sent_bytes(layout, network, given.tokens, 2, size if shards else 0)
-            counts = count_everywhere(layout, network, given.tokens, shards)
-            print(f"{layout}{', weights sharded' if shards else ''}")
-            for purpose in formula:
-                counted = max(rank[purpose] for rank in counts)
-                if counted or formula[purpose]:
-                    print(f"  {purpose:<8} counted {counted / 1e6:9.3f}   formula {formula[purpose] / 1e6:9.3f}")
-            print(f"  result   counted {max(rank['result'] for rank in counts) / 1e6:9.3f}")
+            formula = sent_bytes(layout, network, tokens, 2, size if shards else 0)
+            counts = count_everywhere(layout, network, tokens, shards)
+            counted = {purpose: max(rank[purpose] for rank in counts) for purpose in (*formula, "result")}
+            figure, expected = (
+                ", ".join(f"{purpose} {amount / 1e6:.3f}" for purpose, amount in sizes.items() if amount)
+                for sizes in (counted, formula)
+            )
+            found.append(Row(f"{where}{layout}{', weights sharded' if shards else ''}", figure, f"formula: {expected}"))
+    return found
 
 
 if __name__ == "__main__":

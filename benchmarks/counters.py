@@ -24,13 +24,17 @@ class CostCounter(TorchDispatchMode):
 
     traffic: bytes read + written; calls: operations; live, peak: bytes of tensors made inside and still referenced, now
     and at most. Weights and other tensors made before are not part of `live`.
+    cache: bytes of the device's cache. A tensor made inside stays there until so many bytes, its own among them, have
+    passed: read by then it costs nothing, and gone by then it was never written to memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: int = 0) -> None:
         super().__init__()
         self.traffic = self.calls = self.live = self.peak = 0
         self.by_operation: Counter[str] = Counter()
-        self._known: set[int] = set()
+        self.cache = cache
+        self._passed = 0  # bytes that have come from memory or gone to it
+        self._made: dict[int, int] = {}  # storages made inside: bytes passed before
         self._kernel: Kernel | None = None
 
     def fused(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -59,7 +63,8 @@ class CostCounter(TorchDispatchMode):
             if self._kernel:
                 self._kernel.add(read, written)
             else:
-                self._charge(str(func), sum(t.nbytes for t in read) + sum(t.nbytes for t in written))
+                from_memory = sum(t.nbytes for t in read if not self._in_cache(_storage(t)))
+                self._charge(str(func), from_memory + sum(t.nbytes for t in written))
         for tensor in written:
             if not self._kernel and _storage(tensor) not in inputs:  # a view of a weight is not a tensor made inside
                 self._track(tensor)
@@ -67,21 +72,28 @@ class CostCounter(TorchDispatchMode):
 
     def _charge(self, name: str, amount: int) -> None:
         self.traffic += amount
+        self._passed += amount
         self.calls += 1
         self.by_operation[name] += amount
+
+    def _in_cache(self, storage: int) -> bool:
+        return self._passed - self._made.get(storage, -self.cache) < self.cache
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = _storage(tensor)
-        if key in self._known or storage.nbytes() == 0:
+        if key in self._made or storage.nbytes() == 0:
             return
-        self._known.add(key)
+        self._made[key] = self._passed - storage.nbytes()
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._release, key, storage.nbytes())
 
     def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        if self._in_cache(key):
+            self.traffic -= size
+            self.by_operation["never left the cache"] -= size
+        del self._made[key]
         self.live -= size
 
 

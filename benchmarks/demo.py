@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import generate
-from benchmarks.measure import ROOT, machine, rms_error, table
+from benchmarks.measure import ROOT, grid, machine, rms_error
 from examples.shapes.detector import judge
 from examples.shapes.world import HELD_OUT, Scene, held_out, render, trained
 
@@ -52,10 +52,10 @@ def main() -> None:
         for task in args.task or FOLDERS:
             heading = ("set", "steps", "prompts", *ATTRIBUTES, "all four", "dB to 40 steps", "first frame, dB")
             rows = [heading, *(row for name, scenes in sets.items() for row in follow(task, name, scenes, folder))]
-            table(f"{task}: per cent as asked, +- one standard error", rows)
+            grid(f"{task}: per cent as asked, +- one standard error", rows)
         rows = [("task", "compared", "rms error of the latents", "dB")]
         rows += [row for task in args.task or FOLDERS for row in compare(task, sets["trained"][:8], folder)]
-        table("the same four-step videos made in another way, 8 prompts, largest rms error, lowest dB", rows)
+        grid("the same four-step videos made in another way, 8 prompts, largest rms error, lowest dB", rows)
 
 
 def follow(task: str, name: str, scenes: Sequence[Scene], folder: Path) -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo import LORAS, agreement, decibels, make
-from benchmarks.measure import ROOT, machine, rms_error, table
+from benchmarks.measure import ROOT, grid, machine, rms_error
 from examples.shapes.detector import judge
 from examples.shapes.world import held_out, trained
 from lightning.fp8 import FP8
@@ -49,14 +49,14 @@ def main() -> None:
         "network, size", "GB", "weights", "experts, GB", "slots", "parts that stay", "files of", "GB to the device",
     )  # fmt: skip
     brought = [row for task, (_, rooms) in VIDEOS.items() for room in rooms for row in streamed(task, room)]
-    table("brought in steps 2 / 3 / 4 of 4 (counted)", [heading, *brought])
+    grid("brought in steps 2 / 3 / 4 of 4 (counted)", [heading, *brought])
     heading = ("inputs x outputs", "bf16", "weights unpacked", "products in fp8")
-    table("a layer: rms error against float32", [heading, *map(layer, LAYERS)])
+    grid("a layer: rms error against float32", [heading, *map(layer, LAYERS)])
     heading = ("case", "bf16", "weights unpacked", "products in fp8")
-    table("golden cases, every block in fp8: rms error of the final latent", [heading, *golden()])
+    grid("golden cases, every block in fp8: rms error of the final latent", [heading, *golden()])
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for task in LORAS for row in demo(task, Path(folder))]
-    table("the trained demo, 4 steps", [("task", "", "as asked", "dB to float32, mean", "least"), *rows])
+    grid("the trained demo, 4 steps", [("task", "", "as asked", "dB to float32, mean", "least"), *rows])
 
 
 def products(in_fp8: bool) -> AbstractContextManager[object]:

@@ -14,12 +14,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from benchmarks.measure import ROOT, machine, randomise, synchronize, table
+from benchmarks.measure import NEEDS_A_GPU, ROOT, Row, randomise, report, synchronize
 from benchmarks.sparse import sparse
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime
@@ -31,7 +31,6 @@ from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.pipeline import Pipeline
 from wan.plan import Plan
-from wan.plan_report import lines
 from wan.planning import make_plan
 from wan.request.resolve import resolve
 from wan.request.settings import Generate
@@ -87,6 +86,64 @@ def random_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipelin
     return type("Random", (RandomWeights, PIPELINES[plan.request.task]), {})(plan, progress, runtime)
 
 
+class Run(NamedTuple):
+    """One run: the task and size of the row, and sizes that stand in for the released ones on a small machine."""
+
+    task: str = "t2v-A14B"
+    size: str = "1280*720"
+    frames: int | None = None  # the task's
+    steps: int = 4
+    videos: int = 2  # the first one warms up
+    image: str | None = None
+    layers: int | None = None
+    width: int | None = None
+
+
+def make(run: Run) -> dict[str, Any]:
+    """The record of the run's last video."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_headers(folder, run.task, run.layers, run.width)
+        given = {
+            "task": run.task, "ckpt_dir": str(folder), "size": run.size, "frame_num": run.frames,
+            "sample_steps": run.steps, "base_seed": 1, "sample_solver": "euler", "sample_shift": 5.0,
+            "sample_guide_scale": "1", "num_videos": run.videos, "image": run.image,
+            "prompt": "a cat boxing the red ball", "save_dir": str(folder / "out"), "offload_model": False,
+        }  # fmt: skip
+        outcome = resolve({name: value for name, value in given.items() if value is not None})
+        assert isinstance(outcome, Generate)
+        runtime = Runtime()
+        failed = run_jobs(make_plan(outcome, runtime), Progress(), runtime, load=random_pipeline)
+        assert not failed, "a job failed"
+        record: dict[str, Any] = json.loads(max(folder.glob("out/*.mp4")).with_suffix(".json").read_text())
+    return record
+
+
+def row(metric: str, run: Run, limit: str, compute: float | None) -> Row:
+    """The last video's seconds by stage, over `compute`, the seconds of its operations at the rate of a matmul."""
+    record = make(run)
+    seconds, peak = record["seconds"], record["peak_memory_bytes"]
+    total = sum(seconds.values())
+    ratio = f" ({total / compute:.2f} x the roofline)" if compute else ""
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
+    memory = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in peak.items())
+    what = f"{metric} prompt to mp4, warm, random weights: {run.task} {run.size}, {run.steps} steps without guidance"
+    return Row(what, f"{total:.1f} s{ratio}: {stages}; peak {memory}", limit)
+
+
+GPU = (  # rooflines on an H200, performance.md
+    ("G4, G6, G9", Run(), "G4: must 1.6, good 1.4, best 1.25 x 33.9 s; G9: 69 GB x 1.25, 1.15, 1.10", 33.9),
+    ("G5, G6", Run(size="832*480"), "G5: must 1.9, good 1.6, best 1.4 x 8.9 s", 8.9),
+    ("G8", Run("ti2v-5B", "1280*704"), "must 4, good 3, best 2.2 x 5.2 s", 5.2),
+)
+
+
+def rows() -> list[Row]:
+    if not torch.cuda.is_available():
+        return [Row(f"{metric} {run.task} {run.size}", NEEDS_A_GPU, limit) for metric, run, limit, _ in GPU]
+    return [row(*each) for each in GPU]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="t2v-A14B", choices=list(WAN_CONFIGS))
@@ -97,29 +154,7 @@ def main() -> None:
     parser.add_argument("--image", default=None)
     parser.add_argument("--layers", type=int, default=None, help="in place of the released depth")
     parser.add_argument("--width", type=int, default=None, help="in place of the released width")
-    a = parser.parse_args()
-    print(machine())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_headers(folder, a.task, a.layers, a.width)
-        given = {
-            "task": a.task, "ckpt_dir": str(folder), "size": a.size, "frame_num": a.frames, "sample_steps": a.steps,
-            "base_seed": 1, "sample_solver": "euler", "sample_shift": 5.0, "sample_guide_scale": "1",
-            "num_videos": a.videos, "image": a.image, "prompt": "a cat boxing the red ball",
-            "save_dir": str(folder / "out"), "offload_model": False,
-        }  # fmt: skip
-        outcome = resolve({name: value for name, value in given.items() if value is not None})
-        assert isinstance(outcome, Generate)
-        runtime = Runtime()
-        plan = make_plan(outcome, runtime)
-        print("\n".join(lines(plan)))
-        failed = run_jobs(plan, Progress(), runtime, load=random_pipeline)
-        records = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(folder.glob("out/*.mp4"))]
-    assert not failed, "a job failed"
-    seconds = records[-1]["seconds"]
-    rows = [("stage", "seconds"), *((stage, f"{value:.2f}") for stage, value in seconds.items())]
-    table(f"{a.task} {a.size}, {a.steps} steps without guidance: the last of {a.videos} videos", rows)
-    print("peak memory:", ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in records[-1]["peak_memory_bytes"].items()))
+    report([row("", Run(**vars(parser.parse_args())), "", None)])
 
 
 if __name__ == "__main__":

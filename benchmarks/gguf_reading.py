@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import torch
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import grid, machine
 from lightning.gguf_store import GgufStore
 from wan.loading.stream import Source, read_ahead
 
@@ -69,7 +69,7 @@ def main() -> None:
         rows.append(
             (name, f"{size:.0f}", f"{floats:.0f}", f"{added:.0f}", f"{seconds:.1f}", f"{seconds * EXPERT / 1e9:.0f}")
         )
-    table("Dequantising while streaming, four readers, finite checks included", rows)
+    grid("Dequantising while streaming, four readers, finite checks included", rows)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What every benchmark prints and how it measures: the machine, interleaved medians, one table."""
+"""What every benchmark prints and how it measures: the machine, interleaved medians, one form of table."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from wan.doctor.findings import table as aligned
 from wan.doctor.measure import interleaved as interleaved
 from wan.doctor.measure import rms_error as rms_error
 from wan.doctor.measure import synchronize as synchronize
@@ -36,11 +37,32 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def table(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned rows; the first is the heading."""
-    print(f"\n{title}")
-    for line in aligned(rows):
-        print(f"  {line}")
+class Row(NamedTuple):
+    """One measured thing, by its name in the ladder (C1, G4, ...): our figure, the level asked for, a peer's figure."""
+
+    what: str
+    figure: str
+    limit: str = ""
+    peer: str = ""
+
+
+NEEDS_A_GPU = "needs a GPU"
+
+
+def report(rows: Sequence[Row]) -> None:
+    """The one place that prints results: a section that can be pasted into RESULTS.md as it is."""
+    print(f"\n## {machine()}\n\nCommand: `python {' '.join(sys.orig_argv[1:])}`\n")
+    print("| what | limit or goal | peer | ours |\n|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join((row.what, row.limit, row.peer, row.figure)) + " |")
+
+
+def grid(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table of other columns; the first row is the heading."""
+    head, *body = rows
+    print(f"\n{title}\n")
+    for row in (head, ["---"] * len(head), *body):
+        print("| " + " | ".join(row) + " |")
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleaved, machine, randomise, table
+from benchmarks.measure import grid, interleaved, machine, randomise
 from wan.doctor.counts import VAES
 from wan.modules.vae import WanVAE
 from wan.utils.video import VideoWriter
@@ -44,7 +44,7 @@ def main() -> None:
     chunks = list(decode())
     alone, writing, both = interleaved([lambda: list(decode()), lambda: write(chunks), lambda: write(decode())], 3)
     print(machine())
-    table(
+    grid(
         f"C12: {given.size}, {given.frames} frames (must 1.15)",
         [
             ("decode alone, s", "write alone, s", "both at once, s", "over the longer"),

@@ -7,23 +7,31 @@ full-size forward against the roofline (G1-G3).
 from __future__ import annotations
 
 import argparse
+import copy
+import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counters import CostCounter, FlopCounterMode, attention
-from benchmarks.measure import interleaved, machine, randomise, rms_error, synchronize, table
+from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report, rms_error, synchronize
 from lightning.names import diffusers_name
 from wan.loading.stream import parameter_dtypes
 from wan.modules.attention import BACKENDS, available, choose
 from wan.modules.model import Prompt, WanModel
-from wan.modules.passes import EAGER, Passes
+from wan.modules.passes import EAGER, Passes, compiled
 
 A14B = {"dim": 5120, "ffn_dim": 13824, "in_dim": 16, "out_dim": 16, "num_heads": 40, "text_dim": 4096}
 SMALL = {"dim": 1024, "ffn_dim": 4096, "in_dim": 16, "out_dim": 16, "num_heads": 8, "text_dim": 512, "num_layers": 4}
+LIMITS = {
+    "720p": "roofline x 1.45, good 1.30, best 1.20; rest 8, 5, 3 %",
+    "480p": "roofline x 1.6, good 1.4, best 1.25; rest 8, 5, 3 %",
+}
 LATENTS = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104)}
 
 
@@ -35,15 +43,15 @@ def bf16(model: WanModel) -> WanModel:
     return model.eval().requires_grad_(False)
 
 
-def static_block(fused: bool = True) -> CostCounter:
+def static_block(fused: bool = True, tokens: int = 75_600) -> CostCounter:
     """C1: one full-size block at 720p x 81 frames, keys and values of the text made already; its passes compiled, each
     counted as one operation, or plain."""
     with torch.device("meta"), torch.no_grad():
         model = bf16(WanModel(**A14B, num_layers=1))
         model.use_attention(attention)
-        x, rows, text = torch.empty(75_600, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
-        rotary, prompt = torch.empty(75_600, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())
-        arguments = ([x], rows, [(0, slice(0, 75_600))], rotary, 75_600, [prompt], [text])
+        x, rows, text = torch.empty(tokens, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
+        rotary, prompt = torch.empty(tokens, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())
+        arguments = ([x], rows, [(0, slice(0, tokens))], rotary, tokens, [prompt], [text])
         model.blocks[0](*arguments)
         counter = CostCounter()
         if fused:
@@ -65,48 +73,64 @@ def static_forward(layers: int = 2) -> CostCounter:
     return counter
 
 
-def report_static() -> None:
+def static_rows() -> list[Row]:
     block, plain, forward = static_block(), static_block(fused=False), static_forward()
-    table(
-        "C1, C2: static cost at 1280x720x81, bf16 (deterministic)",
-        [
-            ("metric", "original", "must", "good", "best", "ours"),
-            ("traffic of one block, GB", "230.9", "110", "80", "45", f"{block.traffic / 1e9:.1f}"),
-            ("operations of one block", "87", "", "", "", str(block.calls)),
-            ("traffic of one block, passes not compiled, GB", "", "", "", "", f"{plain.traffic / 1e9:.1f}"),
-            ("peak live bytes of a forward, GB", "36.6", "14", "9", "7", f"{forward.peak / 1e9:.2f}"),
-        ],
-    )
+    original, limit = "original 230.9 GB, 87 operations; ", "must 110, good 80, best 45 GB"
+    what = "C1 traffic of one transformer block, 1280x720x81, bf16 (static): passes compiled"
+    peak = Row("C2 peak live bytes of a forward at 1280x720x81, passes not compiled (static)",
+               f"**{forward.peak / 1e9:.2f} GB**", "original 36.6 GB; must 14, good 9, best 7 GB")  # fmt: skip
+    return [
+        Row(what, f"**{block.traffic / 1e9:.1f} GB**, {block.calls} operations", original + limit),
+        Row("the same, passes not compiled", f"{plain.traffic / 1e9:.1f} GB, {plain.calls} operations"),
+        peak,
+    ]
 
 
 @torch.no_grad()
-def report_beside_diffusers(repeats: int) -> None:
-    """C3: 3,120 tokens, bf16, the same weights in diffusers' module; errors against our float32."""
+def rows_beside_diffusers(repeats: int) -> list[Row]:
+    """C3: 3,120 tokens, bf16, the same weights in diffusers' module; errors against our float32. Ours eager and with
+    compiled passes, theirs eager and compiled whole."""
     model = WanModel(**SMALL)
     randomise(model)
     latent, text = torch.randn(16, 5, 48, 52), torch.randn(40, SMALL["text_dim"])
     expected = model.eval()(latent, 937.5, Prompt(text))
     twin = _diffusers_twin(model).to(torch.bfloat16)
-    bf16(model)
-    prompt = Prompt(text.bfloat16())
+    fused = copy.deepcopy(bf16(model))
+    fused.use_passes(compiled())
+    whole = torch.compile(copy.copy(twin), dynamic=False)
     padded = torch.cat([text, torch.zeros(512 - len(text), text.shape[1])]).bfloat16()[None]
     batch, timestep = latent.bfloat16()[None], torch.tensor([937.5])
 
-    def ours() -> Tensor:
-        return model(latent, 937.5, prompt)
+    def ours(module: WanModel, prompt: Prompt) -> Tensor:
+        return module(latent, 937.5, prompt)
 
-    def theirs() -> Tensor:
-        return twin(batch, timestep, padded).sample[0]
+    def theirs(module: Callable[..., Any]) -> Tensor:
+        return module(batch, timestep, padded).sample[0]
 
-    seconds, peer = interleaved([ours, theirs], repeats)
-    table(
-        "C3: forward of dim 1024, 8 heads, 4 layers, 3,120 tokens, bf16",
-        [
-            ("module", "seconds", "rms error to float32", "speed"),
-            ("diffusers", f"{peer:.3f}", f"{rms_error(theirs(), expected):.1e}", "1.00"),
-            ("ours", f"{seconds:.3f}", f"{rms_error(ours(), expected):.1e}", f"{peer / seconds:.2f}"),
-        ],
-    )
+    ways = [partial(theirs, twin), partial(ours, model, Prompt(text.bfloat16()))]
+    compiling = []
+    try:
+        for way in (partial(theirs, whole), partial(ours, fused, Prompt(text.bfloat16()))):
+            start = time.perf_counter()
+            way()
+            compiling.append(time.perf_counter() - start)
+            ways.append(way)
+    except Exception as e:  # noqa: BLE001 - a compiler on this machine may fail in any way
+        print(f"nothing is compiled here: {type(e).__name__}: {e}"[:200])
+        del ways[2:]
+    errors = [rms_error(way(), expected) for way in ways]
+    seconds = interleaved(ways, repeats, clock=time.process_time)
+    words = [f"{second:.2f} s, rms error {error:.1e}" for second, error in zip(seconds, errors, strict=True)]
+    peer = f"diffusers {words[0]}"
+    what = "C3 forward, dim 1024, 8 heads, 4 layers, 3,120 tokens, bf16, CPU seconds"
+    found = [Row(what, f"{words[1]} (**{seconds[0] / seconds[1]:.2f} x**)", "1.1 x diffusers", peer)]
+    if len(ways) > 2:
+        ratios = f"**{seconds[0] / seconds[3]:.2f} x**; {seconds[2] / seconds[3]:.2f} x compiled"
+        figure = f"{words[3]} ({ratios}), compiling took {compiling[1]:.0f} s"
+        limit = "1.0 x diffusers compiled"
+        found.append(Row("the same, our passes compiled, diffusers' module compiled whole", figure, limit,
+                         f"compiled: {words[2]}, compiling took {compiling[0]:.0f} s"))  # fmt: skip
+    return found
 
 
 def _diffusers_twin(model: WanModel) -> torch.nn.Module:
@@ -128,17 +152,21 @@ def _diffusers_twin(model: WanModel) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def report_gpu(repeats: int, layers: int = 40) -> None:
+def rows_gpu(repeats: int, layers: int = 40) -> list[Row]:
     """G1-G3: the full-size forward, each attention back end, against this machine's own matmul rate."""
+    if not torch.cuda.is_available():
+        return [Row(f"{name} forward of T2V-A14B, 81 frames, {size}", NEEDS_A_GPU, LIMITS[size])
+                for name, size in (("G1, G3", "720p"), ("G2, G3", "480p"))]  # fmt: skip
     device = torch.device("cuda")
     rate = matmul_rate(device)
-    print(f"\nbf16 matmul 8192^3: {rate / 1e12:.0f} TFLOP/s; device copy: {copy_rate(device) / 1e12:.2f} TB/s")
+    found = [Row("bf16 matmul 8192^3; device copy", f"{rate / 1e12:.0f} TFLOP/s; {copy_rate(device) / 1e12:.2f} TB/s")]
     with device:
         model = bf16(WanModel(**A14B, num_layers=layers))
     randomise(model)
     check_against_float32(device)
-    rows = [("forward", "attention", "seconds", "roofline", "ratio", "peak GB", "not matmul/attention")]
-    for size, shape in LATENTS.items():
+    chosen = choose("auto", device, torch.bfloat16, 40, 128)
+    for (size, shape), passes in product(LATENTS.items(), (EAGER, compiled())):
+        model.use_passes(passes)
         latent, prompt = torch.randn(shape, device=device), Prompt(torch.randn(100, 4096, device=device).bfloat16())
         floor = flops(model, latent) / rate
         forward = partial(model, latent, 937.5, prompt)
@@ -147,11 +175,12 @@ def report_gpu(repeats: int, layers: int = 40) -> None:
             torch.cuda.reset_peak_memory_stats()
             (seconds,) = interleaved([forward], repeats)
             peak = torch.cuda.max_memory_allocated() / 1e9
-            rest = share_of_the_rest(forward)
-            rows.append((size, name, f"{seconds:.2f}", f"{floor:.2f}", f"{seconds / floor:.2f}", f"{peak:.1f}",
-                         f"{rest:.1%}"))  # fmt: skip
-    table(f"G1-G3: T2V-A14B forward, 81 frames, {layers} layers", rows)
-    print(f"auto picks: {choose('auto', device, torch.bfloat16, 40, 128)}")
+            passed = "compiled" if passes is not EAGER else "not compiled"
+            what = f"G1-G3 forward of T2V-A14B, 81 frames, {size}, {layers} layers, {name}, passes {passed}"
+            figure = f"{seconds:.2f} s, **{seconds / floor:.2f} x** the roofline of {floor:.2f} s, peak {peak:.1f} GB, "
+            figure += f"{share_of_the_rest(forward):.1%} neither matmul nor attention"
+            found.append(Row(what, figure, LIMITS[size]))
+    return [*found, Row("what `--attention auto` picks", str(chosen))]
 
 
 def check_against_float32(device: torch.device) -> None:
@@ -206,15 +235,14 @@ def share_of_the_rest(forward: Callable[[], object]) -> float:
     return rest / sum(times.values())
 
 
+def rows(repeats: int = 5) -> list[Row]:
+    return [*static_rows(), *rows_beside_diffusers(repeats), *rows_gpu(repeats)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is taken")
-    repeats = parser.parse_args().repeats
-    print(machine())
-    report_static()
-    report_beside_diffusers(repeats)
-    if torch.cuda.is_available():
-        report_gpu(repeats)
+    report(rows(parser.parse_args().repeats))
 
 
 if __name__ == "__main__":

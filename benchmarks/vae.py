@@ -1,71 +1,83 @@
 """The video autoencoders' decode: what it costs at full size, and how long it takes beside diffusers'.
 
-    python -m benchmarks.vae [--kind 2.1] [--chunk 2] [--tiles 2x2] [--size 96x64] [--frames 9] [--repeats 3]
+    python -m benchmarks.vae [--size 160x144] [--frames 5] [--repeats 3] [--compiled]
 
-The counts are of 1280x720x81 (2.1) and 1280x704x121 (2.2) in float32, on fake tensors: a fused norm or attention is one
-operation, as on a GPU; weights are not part of the peak. The wall times are of the real widths with random weights, at
-a small size on a CPU and at full size on a GPU, in turn in one process; loading and moving the result are excluded.
+The counts are of 1280x720x81 (2.1) and 1280x704x121 (2.2) in float32, on meta tensors: a fused norm or attention is one
+operation, as on a GPU; weights are not part of the peak. The times are of the real widths with random weights, at a
+small size and on a GPU at full size, in turn in one process; loading and moving the result are excluded.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import copy
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counters import CostCounter, FlopCounterMode
-from benchmarks.measure import interleaved, machine, table
+from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report
 from lightning.diffusers_names import vae_name
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from wan.distributed.vae_parallel import area, divide
+from wan.distributed.vae_parallel import divide
 from wan.doctor.counts import VAES as KINDS
-from wan.modules.causal_conv import norm_silu
+from wan.modules.causal_conv import STRIPS
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
+from wan.utils.video import VideoWriter
 
 FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
+WIDTH_STRIDE = {"2.1": 8, "2.2": 16}
+SMALL_SIZE = {"2.1": "160x144", "2.2": "112x112"}  # below, PyTorch does not give oneDNN all convolutions
+CACHE = 40 * 10**6  # bytes: an A100's second, the smallest of the data centre cards
+
+
+def rows(repeats: int = 3, size: str | None = None, frames: int | None = None, compiled: bool = False) -> list[Row]:
+    whole, plain = count_decode("2.1"), count_decode("2.1", cache=0)
+    tiled, shared = count_decode("2.1", tiles=(2, 2)), count_decode("2.1", processes=8)
+    nested = count_decode("2.2")
+    limit = "original 7,353 GB; must 4,500, good 3,000, best 2,000 GB; issue 2,300 GB"
+    counted = [
+        Row("C4 decode of Wan2.1's VAE, 1280x720x81, float32 (static; what is used up at once stays in a cache of "
+            "40 MB)", whole.words(), limit),
+        Row("the same without a cache", plain.words()),
+        Row("the same in 2x2 tiles, equal numbers", tiled.words()),
+        Row("the same on one of 8 processes", shared.words()),
+        Row("C4 decode of Wan2.2's VAE, 1280x704x121, float32 (static)", nested.words()),
+    ]  # fmt: skip
+    for kind in KINDS:
+        counted += time_decode(kind, repeats, size, frames, compiled)
+    return [*counted, *full_size(repeats), time_writing()]
+
+
+def full_size(repeats: int) -> list[Row]:
+    """G7."""
+    limit = "must 6 / 4, good 4.5 / 3, best 3.5 / 2.2 s (fp32 / bf16)"
+    if not torch.cuda.is_available():
+        return [Row("G7 decode of Wan2.1's VAE, 1280x720x81", NEEDS_A_GPU, limit)]
+    found = []
+    for kind, (_, length, height, width) in FULL_SIZE.items():
+        stride = WIDTH_STRIDE[kind]
+        for row in time_decode(kind, repeats, f"{width * stride}x{height * stride}", 4 * length - 3, False):
+            found.append(row._replace(what=f"G7 {row.what}", limit=limit if kind == "2.1" else ""))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, help="one of the two; default: both")
-    parser.add_argument("--chunk", type=int, default=2, help="latent frames per call")
-    parser.add_argument("--tiles", default="2x2", metavar="ROWSxCOLUMNS", help="of the tiled count")
-    parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT", help="of the timed video; on a GPU full size")
-    parser.add_argument("--frames", type=int, default=9, help="of the timed video, 4n + 1")
+    parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT", help="of the timed video; default: small")
+    parser.add_argument("--frames", type=int, default=None, help="of the timed video, 4n + 1; default 5")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    print(machine())
-    rows, columns = map(int, args.tiles.split("x"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts: list[Sequence[str]] = [("VAE", "mode", "traffic, GB", "operations", "TFLOP", "peak live, GiB")]
-    times: list[Sequence[str]] = [
-        ("VAE", "latent", "ours, s", "diffusers, s", "speed", "largest difference", "peak GB")
-    ]
-    for kind in [args.kind] if args.kind else KINDS:
-        modes = (
-            ("whole", (1, 1), 1, False),
-            ("whole, norm and SiLU compiled", (1, 1), 1, True),
-            (f"tiles {args.tiles}", (rows, columns), 1, False),
-            ("one of 8 processes", (1, 1), 8, False),
-        )
-        for mode, tiles, processes, fused in modes:
-            cost = count_decode(kind, args.chunk, tiles, processes, fused)
-            numbers = f"{cost.traffic / 1e9:,.0f}", f"{cost.operations:,}", f"{cost.flops / 1e12:,.0f}"
-            counts.append((kind, mode, *numbers, f"{cost.peak / 2**30:.1f}"))
-        shape = FULL_SIZE[kind]
-        if args.size or device.type == "cpu":
-            width, height = map(int, (args.size or "96x64").split("x"))
-            stride = 8 if kind == "2.1" else 16
-            shape = (shape[0], (args.frames - 1) // 4 + 1, height // stride, width // stride)
-        times.append((kind, "x".join(map(str, shape)), *time_decode(kind, shape, args.chunk, args.repeats, device)))
-    table("C4: static cost of a full-size float32 decode (original, 2.1: 7,353 GB; must 4,500, good 3,000)", counts)
-    table(f"decode beside diffusers, same weights, float32, on {device}", times)
+    parser.add_argument("--compiled", action="store_true", help="also diffusers' decoder compiled: minutes on a CPU")
+    report(rows(**vars(parser.parse_args())))
 
 
 class Cost(NamedTuple):
@@ -74,62 +86,105 @@ class Cost(NamedTuple):
     flops: int
     peak: int  # bytes alive at once, weights aside
 
+    def words(self) -> str:
+        return f"**{self.traffic / 1e9:,.0f} GB**, {self.flops / 1e12:,.0f} TFLOP, peak {self.peak / 2**30:.1f} GiB"
 
-def count_decode(kind: str, chunk: int, tiles: tuple[int, int], processes: int = 1, fused: bool = False) -> Cost:
-    """What one decode at full size costs, or the share of the busiest of several processes; nothing is computed.
 
-    fused: norm and SiLU compiled into one operation."""
+def count_decode(
+    kind: str,
+    chunk: int = 2,
+    tiles: tuple[int, int] = (1, 1),
+    processes: int = 1,
+    cache: int = CACHE,
+    length: int | None = None,
+) -> Cost:
+    """What one decode at full size costs on a GPU, or the share of the busiest of several; nothing is computed.
 
-    def decode() -> None:
-        vae, latent = WanVAE(*KINDS[kind]), torch.empty(FULL_SIZE[kind])
+    length: of the latent, in place of the full one.
+    """
+    channels, full, height, width = FULL_SIZE[kind]
+    as_on_a_gpu = patch.dict(STRIPS, meta=STRIPS["cuda"])
+    with torch.device("meta"), torch.inference_mode(), as_on_a_gpu:
+        vae, latent = WanVAE(*KINDS[kind]), torch.empty(channels, length or full, height, width)
         vae.use_channels_last()
-        counter = CostCounter()
-        if fused:
-            vae.use_norm_silu(counter.fused(norm_silu))
-        with counter:
+        with CostCounter(cache) as counter, FlopCounterMode(display=False) as work:
             if processes == 1:
                 parts = vae.decode(latent, chunk, tiles)
             else:
-                grid = Region(0, latent.shape[2], 0, latent.shape[3])
-                busiest = max(divide(grid.bottom, grid.right, processes), key=lambda r: area(r.grown(3, 3, grid)))
+                grid = Region(0, height, 0, width)
+                busiest = max(divide(height, width, processes), key=lambda r: r.grown(3, 3, grid).area)
                 parts = vae.decode_region(vae.decode_features(latent, chunk), busiest, chunk)
             for part in parts:
                 del part
-        costs.append(counter)
-
-    costs: list[CostCounter] = []
-    with FakeTensorMode(), torch.inference_mode():
-        decode()
-    with torch.device("meta"), FlopCounterMode(display=False) as work:
-        decode()
-    return Cost(costs[0].traffic, costs[0].calls, work.get_total_flops(), costs[0].peak)
+    return Cost(counter.traffic, counter.calls, work.get_total_flops(), counter.peak)
 
 
 @torch.no_grad()
-def time_decode(
-    kind: str, shape: tuple[int, int, int, int], chunk: int, repeats: int, device: torch.device
-) -> tuple[str, ...]:
-    """Median seconds of our decode and of diffusers' on the same weights, and how far the videos are apart."""
+def time_decode(kind: str, repeats: int, size: str | None, frames: int | None, compiled: bool) -> list[Row]:
+    """Our decode, in float32 and bf16, beside diffusers' on the same weights, and how far the videos are apart."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width, height = map(int, (size or SMALL_SIZE[kind]).split("x"))
+    stride, length = WIDTH_STRIDE[kind], ((frames or 5) - 1) // 4 + 1
     torch.manual_seed(0)
-    vae = WanVAE(*KINDS[kind]).to(device)
+    vae = WanVAE(*KINDS[kind])
+    randomise(vae)
+    half = copy.deepcopy(vae.to(device))
+    half.decode_in(torch.bfloat16)
     peer = to_diffusers(vae).to(device)
-    vae.use_channels_last()
-    latent = torch.randn(shape, device=device)
+    for each in (vae, half):
+        each.use_channels_last()
+    latent = torch.randn(vae.z_dim, length, height // stride, width // stride, device=device)
     mean, std = (torch.tensor(t[vae.z_dim], device=device)[:, None, None, None] for t in (LATENT_MEAN, LATENT_STD))
 
-    def ours() -> Tensor:
-        return torch.cat(list(vae.decode(latent, chunk)), dim=1)
+    def decode(module: WanVAE) -> Tensor:
+        return torch.cat(list(module.decode(latent)), dim=1)
 
     def theirs() -> Tensor:
         return peer.decode((latent * std + mean)[None]).sample[0]
 
-    difference = (ours() - theirs()).abs().max().item()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        ours()
-    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""
-    seconds, other = interleaved([ours, theirs], repeats)
-    return f"{seconds:.2f}", f"{other:.2f}", f"{other / seconds:.2f}", f"{difference:.1e}", peak
+    found, expected = decode(vae), theirs()
+    distance = -10 * (decode(half) - found).square().mean().div(4).log10().item()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # other work does not count
+    full, low, other = interleaved([partial(decode, vae), partial(decode, half), theirs], repeats, clock=clock)
+    words = f"decode of Wan{kind}'s VAE, {width}x{height}x{4 * length - 3}, real widths, {seconds_of(device)}"
+    difference = f"largest difference {(found - expected).abs().max().item():.0e}"
+    peers = [f"diffusers {other:.2f} s"]
+    if compiled:
+        peer.decoder = torch.compile(peer.decoder)
+        (fast,) = interleaved([theirs], repeats, clock=clock)
+        peers.append(f"compiled {fast:.2f} s ({fast / full:.2f} x ours)")
+    ratio = f"{full:.2f} s (**{other / full:.2f} x**), {difference}"
+    return [
+        Row(f"{words}, float32", ratio, "1.3 x diffusers", ", ".join(peers)),
+        Row("the same, `--vae_dtype bf16`", f"{low:.2f} s (**{other / low:.2f} x**), {distance:.1f} dB", "", peers[0]),
+    ]
+
+
+def seconds_of(device: torch.device) -> str:
+    return "wall seconds" if device.type == "cuda" else "CPU seconds"
+
+
+@torch.no_grad()
+def time_writing() -> Row:
+    """C12: the frames go to the encoder while the next are decoded."""
+    vae, fps = WanVAE(16, 32, 32, nested=False), 16
+    randomise(vae)
+    vae.use_channels_last()
+    latent = torch.randn(16, 9, 30, 40)
+    chunks = list(vae.decode(latent))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def write(parts: Iterable[Tensor]) -> None:
+            with VideoWriter(Path(folder) / "a.mp4", fps) as writer:
+                for part in parts:
+                    writer.write(part)
+                writer.finish(None)
+
+        alone, writing, both = interleaved(
+            [lambda: list(vae.decode(latent)), lambda: write(chunks), lambda: write(vae.decode(latent))], 3
+        )
+    figure = f"{both / max(alone, writing):.2f} (decode {alone:.2f} s, write {writing:.2f} s, both {both:.2f} s)"
+    return Row("C12 decode with mp4 writing beside it, 320x240x33, over the longer of the two", figure, "must 1.15")
 
 
 def to_diffusers(vae: WanVAE) -> Any:

@@ -46,6 +46,19 @@ def test_a_fused_function_reads_and_writes_once() -> None:
     assert (counter.calls, counter.peak) == (1, 0)
 
 
+def test_what_is_used_up_at_once_stays_in_the_cache() -> None:
+    with torch.device("meta"):
+        a = torch.empty(100)
+        with CostCounter(cache=1000) as counter:
+            b = a * 2  # reads 400, writes 400 that are gone before 1000 bytes have passed
+            c = b * 2  # reads nothing, writes 400
+            del b
+            d = a * 2  # 800; now c has left
+            e = c * d  # reads c, writes 400
+    assert counter.traffic == 400 + 400 + 800 + 800
+    assert e.numel() == 100
+
+
 def test_traffic_of_one_block() -> None:
     """The original moves 230.9 GB; the project's own best level is 45, its passes fused."""
     assert static_block().traffic < 45e9

@@ -252,8 +252,9 @@ class Pipeline(ABC):
             module, store = part
             with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
                 vae = self.load(
-                    module, store, sharded=False, home=self.plan.device, dtype=lambda _: torch.float32, report=report
-                )
+                    module, store, sharded=False, home=self.plan.device,
+                    dtype=lambda name: module.get_parameter(name).dtype, report=report,
+                )  # fmt: skip
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae

@@ -41,7 +41,8 @@ def lines(plan: Plan, done: Collection[int] = ()) -> list[str]:
         told += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():
         told.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
-    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}")
+    decoding = ", decode in bf16" if request.vae_dtype == "bf16" else ""
+    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}{decoding}")
     parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
     told.append(f"weights in memory: {parts}")
     told += _memory_lines(plan)

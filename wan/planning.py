@@ -112,6 +112,8 @@ def open_plan(
     if request.quantize == "fp8":
         for model, _ in checkpoint.experts.values():
             model.use_fp8()
+    if checkpoint.vae and request.vae_dtype == "bf16":
+        checkpoint.vae[0].decode_in(torch.bfloat16)
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -227,7 +229,7 @@ def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool)
     if checkpoint.text_encoder:
         sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtype.itemsize
     if checkpoint.vae:
-        sizes["VAE"] = sum(p.numel() for p in checkpoint.vae[0].parameters()) * torch.float32.itemsize
+        sizes["VAE"] = sum(p.nbytes for p in checkpoint.vae[0].parameters())
     return sizes
 
 

@@ -1,5 +1,7 @@
 """The two video autoencoders against what the originals computed, and against diffusers on the same random weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.counters import CostCounter
-from benchmarks.vae import count_decode, to_diffusers
+from benchmarks.measure import randomise
+from benchmarks.vae import CACHE, count_decode, to_diffusers
+from examples.shapes.world import held_out, render
+from lightning.pickled import PickleStore
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
 from wan.doctor.counts import VAES as RELEASED
-from wan.modules.causal_conv import doubling
+from wan.loading.stream import load
+from wan.modules.causal_conv import NORM_EPSILON, STRIPS, convolve, doubling, norm_silu
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 
+SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
 KINDS = {"2.1": (16, 8, 8, False), "2.2": (48, 8, 12, True)}
 STAGE = 1e-5  # largest error over the stage's largest magnitude, float32 on a CPU
 
@@ -172,14 +179,41 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         vae.encode(torch.zeros(3, 5, 16, 16), chunk=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_stays_near(kind: str) -> None:
-    vae = random_vae(kind)
-    latent = torch.randn(vae.z_dim, 2, 2, 3)
+def decibels(found: Tensor, expected: Tensor) -> float:
+    """Peak signal-to-noise ratio of videos in [-1, 1]."""
+    return -10 * (found - expected).square().mean().div(4).log10().item()
+
+
+def trained() -> WanVAE:
+    store = PickleStore(SHAPES / "Wan2.1_VAE.pth")
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(store.shapes)
+    return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+
+
+def test_bf16_decode_stays_near_and_encode_stays_the_same() -> None:
+    """With trained weights on true clips, 56 to 61 dB from float32 were measured; rounding to 8 bits is at 59."""
+    vae = trained()
+    for number, scene in enumerate(held_out()[:4]):
+        latent = vae.encode(clip := render([scene], torch.Generator().manual_seed(number))[0])
+        vae.decode_in(torch.float32)
+        expected = whole(vae, latent)
+        vae.decode_in(torch.bfloat16)
+        found = whole(vae, latent)
+        assert found.dtype == torch.float32
+        assert decibels(found, expected) > 54
+        assert torch.equal(vae.encode(clip), latent)
+
+
+@pytest.mark.parametrize("kind", ["2.1", pytest.param("2.2", marks=pytest.mark.slow)])
+def test_bf16_decode_at_the_released_widths(kind: str) -> None:
+    """47.2 dB from float32 with random weights, which keep more noise than trained ones."""
+    vae = WanVAE(*RELEASED[kind])
+    randomise(vae)
+    latent = torch.randn(vae.z_dim, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     expected = whole(vae, latent)
-    vae.to(torch.bfloat16)
-    assert whole(vae, latent).dtype == torch.float32
-    assert (whole(vae, latent) - expected).abs().mean() < 0.02 * expected.abs().max()
+    vae.decode_in(torch.bfloat16)
+    assert decibels(whole(vae, latent), expected) > 46
 
 
 def test_weight_layout_changes_nothing_but_layout() -> None:
@@ -204,12 +238,16 @@ def test_doubling_equals_repeating_pixels_and_convolving(channels: int, out: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("chunk", "tiles"), [(2, (1, 1)), (1, (1, 1)), (1, (2, 3))])
-def test_peak_of_a_decode_is_predicted(kind: str, chunk: int, tiles: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "tiles", "dtype"),
+    [(2, (1, 1), torch.float32), (1, (1, 1), torch.bfloat16), (1, (2, 3), torch.float32)],
+)
+def test_peak_of_a_decode_is_predicted(kind: str, chunk: int, tiles: tuple[int, int], dtype: torch.dtype) -> None:
     """Counted at the released widths, by the same rules as the benchmark's."""
     shape = (KINDS[kind][0], 5, 30, 52)
     with torch.device("meta"), torch.inference_mode():
         vae = WanVAE(*RELEASED[kind])
+        vae.decode_in(dtype)
         with CostCounter() as counter:
             for part in vae.decode(torch.empty(shape), chunk, tiles):
                 del part
@@ -217,13 +255,41 @@ def test_peak_of_a_decode_is_predicted(kind: str, chunk: int, tiles: tuple[int, 
     assert vae.decode_peak(shape, chunk, tiles) == pytest.approx(counter.peak - waiting, rel=0.1)
 
 
+def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between norm and SiLU never leaves the cache, and strips change no bit."""
+    with torch.device("meta"), torch.inference_mode():
+        monkeypatch.setitem(STRIPS, "meta", STRIPS["cuda"])
+        x, gamma = torch.empty(2, 360, 640, 192), torch.empty(192)
+        out = torch.empty_like(x)
+        with CostCounter(CACHE) as counter:
+            norm_silu(x, gamma, out)
+    assert counter.traffic == pytest.approx(2 * x.nbytes, rel=1e-3)
+    x, gamma = torch.randn(2, 100, 64, 96), torch.randn(96)
+    norm_silu(x, gamma, out := torch.empty_like(x))
+    assert torch.equal(out, F.silu(F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)))
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 1, 1), (1, 3, 3), (3, 3, 3)])
+def test_convolutions_of_any_kernel_equal_the_plain_one(kernel: tuple[int, int, int]) -> None:
+    conv = nn.Conv3d(6, 10, kernel, stride=(2, 1, 1) if kernel[1] == 1 < kernel[0] else 1).double()
+    x = torch.randn(5, 4, 7, 6, dtype=torch.float64)
+    expected = conv(x.permute(3, 0, 1, 2)[None])[0].permute(1, 2, 3, 0)
+    assert (convolve(conv, x) - expected).abs().max() < 1e-14
+
+
 def test_cost_of_a_720p_decode() -> None:
-    """The original moves 7,353 GB in 639 TFLOP, of which the doubled convolutions need 4/9 here."""
-    cost = count_decode("2.1", chunk=2, tiles=(1, 1), fused=True)
-    assert cost.traffic <= 2.25e12
+    """Of the first 17 of 81 frames, for all of which the original moves 7,353 GB and the limit is 2,300."""
+    cost = count_decode("2.1", length=5)
+    assert cost.traffic <= 2.3e12 * 17 / 81
     assert cost.peak <= 20.5 * 2**30
 
 
 @pytest.mark.slow
+def test_cost_of_a_whole_720p_decode() -> None:
+    """The original moves 7,353 GB; the limit is 2,300."""
+    assert count_decode("2.1").traffic <= 2.3e12
+
+
+@pytest.mark.slow
 def test_cost_of_a_tiled_720p_decode() -> None:
-    assert count_decode("2.1", chunk=1, tiles=(2, 2)).peak <= 6.65 * 2**30
+    assert count_decode("2.1", chunk=1, tiles=(2, 2), length=5).peak <= 6.65 * 2**30

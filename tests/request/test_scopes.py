@@ -61,6 +61,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "bf16"},
     "quantize": {"quantize": "fp8"},
     "attention": {"attention": "sdpa"},
+    "vae_dtype": {"vae_dtype": "bf16"},
     "convert_model_dtype": {"convert_model_dtype": True},
 }
 NEEDS_A_MODEL = {name for name, row in OPTIONS.items() if row.group == EXTENSION and row.scope is VIDEO}

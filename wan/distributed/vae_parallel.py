@@ -45,7 +45,7 @@ class SplitVAE:
         tiles = min(tiles[0], mine.bottom - mine.top), min(tiles[1], mine.right - mine.left)
         part = self.vae.encode_region(video, mine, frames, chunk, tiles)
         length, channels = part.shape[0], part.shape[-1]
-        sent = filled_up(part, max(map(area, regions)) * length * channels)
+        sent = filled_up(part, max(region.area for region in regions) * length * channels)
         received = sent.new_empty(self.size * len(sent))
         all_gather(received, sent, self.mesh)
         features = part.new_empty(length, height, width, channels)
@@ -97,7 +97,7 @@ class SplitVAE:
 
     def _gather(self, part: Tensor, places: list[Region], frames: int) -> list[Tensor]:
         """Every rank's pixels of one chunk on the first rank, each filled up to the largest."""
-        sent = filled_up(part, 3 * frames * max(map(area, places)))
+        sent = filled_up(part, 3 * frames * max(place.area for place in places))
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         group = self.mesh.sequence
         assert group is not None
@@ -108,7 +108,7 @@ class SplitVAE:
 
 def assembled(parts: list[Tensor], places: list[Region], frame: Region) -> Tensor:
     """The frames [3, t, H, W] of which each part holds a place's pixels."""
-    frames = parts[0].numel() // (3 * max(map(area, places)))
+    frames = parts[0].numel() // (3 * max(place.area for place in places))
     video = parts[0].new_empty(3, frames, frame.bottom, frame.right)
     for place, flat in zip(places, parts, strict=False):
         target = of_region(video, place)
@@ -124,14 +124,10 @@ def divide(height: int, width: int, ranks: int) -> list[Region]:
 
     def work(shape: tuple[int, int]) -> int:
         regions = Region.tiles(height, width, *shape)
-        return max(area(region.grown(3, 3, Region(0, height, 0, width))) for region in regions)
+        return max(region.grown(3, 3, Region(0, height, 0, width)).area for region in regions)
 
     shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
     return Region.tiles(height, width, *min(shapes, key=work))
-
-
-def area(region: Region) -> int:
-    return (region.bottom - region.top) * (region.right - region.left)
 
 
 def of_region(video: Tensor, region: Region) -> Tensor:

@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, warm_up: int = 1) -> list[float]:
+def interleaved(
+    candidates: Sequence[Callable[[], object]],
+    repeats: int = 5,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Median seconds of each candidate; they take turns, so that drift of the machine meets all of them alike."""
     for candidate in candidates:
         for _ in range(warm_up):
@@ -18,10 +23,10 @@ def interleaved(candidates: Sequence[Callable[[], object]], repeats: int = 5, wa
     for _ in range(repeats):
         for index, candidate in enumerate(candidates):
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             candidate()
             synchronize()
-            times[index].append(time.perf_counter() - start)
+            times[index].append(clock() - start)
     return [statistics.median(series) for series in times]
 
 

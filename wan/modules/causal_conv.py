@@ -11,6 +11,7 @@ own: it is neither doubled nor halved in time, and the time convolution of `Upsa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
+# Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
+STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class ClipState:
@@ -54,11 +57,22 @@ class ClipState:
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame."""
+    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame.
+
+    A kernel of one pixel is a matrix product. One that looks back in time alone takes the pixels of a frame as one
+    row: two axes are served by more and faster kernels than three.
+    """
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    if math.prod(conv.kernel_size) == 1:
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
     if isinstance(conv, nn.Conv2d):
         framewise: Tensor = conv(rearrange(x, "t h w c -> t c h w"))
         return rearrange(framewise, "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
+    if conv.kernel_size[1:] == (1, 1):
+        image = x.flatten(1, 2)[None].permute(0, 3, 1, 2)
+        rows = F.conv2d(image, conv.weight[..., 0], conv.bias, conv.stride[:2])
+        return rearrange(rows[0], "c t (h w) -> t h w c", h=x.shape[1])
     clip: Tensor = conv(x[None].permute(0, 4, 1, 2, 3))
     return rearrange(clip[0], "c t h w -> t h w c")
 
@@ -82,9 +96,13 @@ def copy(x: Tensor, out: Tensor) -> None:
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """out [T, H, W, C] = SiLU of each pixel of x over the root mean square of its channels, times gamma [C]."""
-    for frame, target in zip(x, out, strict=True):  # so that no more than a frame is between the two
-        torch.ops.aten.silu.out(F.rms_norm(frame, gamma.shape, gamma, NORM_EPSILON), out=target)
+    """out [T, H, W, C] = SiLU of each pixel of x over the root mean square of its channels, times gamma [C].
+
+    In strips of rows: what is between the two operations is read back before it has left the device's cache."""
+    rows = max(1, STRIPS.get(x.device.type, x[0].nbytes) // x[0, 0].nbytes)
+    for frame, target in zip(x, out, strict=True):
+        for strip, written in zip(frame.split(rows), target.split(rows), strict=True):
+            torch.ops.aten.silu.out(F.rms_norm(strip, gamma.shape, gamma, NORM_EPSILON), out=written)
 
 
 def blocks(fine: Tensor, frames: int) -> Tensor:
@@ -99,7 +117,6 @@ class RMSNorm(nn.Module):
         """axes: how many axes of size 1 follow the channels in the checkpoint's gamma."""
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
-        self.norm_silu: Callable[[Tensor, Tensor, Tensor], None] = norm_silu
 
     def forward(self, x: Tensor) -> Tensor:
         gamma = self.gamma.flatten()
@@ -107,7 +124,7 @@ class RMSNorm(nn.Module):
 
     def activate(self, x: Tensor, out: Tensor) -> None:
         """The norm of x through SiLU, into `out`."""
-        self.norm_silu(x, self.gamma.flatten(), out)
+        norm_silu(x, self.gamma.flatten(), out)
 
 
 class ResidualBlock(nn.Module):

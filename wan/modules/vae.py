@@ -10,7 +10,7 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from wan.modules.causal_conv import ClipState, RMSNorm, convolve
+from wan.modules.causal_conv import ClipState, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
 ENCODING = 35  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
@@ -76,11 +76,10 @@ class WanVAE(nn.Module):
             elif isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
-    def use_norm_silu(self, function: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        """Run every norm that SiLU follows through `function(x, gamma, out)`: `norm_silu` as it is or compiled."""
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.norm_silu = function
+    def decode_in(self, dtype: torch.dtype) -> None:
+        """Cast what decodes. The encoder stays as it is: what it gets wrong every step would start from."""
+        for module in (self.conv2, self.decoder):
+            module.to(dtype)
 
     # Pixels to latents
 
@@ -132,7 +131,7 @@ class WanVAE(nn.Module):
         frame = Region(0, grid[0], 0, grid[1])
         pixels = max(part.grown(*ENCODER_RIM, frame).scaled(self.stride[1]).area for part in frame.divided(*tiles))
         width = self.encoder.conv1.out_channels
-        return ENCODING * pixels // self.patch**2 * width * self.conv2.weight.element_size()
+        return ENCODING * pixels // self.patch**2 * width * self.conv1.weight.element_size()
 
     @torch.no_grad()
     def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:

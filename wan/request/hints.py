@@ -55,8 +55,8 @@ ALSO: dict[str, str] = {
 # What has a say where a start makes no videos, by the option that says so.
 MODES: dict[str, str] = {
     "decode_latents": (
-        "task ckpt_dir expert vae text_encoder tokenizer device dtype offload_model vram vae_tiling ulysses_size "
-        "ring_size save_file decode_latents preview overwrite replay dry_run json debug shard"
+        "task ckpt_dir expert vae text_encoder tokenizer device dtype vae_dtype offload_model vram vae_tiling "
+        "ulysses_size ring_size save_file decode_latents preview overwrite replay dry_run json debug shard"
     ),
     "extend_only": (
         "task prompt image last_image prompt_file image_path_file base_seed device use_prompt_extend "
