@@ -23,7 +23,7 @@ from wan import __version__
 from wan.request.hints import ALSO
 from wan.request.options import OPTIONS, paths, read
 from wan.utils.errors import InputError, WanError
-from wan.utils.progress import clearing, tell
+from wan.utils.progress import clearing, tell, tell_event
 
 if TYPE_CHECKING:
     from wan.distributed.runtime import Runtime
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from wan.distributed.runtime import Stopped, launch, speaks_alone, tell_launcher
 
     words = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in words
+    asked = {name: f"--{name}" in words for name in ("debug", "json")}
     _prepare_process()
     try:
         given, problems = parse(words)
@@ -47,15 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:  # found before the processes are connected
         tell_launcher(f"error: {e}")
         if speaks_alone():
-            _complain(e.problems, debug)
+            _complain(e.problems, 2, **asked)
         return 2
     except WanError as e:
-        _complain([str(e)], debug)
+        _complain([str(e)], 1, **asked)
         return 1
     except KeyboardInterrupt as e:
-        _complain([], debug)
-        tell(sys.stderr, f"{clearing(sys.stderr)}interrupted\n")
-        return e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
+        code = e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
+        tell(sys.stderr, clearing(sys.stderr))
+        _complain(["interrupted"], code, **asked)
+        return code
 
 
 def _prepare_process() -> None:
@@ -78,7 +79,7 @@ def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     except InputError as e:
         tell_launcher(f"error: {e}")
         if runtime.team.first:
-            _complain(e.problems, given.get("debug", False))
+            _complain(e.problems, 2, given.get("debug", False), given.get("json", False))
         return 2
 
 
@@ -239,12 +240,16 @@ def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> N
         tell(sys.stdout, f"{text}\n")
 
 
-def _complain(problems: Sequence[str], debug: bool) -> None:
-    """The error that is being handled, on stderr: a line for each problem."""
+def _complain(problems: Sequence[str], code: int, debug: bool, json: bool) -> None:
+    """The error that is being handled and ends the run with `code`, on stderr: a line for each problem."""
+    from wan.distributed.runtime import speaks_alone
+
     if debug:
         traceback.print_exc()
     for problem in problems:
-        tell(sys.stderr, f"error: {problem}\n")
+        tell(sys.stderr, f"{'' if code > 128 else 'error: '}{problem}\n")
+    if json and speaks_alone():
+        tell_event("error", {"code": code, "problems": list(problems)})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
             if team.from_first(runtime.has_stopped):
                 return
             pipe.follows = job is not jobs[-1]
-            kind, facts = _attempt(pipe, job, progress, shared)
+            with progress.about(index=job.index):
+                kind, facts = _attempt(pipe, job, progress, shared)
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed" and pipe.plan.request.on_error == "stop":

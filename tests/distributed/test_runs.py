@@ -22,6 +22,7 @@ import wan.pipeline
 from tests.distributed.faults import Fault, run_with_fault
 from tests.distributed.ranks import launched, run_ranks, sharded
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
+from tests.utils.test_events import described
 from wan.distributed.runtime import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
 from wan.modules.vae import WanVAE
@@ -172,7 +173,7 @@ def test_json_tells_of_the_jobs_of_all_groups(tmp_path: Path) -> None:
     """Three groups of one process; the record says how many processes there were."""
     codes, said = launched(partial(generate.main, flags(tmp_path, "--json")), 3, tmp_path)
     assert codes == [0] * 3, said
-    events = [json.loads(line) for line in (tmp_path / "0.out").read_text().splitlines()]
+    events = described((tmp_path / "0.out").read_text().splitlines())
     assert sorted(event["index"] for event in events if event["event"] == "saved") == list(range(len(PROMPTS)))
     (summary,) = [event for event in events if event["event"] == "summary"]
     assert (summary["saved"], summary["failed"]) == (len(PROMPTS), 0)

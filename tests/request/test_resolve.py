@@ -334,7 +334,10 @@ def test_effective_shift():
         ({"size": "833*480"}, "must be multiples of 16; the nearest is 832*480"),
         ({"size": "3x3"}, "the nearest is 16*16"),
         ({"size": "0*480"}, "the nearest is 16*480"),
-        ({"size": "720p"}, "--size '720p' is not a size"),
+        (
+            {"size": "1080p"},
+            "--size '1080p' is not a size; write width*height, such as 832x480, or one of 720p (",
+        ),
         ({"size": "-832*480"}, "is not a size"),
         ({"sample_steps": 0}, "--sample_steps 0 is out of range; it goes from 1 to 1000, the nearest is 1"),
         ({"sample_steps": 1001}, "the nearest is 1000"),

@@ -18,6 +18,16 @@ SIZE_CONFIGS: dict[str, tuple[int, int]] = {
 MAX_AREA_CONFIGS: dict[str, int] = {size: width * height for size, (width, height) in SIZE_CONFIGS.items()}
 
 
+def sizes_by_name(config: EasyDict) -> dict[str, str]:
+    """What the sizes that the task was trained for are called: `720p`, and upright `720p-portrait`."""
+    names = {}
+    for size in config.sizes:
+        width, height = map(int, size.split("*"))
+        name = f"{480 if min(width, height) == 480 else 720}p"  # the 5B model's 704 rows are sold as 720p
+        names[name if width > height else f"{name}-portrait"] = size
+    return names
+
+
 def download_command(config: EasyDict) -> str:
     """How to get the released checkpoint."""
     return f"hf download {config.hub_id} --local-dir {config.hub_id.split('/')[1]}"

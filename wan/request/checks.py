@@ -109,11 +109,15 @@ class Check:
         first, last = (self.number(flag, number, default[0], low, high) for number in (numbers[0], numbers[-1]))
         return first, last
 
-    def size(self, flag: str, given: str, step: int) -> tuple[int, int]:
-        """(width, height) of `W*H` or `WxH`, multiples of `step`."""
+    def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
+        """(width, height) of `W*H` or `WxH`, multiples of `step`, or of one of the `named` sizes."""
+        named = named or {}
+        given = named.get(given.strip().lower(), given)
         match = re.fullmatch(r"\s*(\d{1,30})\s*[*xX×]\s*(\d{1,30})\s*", given)
         if not match:
-            self.problem(f"{flag} {given!r} is not a size; write width*height, such as 832*480 or 832x480")
+            names = ", ".join(f"{name} ({size})" for name, size in named.items())
+            also = f", or one of {names}" if names else ""
+            self.problem(f"{flag} {given!r} is not a size; write width*height, such as 832x480{also}")
             return step, step
         width, height = int(match[1]), int(match[2])
         if max(width, height) > POSITIONS * step:

@@ -13,7 +13,7 @@ from pathlib import Path
 from easydict import EasyDict
 
 from lightning.words import short
-from wan.configs import WAN_CONFIGS
+from wan.configs import WAN_CONFIGS, sizes_by_name
 from wan.request.checks import Check
 from wan.request.options import LARGEST_SEED, Request
 from wan.request.outputs import row_file
@@ -108,7 +108,7 @@ def _with_last_images(request: Request, config: EasyDict, rows: list[Row], check
 def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
     """One job for each prompt and seed."""
     step = config.size_step
-    default_size = check.size("--size", request.size or config.sizes[0], step)
+    default_size = check.size("--size", request.size or config.sizes[0], step, sizes_by_name(config))
     default_frames = _frame_num(request, config, check)
     count = request.num_videos
     if request.save_file is not None and len(rows) * count > 1 and not request.chain:
@@ -122,7 +122,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
     for row in rows:
         size, frames = default_size, default_frames
         if row.size is not None:
-            size = check.size(f"{row.source}: size", row.size, step)
+            size = check.size(f"{row.source}: size", row.size, step, sizes_by_name(config))
         if row.frame_num is not None:
             frames = check.frames(f"{row.source}: frame_num", row.frame_num)
         _warn_of_extent(size, frames, config, weights, check)
@@ -218,7 +218,9 @@ class _Pictures:
                     size = found
                 else:
                     width, height = video_size(self.config.image_fit, found, area)
-                    size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
+                    size = self.collected.size(
+                        f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step, {}
+                    )
                 return size, f"{self.told[path]}, the area of {area[0]}x{area[1]}"
         except InputError as e:
             self.collected.problem(f"{beginning}{path}: {e}")

@@ -156,7 +156,8 @@ class Request:
     negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT",
         "what guidance leads away from; default: the model's own")
     size: str | None = option(MAKE, VIDEO, text, "W*H",
-        "or WxH; default 1280*720 (5B: 1280*704); with an image its area counts")
+        "or WxH, or 480p, 720p, 480p-portrait, 720p-portrait; default 1280*720 (5B: 1280*704); with an image its area "
+        "counts")
     frame_num: int | None = option(MAKE, VIDEO, whole, "N", "4n+1 frames; default 81 (5B: 121)")
     seconds: float | None = option(MAKE, VIDEO, real, "X",
         "in place of --frame_num: the nearest length at the model's frame rate", limits=(0.01, 600), into="frame_num",

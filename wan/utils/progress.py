@@ -94,6 +94,7 @@ class Progress:
         self.stream = stream if stream is not None else sys.stderr
         self.seconds: dict[str, float] = {}
         self.batch = Batch([])
+        self.subject: dict[str, Any] = {}  # joins every event
         self._terminal = not json and not quiet and self.stream.isatty()
         self._open: list[Stage] = []
         self._began = time.perf_counter()
@@ -159,9 +160,18 @@ class Progress:
         self._print(text)
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """One JSON line, for programs that read along; nothing in text mode."""
+        """One JSON line, for programs that read along (`events.py`); nothing in text mode."""
         if self.json and not self.quiet:
-            tell(sys.stdout, json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
+            tell_event(kind, {**self.subject, **fields})
+
+    @contextmanager
+    def about(self, **subject: Any) -> Iterator[None]:
+        """Around what concerns one job alone: its events say so."""
+        self.subject = subject
+        try:
+            yield
+        finally:
+            self.subject = {}
 
     def table(self) -> str:
         """Seconds and share by stage since this object was made, and the peak memory."""
@@ -190,6 +200,10 @@ class Progress:
     def _print(self, text: str) -> None:
         if not self.quiet and not self.json:
             tell(self.stream, f"{clearing(self.stream)}{text}\n")
+
+
+def tell_event(kind: str, fields: dict[str, Any]) -> None:
+    tell(sys.stdout, json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
 
 
 def tell(stream: TextIO, text: str) -> None:

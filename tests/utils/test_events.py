@@ -1,0 +1,92 @@
+"""The events of `--json` against their description, in runs of every kind; and the README's table of them."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import generate
+from tests.support import TESTS, checkpoint, lora_dir
+from wan.utils.events import EVENTS
+
+T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
+       "--frame_num", "5", "--device", "cpu", "--json"]  # fmt: skip
+TYPES: dict[str, Any] = {"text": str, "number": (int, float), "truth": bool, "list": list, "object": dict}
+
+
+def described(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The events of a run, each with the fields of its kind and no others."""
+    events = [json.loads(line) for line in lines]
+    for event in events:
+        kind = event["event"]
+        fields = EVENTS[kind][1]
+        assert event.keys() - {"event", "index"} == fields.keys() - {"index"}, kind
+        assert "index" in event or "index" not in fields, kind
+        for name, value in event.items():
+            wanted = fields.get(name, "number" if name == "index" else "text")
+            allowed = TYPES[wanted.rstrip("?")]
+            assert isinstance(value, allowed) or (value is None and wanted.endswith("?")), (kind, name, value)
+            assert isinstance(value, bool) == (wanted == "truth"), (kind, name, value)
+    return events
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def started(*words: str) -> tuple[int, list[dict[str, Any]]]:
+        code = generate.main([*T2V, *words])
+        return code, described(capsys.readouterr().out.splitlines())
+
+    return started
+
+
+def of(kind: str, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == kind]
+
+
+def test_a_run_a_second_one_and_its_latents(run: Any) -> None:
+    words = ("--prompt", "a cat", "--base_seed", "3", "--num_videos", "2", "--save_latents", "--resume")
+    code, events = run(*words)
+    assert (code, events[0]["event"], events[-1]["event"]) == (0, "plan", "message")
+    assert [event["index"] for event in of("saved", events)] == [0, 1]
+    assert {event.get("index") for event in of("end", events) if event["stage"] == "denoise"} == {0, 1}
+    assert {event.get("index") for event in of("end", events) if event["stage"] == "load"} == {None}
+    assert (of("plan", events)[0]["task"], of("plan", events)[0]["solver"]) == ("t2v-A14B", "euler")
+    assert [job["prompt"] for job in of("plan", events)[0]["jobs"]] == ["a cat", "a cat"]
+    code, events = run(*words)
+    assert (code, of("summary", events)[0]["there already"]) == (0, 2)
+    latents = next(Path("outputs").glob("*.latents.safetensors"))
+    code, events = run("--decode_latents", str(latents), "--save_file", "again.mp4")
+    assert (code, Path("again.mp4").exists()) == (0, True)
+
+
+def test_a_dry_run(run: Any) -> None:
+    code, events = run("--prompt", "a cat", "--dry_run")
+    assert (code, [event["event"] for event in events]) == (0, ["plan", "checked"])
+
+
+def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, (error,) = run("--prompt", "a cat", "--frame_num", "6")
+    assert (code, error["event"], error["code"]) == (2, "error", 2)
+    assert error["problems"][0].startswith("--frame_num 6 is not of the form")
+    code, (error,) = run("--promt", "a cat")
+    assert (code, error["code"]) == (2, 2)
+    monkeypatch.setattr("wan.run.make_video", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    code, events = run("--prompt", "a cat")
+    assert code == 1
+    assert of("failed", events)[0]["index"] == 0
+    assert of("summary", events)[0]["failed"] == 1
+    monkeypatch.setattr("wan.run.make_video", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, events = run("--prompt", "a cat")
+    assert (code, events[-1]["event"], events[-1]["code"]) == (130, "error", 130)
+
+
+def test_the_readme_has_every_event() -> None:
+    section = (TESTS.parent / "README.md").read_text().split("## JSON")[1].split("\n## ")[0]
+    told = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", section, re.MULTILINE))
+    fields = {kind: ", ".join(f"`{name}` {type}" for name, type in more.items()) for kind, (_, more) in EVENTS.items()}
+    assert told == {kind: f"{when} | {fields[kind]}" for kind, (when, _) in EVENTS.items()}
