@@ -107,7 +107,7 @@ def count_decode(
     with torch.device("meta"), torch.inference_mode(), as_on_a_gpu:
         vae, latent = WanVAE(*KINDS[kind]), torch.empty(channels, length or full, height, width)
         vae.use_channels_last()
-        with CostCounter(cache) as counter, FlopCounterMode(display=False) as work:
+        with FlopCounterMode(display=False) as work, CostCounter(cache) as counter:
             if processes == 1:
                 parts = vae.decode(latent, chunk, tiles)
             else:

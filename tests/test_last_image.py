@@ -140,7 +140,7 @@ def outcome(**flags: object) -> Generate:
         ({"last_image": "absent.png"}, "--last_image absent.png: no such image file"),
         (
             {"last_image": str(TINY / "input.png"), "frame_num": 1},
-            "--frame_num 1: a first and a last frame need 5 frames or more",
+            "--frame_num: a first and a last frame need 5 frames or more, not 1",
         ),
         (
             {"last_image": str(TINY / "input.png"), "task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B"))},
