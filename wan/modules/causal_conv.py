@@ -59,8 +59,7 @@ class ClipState:
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame.
 
-    A kernel of one pixel is a matrix product. One that looks back in time alone takes the pixels of a frame as one
-    row: two axes are served by more and faster kernels than three.
+    A kernel of one pixel is a matrix product.
     """
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     if math.prod(conv.kernel_size) == 1:
@@ -69,10 +68,6 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
         framewise: Tensor = conv(rearrange(x, "t h w c -> t c h w"))
         return rearrange(framewise, "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
-    if conv.kernel_size[1:] == (1, 1):
-        image = x.flatten(1, 2)[None].permute(0, 3, 1, 2)
-        rows = F.conv2d(image, conv.weight[..., 0], conv.bias, conv.stride[:2])
-        return rearrange(rows[0], "c t (h w) -> t h w c", h=x.shape[1])
     clip: Tensor = conv(x[None].permute(0, 4, 1, 2, 3))
     return rearrange(clip[0], "c t h w -> t h w c")
 
