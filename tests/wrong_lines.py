@@ -285,7 +285,9 @@ def answer(wrong: Wrong) -> tuple[int, str, list[str]]:
 
 def finding(wrong: Wrong, code: int, out: str, lines: list[str]) -> str | None:
     """What is wrong with an answer; None if nothing is."""
-    if (code, out, len(lines)) != (2, "", wrong.lines):
+    event = {"event": "error", "code": 2, "problems": [line.removeprefix("error: ") for line in lines]}
+    told = json.dumps(event, ensure_ascii=False) + "\n" if "--json" in wrong.words else ""
+    if (code, out, len(lines)) != (2, told, wrong.lines):
         return f"exit code {code}, {len(lines)} lines"
     if not all(line.startswith("error: ") and line.isprintable() and len(line) <= LONGEST for line in lines):
         return "no line for a terminal"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -165,5 +166,6 @@ def _rates_file() -> Path:
 
 
 def _name_of(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}"
+    """Folders may be shared by machines, so a CPU goes by its host's name and the threads in use."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} of {platform.node()}"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

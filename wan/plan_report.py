@@ -22,6 +22,7 @@ from wan.utils.progress import duration, quantity
 MOST_STEPS_SHOWN = 12
 MOST_JOBS_SHOWN = 12  # of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
+UNLIMITED = 1 << 60
 STREAMING_BYTES = 1e9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
 
@@ -89,10 +90,10 @@ def _quantised(plan: Plan) -> str:
 
 
 def _budget(plan: Plan) -> Budget | None:
-    """How the largest job uses the device; on a CPU without a limit, how it uses the host."""
+    """How the largest job uses the device; on a CPU without a limit, what it needs of the host."""
     largest = plan.largest()
     if plan.room is None and plan.device.type == "cpu":
-        plan = replace(plan, room=host_bytes(), offload=False)
+        plan = replace(plan, room=UNLIMITED, offload=False)
     return plan.budget(largest.size, largest.frame_num, plan.prompts())
 
 
@@ -101,11 +102,15 @@ def _memory_lines(plan: Plan) -> list[str]:
     if not plan.jobs:
         return []
     told, budget, host = [], _budget(plan), host_bytes()
-    if budget:
-        name = "host memory" if plan.room is None else str(plan.device)
-        told.append(budget.line(name))
-        if budget.problem:
-            told.append(f"warning: {budget.problem}, or --vram GB, which reads weights when they are needed")
+    if budget and plan.room is not None:
+        told.append(budget.line(str(plan.device)))
+    elif budget:
+        peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in budget.peaks.items())
+        told.append(f"host memory {quantity(host, 'B')} available; peaks in GB: {peaks}")
+        if budget.peak > host:
+            told.append(
+                "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
+            )
     if plan.device.type != "cpu":
         text = plan.weight_bytes["text encoder"] if plan.text_device.type == "cpu" else 0
         told.append(f"host memory: about {quantity(STREAMING_BYTES + text, 'B')} of {quantity(host, 'B')} available")

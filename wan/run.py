@@ -195,6 +195,7 @@ def decode_only(
         if not isinstance(e, OSError) and not out_of_memory(e):
             raise
         raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
+    progress.event("saved", {"index": 0, "file": str(save_file), "frames": frames})
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
 

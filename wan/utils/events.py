@@ -1,7 +1,7 @@
 """The events of `--json`: one JSON object a line on stdout, its kind under "event", with the fields that stand here.
 
-While a video is made, every event has that job's "index" too. A run ends with "summary" or "checked" or, with another
-exit code than 0, has an "error" or failed jobs in its summary.
+While a video is made, every event has that job's "index" too. A run of videos has one "summary", a dry run ends with
+"checked"; a run that ends with another code than 0 has an "error", or failed jobs in its summary.
 """
 
 from __future__ import annotations
