@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import command_line, full_run, growth, loading, lora_merge, text_encoder, transformer, vae
+from benchmarks import command_line, full_run, growth, loading, lora_merge, overlap, text_encoder, transformer, vae
 from benchmarks.measure import NEEDS_A_GPU, Row, report
 
-PARTS = (transformer, vae, lora_merge, loading, text_encoder, command_line, full_run)
+PARTS = (transformer, vae, lora_merge, loading, text_encoder, command_line, overlap, full_run)
 ELSEWHERE = {  # what a script with random weights cannot tell: where a run says it
     "G10, G11 peak and time with one expert, with blocks in slots": "`generate.py --vram 35`, `--vram 9`: its record",
     "G12, G13 stall at the swap; bytes over PCIe": "the record of the same runs",
@@ -37,7 +37,7 @@ def main() -> int:
     plot = parser.parse_args().plot
     rows: list[Row] = []
     failed = []
-    for part in (*(part.rows for part in PARTS), on_a_gpu):
+    for part in (*(module.rows for module in PARTS), on_a_gpu):
         try:
             rows += part()
         except Exception:  # noqa: BLE001 - one part must not cost the others their figures

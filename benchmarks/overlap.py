@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.measure import grid, interleaved, machine, randomise
+from benchmarks.measure import Row, interleaved, randomise, report
 from wan.doctor.counts import VAES
 from wan.modules.vae import WanVAE
 from wan.utils.video import VideoWriter
@@ -26,31 +26,30 @@ def write(chunks: Iterable[Tensor]) -> None:
         video.finish(None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="320x192")
-    parser.add_argument("--frames", type=int, default=33)
-    given = parser.parse_args()
-    width, height = map(int, given.size.split("x"))
-    torch.set_num_threads(1)
+def rows(size: str = "320x192", frames: int = 33) -> list[Row]:
+    width, height = map(int, size.split("x"))
     vae = WanVAE(*VAES["2.1"]).eval()
     randomise(vae)
-    latent = torch.randn(vae.z_dim, (given.frames - 1) // 4 + 1, height // 8, width // 8)
+    latent = torch.randn(vae.z_dim, (frames - 1) // 4 + 1, height // 8, width // 8)
 
     def decode() -> Iterator[Tensor]:
         with torch.no_grad():
             yield from vae.decode(latent)
 
     chunks = list(decode())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     alone, writing, both = interleaved([lambda: list(decode()), lambda: write(chunks), lambda: write(decode())], 3)
-    print(machine())
-    grid(
-        f"C12: {given.size}, {given.frames} frames (must 1.15)",
-        [
-            ("decode alone, s", "write alone, s", "both at once, s", "over the longer"),
-            (f"{alone:.2f}", f"{writing:.2f}", f"{both:.2f}", f"{both / max(alone, writing):.2f}"),
-        ],
-    )
+    torch.set_num_threads(threads)
+    figure = f"**{both / max(alone, writing):.2f}** (decode {alone:.2f} s, write {writing:.2f} s, both {both:.2f} s)"
+    return [Row(f"C12 decode and mp4 writing at once over the longer one alone, {size}x{frames}", figure, "must 1.15")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="320x192")
+    parser.add_argument("--frames", type=int, default=33)
+    report(rows(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 import time
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -32,7 +29,6 @@ from wan.doctor.counts import VAES as KINDS
 from wan.modules.causal_conv import STRIPS
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
-from wan.utils.video import VideoWriter
 
 FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
 WIDTH_STRIDE = {"2.1": 8, "2.2": 16}
@@ -55,7 +51,7 @@ def rows(repeats: int = 3, size: str | None = None, frames: int | None = None, c
     ]  # fmt: skip
     for kind in KINDS:
         counted += time_decode(kind, repeats, size, frames, compiled)
-    return [*counted, *full_size(repeats), time_writing()]
+    return [*counted, *full_size(repeats)]
 
 
 def full_size(repeats: int) -> list[Row]:
@@ -103,20 +99,32 @@ def count_decode(
     length: of the latent, in place of the full one.
     """
     channels, full, height, width = FULL_SIZE[kind]
-    as_on_a_gpu = patch.dict(STRIPS, meta=STRIPS["cuda"])
-    with torch.device("meta"), torch.inference_mode(), as_on_a_gpu:
-        vae, latent = WanVAE(*KINDS[kind]), torch.empty(channels, length or full, height, width)
-        vae.use_channels_last()
-        with FlopCounterMode(display=False) as work, CostCounter(cache) as counter:
-            if processes == 1:
-                parts = vae.decode(latent, chunk, tiles)
-            else:
-                grid = Region(0, height, 0, width)
-                busiest = max(divide(height, width, processes), key=lambda r: r.grown(3, 3, grid).area)
-                parts = vae.decode_region(vae.decode_features(latent, chunk), busiest, chunk)
-            for part in parts:
-                del part
-    return Cost(counter.traffic, counter.calls, work.get_total_flops(), counter.peak)
+    vae, latent = released(kind), torch.empty(channels, length or full, height, width, device="meta")
+
+    def decode() -> None:
+        if processes == 1:
+            parts = vae.decode(latent, chunk, tiles)
+        else:
+            grid = Region(0, height, 0, width)
+            busiest = max(divide(height, width, processes), key=lambda r: r.grown(3, 3, grid).area)
+            parts = vae.decode_region(vae.decode_features(latent, chunk), busiest, chunk)
+        for part in parts:
+            del part
+
+    # One after the other: the second counter takes norms apart.
+    with torch.device("meta"), torch.inference_mode():
+        with patch.dict(STRIPS, meta=STRIPS["cuda"]), CostCounter(cache) as cost:
+            decode()
+        with FlopCounterMode(display=False) as work:
+            decode()
+    return Cost(cost.traffic, cost.calls, work.get_total_flops(), cost.peak)
+
+
+def released(kind: str) -> WanVAE:
+    with torch.device("meta"):
+        vae = WanVAE(*KINDS[kind])
+    vae.use_channels_last()
+    return vae
 
 
 @torch.no_grad()
@@ -162,29 +170,6 @@ def time_decode(kind: str, repeats: int, size: str | None, frames: int | None, c
 
 def seconds_of(device: torch.device) -> str:
     return "wall seconds" if device.type == "cuda" else "CPU seconds"
-
-
-@torch.no_grad()
-def time_writing() -> Row:
-    """C12: the frames go to the encoder while the next are decoded."""
-    vae, fps = WanVAE(16, 32, 32, nested=False), 16
-    randomise(vae)
-    vae.use_channels_last()
-    latent = torch.randn(16, 9, 30, 40)
-    chunks = list(vae.decode(latent))
-    with tempfile.TemporaryDirectory() as folder:
-
-        def write(parts: Iterable[Tensor]) -> None:
-            with VideoWriter(Path(folder) / "a.mp4", fps) as writer:
-                for part in parts:
-                    writer.write(part)
-                writer.finish(None)
-
-        alone, writing, both = interleaved(
-            [lambda: list(vae.decode(latent)), lambda: write(chunks), lambda: write(vae.decode(latent))], 3
-        )
-    figure = f"{both / max(alone, writing):.2f} (decode {alone:.2f} s, write {writing:.2f} s, both {both:.2f} s)"
-    return Row("C12 decode with mp4 writing beside it, 320x240x33, over the longer of the two", figure, "must 1.15")
 
 
 def to_diffusers(vae: WanVAE) -> Any:
