@@ -56,7 +56,9 @@ class Parser(argparse.ArgumentParser):
 
     def _fault(self, error: argparse.ArgumentError, words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
         """What is wrong with the value of one flag."""
-        flag = (error.argument_name or "").rpartition("/")[2]
+        if error.argument_name is None:  # newer Pythons say so of flags that are missing
+            return f"{error.message} (see --help)"
+        flag = error.argument_name.rpartition("/")[2]
         if mistaken := next((word for word in words if flag == "--help" and re.match("-h.", word)), None):
             return f"there is no flag {_name(mistaken)}{self.suggestion(_name(mistaken), flags)}"  # argparse reads -h
         if flag not in flags:
