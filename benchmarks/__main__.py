@@ -38,6 +38,7 @@ def main() -> int:
     rows: list[Row] = []
     failed = []
     for part in (*(module.rows for module in PARTS), on_a_gpu):
+        print(f"{part.__module__} ...", file=sys.stderr)
         try:
             rows += part()
         except Exception:  # noqa: BLE001 - one part must not cost the others their figures

@@ -1,6 +1,6 @@
 """Decoding beside writing (C12): both at once over the longer one alone. One thread decodes, ffmpeg has the rest.
 
-python -m benchmarks.overlap [--size 320x192] [--frames 33]
+python -m benchmarks.overlap [--size 160x96] [--frames 17]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write(chunks: Iterable[Tensor]) -> None:
         video.finish(None)
 
 
-def rows(size: str = "320x192", frames: int = 33) -> list[Row]:
+def rows(size: str = "160x96", frames: int = 17) -> list[Row]:
     width, height = map(int, size.split("x"))
     vae = WanVAE(*VAES["2.1"]).eval()
     randomise(vae)
@@ -47,8 +47,8 @@ def rows(size: str = "320x192", frames: int = 33) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="320x192")
-    parser.add_argument("--frames", type=int, default=33)
+    parser.add_argument("--size", default="160x96")
+    parser.add_argument("--frames", type=int, default=17)
     report(rows(**vars(parser.parse_args())))
 
 
