@@ -76,6 +76,24 @@ def test_frames_come_back(tmp_path: Path, height: int, width: int) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a process choose its processors")
+def test_the_same_frames_are_written_on_one_processor_and_on_all(tmp_path: Path) -> None:
+    """x264 decides otherwise with other numbers of threads, and a clip of a chain starts from what it wrote."""
+    processors = os.sched_getaffinity(0)
+    if len(processors) == 1:
+        pytest.skip("there is one processor")
+    still = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    still = torch.nn.functional.interpolate(still, scale_factor=8, mode="bicubic")[0] * 0.4
+    moving = torch.stack([still.roll((3 * i, 5 * i), (1, 2)) for i in range(33)], dim=1)  # threads limit its vectors
+    try:
+        os.sched_setaffinity(0, {min(processors)})
+        save(tmp_path / "one.mp4", moving)
+    finally:
+        os.sched_setaffinity(0, processors)
+    save(tmp_path / "all.mp4", moving)
+    assert np.array_equal(*(read(tmp_path / name)[1] for name in ("one.mp4", "all.mp4")))
+
+
 def test_colours_are_said_and_meant(tmp_path: Path) -> None:
     """Saturated colours come back only if the matrix used is the one the file names."""
     colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1.0]])
