@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,7 +135,7 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
             continue
         cached = try_to_load_from_cache(there.repository, name, revision=commit)
         read = _reader(cached) if isinstance(cached, str) else _remote_reader(hub, f"{remote}/{name}")
-        _asked(there, lambda name=name, read=read: _fill(folder / name, sizes[name], read))  # type: ignore[misc]
+        _asked(there, partial(_fill, folder / name, sizes[name], read))
     return folder / there.path
 
 

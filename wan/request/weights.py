@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from easydict import EasyDict
@@ -46,7 +47,7 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
             check.problem(f"--expert {text}: {task} takes {allowed}")
         elif expert in expert_files:
             check.problem(f"--expert {expert}= is given twice")
-        elif file := check.attempt(lambda name=name: located("--expert", name)):  # type: ignore[misc]
+        elif file := check.attempt(partial(located, "--expert", name)):
             if file.is_file():
                 expert_files[expert] = file
             else:
@@ -77,7 +78,7 @@ def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
         given = getattr(request, part)
         if given is None:
             continue
-        file = check.attempt(lambda given=given, part=part: located(f"--{part}", given))  # type: ignore[misc]
+        file = check.attempt(partial(located, f"--{part}", given))
         if file is None:
             continue
         if part == "tokenizer":
