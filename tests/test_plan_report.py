@@ -14,8 +14,9 @@ from wan.utils.files import cache_folder
 
 CPU = torch.device("cpu")
 RATES = {MATMUL: 1e9, ATTENTION: 1e9, VAE: 1e9, DISK: 1e9}
+PROMPT = f"a  cat\nthat {'sits ' * 30}"
 T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
-       "--frame_num", "5", "--device", "cpu", "--base_seed", "1", "--prompt", f"a  cat\nthat {'sits ' * 30}"]  # fmt: skip
+       "--frame_num", "5", "--device", "cpu", "--base_seed", "1", "--prompt", PROMPT]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
