@@ -198,11 +198,16 @@ def check_against_float32(device: torch.device) -> None:
         assert error < 2e-2, f"{name} computes something else"
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a bf16 8192 x 8192 x 8192 product on random data."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    (seconds,) = interleaved([lambda: a @ b], 20, warm_up=5)
-    return 2 * 8192**3 / seconds
+def matmul_rate(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    size: int = 8192,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOP/s of a product of two square matrices of random data."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    (seconds,) = interleaved([lambda: a @ b], 20, warm_up=5, clock=clock)
+    return 2 * size**3 / seconds
 
 
 def copy_rate(device: torch.device) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report
+from benchmarks.transformer import matmul_rate
 from lightning.diffusers_names import vae_name
 from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import divide
@@ -154,6 +155,10 @@ def time_decode(kind: str, repeats: int, size: str | None, frames: int | None, c
     distance = -10 * (decode(half) - found).square().mean().div(4).log10().item()
     clock = time.perf_counter if device.type == "cuda" else time.process_time  # other work does not count
     full, low, other = interleaved([partial(decode, vae), partial(decode, half), theirs], repeats, clock=clock)
+    counted = released(kind)
+    with FlopCounterMode(display=False) as work:
+        torch.cat(list(counted.decode(latent.to("meta"))), dim=1)
+    rate = matmul_rate(device, torch.float32, 2048 if device.type == "cpu" else 8192, clock)
     words = f"decode of Wan{kind}'s VAE, {width}x{height}x{4 * length - 3}, real widths, {seconds_of(device)}"
     difference = f"largest difference {(found - expected).abs().max().item():.0e}"
     peers = [f"diffusers {other:.2f} s"]
@@ -161,7 +166,8 @@ def time_decode(kind: str, repeats: int, size: str | None, frames: int | None, c
         peer.decoder = torch.compile(peer.decoder)
         (fast,) = interleaved([theirs], repeats, clock=clock)
         peers.append(f"compiled {fast:.2f} s ({fast / full:.2f} x ours)")
-    ratio = f"{full:.2f} s (**{other / full:.2f} x**), {difference}"
+    share = f"{work.get_total_flops() / full / rate:.0%} of this machine's rate for float32 matrix products"
+    ratio = f"{full:.2f} s (**{other / full:.2f} x**), {share}, {difference}"
     return [
         Row(f"{words}, float32", ratio, "1.3 x diffusers", ", ".join(peers)),
         Row("the same, `--vae_dtype bf16`", f"{low:.2f} s (**{other / low:.2f} x**), {distance:.1f} dB", "", peers[0]),

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -189,11 +190,36 @@ def fill(
     targets = {
         name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
     }
-    for piece, tensor in read_ahead(pieces, max((p.bytes for p in pieces), default=0), pin=home.type == "cuda"):
-        report(piece.bytes)
-        source.place(piece, tensor, targets)
+    largest = max((p.bytes for p in pieces), default=0)
+    if home.type == "cpu" and source.merge is None:
+        _place_by_threads(pieces, largest, targets, report)
+    else:  # a merge, and the copies to a device, belong to one thread
+        for piece, tensor in read_ahead(pieces, largest, pin=home.type == "cuda"):
+            report(piece.bytes)
+            source.place(piece, tensor, targets)
     for name, target in targets.items():
         Place.of(module, name).put(target)
+
+
+def _place_by_threads(
+    pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
+) -> None:
+    """Each piece read, cast and placed by one thread while it is in that core's cache, in any order."""
+    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(READERS):
+        buffers.put(memory(largest))
+
+    def bring(piece: Piece) -> int:
+        buffer = buffers.get()
+        try:
+            piece.source.place(piece, piece.source.read(piece, buffer), targets)
+        finally:
+            buffers.put(buffer)
+        return piece.bytes
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        for count in pool.map(bring, pieces):
+            report(count)
 
 
 @dataclass(frozen=True)
