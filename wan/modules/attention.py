@@ -68,7 +68,7 @@ def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _refuse_sage_1() -> None:
     found = version("sageattention")
     if int(found.partition(".")[0]) < 2:
-        raise ImportError(f"sageattention {found} attends to keys that are not there; install version 2 from its source")
+        raise ImportError(f"sageattention {found} attends to keys that are not there; build version 2")
 
 
 BACKENDS: dict[str, Attend] = {

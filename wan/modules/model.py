@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning.names import takes_fp8
 from wan.modules.attention import Attend, sdpa
-from wan.modules.fp8 import Fp8Linear
+from wan.modules.fp8 import Fp8Linear, shared
 from wan.modules.passes import EAGER, Passes
 from wan.modules.residency import Residency
 from wan.modules.rope import rotary_table
@@ -236,12 +236,14 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, rotary: Tensor, total: int, spans: Spans) -> Tensor:
         """This rank's tokens [L, D] -> [L, D]; `total` is the number of real tokens over all ranks."""
-        q, k = self.q(x), self.k(x)
+        given = shared(x, self.q, self.k, self.v)
+        del x
+        q, k = self.q(given), self.k(given)
         for y, scale in ((q, self.norm_q), (k, self.norm_k)):
             for _, span in spans:
                 self.passes.rms_norm_rotate(y[span], scale.weight, rotary[span], self.eps)
-        v = self.v(x)
-        del x, y
+        v = self.v(given)
+        del given, y
         x = self.attend(self.heads(q), self.heads(k), self.heads(v), total).flatten(1)
         del q, k, v
         return self.o(x)
