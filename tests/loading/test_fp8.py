@@ -24,7 +24,8 @@ from wan.loading.budget import Sizes
 from wan.loading.residency import Networks, sizes_of
 from wan.loading.stream import Source, load, parameter_dtypes
 from wan.modules.fp8 import Fp8Linear
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")

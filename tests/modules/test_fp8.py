@@ -16,8 +16,9 @@ from wan.doctor.measure import rms_error
 from wan.loading.stream import load, parameter_dtypes
 from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
 from wan.modules.passes import EAGER, compiled
+from wan.modules.prompt import Prompt
 
 CPU = torch.device("cpu")
 

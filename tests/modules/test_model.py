@@ -13,9 +13,11 @@ from tests.support import manifest, relative_error
 from wan.doctor.numerics import IN_8_BITS
 from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
-from wan.modules.model import Prompt, WanModel, _spans, sinusoid
+from wan.modules.block import spans_of
+from wan.modules.model import WanModel, sinusoid
 from wan.modules.passes import EAGER, compiled
 from wan.modules.passes import choose as choose_passes
+from wan.modules.prompt import Prompt
 from wan.modules.rope import rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -159,7 +161,7 @@ def test_modulation_rows_apply_to_their_tokens() -> None:
     ],
 )
 def test_tokens_are_shared_out_evenly(pinned: int, start: int, stop: int, most: int, sizes: list) -> None:
-    spans = _spans(pinned, start, stop, most)
+    spans = spans_of(pinned, start, stop, most)
     assert [(row, span.stop - span.start) for row, span in spans] == sizes
     edges = [0, *(span.stop for _, span in spans)]
     assert [span.start for _, span in spans] == edges[:-1]
