@@ -38,17 +38,20 @@ LATENTS = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104)}
 
 def bf16(model: WanModel) -> WanModel:
     """The precision of a run in bf16."""
-    dtype = parameter_dtypes(torch.bfloat16, False)
+    dtype = parameter_dtypes(torch.bfloat16, False, model)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
     return model.eval().requires_grad_(False)
 
 
-def static_block(fused: bool = True, tokens: int = 75_600) -> CostCounter:
+def static_block(fused: bool = True, tokens: int = 75_600, in_fp8: bool = False) -> CostCounter:
     """C1: one full-size block at 720p x 81 frames, keys and values of the text made already; its passes compiled, each
-    counted as one operation, or plain."""
+    counted as one operation, or plain; its weights in bf16 or fp8."""
     with torch.device("meta"), torch.no_grad():
-        model = bf16(WanModel(**A14B, num_layers=1))
+        model = WanModel(**A14B, num_layers=1)
+        if in_fp8:
+            model.use_fp8(kept=0)
+        bf16(model)
         model.use_attention(attention)
         x, rows, text = torch.empty(tokens, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
         rotary, prompt = torch.empty(tokens, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())
