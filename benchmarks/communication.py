@@ -29,7 +29,8 @@ from wan.distributed.cost import Network, sent_bytes
 from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.sequence import split_tokens
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]
 LIMIT = timedelta(minutes=5)

@@ -1,4 +1,5 @@
-"""What `--quantize fp8` saves and costs: bytes brought to the device a step, errors of layers, golden cases, the demo.
+"""What `--quantize fp8` saves and costs: bytes brought to the device a step, a block's bytes, errors of layers, golden
+cases and the demo.
 
     python -m benchmarks.fp8
 
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks.demo import LORAS, agreement, decibels, make
 from benchmarks.measure import ROOT, grid, machine, rms_error
+from benchmarks.transformer import static_block
 from examples.shapes.detector import judge
 from examples.shapes.world import held_out, trained
 from lightning.fp8 import FP8
@@ -50,6 +52,8 @@ def main() -> None:
     )  # fmt: skip
     brought = [row for task, (_, rooms) in VIDEOS.items() for room in rooms for row in streamed(task, room)]
     grid("brought in steps 2 / 3 / 4 of 4 (counted)", [heading, *brought])
+    heading = ("", "bf16", "weights unpacked", "products in fp8")
+    grid("a block of A14B at 1280x720x81: bytes to and from memory, operations (counted)", [heading, *blocks()])
     heading = ("inputs x outputs", "bf16", "weights unpacked", "products in fp8")
     grid("a layer: rms error against float32", [heading, *map(layer, LAYERS)])
     heading = ("case", "bf16", "weights unpacked", "products in fp8")
@@ -118,6 +122,15 @@ def file_bytes(model: WanModel, file: str) -> dict[str, int]:
         return 1 if file == "fp8" and parameter.dtype == FP8 else 2
 
     return {name: parameter.numel() * width(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def blocks() -> Iterator[tuple[str, ...]]:
+    for passes, fused in (("compiled", True), ("not compiled", False)):
+        counts = [static_block(fused)]
+        for way in (False, True):
+            with products(way):
+                counts.append(static_block(fused, in_fp8=True))
+        yield f"passes {passes}", *(f"{each.traffic / 1e9:.1f} GB, {each.calls}" for each in counts)
 
 
 # -- errors

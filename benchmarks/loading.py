@@ -23,7 +23,8 @@ from lightning.pickled import PickleStore
 from lightning.tensorfile import TensorStore
 from wan.loading.residency import Networks
 from wan.loading.stream import Source, load, parameter_dtypes
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.modules.t5 import UMT5Encoder
 
 CPU = torch.device("cpu")

@@ -23,8 +23,9 @@ from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report,
 from lightning.names import diffusers_name
 from wan.loading.stream import parameter_dtypes
 from wan.modules.attention import BACKENDS, available, choose
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
 from wan.modules.passes import EAGER, Passes, compiled
+from wan.modules.prompt import Prompt
 
 A14B = {"dim": 5120, "ffn_dim": 13824, "in_dim": 16, "out_dim": 16, "num_heads": 40, "text_dim": 4096}
 SMALL = {"dim": 1024, "ffn_dim": 4096, "in_dim": 16, "out_dim": 16, "num_heads": 8, "text_dim": 512, "num_layers": 4}
@@ -37,17 +38,20 @@ LATENTS = {"720p": (16, 21, 90, 160), "480p": (16, 21, 60, 104)}
 
 def bf16(model: WanModel) -> WanModel:
     """The precision of a run in bf16."""
-    dtype = parameter_dtypes(torch.bfloat16, False)
+    dtype = parameter_dtypes(torch.bfloat16, False, model)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
     return model.eval().requires_grad_(False)
 
 
-def static_block(fused: bool = True, tokens: int = 75_600) -> CostCounter:
+def static_block(fused: bool = True, tokens: int = 75_600, in_fp8: bool = False) -> CostCounter:
     """C1: one full-size block at 720p x 81 frames, keys and values of the text made already; its passes compiled, each
-    counted as one operation, or plain."""
+    counted as one operation, or plain; its weights in bf16 or fp8."""
     with torch.device("meta"), torch.no_grad():
-        model = bf16(WanModel(**A14B, num_layers=1))
+        model = WanModel(**A14B, num_layers=1)
+        if in_fp8:
+            model.use_fp8(kept=0)
+        bf16(model)
         model.use_attention(attention)
         x, rows, text = torch.empty(tokens, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
         rotary, prompt = torch.empty(tokens, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())

@@ -358,7 +358,7 @@ def test_fp8_in_plan_record_and_replay(capsys):
     _, plain, _ = main(capsys, *four, "--dry_run", "--json")
     code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", "fp8", "--save_file", "a.mp4")
     assert code == 0, err
-    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product"
+    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product (no CUDA GPU)"
     assert line in out
     assert line not in plain
     record = json.loads(Path("a.json").read_text())

@@ -17,7 +17,8 @@ from tests.lightning.support import family as lora_family
 from tests.modules.test_fp8 import needs_the_product
 from tests.support import CASES, TINY, assert_decodes, checkpoint, config_of, golden, lora_dir, relative_error
 from wan.modules import fp8
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.original import Original
 from wan.pipeline import Start
 from wan.request.settings import Sampling

@@ -111,10 +111,7 @@ def test_nothing_is_on_two_devices(
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks. What the product checks of its operands (layouts, sizes, scales) is told without a GPU as well, but
-    only by the form of it that makes its result."""
-    product = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, out, **how: out.copy_(product(*given, **how)))
+    """All blocks."""
     monkeypatch.setattr("wan.loading.walker.lane_for", lambda _: WatchedLane())
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))

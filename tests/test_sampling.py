@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan.modules.model import Prompt
+from wan.modules.prompt import Prompt
 from wan.request.settings import Sampling
 from wan.sampling import Conditioning, Schedule, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import JobError

@@ -28,8 +28,9 @@ from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.residency import Experts, Networks, text_encoder
 from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS
-from wan.modules.model import PATCH, Prompt, WanModel
+from wan.modules.model import PATCH, WanModel
 from wan.modules.passes import choose as choose_passes
+from wan.modules.prompt import Prompt
 from wan.modules.vae import WanVAE
 from wan.plan import Plan
 from wan.request.settings import Job, Sampling

@@ -17,6 +17,7 @@ from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
+from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
 from wan.modules.model import PATCH
 from wan.modules.vae import WanVAE
@@ -89,6 +90,7 @@ class Plan:
         tokens = self.tokens(size, frames) // self.layout.sequence
         # the residual stream; queries, keys, values, their result
         work = tokens * width * (4 + 4 * self.dtype.itemsize)
+        work += tokens * width * QUANTISED.get(self.attention, 0)
         work += 4 * tokens * model.head_width  # the table of rotations
         if self.lora_mode == "adapter" and self.loras:
             work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's

@@ -12,7 +12,7 @@ from wan.device import host_bytes
 from wan.distributed.cost import plan_lines
 from wan.expected import Seconds, kept_rates, network_of, seconds
 from wan.loading.budget import Budget
-from wan.modules.fp8 import multiplies_fp8
+from wan.modules.fp8 import why_unpacked
 from wan.plan import Plan, dtype_name, written_bytes
 from wan.request.chains import chains
 from wan.request.settings import Job
@@ -85,7 +85,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def _quantised(plan: Plan) -> str:
     if plan.request.quantize == "none":
         return ""
-    how = "multiplied in fp8" if multiplies_fp8(plan.device, plan.dtype) else "unpacked for each product"
+    reason = why_unpacked(plan.device, plan.dtype)
+    how = f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
     return f", weights of inner blocks in fp8, {how}"
 
 

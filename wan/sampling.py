@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning.schedule import TRAIN_TIMESTEPS, Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.request.settings import Sampling
 from wan.utils.errors import JobError
 

@@ -24,7 +24,8 @@ from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import split_tokens
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.stream import Store, load, parameter_dtypes
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")

@@ -9,7 +9,9 @@ from tests.support import relative_error
 from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import SequenceAttention, SequenceSplit, split_tokens
 from wan.modules.attention import sdpa
-from wan.modules.model import Prompt, SelfAttention, WanModel
+from wan.modules.block import SelfAttention
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 
 # (ranks, ulysses, ring)
 LAYOUTS = [(2, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3), (4, 1, 4)]

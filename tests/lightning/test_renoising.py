@@ -13,7 +13,7 @@ import generate
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, relative_error
 from wan.distributed.runtime import Runtime
-from wan.modules.model import Prompt
+from wan.modules.prompt import Prompt
 from wan.request.settings import Sampling
 from wan.textimage2video import WanTI2V
 

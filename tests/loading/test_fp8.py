@@ -1,13 +1,14 @@
 """Weights in fp8: the same bits whatever way they take, as they are where a file has them so, and what they save."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fp8 import streamed
+from benchmarks.fp8 import HERE, streamed
 from lightning.adapter import add_adapters, set_scale
 from lightning.fp8 import FP8, LARGEST, quantise, scale_name
 from lightning.lora import Lora
@@ -18,11 +19,13 @@ from lightning.weights import EXPERT, as_ours
 from tests.lightning.support import write
 from tests.support import relative_error
 from wan.doctor.counts import released_transformer
+from wan.doctor.forecast import released_plan
 from wan.loading.budget import Sizes
 from wan.loading.residency import Networks, sizes_of
 from wan.loading.stream import Source, load, parameter_dtypes
 from wan.modules.fp8 import Fp8Linear
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -235,6 +238,16 @@ def test_what_streams_is_halved() -> None:
     rows = {(row[2], row[6]): float(row[7].split(" / ")[0]) for row in streamed("t2v-A14B", 8)}
     assert rows["bf16", "bf16"] == rows["fp8", "bf16"] == pytest.approx(28.7, abs=0.1)
     assert rows["fp8", "fp8"] < 0.55 * rows["bf16", "bf16"]
+
+
+def test_attention_in_8_bits_takes_room() -> None:
+    plan = released_plan("t2v-A14B", True, 24 * 10**9, replace(HERE, device=torch.device("cuda")))
+    work = [
+        budget.stages["denoise"]["work"]
+        for attention in ("sdpa", "sage")
+        if (budget := replace(plan, attention=attention).budget((1280, 720), 81, 1))
+    ]
+    assert work[1] - work[0] == 7 * 75_600 * 5120
 
 
 def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from wan.loading.checkpoint import Checkpoint
 from wan.loading.lanes import Lane, Slot
 from wan.loading.residency import Networks, text_encoder
 from wan.loading.stream import PIECE_BYTES, READERS, ReadError, Source, load, memory
-from wan.modules.model import Prompt, WanModel
+from wan.modules.model import WanModel
+from wan.modules.prompt import Prompt
 from wan.original import Original
 from wan.plan import Plan
 from wan.request.settings import Sampling

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from tests.modules.test_model import random_model
 from wan.doctor.measure import rms_error
 from wan.loading.stream import load, parameter_dtypes
 from wan.modules import fp8
-from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, working_bytes
-from wan.modules.model import Prompt, WanModel
+from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes
+from wan.modules.model import WanModel
 from wan.modules.passes import EAGER, compiled
+from wan.modules.prompt import Prompt
 
 CPU = torch.device("cpu")
 
@@ -47,6 +49,65 @@ def with_fp8_weights(model: WanModel, file: Path) -> WanModel:
 def test_a_cpu_unpacks() -> None:
     """Its fp8 product is made of others, and would round activations for nothing."""
     assert not multiplies_fp8(CPU, torch.bfloat16)
+
+
+def test_a_plan_tells_why_weights_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that raises, whatever it does so with, and one that is wrong are none."""
+    assert why_unpacked(CPU, torch.float32) == "no CUDA GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    for number, found, reason in (
+        (6, None, "compute capability 8.6: GPUs multiply fp8 from 8.9 on"),
+        (9, RuntimeError("cutlass\ncannot run"), "2.6.0 has no such product for this GPU: cutlass cannot run"),
+        (10, math.nan, "the product of PyTorch 2.6.0 is wrong on this GPU"),
+        (11, 0.5, "the product of PyTorch 2.6.0 is wrong on this GPU"),
+        (12, 2e-3, ""),
+    ):
+        monkeypatch.setattr(fp8, "product_error", Mock(side_effect=[found]))
+        monkeypatch.setattr(Tensor, "to", lambda x, *_: x)
+        device = torch.device("cuda", number)
+        assert why_unpacked(device, torch.bfloat16).endswith(reason), number
+        assert multiplies_fp8(device, torch.bfloat16) == (not reason)
+    assert why_unpacked(torch.device("cuda", 12), torch.float32) == "products in fp8 are for bf16"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 77])
+def test_the_product_is_what_cuda_takes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch checks operands on meta as on CUDA: a row-major by a column-major matrix of sides that are multiples of
+    16, scales [R, 1] and [1, O] in contiguous float32."""
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: True)
+    layer = in_fp8(torch.empty(32, 48, device="meta"), torch.empty(32, device="meta", dtype=torch.bfloat16))
+    x = torch.empty(rows, 48, device="meta", dtype=torch.bfloat16)
+    assert (layer(x).shape, layer(x).dtype) == ((rows, 32), torch.bfloat16)
+
+
+def test_what_cuda_does_not_take_is_refused_without_it() -> None:
+    """So that the test above can fail."""
+    layer = in_fp8(torch.empty(32, 48, device="meta"), torch.empty(32, device="meta", dtype=torch.bfloat16))
+    given = layer.quantised(torch.empty(77, 48, device="meta", dtype=torch.bfloat16))
+    odd = in_fp8(torch.empty(32, 40, device="meta"), layer.bias)
+    for product, wrong in (
+        (layer.product, given._replace(scale=given.scale.bfloat16())),
+        (layer.product, given._replace(scale=given.scale[:, 0])),
+        (layer.product, given._replace(q=given.q.t().contiguous().t())),
+        (odd.product, given._replace(q=given.q[:, :40].contiguous())),
+    ):
+        with pytest.raises(RuntimeError):
+            product(wrong)
+
+
+@needs_the_product
+def test_an_input_of_several_layers_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same products, to the bit; and for each layer where one of them takes it in bf16."""
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: True)
+    monkeypatch.setattr(fp8, "ROWS", 16)
+    torch.manual_seed(0)
+    layers, x = [layer_of(torch.randn(48, 32), torch.bfloat16) for _ in range(3)], torch.randn(40, 32).bfloat16()
+    given = shared(x, *layers)
+    assert isinstance(given, fp8.Quantised)
+    assert all(torch.equal(layer(given), layer(x)) for layer in layers)
+    for other in (nn.Linear(32, 48), layer_of(torch.randn(40, 32), torch.bfloat16)):
+        assert shared(x, *layers, other) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

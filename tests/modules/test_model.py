@@ -13,9 +13,11 @@ from tests.support import manifest, relative_error
 from wan.doctor.numerics import IN_8_BITS
 from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
-from wan.modules.model import Prompt, WanModel, _spans, sinusoid
+from wan.modules.block import spans_of
+from wan.modules.model import WanModel, sinusoid
 from wan.modules.passes import EAGER, compiled
 from wan.modules.passes import choose as choose_passes
+from wan.modules.prompt import Prompt
 from wan.modules.rope import rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -159,7 +161,7 @@ def test_modulation_rows_apply_to_their_tokens() -> None:
     ],
 )
 def test_tokens_are_shared_out_evenly(pinned: int, start: int, stop: int, most: int, sizes: list) -> None:
-    spans = _spans(pinned, start, stop, most)
+    spans = spans_of(pinned, start, stop, most)
     assert [(row, span.stop - span.start) for row, span in spans] == sizes
     edges = [0, *(span.stop for _, span in spans)]
     assert [span.start for _, span in spans] == edges[:-1]
@@ -323,9 +325,15 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 """
     )
+    metadata = tmp_path / "sageattention-1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sageattention", raising=False)
     q, k, v = (torch.randn(length, 2, 16, dtype=torch.bfloat16) for length in (5, 9, 9))
+    metadata.write_text("Metadata-Version: 2.1\nName: sageattention\nVersion: 1.0.6\n")
+    with pytest.raises(ImportError, match=r"sageattention 1\.0\.6 attends to keys .* not there; build version 2"):
+        BACKENDS["sage"](q, k, v)
+    metadata.write_text("Metadata-Version: 2.1\nName: sageattention\nVersion: 2.2.0+cu128\n")
     assert torch.equal(BACKENDS["sage"](q, k, v), BACKENDS["sdpa"](q, k, v))
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wan.distributed.mesh import Mesh
 from wan.distributed.ring import ring_attention
-from wan.modules.model import SelfAttention, TokenSplit, WanModel
+from wan.modules.block import SelfAttention
+from wan.modules.model import TokenSplit, WanModel
 
 
 def split_tokens(model: WanModel, mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,18 @@ from torch import Tensor, nn
 from lightning.fp8 import FP8, quantise
 from wan.modules.passes import EAGER
 
-ROWS = 2048  # multiplied at a time: enough for a product's full rate, and little memory for their float32
+ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such
 # Of products in fp8 against the same numbers in float32: a result in bf16 is off by 2^-9 at most.
 RIGHT = 1e-2
+
+
+class Quantised(NamedTuple):
+    """Rows [R, I] as e4m3 `q` times a float32 `scale` [R, 1]; `dtype` is what they were, and what products are in."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
 
 
 class Fp8Linear(nn.Linear):
@@ -41,47 +50,78 @@ class Fp8Linear(nn.Linear):
         yield "weight", FP8
         yield "weight_scale", torch.float32
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantised) -> Tensor:
         """[R, I] -> [R, O] in x's dtype: in fp8 where the device can, else with the weights in x's dtype."""
-        if not multiplies_fp8(x.device, x.dtype) or any(size % MULTIPLE for size in self.weight.shape):
-            return F.linear(x, self.weight.to(x.dtype).mul_(self.weight_scale[:, None]), self.bias)
-        out = x.new_empty(len(x), self.out_features)
-        for part, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
-            self.multiply(part, result)
-        return out
+        if isinstance(x, Quantised):
+            return self.product(x)
+        if self.multiplies(x):
+            return self.product(self.quantised(x))
+        return F.linear(x, self.weight.to(x.dtype).mul_(self.weight_scale[:, None]), self.bias)
 
-    def multiply(self, x: Tensor, out: Tensor) -> None:
-        """The product in fp8: each row of x with a scale of its own, sums in float32."""
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether the product with x is one in fp8."""
+        return multiplies_fp8(x.device, x.dtype) and not any(size % MULTIPLE for size in self.weight.shape)
+
+    def quantised(self, x: Tensor) -> Quantised:
+        """Each row of x [R, I] with a scale of its own."""
         q, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
-        self.passes.quantise(x, q, scale)
-        torch._scaled_mm(
-            q, self.weight.t(), scale_a=scale, scale_b=self.weight_scale[None], bias=self.bias, out_dtype=out.dtype,
-            use_fast_accum=True, out=out,
+        for share in zip(x.split(ROWS), q.split(ROWS), scale.split(ROWS), strict=True):
+            self.passes.quantise(*share)
+        return Quantised(q, scale, x.dtype)
+
+    def product(self, x: Quantised) -> Tensor:
+        """The product in fp8. Sums are float32, of which the tensor cores of compute capability 8.9 and 9.0 keep fewer
+        bits (`use_fast_accum`): to promote them on the way takes the gain in time."""
+        return torch._scaled_mm(
+            x.q, self.weight.t(), scale_a=x.scale, scale_b=self.weight_scale[None], bias=self.bias, out_dtype=x.dtype,
+            use_fast_accum=True,
         )  # fmt: skip
 
 
+def shared(x: Tensor, *layers: nn.Module) -> Tensor | Quantised:
+    """x [R, I] as the input of all these layers: quantised once if each of them multiplies in fp8."""
+    alike = [layer for layer in layers if isinstance(layer, Fp8Linear) and layer.multiplies(x)]
+    return alike[0].quantised(x) if len(alike) == len(layers) else x
+
+
 def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """The most that a product of one of the model's fp8 layers takes beside its input and result."""
+    """The most that a product of one of the model's fp8 layers takes beside its input and result.
+
+    Not counted are inputs in fp8: they are half of what attention keeps in their place.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     unpacked = (layer.in_features * layer.out_features * dtype.itemsize for layer in layers)
-    quantised = (layer.in_features * ROWS * (1 + torch.float32.itemsize) for layer in layers)
+    quantised = (layer.in_features * ROWS * torch.float32.itemsize for layer in layers)
     return max((*unpacked, *quantised), default=0)
 
 
-@cache
 def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies fp8 with a scale a row, into `dtype`: a small product is tried, and must be right.
+    """Whether the device multiplies fp8 with a scale a row, into `dtype`."""
+    return not why_unpacked(device, dtype)
 
-    The kernels came with PyTorch's releases, for one kind of GPU after the other, and only for bf16 results.
+
+@cache
+def why_unpacked(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the device does not multiply fp8 with a scale a row into `dtype`; empty if it does.
+
+    Kernels for a scale a row came with PyTorch's releases, for one kind of GPU after the other, and only into bf16 on
+    all; some releases have but one scale a tensor for a GPU. So a product is tried, and must be right. Rows: an odd
+    number, and enough of them for the kernels that a run has.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 9):
-        return False
+    if device.type != "cuda":
+        return "no CUDA GPU"
+    if dtype != torch.bfloat16:
+        return "products in fp8 are for bf16"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return f"compute capability {capability[0]}.{capability[1]}: GPUs multiply fp8 from 8.9 on"
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(64, 128, generator=generator) for _ in range(2))
+    x, weight = (torch.randn(rows, 512, generator=generator) for rows in (2077, 2048))
     try:
-        return product_error(x.to(device, dtype), weight.to(device)) < RIGHT
-    except Exception:  # noqa: BLE001 - what a kernel that is missing fails with depends on the release
-        return False
+        error = product_error(x.to(device, dtype), weight.to(device))
+    except Exception as e:  # noqa: BLE001 - what a kernel that is missing fails with depends on the release
+        return f"PyTorch {torch.__version__} has no such product for this GPU: {' '.join(str(e).split())[:100]}"
+    return "" if error < RIGHT else f"the product of PyTorch {torch.__version__} is wrong on this GPU"
 
 
 def in_fp8(weight: Tensor, bias: Tensor) -> Fp8Linear:
@@ -95,9 +135,6 @@ def in_fp8(weight: Tensor, bias: Tensor) -> Fp8Linear:
 def product_error(x: Tensor, weight: Tensor) -> float:
     """Root mean square error of x [R, I] times weightᵀ [I, O] in fp8, against the same fp8 numbers in float32."""
     layer = in_fp8(weight, x.new_zeros(len(weight)))
-    q, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
-    quantise(x, q, scale)
-    exact = (q.float() * scale) @ (layer.weight.float() * layer.weight_scale[:, None]).t()
-    found = x.new_empty(exact.shape)
-    layer.multiply(x, found)
-    return ((found.float() - exact).norm() / exact.norm()).item()
+    given = layer.quantised(x)
+    exact = (given.q.float() * given.scale) @ (layer.weight.float() * layer.weight_scale[:, None]).t()
+    return ((layer.product(given).float() - exact).norm() / exact.norm()).item()
