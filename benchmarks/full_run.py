@@ -1,7 +1,7 @@
 """Prompt to mp4 at full size with random weights: time by stage and peak memory on the program's own path (G4-G10).
 
-The checkpoint is made of headers only (sparse files: no weight lies on disk); the networks get random weights where
-they compute. Loading is therefore not part of the times; everything else is what `generate.py` runs.
+The checkpoint is made of headers only (sparse files: no weight lies on disk, and none is read); the networks get random
+weights where they compute. Loading is therefore not part of the times; everything else is what `generate.py` runs.
 
     python -m benchmarks.full_run --task t2v-A14B --size 1280*720     # one GPU with 80 GB or more
     python -m benchmarks.full_run --layers 2 --width 64 --size 64*48 --frames 9     # a small size, on any machine
@@ -11,21 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from benchmarks.measure import NEEDS_A_GPU, ROOT, Row, randomise, report, synchronize
 from benchmarks.sparse import sparse
+from lightning.tensorfile import DTYPES
 from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime
 from wan.doctor.counts import HEAD_WIDTH, UMT5_XXL, VAES, on_meta, transformer_sizes
 from wan.loading.places import WEIGHTS
-from wan.loading.stream import Store
+from wan.loading.residency import Experts
+from wan.loading.stream import Piece, Source, Store
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
@@ -70,8 +76,26 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     shutil.copytree(TOKENIZER, folder / "google")
 
 
+def unread(source: Source, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
+    """In place of `Source.read`: the buffer as it is, for where nothing depends on what weights are."""
+    entry = source.store[piece.name]
+    shape = entry.shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *entry.shape[1:])
+    dtype, width = DTYPES[entry.dtype]
+    return buffer[: math.prod(shape) * width].view(getattr(torch, dtype)).view(shape)
+
+
 class RandomWeights(Pipeline):
-    """Loads networks with random weights made where they compute, in the precision of the run; all else is as it is."""
+    """Loads networks with random weights made where they compute, in the precision of the run; all else is as it is.
+
+    The text encoder, read block by block, has zeros.
+    """
+
+    def load_experts(self) -> Experts:
+        fresh, experts = self.experts is None, super().load_experts()
+        for model in experts.models.values() if fresh else ():
+            assert not any(p.is_meta for p in model.parameters()), "all of them stay on the device"
+            randomise(model)
+        return experts
 
     def load(self, module: Network, store: Store, *, sharded: bool, **how: Any) -> Network:
         dtype, home = how["dtype"], how["home"]
@@ -113,16 +137,18 @@ def make(run: Run) -> dict[str, Any]:
         outcome = resolve({name: value for name, value in given.items() if value is not None})
         assert isinstance(outcome, Generate)
         runtime = Runtime()
-        failed = run_jobs(make_plan(outcome, runtime), Progress(), runtime, load=random_pipeline)
+        with patch.object(Source, "read", lambda source, piece, buffer: unread(source, piece, buffer.zero_())):
+            failed = run_jobs(make_plan(outcome, runtime), Progress(), runtime, load=random_pipeline)
         assert not failed, "a job failed"
         record: dict[str, Any] = json.loads(max(folder.glob("out/*.mp4")).with_suffix(".json").read_text())
     return record
 
 
 def row(metric: str, run: Run, limit: str, compute: float | None) -> Row:
-    """The last video's seconds by stage, over `compute`, the seconds of its operations at the rate of a matmul."""
+    """The last video's seconds by stage, loading aside, over `compute`, those of its operations at a matmul's rate."""
     record = make(run)
     seconds, peak = record["seconds"], record["peak_memory_bytes"]
+    seconds.pop("load", None)  # of nothing: no weight was read
     total = sum(seconds.values())
     ratio = f" ({total / compute:.2f} x the roofline)" if compute else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
@@ -138,10 +164,15 @@ GPU = (  # rooflines on an H200, performance.md
 )
 
 
-def rows() -> list[Row]:
+def works() -> dict[str, Callable[[], list[Row]]]:
+    """G4-G9 by name."""
+    return {f"{each[0]} {each[1].task} {each[1].size}": partial(rows_of, *each) for each in GPU}
+
+
+def rows_of(metric: str, asked: Run, limit: str, compute: float) -> list[Row]:
     if not torch.cuda.is_available():
-        return [Row(f"{metric} {run.task} {run.size}", NEEDS_A_GPU, limit) for metric, run, limit, _ in GPU]
-    return [row(*each) for each in GPU]
+        return [Row(f"{metric} {asked.task} {asked.size}", NEEDS_A_GPU, limit)]
+    return [row(metric, asked, limit, compute)]
 
 
 def main() -> None:

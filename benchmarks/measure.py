@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +19,7 @@ import torch
 from wan.doctor.measure import interleaved as interleaved
 from wan.doctor.measure import rms_error as rms_error
 from wan.doctor.measure import synchronize as synchronize
+from wan.loading.stream import free_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +52,45 @@ class Row(NamedTuple):
 
 
 NEEDS_A_GPU = "needs a GPU"
+
+
+def run(works: Mapping[str, Callable[[], list[Row]]], keep: Path | None = None, seconds: float = math.inf) -> int:
+    """Do each work, whose name says what it measures, and report the rows of all; how many failed or were not begun.
+
+    keep: gets each work's rows as soon as they are there. What it has of this machine and commit is not done again, so
+    a run that was killed goes on where it stopped. After so many `seconds` no further work is begun.
+    """
+    here, end = machine().partition(", ")[2], time.perf_counter() + seconds
+    done = {name: rows for name, rows in _kept(keep, here) if name in works} if keep else {}
+    for name, work in works.items():
+        if name in done or time.perf_counter() > end:
+            continue
+        began = time.perf_counter()
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            done[name] = work()
+        except Exception:  # noqa: BLE001 - one work must not cost the others their figures
+            traceback.print_exc()
+        else:
+            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            if keep:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                with keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"machine": here, "work": name, "rows": done[name]}) + "\n")
+        free_memory()  # the next one may want all of a GPU
+    report([row for name in works for row in done.get(name, ())])
+    if missing := [name for name in works if name not in done]:
+        print(f"not measured: {'; '.join(missing)}", file=sys.stderr)
+    return len(missing)
+
+
+def _kept(file: Path, here: str) -> Iterator[tuple[str, list[Row]]]:
+    """(work, its rows) for each whole line of `file` that was written on this machine."""
+    for line in _lines(str(file)):
+        with suppress(ValueError):  # killed while it was written
+            entry = json.loads(line)
+            if entry["machine"] == here:
+                yield entry["work"], [Row(*row) for row in entry["rows"]]
 
 
 def report(rows: Sequence[Row]) -> None:

@@ -5,7 +5,6 @@ are opened but their data is not read (nothing depends on it there); everything 
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 import generate
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from wan.loading.stream import Piece, Source
     from wan.plan import Plan
     from wan.utils.progress import Progress
 
@@ -30,7 +26,7 @@ def rehearse(words: list[str]) -> dict[str, Any]:
     import torch
 
     import wan.planning
-    from lightning.tensorfile import DTYPES
+    from benchmarks.full_run import unread
     from wan.loading.stream import Source
     from wan.utils.progress import Progress
 
@@ -43,12 +39,6 @@ def rehearse(words: list[str]) -> dict[str, Any]:
         plans.append(make_plan(*given))
         return plans[-1]
 
-    def leave_out(source: "Source", piece: "Piece", buffer: "Tensor") -> "Tensor":
-        entry = source.store[piece.name]
-        shape = entry.shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *entry.shape[1:])
-        dtype, width = DTYPES[entry.dtype]
-        return buffer[: math.prod(shape) * width].view(getattr(torch, dtype)).view(shape)
-
     @contextmanager
     def stage(progress: "Progress", name: str, *extent: Any, **more: Any) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats()
@@ -57,7 +47,7 @@ def rehearse(words: list[str]) -> dict[str, Any]:
         allocated[name] = max(allocated.get(name, 0), torch.cuda.max_memory_allocated())
         reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
-    wan.planning.make_plan, Source.read, Progress.stage = kept_plan, leave_out, stage  # type: ignore[method-assign, assignment]
+    wan.planning.make_plan, Source.read, Progress.stage = kept_plan, unread, stage  # type: ignore[method-assign, assignment]
     code = generate.main(words)
     (plan,) = plans
     job = plan.largest()
