@@ -1,12 +1,11 @@
-"""What every test process needs before its first test: threads that fit the machine, usual signals, little to collect."""
+"""Before the first test: threads that fit the machine, signals as a terminal gives them, little to collect."""
 
 import gc
 import os
 import signal
 
-# Workers of pytest-xdist share the cores. Were each to start a thread a core, every parallel loop of PyTorch would wait,
-# spinning, for threads that have no core: on two cores that costs several times the work. PyTorch reads this when it is
-# first imported, and child processes inherit it.
+# Workers of pytest-xdist share the cores. Were each to start a thread a core, every parallel loop of PyTorch would wait
+# and spin for threads that have no core. PyTorch reads this when it is first imported; child processes inherit it.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
