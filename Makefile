@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	@ls demo/*.mp4 demo/*.png
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
