@@ -11,7 +11,8 @@ PIP := $(BIN)/pip install --disable-pip-version-check
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV); PyTorch's default build for Linux brings CUDA, several GB: see README, Two commands"
+	@echo "installing into $(VENV); on Linux PyTorch brings CUDA, 5 GB; README.md tells of"
+	@echo "a smaller one (\"Two commands\")"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
 	$(PIP) -r requirements.txt
 	touch $@
@@ -24,6 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m generate --task i2v-A14B --ckpt_dir examples/shapes/Wan2.2-I2V-A14B --lora_dir examples/shapes/lora-i2v \
 		--size 64*64 --frame_num 9 --base_seed 1 --prompt "a purple triangle moves up on a green background" \
 		--image examples/shapes/first_frame.png --save_dir demo --preview --overwrite
+	@echo; echo "two videos of 64x64 pixels and, as pictures, all of their frames:"
 	@ls demo/*.mp4 demo/*.png
 
 test: $(VENV)/.installed

@@ -18,6 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan.utils.needs import need_packages
+
+if __name__ == "__main__":
+    need_packages()
+
 from lightning.words import Parser
 from wan import __version__
 from wan.request.hints import ALSO
@@ -145,7 +150,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = find_videos(plan) if outcome.request.dry_run and outcome.request.resume else []
     done = [job.index for job, video in found if video.state == "whole"]
-    _show(progress, "plan", as_dict(plan), "\n".join(lines(plan, done)))
+    told = [f"prompt extension: {extend.method} writes the prompts out first"] if extend else []
+    _show(progress, "plan", as_dict(plan), "\n".join([*lines(plan, done), *told]))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
         team.from_first(lambda: check_page(page))

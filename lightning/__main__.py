@@ -81,7 +81,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.files, indent=2))
     else:
-        print("\n\n".join([*(_lines(file) for file in report.files), *report.uses]))
+        known = [file for file in report.files if file["stored"] or file["release"]]  # of others the error says it all
+        told = [*map(_lines, known), *report.uses]
+        print("\n\n".join(told), end="\n" if told else "")
     errors = [file["error"] for file in report.files if file["error"]]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
@@ -91,7 +93,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _lines(report: dict[str, Any]) -> str:
     """The report for a reader."""
     coverage = report["coverage"]
-    rows = [("kind", f"{report['kind']}, {'/'.join(report['stored'])}, {report['gigabytes']:.2f} GB")]
+    size = report["gigabytes"]
+    told = f"{size:.2f} GB" if size >= 0.1 else f"{size * 1000:.3g} MB"
+    rows = [("kind", ", ".join(filter(None, [report["kind"], "/".join(report["stored"]), told if size else ""])))]
     if report["kind"] != "LoRA" and len(report["stored"]) > 1:
         rows.append(("tensors", ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())))
     rows.append(("release", f"{report['release']} ({report['source']})" if report["release"] else "not recognised"))

@@ -21,6 +21,7 @@ from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning.errors import InputError
 from lightning.hub import located
 from lightning.lora import expert_of, files_of
+from lightning.releases import recognise
 from lightning.words import short
 
 WEAKEST, STRONGEST = -10.0, 10.0
@@ -133,8 +134,17 @@ def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[s
     try:
         return files_of(located(flag, folder), experts, flag)
     except InputError as e:
-        problems += e.problems
+        problems += [f"{problem}{_where_to_get(folder)}" for problem in e.problems]
         return {}
+
+
+def _where_to_get(folder: str) -> str:
+    """How a release that is named as in its repository's download, and is not there, comes there."""
+    release = None if os.path.exists(folder) else recognise(Path(folder))
+    local = release.source.rpartition("/")[2] if release else ""
+    if release is None or not folder.startswith(f"{local}/"):
+        return ""
+    return f"; get it with: hf download {release.source} --local-dir {local}"
 
 
 def real(text: str) -> float | None:

@@ -231,7 +231,7 @@ def _storage(store: TensorStore) -> dict[str, Any]:
     """stored: how many tensors are of which type."""
     kinds = Counter(store.stored_as(name) for name in store)
     size = sum(store.stored_bytes(name) for name in store)
-    return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 3)}
+    return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
 
 
 def _likely_first(models: list[Model], release: Release | None) -> list[Model]:

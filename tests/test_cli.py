@@ -344,7 +344,7 @@ def test_dry_run(tmp_path, capsys):
     assert (code, err) == (0, [])
     assert "step 1 t=1000.0 high cfg 1 | step 2 t=937.5 high cfg 1 | step 3 t=833.3 low cfg 1" in out
     assert str(Path("outputs") / "t2v-A14B_0000_seed3_a_cat.mp4") in out
-    assert "warning: size 64*48 is not among those" in out
+    assert "warning: size 64*48 is none of those" in out
     assert list(tmp_path.iterdir()) == []
     code, out, err = main(capsys, *T2V, *SMALL, "--dry_run", "--json")
     plan = json.loads(out.splitlines()[0])
@@ -424,7 +424,9 @@ def test_extend_only_then_use(tmp_path, capsys, monkeypatch):
         assert main(capsys, *T2V, *SMALL, "--use_prompt_extend", *asked, "--device", "cuda:99")[0] == 2
         assert len(service.requests) == 2
         words = [*T2V, *SMALL, "--prompt", "fox", "--base_seed", "1", "--use_prompt_extend", *asked]
-        assert main(capsys, *words)[0] == 0
+        code, out, _ = main(capsys, *words)
+        assert code == 0
+        assert "prompt extension: openai writes the prompts out first\n" in out
     (record,) = Path("outputs").glob("t2v-A14B_0000_seed1_fox.json")
     job = json.loads(record.read_text())["job"]
     assert (job["prompt"], job["original_prompt"]) == ("A long prompt about it.", "fox")

@@ -1,6 +1,7 @@
 """`python -m wan.doctor` on a CPU at small sizes: what it finds, that it finds what is broken, and its estimates."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +99,9 @@ def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, caps
 
     fine = Check("another", lambda _: Outcome(GOOD, "is fine"))
     assert run([Check("a kernel", broken), fine], monkeypatch) == 1
-    said = capsys.readouterr().out
-    assert "WRONG    a kernel (0.0 s): fails with RuntimeError: no kernel image is available; put this report" in said
-    assert "good     another (0.0 s): is fine" in said
+    said = re.sub(r"\(\d+ ms\)", "(soon)", capsys.readouterr().out)
+    assert "WRONG    a kernel (soon): fails with RuntimeError: no kernel image is available; put this report" in said
+    assert "good     another (soon): is fine" in said
     assert "1 wrong" in said
 
 

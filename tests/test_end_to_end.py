@@ -158,7 +158,7 @@ def test_resume_goes_on_with_the_seed_that_was_drawn(tmp_path: Path) -> None:
     prompts.write_text("a cat\na dog\n")
     flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")),
              "--size", "64*48", "--frame_num", "5", "--prompt_file", str(prompts)]  # fmt: skip
-    flags += ["--save_dir", str(tmp_path / "out")]
+    flags += ["--save_dir", str(tmp_path / "out"), "--save_latents"]
     assert generate.main(flags) == 0
     first, second = sorted((tmp_path / "out").glob("*.mp4"))
     untouched = first.stat().st_mtime_ns
@@ -166,6 +166,10 @@ def test_resume_goes_on_with_the_seed_that_was_drawn(tmp_path: Path) -> None:
     assert generate.main([*flags, "--resume"]) == 0
     assert sorted((tmp_path / "out").glob("*.mp4")) == [first, second]
     assert first.stat().st_mtime_ns == untouched
+    for path in [*first.parent.glob("*.json"), first, second]:
+        path.unlink()
+    assert generate.main([*flags, "--resume"]) == 0, "a run that ended in its first decode left latents alone"
+    assert sorted((tmp_path / "out").glob("*.mp4")) == [first, second]
     assert generate.main([*flags, "--resume", "--sample_shift", "4"]) == 0, "another command draws another seed"
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
 

@@ -14,6 +14,14 @@ from wan import __version__
 ROOT = TESTS.parent
 
 
+@pytest.mark.parametrize("words", [["generate.py", "--help"], ["-m", "wan.doctor"], ["-m", "wan.gallery"]])
+def test_a_python_without_the_packages_is_told_so_in_a_line(words: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.splitlines()
+    assert "has no package torch and no easydict; after make demo: source .venv/bin/activate" in line
+
+
 @pytest.mark.slow
 def test_the_installed_command_works_from_anywhere(tmp_path: Path) -> None:
     setuptools = pytest.importorskip("setuptools", minversion="77", reason="needs setuptools 77: pip install '.[dev]'")

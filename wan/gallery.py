@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from wan.utils.needs import need_packages
+
+if __name__ == "__main__":
+    need_packages()
+
 from wan.configs import WAN_CONFIGS
 from wan.request.options import Request
 from wan.utils.errors import InputError, WanError

@@ -171,10 +171,11 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
         kept.unlink()
     if request.save_latents and kept != beside.latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
-    written = [beside.video, beside.record]
+    written = [beside.record]
     if request.preview:
         written.append(save_contact_sheet(job.save_file, frames))
-    progress.say(f"saved {', '.join(map(str, written))}")
+    endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
+    progress.say(f"saved {job.save_file} with {endings} beside it")
 
 
 def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:

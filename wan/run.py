@@ -71,6 +71,7 @@ def run_jobs(
             _make_all(pipe, mine, progress, runtime, events)
         except KeyboardInterrupt:
             _sum_up(len(plan.jobs), len(jobs), events, progress)
+            progress.say("the same command with --resume goes on from here")
             raise
         everyones = world.gather(events if team.first else [])  # in a group all have seen the same ones
         for kind, facts in (event for theirs in everyones[1:] for event in theirs):

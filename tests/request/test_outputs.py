@@ -130,11 +130,16 @@ def test_an_input_is_never_replaced(here: Path) -> None:
     assert "cat.json: exists already" in exists
 
 
+def test_a_name_that_is_not_taken_has_no_other_fault(here: Path) -> None:
+    (here / "x.json").write_text("the user's")
+    assert "give it that extension" in problem("x")
+
+
 def test_resume_takes_its_own_and_nobody_elses(here: Path) -> None:
     (here / "x.png").write_text("the user's")
     (here / "x.json").write_text('{"notes": 1}')
     found = problem("x.mp4", preview=True, resume=True)
-    assert found.startswith("x.json and 1 more: exists already")
+    assert found.startswith("x.json and x.png: exists already")
     (here / "x.json").write_text(json.dumps({"output": {"file": "x.mp4"}}))  # its video was removed to be made again
     assert problems("x.mp4", preview=True, resume=True) == []
     (here / "x.json").unlink()

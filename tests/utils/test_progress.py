@@ -225,10 +225,12 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_units() -> None:
-    assert [quantity(v, "B") for v in (12, 3.5e5, 1.2e9)] == ["12 B", "350 kB", "1.2 GB"]
+    assert [quantity(v, "B") for v in (12, 3.5e5, 1.2e9, 4.28e12)] == ["12 B", "350 kB", "1.2 GB", "4.28 TB"]
     assert [quantity(v, "frame") for v in (1, 81, 12_000)] == ["1 frame", "81 frames", "12000 frames"]
     assert [duration(s) for s in (0.44, 42, 187, 7500)] == ["0.4 s", "42 s", "3 min 07 s", "2 h 05 min"]
     assert [duration(s) for s in (9.97, 59.8, 3599.7)] == ["10 s", "1 min 00 s", "1 h 00 min"]
+    assert [duration(s) for s in (0, 0.0002, 0.028, 0.0999)] == ["0.0 s", "1 ms", "28 ms", "0.1 s"]
+    assert [duration(s) for s in (172_000, 3_721_920)] == ["47 h 46 min", "43 days 1 h"]
 
 
 def test_peak_memory_grows_with_use() -> None:

@@ -14,6 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from wan.utils.needs import need_packages
+
+if __name__ == "__main__":
+    need_packages()
+
 import torch
 
 from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine

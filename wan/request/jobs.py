@@ -194,7 +194,7 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: EasyDict, weight
         trained, name = list(weights.release.sizes), weights.release.name
     if size not in trained:
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
-        check.warn(f"size {size[0]}*{size[1]} is not among those {name} was trained for ({listed})")
+        check.warn(f"size {size[0]}*{size[1]} is none of those that {name!r} was trained for ({listed})")
     if frames > config.frame_num:
         check.warn(
             f"{frames} frames are more than the {config.frame_num} {config.name} was trained for; motion may repeat"
@@ -221,7 +221,8 @@ class _Pictures:
                     size = self.collected.size(
                         f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step, {}
                     )
-                return size, f"{self.told[path]}, the area of {area[0]}x{area[1]}"
+                kept = found == size == area
+                return size, f"{self.told[path]}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
         except InputError as e:
             self.collected.problem(f"{beginning}{path}: {e}")
         return area, ""

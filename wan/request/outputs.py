@@ -53,7 +53,7 @@ def check_outputs(
     flag = "--save_file " if request.save_file is not None else ""
     if wrong := [file for file in files if file.suffix.lower() != ".mp4" and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as .mp4; give it that extension")
-    usable = _check_names(files, check)
+    usable = _check_names([file for file in files if file not in wrong], check)
     mine = usable if own is None else [file for file in usable if file in own]
     written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
@@ -190,6 +190,7 @@ def _real(path: Path) -> Path:
 
 
 def _shown(paths: Sequence[Path]) -> str:
-    """The first, and how many more there are."""
-    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-    return f"{paths[0]}{more}"
+    """One or two; of more the first, and how many more there are."""
+    if len(paths) <= 2:
+        return " and ".join(map(str, paths))
+    return f"{paths[0]} and {len(paths) - 1:,} more"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.tensorfile import read_header
 from wan.request.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope
 from wan.request.prompts import expanded
 from wan.utils.errors import InputError
@@ -68,16 +70,22 @@ def _is_replayed(name: str) -> bool:
 
 
 def earlier_seed(request: Request) -> int | None:
-    """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same."""
+    """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same.
+
+    Until its first video is whole a run has no other record than the one in the latents that it kept.
+    """
     from wan.utils.video import read_record
 
     folder = expanded(request.save_dir)
-    for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True):
+    files = [*folder.glob("*.json"), *folder.glob("*.latents.safetensors")]
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
         try:
-            recorded = read_record(file)["request"]
+            kept = file.suffix == ".safetensors"
+            record = json.loads(read_header(file)[1]["record"]) if kept else read_record(file)
+            recorded = record["request"]
             if _asked_for(recorded) == _asked_for(request.recorded()):
                 return int(recorded["base_seed"])
-        except (InputError, KeyError, TypeError, AttributeError, ValueError):
+        except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
             continue  # another program's file
     return None
 

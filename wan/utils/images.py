@@ -66,7 +66,7 @@ def open_image(path: Path) -> Image:
             warnings.simplefilter("ignore")
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise InputError(f"{too_large}, this one is {image.width}x{image.height}")
+                    raise InputError(f"{too_large}, this one is {image.width}x{image.height}: make it smaller")
                 picture = _as_rgb(image, done)
     except FileNotFoundError as e:
         raise InputError(f"{path}: no such image file") from e

@@ -274,17 +274,22 @@ def quantity(value: float, unit: str) -> str:
     if unit != "B":
         number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
-    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}B"
     return f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `42 s`, `3 min 07 s`, `2 h 05 min`"""
+    """`28 ms`, `0.4 s`, `42 s`, `3 min 07 s`, `2 h 05 min`, `3 days 4 h`"""
+    if 0 < seconds < 0.0995:
+        return f"{max(1, round(seconds * 1000))} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours == 0:
+        return f"{minutes} min {rest:02d} s"
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
