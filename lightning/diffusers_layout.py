@@ -16,9 +16,9 @@ import torch
 
 from lightning.diffusers_names import text_name, vae_name
 from lightning.errors import LoraError
-from lightning.examine import STEM, open_network
+from lightning.examine import open_network
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from lightning.names import MODEL_INDEX, PATCH
+from lightning.names import MODEL_INDEX, PATCH, STEM
 from lightning.releases import Release
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
