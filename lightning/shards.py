@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from lightning.errors import TensorFileError
 from lightning.fp8 import FP8, quantise, scale_name
 from lightning.names import STEM
-from lightning.tensorfile import DTYPES, INDEX_SUFFIX, TensorStore
+from lightning.tensorfile import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
 
 FORMATS = {getattr(torch, ours): theirs for theirs, (ours, _) in DTYPES.items()}
 
@@ -64,16 +63,13 @@ class Shard:
     tensors: tuple[Target, ...]
 
     def header(self) -> bytes:
-        """The safetensors header: length, JSON padded to 8 bytes."""
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in self.tensors:
             start, end = end, end + tensor.bytes
             place = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             table[tensor.name] = place
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return header_bytes(table)
 
     @property
     def bytes(self) -> int:
@@ -110,7 +106,8 @@ def write_shard(path: Path, shard: Shard, network: Network) -> str:
         return sha256(path)
     digest = hashlib.sha256()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        for data in chain([shard.header()], (_bytes_of(_stored(tensor, network)) for tensor in shard.tensors)):
+        tensors = (_stored(tensor, network) for tensor in shard.tensors)
+        for data in chain([memoryview(shard.header())], map(_bytes_of, tensors)):
             file.write(data)
             digest.update(data)
         file.flush()

@@ -10,6 +10,7 @@ from typing import Any
 from wan.request.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope
 from wan.request.prompts import expanded
 from wan.utils.errors import InputError
+from wan.utils.video import read_record
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,6 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     The record's prompt is the extended one; it is not extended again. What belongs to one start or one machine is not
     taken over. InputError if this is no record.
     """
-    from wan.utils.video import read_record
-
     try:
         record = read_record(path)
     except InputError as e:
@@ -69,8 +68,6 @@ def _is_replayed(name: str) -> bool:
 
 def earlier_seed(request: Request) -> int | None:
     """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same."""
-    from wan.utils.video import read_record
-
     folder = expanded(request.save_dir)
     for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
