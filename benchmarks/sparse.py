@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from pathlib import Path
 
-from lightning.tensorfile import DTYPES
+from lightning.tensorfile import DTYPES, header_bytes
 
 
 def sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: dict[str, bytes] | None = None) -> Path:
@@ -19,14 +17,13 @@ def sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: 
     for name, (dtype, shape) in by_width:
         count = DTYPES[dtype][1] * math.prod(shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + count]}
-        starts[name] = 8 + end
+        starts[name] = end
         end += count
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header = header_bytes(table)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(header)
         for name, value in (values or {}).items():
             file.seek(starts[name] + len(header))
             file.write(value)
-        file.truncate(8 + len(header) + end)
+        file.truncate(len(header) + end)
     return path

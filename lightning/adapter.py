@@ -31,6 +31,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
     for number, (lora, deltas) in enumerate(plans):
         if not deltas:
             continue
+        name = f"lora_{number}"
         modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
         ranks = {module: delta.rank for module, delta in modules.items()}
         alphas = {module: delta.scale * lora.strength * delta.rank for module, delta in modules.items()}
@@ -43,7 +44,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
-            inject_adapter_in_model(config, model, _name(number), low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
         # not by peft's loader, which moves adapters to where the layer's weight is: nowhere, when it streams
         adapted = dict(model.named_modules())
         for module, delta in modules.items():
@@ -55,24 +56,19 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
             home = device or weight.device
             for parts, tensor in zip((layer.lora_B, layer.lora_A), delta.tensors, strict=True):
                 found = lora.read(tensor).flatten(1).to(home, dtype)
-                parts[_name(number)].weight = nn.Parameter(found, requires_grad=False)
+                parts[name].weight = nn.Parameter(found, requires_grad=False)
     set_scale(model, 1.0)
 
 
-def set_scale(model: nn.Module, scale: float, number: int | None = None) -> None:
-    """Scale all adapters, or that of LoRA `number`, relative to its own strength. At 0 it costs nothing."""
+def set_scale(model: nn.Module, scale: float) -> None:
+    """Scale all adapters, each relative to its own strength. At 0 they cost nothing."""
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
         for name in module.scaling:
-            if number is None or name == _name(number):
-                module.set_scale(name, scale)
+            module.set_scale(name, scale)
         active = [name for name, value in module.scaling.items() if value]
         if active:
             module.set_adapter(active)
         module.enable_adapters(bool(active))
     model.requires_grad_(False)  # peft makes active adapters trainable
-
-
-def _name(number: int) -> str:
-    return f"lora_{number}"

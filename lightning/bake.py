@@ -2,8 +2,8 @@
 
 Every tensor is stored as a bf16 run keeps it (bf16, or float32 for the few that stay in it; in fp8, with a scale for
 each row, what a run with `--quantize fp8` has so), so that running the baked folder equals merging on the fly, tensor
-for tensor. All is written into `OUT.partial`, which becomes `OUT` by
-one rename at the end: a run that was stopped leaves nothing under that name, and the next one finishes it.
+for tensor. All is written into `OUT.partial`, which becomes `OUT` by one rename at the end: a run that was stopped
+leaves nothing under that name, and the next one finishes it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 from lightning.diffusers_layout import is_diffusers, rest_of, settings_of, tokenizer_of
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
 from lightning.errors import LoraError
-from lightning.examine import STEM, open_network
+from lightning.examine import open_network
 from lightning.fp8 import FP8
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, FOLDERS, diffusers_name, keeps_float32, takes_fp8, task_of
+from lightning.names import EXPERTS, FOLDERS, STEM, diffusers_name, keeps_float32, takes_fp8, task_of
 from lightning.releases import Release
-from lightning.shards import Network, Shard, plan_shards, sha256, write_index, write_json, write_shard
+from lightning.shards import Network, Shard, plan_shards, replacing, sha256, write_index, write_json, write_shard
 from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
 from lightning.weights import EXPERT, FLOATS, as_ours
 
@@ -102,7 +102,6 @@ def _networks(
     layout: str,
 ) -> list[Network]:
     """The networks whose weights are written: the experts, and in diffusers' layout the others too."""
-
     networks = []
     for expert, store in stores.items():
         blocks = 1 + max((int(name.split(".")[1]) for name in store if name.startswith("blocks.")), default=0)
@@ -224,12 +223,8 @@ def _bring_others(ckpt_dir: Path, partial: Path, task: str) -> None:
         is_weights = file.parent in experts and file.name.startswith(STEM)
         if is_weights or inside == Path(RECORD) or not file.is_file() or any(p.startswith(".") for p in inside.parts):
             continue
-        target = partial / inside
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            os.link(file.resolve(), temporary)
-        except OSError:  # another disk, or one without hard links
-            shutil.copy2(file, temporary)
-        os.replace(temporary, target)
-        temporary.unlink(missing_ok=True)  # replacing a link by another to the same file leaves both names
+        with replacing(partial / inside) as target:
+            try:
+                os.link(file.resolve(), target)
+            except OSError:  # another disk, or one without hard links
+                shutil.copy2(file, target)

@@ -16,16 +16,15 @@ import torch
 
 from lightning.diffusers_names import text_name, vae_name
 from lightning.errors import LoraError
-from lightning.examine import STEM, open_network
+from lightning.examine import open_network
 from lightning.latents import LATENT_MEAN, LATENT_STD
-from lightning.names import MODEL_INDEX, PATCH
-from lightning.releases import Release
+from lightning.names import MODEL_INDEX, PATCH, STEM
+from lightning.releases import BOUNDARIES, Release
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
 from lightning.weights import TEXT_ENCODER, VAE, as_ours, open_file
 
 PIPELINES = {"t2v-A14B": "WanPipeline", "i2v-A14B": "WanImageToVideoPipeline", "ti2v-5B": "WanPipeline"}
-BOUNDARIES = {"t2v-A14B": 0.875, "i2v-A14B": 0.9}
 BASE_SHIFTS = {"t2v-A14B": 12.0, "i2v-A14B": 5.0, "ti2v-5B": 5.0}
 TEXT_ENCODER_FILE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 TEXT_STEM = "model"

@@ -27,6 +27,11 @@ class InputError(WanError):
         return type(self), (self.problems,)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a library's error says; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class LoraError(InputError):
     """A LoRA, a release or a distilled file that cannot be used."""
 

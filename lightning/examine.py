@@ -18,7 +18,6 @@ from lightning.tensorfile import INDEX_SUFFIX, TensorStore
 from lightning.weights import EXPERT, GGUF, PICKLED, TEXT_ENCODER, VAE, as_ours, kind_of, open_file
 
 Shapes = dict[str, tuple[int, ...]]
-STEM = "diffusion_pytorch_model"
 SAID = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
 
 
@@ -44,7 +43,7 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
     if ckpt_dir is None:
         return [Model(task, None, names.released_shapes(task)) for task in ([task] if task else names.NETWORKS)]
     if not (stores := experts_in(ckpt_dir)):
-        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {names.STEM}{INDEX_SUFFIX} and no {names.STEM}.safetensors")
     kind = task or names.task_of(next(iter(stores.values())).shapes) or "an unknown task"
     return [Model(kind, expert, store.shapes) for expert, store in stores.items()]
 
@@ -62,7 +61,7 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return most
 
 
-def open_network(folder: Path, stem: str = STEM) -> TensorStore | None:
+def open_network(folder: Path, stem: str = names.STEM) -> TensorStore | None:
     """The weights of one network's folder, whole or in shards; None if there are none."""
     for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
         if (folder / name).is_file():

@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.errors import InputError, TensorFileError
+from lightning.errors import InputError, TensorFileError, first_line
 from lightning.tensorfile import MAX_HEADER_BYTES, read_header
 
 Result = TypeVar("Result")
@@ -32,7 +32,7 @@ COPIES = "wan-headers"  # the folder of the copies, beside the hub's own cache
 WEIGHTS = (".safetensors", ".pth", ".pt", ".gguf")
 BESIDE = (*WEIGHTS, ".json", ".model")  # what is wanted of a folder
 END = 1 << 20  # at the start and the end of a file: what fingerprints are made of, and more than most headers
-GGUF_START = 1 << 25  # its header may hold a vocabulary
+STARTS = dict.fromkeys(WEIGHTS, END) | {".gguf": 1 << 25}  # read at first; GGUF's header may hold a vocabulary
 RECORD_START = 1 << 9  # of a record in a zip: its header, its name, and what aligns the data
 AT_ONCE = 16  # requests
 
@@ -168,8 +168,7 @@ def _asked(there: Place, work: Callable[[], Result]) -> Result:
     except InputError:
         raise
     except Exception as e:  # the library lets through what its transport raises
-        said = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise InputError(f"{there.repository} is not to be had from the hub: {said}") from e
+        raise InputError(f"{there.repository} is not to be had from the hub: {first_line(e)}") from e
 
 
 def _reader(file: str) -> Read:
@@ -192,7 +191,7 @@ def _fill(copy: Path, size: int, read: Read) -> None:
     temporary = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.truncate(size)
-        start = read(0, min(size, {".gguf": GGUF_START}.get(copy.suffix, END) if copy.suffix in WEIGHTS else size))
+        start = read(0, min(size, STARTS.get(copy.suffix, size)))
         file.write(start)
         last = max(len(start), size - END)
         parts = [(last, size)]

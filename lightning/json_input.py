@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from typing import Any
 
@@ -22,7 +21,7 @@ def parse_json(text: str | bytes) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError as e:
-        if re.search("integer string conversion", str(e)):
+        if "integer string conversion" in str(e):
             raise ValueError("a number of thousands of digits") from None
         raise
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RELEASED_FILES = {
     "high": "high_noise_model.safetensors",
     "low": "low_noise_model.safetensors",
-    "model": "diffusion_pytorch_model.safetensors",
+    "model": f"{names.STEM}.safetensors",
 }
 
 

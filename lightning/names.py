@@ -21,6 +21,7 @@ EXPERTS = {
     "i2v-A14B": {"high": "high_noise_model", "low": "low_noise_model"},
     "ti2v-5B": {"model": "."},
 }
+STEM = "diffusion_pytorch_model"  # of an expert's file or files, in both layouts
 # Where diffusers' layout keeps them.
 MODEL_INDEX = "model_index.json"  # only that layout has it
 FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}

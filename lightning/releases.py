@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning.errors import LoraError
 
 T2V, I2V, TI2V = "t2v-A14B", "i2v-A14B", "ti2v-5B"
+BOUNDARIES = {T2V: 0.875, I2V: 0.900}  # of the tasks with two experts
 A14B_SIZES = ((832, 480), (480, 832), (1280, 720), (720, 1280))
 TI2V_SIZES = ((1280, 704), (704, 1280))
 LIGHTNING = "lightx2v/Wan2.2-Lightning"
@@ -92,20 +93,12 @@ def _at_angles(*angles: float) -> tuple[float, ...]:
 _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
 
 
-def _t2v(name: str, *patterns: str, source: str = LIGHTNING) -> Release:
-    return Release(name, (T2V,), "lora", source, patterns, boundary=0.875)
+def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, note: str = "") -> Release:
+    return Release(name, (task,), "lora", source, patterns, boundary=BOUNDARIES[task], note=note)
 
 
-def _i2v(name: str, *patterns: str, source: str = LIGHTNING) -> Release:
-    return Release(name, (I2V,), "lora", source, patterns, boundary=0.900)
-
-
-def _t2v_full(name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
-    return Release(name, (T2V,), "full", source, patterns, boundary=0.875, note=note)
-
-
-def _i2v_full(name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
-    return Release(name, (I2V,), "full", source, patterns, boundary=0.900, note=note)
+def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
+    return Release(name, (task,), "full", source, patterns, boundary=BOUNDARIES[task], note=note)
 
 
 def _fastwan(name: str, kind: str, source: str, *patterns: str) -> Release:
@@ -140,25 +133,26 @@ _CAUSAL = "it is a causal variant, which makes a video piece by piece with anoth
 RELEASES: tuple[Release, ...] = (
     _refused("nvfp4-sparse", (T2V, I2V), "lightx2v/Wan2.2-NVFP4-Sparse", r"nvfp4-sparse", _PACKED),
     _refused("lightwan", (T2V, I2V), "lightx2v/LightWan2.2-A14B", r"lightwan2\.2", _PACKED),
-    _refused(
-        "turbowan-i2v",
-        (I2V,),
-        "TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
-        r"turbowan2\.2",
-        SPARSE,
-    ),
+    _refused("turbowan-i2v", (I2V,), "TurboDiffusion/TurboWan2.2-I2V-A14B-720P", r"turbowan2\.2", SPARSE),
     _refused("sfwan", (T2V,), "FastVideo/SFWan2.2", r"sfwan2\.2", _CAUSAL),
     _refused("causalwan-i2v", (I2V,), "FastVideo/CausalWan2.2-I2V", r"causalwan2\.2", _CAUSAL),
-    _t2v("t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
-    _t2v_full(
+    _lora(T2V, "t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
+    _full(
+        T2V,
         "t2v-250928-dyno",
         r"t2v[^/]*250928-dyno",
         source=LIGHTNING,
         note="a whole high-noise expert; the low-noise one is t2v-250928's LoRA",
     ),
-    _t2v("t2v-250928", r"t2v[^/]*250928"),
-    _t2v("t2v-seko-v1.1", r"t2v[^/]*seko-v1\.1", r"lightning-t2v-v1\.1-a14b-4steps", r"t2v-lightx2v-4steps-lora-v1\.1"),
-    _t2v("t2v-seko-v1", rf"t2v[^/]*seko-v1{_END}", r"lightning-t2v-a14b-4steps"),
+    _lora(T2V, "t2v-250928", r"t2v[^/]*250928"),
+    _lora(
+        T2V,
+        "t2v-seko-v1.1",
+        r"t2v[^/]*seko-v1\.1",
+        r"lightning-t2v-v1\.1-a14b-4steps",
+        r"t2v-lightx2v-4steps-lora-v1\.1",
+    ),
+    _lora(T2V, "t2v-seko-v1", rf"t2v[^/]*seko-v1{_END}", r"lightning-t2v-a14b-4steps"),
     Release(
         "t2v-v1",
         (T2V,),
@@ -166,21 +160,27 @@ RELEASES: tuple[Release, ...] = (
         LIGHTNING,
         (rf"t2v-a14b-4steps-lora-rank64-v1{_END}",),
         default_alpha=8.0,
-        boundary=0.875,
+        boundary=BOUNDARIES[T2V],
         note="the first upload, without alpha in the file although 8/rank belongs to it",
     ),
-    _t2v("t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
-    _t2v_full("t2v-distill-model-1217", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step-1217"),
-    _t2v_full("t2v-distill-model", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step"),
-    _i2v("i2v-seko-v1", rf"i2v[^/]*seko-v1{_END}", r"lightning-i2v-a14b-4steps", rf"i2v-lightx2v-4steps-lora-v1{_END}"),
-    _i2v("i2v-distill-1022", r"i2v[^/]*lora[^/]*1022", source=DISTILL_LORAS),
-    _i2v("i2v-distill-1030", r"i2v[^/]*lora[^/]*1030", source=DISTILL_LORAS),
-    _i2v("i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source=KIJAI),
-    _i2v("i2v-moe-distill-lora", r"moe-distill[^/]*/loras(/|$)", r"moe-distill[^/]*lora", source=MOE_DISTILL),
-    _i2v_full("i2v-moe-distill", r"moe-distill", source=MOE_DISTILL),
-    _i2v_full("i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
-    _i2v_full("i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
-    _i2v_full("i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
+    _lora(T2V, "t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
+    _full(T2V, "t2v-distill-model-1217", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step-1217"),
+    _full(T2V, "t2v-distill-model", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step"),
+    _lora(
+        I2V,
+        "i2v-seko-v1",
+        rf"i2v[^/]*seko-v1{_END}",
+        r"lightning-i2v-a14b-4steps",
+        rf"i2v-lightx2v-4steps-lora-v1{_END}",
+    ),
+    _lora(I2V, "i2v-distill-1022", r"i2v[^/]*lora[^/]*1022", source=DISTILL_LORAS),
+    _lora(I2V, "i2v-distill-1030", r"i2v[^/]*lora[^/]*1030", source=DISTILL_LORAS),
+    _lora(I2V, "i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source=KIJAI),
+    _lora(I2V, "i2v-moe-distill-lora", r"moe-distill[^/]*/loras(/|$)", r"moe-distill[^/]*lora", source=MOE_DISTILL),
+    _full(I2V, "i2v-moe-distill", r"moe-distill", source=MOE_DISTILL),
+    _full(I2V, "i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
+    _full(I2V, "i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
+    _full(I2V, "i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
     Release(
         "rcm-lora",
         (T2V,),
@@ -189,38 +189,34 @@ RELEASES: tuple[Release, ...] = (
         (r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora"),
         timesteps=_at_angles(math.atan(80), 1.5, 1.4, 1.0),
         solver="dmd",
-        boundary=0.875,
+        boundary=BOUNDARIES[T2V],
         note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one",
     ),
-    Release(
+    _lora(
+        T2V,
         "wan2.1-t2v-lightx2v",
-        (T2V,),
-        "lora",
-        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
-        (r"t2v[^/]*cfg-step-distill", r"2\.1-t2v-14b-stepdistill-cfgdistill"),
-        boundary=0.875,
+        r"t2v[^/]*cfg-step-distill",
+        r"2\.1-t2v-14b-stepdistill-cfgdistill",
+        source="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
         note="made for Wan2.1; one file serves both experts",
     ),
-    Release(
+    _lora(
+        I2V,
         "wan2.1-i2v-lightx2v",
-        (I2V,),
-        "lora",
-        "lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v",
-        (r"i2v[^/]*cfg-step-distill", r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill"),
-        boundary=0.900,
+        r"i2v[^/]*cfg-step-distill",
+        r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill",
+        source="lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v",
         note="made for Wan2.1; one file serves both experts, its image branch is ignored",
     ),
     *(
-        Release(
+        _lora(
+            task,
             f"wan2.1-{short}-distill",
-            (task,),
-            "lora",
-            "lightx2v/Wan2.1-Distill-Loras",
-            (rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",),
-            boundary=boundary,
+            rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",
+            source="lightx2v/Wan2.1-Distill-Loras",
             note="made for Wan2.1; one file serves both experts, the high-noise one at a strength of about 3",
         )
-        for short, task, boundary in (("t2v", T2V, 0.875), ("i2v", I2V, 0.900))
+        for short, task in (("t2v", T2V), ("i2v", I2V))
     ),
     _fastwan("ti2v-fastwan-lora", "lora", KIJAI, r"5b-fastwan[^/]*lora", r"fastwan[^/]*5b[^/]*lora"),
     _fastwan("ti2v-fastwan", "full", "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", r"fastwan2\.2[^/]*5b"),

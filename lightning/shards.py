@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from lightning.errors import TensorFileError
 from lightning.fp8 import FP8, quantise, scale_name
-from lightning.tensorfile import INDEX_SUFFIX, TensorStore
+from lightning.names import STEM
+from lightning.tensorfile import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
 
-CHUNK = 1 << 24
-FORMATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", FP8: "F8_E4M3"}
+FORMATS = {getattr(torch, ours): theirs for theirs, (ours, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Network:
     store: TensorStore
     folder: Path
     stored: Callable[[str], torch.dtype]
-    stem: str = "diffusion_pytorch_model"
+    stem: str = STEM
     rename: Callable[[str], str] = lambda name: name
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
 
@@ -62,16 +63,13 @@ class Shard:
     tensors: tuple[Target, ...]
 
     def header(self) -> bytes:
-        """The safetensors header: length, JSON padded to 8 bytes."""
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in self.tensors:
             start, end = end, end + tensor.bytes
             place = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             table[tensor.name] = place
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return header_bytes(table)
 
     @property
     def bytes(self) -> int:
@@ -106,20 +104,14 @@ def write_shard(path: Path, shard: Shard, network: Network) -> str:
     """Write one file, or keep it if an earlier run wrote it whole; its sha256."""
     if path.is_file() and _is_whole(path, shard):
         return sha256(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        header = shard.header()
-        file.write(header)
-        digest.update(header)
-        for tensor in shard.tensors:
-            data = _bytes_of(_stored(tensor, network))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        tensors = (_stored(tensor, network) for tensor in shard.tensors)
+        for data in chain([memoryview(shard.header())], map(_bytes_of, tensors)):
             file.write(data)
             digest.update(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     return digest.hexdigest()
 
 
@@ -133,19 +125,23 @@ def write_index(root: Path, network: Network, shards: Sequence[Shard]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write `path`, so that it is there whole or not at all; what a stopped run leaves ends in `.tmp`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    yield temporary
     os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # replacing a link by another to the same file leaves both names
 
 
 def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _stored(target: Target, network: Network) -> Tensor:

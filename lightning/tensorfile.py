@@ -8,6 +8,7 @@ The format (huggingface/safetensors): 8 bytes header length, that many bytes of 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -97,6 +98,13 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
+
+
+def header_bytes(table: Mapping[str, object]) -> bytes:
+    """The start of a safetensors file whose header holds `table`: length, JSON padded to 8 bytes."""
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def size_of(path: Path) -> int:

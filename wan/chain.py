@@ -18,6 +18,7 @@ from typing import Any
 from wan.making import check_place
 from wan.plan import Plan
 from wan.record import plain, versions
+from wan.request.chains import frames_joined
 from wan.request.options import SCHEMA
 from wan.request.settings import Job
 from wan.utils.claims import claimed
@@ -33,7 +34,7 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
     """Join the whole videos of a chain. JobError, OSError; ClaimedElsewhere if another process is at it."""
     joined = clips[0].joined
     assert joined is not None, "these clips are in a chain"
-    frames, record = _frames(clips), _record(plan, clips)
+    frames, record = frames_joined(clips), _record(plan, clips)
     check_place(joined)
     with claimed(joined) as claim, progress.stage("join"):
         if claim.taken_over:
@@ -46,7 +47,7 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
 def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
     """Whether the video of these whole clips is there, or they are no chain."""
     joined = clips[0].joined
-    return joined is None or (clips_of(joined) == _parts(plan, clips) and count_frames(joined) == _frames(clips))
+    return joined is None or (clips_of(joined) == _parts(plan, clips) and count_frames(joined) == frames_joined(clips))
 
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
@@ -75,10 +76,6 @@ def copy_together(
         listing.unlink(missing_ok=True)
 
 
-def _frames(clips: Sequence[Job]) -> int:
-    return sum(clip.frame_num for clip in clips) - (len(clips) - 1)
-
-
 def _parts(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
     """What the joined video's record says of its clips."""
     meanings = [json.dumps(plain(plan.meaning(clip)), sort_keys=True) for clip in clips]
@@ -99,7 +96,7 @@ def _record(plan: Plan, clips: Sequence[Job]) -> dict[str, Any]:
         "clips": _parts(plan, clips),
         "versions": versions(),
         "output": {
-            "file": clips[0].joined and clips[0].joined.name, "frames": _frames(clips), "width": width,
+            "file": clips[0].joined and clips[0].joined.name, "frames": frames_joined(clips), "width": width,
             "height": height, "fps": plan.config.sample_fps,
         },
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -14,7 +14,7 @@ from wan.expected import Seconds, kept_rates, network_of, seconds
 from wan.loading.budget import Budget
 from wan.modules.fp8 import why_unpacked
 from wan.plan import Plan, dtype_name, written_bytes
-from wan.request.chains import chains
+from wan.request.chains import chains, frames_joined
 from wan.request.settings import Job
 from wan.sampling import Step
 from wan.utils.progress import duration, quantity
@@ -130,9 +130,8 @@ def _job_lines(plan: Plan, done: Collection[int]) -> list[str]:
         told.append(f"... and {len(rest):,} more, the last one {rest[-1].save_file}")
     for chain in chains(plan.jobs):
         if joined := chain[0].joined:
-            count = sum(job.frame_num for job in chain) - len(chain) + 1
             numbers = ", ".join(str(job.index + 1) for job in chain)
-            told.append(f"jobs {numbers} joined, {count} frames -> {joined}")
+            told.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
     if done:
         told.append(f"{len(plan.jobs)} videos, of which {len(done)} {'is' if len(done) == 1 else 'are'} done already")
     return told + _time_lines(plan, [job for job in plan.jobs if job.index not in done])

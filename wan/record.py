@@ -5,11 +5,10 @@ Nothing of the environment is written: no variables, no keys, no host names.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -103,7 +102,7 @@ def find_videos(plan: Plan) -> list[tuple[Job, Found]]:
     for job in plan.jobs:
         before = last.get(job.joined) if job.follows else None
         if before:
-            job = dataclasses.replace(job, image=before.file)
+            job = replace(job, image=before.file)
         if not resume:
             here = Found("other" if job.save_file.exists() else "nothing", job.save_file)
         elif before and before.state != "whole":
@@ -111,7 +110,7 @@ def find_videos(plan: Plan) -> list[tuple[Job, Found]]:
         else:
             here = find_video(plan, job)
             if here.state == "nothing" and (other := elsewhere.get(_key(plain(plan.meaning(job))))):
-                moved = find_video(plan, dataclasses.replace(job, save_file=other))
+                moved = find_video(plan, replace(job, save_file=other))
                 here = moved if moved.state == "whole" else here
         last[job.joined] = here
         found.append((job, here))
@@ -145,7 +144,7 @@ def repair(plan: Plan, job: Job, found: Found) -> list[str]:
     if plan.request.preview and not beside.sheet.exists():
         done.append(f"{save_contact_sheet(found.file, job.frame_num)}: made")
     if not plan.request.save_latents:
-        moved = dataclasses.replace(job, save_file=found.file)
+        moved = replace(job, save_file=found.file)
         if (kept := find_latents(plan, moved)[1]) and not _wanted(kept):
             kept.unlink()
             done.append(f"{kept}: removed, the video is whole")
@@ -220,11 +219,5 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON would give it back: dataclasses and mappings as dicts, sequences as lists, paths as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    """As JSON gives it back: dataclasses as dicts, sequences as lists, paths as text."""
+    return json.loads(json.dumps(value, default=lambda inner: vars(inner) if is_dataclass(inner) else str(inner)))

@@ -50,10 +50,6 @@ def test_good_settings_pass(method, picture, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"task": "v2v"}, "task 'v2v' is unknown; use one of t2v-A14B, i2v-A14B, ti2v-5B (--task)"),
-        ({"method": "x"}, "'x' is unknown; use one of local_qwen, dashscope, openai (--prompt_extend_method)"),
-        ({"language": "fr"}, "language 'fr' is unknown; use one of zh, en (--prompt_extend_target_lang)"),
-        ({"on_error": "x"}, "on_error 'x' is unknown; use one of raw, fail (--prompt_extend_on_error)"),
         ({"method": "dashscope"}, "needs a key in the environment variable DASH_API_KEY"),
         ({"method": "openai", "model": "m"}, "needs a key in the environment variable OPENAI_API_KEY, or the address"),
         ({"model": "/no/such/folder"}, "--prompt_extend_model /no/such/folder: there is no such folder"),

@@ -7,7 +7,7 @@ from wan.configs.t2v_A14B import t2v_A14B
 from wan.configs.ti2v_5B import ti2v_5B
 
 WAN_CONFIGS: dict[str, EasyDict] = {config.name: config for config in (t2v_A14B, i2v_A14B, ti2v_5B)}
-# For scripts written for the original: the sizes by task, (width, height) of each, and its area.
+# The sizes by task, (width, height) of each, and its area, under the original's names.
 SUPPORTED_SIZES: dict[str, tuple[str, ...]] = {name: config.sizes for name, config in WAN_CONFIGS.items()}
 SIZE_CONFIGS: dict[str, tuple[int, int]] = {
     size: (int(width), int(height))
@@ -22,7 +22,7 @@ def sizes_by_name(config: EasyDict) -> dict[str, str]:
     """What the sizes that the task was trained for are called: `720p`, and upright `720p-portrait`."""
     names = {}
     for size in config.sizes:
-        width, height = map(int, size.split("*"))
+        width, height = SIZE_CONFIGS[size]
         name = f"{480 if min(width, height) == 480 else 720}p"  # the 5B model's 704 rows are sold as 720p
         names[name if width > height else f"{name}-portrait"] = size
     return names

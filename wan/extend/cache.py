@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from wan.extend.text import Question
-from wan.utils.files import cache_folder
+from wan.utils.files import cache_folder, replacing
 
 
 def prompts_folder() -> Path:
@@ -35,18 +33,9 @@ def read_cached(key: str) -> str | None:
 
 
 def write_cached(key: str, prompt: str, question: Question, model: str) -> None:
-    """Keep an answer: written beside its place, then renamed, so that a reader never sees half of it.
-
-    Raises OSError, or RuntimeError if the user has no home folder.
-    """
+    """Keep an answer, whole or not at all. OSError, or RuntimeError if the user has no home folder."""
     folder = prompts_folder()
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"prompt": prompt, "original": question.text, "model": model}
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(kept, file, ensure_ascii=False)
-        os.replace(temporary, folder / f"{key}.json")
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(folder / f"{key}.json") as part:
+        part.write_text(json.dumps(kept, ensure_ascii=False), "utf-8")

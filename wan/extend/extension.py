@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan.configs import WAN_CONFIGS
-from wan.extend import LANGUAGES, METHODS, ON_ERROR
 from wan.extend.cache import cache_key, read_cached, write_cached
 from wan.extend.local import LocalQwen, local_problems
 from wan.extend.services import DashScope, OpenAICompatible, service_problems
@@ -45,14 +44,14 @@ class ExtendItem:
 
 @dataclass(frozen=True)
 class ExtendSettings:
-    """How to extend, for all items of a run."""
+    """How to extend, for all items of a run. Task, method, language and on_error: see `WAN_CONFIGS`, `wan.extend`."""
 
     task: str
-    method: str = "local_qwen"  # one of METHODS
+    method: str = "local_qwen"
     model: str | None = None  # None: by method and whether there is an image
-    language: str = "zh"  # of the extended prompt: "zh" | "en"
+    language: str = "zh"  # of the extended prompt
     seed: int = 0
-    on_error: str = "raw"  # "raw": keep the user's prompt, with a warning; "fail": raise
+    on_error: str = "raw"
     use_cache: bool = True
     device: str = "auto"  # of a local model: "auto" | "cuda" | "cuda:1" | "cpu" | "mps"
 
@@ -99,21 +98,9 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
 
 def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
     """Everything that can be known before a model is loaded or a service asked. Raises InputError with all of it."""
-    problems = [
-        f"prompt extension: {name} {value!r} is unknown; use one of {', '.join(allowed)} ({flag})"
-        for name, value, allowed, flag in (
-            ("task", settings.task, tuple(WAN_CONFIGS), "--task"),
-            ("method", settings.method, METHODS, "--prompt_extend_method"),
-            ("language", settings.language, LANGUAGES, "--prompt_extend_target_lang"),
-            ("on_error", settings.on_error, ON_ERROR, "--prompt_extend_on_error"),
-        )
-        if value not in allowed
-    ]
-    if not problems:
-        local = settings.method == "local_qwen"
-        of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
-        problems = [*of_method, *_item_problems(settings.task, items)]
-    if problems:
+    local = settings.method == "local_qwen"
+    of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
+    if problems := [*of_method, *_item_problems(settings.task, items)]:
         raise InputError(problems)
 
 

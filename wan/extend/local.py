@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from wan.extend.text import AnswerError, Question
+from wan.utils.errors import first_line
 from wan.utils.images import open_image
 
 MAX_ANSWER_TOKENS = 512  # the original's limit; the video model's text encoder reads no more either
@@ -42,7 +43,7 @@ class LocalQwen:
             self._load()
         except expected as error:
             self._free()
-            raise AnswerError(f"{self.name} cannot be loaded: {_first_line(error)}", ends_all=True) from error
+            raise AnswerError(f"{self.name} cannot be loaded: {first_line(error)}", ends_all=True) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -60,7 +61,7 @@ class LocalQwen:
                 torch.manual_seed(self.seed)
                 tokens = self.model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS)
         except (RuntimeError, ValueError) as error:  # out of memory, or an image the processor refuses
-            raise AnswerError(f"{self.name} failed: {_first_line(error)}") from error
+            raise AnswerError(f"{self.name} failed: {first_line(error)}") from error
         answer: str = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answer
 
@@ -156,7 +157,3 @@ def _template_file(model: str) -> str:
     path = cached_file(model, "chat_template.json")
     template: str = json.loads(Path(str(path)).read_text("utf-8"))["chat_template"]
     return template
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from easydict import EasyDict
 
-from lightning.names import FOLDERS, MODEL_INDEX
+from lightning.names import FOLDERS, MODEL_INDEX, STEM
 from lightning.tensorfile import INDEX_SUFFIX
 from wan import configs
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"{STEM}.safetensors"
 
 
 def released(config: EasyDict) -> dict[str, str]:

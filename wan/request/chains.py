@@ -27,6 +27,11 @@ def chains(jobs: Iterable[Job]) -> list[list[Job]]:
     return list(found.values())
 
 
+def frames_joined(chain: Sequence[Job]) -> int:
+    """Frames of the video that a chain is joined into: two neighbours share one."""
+    return sum(job.frame_num for job in chain) - (len(chain) - 1)
+
+
 def check_chain(request: Request, config: EasyDict, check: Check) -> None:
     """What keeps `--chain` from making sense."""
     if not request.chain:

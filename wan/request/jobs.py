@@ -13,7 +13,7 @@ from pathlib import Path
 from easydict import EasyDict
 
 from lightning.words import short
-from wan.configs import WAN_CONFIGS, sizes_by_name
+from wan.configs import SIZE_CONFIGS, WAN_CONFIGS, sizes_by_name
 from wan.request.checks import Check
 from wan.request.options import LARGEST_SEED, Request
 from wan.request.outputs import row_file
@@ -135,11 +135,7 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
             picture += pictures.told_of(_named_by(request, row, "last_image"), row.last_image)
             where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
             check.several(f"{where}: a first and a last frame need", frames)
-        first = row.seed if row.seed is not None and row.seed >= 0 else request.base_seed
-        if first + count - 1 > LARGEST_SEED:
-            where = f"{row.source}: seed" if row.seed is not None and row.seed >= 0 else "--base_seed"
-            several = f" for --num_videos {count}" if count > 1 else ""
-            check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
+        first = _first_seed(request, row, check)
         named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
         if request.save_file is not None and len(rows) * count == 1 and not request.chain:
             named = expanded(request.save_file)
@@ -168,6 +164,17 @@ def make_jobs(request: Request, config: EasyDict, weights: Weights, rows: Sequen
     return jobs
 
 
+def _first_seed(request: Request, row: Row, check: Check) -> int:
+    """Of the row's videos, which have this seed and those after it."""
+    first, where, count = request.base_seed, "--base_seed", request.num_videos
+    if row.seed is not None and row.seed >= 0:
+        first, where = row.seed, f"{row.source}: seed"
+    if first + count - 1 > LARGEST_SEED:
+        several = f" for --num_videos {count}" if count > 1 else ""
+        check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
+    return first
+
+
 def _frame_num(request: Request, config: EasyDict, check: Check) -> int:
     if request.seconds is None:
         return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
@@ -188,7 +195,7 @@ def _named_by(request: Request, row: Row, picture: str) -> str:
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: EasyDict, weights: Weights, check: Check) -> None:
     """Warns of sizes and lengths that the weights in use were not trained for."""
-    trained = [tuple(map(int, text.split("*"))) for text in config.sizes]
+    trained = [SIZE_CONFIGS[text] for text in config.sizes]
     name = config.name
     if weights.release and weights.release.kind != "recipe":
         trained, name = list(weights.release.sizes), weights.release.name
@@ -218,9 +225,7 @@ class _Pictures:
                     size = found
                 else:
                     width, height = video_size(self.config.image_fit, found, area)
-                    size = self.collected.size(
-                        f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step, {}
-                    )
+                    size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
                 kept = found == size == area
                 return size, f"{self.told[path]}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
         except InputError as e:

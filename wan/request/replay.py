@@ -12,6 +12,7 @@ from lightning.tensorfile import read_header
 from wan.request.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope
 from wan.request.prompts import expanded
 from wan.utils.errors import InputError
+from wan.utils.video import read_record
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     The record's prompt is the extended one; it is not extended again. What belongs to one start or one machine is not
     taken over. InputError if this is no record.
     """
-    from wan.utils.video import read_record
-
     try:
         record = read_record(path)
     except InputError as e:
@@ -74,8 +73,6 @@ def earlier_seed(request: Request) -> int | None:
 
     Until its first video is whole a run has no other record than the one in the latents that it kept.
     """
-    from wan.utils.video import read_record
-
     folder = expanded(request.save_dir)
     files = [*folder.glob("*.json"), *folder.glob("*.latents.safetensors")]
     for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):

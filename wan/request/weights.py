@@ -35,10 +35,8 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
     task, experts = config.name, tuple(config.experts)
     chosen = choose_loras(experts, request.lora_dir, request.lora_strength, request.lora or ())
     loras = chosen.loras
-    for sentence in chosen.problems:
-        check.problem(sentence)
-    for sentence in chosen.warnings:
-        check.warn(sentence)
+    check.problems.extend(chosen.problems)
+    check.warnings.extend(chosen.warnings)
     expert_files: dict[str, Path] = {}
     for text in request.expert or ():
         expert, _, name = text.partition("=")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from wan.utils.files import replacing
+from wan.utils.video import to_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,7 @@ class Strip:
 
     def add(self, frame: Tensor) -> None:
         """frame: [3, H, W] in [-1, 1]."""
-        pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-        picture = Image.fromarray(pixels.cpu().contiguous().numpy())
+        picture = Image.fromarray(to_bytes(frame[:, None])[0])
         picture.thumbnail((WIDTH, picture.height))
         self.pictures.append(picture)
         width, height = picture.size

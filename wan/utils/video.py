@@ -23,8 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lightning.json_input import parse_json
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, make_part, part_of
-from wan.utils.files import replacing as replacing
+from wan.utils.files import Beside, make_part, part_of, replacing
 
 if TYPE_CHECKING:
     import numpy
@@ -38,6 +37,8 @@ THREADS = 8  # the frames that x264 writes depend on it: the same on every machi
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 RECORDS = "a record is the .json or the .mp4 that an earlier run wrote"
 STALL_SECONDS = 600.0  # an encoder that takes nothing for so long is given up
+SHEET_COLUMNS = 3  # of a contact sheet, and rows
+SHEET_WIDTH = 320  # pixels of one picture at most
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: do the one, and say so in the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
 
@@ -241,20 +242,17 @@ def last_frame(path: Path) -> bytes:
     return done.stdout
 
 
-def save_contact_sheet(video: Path, frames: int, columns: int = 3, rows: int = 3, width: int = 320) -> Path:
-    """A PNG beside `video` with up to columns x rows of its evenly spaced frames, first and last among them.
-
-    frames: how many the video has. width: of one picture at most, in pixels.
-    """
-    count = min(columns * rows, frames)
+def save_contact_sheet(video: Path, frames: int) -> Path:
+    """A PNG beside `video` with up to nine of its `frames`, evenly spaced, first and last among them."""
+    count = min(SHEET_COLUMNS**2, frames)
     wanted = sorted({round(i * (frames - 1) / max(1, count - 1)) for i in range(count)})
-    columns = min(columns, count)
+    columns = min(SHEET_COLUMNS, count)
     select = "+".join(f"eq(n,{n})" for n in wanted)
     grid = f"tile={columns}x{-(-count // columns)}:nb_frames={count}:padding=4:margin=4"
     sheet = Beside.of(video).sheet
     with replacing(sheet) as part:
         picture = ["-frames:v", "1", "-c:v", "png", "-f", "image2", "-update", "1", local(part)]
-        done = _run("-i", local(video), "-vf", f"select='{select}',scale='min({width},iw)':-1,{grid}", *picture)
+        done = _run("-i", local(video), "-vf", f"select='{select}',scale='min({SHEET_WIDTH},iw)':-1,{grid}", *picture)
         if done.returncode != 0 or not part.stat().st_size:
             reason = how_it_ended(done.returncode) + last_words(done.stderr)
             raise JobError(f"{sheet}: the contact sheet of the saved video could not be made: {reason}")
