@@ -138,7 +138,7 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
-    from wan.plan_report import as_dict, lines
+    from wan.plan_report import Outlook
     from wan.planning import cut_prompts, make_plan
     from wan.record import differences, find_videos
 
@@ -148,10 +148,10 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     plan = team.agree(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
-    found = find_videos(plan) if outcome.request.dry_run and outcome.request.resume else []
-    done = [job.index for job, video in found if video.state == "whole"]
+    found = team.from_first(lambda: find_videos(plan)) if outcome.request.resume else []
+    outlook = Outlook.of(plan, [job.index for job, video in found if video.state == "whole"])
     told = [f"prompt extension: {extend.method} writes the prompts out first"] if extend else []
-    _show(progress, "plan", as_dict(plan), "\n".join([*lines(plan, done), *told]))
+    _show(progress, "plan", outlook.as_dict(), "\n".join([*outlook.lines(), *told]))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
         team.from_first(lambda: check_page(page))

@@ -24,7 +24,7 @@ from lightning.names import NETWORKS
 from wan.distributed.cost import Network, sent_bytes
 from wan.distributed.mesh import Layout
 from wan.doctor.counts import HEAD_WIDTH, released_text_encoder, released_vae
-from wan.expected import decode_operations, text_operations
+from wan.operations import decode_operations, text_operations
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100
 DIM, FFN_DIM, BLOCKS, _, _ = NETWORKS[TASK]

@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
@@ -17,9 +19,11 @@ from wan.doctor import numerics, rates
 from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast, released_plan
-from wan.expected import counted, decode_operations, network_of
+from wan.expected import network_of
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
+from wan.modules.vae_coders import Region
+from wan.operations import decode_operations, encode_operations
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
@@ -206,10 +210,33 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["next"] == pytest.approx(computing + row["decode"])
 
 
-def test_operations_of_a_decode_are_the_sum_over_its_frames() -> None:
-    vae, shape = released_vae("t2v-A14B"), (16, 6, 4, 6)
-    whole = counted(lambda: list(vae.decode(torch.empty(shape, device="meta"))))
-    assert decode_operations(vae, shape) == whole
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_operations_are_those_that_are_counted(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.modules.causal_conv.norm_silu", lambda *_: None)  # no products, but most of the calls
+    vae = released_vae(task)
+    _, rows, columns = vae.stride
+
+    def decoded(shape: tuple[int, ...], tiles: tuple[int, int] = (1, 1)) -> int:
+        latent = torch.empty(vae.z_dim, *shape, device="meta")
+        return counted(lambda: list(vae.decode(latent, tiles=tiles)))
+
+    def encoded(shape: tuple[int, ...], tiles: tuple[int, int] = (1, 1)) -> int:
+        image = torch.empty(3, shape[1] * rows, shape[2] * columns, device="meta")
+        return counted(lambda: vae.encode_first_frame(image, 4 * shape[0] - 3, tiles=tiles))
+
+    assert decode_operations(vae, (vae.z_dim, 3, 5, 6)) == decoded((3, 5, 6))
+    for length in (1, 7, 21):  # at 21 the last of the encoder's stages has become constant
+        assert encode_operations(vae, (vae.z_dim, length, 5, 4)) == encoded((length, 5, 4))
+    whole, regions = (2, 40, 36), Region.tiles(40, 36, 2, 1)
+    assert decode_operations(vae, (vae.z_dim, *whole), regions) == decoded(whole, (2, 1))
+    assert encode_operations(vae, (vae.z_dim, *whole), regions) == encoded(whole, (2, 1))
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Floating-point operations of `work`, which runs on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        work()
+    return counter.get_total_flops()
 
 
 def test_a_small_video_has_a_budget() -> None:

@@ -10,25 +10,27 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from wan.distributed.cost import Network
+from wan.distributed.cost import Network, sent_bytes
+from wan.distributed.vae_parallel import divide
 from wan.loading.budget import Budget
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
+from wan.modules.vae_coders import Region
+from wan.operations import decode_operations, encode_operations, text_operations
 from wan.plan import Plan, latent_shape
+from wan.request.chains import chains
+from wan.request.settings import Job
 from wan.utils.files import cache_folder, replacing
 
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
 COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
+EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
 NEEDED = (MATMUL, ATTENTION, VAE, DISK)
 STORED = 4  # bytes of a weight in a released expert's file: float32
 
@@ -56,31 +58,88 @@ class Seconds:
         return self.image + self.again + self.decode
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the rates of this machine come to for a run: its longest video, and until the last one is there.
+
+    communication: whether what processes send each other is in it.
+    """
+
+    longest: Seconds
+    whole: float
+    communication: bool
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of the longest video by stage; without those that it does not have."""
+        longest = self.longest
+        named = {"text": longest.text, "image": longest.image, "denoise": longest.denoise, "decode": longest.decode}
+        return {name: spent for name, spent in named.items() if spent}
+
+
+def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
+    """Of a run that makes these jobs; None where no rates were measured, or nothing is to be made."""
+    rates = kept_rates(plan.device)
+    if rates is None or not todo:
+        return None
+    shapes = dict.fromkeys((job.size, job.frame_num) for job in todo)
+    found = {shape: seconds(plan, plan.budget(*shape, plan.prompts()), *shape, rates) for shape in shapes}
+    shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
+    spent = [[found[job.size, job.frame_num] for chain in share for job in chain] for share in shares]
+    wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
+    longest = max(found.values(), key=lambda one: one.first)
+    return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)
+
+
 def seconds(
     plan: Plan, budget: Budget | None, size: tuple[int, int], frames: int, rates: Mapping[str, float]
 ) -> Seconds:
-    """Of a video of `size` (width, height). budget: how the device is shared; None: everything stays on it."""
-    config, checkpoint = plan.config, plan.checkpoint
+    """Of a video of `size` (width, height). budget: how the device is shared; None: everything stays on it.
+
+    Processes that make it together share tokens and frame evenly, and the disk: they read the same file.
+    """
+    config, checkpoint, ranks = plan.config, plan.checkpoint, plan.layout.sequence
     assert checkpoint.text_encoder is not None, "a checkpoint with problems makes no plan"
     assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+    together = budget.together if budget else plan.request.dit_fsdp  # weights come once for both passes of a step
     forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
-    read = sum(_bytes_read(plan, budget, name, count) for name, count in forwards.items())
-    feed = min(rates[DISK], rates.get(PINNED, float("inf")))
+    passes = Counter(step.expert for step in plan.steps) if together else forwards
+    read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
+    feed = min(rates[DISK], rates.get(PINNED, math.inf))
     tokens, network = plan.tokens(size, frames), network_of(plan)
     forward = network.linear(tokens) / rates[MATMUL] + network.attention(tokens) / rates[ATTENTION]
-    computing = forward * forwards.total()
+    sent = sent_bytes(plan.layout, network, tokens, plan.dtype.itemsize, sharded_bytes(plan))
+    sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
+    computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     encoder, vae = checkpoint.text_encoder[0], checkpoint.vae[0]
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
     thinking = plan.prompts() * text_operations(encoder, config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
+    latent = latent_shape(config, size, frames)
+    decodes = (decode_operations(vae, latent, each) for each in _regions(latent, ranks, plan.tiles(latent)))
+    encodes = (encode_operations(vae, latent, each) for each in _regions(latent, ranks, plan.encode_tiles(latent)))
     return Seconds(
         text=max(thinking, text_bytes / feed),
-        image=encode_operations(vae, size, frames) / rates[VAE] if config.mask_channels else 0.0,
+        image=max(encodes) / rates[VAE] if config.mask_channels else 0.0,
         denoise=denoise,
-        decode=decode_operations(vae, latent_shape(config, size, frames)) / rates[VAE],
+        decode=max(decodes) / rates[VAE],
         again=computing if budget is None or budget.resident else denoise,
         read=read,
     )
+
+
+def sharded_bytes(plan: Plan) -> int:
+    """Of the largest expert, if the processes that make a video together hold a part of it each, else 0."""
+    experts = [plan.weight_bytes[f"{name} expert"] for name in plan.checkpoint.experts] if plan.request.dit_fsdp else []
+    return max(experts, default=0)
+
+
+def _regions(latent: Sequence[int], ranks: int, tiles: tuple[int, int]) -> list[list[Region]]:
+    """What each of the processes codes of the frames of a `latent` [C, f, h, w], a part after the other."""
+    return [
+        region.divided(min(tiles[0], region.bottom - region.top), min(tiles[1], region.right - region.left))
+        for region in divide(latent[2], latent[3], ranks)
+    ]
 
 
 def network_of(plan: Plan) -> Network:
@@ -94,48 +153,14 @@ def network_of(plan: Plan) -> Network:
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
     """Of the expert's file in one video: what stays once, what passes through once a forward."""
     module, store = plan.checkpoint.experts[expert]
-    if budget is None:
-        return STORED * sum(parameter.numel() for parameter in module.parameters())
-    sizes, stored = budget.experts[expert], float(STORED)
+    numbers, stored = sum(parameter.numel() for parameter in module.parameters()), float(STORED)
     if store is not None:  # of a released checkpoint that is not here there is none
         stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
+    if budget is None:
+        return int(stored * numbers)
+    sizes = budget.experts[expert]
     stay = budget.staying(sizes)
     return int((stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * stored / plan.dtype.itemsize)
-
-
-def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
-    """One product with every weight but the table's; attention over so few tokens is left out."""
-    weights = sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
-    return 2.0 * weights * tokens
-
-
-@cache
-def decode_operations(vae: WanVAE, shape: tuple[int, int, int, int]) -> float:
-    """Of one decode of a latent of this shape by a `vae` on the meta device.
-
-    After the first latent frame all cost the same, so three are counted.
-    """
-    channels, length, rows, columns = shape
-
-    def count(frames: int) -> int:
-        return counted(lambda: list(vae.decode(torch.empty(channels, frames, rows, columns, device="meta"))))
-
-    first, three = count(1), count(3)
-    return first + (three - first) / 2 * (length - 1)
-
-
-@cache
-def encode_operations(vae: WanVAE, size: tuple[int, int], frames: int) -> float:
-    """Of encoding a picture of `size` (width, height) as the start of a clip of 4n + 1 frames."""
-    image = torch.empty(3, size[1], size[0], device="meta")
-    return counted(lambda: vae.encode_first_frame(image, frames))
-
-
-def counted(work: Callable[[], object]) -> int:
-    """Floating-point operations of `work`, which runs on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
-        work()
-    return counter.get_total_flops()
 
 
 def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
@@ -166,6 +191,7 @@ def _rates_file() -> Path:
 
 
 def _name_of(device: torch.device) -> str:
-    """Folders may be shared by machines, so a CPU goes by its host's name and the threads in use."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} of {platform.node()}"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
+    threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"{name}, torch {torch.__version__}"

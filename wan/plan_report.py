@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from wan.device import host_bytes
 from wan.distributed.cost import plan_lines
-from wan.expected import Seconds, kept_rates, network_of, seconds
+from wan.expected import Expected, expect, network_of, sharded_bytes
 from wan.loading.budget import Budget
 from wan.modules.fp8 import why_unpacked
 from wan.plan import Plan, dtype_name, written_bytes
@@ -26,34 +27,107 @@ UNLIMITED = 1 << 60
 STREAMING_BYTES = 1e9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
 
-def lines(plan: Plan, done: Collection[int] = ()) -> list[str]:
-    """The plan as printed before the run starts. done: the numbers of the jobs whose videos are there."""
-    request, sampling = plan.request, plan.sampling
-    told = []
-    if sampling is not None:
-        preset = f", settings of {plan.preset}" if plan.preset else ""
-        steps = f"{len(plan.steps)} step{'s' if len(plan.steps) > 1 else ''}"
-        told.append(
-            f"{request.task} from {request.ckpt_dir or 'files'}, {sampling.solver}, shift {sampling.shift:g}, "
-            f"{steps}{preset}"
+@dataclass(frozen=True)
+class Outlook:
+    """A plan on this machine as it is now. Bytes; of the host what all processes here need together.
+
+    done: the numbers of the jobs whose videos are there. disk: by folder, what may be written at most and what is free.
+    """
+
+    plan: Plan
+    done: frozenset[int]
+    budget: Budget | None
+    expected: Expected | None
+    host_needed: float | None
+    host_available: int
+    disk: dict[Path, tuple[float, int]]
+
+    @classmethod
+    def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
+        budget = _budget(plan) if plan.jobs else None
+        needed = budget and float(budget.peak) if plan.device.type == "cpu" else _streaming_bytes(plan)
+        return cls(
+            plan,
+            frozenset(done),
+            budget,
+            expect(plan, [job for job in plan.jobs if job.index not in done]),
+            needed and needed * _processes_here(plan),
+            host_bytes(),
+            {folder: (size, shutil.disk_usage(folder).free) for folder, size in written_bytes(plan.jobs).items()},
         )
-        told.append(" | ".join(_step_lines(plan.steps)))
-    for expert, loras in plan.coverage.items():
-        told += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
-    for part, path in plan.checkpoint.files.items():
-        told.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
-    decoding = ", decode in bf16" if request.vae_dtype == "bf16" else ""
-    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}{decoding}")
-    parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
-    told.append(f"weights in memory: {parts}")
-    told += _memory_lines(plan)
-    told += _process_lines(plan)
-    told += _job_lines(plan, done)
-    return told + [f"warning: {text}" for text in plan.warnings]
+
+    def lines(self) -> list[str]:
+        """The plan as printed before the run starts."""
+        told = [*_what_lines(self.plan), *self._memory_lines(), *_process_lines(self.plan), *self._job_lines()]
+        return told + [f"warning: {text}" for text in self.plan.warnings]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as `--json` tells it: with what a record of it does not keep, this machine's state."""
+        whole, expected = as_dict(self.plan), self.expected
+        whole["jobs"] = [{**job, "done": job["index"] in self.done} for job in whole["jobs"]]
+        return whole | {
+            "expected": expected and {
+                "stages": expected.stages, "whole": expected.whole, "communication": expected.communication,
+            },
+            "host": {"needed": self.host_needed, "available": self.host_available},
+            "disk": [
+                {"folder": str(folder), "needed": needed, "free": free} for folder, (needed, free) in self.disk.items()
+            ],
+        }  # fmt: skip
+
+    def _memory_lines(self) -> list[str]:
+        """What fits on the device, in the host's memory and on the disk."""
+        plan, budget, host = self.plan, self.budget, quantity(self.host_available, "B")
+        if not plan.jobs:
+            return []
+        here = _processes_here(plan)
+        each = f" of each of {here} processes" if here > 1 else ""
+        told = [budget.line(str(plan.device))] if budget and plan.room is not None else []
+        if plan.device.type != "cpu":
+            told.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
+        elif budget and plan.room is None:
+            peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in budget.peaks.items())
+            told.append(f"host memory {host} available; peaks in GB{each}: {peaks}")
+            if self.host_needed and self.host_needed > self.host_available:
+                told.append(
+                    "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
+                )
+        for folder, (size, free) in self.disk.items():
+            there = f" in {folder}" if len(self.disk) > 1 else ""
+            told.append(f"disk: at most {quantity(size, 'B')} to write{there}, {quantity(free, 'B')} free")
+        return told
+
+    def _job_lines(self) -> list[str]:
+        """The jobs, of many the first ones; how many are done; how long the others will take."""
+        plan, done = self.plan, self.done
+        shown = plan.jobs[: MOST_JOBS_SHOWN if len(plan.jobs) > MOST_JOBS_SHOWN + 1 else None]
+        told = [_job_line(plan, job, job.index in done) for job in shown]
+        if rest := plan.jobs[len(shown) :]:
+            told.append(f"... and {len(rest):,} more, the last one {rest[-1].save_file}")
+        for chain in chains(plan.jobs):
+            if joined := chain[0].joined:
+                numbers = ", ".join(str(job.index + 1) for job in chain)
+                told.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
+        if done:
+            verb = "is" if len(done) == 1 else "are"
+            told.append(f"{len(plan.jobs)} videos, of which {len(done)} {verb} done already")
+        return told + self._time_lines(len(plan.jobs) - len(done))
+
+    def _time_lines(self, todo: int) -> list[str]:
+        """Seconds to expect, if rates were measured here."""
+        expected = self.expected
+        if not todo:
+            return []
+        if expected is None:
+            return ["expected time: unknown (python -m wan.doctor measures it)"]
+        stages = ", ".join(f"{name} {duration(spent)}" for name, spent in expected.stages.items())
+        videos = f"; {todo:,} videos {duration(expected.whole)}" if todo > 1 else ""
+        without = "" if expected.communication else ", without communication"
+        return [f"expected time, by the rates that wan.doctor measured here{without}: {stages}{videos}"]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON takes it, for records and `--json`."""
+    """The plan as JSON takes it, for records: what does not hang on the machine's state."""
     sampling = plan.sampling
     budget = _budget(plan) if plan.jobs else None
     return {
@@ -82,6 +156,37 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _what_lines(plan: Plan) -> list[str]:
+    """What is sampled how, with which weights, where."""
+    request, sampling, told = plan.request, plan.sampling, []
+    if sampling is not None:
+        preset = f", settings of {plan.preset}" if plan.preset else ""
+        steps = f"{len(plan.steps)} step{'s' if len(plan.steps) > 1 else ''}"
+        told.append(
+            f"{request.task} from {request.ckpt_dir or 'files'}, {sampling.solver}, shift {sampling.shift:g}, "
+            f"{steps}{preset}"
+        )
+        told.append(" | ".join(_step_lines(plan.steps)))
+    for expert, loras in plan.coverage.items():
+        told += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
+    for part, path in plan.checkpoint.files.items():
+        told.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
+    decoding = ", decode in bf16" if request.vae_dtype == "bf16" else ""
+    told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}{decoding}")
+    parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
+    return [*told, f"weights in memory: {parts}"]
+
+
+def _streaming_bytes(plan: Plan) -> float:
+    """Of the host, in each process, where the transformer is on another device."""
+    return STREAMING_BYTES + (plan.weight_bytes["text encoder"] if plan.text_device.type == "cpu" else 0)
+
+
+def _processes_here(plan: Plan) -> int:
+    """Of the run's processes those on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", plan.layout.world)) if plan.layout.world > 1 else 1
+
+
 def _quantised(plan: Plan) -> str:
     if plan.request.quantize == "none":
         return ""
@@ -98,45 +203,6 @@ def _budget(plan: Plan) -> Budget | None:
     return plan.budget(largest.size, largest.frame_num, plan.prompts())
 
 
-def _memory_lines(plan: Plan) -> list[str]:
-    """What fits on the device, in the host's memory and on the disk."""
-    if not plan.jobs:
-        return []
-    told, budget, host = [], _budget(plan), host_bytes()
-    if budget and plan.room is not None:
-        told.append(budget.line(str(plan.device)))
-    elif budget:
-        peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in budget.peaks.items())
-        told.append(f"host memory {quantity(host, 'B')} available; peaks in GB: {peaks}")
-        if budget.peak > host:
-            told.append(
-                "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
-            )
-    if plan.device.type != "cpu":
-        text = plan.weight_bytes["text encoder"] if plan.text_device.type == "cpu" else 0
-        told.append(f"host memory: about {quantity(STREAMING_BYTES + text, 'B')} of {quantity(host, 'B')} available")
-    for folder, size in written_bytes(plan.jobs).items():
-        told.append(
-            f"disk: at most {quantity(size, 'B')} to write, {quantity(shutil.disk_usage(folder).free, 'B')} free"
-        )
-    return told
-
-
-def _job_lines(plan: Plan, done: Collection[int]) -> list[str]:
-    """The jobs, of many the first ones; how many are done; how long the others will take."""
-    shown = plan.jobs[: MOST_JOBS_SHOWN if len(plan.jobs) > MOST_JOBS_SHOWN + 1 else None]
-    told = [_job_line(plan, job, job.index in done) for job in shown]
-    if rest := plan.jobs[len(shown) :]:
-        told.append(f"... and {len(rest):,} more, the last one {rest[-1].save_file}")
-    for chain in chains(plan.jobs):
-        if joined := chain[0].joined:
-            numbers = ", ".join(str(job.index + 1) for job in chain)
-            told.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
-    if done:
-        told.append(f"{len(plan.jobs)} videos, of which {len(done)} {'is' if len(done) == 1 else 'are'} done already")
-    return told + _time_lines(plan, [job for job in plan.jobs if job.index not in done])
-
-
 def _job_line(plan: Plan, job: Job, done: bool) -> str:
     size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
     extent = f"{size}, {job.frame_num} frames, {plan.tokens(job.size, job.frame_num):,} tokens"
@@ -144,26 +210,6 @@ def _job_line(plan: Plan, job: Job, done: bool) -> str:
     prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
     mark = " (done)" if done else ""
     return f"job {job.index + 1}{mark}: {prompt}: {extent}, seed {job.seed} -> {job.save_file}"
-
-
-def _time_lines(plan: Plan, todo: Sequence[Job]) -> list[str]:
-    """Seconds to expect, if rates were measured here; all processes of a layout but one are taken to cost nothing."""
-    if not todo:
-        return []
-    rates = kept_rates(plan.device) if plan.layout.world == 1 else None
-    if rates is None:
-        why = "several processes are not estimated" if plan.layout.world > 1 else "python -m wan.doctor measures it"
-        return [f"expected time: unknown ({why})"]
-    found: dict[tuple[tuple[int, int], int], Seconds] = {}
-    for size, frames in dict.fromkeys((job.size, job.frame_num) for job in todo):
-        found[size, frames] = seconds(plan, plan.budget(size, frames, plan.prompts()), size, frames, rates)
-    counts = Counter((job.size, job.frame_num) for job in todo)
-    longest = max(found.values(), key=lambda one: one.first)
-    whole = sum(found[shape].next * count for shape, count in counts.items()) + longest.first - longest.next
-    parts = {"text": longest.text, "image": longest.image, "denoise": longest.denoise, "decode": longest.decode}
-    stages = ", ".join(f"{name} {duration(spent)}" for name, spent in parts.items() if spent)
-    videos = f"; {len(todo):,} videos {duration(whole)}" if len(todo) > 1 else ""
-    return [f"expected time, by the rates that wan.doctor measured here: {stages}{videos}"]
 
 
 def _process_lines(plan: Plan) -> list[str]:
@@ -181,7 +227,7 @@ def _process_lines(plan: Plan) -> list[str]:
         jobs=len(plan.jobs),
         element_bytes=plan.dtype.itemsize,
         weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},
-        sharded_bytes=max(plan.weight_bytes[name] for name in experts) if request.dit_fsdp else 0,
+        sharded_bytes=sharded_bytes(plan),
     )
 
 

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,8 +131,16 @@ def find_video(plan: Plan, job: Job) -> Found:
             continue  # not a record of ours: the next source, or "other"
         if differing:
             return Found("other", job.save_file, differing)
-        return Found("whole" if count_frames(job.save_file) == job.frame_num else "damaged", job.save_file)
+        state = job.save_file.stat()
+        whole = _count_frames(job.save_file, state.st_mtime_ns, state.st_size) == job.frame_num
+        return Found("whole" if whole else "damaged", job.save_file)
     return Found("other", job.save_file, ())
+
+
+@cache
+def _count_frames(path: Path, *_: int) -> int:
+    """`count_frames` of a file as it is now: it starts a program, and a run asks for its plan and once more."""
+    return count_frames(path)
 
 
 def repair(plan: Plan, job: Job, found: Found) -> list[str]:

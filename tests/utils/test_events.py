@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import generate
+from tests.extend.fake_services import FakeService
 from tests.support import TESTS, checkpoint, lora_dir
-from wan.utils.events import EVENTS
+from wan.expected import ATTENTION, DISK, MATMUL, VAE, keep_rates
+from wan.utils.events import EVENTS, PARTS
 
 T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
        "--frame_num", "5", "--device", "cpu", "--json"]  # fmt: skip
@@ -25,17 +28,27 @@ def described(lines: Iterable[str]) -> list[dict[str, Any]]:
         fields = EVENTS[kind][1]
         assert event.keys() - {"event", "index"} == fields.keys() - {"index"}, kind
         assert "index" in event or "index" not in fields, kind
-        for name, value in event.items():
-            wanted = fields.get(name, "number" if name == "index" else "text")
-            allowed = TYPES[wanted.rstrip("?")]
-            assert isinstance(value, allowed) or (value is None and wanted.endswith("?")), (kind, name, value)
-            assert isinstance(value, bool) == (wanted == "truth"), (kind, name, value)
+        typed(event, {"event": "text", "index": "number", **fields}, kind)
+        for name in PARTS.keys() & event.keys() if kind == "plan" else ():
+            entries = event[name] if isinstance(event[name], list) else [event[name]]
+            for entry in filter(None, entries):
+                assert entry.keys() == PARTS[name][1].keys(), name
+                typed(entry, PARTS[name][1], name)
     return events
+
+
+def typed(values: dict[str, Any], fields: dict[str, str], what: str) -> None:
+    for name, value in values.items():
+        wanted = fields[name]
+        allowed = TYPES[wanted.rstrip("?")]
+        assert isinstance(value, allowed) or (value is None and wanted.endswith("?")), (what, name, value)
+        assert isinstance(value, bool) == (wanted == "truth"), (what, name, value)
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def started(*words: str) -> tuple[int, list[dict[str, Any]]]:
         code = generate.main([*T2V, *words])
@@ -57,6 +70,14 @@ def test_a_run_a_second_one_and_its_latents(run: Any) -> None:
     assert {event.get("index") for event in of("end", events) if event["stage"] == "load"} == {None}
     assert (of("plan", events)[0]["task"], of("plan", events)[0]["solver"]) == ("t2v-A14B", "euler")
     assert [job["prompt"] for job in of("plan", events)[0]["jobs"]] == ["a cat", "a cat"]
+    (plan,) = of("plan", events)
+    assert ([job["done"] for job in plan["jobs"]], plan["expected"]) == ([False, False], None)
+    keep_rates(torch.device("cpu"), dict.fromkeys((MATMUL, ATTENTION, VAE, DISK), 1e9))
+    code, events = run(*words, "--num_videos", "3")
+    (plan,) = of("plan", events)
+    assert [job["done"] for job in plan["jobs"]] == [True, True, False]
+    assert plan["expected"]["whole"] == sum(plan["expected"]["stages"].values())
+    assert plan["host"]["needed"] == max(plan["peak_bytes"].values())
     code, events = run(*words)
     assert (code, of("summary", events)[0]["there already"]) == (0, 2)
     latents = next(Path("outputs").glob("*.latents.safetensors"))
@@ -67,6 +88,23 @@ def test_a_run_a_second_one_and_its_latents(run: Any) -> None:
 def test_a_dry_run(run: Any) -> None:
     code, events = run("--prompt", "a cat", "--dry_run")
     assert (code, [event["event"] for event in events]) == (0, ["plan", "checked"])
+
+
+def test_prompts_written_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeService(answer="A long prompt about it.") as service:
+        monkeypatch.setenv("OPENAI_BASE_URL", service.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+        words = ["--prompt", "a cat", "--prompt_extend_method", "openai", "--prompt_extend_model", "m"]
+        code, events = run(*words, "--extend_only", "out.txt", "--dry_run")
+        assert (code, [event["event"] for event in events]) == (0, ["message", "checked"])
+        code, events = run(*words, "--extend_only", "out.txt")
+        assert (code, events[-1]) == (0, {"event": "extended", "file": "out.txt"})
+        code, (error,) = run(*words, "--extend_only", "out.txt")
+        assert (code, error["code"]) == (2, 2)
+        service.plan = [(400, {"error": {"message": "no"}})]
+        words += ["--prompt_extend_on_error", "fail", "--no_extend_cache"]
+        code, events = run(*words, "--extend_only", "other.txt")
+        assert (code, events[-1]["event"], events[-1]["code"]) == (2, "error", 2)
 
 
 def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +125,8 @@ def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_readme_has_every_event() -> None:
     section = (TESTS.parent / "README.md").read_text().split("## JSON")[1].split("\n## ")[0]
-    told = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", section, re.MULTILINE))
-    fields = {kind: ", ".join(f"`{name}` {type}" for name, type in more.items()) for kind, (_, more) in EVENTS.items()}
-    assert told == {kind: f"{when} | {fields[kind]}" for kind, (when, _) in EVENTS.items()}
+    events, parts = section.split("Of the plan")
+    for text, rows in ((events, EVENTS), (parts, PARTS)):
+        told = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", text, re.MULTILINE))
+        fields = {kind: ", ".join(f"`{n}` {type}" for n, type in more.items()) for kind, (_, more) in rows.items()}
+        assert told == {kind: f"{when} | {fields[kind]}" for kind, (when, _) in rows.items()}

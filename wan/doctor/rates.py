@@ -11,10 +11,11 @@ import torch
 from wan.doctor.counts import VAES, on_meta
 from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome
 from wan.doctor.measure import interleaved
-from wan.expected import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
+from wan.expected import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE
 from wan.loading.budget import free_bytes
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.vae import WanVAE
+from wan.operations import decode_operations
 from wan.utils.progress import quantity
 
 REPEATS = 3

@@ -11,7 +11,8 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     "plan": ("everything is checked; nothing is loaded yet", {
         "task": "text", "solver": "text?", "shift": "number?", "preset": "text?", "steps": "list", "loras": "object",
         "fingerprints": "object", "device": "text", "dtype": "text", "attention": "text", "layout": "text",
-        "weight_bytes": "object", "peak_bytes": "object?", "jobs": "list", "warnings": "list"}),
+        "weight_bytes": "object", "peak_bytes": "object?", "jobs": "list", "expected": "object?", "host": "object",
+        "disk": "list", "warnings": "list"}),
     "begin": ("a stage begins", {"stage": "text", "total": "number?", "unit": "text"}),
     "advance": ("a stage goes on", {
         "stage": "text", "done": "number", "total": "number?", "unit": "text", "note": "text", "seconds": "number"}),
@@ -30,4 +31,15 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "saved": "number", "there already": "number", "failed": "number", "being made by other processes": "number",
         "not tried": "number", "joined": "number", "not joined": "number"}),
     "error": ("the run ends with this exit code", {"code": "number", "problems": "list"}),
+}  # fmt: skip
+# What the lists and objects of a plan hold, by their field: those of each entry.
+PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    "steps": ("guidance 1: none", {"timestep": "number", "expert": "text", "guidance": "number", "lora": "number"}),
+    "jobs": ("the videos; done: --resume has found it", {
+        "index": "number", "prompt": "text", "size": "list", "image": "text?", "frames": "number", "tokens": "number",
+        "seed": "number", "save_file": "text", "joined": "text?", "done": "truth"}),
+    "expected": ("seconds by rates that wan.doctor measured: of the longest video by stage, until all are made", {
+        "stages": "object", "whole": "number", "communication": "truth"}),
+    "host": ("bytes of memory, for all processes on this machine", {"needed": "number?", "available": "number"}),
+    "disk": ("bytes that may be written at most", {"folder": "text", "needed": "number", "free": "number"}),
 }  # fmt: skip
