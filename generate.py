@@ -122,9 +122,12 @@ def _extend(outcome: Extend, progress: Progress) -> int:
 
 
 def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
-    from wan.planning import make_plan
-    from wan.record import read_latents
-    from wan.run import decode_only
+    from wan.distributed.runtime import interrupts_held
+
+    with interrupts_held():
+        from wan.planning import make_plan
+        from wan.record import read_latents
+        from wan.run import decode_only
 
     plan = runtime.team.agree(lambda: make_plan(outcome, runtime))
     runtime.team.agree(lambda: read_latents(outcome.latents, outcome.config))
@@ -136,11 +139,14 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
 
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
+    from wan.distributed.runtime import interrupts_held
     from wan.extend.extension import check
     from wan.gallery import check_page, folder_of, write_page
-    from wan.plan_report import Outlook
-    from wan.planning import cut_prompts, make_plan
-    from wan.record import differences, find_videos
+
+    with interrupts_held():
+        from wan.plan_report import Outlook
+        from wan.planning import cut_prompts, make_plan
+        from wan.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
     if extend:
@@ -158,7 +164,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.request.dry_run:
         return _checked(progress)
 
-    from wan.run import run_jobs
+    with interrupts_held():
+        from wan.run import run_jobs
 
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.from_first(lambda: _answers(extend, outcome.rows, progress))

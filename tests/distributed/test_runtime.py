@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import generate
 from tests.distributed.ranks import launched, run_ranks
-from wan.distributed.runtime import Runtime, _take_gpu, launch
+from wan.distributed.runtime import Runtime, _take_gpu, interrupts_held, launch
 from wan.distributed.team import Team, patience
 from wan.utils.errors import InputError, JobError
 
@@ -33,6 +33,20 @@ def agree_on_things(runtime: Runtime) -> int:
     assert team.from_first(lambda: {"seed": 7, "rank": team.rank}) == {"seed": 7, "rank": 0}
     assert team.agree(lambda: team.rank) == team.rank
     return team.rank  # 2 is the worst
+
+
+def test_a_signal_inside_an_import_counts_at_its_end() -> None:
+    passed, earlier = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012 - what is raised is raised by the end
+            signal.raise_signal(signal.SIGINT)
+            passed.append(True)
+        assert passed
+        with interrupts_held():
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def test_the_worst_exit_code_is_everybodys(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -182,3 +183,13 @@ def test_sweeping_takes_the_claims_of_the_dead(tmp_path: Path) -> None:
     with claimed(tmp_path / "b.mp4") as claim:
         assert sweep(tmp_path) == [claim_file(tmp_path / "a.mp4")]
         assert {p.name for p in tmp_path.iterdir()} == {"mine.claim", claim.path.name}
+
+
+def test_a_claim_whose_taking_is_interrupted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "x.mp4"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -163,6 +163,24 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A signal that comes inside the block counts at its end: importing torch loses an exception, or aborts by it."""
+    held: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ours = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in ours:
+        signal.signal(number, lambda came, _: held.append(came))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    for number in held[:1]:
+        signal.raise_signal(number)
+
+
 def tell_launcher(sentence: str) -> None:
     """Why this process ends badly, where torchrun looks for it: its own report, which stands last, then says so."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -81,12 +81,13 @@ def claimed(video: Path) -> Iterator[Claim]:
     claim = _take(claim_file(video), video)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(claim, ended), name="claim", daemon=True)
-    heart.start()
     try:
+        heart.start()  # which waits for the thread: a Ctrl-C comes here as well
         yield claim
     finally:
         ended.set()
-        heart.join()
+        if heart.ident is not None:
+            heart.join()
         if claim.holds():
             claim.path.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ def need_packages() -> None:
         lack = f"Python 3.11 or newer is needed, and {sys.executable} is {version}; start it with such a one"
     elif missing:
         advice = "after make demo: source .venv/bin/activate; else: pip install -r requirements.txt"
-        lack = f"{sys.executable} has no package {' and no '.join(missing)}; {advice}"
+        lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"
     else:
         return
     print(f"error: {lack}", file=sys.stderr)
