@@ -153,3 +153,21 @@ def test_without_a_gpu_auto_is_the_cpu() -> None:
     words = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--size", "64*48", "--frame_num", "5", "--prompt", "cat"]
     done = run("generate.py", *words, "--dry_run", FAKE_GPU_ERROR=100)
     assert (done.returncode, "cpu, float32" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "how"),
+    [
+        (86, "unpacked for each product (compute capability 8.6: GPUs multiply fp8 from 8.9 on)"),
+        (89, "multiplied in fp8"),
+        (90, "multiplied in fp8"),
+        (120, "multiplied in fp8"),
+    ],
+)
+def test_weights_in_fp8(capability: int, how: str, tmp_path: Path) -> None:
+    """The demo, two of whose four blocks are in fp8: what PyTorch checks on the host before it multiplies."""
+    trained = ROOT / "examples" / "shapes" / "Wan2.2-T2V-A14B"
+    small = [*flags("t2v-A14B", trained, tmp_path), "--size", "64*64", "--frame_num", "5"]
+    done = run("generate.py", *small, "--quantize", "fp8", FAKE_GPU_GB=8, FAKE_GPU_CC=capability)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"weights of inner blocks in fp8, {how}\n" in done.stdout + done.stderr
