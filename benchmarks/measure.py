@@ -76,7 +76,8 @@ def run(works: Mapping[str, Callable[[], list[Row]]], keep: Path | None = None, 
             if keep:
                 keep.parent.mkdir(parents=True, exist_ok=True)
                 with keep.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"machine": here, "work": name, "rows": done[name]}) + "\n")
+                    entry = json.dumps({"machine": here, "work": name, "rows": done[name]})
+                    file.write(f"\n{entry}\n")  # the line before may have been cut off
         free_memory()  # the next one may want all of a GPU
     report([row for name in works for row in done.get(name, ())])
     if missing := [name for name in works if name not in done]:

@@ -26,7 +26,7 @@ from lightning.pickled import PickleStore
 from lightning.tensorfile import TensorStore
 from tests.support import TINY, checkpoint, config_of, lora_dir
 from wan.loading.checkpoint import Checkpoint
-from wan.loading.lanes import Lane, Slot
+from wan.loading.lanes import CudaLane, Lane, Slot
 from wan.loading.residency import Networks, text_encoder
 from wan.loading.stream import PIECE_BYTES, READERS, ReadError, Source, load, memory
 from wan.modules.model import WanModel
@@ -254,6 +254,20 @@ def test_blocks_lie_in_the_slots_and_nowhere_else(file: Path) -> None:
 # -- what goes wrong
 
 
+class Behind(Lane):
+    """Copies that are under way after `write`, until they are waited for."""
+
+    under_way = False
+
+    @contextmanager
+    def write(self, slot: Slot) -> Iterator[None]:
+        self.under_way = True
+        yield
+
+    def drain(self) -> None:
+        self.under_way = False
+
+
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -316,7 +330,8 @@ def test_nan_in_a_weight_is_found_when_it_comes(file: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, JobError("the latent has NaN")])
 def test_an_error_of_the_computation_ends_the_threads(error: BaseException, file: Path) -> None:
-    want, networks = wanted(file, 2), networks_of(Slow(file, 0.01), 2)
+    lane = Behind()
+    want, networks = wanted(file, 2), networks_of(Slow(file, 0.01), 2, lane)
 
     def stop(index: int) -> None:
         if index == 1:
@@ -324,6 +339,7 @@ def test_an_error_of_the_computation_ends_the_threads(error: BaseException, file
 
     with pytest.raises(type(error) if isinstance(error, JobError) else KeyboardInterrupt):
         forwards(networks, 2, each=stop)
+    assert not lane.under_way, "slots may be freed now"
     assert all(map(torch.equal, forwards(networks, 2), want))
 
 
@@ -439,6 +455,36 @@ def test_every_event_is_waited_for(slots: int, file: Path) -> None:
 def test_the_recording_double_notices(file: Path) -> None:
     with pytest.raises(AssertionError, match="written before its last use was over"):
         forwards(networks_of(TensorStore.open(file), 2, Careless()), 2)
+
+
+def test_a_long_batch_keeps_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second from each event to the next; the device is two waits behind the computing thread."""
+    made: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.number = len(made)
+            made.append(self)
+
+        def record(self, _: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return over or self.number < len(made) - 4
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 500.0 * (other.number - self.number)
+
+    for name, stand_in in (("Event", Event), ("Stream", lambda _: None), ("current_stream", lambda _: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    lane, over = CudaLane(torch.device("cuda", 0)), False
+    for _ in range(50):
+        with lane.waiting():
+            pass
+    assert len(lane._waits) == 2
+    over = True
+    assert (lane.waited, lane.waited) == (25.0, 25.0)
 
 
 @pytest.mark.gpu

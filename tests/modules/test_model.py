@@ -310,6 +310,15 @@ def test_a_back_end_that_fails_is_left_out_with_its_reason(tmp_path: Path, monke
         choose("flash2", *arguments)
 
 
+def test_a_back_end_that_computes_something_else_is_told() -> None:
+    q = torch.randn(40, 2, 16, dtype=torch.bfloat16)
+    right = BACKENDS["sdpa"](q, q[:30], q[:30])
+    backends._check(right, q, q[:30])
+    for wrong in (torch.zeros_like(right), right.clone().index_fill_(0, torch.tensor(39), torch.nan), right.flip(1)):
+        with pytest.raises(ValueError, match="its result is wrong on this GPU"):
+            backends._check(wrong, q, q[:30])
+
+
 def test_sage_is_called_as_its_package_says_and_only_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in that takes `sageattn`'s documented arguments, and refuses what the real one does."""
     (tmp_path / "sageattention.py").write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class CudaLane(Lane):
         super().__init__()
         self.device = device
         self.copies = torch.cuda.Stream(device)
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not over when last looked at
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -94,14 +95,20 @@ class CudaLane(Lane):
         yield
         after.record(stream)
         self._waits.append((before, after))
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        """A long batch has millions of waits: the events of those that are over are given back."""
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            self._waited += before.elapsed_time(after) / 1e3
 
     @property
     def waited(self) -> float:
         """As above; waits for the device."""
         if self._waits:
             self._waits[-1][1].synchronize()
-            self._waited += sum(before.elapsed_time(after) for before, after in self._waits) / 1e3
-            self._waits.clear()
+            self._sum_up()
         return self._waited
 
 

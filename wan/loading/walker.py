@@ -81,8 +81,6 @@ class Walker:
     def resize(self, count: int) -> None:
         """Have `count` slots, or as many as there are units if that is fewer. JobError for a full host."""
         count = min(count, len(self.units))
-        if count < len(self.slots):
-            self.lane.drain()
         while len(self.slots) > count:
             self._remove(self.slots[-1])
             self.slots.pop()
@@ -165,27 +163,35 @@ class Walker:
         return schedule(uses, len(self.slots), {unit: slot.index for unit, slot in self._where.items()}, again=again)
 
     def _bring(self, moves: Sequence[Move], report: Callable[[int], None] = lambda _: None) -> None:
-        """Carry out `moves` in turn; runs in a thread of its own beside a job."""
+        """Carry out `moves` in turn; runs in a thread of its own beside a job. However it ends, no copy is under way
+        then: slots may be freed."""
         largest = max((piece.bytes for unit in self.units for piece in unit.pieces), default=PIECE_BYTES)
         pieces = (piece for move in moves for piece in self.units[move.unit].pieces)
         if not moves:
             return
-        with closing(read_ahead(pieces, largest, pin=self.device.type == "cuda")) as arriving:
-            for move in moves:
-                if not self._free(move):
-                    return
-                slot, unit = self.slots[move.slot], self.units[move.unit]
-                self._remove(slot)
-                views = unit.views(slot.memory)
-                with self.lane.write(slot):
-                    for _ in unit.pieces:
-                        if self._stopped:
-                            return
-                        piece, tensor = next(arriving)
-                        piece.source.place(piece, tensor, views)
-                        self.brought += tensor.nbytes
-                        report(piece.bytes)
-                self._put(slot, move.unit, views)
+        try:
+            with closing(read_ahead(pieces, largest, pin=self.device.type == "cuda")) as arriving:
+                for move in moves:
+                    if not self._free(move) or not self._fill(move, arriving, report):
+                        return
+        finally:
+            self.lane.drain()
+
+    def _fill(self, move: Move, arriving: Iterator[tuple[Piece, Tensor]], report: Callable[[int], None]) -> bool:
+        """Bring one unit; False if the job has ended on the way."""
+        slot, unit = self.slots[move.slot], self.units[move.unit]
+        self._remove(slot)
+        views = unit.views(slot.memory)
+        with self.lane.write(slot):
+            for _ in unit.pieces:
+                if self._stopped:
+                    return False
+                piece, tensor = next(arriving)
+                piece.source.place(piece, tensor, views)
+                self.brought += tensor.nbytes
+                report(piece.bytes)
+        self._put(slot, move.unit, views)
+        return True
 
     def _free(self, move: Move) -> bool:
         """Wait until the slot may be written; False if the job has ended."""

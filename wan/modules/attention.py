@@ -78,6 +78,7 @@ BACKENDS: dict[str, Attend] = {
 # values beside them: SageAttention on compute capability 9.0, where it takes most, 8 bits of each, and of values two
 # copies in 16 bits.
 QUANTISED = {"sage": 7}
+RIGHT = 0.1  # of a result's length: farther from the formula is no rounding, not even to 8 bits
 
 
 class Choice(NamedTuple):
@@ -110,7 +111,8 @@ def available(device: torch.device, dtype: torch.dtype) -> list[str]:
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> Choice:
     """The back end to use: `name`, or for "auto" the one that measures fastest of those that compute exactly.
 
-    A package that cannot be imported and a kernel that fails its first call are left out. ValueError if `name` is.
+    A package that cannot be imported and a kernel that fails its first call, or computes something else, are left out.
+    ValueError if `name` is.
     """
     names = available(device, dtype)
     if name not in ("auto", *names):
@@ -133,7 +135,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
 def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> float:
     """Median time of one call on 8,192 tokens. Fails as the back end does, with few keys (the text's) or many."""
     q = torch.randn(8192, heads, width, device=device, dtype=dtype)
-    attend(q, q[:512], q[:512])
+    for keys in (q[:512], q):
+        _check(attend(q, keys, keys), q, keys)
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -143,3 +146,13 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, head
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[2]
+
+
+def _check(found: Tensor, q: Tensor, k: Tensor) -> None:
+    """ValueError if `found`, attention to keys that are their own values, is not what the formula gives; the ends are
+    looked at. Kernels have been released that are wrong on one kind of GPU."""
+    for rows in (slice(0, 32), slice(-32, None)):
+        scores = torch.einsum("qnd,knd->nqk", q[rows].float(), k.float()) * q.shape[-1] ** -0.5
+        exact = torch.einsum("nqk,knd->qnd", scores.softmax(-1), k.float())
+        if not (found[rows].float() - exact).norm() <= RIGHT * exact.norm():  # NaN compares false
+            raise ValueError("its result is wrong on this GPU")
