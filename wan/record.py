@@ -79,8 +79,8 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
 
 @dataclass(frozen=True)
 class Found:
-    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off)
-    "other": another video or another file, or "later": it hangs on a video that is not there yet.
+    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off),
+    "other" (another video or another file), or "later" (it hangs on a video that is not there yet).
 
     differing: the options that made the other video, as far as it says; None where nobody asked.
     """
