@@ -20,6 +20,7 @@ from lightning.examine import open_network
 from lightning.latents import LATENT_MEAN, LATENT_STD
 from lightning.names import MODEL_INDEX, PATCH, STEM
 from lightning.releases import BOUNDARIES, Release
+from lightning.schedule import TRAIN_TIMESTEPS
 from lightning.shards import Network
 from lightning.tensorfile import DTYPES, TensorStore
 from lightning.weights import TEXT_ENCODER, VAE, as_ours, open_file
@@ -198,7 +199,7 @@ def scheduler_config(task: str, release: Release | None) -> dict[str, Any]:
     """
     config: dict[str, Any] = {
         "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": 1000,
+        "num_train_timesteps": TRAIN_TIMESTEPS,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "flow_shift": release.shift if release else BASE_SHIFTS[task],

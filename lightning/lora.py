@@ -127,7 +127,7 @@ class Coverage:
     pairs: tuple[int, int]  # applied, brought
     differences: tuple[int, int]
     ranks: tuple[int, ...]
-    scales: tuple[float, ...]  # alpha / rank
+    scales: tuple[float, ...]  # alpha / rank, rising
     ignored: list[str]
     skipped: list[str]
     unmatched: list[str]
@@ -138,7 +138,8 @@ class Coverage:
         if self.differences[1]:
             parts.append(f"{self.differences[0]}/{self.differences[1]} differences")
         if self.scales:
-            parts.append("alpha/rank " + " to ".join(f"{s:g}" for s in _ends(self.scales)))
+            ends = dict.fromkeys((self.scales[0], self.scales[-1]))
+            parts.append("alpha/rank " + " to ".join(f"{scale:g}" for scale in ends))
         if self.strength != 1.0:
             parts.append(f"strength {self.strength:g}")
         if self.ignored:
@@ -275,7 +276,3 @@ def _some(tensors: Sequence[str], total: int) -> str:
 def _first(tensors: Sequence[str]) -> str:
     more = ", ..." if len(tensors) > 3 else ""
     return f" (first: {', '.join(tensors[:3])}{more})" if tensors else ""
-
-
-def _ends(values: Sequence[float]) -> tuple[float, ...]:
-    return (values[0],) if len(values) == 1 else (values[0], values[-1])

@@ -161,7 +161,7 @@ def released_shapes(task: str) -> dict[str, tuple[int, ...]]:
 def task_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The published task whose network takes as many channels as this one, None if there is none."""
     channels = shapes.get("patch_embedding.weight", (0, 0))[1]
-    return next((task for task, network in NETWORKS.items() if network[3] == channels), None)
+    return next((task for task, (*_, channels_in, _) in NETWORKS.items() if channels_in == channels), None)
 
 
 def takes_fp8(name: str, blocks: int, kept: int = 1) -> bool:

@@ -11,13 +11,12 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from wan.making import check_place
 from wan.plan import Plan
-from wan.record import plain, versions
+from wan.record import outcome, plain, versions
 from wan.request.chains import frames_joined
 from wan.request.options import SCHEMA
 from wan.request.settings import Job
@@ -34,12 +33,19 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
     """Join the whole videos of a chain. JobError, OSError; ClaimedElsewhere if another process is at it."""
     joined = clips[0].joined
     assert joined is not None, "these clips are in a chain"
-    frames, record = frames_joined(clips), _record(plan, clips)
+    frames, fps = frames_joined(clips), plan.config.sample_fps
+    record = {
+        "schema": SCHEMA,
+        "task": plan.request.task,
+        "clips": _parts(plan, clips),
+        "versions": versions(),
+        **outcome(joined, frames, clips[0].size, fps),
+    }
     check_place(joined)
     with claimed(joined) as claim, progress.stage("join"):
         if claim.taken_over:
             progress.say(claim.taken_over)
-        copy_together([clip.save_file for clip in clips], joined, plan.config.sample_fps, frames, record)
+        copy_together([clip.save_file for clip in clips], joined, fps, frames, record)
     written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
     progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
 
@@ -86,18 +92,3 @@ def _parts(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
         }
         for clip, meaning in zip(clips, meanings, strict=True)
     ]  # fmt: skip
-
-
-def _record(plan: Plan, clips: Sequence[Job]) -> dict[str, Any]:
-    width, height = clips[0].size
-    return {
-        "schema": SCHEMA,
-        "task": plan.request.task,
-        "clips": _parts(plan, clips),
-        "versions": versions(),
-        "output": {
-            "file": clips[0].joined and clips[0].joined.name, "frames": frames_joined(clips), "width": width,
-            "height": height, "fps": plan.config.sample_fps,
-        },
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip

@@ -23,7 +23,7 @@ from wan.request.checks import Check
 from wan.request.options import Request
 from wan.request.resolve import DRAWN_SEEDS
 from wan.request.settings import Sampling
-from wan.request.weights import SOLVERS, choose_weights
+from wan.request.weights import SOLVERS, both, choose_weights
 from wan.utils.images import video_size
 from wan.utils.progress import Progress
 
@@ -97,7 +97,6 @@ class Original(Pipeline):
         None on all but the first of the processes that make it together. InputError for what the command line refuses.
         """
         config, check = self.plan.config, Check()
-        low, high = guide_scale if isinstance(guide_scale, tuple | list) else (guide_scale, guide_scale)
         if image is None:
             size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
         else:
@@ -109,7 +108,7 @@ class Original(Pipeline):
             check.choice("sample_solver", sample_solver, SOLVERS),
             check.whole("sampling_steps", sampling_steps, 1, 1, 1000),
             check.number("shift", shift, 1.0, 0.01, 100),
-            (float(low), float(high)),
+            both(guide_scale),
         )
         check.stop()
         if seed < 0:

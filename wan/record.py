@@ -67,21 +67,24 @@ def differences(plan: Plan, replayed: Replayed) -> list[str]:
 
 def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, float]) -> dict[str, Any]:
     """`record` with what is known at the end. seconds: by stage, up to the saving of the file."""
-    width, height = video.size or (0, 0)
-    output = {"file": video.path.name, "frames": video.frames, "width": width, "height": height, "fps": video.fps}
     return {
         **record,
-        "output": output,
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
         "peak_memory_bytes": peak_memory(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **outcome(video.path, video.frames, video.size or (0, 0), video.fps),
     }
+
+
+def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict[str, Any]:
+    """The end of every record: what the file holds, and when it was finished."""
+    output = {"file": video.name, "frames": frames, "width": size[0], "height": size[1], "fps": fps}
+    return {"output": output, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off)
-    "other": another video or another file, or "later": it hangs on a video that is not there yet.
+    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off),
+    "other" (another video or another file), or "later" (it hangs on a video that is not there yet).
 
     differing: the options that made the other video, as far as it says; None where nobody asked.
     """

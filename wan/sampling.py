@@ -19,6 +19,9 @@ from wan.modules.prompt import Prompt
 from wan.request.settings import Sampling
 from wan.utils.errors import JobError
 
+# what diffusers' schedulers must be told of flow matching
+FLOW = {"num_train_timesteps": TRAIN_TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
 
 class Schedule(Protocol):
     """A solver over its timesteps, for one video: multistep solvers remember."""
@@ -203,9 +206,7 @@ def _unipc(levels: np.ndarray, shift: float) -> Any:
     """UniPC (arXiv 2302.04867), order 2, B2(h), predicting x0."""
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
     scheduler.set_timesteps(sigmas=levels)
     return scheduler
 
@@ -217,9 +218,7 @@ def _dpmpp(levels: np.ndarray, shift: float) -> Any:
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=shift)
     scheduler.set_timesteps(len(levels))
     sigmas = shift * levels / (1 + (shift - 1) * levels)
     scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))

@@ -295,7 +295,7 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.extend.cache.json.dump", interrupted)
+    monkeypatch.setattr("wan.extend.cache.json.dumps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_cached("k", "half", question, "m")
     assert read_cached("k") == "whole"

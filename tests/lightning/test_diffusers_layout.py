@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning import diffusers_layout as layout
 from lightning.__main__ import main
 from lightning.diffusers_names import original, original_text, original_vae
 from lightning.names import EXPERTS
@@ -19,10 +20,21 @@ from lightning.tensorfile import TensorStore
 from tests.lightning.support import base
 from tests.support import TINY, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES
+from wan.configs import WAN_CONFIGS
 from wan.request.settings import Sampling
 
 SIZE, FRAMES, STEPS, SEED, PROMPT = (64, 96), 9, 4, 5, "a red ball, “quoted” ＡＢ"
-VAES = {"t2v-A14B": "Wan2.1_VAE.pth", "i2v-A14B": "Wan2.1_VAE.pth", "ti2v-5B": "Wan2.2_VAE.pth"}
+VAES = {task: config.vae_checkpoint for task, config in WAN_CONFIGS.items()}
+
+
+@pytest.mark.parametrize("task", WAN_CONFIGS)
+def test_lightning_and_the_configurations_say_the_same_of_a_task(task: str) -> None:
+    """`lightning` imports nothing of `wan`, so some facts stand in both."""
+    config = WAN_CONFIGS[task]
+    assert (EXPERTS[task], layout.BASE_SHIFTS[task]) == (config.experts, config.sample_shift)
+    assert layout.BOUNDARIES.get(task) == config.boundary
+    assert config.vae_checkpoint in layout.VAES
+    assert (config.t5_checkpoint, config.t5_tokenizer) == (layout.TEXT_ENCODER_FILE, layout.TOKENIZER)
 
 
 def bake(task: str, out: Path, *more: str) -> Path:

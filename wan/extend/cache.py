@@ -35,7 +35,7 @@ def read_cached(key: str) -> str | None:
 def write_cached(key: str, prompt: str, question: Question, model: str) -> None:
     """Keep an answer, whole or not at all. OSError, or RuntimeError if the user has no home folder."""
     folder = prompts_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what one writes is nobody else's to read
     kept = {"prompt": prompt, "original": question.text, "model": model}
     with replacing(folder / f"{key}.json") as part:
         part.write_text(json.dumps(kept, ensure_ascii=False), "utf-8")

@@ -1,5 +1,4 @@
-"""A part of a prompt file for each of several independent processes: every N-th video, or chain of
-them, by its number in the whole file.
+"""A part of a prompt file for each of several independent processes: every N-th video, or chain, of the whole file.
 
 Numbers, seeds and names are those of the whole file, so they do not depend on how many processes there are.
 """

@@ -94,18 +94,17 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
     single = len(config.experts) == 1
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
     release = weights.release or Release("", (), "lora", "")
-    made_for = (release.solver, release.steps, release.shift, release.guidance)
-    base = (config.sample_solver, config.sample_steps, config.sample_shift, _pair(config.sample_guide_scale))
-    defaults = made_for if weights.distilled else base
+    base = Sampling(config.sample_solver, config.sample_steps, config.sample_shift, both(config.sample_guide_scale))
+    usual: Release | Sampling = release if weights.distilled else base
     timesteps = check.timesteps(request.timesteps) if request.timesteps is not None else None
-    as_made = request.sample_solver in (None, release.solver) and request.sample_steps is request.sample_shift is None
-    if weights.distilled and request.timesteps is None and as_made:
+    as_made = request.sample_solver in (None, release.solver) and request.sample_steps is None
+    if weights.distilled and request.timesteps is None and request.sample_shift is None and as_made:
         timesteps = release.timesteps
-    usual = "euler" if timesteps and defaults[0] not in EXPLICIT else defaults[0]
-    solver = check.choice("--sample_solver", request.sample_solver or usual, SOLVERS)
-    steps = request.sample_steps or len(timesteps or ()) or defaults[1]
-    shift = request.sample_shift or defaults[2]
-    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, defaults[3], *GUIDANCES)
+    fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
+    solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
+    steps = request.sample_steps or len(timesteps or ()) or usual.steps
+    shift = request.sample_shift or usual.shift
+    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, usual.guidance, *GUIDANCES)
     if single and guidance[0] != guidance[1]:
         check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
     if request.timesteps is not None and timesteps is not None:
@@ -115,9 +114,9 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
         check.problem("--high_steps: this task has one model; it applies to the two experts of the A14B tasks")
     elif request.high_steps is not None:
         high_steps = check.whole("--high_steps", request.high_steps, 0, 0, steps)
-    by_step = weights.release if request.timesteps is None else None
-    lora_steps = by_step.lora_steps if by_step else None
-    guidance_steps = by_step.guidance_steps if by_step and request.sample_guide_scale is None else None
+    by_release = request.timesteps is None
+    lora_steps = release.lora_steps if by_release else None
+    guidance_steps = release.guidance_steps if by_release and request.sample_guide_scale is None else None
     if lora_steps and len(lora_steps) != steps:
         check.problem(
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
@@ -127,8 +126,9 @@ def choose_sampling(request: Request, config: EasyDict, weights: Weights, check:
     return recipe
 
 
-def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
-    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+def both(guidance: float | Sequence[float]) -> tuple[float, float]:
+    """(low, high noise) of one guidance for both, or of the two."""
+    low, high = guidance if isinstance(guidance, tuple | list) else (guidance, guidance)
     return float(low), float(high)
 
 
