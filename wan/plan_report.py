@@ -45,7 +45,9 @@ class Outlook:
     @classmethod
     def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
         budget = _budget(plan) if plan.jobs else None
-        needed = budget and float(budget.peak) if plan.device.type == "cpu" else _streaming_bytes(plan)
+        needed: float | None = _streaming_bytes(plan)
+        if plan.device.type == "cpu":
+            needed = budget.peak if budget else None
         return cls(
             plan,
             frozenset(done),
