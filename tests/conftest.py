@@ -3,6 +3,9 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Workers of pytest-xdist share the cores. Were each to start a thread a core, every parallel loop of PyTorch would wait
 # and spin for threads that have no core. PyTorch reads this when it is first imported; child processes inherit it.
@@ -27,3 +30,14 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """What is compared, to the bit, with what a process of one thread makes."""
+    import torch  # only now: it reads OMP_NUM_THREADS
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

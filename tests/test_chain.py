@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,36 @@ ROWS: list[dict[str, Any]] = [
 ]
 FRAMES = [5, 9, 5]
 PICTURE = str(TINY / "input.png")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def go_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(folder)
+    for name in ("WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
+        patch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
+    go_to(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one run makes of `ROWS`: a folder to look at or to copy."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        go_to(folder, patch)
+        rows()
+        assert generate.main(chain()) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def made(unbroken: Path, _elsewhere: None) -> None:
+    """As if that run had been made here."""
+    rows()
+    shutil.copytree(unbroken, "out")
 
 
 def rows(given: list[dict[str, Any]] = ROWS, name: str = "rows.jsonl") -> str:
@@ -115,10 +139,10 @@ def dies_in_the_second(words: list[str]) -> int:
     return generate.main(words)
 
 
-def test_it_goes_on_after_a_kill_in_the_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.set_num_threads(1)
+def test_it_goes_on_after_a_kill_in_the_second(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows()
-    assert generate.main(chain(folder="unbroken")) == 0
     codes, _ = launched(partial(dies_in_the_second, chain()), 1, tmp_path)
     assert codes == [-signal.SIGKILL]
     assert [path.name for path in sorted(Path("out").glob("*.mp4"))] == ["a.mp4"]
@@ -128,13 +152,12 @@ def test_it_goes_on_after_a_kill_in_the_second(tmp_path: Path, capsys: pytest.Ca
     assert "2 saved, 1 there already, 1 joined" in capsys.readouterr().err
     assert Path("out/a.mp4").stat() == before
     for name in ("a_chain.mp4", "b.mp4"):
-        assert np.array_equal(*(read_frames(Path(folder) / name) for folder in ("out", "unbroken")))
-    assert sorted(os.listdir("out")) == sorted(os.listdir("unbroken"))
+        assert np.array_equal(*(read_frames(Path(folder) / name) for folder in ("out", unbroken)))
+    assert sorted(os.listdir("out")) == sorted(os.listdir(unbroken))
 
 
+@pytest.mark.usefixtures("made")
 def test_only_the_joined_file_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    rows()
-    assert generate.main(chain()) == 0
     joined = Path("out/a_chain.mp4")
     want = read_frames(joined)
     for spoil in (joined.unlink, lambda: joined.write_bytes(joined.read_bytes()[:-500])):
@@ -168,10 +191,8 @@ def test_a_row_at_the_end_and_rows_above(capsys: pytest.CaptureFixture[str]) -> 
     assert np.array_equal(read_frames(moved), want)
 
 
+@pytest.mark.usefixtures("made")
 def test_a_clip_hangs_on_what_the_one_before_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    rows()
-    assert generate.main(chain()) == 0
-
     def without_the_first() -> None:
         for file in Path("out").glob("a.*"):
             file.unlink()
@@ -354,7 +375,6 @@ def test_what_is_in_the_way_of_the_joined_video(capsys: pytest.CaptureFixture[st
 
 def test_a_chain_is_one_groups_work(tmp_path: Path) -> None:
     """Two processes, each with videos of its own: two chains of unequal length."""
-    torch.set_num_threads(1)
     rows(TWO_CHAINS)
     assert generate.main(chain(folder="one")) == 0
     codes, said = launched(partial(generate.main, chain()), 2, tmp_path)
@@ -366,9 +386,9 @@ def test_a_chain_is_one_groups_work(tmp_path: Path) -> None:
         assert np.array_equal(read_frames(Path("out") / name), read_frames(Path("one") / name)), name
 
 
+@pytest.mark.usefixtures("made")
 def test_the_gallery_shows_clips_and_what_they_are_joined_into() -> None:
-    rows()
-    assert generate.main(chain("--gallery")) == 0
+    assert generate.main(chain("--gallery", "--resume")) == 0
     shown = {entry["file"]: entry for entry in find_entries(Path("out"))}
     assert shown.keys() == {"a.mp4", "b.mp4", "c.mp4", "a_chain.mp4"}
     joined = shown["a_chain.mp4"]

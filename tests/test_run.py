@@ -5,10 +5,10 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import wan.making
+from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir
 from wan.configs import WAN_CONFIGS
 from wan.distributed.mesh import Mesh
@@ -32,8 +33,6 @@ from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, latents_elsewhere, machine
 from wan.utils.progress import STAGE, Progress, quantity
 from wan.utils.video import VideoWriter, count_frames, read_record
-
-ROOT = Path(__file__).parents[1]
 
 
 @cache
@@ -413,22 +412,18 @@ def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: 
     assert count_frames(tmp_path / "0.mp4") == 13
 
 
-def test_killed_in_decode(tmp_path: Path) -> None:
-    """Not even a process that is killed loses the finished steps."""
-    script = f"""
-import os, signal
-from pathlib import Path
-from tests import test_run
-from tests.test_run import Models, Outcome, make_run
-
-class Killed(Models):
-    def decode(self, latent, tiled=False):
+def killed_in_decode(folder: Path) -> int:
+    def decode(*_: Any) -> Iterator[Tensor]:
         os.kill(os.getpid(), signal.SIGKILL)
+        yield from ()
 
-test_run.Models = Killed
-Outcome(make_run(Path({os.fspath(tmp_path)!r}), ["one"]))
-"""
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == -9
+    return Outcome(make_run(folder, ["one"]), decode=decode).failed
+
+
+def test_killed_in_decode(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not even a process that is killed loses the finished steps."""
+    codes, _ = launched(partial(killed_in_decode, tmp_path), 1, tmp_path_factory.mktemp("logs"))
+    assert codes == [-signal.SIGKILL]
     assert names(tmp_path) == [".0.mp4.claim", "0.latents.safetensors"]
     decode_only(planned(), tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), load=Models)
     assert count_frames(tmp_path / "0.mp4") == 13
@@ -450,35 +445,35 @@ def test_the_encoder_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names(tmp_path) == ["0.json", "0.mp4", "1.latents.safetensors", "2.json", "2.mp4"]
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """Files may not grow beyond 3 kB in the second job, as on a full disk: it fails alone and the process lives."""
-    script = f"""
-import resource, sys
-from pathlib import Path
-from tests import test_run
-from tests.test_run import Models, Outcome, make_run
+def with_a_narrow_second_job(folder: Path, log: Path) -> int:
+    """Files may not grow beyond 3 kB in the second job."""
+    import resource
 
-class Narrow(Models):
-    def sample_job(self, job):
+    sample = Models.sample_job
+
+    def sample_job(self: Models, job: Job) -> Tensor:
         room = 3000 if job.index == 1 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        return super().sample_job(job)
+        return sample(self, job)
 
-test_run.Models = Narrow
-outcome = Outcome(make_run(Path({os.fspath(tmp_path)!r})))
-print(outcome.said)
-sys.exit(outcome.failed)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert "2 saved, 1 failed" in done.stdout
-    assert "failed: prompts.txt line 2: " in done.stdout
+    Models.sample_job = sample_job  # type: ignore[method-assign]  # in this child process only
+    outcome = Outcome(make_run(folder))
+    log.write_text(outcome.said)
+    return outcome.failed
+
+
+def test_a_full_disk(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It fails alone and the process lives."""
+    logs = tmp_path_factory.mktemp("logs")
+    codes, errors = launched(partial(with_a_narrow_second_job, tmp_path, logs / "said.txt"), 1, logs)
+    assert codes == [1], errors
+    said = (logs / "said.txt").read_text()
+    assert "2 saved, 1 failed" in said
+    assert "failed: prompts.txt line 2: " in said
     assert names(tmp_path)[:2] == ["0.json", "0.mp4"]
     assert [n for n in names(tmp_path) if n.startswith("1")] == []
-    assert "the finished latents could not be kept" in done.stdout
-    assert "File too large" in done.stdout
+    assert "the finished latents could not be kept" in said
+    assert "File too large" in said
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def run_unprivileged(code: str, *arguments: object) -> list[str]:
         cwd=Path(TESTS).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
