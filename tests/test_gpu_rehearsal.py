@@ -149,6 +149,29 @@ def test_a_gpu_that_cannot_be_used_is_told_in_one_line(settings: dict[str, Any],
     assert len(done.stderr.splitlines()) == 1
 
 
+IN_A_THREAD = """
+import json, threading, torch
+from tests.support import checkpoint, config_of
+from wan import WanT2V
+task = WanT2V(config_of("t2v-A14B", torch.bfloat16), checkpoint("t2v-A14B"), device_id=1)
+give_back, current = torch.cuda.empty_cache, []
+torch.cuda.empty_cache = lambda: (current.append(torch.cuda.current_device()), give_back())
+ask = lambda: task.generate("cat", size=(64, 48), frame_num=5, sampling_steps=2, guide_scale=1.0, seed=1)
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+print(json.dumps({"current": current, "most": [torch.cuda.max_memory_allocated(index) for index in range(2)]}))
+"""
+
+
+def test_a_thread_of_the_caller_works_on_the_gpu_of_the_pipeline() -> None:
+    """A server makes it in one thread and uses it in others, where CUDA's current device is the first one."""
+    done = run("-c", IN_A_THREAD, FAKE_GPU_COUNT=2)
+    seen = last_line(done.stdout)
+    assert seen["most"][0] == 0 < seen["most"][1], done.stderr
+    assert set(seen["current"]) == {1}
+
+
 def test_without_a_gpu_auto_is_the_cpu() -> None:
     words = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--size", "64*48", "--frame_num", "5", "--prompt", "cat"]
     done = run("generate.py", *words, "--dry_run", FAKE_GPU_ERROR=100)

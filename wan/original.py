@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.distributed.runtime import Runtime
+from wan.loading.lanes import on
 from wan.loading.stream import as_dtype
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning import open_plan
@@ -113,15 +114,16 @@ class Original(Pipeline):
         check.stop()
         if seed < 0:
             seed = self.mesh.team.from_first(lambda: secrets.randbelow(DRAWN_SEEDS))
-        self.load_experts().offload = offload_model
-        negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
-        latent = team.agree(
-            lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)
-        )
-        if offload_model:
-            self.release_text_encoder()
-        chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
-        return torch.cat(chunks, dim=1) if chunks else None
+        with on(self.plan.device):  # the caller's thread may be another one than made this object
+            self.load_experts().offload = offload_model
+            negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
+            latent = team.agree(
+                lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)
+            )
+            if offload_model:
+                self.release_text_encoder()
+            chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
+            return torch.cat(chunks, dim=1) if chunks else None
 
 
 def _device(index: int) -> str:

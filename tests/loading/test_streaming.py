@@ -490,11 +490,24 @@ def test_a_long_batch_keeps_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 def test_a_gpu_gives_the_same_numbers_with_any_slots(slots: int, file: Path) -> None:
+    """Also where the computation lags behind what its thread has asked for, or the copies do: `_sleep` keeps a stream
+    busy for about 10 ms."""
     device = torch.device("cuda", torch.cuda.current_device())
     want = forwards(networks_of(TensorStore.open(file), 6, device=device), 4)
-    networks = networks_of(TensorStore.open(file), slots, device=device)
-    assert all(map(torch.equal, forwards(networks, 4), want))
-    assert networks.walker.waited >= 0.0
+
+    class SlowCopies(CudaLane):
+        @contextmanager
+        def write(self, slot: Slot) -> Iterator[None]:
+            with super().write(slot):
+                torch.cuda._sleep(20_000_000)
+                yield
+
+    for lane in (CudaLane(device), SlowCopies(device)):
+        networks = networks_of(TensorStore.open(file), slots, lane, device)
+        for busy in (0, 20_000_000):
+            found = forwards(networks, 4, each=lambda _, busy=busy: torch.cuda._sleep(busy))  # type: ignore[misc]
+            assert all(map(torch.equal, found, want))
+        assert networks.walker.waited >= 0.0
 
 
 # -- time

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,12 +231,30 @@ def test_passes_are_compiled_where_that_pays(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+def test_a_batch_of_many_sizes_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the compiler gives a function up after eight shapes and dtypes."""
+    from torch._dynamo.testing import CompileCounter  # takes seconds to import
+
+    seen = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
+    passes, row = compiled.__wrapped__(), torch.ones(16)
+    for length in range(20, 32):
+        y = torch.zeros(length, 16)
+        passes.add_norm(torch.zeros(length, 16), y, row, row, row, 1e-6)
+    assert seen.frame_count == 12
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_compiled_passes_equal_the_plain_ones(dtype: torch.dtype, tolerance: float) -> None:
+def test_compiled_passes_equal_the_plain_ones(dtype: torch.dtype, tolerance: float, device: str) -> None:
     """All but the last bit of what each writes: 2e-7 in float32, 4e-3 in bf16."""
-    rows = [torch.randn(256) for _ in range(5)]
-    x, y, q = torch.randn(24, 256), torch.randn(24, 256).to(dtype), torch.randn(24, 256).to(dtype)
-    table = rotary_table((2, 3, 4), 64, 0, 24, CPU)
+    rows = [torch.randn(256, device=device) for _ in range(5)]
+    x, y, q = (torch.randn(24, 256, device=device).to(kind) for kind in (torch.float32, dtype, dtype))
+    table = rotary_table((2, 3, 4), 64, 0, 24, torch.device(device))
     results = []
     for passes in (EAGER, compiled()):
         a, b, c, d, e = x.clone(), y.clone(), q.clone(), q.clone(), torch.empty_like(q)

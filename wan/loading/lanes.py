@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -114,3 +114,9 @@ class CudaLane(Lane):
 
 def lane_for(device: torch.device) -> Lane:
     return CudaLane(device) if device.type == "cuda" else Lane()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside this, CUDA takes `device` where none is named. In a new thread it takes the first GPU: kernels of other
+    packages go there, and PyTorch 2.13 gives memory back while another GPU still works on it (pytorch issue 196258)."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -83,11 +83,15 @@ EAGER = Passes()
 SAVED = 74  # bytes that compiled passes do not move, for each token, channel and layer of a forward (bf16; counted)
 RATE = 2e12  # bytes a second of a device's memory, about: cards differ by a factor of five
 COMPILING = 20  # seconds at most; a few when the compiler's cache on disk has them
+SHAPES = 128  # of rows, times their dtypes, that one process compiles a pass for; what comes after them is not compiled
 
 
 @cache
 def compiled() -> Passes:
     """Each made one kernel by PyTorch's compiler, at its first call and for the shapes of that call."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
+    setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8, is two sizes of videos that pin an image
     return Passes(*(torch.compile(each, dynamic=False) for each in EAGER))
 
 
