@@ -224,9 +224,8 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool) -> list[str]:
         what = "is a full weight file, not a LoRA (see --expert)" if found.is_full_weights else "nothing in it matches"
         problems.append(f"{what}: 0 of {total} tensors belong to this model" + _first(found.unmatched or found.ignored))
     elif found.unmatched and not allow_partial:
-        problems.append(
-            f"{_some(found.unmatched, total)} match no part of the model; --lora_allow_partial applies the rest"
-        )
+        rest = "" if problems else "; --lora_allow_partial applies the rest"  # which does not help against the others
+        problems.append(f"{_some(found.unmatched, total)} match no part of the model{rest}")
     return problems
 
 

@@ -177,9 +177,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         Path("cut.safetensors").write_bytes(b"\0" * 7)
         family("lightning", tmp_path).rename("small.safetensors")
     assert main(arguments) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert sentence in error
     assert error.count("\n") == 1
+    assert bool(out) == ("small.safetensors" in arguments), "nothing is told of a file that is none"
 
 
 def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
