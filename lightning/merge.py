@@ -125,7 +125,7 @@ class Merge:
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging
-        return _matrix(lora.read(name, rows, buffer)).to(self.device, torch.float32)
+        return _matrix(lora.read(name, rows, buffer)).to(self.device).float()
 
 
 def _matrix(tensor: Tensor) -> Tensor:
