@@ -60,6 +60,12 @@ def test_a_command_makes_the_golden_video(name: str, tmp_path: Path) -> None:
 LIGHTNING = CASES["t2v_lightning"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The video of that case, with its latents and its record beside it."""
+    return run(*flags_of(LIGHTNING), folder=tmp_path_factory.mktemp("whole"))
+
+
 def expected() -> torch.Tensor:
     return golden()["t2v_lightning.latent"]
 
@@ -92,25 +98,22 @@ def test_a_merged_expert_file_equals_base_and_lora(tmp_path: Path) -> None:
     assert relative_error(latent_of(video), expected()) < END_TO_END
 
 
-def test_tiled_decode_equals_whole(tmp_path: Path) -> None:
-    whole = read_frames(run(*flags_of(LIGHTNING), folder=tmp_path))
-    tiled = read_frames(run(*flags_of(LIGHTNING), "--vae_tiling", folder=tmp_path, name="tiled.mp4"))
-    assert np.array_equal(whole, tiled)
+def test_tiled_decode_equals_whole(whole: Path, tmp_path: Path) -> None:
+    tiled = run(*flags_of(LIGHTNING), "--vae_tiling", folder=tmp_path)
+    assert np.array_equal(read_frames(whole), read_frames(tiled))
 
 
-def test_decoding_kept_latents_equals_the_first_run(tmp_path: Path) -> None:
-    video = run(*flags_of(LIGHTNING), folder=tmp_path)
-    latents = video.with_name(f"{video.stem}.latents.safetensors")
+def test_decoding_kept_latents_equals_the_first_run(whole: Path, tmp_path: Path) -> None:
+    latents = whole.with_name(f"{whole.stem}.latents.safetensors")
     again = tmp_path / "again.mp4"
     flags = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(latents)]
     assert generate.main([*flags, "--save_file", str(again), "--device", "cpu"]) == 0
-    assert np.array_equal(read_frames(video), read_frames(again))
+    assert np.array_equal(read_frames(whole), read_frames(again))
 
 
-def test_replay_of_a_record_makes_the_same_latent(tmp_path: Path) -> None:
-    video = run(*flags_of(LIGHTNING), folder=tmp_path)
-    again = run("--replay", str(video), folder=tmp_path, name="again.mp4")
-    assert torch.equal(latent_of(video), latent_of(again))
+def test_replay_of_a_record_makes_the_same_latent(whole: Path, tmp_path: Path) -> None:
+    again = run("--replay", str(whole), folder=tmp_path)
+    assert torch.equal(latent_of(whole), latent_of(again))
 
 
 def test_motion_8_runs_the_first_step_without_the_lora(tmp_path: Path) -> None:
