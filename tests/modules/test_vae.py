@@ -265,7 +265,7 @@ def test_peak_of_a_decode_is_predicted(
     assert 1 <= vae.decode_peak(shape, chunk, tiles, region) / (counter.peak - waiting) < 1.1
 
 
-@pytest.mark.parametrize(("tiles", "region"), [((1, 1), None), ((2, 3), None), ((1, 1), Region(10, 20, 13, 26))])
+@pytest.mark.parametrize(("tiles", "region"), [((1, 1), None), ((1, 2), None), ((1, 1), Region(10, 20, 13, 26))])
 def test_peak_of_an_images_encoding_is_predicted(tiles: tuple[int, int], region: Region | None) -> None:
     with torch.device("meta"), torch.inference_mode():
         vae = WanVAE(*RELEASED["2.1"])

@@ -132,14 +132,14 @@ class WanVAE(nn.Module):
     ) -> int:
         """Bytes alive at once, at most, in `encode_region` of a clip that begins with an image, weights aside: about.
 
-        shape: L, h, w. What comes out is counted, too: it waits for the last tile.
+        shape: L, h, w. What comes out of every tile, with its rim, is counted, too: it waits for the last one.
         """
         length, *grid = shape
         frame = Region(0, grid[0], 0, grid[1])
-        region = region or frame
-        pixels = max(part.grown(*ENCODER_RIM, frame).scaled(self.stride[1]).area for part in region.divided(*tiles))
+        windows = [part.grown(*ENCODER_RIM, frame).area for part in (region or frame).divided(*tiles)]
+        pixels = max(windows) * self.stride[1] * self.stride[2]
         inside = ENCODING * pixels // self.patch**2 * self.encoder.conv1.out_channels
-        return inside * self.conv1.weight.element_size() + self.encoded_bytes(length * region.area)
+        return inside * self.conv1.weight.element_size() + self.encoded_bytes(length * sum(windows))
 
     def encoded_bytes(self, cells: int) -> int:
         """Of what `encode_region` gives for so many cells, frames x rows x columns."""
