@@ -95,16 +95,19 @@ def test_one_gpu(task: str, room: int, released: Any, tmp_path: Path) -> None:
     check(last_line(done.stdout), room, f"{task} {SIZES[task]}")
 
 
-@pytest.mark.parametrize("task", SIZES)
-def test_four_gpus_share_a_video(task: str, released: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "ring"), [*((task, 1) for task in SIZES), ("t2v-A14B", 2), ("t2v-A14B", 4)])
+def test_four_gpus_share_a_video(task: str, ring: int, released: Any, tmp_path: Path) -> None:
     """Images and decoding too: what is planned is the share of the busiest process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.rehearsal"]
-    words = [*flags(task, released(task), tmp_path), "--ulysses_size", "4"]
+    split, title = ["--ulysses_size", str(4 // ring)], f"{task} {SIZES[task]}, 4 GPUs"
+    if ring > 1:
+        split, title = [*split, "--ring_size", str(ring)], f"{title}, ring {ring}"
+    words = [*flags(task, released(task), tmp_path), *split]
     done = run(*torchrun, *words, FAKE_GPU_GB=80, FAKE_GPU_COUNT=4, FAKE_GPU_CC=90)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
     assert len(seen) == 4
-    check(max(seen, key=lambda each: len(each["allocated"])), 80, f"{task} {SIZES[task]}, 4 GPUs")
+    check(max(seen, key=lambda each: len(each["allocated"])), 80, title)
 
 
 @pytest.mark.parametrize("task", FOLDERS)

@@ -136,6 +136,9 @@ class Decoder(Coder):
             before, width = block.channels
             taken = max(taken, area)
             transient.append(taken * frames * before + area * (3 * frames + 4) * width)
+            if block.shortcut is not None:  # a GPU's product copies an input of which the rim was cut off
+                copied = before if taken > area else 0
+                transient.append(frames * (taken * before + area * (copied + 2 * width)))
             kept += area * 2 * (before + 5 * width)
             if isinstance(last, Upsample):
                 rate = 2 if last.time_conv else 1
