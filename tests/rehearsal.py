@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(words: list[str]) -> dict[str, Any]:
-    """{"code": exit code, "planned", "allocated", "reserved": the most bytes of this process's device, by stage}.
-
-    "VAE": the bytes of its weights, which the plan takes from the room before it divides it.
-    """
+    """{"code": exit code, "planned", "allocated", "reserved": the most bytes of this process's device, by stage}."""
     generate._prepare_process()  # before torch is imported
     import torch
 
@@ -54,7 +51,7 @@ def rehearse(words: list[str]) -> dict[str, Any]:
     budget = plan.budget(job.size, job.frame_num, plan.prompts())
     return {
         "code": code, "planned": budget.peaks if budget else {}, "tiles": budget.tiles if budget else None,
-        "VAE": plan.weight_bytes["VAE"], "allocated": allocated, "reserved": reserved,
+        "allocated": allocated, "reserved": reserved,
     }  # fmt: skip
 
 

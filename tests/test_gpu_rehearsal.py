@@ -64,12 +64,12 @@ def flags(task: str, folder: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def check(seen: dict[str, Any], room: int, title: str, stage: str | None = None) -> None:
-    """What was planned holds, to 10 %: every stage's peak from above, that of `stage` (None: the highest) both ways.
+def check(seen: dict[str, Any], room: int, title: str) -> None:
+    """What was planned holds: every stage takes at most that, the stage that takes most at least 90 % of it.
 
     Prints a table's row.
     """
-    planned = {name: (size + seen["VAE"]) / 1e9 for name, size in seen["planned"].items()}
+    planned = {name: size / 1e9 for name, size in seen["planned"].items()}
     found = {name: seen["allocated"][name] / 1e9 for name in planned if name in seen["allocated"]}
     most, tiles = max(seen["reserved"].values()) / 1e9, "x".join(map(str, seen["tiles"]))
     cells = [
@@ -77,9 +77,9 @@ def check(seen: dict[str, Any], room: int, title: str, stage: str | None = None)
     ]
     print(f"\n| {title} | {room} GB | {' | '.join(cells)} | {tiles} | {most:.2f} |")
     assert seen["code"] == 0
-    stage = stage or max(planned, key=planned.__getitem__)
-    assert found[stage] == pytest.approx(planned[stage], rel=TOLERANCE)
-    assert not {name: size for name, size in found.items() if size > (1 + TOLERANCE) * planned[name]}
+    stage = max(planned, key=planned.__getitem__)
+    assert found[stage] > (1 - TOLERANCE) * planned[stage]
+    assert not {name: size for name, size in found.items() if size > planned[name]}
     assert most <= room
 
 
@@ -95,16 +95,19 @@ def test_one_gpu(task: str, room: int, released: Any, tmp_path: Path) -> None:
     check(last_line(done.stdout), room, f"{task} {SIZES[task]}")
 
 
-@pytest.mark.parametrize("task", SIZES)
-def test_four_gpus_share_a_video(task: str, released: Any, tmp_path: Path) -> None:
-    """Images and decoding are planned as if one process did them whole, so their peaks are lower."""
+@pytest.mark.parametrize(("task", "ring"), [*((task, 1) for task in SIZES), ("t2v-A14B", 2), ("t2v-A14B", 4)])
+def test_four_gpus_share_a_video(task: str, ring: int, released: Any, tmp_path: Path) -> None:
+    """Images and decoding too: what is planned is the share of the busiest process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "tests.rehearsal"]
-    words = [*flags(task, released(task), tmp_path), "--ulysses_size", "4"]
+    split, title = ["--ulysses_size", str(4 // ring)], f"{task} {SIZES[task]}, 4 GPUs"
+    if ring > 1:
+        split, title = [*split, "--ring_size", str(ring)], f"{title}, ring {ring}"
+    words = [*flags(task, released(task), tmp_path), *split]
     done = run(*torchrun, *words, FAKE_GPU_GB=80, FAKE_GPU_COUNT=4, FAKE_GPU_CC=90)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
     assert len(seen) == 4
-    check(max(seen, key=lambda each: len(each["allocated"])), 80, f"{task} {SIZES[task]}, 4 GPUs", "denoise")
+    check(max(seen, key=lambda each: len(each["allocated"])), 80, title)
 
 
 @pytest.mark.parametrize("task", FOLDERS)

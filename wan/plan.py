@@ -13,6 +13,8 @@ from easydict import EasyDict
 
 from lightning.lora import Coverage, Lora
 from wan.distributed.mesh import Layout
+from wan.distributed.sequence import exchange_bytes
+from wan.distributed.vae_parallel import decode_peak, encode_peak
 from wan.loading.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import sizes_of
@@ -28,6 +30,7 @@ from wan.utils.images import digest
 
 MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
 TILES = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # rows and columns in which a frame is decoded
+LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
 DECODING = 1.1  # of the predicted peak: what is allocated and freed in so many sizes leaves gaps
 
 
@@ -80,48 +83,53 @@ class Plan:
 
         prompts: texts that the transformer attends to, one or, where steps are guided, two.
         """
-        checkpoint, request = self.checkpoint, self.request
+        checkpoint, request, ranks = self.checkpoint, self.request, self.layout.sequence
         if self.room is None or request.dit_fsdp or checkpoint.vae is None or checkpoint.text_encoder is None:
             return None
         experts = self._expert_sizes()
         text = sizes_of(checkpoint.text_encoder[0], lambda _: self.text_dtype)
         model, _ = next(iter(checkpoint.experts.values()))
         width = model.num_heads * model.head_width
-        tokens = self.tokens(size, frames) // self.layout.sequence
+        tokens = -(-self.tokens(size, frames) // ranks)
         # the residual stream; queries, keys, values, their result
         work = tokens * width * (4 + 4 * self.dtype.itemsize)
         work += tokens * width * QUANTISED.get(self.attention, 0)
         work += 4 * tokens * model.head_width  # the table of rotations
+        work += exchange_bytes(self.layout, tokens, width, self.dtype.itemsize)
         if self.lora_mode == "adapter" and self.loras:
             work += 2 * tokens * width * self.dtype.itemsize  # an adapter's result and its sum with the layer's
         work += working_bytes(model, self.dtype)
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = latent_shape(self.config, size, frames)
-        tiles = self.tiles(shape)
-        image = self._vae().encode_peak(shape[2:], self.encode_tiles(shape)) if self.config.mask_channels else 0
+        vae, tiles = self._vae(), self.tiles(shape)
+        image = encode_peak(vae, shape[1:], ranks, self.encode_tiles(shape)) if self.config.mask_channels else 0
+        latents = LATENTS * math.prod(shape) * torch.float32.itemsize
         if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
-            work = max(work, self._vae().decode_peak((shape[0], 1, *shape[2:]), tiles=tiles))
+            work = max(work, decode_peak(vae, (shape[0], 1, *shape[2:]), ranks, tiles=tiles))
         return fit(
             self.room, experts,
-            text if self.text_device == self.device and not request.t5_fsdp else None, activations=work,
-            decode=checkpoint.vae[0].decode_peak(shape, tiles=tiles), tiles=tiles, keep=not self.offload, image=image,
+            text if self.text_device == self.device and not request.t5_fsdp else None, activations=work + latents,
+            decode=decode_peak(vae, shape, ranks, tiles=tiles) + latents, tiles=tiles, keep=not self.offload,
+            image=image and image + latents,
             second_pass=4 * tokens * width if prompts > 1 else 0, vae=self.weight_bytes["VAE"],
             vae_stays=request.preview_steps,
         )  # fmt: skip
 
     def tiles(self, latent: Sequence[int], finer: bool = False) -> tuple[int, int]:
-        """Rows and columns in which the frames of a `latent` [C, f, h, w] are decoded: no more than the room asks for.
+        """Rows and columns in which the frames of a `latent` [C, f, h, w] are decoded, or each process's share of them:
+        no more than the room asks for.
 
         finer: the next more, for a device that has less room than was thought.
         """
         vae, (channels, length, height, width) = self._vae(), latent
-        shape = channels, length, height, width
-        return self._tiles(shape, lambda tiles: vae.decode_peak(shape, tiles=tiles), self.request.vae_tiling, finer)
+        shape, ranks = (channels, length, height, width), self.layout.sequence
+        first = int(self.request.vae_tiling)
+        return self._tiles(latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
 
     def encode_tiles(self, latent: Sequence[int]) -> tuple[int, int]:
         """The same for the image that becomes channels beside a `latent`."""
-        vae, (height, width) = self._vae(), latent[2:]
-        return self._tiles(latent, lambda tiles: vae.encode_peak((height, width), tiles))
+        vae, (length, height, width) = self._vae(), latent[1:]
+        return self._tiles(latent, lambda tiles: encode_peak(vae, (length, height, width), self.layout.sequence, tiles))
 
     def _tiles(
         self, latent: Sequence[int], peak: Callable[[tuple[int, int]], int], first: int = 0, finer: bool = False

@@ -1,13 +1,19 @@
 """Tokens divided over ranks give the numbers of one process: attention alone, and whole forwards."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.counters import CostCounter
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import relative_error
+from wan.distributed import sequence
+from wan.distributed.mesh import Layout
 from wan.distributed.runtime import Runtime
-from wan.distributed.sequence import SequenceAttention, SequenceSplit, split_tokens
+from wan.distributed.sequence import SequenceAttention, SequenceSplit, exchange_bytes, split_tokens
 from wan.modules.attention import sdpa
 from wan.modules.block import SelfAttention
 from wan.modules.model import WanModel
@@ -95,3 +101,18 @@ def test_forward(ranks: int, heads: int, ulysses: int, ring: int) -> None:
     for found in run_ranks(split_forwards, ranks, heads, ulysses, ring):
         for x, y in zip(found, want, strict=True):
             assert relative_error(x, y) < 1e-5
+
+
+def test_what_an_exchange_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside queries, keys and values, which are there before."""
+    layout = Layout(4, 4, 1)
+    mesh = cast(Any, SimpleNamespace(layout=layout, ulysses="a group", ring=None, ring_rank=0))
+    monkeypatch.setattr(sequence, "all_to_all", lambda send, _: torch.empty_like(send))
+    with torch.device("meta"):
+        attention = SelfAttention(64, 8, 1e-6)
+        attention.backend = lambda q, *_: torch.empty(q.shape, dtype=q.dtype)
+        q, k, v = (torch.empty(300, 8, 8, dtype=torch.bfloat16) for _ in range(3))
+        with CostCounter() as counter:
+            out = SequenceAttention(attention, mesh)(q, k, v, 1200)
+    assert counter.peak == exchange_bytes(layout, 300, 64, 2) + out.nbytes
+    assert exchange_bytes(Layout(4, 1, 1), 300, 64, 2) == 0

@@ -100,14 +100,14 @@ import os, signal, sys
 import generate
 import wan.run
 
-make = wan.run._make
+make_video = wan.run.make_video
 
-def fails_once(run, job, *more):
+def fails_once(pipe, job, *more):
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], job.index) == ("1", "0", 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    return make(run, job, *more)
+    return make_video(pipe, job, *more)
 
-wan.run._make = fails_once
+wan.run.make_video = fails_once
 sys.exit(generate.main())
 """
 

@@ -1,6 +1,7 @@
 """The autoencoder over ranks: the numbers of one process, and no rank left waiting when one fails."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,9 +11,12 @@ from torch import Tensor
 from benchmarks.vae import count_decode
 from lightning.pickled import PickleStore
 from tests.distributed.ranks import mesh_of, run_ranks
-from tests.support import checkpoint, config_of, relative_error
+from tests.support import TESTS, checkpoint, config_of, relative_error
+from wan.distributed.mesh import Layout
 from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE, divide
+from wan.doctor.forecast import released_plan
+from wan.doctor.machine import Machine
 from wan.loading.stream import load
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
@@ -142,6 +146,17 @@ def test_a_failing_rank_does_not_hold_up_the_others(after: int) -> None:
 def test_a_writer_that_stops_early_does_not_hold_up_the_others() -> None:
     found = run_ranks(decode_and_fail, 4, 0, 1)
     assert found == [f"the disk is full, then {chunks} chunks" for chunks in (4, 0, 0, 0)]
+
+
+def test_tiles_are_planned_for_a_share() -> None:
+    """In 12 GB a process alone decodes 720p in tiles; each of four has room for its share of it."""
+    here = Machine(torch.device("cpu"), TESTS, TESTS)
+    alone = released_plan("t2v-A14B", True, 12 * 10**9, here)
+    shared = replace(alone, layout=Layout(4, 4, 1))
+    budgets = [plan.budget((1280, 720), 81, 1) for plan in (alone, shared)]
+    tiles = [budget.tiles for budget in budgets if budget]
+    assert tiles == [(2, 2), (1, 1)]
+    assert replace(alone, layout=Layout(4, 1, 1)).budget((1280, 720), 81, 1) == budgets[0], "they share no video"
 
 
 def test_division() -> None:

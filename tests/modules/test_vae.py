@@ -18,6 +18,7 @@ from wan.doctor.counts import VAES as RELEASED
 from wan.loading.stream import load
 from wan.modules.causal_conv import NORM_EPSILON, STRIPS, convolve, doubling, norm_silu
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wan.modules.vae_coders import Region
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
 KINDS = {"2.1": (16, 8, 8, False), "2.2": (48, 8, 12, True)}
@@ -239,20 +240,38 @@ def test_doubling_equals_repeating_pixels_and_convolving(channels: int, out: int
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("chunk", "tiles", "dtype"),
-    [(2, (1, 1), torch.float32), (1, (1, 1), torch.bfloat16), (1, (2, 3), torch.float32)],
+    ("chunk", "tiles", "region", "dtype"),
+    [
+        (2, (1, 1), None, torch.float32),
+        (1, (1, 1), None, torch.bfloat16),
+        (1, (2, 3), None, torch.float32),
+        (2, (1, 1), Region(10, 20, 13, 26), torch.float32),
+    ],
 )
-def test_peak_of_a_decode_is_predicted(kind: str, chunk: int, tiles: tuple[int, int], dtype: torch.dtype) -> None:
+def test_peak_of_a_decode_is_predicted(
+    kind: str, chunk: int, tiles: tuple[int, int], region: Region | None, dtype: torch.dtype
+) -> None:
     """Counted at the released widths, by the same rules as the benchmark's."""
     shape = (KINDS[kind][0], 5, 30, 52)
     with torch.device("meta"), torch.inference_mode():
         vae = WanVAE(*RELEASED[kind])
         vae.decode_in(dtype)
         with CostCounter() as counter:
-            for part in vae.decode(torch.empty(shape), chunk, tiles):
+            latent = torch.empty(shape)
+            share = vae.decode_region(vae.decode_features(latent, chunk), region, chunk) if region else None
+            for part in share or vae.decode(latent, chunk, tiles):
                 del part
     waiting = 0 if tiles == (1, 1) else 4 * 3 * (4 * shape[1] - 3) * shape[2] * shape[3] * vae.stride[1] ** 2
-    assert vae.decode_peak(shape, chunk, tiles) == pytest.approx(counter.peak - waiting, rel=0.1)
+    assert 1 <= vae.decode_peak(shape, chunk, tiles, region) / (counter.peak - waiting) < 1.1
+
+
+@pytest.mark.parametrize(("tiles", "region"), [((1, 1), None), ((1, 2), None), ((1, 1), Region(10, 20, 13, 26))])
+def test_peak_of_an_images_encoding_is_predicted(tiles: tuple[int, int], region: Region | None) -> None:
+    with torch.device("meta"), torch.inference_mode():
+        vae = WanVAE(*RELEASED["2.1"])
+        with CostCounter() as counter:
+            vae.encode_region(torch.empty(3, 1, 240, 416), region, 81, tiles=tiles)
+    assert 1 <= vae.encode_peak((21, 30, 52), tiles, region) / counter.peak < 1.1
 
 
 def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CONNECT_LIMIT = timedelta(minutes=10)  # for all processes to start
 GLOO_REST = 0.2  # seconds in which gloo's threads let go of their last tensors; without them torch 2.13 aborts at exit
+# Told by process 1 alone. Others cannot know which it was: process 0 keeps the store, unless torchrun's agent does.
+KEEPER_LOST = "error: process 1 lost process 0, which was killed or crashed if it does not say itself why it ended\n"
 LAST_QUESTION = 5.0  # seconds for the store to say who failed first: it may be in a process that hangs
 
 
@@ -98,28 +100,30 @@ class Runtime:
     def give_up(self, error: BaseException) -> NoReturn:
         """End this process now. The others notice and follow; whoever fails first is the only one to say why."""
         sys.stdout.flush()
-        if self._fails_first():
-            words = _last_words(self.team.rank, error)
+        first = self._fails_first()
+        if first or (first is None and self.team.rank == 1 and _is_connection(_cause(error))):
+            words = _last_words(self.team.rank, error) if first else KEEPER_LOST
             sys.stderr.write(clearing(sys.stderr) + words)
             tell_launcher(words.splitlines()[-1])
         sys.stderr.flush()
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
 
-    def _fails_first(self) -> bool:
+    def _fails_first(self) -> bool | None:
+        """Whether no other process has failed before; None if the store is gone with the process that kept it."""
         assert self.store is not None, "there are others"
-        answers: list[bool] = []
+        answers: list[bool | None] = []
 
         def ask(store: Store) -> None:
             try:
                 answers.append(store.add("failed", 1) == 1)
-            except RuntimeError:  # the store is gone, and with it the process that kept it: that one was first
-                answers.append(False)
+            except RuntimeError:
+                answers.append(None)
 
         asking = threading.Thread(target=ask, args=(self.store,), daemon=True)
         asking.start()
         asking.join(LAST_QUESTION)
-        return answers != [False]  # no answer: better told twice than not at all
+        return answers[0] if answers else True  # no answer: better told twice than not at all
 
 
 class Stopped(KeyboardInterrupt):
@@ -240,8 +244,7 @@ def _last_words(rank: int, error: BaseException) -> str:
     """Why the run ends: a line, after the traceback if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
-    if isinstance(error, Broken) and error.__cause__:
-        error = error.__cause__
+    error = _cause(error)
     if _is_connection(error):
         return f"error: process {rank} {_how_lost(error)}\n"
     if isinstance(error, WanError):
@@ -249,6 +252,11 @@ def _last_words(rank: int, error: BaseException) -> str:
     origin = origin_of(error)
     line = f"error: process {origin.process}: {type(error).__name__}: {_first_line(error)}\n"
     return f"{origin.traceback}\n{line}".lstrip()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Why an exchange failed; any other error is its own."""
+    return (error.__cause__ or error) if isinstance(error, Broken) else error
 
 
 def _how_lost(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from wan.distributed.mesh import Mesh
+from wan.distributed.mesh import Layout, Mesh
 from wan.distributed.ring import ring_attention
 from wan.modules.block import SelfAttention
 from wan.modules.model import TokenSplit, WanModel
@@ -71,6 +71,20 @@ class SequenceAttention:
         if out.shape[0] < share:
             out = torch.cat([out, out.new_zeros(share - out.shape[0], *out.shape[1:])])
         return out if mesh.ulysses is None else heads_to_tokens(out, mesh)
+
+
+def exchange_bytes(layout: Layout, tokens: int, width: int, itemsize: int) -> int:
+    """What attention over several ranks holds at its peak beside a rank's queries, keys, values and their result.
+
+    tokens: a rank's. Ulysses has three of these at a time on their way out and in, or a result's two and what came in.
+    A ring has, beside what Ulysses gave, its keys and values and the next ones, a step's result, and four of it in
+    float32: the sum so far, both terms of the next one, and that one.
+    """
+    one = tokens * width * itemsize
+    came = 3 * one if layout.ulysses > 1 else 0
+    if layout.ring > 1:
+        return came + 4 * one + 4 * tokens * width * torch.float32.itemsize
+    return came + 2 * one if layout.ulysses > 1 else 0
 
 
 def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:

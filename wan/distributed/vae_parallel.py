@@ -7,6 +7,7 @@ looks at neighbouring pixels each does for its region, with the rim that convolu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -42,8 +43,7 @@ class SplitVAE:
         regions = divide(height, width, self.size)
         # a rank without a region computes the first one: it must know the features' shape to take part
         mine = regions[self.rank] if self.rank < len(regions) else regions[0]
-        tiles = min(tiles[0], mine.bottom - mine.top), min(tiles[1], mine.right - mine.left)
-        part = self.vae.encode_region(video, mine, frames, chunk, tiles)
+        part = self.vae.encode_region(video, mine, frames, chunk, fitting(tiles, mine))
         length, channels = part.shape[0], part.shape[-1]
         sent = filled_up(part, max(region.area for region in regions) * length * channels)
         received = sent.new_empty(self.size * len(sent))
@@ -86,11 +86,11 @@ class SplitVAE:
         rows, columns = region.bottom - region.top, region.right - region.left
         size = sum(counts), rows * self.stride[1], columns * self.stride[2]
         pixels = torch.empty(3, *size, device=waiting_room(self.device))
-        for tile in Region.tiles(rows, columns, min(tiles[0], rows), min(tiles[1], columns)):
+        for tile in region.divided(*fitting(tiles, region)):
             origin = region.top, region.top, region.left, region.left
-            inside = Region(*(edge + start for edge, start in zip(tile, origin, strict=True)))
-            targets = of_region(pixels, tile.scaled(self.stride[1])).split(counts, 1)
-            for part, target in zip(self.vae.decode_region(features, inside, chunk), targets, strict=True):
+            inside = Region(*(edge - start for edge, start in zip(tile, origin, strict=True)))
+            targets = of_region(pixels, inside.scaled(self.stride[1])).split(counts, 1)
+            for part, target in zip(self.vae.decode_region(features, tile, chunk), targets, strict=True):
                 target.copy_(part)
         for part in pixels.split(counts, 1):
             yield part.to(self.device)
@@ -104,6 +104,35 @@ class SplitVAE:
         with self.mesh.team.exchange():
             dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
         return received
+
+
+def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
+    """Bytes alive at once, at most, on the busiest of so many ranks that encode an image, weights aside: about.
+
+    shape: L, h, w. At the end each rank has what all have sent, that put together, and the middle's results of it.
+    """
+    regions = divide(*shape[1:], ranks)
+    largest = max(regions, key=lambda region: region.area)
+    gathered = 4 * vae.encoded_bytes(math.prod(shape)) + 2 * vae.encoded_bytes(shape[0] * largest.area)
+    busiest = max(vae.encode_peak(shape, fitting(tiles, region), region) for region in regions)
+    return max(busiest, gathered if ranks > 1 else 0)
+
+
+def decode_peak(
+    vae: WanVAE, shape: tuple[int, int, int, int], ranks: int, chunk: int = 2, tiles: tuple[int, int] = (1, 1)
+) -> int:
+    """Bytes of a device alive at once, at most, on the busiest of so many ranks that decode a latent of this shape,
+    weights aside. The first one also holds the frames of a chunk, as the ranks have sent them and put together."""
+    _, length, height, width = shape
+    regions = divide(height, width, ranks)
+    frames = 4 * min(chunk, length) * height * width * vae.stride[1] * vae.stride[2]
+    busiest = max(vae.decode_peak(shape, chunk, fitting(tiles, region), region) for region in regions)
+    return busiest + (2 * 3 * frames * torch.float32.itemsize if ranks > 1 else 0)
+
+
+def fitting(tiles: tuple[int, int], region: Region) -> tuple[int, int]:
+    """The rows and columns of tiles that there are cells for in the region."""
+    return min(tiles[0], region.bottom - region.top), min(tiles[1], region.right - region.left)
 
 
 def assembled(parts: list[Tensor], places: list[Region], frame: Region) -> Tensor:

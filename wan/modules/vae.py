@@ -23,6 +23,7 @@ from wan.modules.causal_conv import ClipState, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
 ENCODING = 35  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
+STARTING = 5  # the same of the decoder's middle, beside what it has made: in chunks of its features
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
 
 
@@ -126,12 +127,24 @@ class WanVAE(nn.Module):
             stream = reuse_constant_tail(stage.run, stream, constant)
         return region.cut(torch.cat(list(stream)), window)
 
-    def encode_peak(self, grid: tuple[int, int], tiles: tuple[int, int] = (1, 1)) -> int:
-        """Bytes alive at once, at most, in `encode_first_frame` at a latent grid, weights aside: about."""
+    def encode_peak(
+        self, shape: tuple[int, int, int], tiles: tuple[int, int] = (1, 1), region: Region | None = None
+    ) -> int:
+        """Bytes alive at once, at most, in `encode_region` of a clip that begins with an image, weights aside: about.
+
+        shape: L, h, w. What comes out of every tile, with its rim, is counted, too: it waits for the last one.
+        """
+        length, *grid = shape
         frame = Region(0, grid[0], 0, grid[1])
-        pixels = max(part.grown(*ENCODER_RIM, frame).scaled(self.stride[1]).area for part in frame.divided(*tiles))
-        width = self.encoder.conv1.out_channels
-        return ENCODING * pixels // self.patch**2 * width * self.conv1.weight.element_size()
+        windows = [part.grown(*ENCODER_RIM, frame).area for part in (region or frame).divided(*tiles)]
+        pixels = max(windows) * self.stride[1] * self.stride[2]
+        inside = ENCODING * pixels // self.patch**2 * self.encoder.conv1.out_channels
+        return inside * self.conv1.weight.element_size() + self.encoded_bytes(length * sum(windows))
+
+    def encoded_bytes(self, cells: int) -> int:
+        """Of what `encode_region` gives for so many cells, frames x rows x columns."""
+        middle: int = self.encoder.head["2"].in_channels
+        return cells * middle * self.conv1.weight.element_size()
 
     @torch.no_grad()
     def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:
@@ -180,16 +193,24 @@ class WanVAE(nn.Module):
         for part in video.split(4 * chunk, dim=1):
             yield part.to(features.device)
 
-    def decode_peak(self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> int:
+    def decode_peak(
+        self,
+        shape: tuple[int, int, int, int],
+        chunk: int = 2,
+        tiles: tuple[int, int] = (1, 1),
+        region: Region | None = None,
+    ) -> int:
         """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights aside; within
-        10 %. Of tiles what waits is not counted: a GPU's is in host memory."""
+        10 %. Of tiles what waits is not counted: a GPU's is in host memory. region: what is decoded of the frame."""
         _, length, height, width = shape
-        pixels = 3 * -(-height // tiles[0]) * self.stride[1] * -(-width // tiles[1]) * self.stride[2]  # of a tile
+        regions = (region or Region(0, height, 0, width)).divided(*tiles)
+        pixels = 3 * max(part.area for part in regions) * self.stride[1] * self.stride[2]
         features = length * height * width * self.decoder.conv1.out_channels
-        inside = self.decoder.peak((height, width), tiles, min(chunk, length))
+        inside = self.decoder.peak((height, width), regions, min(chunk, length))
+        before = features + STARTING * min(chunk, length) * features // length  # its parts are put together at the end
         video = 8 * pixels * chunk
         itemsize = self.conv2.weight.element_size()
-        return itemsize * (inside + features) + 4 * video
+        return max(itemsize * (inside + features) + 4 * video, itemsize * (before + features))
 
     @torch.no_grad()
     def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:

@@ -6,7 +6,7 @@ decoder levels double them; two levels of each also change the frame rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -120,27 +120,33 @@ class Decoder(Coder):
             region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
         return region.cut(self.run_head(x, state), window)
 
-    def peak(self, grid: tuple[int, int], tiles: tuple[int, int], chunk: int) -> int:
-        """Numbers alive at once, at most, while `finish` runs for the largest tile of a latent grid, chunk by chunk.
+    def peak(self, grid: tuple[int, int], regions: Sequence[Region], chunk: int) -> int:
+        """Numbers alive at once, at most, while `finish` runs for the largest region of a latent grid, chunk by chunk.
 
-        A level holds its input, a residual block's input, what comes out of its first convolution, and the second's
-        buffer with two frames of history; every convolution of every level keeps two frames from chunk to chunk.
+        A level holds its input, a residual block's input, what comes out of its first convolution, the second's buffer
+        with two frames of history, and the two that the next chunk will need beside those; every convolution of every
+        level keeps two frames from chunk to chunk. taken: cells of a level's input, with the rim of the level before.
         """
-        frame, factor, frames = Region(0, grid[0], 0, grid[1]), 1, chunk
-        regions, kept = Region.tiles(*grid, *tiles), 0
+        frame, factor, frames, kept, taken = Region(0, grid[0], 0, grid[1]), 1, chunk, 0, 0
         transient: list[int] = []
         for level, rim in zip(self.levels, DECODER_RIM, strict=True):
             area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
             block, last = level.layers[0], level.layers[-1]
             assert isinstance(block, ResidualBlock)
             before, width = block.channels
-            transient.append(area * (frames * before + 3 * (frames + 1) * width))
+            taken = max(taken, area)
+            transient.append(taken * frames * before + area * (3 * frames + 4) * width)
+            if block.shortcut is not None:  # a GPU's product copies an input of which the rim was cut off
+                copied = before if taken > area else 0
+                transient.append(frames * (taken * before + area * (copied + 2 * width)))
             kept += area * 2 * (before + 5 * width)
             if isinstance(last, Upsample):
                 rate = 2 if last.time_conv else 1
                 kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
                 frames, factor = frames * rate, 2 * factor
-                transient.append(area * frames // rate * (before + width + rate * (width + 4 * last.out_channels)))
+                inside = area * (width + rate * (width + 4 * last.out_channels))
+                transient.append(frames // rate * (taken * before + inside))
+                taken = 4 * area
         return max(transient) + kept + area * 2 * width
 
 
