@@ -32,7 +32,9 @@ def on_a_gpu() -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plot", type=Path, default=Path("growth.png"), help="where the plot of growth goes")
     plot = parser.parse_args().plot
     rows: list[Row] = []
