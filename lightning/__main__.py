@@ -44,7 +44,9 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", also=ALSO)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     says = "say what a weight file is, or each of a folder's, and what it would do in a run"
-    inspect = commands.add_parser("inspect", help=says, description=f"{says.capitalize()}. Only headers are read.")
+    inspect = commands.add_parser(
+        "inspect", help=says, description=f"{says[0].upper()}{says[1:]}. Only headers are read."
+    )
     inspect.add_argument(
         "path", help="a safetensors file, a folder of them, or one saved by PEFT; also on the hub: owner/name/path"
     )
@@ -56,7 +58,7 @@ def _parser() -> Parser:
     inspect.add_argument("--json", action="store_true", help="a JSON list on stdout, one object a file")
     inspect.set_defaults(command=_inspect)
     says = "write a checkpoint with LoRAs merged in, for programs that take none, or to start faster"
-    bake = commands.add_parser("bake", help=says, description=f"{says.capitalize()}.")
+    bake = commands.add_parser("bake", help=says, description=f"{says[0].upper()}{says[1:]}.")
     bake.add_argument("--task", metavar="TASK", choices=TASKS, required=True, help=" or ".join(TASKS))
     bake.add_argument("--ckpt_dir", metavar="DIR", type=Path, required=True, help="the base checkpoint's folder")
     bake.add_argument("--lora_dir", metavar="DIR", help="a release folder with one LoRA for each expert")

@@ -107,6 +107,10 @@ def _no_prompt(line: str) -> str | None:
             return None
         if isinstance(values, dict) or _are_rows(values):
             return JSON_IN_TEXT
+    if re.match(r"-\s+prompt\s*:", line):
+        return (
+            'holds YAML, not a prompt a line; write it as a .jsonl, with one object such as {"prompt": "a cat"} a line'
+        )
     cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line)]
     if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
         return f"starts as a table with the columns {', '.join(cells)}, not with a prompt; name it .csv, with commas"
@@ -251,6 +255,8 @@ def _csv_rows(path: Path, text: str, problems: list[str]) -> list[Row]:
 
 
 def _header_problem(header: list[str]) -> str | None:
+    if len(header) == 1 and "prompt" in (names := re.split("[;\t]", header[0])) and len(names) > 1:
+        return f"the columns {', '.join(names)} have {'semicolons' if ';' in header[0] else 'tabs'} between; use commas"
     if unknown := [name for name in header if name not in KEYS]:
         return f"unknown column {_shown(unknown[0])}; the first line names columns among {', '.join(KEYS)}"
     if "prompt" not in header or len(set(header)) != len(header):
