@@ -58,6 +58,12 @@ def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentenc
     assert sentence in problem(tmp_path / "p.txt", content)
 
 
+@pytest.mark.parametrize(("sign", "called"), [(";", "semicolons"), ("\t", "tabs")])
+def test_columns_without_commas(tmp_path: Path, sign: str, called: str) -> None:
+    content = f"prompt{sign}seed\na cat{sign}3\n"
+    assert f"the columns prompt, seed have {called} between; use commas" in problem(tmp_path / "p.csv", content)
+
+
 ALMOST_DATA = ["{a red | a blue} cat", "[close-up] a cat", "[1]", '"quoted"', "prompt", "a prompt, a seed", "{", "3"]
 
 
