@@ -26,7 +26,8 @@ if __name__ == "__main__":
 from lightning.words import Parser
 from wan import __version__
 from wan.request.hints import ALSO
-from wan.request.options import OPTIONS, paths, read
+from wan.request.options import OPTIONS, read
+from wan.request.values import paths
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import clearing, tell, tell_event
 
@@ -226,7 +227,9 @@ def _parser(problems: list[str]) -> Parser:
     """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
     parser = _Parser(
         also={f"--{name}": names.split() for name, names in ALSO.items()},
-        description="Make videos with Wan2.2 and Wan2.2-Lightning.", argument_default=argparse.SUPPRESS,
+        usage="%(prog)s --ckpt_dir DIR --prompt TEXT [flags]", argument_default=argparse.SUPPRESS,
+        description="Make videos with Wan2.2 and Wan2.2-Lightning. README.md has a command for each task; with "
+        "--dry_run it is checked, and what it would do is printed.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}

@@ -56,7 +56,9 @@ def merge_on_a_gpu() -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", action="store_true", help="only what needs a GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing further is begun")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "benchmarks.jsonl", help="what has been measured")

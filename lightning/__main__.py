@@ -18,9 +18,10 @@ from lightning.examine import examine, models_to_judge_by, plain
 from lightning.hub import located, whole
 from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
-from lightning.words import Parser
+from lightning.words import Parser, complain
 
 TASKS = tuple(names.NETWORKS)
+ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
 
@@ -30,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
     except InputError as e:
-        for problem in e.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return complain(e)
     except OSError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -42,32 +41,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.")
+    parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", also=ALSO)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
-    inspect = commands.add_parser("inspect", help="what a file or a folder of files is, and what it would do")
+    says = "say what a weight file is, or each of a folder's, and what it would do in a run"
+    inspect = commands.add_parser(
+        "inspect", help=says, description=f"{says[0].upper()}{says[1:]}. Only headers are read."
+    )
     inspect.add_argument(
         "path", help="a safetensors file, a folder of them, or one saved by PEFT; also on the hub: owner/name/path"
     )
-    inspect.add_argument("--task", choices=TASKS, help="check against this task's model (default: all)")
-    inspect.add_argument("--ckpt_dir", type=Path, help="check against this checkpoint, which may be of other sizes")
-    inspect.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
-    inspect.add_argument("--json", action="store_true", help="a JSON list, one object a file")
+    inspect.add_argument(
+        "--task", metavar="TASK", choices=TASKS, help=f"judge by this model alone: {' or '.join(TASKS)}"
+    )
+    inspect.add_argument("--ckpt_dir", metavar="DIR", type=Path, help="judge by this checkpoint, of whatever sizes")
+    inspect.add_argument("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
+    inspect.add_argument("--json", action="store_true", help="a JSON list on stdout, one object a file")
     inspect.set_defaults(command=_inspect)
-    bake = commands.add_parser("bake", help="write a checkpoint with LoRAs merged in, in the released layout")
-    bake.add_argument("--task", choices=TASKS, required=True)
-    bake.add_argument("--ckpt_dir", type=Path, required=True, help="the base checkpoint")
-    bake.add_argument("--lora_dir", help="a release folder, one file for each expert")
-    bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="of --lora_dir (default: 1)")
-    bake.add_argument("--lora", action="append", default=[], metavar="[EXPERT=]PATH[:STRENGTH]", help="repeatable")
-    bake.add_argument("--lora_alpha", type=float, help="alpha for files that store none")
-    bake.add_argument("--preset", help="release whose settings the result keeps (default: the recognised one)")
-    bake.add_argument("--sample_steps", type=int, help="kept as the result's own, as the two below")
-    bake.add_argument("--sample_shift", type=float)
-    bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH")
+    says = "write a checkpoint with LoRAs merged in, for programs that take none, or to start faster"
+    bake = commands.add_parser("bake", help=says, description=f"{says[0].upper()}{says[1:]}.")
+    bake.add_argument("--task", metavar="TASK", choices=TASKS, required=True, help=" or ".join(TASKS))
+    bake.add_argument("--ckpt_dir", metavar="DIR", type=Path, required=True, help="the base checkpoint's folder")
+    bake.add_argument("--lora_dir", metavar="DIR", help="a release folder with one LoRA for each expert")
+    bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="scales --lora_dir; default 1")
+    bake.add_argument(
+        "--lora", action="append", default=[], metavar="LORA",
+        help="PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S; may be given several times",
+    )  # fmt: skip
+    bake.add_argument("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
     bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
-    bake.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
-    bake.add_argument("--layout", choices=("released", "diffusers"), default="released", help="of the result")
-    bake.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    bake.add_argument(
+        "--preset", metavar="NAME", help="release whose settings the result keeps; default: as recognised"
+    )
+    bake.add_argument("--sample_steps", metavar="N", type=int, help="steps that the result keeps as its own")
+    bake.add_argument("--sample_shift", metavar="S", type=float, help="timestep shift that it keeps")
+    bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH", help="guidance that it keeps; 1: none")
+    bake.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write; must not exist yet")
+    bake.add_argument(
+        "--layout", metavar="LAYOUT", choices=("released", "diffusers"), default="released",
+        help="released (default) or diffusers: how the result's files are named",
+    )  # fmt: skip
+    bake.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        choices=tuple(DTYPES),
+        default="bf16",
+        help="of its weights: bf16 (default), fp32 or fp8",
+    )
     bake.set_defaults(command=_bake)
     return parser
 

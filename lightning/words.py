@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -38,13 +39,13 @@ class Parser(argparse.ArgumentParser):
         try:
             known, unknown = self.parse_known_args(words)
         except argparse.ArgumentError as e:
-            raise InputError(self._fault(e, words, flags)) from e
+            raise InputError(self._faults(e, words, flags)) from e
         if unknown:
             raise InputError(self._strangers(words, unknown, flags))
         return known
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        raise argparse.ArgumentError(None, message)  # as newer Pythons do
 
     def _flags(self) -> dict[str, argparse.Action]:
         """By name, those of the commands below included."""
@@ -54,24 +55,39 @@ class Parser(argparse.ArgumentParser):
                 flags |= parser._flags()
         return flags
 
+    def _faults(
+        self, error: argparse.ArgumentError, words: Sequence[str], flags: Mapping[str, argparse.Action]
+    ) -> list[str]:
+        """What is wrong with the value of one flag, or with those that are there where others are missing."""
+        if error.argument_name is not None:
+            return [self._fault(error, words, flags)]
+        strange = [_name(word) for word in words if word.startswith("--") and _name(word) not in {*flags, "--"}]
+        told = [f"there is no flag {name}{self.suggestion(name, flags)}" for name in strange]
+        return [*told, f"{error.message.replace('the following arguments are required', 'missing')} (see --help)"]
+
     def _fault(self, error: argparse.ArgumentError, words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
         """What is wrong with the value of one flag."""
-        if error.argument_name is None:  # newer Pythons say so of flags that are missing
-            return f"{error.message} (see --help)"
+        assert error.argument_name is not None, "of a flag"
         flag = error.argument_name.rpartition("/")[2]
         if mistaken := next((word for word in words if flag == "--help" and re.match("-h.", word)), None):
             return f"there is no flag {_name(mistaken)}{self.suggestion(_name(mistaken), flags)}"  # argparse reads -h
+        if wrong := re.match(r"invalid choice: (['\"])(.*)\1 \(choose", error.message):
+            command = flag not in flags
+            allowed = flag.split("|") if command else list(map(str, flags[flag].choices or ()))
+            return not_one_of("" if command else f"{flag} ", wrong[2], allowed)
         if flag not in flags:
-            return error.message.replace("invalid choice: ", "there is no ")
+            return f"{flag}: {error.message}"
         given = next((word for word in words if word.startswith(f"{flag}=")), None)
         if flags[flag].nargs == 0 and given:
             return _no_value(flag, given.partition("=")[2])
+        if reads := re.match("invalid (int|float) value: (.*)", error.message):
+            return f"{flag} takes a {'whole ' if reads[1] == 'int' else ''}number, not {reads[2]}"
         if not error.message.startswith("expected"):
             return f"{flag}: {error.message}"
         followers = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == flag]
         dashed = next((word for word in followers if word.startswith("-") and _name(word) not in flags), "")
         looks = f"; {dashed!r} looks like a flag: if it is the value, write {flag}={dashed}" if dashed else ""
-        return f"{flag} needs a value, {flags[flag].metavar}{looks}"
+        return f"{flag} needs a value, {_placeholder(flags[flag])}{looks}"
 
     def _strangers(
         self, words: Sequence[str], unknown: Sequence[str], flags: Mapping[str, argparse.Action]
@@ -124,6 +140,23 @@ def short(value: object) -> str:
     return str(value)
 
 
+def complain(error: InputError) -> int:
+    """Say on stderr, a line each, what was wrong with a command line; its exit code."""
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2
+
+
+def not_one_of(what: str, given: str, allowed: Sequence[str]) -> str:
+    """A sentence about a word that is not among `allowed`. what: where it stands, such as "--task "."""
+    return f"{what}{given!r} is not one of {', '.join(allowed)}{meant(given, allowed)}"
+
+
+def _placeholder(action: argparse.Action) -> str:
+    """What the value of a flag is called."""
+    return str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
+
+
 def _name(word: str) -> str:
     return word.partition("=")[0]
 
@@ -143,10 +176,15 @@ def _stray(words: Sequence[str], flag: str, flags: Mapping[str, argparse.Action]
     shown = " ".join(words)
     shown = repr(shown if len(shown) <= 60 else f"{shown[:60]}...")
     if flag not in flags:
-        return f'unexpected {shown}; a value follows its flag, such as --prompt "a cat"'
+        needs = (
+            'a value follows its flag, such as --prompt "a cat"'
+            if "--prompt" in flags
+            else "a name with spaces needs quotes"
+        )
+        return f"unexpected {shown}; {needs}"
     if flags[flag].nargs == 0:
         return _no_value(flag, shown.strip("'\""))
-    takes = f"{flag} takes one value, {flags[flag].metavar}"
+    takes = f"{flag} takes one value, {_placeholder(flags[flag])}"
     if any(sign in word for word in words for sign in CURLY):
         return f'unexpected {shown}: {takes}; curly quotes do not hold a text together, straight ones do: "a cat"'
     return f"unexpected {shown}: {takes}; a text with spaces needs quotes around it"

@@ -20,7 +20,7 @@ ARROWS = {
                 "wan.record", "wan.distributed", "wan.request", "wan.utils"},
     "wan.chain": {"wan.making", "wan.plan", "wan.record", "wan.request", "wan.utils"},
     "wan.making": {"wan.pipeline", "wan.plan", "wan.record", "wan.request", "wan.utils"},
-    "wan.gallery": {"wan.request", "wan.configs", "wan.utils"},
+    "wan.gallery": {"wan.request", "wan.configs", "wan.utils", "lightning"},
     "wan.doctor": {"wan.device", "wan.expected", "wan.operations", "wan.original", "wan.plan", "wan.sampling",
                    "wan.loading", "wan.distributed", "wan.request", "wan.modules", "wan.configs", "wan.utils",
                    "lightning"},

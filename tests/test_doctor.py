@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
+from wan.distributed.cost import sent_bytes
+from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
 from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast, released_plan
-from wan.expected import network_of
+from wan.expected import DISK, EXCHANGE, PINNED, network_of, seconds
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
 from wan.modules.vae_coders import Region
@@ -109,6 +112,11 @@ def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, caps
     assert "1 wrong" in said
 
 
+def test_a_mistyped_line_is_answered_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--devise", "cpu"]) == 2
+    assert capsys.readouterr() == ("", "error: there is no flag --devise; did you mean --device?\n")
+
+
 def test_a_wrong_golden_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = json.loads((TESTS / "golden" / "cases.json").read_text())[0]
     key = f"{case['name']}.latent"
@@ -160,7 +168,9 @@ def test_a_device_that_is_not_there_is_found() -> None:
 
 
 def test_processes_exchange() -> None:
-    assert things.exchange_between(2, "gloo").verdict == GOOD
+    outcome = things.exchange_between(2, "gloo", 1 << 20)
+    assert outcome.verdict == GOOD
+    assert outcome.values[EXCHANGE] > 0
 
 
 def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +218,22 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["read"] == pytest.approx(2 * 57.15e9, rel=0.01)  # both experts once, float32
     assert row["denoise"] == pytest.approx(max(computing, row["read"] / 3e9))
     assert row["next"] == pytest.approx(computing + row["decode"])
+
+
+def test_processes_share_the_work() -> None:
+    here, rates = machine(), {**SPEED, DISK: 1e18, PINNED: 1e18}
+    plan = replace(released_plan("i2v-A14B", False, int(400e9), here), room=None)
+    alone, layout = seconds(plan, None, (1280, 720), 81, rates), Layout(8, 4)
+    four = replace(plan, layout=layout)
+    shared = seconds(four, None, (1280, 720), 81, rates)
+    assert shared.denoise == pytest.approx(alone.denoise / 4)
+    assert (shared.text, shared.read) == (alone.text, alone.read)
+    for stage in ("image", "decode"):  # with the rims of their regions
+        assert 0.25 < getattr(shared, stage) / getattr(alone, stage) < 0.45
+    forwards = sum(1 + step.guided for step in plan.steps)
+    sent = forwards * sent_bytes(layout, network_of(plan), 75600, 4)["ulysses"]
+    sending = seconds(four, None, (1280, 720), 81, rates | {EXCHANGE: 1e9})
+    assert sending.denoise - shared.denoise == pytest.approx(sent / 1e9)
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])

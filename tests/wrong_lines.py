@@ -20,7 +20,8 @@ from typing import NamedTuple
 import generate
 from tests.support import TINY, checkpoint, lora_dir
 from wan.request.hints import ALSO
-from wan.request.options import OPTIONS, real, whole
+from wan.request.options import OPTIONS
+from wan.request.values import real, whole
 
 LONGEST = 700  # characters of a line; paths and the names that are allowed take room
 Named = tuple[str, ...]
@@ -314,9 +315,11 @@ def run(count: int, seed: int, show: bool = False) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.wrong_lines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=500, metavar="N", help="how many lines (default 500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which ones (default 0)")
     parser.add_argument("--show", action="store_true", help="every line and its answer")
     args = parser.parse_args()
     findings = run(args.count, args.seed, args.show)

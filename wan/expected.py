@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +116,16 @@ def seconds(
     thinking = plan.prompts() * text_operations(encoder, config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
     latent = latent_shape(config, size, frames)
-    decodes = (decode_operations(vae, latent, each) for each in _regions(latent, ranks, plan.tiles(latent)))
-    encodes = (encode_operations(vae, latent, each) for each in _regions(latent, ranks, plan.encode_tiles(latent)))
+
+    def coding(count: Callable[..., float], tiles: tuple[int, int]) -> float:
+        """Of the process that has most to do."""
+        return max(count(vae, latent, regions) for regions in _regions(latent, ranks, tiles)) / rates[VAE]
+
     return Seconds(
         text=max(thinking, text_bytes / feed),
-        image=max(encodes) / rates[VAE] if config.mask_channels else 0.0,
+        image=coding(encode_operations, plan.encode_tiles(latent)) if config.mask_channels else 0.0,
         denoise=denoise,
-        decode=max(decodes) / rates[VAE],
+        decode=coding(decode_operations, plan.tiles(latent)),
         again=computing if budget is None or budget.resident else denoise,
         read=read,
     )
@@ -174,8 +177,9 @@ def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
 def kept_rates(device: torch.device) -> dict[str, float] | None:
     """What was measured on this device with this version of PyTorch, if everything was."""
     found = _all_kept().get(_name_of(device))
-    whole = isinstance(found, dict) and all(isinstance(found.get(n), float) and found[n] > 0 for n in NEEDED)
-    return found if whole else None
+    kept = found.items() if isinstance(found, dict) else ()
+    rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
+    return rates if rates.keys() >= set(NEEDED) else None
 
 
 def _all_kept() -> dict[str, Any]:

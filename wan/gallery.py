@@ -6,7 +6,6 @@ in the records is data to it and never markup. No torch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from wan.utils.needs import need_packages
 if __name__ == "__main__":
     need_packages()
 
+from lightning.words import Parser, complain
 from wan.configs import WAN_CONFIGS
 from wan.request.options import Request
 from wan.utils.errors import InputError, WanError
@@ -155,13 +155,19 @@ def _address(folder: Path, file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wan.gallery", description="One page over the videos of a folder.")
+    """Exit code: 0, or 2 where no page was written. An error is one line on stderr."""
+    parser = Parser(
+        prog="python -m wan.gallery",
+        description="Write one page over the videos in a folder and below it: with prompts, seeds and settings.",
+    )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")
-    folder = parser.parse_args(argv).folder
     try:
+        folder = parser.read(sys.argv[1:] if argv is None else argv).folder
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
         tell(sys.stdout, f"{write_page(folder)}\n")
+    except InputError as e:
+        return complain(e)
     except WanError as e:
         tell(sys.stderr, f"error: {e}\n")
         return 2

@@ -24,7 +24,7 @@ MOST_STEPS_SHOWN = 12
 MOST_JOBS_SHOWN = 12  # of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
 UNLIMITED = 1 << 60
-STREAMING_BYTES = 1e9  # of the host while weights stream; 0.85 GB measured, the page cache aside
+STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Outlook:
     done: frozenset[int]
     budget: Budget | None
     expected: Expected | None
-    host_needed: float | None
+    host_needed: int | None
     host_available: int
     disk: dict[Path, tuple[float, int]]
 
     @classmethod
     def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
         budget = _budget(plan) if plan.jobs else None
-        needed: float | None = _streaming_bytes(plan)
+        needed: int | None = _streaming_bytes(plan)
         if plan.device.type == "cpu":
             needed = budget.peak if budget else None
         return cls(
@@ -179,7 +179,7 @@ def _what_lines(plan: Plan) -> list[str]:
     return [*told, f"weights in memory: {parts}"]
 
 
-def _streaming_bytes(plan: Plan) -> float:
+def _streaming_bytes(plan: Plan) -> int:
     """Of the host, in each process, where the transformer is on another device."""
     return STREAMING_BYTES + (plan.weight_bytes["text encoder"] if plan.text_device.type == "cpu" else 0)
 

@@ -51,10 +51,17 @@ def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:
         ('[{"prompt": "a dog"}]', "holds JSON"),
         ("prompt,seed\na cat,3\n", "a table with the columns prompt, seed, not with a prompt; name it .csv"),
         ("image\tprompt\na.png\ta cat\n", "a table with the columns image, prompt"),
+        ("prompts:\n  - prompt: a cat\n    seed: 3\n", "holds YAML, not a prompt a line"),
     ],
 )
 def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentence: str) -> None:
     assert sentence in problem(tmp_path / "p.txt", content)
+
+
+@pytest.mark.parametrize(("sign", "called"), [(";", "semicolons"), ("\t", "tabs")])
+def test_columns_without_commas(tmp_path: Path, sign: str, called: str) -> None:
+    content = f"prompt{sign}seed\na cat{sign}3\n"
+    assert f"the columns prompt, seed have {called} between; use commas" in problem(tmp_path / "p.csv", content)
 
 
 ALMOST_DATA = ["{a red | a blue} cat", "[close-up] a cat", "[1]", '"quoted"', "prompt", "a prompt, a seed", "{", "3"]

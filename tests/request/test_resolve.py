@@ -13,10 +13,11 @@ from wan.configs import WAN_CONFIGS
 from wan.distributed.runtime import Runtime, Team
 from wan.planning import make_plan
 from wan.request.checks import effective_shift, shifted
-from wan.request.options import OPTIONS, Request, path, paths, real, text, truth, whole
+from wan.request.options import OPTIONS, Request
 from wan.request.prompts import Row, read_rows, slug, write_rows
 from wan.request.resolve import resolve
 from wan.request.settings import Decode, Extend, Generate
+from wan.request.values import path, paths, real, text, truth, whole
 from wan.utils.errors import InputError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"

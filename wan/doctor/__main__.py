@@ -2,7 +2,8 @@
 
     python -m wan.doctor [--device cuda:1] [--disk FOLDER] [--json]
 
-Exit codes: 0 nothing is wrong; 1 something is, with what to do.
+What it measures is kept, and a run's plan then says how long it will take. Exit codes: 0 nothing is wrong; 1 something
+is, with what to do; 2 the command line is.
 """
 
 from __future__ import annotations
@@ -21,27 +22,22 @@ if __name__ == "__main__":
 
 import torch
 
+from lightning.words import Parser, complain
 from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
 from wan.doctor.rates import rate_checks
+from wan.utils.errors import InputError
 
 ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    parser.add_argument("--disk", type=Path, default=Path(), metavar="FOLDER", help="on the disk of the checkpoints")
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="CLONE", help="of the repository, for an installation"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args(words)
+    try:
+        given = _parser().read(sys.argv[1:] if words is None else words)
+    except InputError as e:
+        return complain(e)
     began = time.perf_counter()
     findings = []
     for finding in findings_of(given.device, given.root, given.disk, given.small):
@@ -57,6 +53,23 @@ def main(words: Sequence[str] | None = None) -> int:
         for finding in wrong:
             print(f"  {finding.name}: {finding.advice or finding.sentence}")
     return 1 if wrong else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cuda, cuda:N or cpu")
+    parser.add_argument(
+        "--disk", type=Path, default=Path(), metavar="FOLDER", help="whose speed is measured: where the checkpoints lie"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="CLONE",
+        help="of the repository, with the expected numbers, which an installation does not bring",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ import torch
 import wan
 from wan.device import compute_device, host_bytes
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
+from wan.doctor.measure import interleaved
+from wan.expected import EXCHANGE
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 from wan.utils.video import check_encoder, ffmpeg
@@ -92,15 +94,17 @@ def exchange(machine: Machine) -> Outcome:
     count = torch.cuda.device_count() if machine.device.type == "cuda" else 0
     if count < 2:
         return Outcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
-    return exchange_between(count, "nccl")
+    outcome = exchange_between(count, "nccl")
+    machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
+    return outcome
 
 
-def exchange_between(count: int, backend: str) -> Outcome:
-    """`count` processes exchange what each must have from each other one."""
+def exchange_between(count: int, backend: str, size: int = 1 << 28) -> Outcome:
+    """`count` processes exchange what each must have from each other one; then, timed, `size` bytes of each."""
     from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_exchange, (count, backend, f"{folder}/meeting"), nprocs=count, join=False)
+        context = spawn(_exchange, (count, backend, folder, size), nprocs=count, join=False)
         assert context is not None, "not joined"
         end = time.monotonic() + EXCHANGE_SECONDS
         try:
@@ -114,16 +118,18 @@ def exchange_between(count: int, backend: str) -> Outcome:
         finally:
             for process in context.processes:
                 process.kill()
-    return Outcome(GOOD, f"{count} processes by {backend}: each has what the others sent", values={"processes": count})
+        rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
+    told = f"{count} processes by {backend}: each has what the others sent, {quantity(rate, 'B')}/s from each"
+    return Outcome(GOOD, told, values={"processes": count, EXCHANGE: rate})
 
 
-def _exchange(rank: int, count: int, backend: str, meeting: str) -> None:
+def _exchange(rank: int, count: int, backend: str, folder: str, size: int) -> None:
     import torch.distributed as dist
 
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=count)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     block = 1024
     mine = torch.arange(count, device=device).repeat_interleave(block) + 1000 * rank  # to each, its number
     got = torch.empty_like(mine)
@@ -131,6 +137,10 @@ def _exchange(rank: int, count: int, backend: str, meeting: str) -> None:
     expected = 1000 * torch.arange(count, device=device).repeat_interleave(block) + rank
     if not torch.equal(got, expected):
         raise ValueError(f"process {rank} has received other numbers than were sent")
+    mine, got = (torch.ones(count, size // count // 4, device=device) for _ in range(2))
+    (seconds,) = interleaved([lambda: dist.all_to_all_single(got, mine)], repeats=3)
+    if rank == 0:
+        Path(folder, "seconds").write_text(str(seconds))
     dist.destroy_process_group()
 
 

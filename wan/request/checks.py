@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lightning.words import meant, short
+from lightning.words import not_one_of, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
@@ -74,7 +74,7 @@ class Check:
         """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""
         if given is None or given in allowed or (other and re.fullmatch(other, given)):
             return given or allowed[0]
-        self.problem(f"{flag} {given!r} is not one of {', '.join(allowed)}{meant(given, allowed)}")
+        self.problem(not_one_of(f"{flag} ", given, allowed))
         return allowed[0]
 
     def number(self, flag: str, given: float | None, default: float, low: float, high: float) -> float:

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from wan.configs import WAN_CONFIGS
 from wan.extend import LANGUAGES, METHODS, ON_ERROR
+from wan.request.values import absolute, path, paths, real, text, truth, whole
 
 Value = TypeVar("Value")
 
@@ -28,60 +28,7 @@ class Scope(Enum):
 
 VIDEO, HOW, START = Scope
 LARGEST_SEED = 2**63 - 1
-LONGEST_PATH = 4096
 SCHEMA = 2  # of records, which hold requests
-
-# -- how values are read: from words, and from what JSON makes of them
-
-
-def text(value: object) -> str:
-    """text"""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def path(value: object) -> str:
-    """a path"""
-    return text(value)
-
-
-def paths(value: object) -> tuple[str, ...]:
-    """a list of texts"""
-    if not isinstance(value, list | tuple):
-        raise TypeError
-    return tuple(map(text, value))
-
-
-def whole(value: object) -> int:
-    """a whole number"""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise TypeError
-    return int(_plain(value))
-
-
-def real(value: object) -> float:
-    """a number"""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError
-    return float(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """Not `1_0`, which Python reads as 10: it is a slip."""
-    if isinstance(value, str) and "_" in value:
-        raise ValueError
-    return value
-
-
-def truth(value: object) -> bool:
-    """True or False"""
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
-    key = str(value).lower()
-    if key not in words:
-        raise ValueError
-    return words[key]
 
 
 @dataclass(frozen=True)
@@ -308,25 +255,3 @@ def read(name: str, value: object, problems: list[str]) -> Any:
         shown = f"{value!r}"[:80]
         problems.append(f"--{name} takes {row.read.__doc__}, not {shown}")
         return None
-
-
-def absolute(value: Any) -> Any:
-    """A text that names something here as an absolute path, in lists and after `high=` too; anything else as it is."""
-    if isinstance(value, list | tuple):
-        return [absolute(part) for part in value]
-    if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_PATH:
-        return value
-    expert, _, rest = value.rpartition("=")
-    for named, before in ((value, ""), (rest, f"{expert}=")):
-        for end in {len(named), named.rfind(":")} - {-1}:
-            path = Path(named[:end]).expanduser()
-            if end and _exists(path):
-                return f"{before}{path.absolute()}{named[end:]}"
-    return value
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a name, or its folder may not be read
-        return False

@@ -18,7 +18,9 @@ from wan.utils.files import replacing
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name, its longest neighbour's and a part's decorations stay within 255 bytes
 TEXT, JSON_LINES, CSV = ("", ".txt"), (".jsonl", ".json"), (".csv",)  # what the end of a prompt file's name means
-JSON_IN_TEXT = 'holds JSON, not a prompt a line; name it .jsonl, with one object such as {"prompt": "a cat"} a line'
+ROWS = '.jsonl, with one object such as {"prompt": "a cat"} a line'
+JSON_IN_TEXT = f"holds JSON, not a prompt a line; name it {ROWS}"
+YAML_IN_TEXT = f"holds YAML, not a prompt a line; make it a {ROWS}"
 LONGEST_NUMBER = 30  # digits; what fits is told by the checks of each number
 
 
@@ -107,6 +109,8 @@ def _no_prompt(line: str) -> str | None:
             return None
         if isinstance(values, dict) or _are_rows(values):
             return JSON_IN_TEXT
+    if re.match(r"-\s+prompt\s*:", line):
+        return JSON_IN_TEXT.replace("holds JSON", "holds YAML").replace("name it", "write it as")
     cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line)]
     if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
         return f"starts as a table with the columns {', '.join(cells)}, not with a prompt; name it .csv, with commas"
@@ -251,6 +255,8 @@ def _csv_rows(path: Path, text: str, problems: list[str]) -> list[Row]:
 
 
 def _header_problem(header: list[str]) -> str | None:
+    if len(header) == 1 and "prompt" in (names := re.split("[;\t]", header[0])) and len(names) > 1:
+        return f"the columns {', '.join(names)} have {'semicolons' if ';' in header[0] else 'tabs'} between; use commas"
     if unknown := [name for name in header if name not in KEYS]:
         return f"unknown column {_shown(unknown[0])}; the first line names columns among {', '.join(KEYS)}"
     if "prompt" not in header or len(set(header)) != len(header):

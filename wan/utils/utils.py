@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wan.request.options import truth as str2bool
+from wan.request.values import truth as str2bool
 from wan.utils.video import VideoWriter
 
 __all__ = ["save_video", "str2bool"]
