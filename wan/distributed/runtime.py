@@ -225,16 +225,19 @@ def _take_gpu(store: Store, rank: int, size: int) -> bool:
     """Take the GPU that is this process's own. False where there are fewer than processes.
 
     Launchers other than torchrun may not say how many processes share a machine and which of them this is: those that
-    see the same GPUs on the same machine are counted. Where each sees only its own, each counts as the only one.
+    see the same GPUs on the same machine are counted. Where each sees only its own, each counts as the only one,
+    whatever number the launcher gave it.
     """
     import torch
 
     place = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
     store.set(f"place {rank}", place)
     sharing = [other for other in range(size) if store.get(f"place {other}").decode() == place]
-    index = _number("LOCAL_RANK", sharing.index(rank))
-    gpus = torch.cuda.device_count()
-    if gpus < max(_number("LOCAL_WORLD_SIZE", len(sharing)), index + 1):
+    index, here = 0, 1
+    if len(sharing) > 1:
+        index = _number("LOCAL_RANK", sharing.index(rank))
+        here = _number("LOCAL_WORLD_SIZE", len(sharing))
+    if torch.cuda.device_count() < max(here, index + 1):
         return False
     torch.cuda.set_device(index)
     return True
