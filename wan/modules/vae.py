@@ -143,8 +143,7 @@ class WanVAE(nn.Module):
 
     def encoded_bytes(self, cells: int) -> int:
         """Of what `encode_region` gives for so many cells, frames x rows x columns."""
-        middle: int = self.encoder.head["2"].in_channels
-        return cells * middle * self.conv1.weight.element_size()
+        return cells * self.encoder.last[1].in_channels * self.conv1.weight.element_size()
 
     @torch.no_grad()
     def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:
