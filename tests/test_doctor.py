@@ -22,11 +22,12 @@ from wan.doctor import numerics, rates
 from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast, released_plan
-from wan.expected import DISK, EXCHANGE, PINNED, network_of, seconds
+from wan.expected import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
 from wan.modules.vae_coders import Region
 from wan.operations import decode_operations, encode_operations
+from wan.request.settings import Job
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
@@ -234,6 +235,19 @@ def test_processes_share_the_work() -> None:
     sent = forwards * sent_bytes(layout, network_of(plan), 75600, 4)["ulysses"]
     sending = seconds(four, None, (1280, 720), 81, rates | {EXCHANGE: 1e9})
     assert sending.denoise - shared.denoise == pytest.approx(sent / 1e9)
+
+
+def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_rates(CPU, SPEED)
+    plan, size = released_plan("t2v-A14B", True, int(400e9), machine()), (832, 480)
+    jobs = [Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5)]
+    alone, groups = expect(plan, jobs), expect(replace(plan, layout=Layout(2, 1)), jobs)
+    assert alone is not None
+    assert groups is not None
+    assert alone.whole == pytest.approx(alone.longest.first + 4 * alone.longest.next)
+    assert groups.whole == pytest.approx(alone.longest.first + 2 * alone.longest.next)
+    assert expect(plan, []) is None
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])

@@ -83,7 +83,7 @@ class Outlook:
         if not plan.jobs:
             return []
         here = _processes_here(plan)
-        each = f" of each of {here} processes" if here > 1 else ""
+        each = f", for each of {here} processes" if here > 1 else ""
         told = [budget.line(str(plan.device))] if budget and plan.room is not None else []
         if plan.device.type != "cpu":
             told.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
