@@ -32,6 +32,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Its kind and what it says, at most so many characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
 class LoraError(InputError):
     """A LoRA, a release or a distilled file that cannot be used."""
 

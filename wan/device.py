@@ -13,7 +13,7 @@ import torch
 from wan.loading.budget import free_bytes
 from wan.modules.attention import Choice, choose
 from wan.modules.model import WanModel
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, first_line
 
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
@@ -55,7 +55,7 @@ def compute_device(name: str) -> torch.device:
         torch.cuda.set_device(device)  # streams and events made without naming a device belong to this one
         torch.cuda.mem_get_info(device)
     except RuntimeError as e:
-        raise InputError(f"--device {name}: the GPU cannot be used: {str(e).splitlines()[0]}") from e
+        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}") from e
     return device
 
 
@@ -104,7 +104,7 @@ def _why_no_cuda() -> str:
         torch.cuda.init()
         said = "No CUDA GPUs are available"
     except (RuntimeError, AssertionError) as e:
-        said = str(e).splitlines()[0].rstrip(".")
+        said = first_line(e).rstrip(".")
     if "driver on your system is too old" in said:
         made_for = torch.version.cuda or "a newer CUDA"
         least = LEAST_DRIVER.get(made_for.partition(".")[0])

@@ -32,7 +32,7 @@ from wan.modules.model import PATCH, WanModel
 from wan.modules.passes import choose as choose_passes
 from wan.modules.prompt import Prompt
 from wan.modules.vae import WanVAE
-from wan.plan import Plan
+from wan.plan import Plan, dtype_name
 from wan.request.settings import Job, Sampling
 from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
 from wan.utils.errors import out_of_memory
@@ -296,7 +296,7 @@ class Pipeline(ABC):
         )
         return {
             "device": f"{device} ({name})",
-            "dtype": str(self.plan.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.plan.dtype),
             "attention": self.attention,
             "processes": str(self.plan.layout),
             "diffusers": version("diffusers"),

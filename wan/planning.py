@@ -147,7 +147,7 @@ def open_plan(
         room=room_of(device, request.vram),
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
-        weight_bytes=_weight_bytes(checkpoint, dtypes[0], request.convert_model_dtype),
+        weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
         warnings=tuple(warnings),
     )
 
@@ -220,14 +220,15 @@ def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> di
     return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
 
 
-def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, convert_all: bool) -> dict[str, int]:
+def _weight_bytes(checkpoint: Checkpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool) -> dict[str, int]:
+    """By part; dtypes: the transformer's and the text encoder's."""
     sizes = {
         f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
         for name, (module, _) in checkpoint.experts.items()
-        for dtype_of in [parameter_dtypes(dtype, convert_all, module)]
+        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, module)]
     }
     if checkpoint.text_encoder:
-        sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtype.itemsize
+        sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtypes[1].itemsize
     if checkpoint.vae:
         sizes["VAE"] = sum(p.nbytes for p in checkpoint.vae[0].parameters())
     return sizes

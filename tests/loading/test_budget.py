@@ -8,7 +8,7 @@ import torch
 
 from lightning.names import NETWORKS, TEXT_WIDTH
 from tests.support import checkpoint, config_of, manifest
-from wan.loading.budget import LEAST_SLOTS, POOLS_BYTES, TRANSIT_BYTES, Budget, Sizes, fit
+from wan.loading.budget import LEAST_SLOTS, POOLS_BYTES, Budget, Sizes, fit
 from wan.loading.checkpoint import Checkpoint
 from wan.loading.residency import Networks, sizes_of
 from wan.loading.stream import Source, parameter_dtypes
@@ -116,7 +116,6 @@ def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> 
     assert len(networks.walker.units) == sizes.units
     there = sum(p.nbytes for p in networks.models["it"].parameters() if p.device.type != "meta")
     assert there <= sizes.fixed < there + 256 * 100
-    assert networks.slots_in(TRANSIT_BYTES + 3 * sizes.unit_bytes) == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wan.utils.errors import one_line
 from wan.utils.progress import duration
 
 GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
@@ -78,8 +79,7 @@ def examine(check: Check, machine: Machine) -> Finding:
     try:
         outcome = check.run(machine)
     except Exception as e:  # noqa: BLE001 - what a driver, kernel or foreign package fails with cannot be known
-        first = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        outcome = Outcome(WRONG, f"fails with {first}", check.advice)
+        outcome = Outcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
     spent = time.perf_counter() - began
     return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from wan.loading.budget import LEAST_SLOTS, TRANSIT_BYTES, Sizes
+from wan.loading.budget import Sizes
 from wan.loading.lanes import Lane
 from wan.loading.stream import Source, fill, free_memory
 from wan.loading.walker import Unit, Walker, aligned
@@ -77,11 +77,6 @@ class Networks(Generic[Network]):
         """Bring all of them, to stay."""
         self.walker.resize(len(self.walker.units))
         self.walker.preload(report)
-
-    def slots_in(self, free: int) -> int:
-        """How many slots there may be when so many bytes are free now; at least the least that works."""
-        walker = self.walker
-        return max(LEAST_SLOTS, len(walker.slots) + (free - TRANSIT_BYTES) // walker.slot_bytes)
 
     def leave(self, slots: int = 0) -> None:
         """Give back the memory of all but so many slots."""
@@ -212,14 +207,9 @@ class Experts:
         with self.networks.job(self._forwards, again=again or not self.offload):
             yield
 
-    @contextmanager
-    def ahead(self) -> Iterator[None]:
+    def ahead(self) -> AbstractContextManager[None]:
         """Beside what is done inside this, what another job like the last one begins with comes into the slots left."""
-        if self.networks is None:
-            yield
-            return
-        with self.networks.ahead(self._forwards):
-            yield
+        return self.networks.ahead(self._forwards) if self.networks else nullcontext()
 
     def ready(self, name: str, lora: float) -> WanModel:
         """The network, its LoRAs at scale `lora`."""

@@ -26,7 +26,7 @@ from lightning.merge import Merge
 from lightning.names import keeps_float32
 from lightning.tensorfile import TensorStore
 from wan.modules.fp8 import Fp8Linear
-from wan.utils.errors import InputError, JobError
+from wan.utils.errors import InputError, JobError, first_line
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
 READERS = 4
@@ -160,7 +160,7 @@ def memory(count: int, device: torch.device | None = None, pin: bool = False) ->
     except torch.OutOfMemoryError:
         raise  # the device's own: who asked for it knows what to do
     except RuntimeError as e:
-        raise JobError(f"no room in host memory for {count / 1e6:.0f} MB of weights ({str(e).splitlines()[0]})") from e
+        raise JobError(f"no room in host memory for {count / 1e6:.0f} MB of weights ({first_line(e)})") from e
 
 
 def load(

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning.errors import one_line
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -125,7 +127,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
         try:
             times[each] = _milliseconds(BACKENDS[each], device, dtype, heads, width)
         except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known
-            failed[each] = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            failed[each] = one_line(e)
     if name in failed:
         raise ValueError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
     warnings = tuple(f"attention {each} is left out: {reason}" for each, reason in failed.items())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning.errors import one_line
 from lightning.fp8 import quantise
 from wan.modules.rope import rotate
 
@@ -104,8 +105,7 @@ def choose(device: torch.device, tokens: int, width: int, layers: int, forwards:
     try:
         compiled().add(*(torch.zeros(size, device=device) for size in ((16, width), (16, width), (width,))))
     except Exception as e:  # noqa: BLE001 - a compiler on the user's machine may fail in any way
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        return EAGER, f"warning: the passes between matrix products are not compiled ({reason})"
+        return EAGER, f"warning: the passes between matrix products are not compiled ({one_line(e)})"
     return compiled(), (
         f"compiling the passes between matrix products: about {COMPILING} s, and {gain:.0f} s less in this run"
     )

@@ -40,7 +40,7 @@ class Weights:
 class Sampling:
     """How a video is sampled."""
 
-    solver: str  # "euler" | "unipc" | "dpm++" | "dmd" | "dmd"
+    solver: str  # "euler" | "unipc" | "dpm++" | "dmd"
     steps: int
     shift: float
     guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks

@@ -3,6 +3,7 @@
 from lightning.errors import InputError as InputError
 from lightning.errors import WanError as WanError
 from lightning.errors import first_line as first_line
+from lightning.errors import one_line as one_line
 
 # What PyTorch and CUDA's libraries say, each in its own words, when they get no memory.
 NO_MEMORY = (
