@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning import names
-from lightning.choice import Choices, choose_loras, real
+from lightning.choice import Choices, choose_loras
 from lightning.errors import InputError, LoraError
 from lightning.examine import examine, models_to_judge_by, plain
 from lightning.hub import located, whole
 from lightning.lora import Lora
 from lightning.releases import Release, preset, recognise
-from lightning.words import Parser, complain
+from lightning.words import Parser, complain, outside, pair
 
 TASKS = tuple(names.NETWORKS)
 ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
@@ -170,21 +170,19 @@ def _bake(args: argparse.Namespace) -> int:
 def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
     """What the result is to be sampled with: its release's settings, and what was given on top of them."""
     changes: dict[str, Any] = {}
-    for name, low, high in (("steps", 1, 1000), ("shift", 0.01, 100.0)):
-        value = getattr(args, f"sample_{name}")
+    given = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
+    if args.sample_guide_scale is not None:
+        try:
+            changes["guidance"] = pair("--sample_guide_scale", args.sample_guide_scale)
+            given += [("guide_scale", scale, 0, 100) for scale in dict.fromkeys(changes["guidance"])]
+        except InputError as e:
+            chosen.problems += e.problems
+    for name, value, low, high in given:
+        if value is not None and (problem := outside(f"--sample_{name}", value, low, high)):
+            chosen.problems.append(problem)
+    for name, value in (("steps", args.sample_steps), ("shift", args.sample_shift)):
         if value is not None:
             changes |= {name: value, "timesteps": None}
-            if not low <= value <= high:
-                chosen.problems.append(f"--sample_{name} goes from {low:g} to {high:g}, not {value:g}")
-    if args.sample_guide_scale is not None:
-        numbers = [real(part) for part in args.sample_guide_scale.split(",")]
-        scales = [number for number in numbers if number is not None and 0 <= number <= 100]
-        if len(scales) != len(numbers) or len(scales) > 2:
-            chosen.problems.append(
-                f"--sample_guide_scale takes a number or LOW,HIGH, from 0 to 100, not {args.sample_guide_scale!r}"
-            )
-        else:
-            changes["guidance"] = (scales[0], scales[-1])
     release = _release_merged(args, chosen, bool(changes))
     return replace(release, **changes) if release else None
 

@@ -10,7 +10,6 @@ PATH and DIR may be places on the hub: owner/name[@revision]/folder/file.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -22,7 +21,7 @@ from lightning.errors import InputError
 from lightning.hub import located
 from lightning.lora import expert_of, files_of
 from lightning.releases import recognise
-from lightning.words import short
+from lightning.words import outside, pair, real
 
 WEAKEST, STRONGEST = -10.0, 10.0
 
@@ -105,28 +104,23 @@ def split_strength(text: str) -> tuple[str, float]:
 
 def _strengths(given: str | None, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
     """(high, low) of `HIGH[,LOW]`."""
-    parts = (given or "1").split(",")
-    numbers = [number for part in parts if (number := real(part)) is not None]
-    if len(numbers) != len(parts) or len(parts) > 2:
-        problems.append(f"--lora_strength takes one number or two with a comma between, not {given!r}")
+    try:
+        numbers = pair("--lora_strength", given or "1")
+    except InputError as e:
+        problems += e.problems
         return 1.0, 1.0
-    if len(experts) == 1 and numbers[0] != numbers[-1]:
+    if len(experts) == 1 and numbers[0] != numbers[1]:
         problems.append(f"--lora_strength {given}: one model takes one number, not HIGH,LOW")
-    high, low = (_within_range("--lora_strength", number, problems) for number in (numbers[0], numbers[-1]))
+    high, low = (_within_range("--lora_strength", number, problems) for number in numbers)
     return high, low
 
 
 def _within_range(what: str, strength: float, problems: list[str]) -> float:
-    if WEAKEST <= strength <= STRONGEST:
+    problem = outside(what, strength, WEAKEST, STRONGEST)
+    if problem is None:
         return strength
-    lowest, highest = short(WEAKEST), short(STRONGEST)
-    if math.isfinite(strength):
-        nearest = short(min(max(strength, WEAKEST), STRONGEST))
-        sentence = f"{short(strength)} is out of range; it goes from {lowest} to {highest}, the nearest is {nearest}"
-    else:
-        sentence = f"must be a finite number from {lowest} to {highest}, not {strength}"
-    if f"{what} {sentence}" not in problems:
-        problems.append(f"{what} {sentence}")
+    if problem not in problems:
+        problems.append(problem)
     return 1.0
 
 
@@ -145,11 +139,3 @@ def _where_to_get(folder: str) -> str:
     if release is None or not folder.startswith(f"{local}/"):
         return ""
     return f"; get it with: hf download {release.source} --local-dir {local}"
-
-
-def real(text: str) -> float | None:
-    """The number that `text` spells, None if it spells none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -188,3 +188,31 @@ def _stray(words: Sequence[str], flag: str, flags: Mapping[str, argparse.Action]
     if any(sign in word for word in words for sign in CURLY):
         return f'unexpected {shown}: {takes}; curly quotes do not hold a text together, straight ones do: "a cat"'
     return f"unexpected {shown}: {takes}; a text with spaces needs quotes around it"
+
+
+def real(text: str) -> float | None:
+    """The number that `text` spells, None if it spells none. `1_0`, which Python reads as 10, is a slip."""
+    try:
+        return None if "_" in text else float(text)
+    except ValueError:
+        return None
+
+
+def pair(flag: str, given: str) -> tuple[float, float]:
+    """`A` (twice the same) or `A,B`; InputError for anything else."""
+    parts = given.split(",")
+    numbers = [number for part in parts if (number := real(part)) is not None]
+    if len(numbers) != len(parts) or len(parts) > 2:
+        raise InputError(f"{flag} takes one number or two with a comma between, not {given!r}")
+    return numbers[0], numbers[-1]
+
+
+def outside(flag: str, given: float, low: float, high: float) -> str | None:
+    """What is wrong with a number that is none from `low` to `high`."""
+    first, last = short(low), short(high)
+    if isinstance(given, float) and not math.isfinite(given):
+        return f"{flag} must be a finite number from {first} to {last}, not {given}"
+    if low <= given <= high:
+        return None
+    nearest = short(min(max(given, low), high))
+    return f"{flag} {short(given)} is out of range; it goes from {first} to {last}, the nearest is {nearest}"

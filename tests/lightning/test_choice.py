@@ -71,7 +71,8 @@ def test_colons_in_paths() -> None:
 def test_strengths_of_a_release() -> None:
     found = choose_loras(TWO, str(RELEASE), "0.8,0.6").loras
     assert [(choice.expert, choice.strength) for choice in found] == [("high", 0.8), ("low", 0.6)]
-    assert "takes one number or two" in choose_loras(TWO, str(RELEASE), "1,2,3").problems[0]
+    for slip in ("1,2,3", "1_0"):
+        assert "takes one number or two" in choose_loras(TWO, str(RELEASE), slip).problems[0]
     assert "which is not given" in choose_loras(TWO, None, "1").problems[0]
     assert "one model takes one number" in choose_loras(["model"], str(lora_dir("ti2v-5B")), "1,2").problems[0]
 

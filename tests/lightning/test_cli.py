@@ -225,10 +225,10 @@ def test_a_style_leaves_the_checkpoint_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--sample_steps", "0"], "--sample_steps goes from 1 to 1000, not 0"),
-        (["--sample_shift", "nan"], "--sample_shift goes from 0.01 to 100, not nan"),
-        (["--sample_guide_scale", "1,2,3"], "takes a number or LOW,HIGH, from 0 to 100, not '1,2,3'"),
-        (["--sample_guide_scale", "x"], "takes a number or LOW,HIGH"),
+        (["--sample_steps", "0"], "--sample_steps 0 is out of range; it goes from 1 to 1000"),
+        (["--sample_shift", "nan"], "--sample_shift must be a finite number from 0.01 to 100, not nan"),
+        (["--sample_guide_scale", "1,2,3"], "takes one number or two with a comma between, not '1,2,3'"),
+        (["--sample_guide_scale", "x"], "takes one number or two"),
         (["--preset", "seko"], "no preset 'seko'"),
         (["--preset", "ti2v-turbo"], "--preset ti2v-turbo is not a distillation of t2v-A14B"),
         (["--preset", "motion-8"], "--preset motion-8 is not a distillation of t2v-A14B"),

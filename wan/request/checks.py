@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lightning.words import not_one_of, short
+from lightning.words import not_one_of, outside, pair, real, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
@@ -81,14 +81,8 @@ class Check:
         """A finite number from `low` to `high`."""
         if given is None:
             return default
-        if isinstance(given, float) and not math.isfinite(given):
-            self.problem(f"{flag} must be a finite number from {short(low)} to {short(high)}, not {given}")
-            return default
-        if not low <= given <= high:
-            first, last, nearest = (short(number) for number in (low, high, min(max(given, low), high)))
-            self.problem(
-                f"{flag} {short(given)} is out of range; it goes from {first} to {last}, the nearest is {nearest}"
-            )
+        if problem := outside(flag, given, low, high):
+            self.problem(problem)
             return default
         return given
 
@@ -101,12 +95,10 @@ class Check:
         """`A` (twice the same) or `A,B`."""
         if given is None:
             return default
-        parts = given.split(",")
-        numbers = [number for part in parts if (number := real(part)) is not None]
-        if len(numbers) != len(parts) or len(parts) > 2:
-            self.problem(f"{flag} takes one number or two with a comma between, not {given!r}")
+        numbers = self.attempt(lambda: pair(flag, given))
+        if numbers is None:
             return default
-        first, last = (self.number(flag, number, default[0], low, high) for number in (numbers[0], numbers[-1]))
+        first, last = (self.number(flag, number, default[0], low, high) for number in numbers)
         return first, last
 
     def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -208,14 +200,6 @@ def effective_shift(timesteps: Sequence[float]) -> float | None:
     shifts = [sigma * (1 - u) / (u * (1 - sigma)) for sigma, u in zip(sigmas, even, strict=True)]
     middle = sorted(shifts)[len(shifts) // 2]
     return middle if all(math.isclose(shift, middle, rel_tol=0.03) for shift in shifts) else None
-
-
-def real(text: str) -> float | None:
-    """The number that `text` spells, None if it spells none. `1_0`, which Python reads as 10, is a slip."""
-    try:
-        return None if "_" in text else float(text)
-    except ValueError:
-        return None
 
 
 def no_file(path: Path) -> str:
