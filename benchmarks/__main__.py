@@ -30,12 +30,13 @@ def works() -> dict[str, Callable[[], list[Row]]]:
     on_a_gpu = {
         **transformer.gpu_works(),
         **full_run.works(),
-        "G7 and C4 VAE": vae.rows,
+        **vae.gpu_works(),
         "G15 LoRA merge": merge_on_a_gpu,
     }
     return {
         **on_a_gpu,
         **transformer.works(),
+        **vae.works(),
         "C5 LoRA merge": lora_merge.rows,
         "C6, C7 loading": loading.rows,
         "C8 text encoder": text_encoder.rows,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -37,35 +38,38 @@ SMALL_SIZE = {"2.1": "160x144", "2.2": "112x112"}  # below, PyTorch does not giv
 CACHE = 40 * 10**6  # bytes: an A100's second, the smallest of the data centre cards
 
 
-def rows(repeats: int = 3, size: str | None = None, frames: int | None = None, compiled: bool = False) -> list[Row]:
+def gpu_works() -> dict[str, Callable[[], list[Row]]]:
+    """What is measured on a GPU, by name."""
+    return {f"G7 VAE {kind}": partial(full_size, kind) for kind in KINDS}
+
+
+def works() -> dict[str, Callable[[], list[Row]]]:
+    """What is measured anywhere, by name."""
+    return {"C4 VAE counted": counted_rows, **{f"C4 VAE {kind}": partial(time_decode, kind) for kind in KINDS}}
+
+
+def counted_rows() -> list[Row]:
     whole, plain = count_decode("2.1"), count_decode("2.1", cache=0)
     tiled, shared = count_decode("2.1", tiles=(2, 2)), count_decode("2.1", processes=8)
-    nested = count_decode("2.2")
     limit = "original 7,353 GB; must 4,500, good 3,000, best 2,000 GB; issue 2,300 GB"
-    counted = [
+    return [
         Row("C4 decode of Wan2.1's VAE, 1280x720x81, float32 (static; what is used up at once stays in a cache of "
             "40 MB)", whole.words(), limit),
         Row("the same without a cache", plain.words()),
         Row("the same in 2x2 tiles, equal numbers", tiled.words()),
         Row("the same on one of 8 processes", shared.words()),
-        Row("C4 decode of Wan2.2's VAE, 1280x704x121, float32 (static)", nested.words()),
+        Row("C4 decode of Wan2.2's VAE, 1280x704x121, float32 (static)", count_decode("2.2").words()),
     ]  # fmt: skip
-    for kind in KINDS:
-        counted += time_decode(kind, repeats, size, frames, compiled)
-    return [*counted, *full_size(repeats)]
 
 
-def full_size(repeats: int) -> list[Row]:
+def full_size(kind: str) -> list[Row]:
     """G7."""
-    limit = "must 6 / 4, good 4.5 / 3, best 3.5 / 2.2 s (fp32 / bf16)"
+    limit = "must 6 / 4, good 4.5 / 3, best 3.5 / 2.2 s (fp32 / bf16)" if kind == "2.1" else ""
+    _, length, height, width = FULL_SIZE[kind]
+    size, frames = f"{width * WIDTH_STRIDE[kind]}x{height * WIDTH_STRIDE[kind]}", 4 * length - 3
     if not torch.cuda.is_available():
-        return [Row("G7 decode of Wan2.1's VAE, 1280x720x81", NEEDS_A_GPU, limit)]
-    found = []
-    for kind, (_, length, height, width) in FULL_SIZE.items():
-        stride = WIDTH_STRIDE[kind]
-        for row in time_decode(kind, repeats, f"{width * stride}x{height * stride}", 4 * length - 3, False):
-            found.append(row._replace(what=f"G7 {row.what}", limit=limit if kind == "2.1" else ""))
-    return found
+        return [Row(f"G7 decode of Wan{kind}'s VAE, {size}x{frames}", NEEDS_A_GPU, limit)]
+    return [row._replace(what=f"G7 {row.what}", limit=limit) for row in time_decode(kind, 3, size, frames)]
 
 
 def main() -> None:
@@ -74,7 +78,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=None, help="of the timed video, 4n + 1; default 5")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also diffusers' decoder compiled: minutes on a CPU")
-    report(rows(**vars(parser.parse_args())))
+    given = vars(parser.parse_args())
+    report([*counted_rows(), *(row for kind in KINDS for row in time_decode(kind, **given))])
 
 
 class Cost(NamedTuple):
@@ -129,7 +134,9 @@ def released(kind: str) -> WanVAE:
 
 
 @torch.no_grad()
-def time_decode(kind: str, repeats: int, size: str | None, frames: int | None, compiled: bool) -> list[Row]:
+def time_decode(
+    kind: str, repeats: int = 3, size: str | None = None, frames: int | None = None, compiled: bool = False
+) -> list[Row]:
     """Our decode, in float32 and bf16, beside diffusers' on the same weights, and how far the videos are apart."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width, height = map(int, (size or SMALL_SIZE[kind]).split("x"))
