@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 
 from wan.loading.budget import free_bytes
-from wan.modules.attention import Choice, choose
-from wan.modules.model import WanModel
 from wan.utils.errors import InputError, first_line
 
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
@@ -115,11 +113,3 @@ def _why_no_cuda() -> str:
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return said if visible is None else f"{said}; CUDA_VISIBLE_DEVICES is '{visible}'"
-
-
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, model: WanModel) -> Choice:
-    """The attention back end to use; "auto" is the fastest here. InputError if `name` cannot run here."""
-    try:
-        return choose(name, device, dtype, model.num_heads, model.head_width)
-    except ValueError as e:
-        raise InputError(str(e)) from e

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning.merge import Merge
+from lightning.names import PATCH
 from wan.distributed.mesh import make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.sequence import split_tokens
@@ -28,7 +29,7 @@ from wan.distributed.vae_parallel import SplitVAE
 from wan.loading.residency import Experts, Networks, text_encoder
 from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
 from wan.modules.attention import BACKENDS
-from wan.modules.model import PATCH, WanModel
+from wan.modules.model import WanModel
 from wan.modules.passes import choose as choose_passes
 from wan.modules.prompt import Prompt
 from wan.modules.vae import WanVAE

@@ -12,6 +12,7 @@ import torch
 from easydict import EasyDict
 
 from lightning.lora import Coverage, Lora
+from lightning.names import PATCH
 from wan.distributed.mesh import Layout
 from wan.distributed.sequence import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
@@ -21,7 +22,6 @@ from wan.loading.residency import sizes_of
 from wan.loading.stream import parameter_dtypes
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
-from wan.modules.model import PATCH
 from wan.modules.vae import WanVAE
 from wan.request.options import OPTIONS, VIDEO, Request
 from wan.request.settings import Job, Sampling

@@ -17,11 +17,12 @@ from lightning import hub
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from lightning.tensorfile import fingerprint
-from wan.device import choose_attention, compute_device, held_by_others, room_of
+from wan.device import compute_device, held_by_others, room_of
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.distributed.runtime import Runtime
 from wan.loading.checkpoint import Checkpoint, folder_of
 from wan.loading.stream import as_dtype, parameter_dtypes
+from wan.modules.attention import choose as choose_attention
 from wan.plan import Plan, dtype_name, written_bytes
 from wan.request.checks import Check
 from wan.request.hints import idle_on
@@ -125,7 +126,8 @@ def open_plan(
     if checkpoint.experts:
         model, _ = next(iter(checkpoint.experts.values()))
         conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
-        if chosen := checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], model)):
+        shape = model.num_heads, model.head_width
+        if chosen := checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], *shape)):
             attention = chosen.name
             warnings += chosen.warnings
     for problem in conflicts:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning.errors import InputError
 from lightning.names import diffusers_name
 from tests.support import manifest, relative_error
 from wan.doctor.numerics import IN_8_BITS
@@ -294,7 +295,7 @@ def test_the_prompt_is_made_once_per_layer_and_forgotten_on_demand() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_each_back_end_equals_the_formula(name: str) -> None:
     if name not in available(CPU, torch.float32):
-        with pytest.raises(ValueError, match="cannot run here: on this machine choose auto, sdpa"):
+        with pytest.raises(InputError, match="cannot run here: on this machine choose auto, sdpa"):
             choose(name, CPU, torch.float32, 2, 16)
         return
     q, k, v = torch.randn(5, 2, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
@@ -325,7 +326,7 @@ def test_a_back_end_that_fails_is_left_out_with_its_reason(tmp_path: Path, monke
     assert warnings[0].startswith("attention cudnn is left out: RuntimeError")
     assert warnings[1:] == ("attention flash2 is left out: ImportError: flash_attn_2_cuda.so: undefined symbol",)
     assert choose("sdpa", *arguments) == Choice("sdpa")
-    with pytest.raises(ValueError, match=r"--attention flash2 fails here \(ImportError: .*undefined symbol\): choose"):
+    with pytest.raises(InputError, match=r"--attention flash2 fails here \(ImportError: .*undefined symbol\): choose"):
         choose("flash2", *arguments)
 
 

@@ -15,11 +15,12 @@ from torch import nn
 from lightning import hub
 from lightning.distilled import open_expert
 from lightning.json_input import parse_json
+from lightning.names import PATCH
 from lightning.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.configs import download_command
 from wan.loading import places
 from wan.loading.stream import Module, Store
-from wan.modules.model import PATCH, WanModel
+from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning.errors import one_line
+from lightning.errors import InputError, one_line
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -114,11 +114,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
     """The back end to use: `name`, or for "auto" the one that measures fastest of those that compute exactly.
 
     A package that cannot be imported and a kernel that fails its first call, or computes something else, are left out.
-    ValueError if `name` is.
+    InputError if `name` is.
     """
     names = available(device, dtype)
     if name not in ("auto", *names):
-        raise ValueError(f"--attention {name} cannot run here: on this machine choose auto, {', '.join(names)}")
+        raise InputError(f"--attention {name} cannot run here: on this machine choose auto, {', '.join(names)}")
     exact = [each for each in names if each not in QUANTISED]
     if name == "sdpa" or (name == "auto" and exact == ["sdpa"]):
         return Choice("sdpa")
@@ -129,7 +129,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
         except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known
             failed[each] = one_line(e)
     if name in failed:
-        raise ValueError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
+        raise InputError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
     warnings = tuple(f"attention {each} is left out: {reason}" for each, reason in failed.items())
     return Choice(min(times, key=lambda each: times[each], default="sdpa"), warnings)
 

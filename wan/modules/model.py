@@ -24,7 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning.names import takes_fp8
+from lightning.names import PATCH, takes_fp8
 from wan.modules.attention import Attend
 from wan.modules.block import Attention, Block, Spans, spans_of
 from wan.modules.fp8 import Fp8Linear
@@ -33,7 +33,6 @@ from wan.modules.prompt import Prompt
 from wan.modules.residency import Residency
 from wan.modules.rope import rotary_table
 
-PATCH = (1, 2, 2)
 ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps of all tokens, at 480p too
 
 
