@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import generate
-from examples.shapes import gallery
+from examples.shapes import gallery, train
 from examples.shapes.detector import judge
 from examples.shapes.world import HELD_OUT, Scene, draw, held_out, render, scenes, trained
 from tests.support import TESTS, read_frames
@@ -131,3 +131,14 @@ def test_the_picture_in_the_readme_is_what_its_command_makes(tmp_path: Path) -> 
     found, shown = gallery.videos(tmp_path).values(), gallery.frames_of(gallery.PICTURE)
     assert len(found) == len(shown)
     assert min(decibels(*pair) for pair in zip(found, shown, strict=True)) > 40
+
+
+def test_training_says_which_pytorch_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))
+    monkeypatch.setattr("sys.argv", ["train", "--state", str(tmp_path / "state")])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "training needs PyTorch 2.9 or newer, this is 2.8.0" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()

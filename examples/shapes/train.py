@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
+    if torch.__version__ < "2.9":  # mkldnn's precision by operation, in run_process
+        parser.error(f"training needs PyTorch 2.9 or newer, this is {torch.__version__}")
     arguments.state.mkdir(parents=True, exist_ok=True)
     if arguments.stage:
         run_process(arguments.stage, arguments.state, arguments.rank, arguments.processes)

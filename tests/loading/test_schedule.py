@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wan.loading.schedule import Move, schedule
@@ -36,6 +36,10 @@ def check(uses: list[int], slots: int, held: dict[int, int], moves: list[Move], 
     assert not pending
 
 
+at_any_speed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other work may share the cores
+
+
+@at_any_speed
 @given(USES, SLOTS, AHEAD, st.booleans(), st.integers(0, 7), st.permutations(range(7)))
 def test_every_unit_is_there_in_time(
     uses: list[int], slots: int, ahead: int, again: bool, full: int, order: list[int]
@@ -68,12 +72,14 @@ def fewest_loads(uses: tuple[int, ...], slots: int, ahead: int) -> int:
     return rest(0, frozenset())
 
 
+@at_any_speed
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 4), AHEAD)
 def test_no_plan_loads_less(uses: list[int], slots: int, ahead: int) -> None:
     found = schedule(uses, slots, again=False, ahead=ahead)
     assert len(found) == fewest_loads(tuple(uses), slots, min(ahead, slots - 1))
 
 
+@at_any_speed
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(1, 4), AHEAD)
 def test_no_plan_loads_less_over_several_jobs(uses: list[int], slots: int, ahead: int) -> None:
     held: dict[int, int] = {}
