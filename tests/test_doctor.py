@@ -20,8 +20,8 @@ from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
 from wan.doctor.counts import released_vae
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine
-from wan.doctor.forecast import forecast, released_plan
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine, table
+from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan
 from wan.expected import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
@@ -31,6 +31,7 @@ from wan.request.settings import Job
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
+COLUMNS = 80  # of a terminal that does not say
 SPEED = {rates.MATMUL: 700e12, rates.ATTENTION: 500e12, rates.VAE: 50e12, rates.DISK: 3e9, rates.PINNED: 50e9}
 
 
@@ -211,7 +212,9 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
     here = machine()
     assert forecast(here).verdict == SKIPPED
     here.rates = dict(SPEED)
-    rows = forecast(here).values["estimates"]
+    found = forecast(here)
+    assert max(map(len, found.sentence.splitlines())) <= COLUMNS
+    rows = found.values["estimates"]
     row = next(r for r in rows if (r["task"], r["size"], r["steps"]) == ("t2v-A14B", "1280x720", 4))
     sizes = network_of(released_plan("t2v-A14B", True, int(400e9), here))
     computing = 4 * (sizes.linear(75600) / 700e12 + sizes.attention(75600) / 500e12)
@@ -219,6 +222,29 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["read"] == pytest.approx(2 * 57.15e9, rel=0.01)  # both experts once, float32
     assert row["denoise"] == pytest.approx(max(computing, row["read"] / 3e9))
     assert row["next"] == pytest.approx(computing + row["decode"])
+
+
+def test_the_longest_rows_and_notes_fit_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Estimate(
+        "t2v-A14B", "1280x704", 121, 50, 100, True, "", "10 of 41 stay", 11, (10, 10), 131 * 10**8, 1, 1.0, 1.0, 1.0,
+        863_000.0, 863_000.0,
+    )  # fmt: skip
+    advice = "use --vae_tiling, a smaller --size or fewer frames"
+    rows = [row, replace(row, mode="one at a time", vram=None), replace(row, fits=False, advice=advice)]
+    below = [*table([HEADING, *(each.row() for each in rows)]), *notes(rows)]
+    long = Outcome(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
+    assert run([Check("forecast", lambda _: long)], monkeypatch) == 1
+    piped = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run([Check("forecast", lambda _: long)], monkeypatch) == 1
+    shown = capsys.readouterr().out
+    assert max(map(len, piped.splitlines())) > COLUMNS >= max(map(len, shown.splitlines()))
+    for text in (piped, shown):
+        assert set(below[: 1 + len(rows)]) <= {line.strip() for line in text.splitlines()}
+        assert " ".join(f"with {'many ' * 30}words; take {'other ' * 30}ones".split()) in " ".join(text.split())
+        assert f"does not fit: {advice} (t2v-A14B 1280x704)" in " ".join(text.split())
 
 
 def test_processes_share_the_work() -> None:

@@ -1,6 +1,7 @@
 """What a plan says of memory, time and jobs, on the command line's dry run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,13 @@ def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     assert line(lines, "job 1 (done): ")
     assert line(lines, "job 2: ")
     assert line(lines, "2 videos, of which 1 is done already")
+    assert "the video is done already" in plan(capsys, "--resume")
+    assert plan_report._done_line(5, 5) == "all 5 videos are done already"
 
 
 def test_memory_of_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = plan(capsys)
-    assert "available; peaks in GB: denoise " in line(lines, "host memory ")
+    assert re.search(r"available; peaks: denoise \d+ MB, decode [\d.]+ MB, text ", line(lines, "host memory "))
     assert not [each for each in lines if "more than there is" in each]
     assert line(lines, "disk: at most ")
     monkeypatch.setattr(plan_report, "host_bytes", lambda: 1000)

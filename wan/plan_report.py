@@ -88,8 +88,8 @@ class Outlook:
         if plan.device.type != "cpu":
             told.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
         elif budget and plan.room is None:
-            peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in budget.peaks.items())
-            told.append(f"host memory {host} available; peaks in GB{each}: {peaks}")
+            peaks = ", ".join(f"{stage} {quantity(size, 'B')}" for stage, size in budget.peaks.items())
+            told.append(f"host memory {host} available; peaks{each}: {peaks}")
             if self.host_needed and self.host_needed > self.host_available:
                 told.append(
                     "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
@@ -111,8 +111,7 @@ class Outlook:
                 numbers = ", ".join(str(job.index + 1) for job in chain)
                 told.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
         if done:
-            verb = "is" if len(done) == 1 else "are"
-            told.append(f"{len(plan.jobs)} videos, of which {len(done)} {verb} done already")
+            told.append(_done_line(len(plan.jobs), len(done)))
         return told + self._time_lines(len(plan.jobs) - len(done))
 
     def _time_lines(self, todo: int) -> list[str]:
@@ -212,6 +211,12 @@ def _job_line(plan: Plan, job: Job, done: bool) -> str:
     prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
     mark = " (done)" if done else ""
     return f"job {job.index + 1}{mark}: {prompt}: {extent}, seed {job.seed} -> {job.save_file}"
+
+
+def _done_line(videos: int, done: int) -> str:
+    if done == videos:
+        return "the video is done already" if videos == 1 else f"all {videos:,} videos are done already"
+    return f"{videos:,} videos, of which {done:,} {'is' if done == 1 else 'are'} done already"
 
 
 def _process_lines(plan: Plan) -> list[str]:

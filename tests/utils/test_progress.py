@@ -230,7 +230,7 @@ def test_units() -> None:
     assert [duration(s) for s in (0.44, 42, 187, 7500)] == ["0.4 s", "42 s", "3 min 07 s", "2 h 05 min"]
     assert [duration(s) for s in (9.97, 59.8, 3599.7)] == ["10 s", "1 min 00 s", "1 h 00 min"]
     assert [duration(s) for s in (0, 0.0002, 0.028, 0.0999)] == ["0.0 s", "1 ms", "28 ms", "0.1 s"]
-    assert [duration(s) for s in (172_000, 3_721_920)] == ["47 h 46 min", "43 days 1 h"]
+    assert [duration(s) for s in (172_000, 360_000, 3_721_920)] == ["47 h 46 min", "4 days 4 h", "43 days"]
 
 
 def test_peak_memory_grows_with_use() -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from wan.utils.needs import need_packages
 
@@ -29,8 +30,10 @@ from wan.doctor.machine import choose_device, exchange, packages, versions, vide
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
 from wan.doctor.rates import rate_checks
 from wan.utils.errors import InputError
+from wan.utils.progress import columns_of
 
 ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
+SENTENCE, INDENT = 9, 6  # columns before what goes on of a finding, which stand under its name, and of a line below it
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -43,16 +46,33 @@ def main(words: Sequence[str] | None = None) -> int:
     for finding in findings_of(given.device, given.root, given.disk, given.small):
         findings.append(finding)
         if not given.json:
-            print(finding.line(), flush=True)
+            _say(finding.line())
     wrong = [finding for finding in findings if finding.verdict == WRONG]
     if given.json:
         report = {"wrong": len(wrong), "seconds": time.perf_counter() - began, "findings": [vars(f) for f in findings]}
         print(json.dumps(report, indent=2, default=str))
     else:
-        print(f"\n{len(findings)} checks in {time.perf_counter() - began:.0f} s, {len(wrong) or 'nothing'} wrong")
+        _say(f"\n{len(findings)} checks in {time.perf_counter() - began:.0f} s, {len(wrong) or 'nothing'} wrong")
         for finding in wrong:
-            print(f"  {finding.name}: {finding.advice or finding.sentence}")
+            _say(f"  {finding.name}: {finding.advice or finding.sentence}")
     return 1 if wrong else 0
+
+
+def _say(text: str) -> None:
+    """Print, on a terminal in lines no longer than it is wide; what belongs to a line is indented below it."""
+    if sys.stdout.isatty():
+        columns, lines = columns_of(sys.stdout), text.splitlines()
+        text = "\n".join(
+            fill(
+                line,
+                columns,
+                subsequent_indent=" " * (INDENT if line.startswith(" ") else SENTENCE),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for line in lines
+        )
+    print(text, flush=True)
 
 
 def _parser() -> Parser:

@@ -69,8 +69,10 @@ class Finding:
     values: dict[str, Any]
 
     def line(self) -> str:
+        """With the lines of a table below it, if the finding has one."""
+        sentence, newline, below = self.sentence.partition("\n")
         advice = f"; {self.advice}" if self.advice else ""
-        return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {self.sentence}{advice}"
+        return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {sentence}{advice}{newline}{below}"
 
 
 def examine(check: Check, machine: Machine) -> Finding:

@@ -6,6 +6,7 @@ for the plans of later runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ from wan.utils.progress import duration, quantity
 class Estimate:
     """One row. Bytes and seconds; the seconds of a stage are the longer of computing and reading what it needs.
 
-    first: the first video. next: a further one of the same run.
+    mode: how the weights are held. tiles: in which a frame is decoded. advice: what would make it fit, empty if it
+    does. vram: GB to ask for on a CPU, where blocks stream only on demand. first: the first video. next: a further one
+    of the same run.
     """
 
     task: str
@@ -44,7 +47,10 @@ class Estimate:
     steps: int
     forwards: int
     fits: bool
+    advice: str
     mode: str
+    vram: int | None
+    tiles: tuple[int, int]
     peak: int
     read: int
     text: float
@@ -54,13 +60,16 @@ class Estimate:
     next: float
 
     def row(self) -> list[str]:
-        seconds = [duration(s) for s in (self.text, self.denoise, self.decode, self.first, self.next)]
-        held = [self.mode, quantity(self.peak, "B"), quantity(self.read, "B")]
-        steps = f"{self.steps} ({self.forwards} forwards)"
-        return [self.task, f"{self.size} x {self.frames}", steps, *held, *(seconds if self.fits else ["-"] * 5)]
+        """What a terminal of 80 columns has room for."""
+        tiles = "-" if self.tiles == (1, 1) else "x".join(map(str, self.tiles))
+        told = [self.task, f"{self.size}x{self.frames}", str(self.steps)]
+        if not self.fits:
+            return [*told, f"needs {quantity(self.peak, 'B')}", tiles, "does not fit", "-"]
+        return [*told, self.mode, tiles, duration(self.first), duration(self.next)]
 
 
-HEADING = ["task", "size", "steps", "weights", "peak", "read", "text", "denoise", "decode", "first video", "next"]
+HEADING = ["task", "video", "steps", "weights", "tiles", "first video", "next"]
+ALL, ONE = "all stay", "one at a time"
 
 
 def forecast(machine: Machine) -> Outcome:
@@ -82,10 +91,39 @@ def forecast(machine: Machine) -> Outcome:
     where = "the device" if machine.device.type == "cuda" else "the host's memory"
     sentence = f"with {quantity(room, 'B')} of {where}, in {machine.usual} (all seconds are estimates)"
     sentence = sentence.replace("torch.", "")
-    lines = table([HEADING, *(estimate.row() for estimate in estimates)])
+    lines = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     if not any(estimate.fits for estimate in estimates):
-        return Outcome(WRONG, "\n".join([f"{sentence}: nothing fits", *lines]), "free memory of the device", values)
+        told = "\n  ".join([f"{sentence}: nothing fits", *lines])
+        return Outcome(WRONG, told, "free memory of the device", values)
     return Outcome(GOOD, "\n  ".join([sentence, *lines]), values=values)
+
+
+def notes(estimates: Sequence[Estimate]) -> list[str]:
+    """What the rows that are there need said below them, a line each."""
+    fitting = [estimate for estimate in estimates if estimate.fits]
+    vram = next((estimate.vram for estimate in fitting if estimate.vram), None)
+    told = {
+        "few steps: with few-step weights; many: the released ones alone, with guidance": True,
+        f"{ONE}: the expert at work stays, then the other one takes its place": any(
+            estimate.mode == ONE for estimate in fitting
+        ),
+        "N of M stay: of an expert's M parts; the others are read when they are needed": any(
+            estimate.mode not in (ALL, ONE) for estimate in fitting
+        ),
+        f"not all stay: with --vram {vram}, which has to be asked for on a CPU": vram is not None,
+        "tiles: a frame is decoded in so many pieces": any(estimate.tiles != (1, 1) for estimate in estimates),
+        "next: each further video of the same run": bool(fitting),
+    }
+    helps: dict[str, list[str]] = {}
+    for estimate in estimates:
+        place = f"{estimate.task} {estimate.size}"
+        if not estimate.fits and place not in helps.setdefault(estimate.advice, []):
+            helps[estimate.advice].append(place)
+    return [
+        *(note for note, needed in told.items() if needed),
+        *(f"does not fit: {advice} ({', '.join(places)})" for advice, places in helps.items()),
+        "each stage's seconds, the peak and the bytes to read: --json",
+    ]
 
 
 def _is_distilled(task: str) -> bool:
@@ -125,21 +163,18 @@ def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     assert budget is not None, "there is room to share"
     found = seconds(plan, budget, size, frames, machine.rates)
     forwards = sum(1 + step.guided for step in plan.steps)
+    vram = int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None
+    advice = budget.problem.rpartition(": ")[2] if budget.problem else ""
     return Estimate(
-        plan.request.task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards, budget.problem is None,
-        _mode(budget, machine), budget.peak, found.read, found.text, found.denoise, found.decode, found.first,
-        found.next,
+        plan.request.task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards, not advice, advice, _mode(budget),
+        vram, budget.tiles, budget.peak, found.read, found.text, found.denoise, found.decode, found.first, found.next,
     )  # fmt: skip
 
 
-def _mode(budget: Budget, machine: Machine) -> str:
-    """In few words what the budget's line says in a sentence; on a CPU blocks stream only where it is asked for."""
-    if budget.problem:
-        return f"does not fit: {budget.problem.rpartition(': ')[2]}"
+def _mode(budget: Budget) -> str:
+    """In few words what the budget's line says in a sentence."""
+    if budget.resident:
+        return ALL
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
-    held = "all stay" if budget.resident else f"{stay} of {sizes.units} parts stay"
-    held = "one expert at a time" if not budget.resident and stay == sizes.units else held
-    if machine.device.type == "cpu" and not budget.resident:
-        held = f"--vram {int(budget.free / 1e9)}: {held}"
-    return held if budget.tiles == (1, 1) else f"{held}, {budget.tiles[0]}x{budget.tiles[1]} tiles"
+    return ONE if stay == sizes.units else f"{stay} of {sizes.units} stay"

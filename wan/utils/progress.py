@@ -281,7 +281,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`28 ms`, `0.4 s`, `42 s`, `3 min 07 s`, `2 h 05 min`, `3 days 4 h`"""
+    """`28 ms`, `0.4 s`, `42 s`, `3 min 07 s`, `2 h 05 min`, `3 days 4 h`, `10 days`"""
     if 0 < seconds < 0.0995:
         return f"{max(1, round(seconds * 1000))} ms"
     if seconds < 9.95:
@@ -292,4 +292,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours == 0:
         return f"{minutes} min {rest:02d} s"
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h" if days < 10 else f"{days} days"
