@@ -55,7 +55,7 @@ class Checkpoint:
         self.text_encoder: tuple[UMT5Encoder, Store] | None = None
         self.vae: tuple[WanVAE, Store] | None = None
         self.tokenizer: UMT5Tokenizer | None = None
-        self._places = places.places_in(folder, config) if folder else {}
+        self._places: dict[str, str] = {}
         if self._try(self._complete):
             for name in config.experts:
                 self._try(self._open_expert, name)
@@ -92,6 +92,7 @@ class Checkpoint:
     def _complete(self) -> bool:
         """True where every file is there."""
         if self.folder is not None:  # without one the request was refused if a file was not given
+            self._places = places.places_in(self.folder, self.config)
             places.check_complete(self.folder, self.config, self.files)
         return True
 

@@ -149,9 +149,11 @@ def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
-    if path.is_dir() or place(given):
-        return path
-    check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    try:
+        if not (path.is_dir() or place(given)):
+            check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    except PermissionError:
+        check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
     return path
 
 
