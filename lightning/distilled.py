@@ -4,6 +4,7 @@ checkpoints with a LoRA baked in; and why no LoRA of the kind may be added to th
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def release_in(base: Path) -> Release | None:
     """
     if record := record_of(base):
         return _release_from(record)
-    release = recognise(base) if base.is_file() else recognise(Path(base.absolute().name))
-    if release is None or release.kind != "full" or (base.is_file() and not is_full_expert(base)):
+    is_file = os.path.isfile(base)  # False, not an error, for one that may not be reached
+    release = recognise(base if is_file else Path(base.absolute().name))
+    if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None
     return release
 

@@ -121,7 +121,9 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
         commit = _asked(there, lambda: HfApi().repo_info(there.repository, revision=there.revision).sha)
     except InputError:
         try:
-            held = snapshot_download(there.repository, revision=there.revision, local_files_only=True)
+            held = snapshot_download(  # wants no file of it: with all, the library refuses what was fetched in part
+                there.repository, revision=there.revision, local_files_only=True, allow_patterns=[]
+            )
         except Exception:  # noqa: BLE001 - nothing is there: what the hub said counts
             held = ""
         if held and Path(held, there.path).exists():

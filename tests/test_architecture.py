@@ -43,8 +43,9 @@ ARROWS = {
                  "lightning"},
     "wan.sampling": {"wan.modules", "wan.request", "wan.utils", "lightning"},
     "wan.distributed": {"wan.loading", "wan.modules", "wan.utils", "lightning"},
-    "wan.loading": {"wan.modules", "wan.configs", "wan.utils", "lightning"},
-    "wan.request": {"wan.extend", "wan.configs", "wan.utils", "lightning"},
+    "wan.loading": {"wan.loading.places", "wan.modules", "wan.configs", "wan.utils", "lightning"},
+    "wan.loading.places": {"wan.configs", "wan.utils", "lightning"},  # names of files, without torch
+    "wan.request": {"wan.loading.places", "wan.extend", "wan.configs", "wan.utils", "lightning"},
     "wan.extend": {"wan.configs", "wan.utils"},
     "wan.modules": {"wan.configs", "lightning"},
     "wan.utils": {"lightning"},

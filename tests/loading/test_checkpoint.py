@@ -275,8 +275,9 @@ def test_odd_names_and_shapes_in_a_pth(folder: Path) -> None:
 
 def test_no_permission_is_not_damage(folder: Path) -> None:
     code = """
-import os, sys
+import contextlib, os, sys
 from pathlib import Path
+from generate import main
 from tests.support import config_of
 from wan.loading.checkpoint import Checkpoint, folder_of
 folder = Path(sys.argv[1])
@@ -291,14 +292,21 @@ try:
 except Exception as e:
     print(type(e).__name__, e)
 folder.parent.chmod(0o755)
+for locked in (folder, folder.parent):
+    locked.chmod(0)
+    with contextlib.redirect_stderr(sys.stdout):
+        main(["--ckpt_dir", str(folder), "--prompt", "a cat", "--dry_run"])
+    locked.chmod(0o755)
 """
     names = [SHARD, INDEX, "low_noise_model/config.json", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json",
              "low_noise_model"]  # fmt: skip
-    *found, parent = run_unprivileged(code, folder, *names)
+    *found, parent, program_inside, program_above = run_unprivileged(code, folder, *names)
     for name, text in zip(names[:-1], found, strict=False):
         assert text == f"{folder / name}: there is no permission to read it"
     assert found[-1] == f"{folder}/low_noise_model/config.json: there is no permission to read it"
     assert parent == f"InputError --ckpt_dir {folder}: there is no permission to reach it"
+    assert program_inside == f"error: --ckpt_dir {folder}/model_index.json: there is no permission to read it"
+    assert program_above == f"error: --ckpt_dir {folder}: there is no permission to reach it"
 
 
 @pytest.mark.parametrize("name", ["no such folder", "a\0b", "n" * 300, "a/b.safetensors", "../x"])

@@ -56,7 +56,7 @@ class Checkpoint:
         self.text_encoder: tuple[UMT5Encoder, Store] | None = None
         self.vae: tuple[WanVAE, Store] | None = None
         self.tokenizer: UMT5Tokenizer | None = None
-        self._places = places.places_in(folder, config) if folder else {}
+        self._places: dict[str, str] = {}
         if self._try(self._complete):
             for name in config.experts:
                 self._try(self._open_expert, name)
@@ -91,14 +91,11 @@ class Checkpoint:
         return None
 
     def _complete(self) -> bool:
-        """Whether every file is there; if not, one problem that lists all that are missing."""
-        if self.folder is None:
-            return True  # the request was refused if a file was not given
-        if lacking := places.missing(self.folder, self.config, self.files):
-            get = places.download_command(self.folder, self.config)
-            where = hub.shown(self.folder)
-            self.problems.append(f"--ckpt_dir {where} lacks {', '.join(lacking)}; get them with: {get}")
-        return not lacking
+        """True where every file is there."""
+        if self.folder is not None:  # without one the request was refused if a file was not given
+            self._places = places.places_in(self.folder, self.config)
+            places.check_complete(self.folder, self.config, self.files)
+        return True
 
     def _place(self, part: str) -> Path:
         """The file, or index, that a part is read from."""

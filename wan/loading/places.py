@@ -11,9 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from easydict import EasyDict
 
+from lightning import hub
 from lightning.names import FOLDERS, MODEL_INDEX, STEM
 from lightning.tensorfile import INDEX_SUFFIX
 from wan import configs
+from wan.utils.errors import InputError
 
 WEIGHTS = f"{STEM}.safetensors"
 
@@ -71,6 +73,13 @@ def missing(folder: Path, config: EasyDict, given: Collection[str]) -> list[str]
             in_shards = any(file.parent.glob(f"{file.stem}-*.safetensors"))
             lacking.append(str(PurePosixPath(place).parent / _index(file).name) if in_shards else place)
     return lacking
+
+
+def check_complete(folder: Path, config: EasyDict, given: Collection[str]) -> None:
+    """InputError, with all that is missing in one sentence, for a folder that lacks files of parts not `given`."""
+    if lacking := missing(folder, config, given):
+        get = download_command(folder, config)
+        raise InputError(f"--ckpt_dir {hub.shown(folder)} lacks {', '.join(lacking)}; get them with: {get}")
 
 
 def patterns(config: EasyDict, given: Collection[str]) -> list[str]:

@@ -10,7 +10,9 @@ import secrets
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from easydict import EasyDict
 from lightning.hub import place
 from wan.configs import WAN_CONFIGS, download_command
 from wan.extend.extension import ExtendSettings
+from wan.loading.places import check_complete
 from wan.request.chains import check_chain, linked
 from wan.request.checks import Check, no_file
 from wan.request.hints import without_effect
@@ -29,7 +32,7 @@ from wan.request.prompts import expanded, text_problem
 from wan.request.replay import earlier_seed, replayed
 from wan.request.settings import Decode, Extend, Generate, Job, Outcome, Weights
 from wan.request.shards import chosen_shard, own_jobs
-from wan.request.weights import choose_sampling, choose_weights, part_files
+from wan.request.weights import PARTS, choose_sampling, choose_weights, part_files
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -59,6 +62,8 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
+    if check.problems and not isinstance(outcome, Extend):
+        _check_files(request, config, check)
     check.stop()
     return replace(outcome, warnings=(*check.warnings, *without_effect(given, request)))
 
@@ -135,19 +140,35 @@ def _checkpoint_folder(request: Request, config: EasyDict, check: Check) -> Path
     get = f"get it with: {download_command(config)}"
     given = request.ckpt_dir
     if given is None:
-        experts = {text.partition("=")[0] for text in request.expert or ()}
-        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in experts]
-        lacking += [f"--{part}" for part in ("vae", "text_encoder", "tokenizer") if getattr(request, part) is None]
+        own = _given_parts(request)
+        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
+        lacking += [f"--{part}" for part in PARTS if part not in own]
         if not lacking:
             return None
-        alone = "" if len(lacking) == len(config.experts) + 3 else f", or give {', '.join(lacking)} too"
+        alone = "" if len(lacking) == len(config.experts) + len(PARTS) else f", or give {', '.join(lacking)} too"
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
-    if path.is_dir() or place(given):
-        return path
-    check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    try:
+        if not (path.is_dir() or place(given)):
+            check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    except PermissionError:
+        check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
     return path
+
+
+def _given_parts(request: Request) -> set[str]:
+    """The parts that flags name files for, in place of the checkpoint's."""
+    experts = {text.partition("=")[0] for text in request.expert or ()}
+    return experts | {part for part in PARTS if getattr(request, part) is not None}
+
+
+def _check_files(request: Request, config: EasyDict, check: Check) -> None:
+    """What a checkpoint here lacks, beside other problems; without any the plan tells it, with what headers tell."""
+    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
+    with suppress(PermissionError):  # told once it is opened
+        if folder and folder.is_dir():
+            check.attempt(partial(check_complete, folder, config, _given_parts(request)))
 
 
 def program() -> str:

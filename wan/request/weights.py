@@ -23,6 +23,7 @@ from wan.request.options import Request
 from wan.request.prompts import expanded
 from wan.request.settings import Sampling, Weights
 
+PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, beside its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
@@ -72,7 +73,7 @@ def choose_weights(request: Request, config: EasyDict, ckpt_dir: Path | None, ch
 def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
     """The files given in place of the checkpoint's, but for the experts."""
     found: dict[str, Path] = {}
-    for part in ("vae", "text_encoder", "tokenizer"):
+    for part in PARTS:
         given = getattr(request, part)
         if given is None:
             continue
