@@ -1,6 +1,7 @@
 """A video from one picture to another: the conditioning against diffusers', and everything that hangs on the flag."""
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, lora_dir, relative_error
 from wan import WanI2V
 from wan.distributed.runtime import Runtime
+from wan.modules.vae import WanVAE
+from wan.modules.vae_coders import Region
 from wan.request.options import Request
 from wan.request.resolve import resolve
 from wan.request.settings import Generate, Sampling
@@ -65,6 +68,22 @@ def test_the_conditioning_is_that_of_diffusers(size: tuple[int, int], frames: in
     assert found.channels is not None
     assert torch.equal(found.channels[:4], want[0, :4]), "the mask"
     assert relative_error(found.channels[4:], want[0, 4:]) < 1e-5
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_where_room_is_short_both_pictures_are_encoded_in_tiles(between: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = pictures()
+    windows, pixel_chunks = [], WanVAE._pixel_chunks
+
+    def noted(vae: WanVAE, video: torch.Tensor, window: Region, *rest: int) -> Iterator[torch.Tensor]:
+        windows.append(window)
+        return pixel_chunks(vae, video, window, *rest)
+
+    monkeypatch.setattr(WanVAE, "_pixel_chunks", noted)
+    short = WanI2V(config_of("i2v-A14B"), checkpoint("i2v-A14B"), device="cpu", vram=0.001)
+    found, want = (task.start(first, (64, 48), 5, last if between else None) for task in (short, alone()))
+    assert len(windows) == 6 * 6 + 1, "the most tiles for 6 x 8 cells, and one"
+    assert relative_error(found.channels, want.channels) < 1e-5
 
 
 def sample(runtime: Runtime) -> torch.Tensor:

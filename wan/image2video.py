@@ -22,13 +22,13 @@ class ImageToVideo(Pipeline):
         assert image is not None, "image-to-video needs an image"
         shape, device = latent_shape(self.plan.config, size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
-            first, vae = i2v_tensor(image, size), self.load_vae()
+            first, vae, tiles = i2v_tensor(image, size), self.load_vae(), self.plan.encode_tiles(shape)
             if last_image is None:
-                latent = vae.encode_first_frame(first.to(device), frames, tiles=self.plan.encode_tiles(shape))
+                latent = vae.encode_first_frame(first.to(device), frames, tiles=tiles)
             else:  # stays on the CPU: the encoder takes it piece by piece
                 clip = torch.zeros(3, frames, *first.shape[1:])
                 clip[:, 0], clip[:, -1] = first, i2v_tensor(last_image, size)
-                latent = vae.encode(clip)
+                latent = vae.encode(clip, tiles=tiles)
         mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)
         mask[:, 0] = 1  # the first frame is known, and stands for a whole latent frame
         if last_image is not None:

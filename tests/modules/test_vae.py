@@ -265,13 +265,24 @@ def test_peak_of_a_decode_is_predicted(
     assert 1 <= vae.decode_peak(shape, chunk, tiles, region) / (counter.peak - waiting) < 1.1
 
 
-@pytest.mark.parametrize(("tiles", "region"), [((1, 1), None), ((1, 2), None), ((1, 1), Region(10, 20, 13, 26))])
-def test_peak_of_an_images_encoding_is_predicted(tiles: tuple[int, int], region: Region | None) -> None:
+@pytest.mark.parametrize(
+    ("known", "tiles", "region"),
+    [
+        (1, (1, 1), None),
+        (1, (1, 2), None),
+        (1, (1, 1), Region(10, 20, 13, 26)),
+        (13, (1, 1), None),
+        (13, (2, 2), Region(0, 30, 0, 26)),
+    ],
+)
+def test_peak_of_an_images_encoding_is_predicted(known: int, tiles: tuple[int, int], region: Region | None) -> None:
+    """known: frames that are given: of a clip with a last picture all of them."""
+    frames = 81 if known == 1 else known
     with torch.device("meta"), torch.inference_mode():
-        vae = WanVAE(*RELEASED["2.1"])
+        vae, clip = WanVAE(*RELEASED["2.1"]), torch.empty(3, known, 240, 416)
         with CostCounter() as counter:
-            vae.encode_region(torch.empty(3, 1, 240, 416), region, 81, tiles=tiles)
-    assert 1 <= vae.encode_peak((21, 30, 52), tiles, region) / counter.peak < 1.1
+            vae.encode_region(clip, region, frames, tiles=tiles)
+    assert 1 <= vae.encode_peak(((frames - 1) // 4 + 1, 30, 52), tiles, region) / counter.peak < 1.1
 
 
 def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,9 @@ class SplitVAE:
         self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
-    def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
+    def encode(self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """[3, T, H, W] -> [z, L, h, w], on every rank."""
-        return self._encode(video, video.shape[1], chunk, (1, 1))
+        return self._encode(video, video.shape[1], chunk, tiles)
 
     def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """The clip that begins with `image` [3, H, W] and goes on in grey -> [z, L, h, w], on every rank."""
@@ -107,7 +107,7 @@ class SplitVAE:
 
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
-    """Bytes alive at once, at most, on the busiest of so many ranks that encode an image, weights aside: about.
+    """Bytes alive at once, at most, on the busiest of so many ranks that encode a clip, weights aside: about.
 
     shape: L, h, w. At the end each rank has what all have sent, that put together, and the middle's results of it.
     """

@@ -22,7 +22,7 @@ from lightning.latents import LATENT_MEAN, LATENT_STD
 from wan.modules.causal_conv import ClipState, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 
-ENCODING = 35  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
+ENCODING = 36  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
 STARTING = 5  # the same of the decoder's middle, beside what it has made: in chunks of its features
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
 
@@ -84,13 +84,14 @@ class WanVAE(nn.Module):
 
     # Pixels to latents
 
-    def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
+    def encode(self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """[3, T, H, W] -> [z, (T-1)//4 + 1, h, w] float32, normalised; up to 3 frames beyond 4k+1 are left out.
 
-        chunk: latent frames per call of the network. The latent is the mean; nothing is drawn.
+        chunk: latent frames per call of the network. tiles: as for `encode_region`. The latent is the mean; nothing is
+        drawn.
         Raises ValueError for sizes that are not multiples of the stride.
         """
-        return self.encode_features(self.encode_region(video, chunk=chunk), chunk)
+        return self.encode_features(self.encode_region(video, chunk=chunk, tiles=tiles), chunk)
 
     def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
         """Encode the clip that begins with `image` [3, H, W] and goes on in mid-grey (0): bit-identical to `encode`, at
@@ -116,9 +117,12 @@ class WanVAE(nn.Module):
         frame = Region(0, video.shape[2] // self.stride[1], 0, video.shape[3] // self.stride[2])
         region = region or frame
         if tiles != (1, 1):
-            parts = [self.encode_region(video, part, frames, chunk) for part in region.divided(*tiles)]
-            rows = [torch.cat(parts[i : i + tiles[1]], dim=2) for i in range(0, len(parts), tiles[1])]
-            return torch.cat(rows, dim=1)
+            # clones: a view would keep its rim alive until the last tile is done
+            parts = [self.encode_region(video, part, frames, chunk).clone() for part in region.divided(*tiles)]
+            features = parts[0].new_empty(len(parts[0]), *region.sides, parts[0].shape[-1])
+            for part, made in zip(region.divided(*tiles), parts, strict=True):
+                part.cut(features, region).copy_(made)
+            return features
         window = region.grown(*ENCODER_RIM, frame)
         state, constant = ClipState(), video.shape[1]
         stream = self._pixel_chunks(video, window.scaled(self.stride[1]), frames, chunk)
@@ -130,16 +134,22 @@ class WanVAE(nn.Module):
     def encode_peak(
         self, shape: tuple[int, int, int], tiles: tuple[int, int] = (1, 1), region: Region | None = None
     ) -> int:
-        """Bytes alive at once, at most, in `encode_region` of a clip that begins with an image, weights aside: about.
+        """Bytes alive at once, at most, in `encode_region`, weights and the clip itself aside: about.
 
-        shape: L, h, w. What comes out of every tile, with its rim, is counted, too: it waits for the last one.
+        shape: L, h, w. What comes out of a tile, with its rim, and of the tiles before it counts, too; when they are
+        put together all is there twice.
         """
         length, *grid = shape
         frame = Region(0, grid[0], 0, grid[1])
-        windows = [part.grown(*ENCODER_RIM, frame).area for part in (region or frame).divided(*tiles)]
-        pixels = max(windows) * self.stride[1] * self.stride[2]
-        inside = ENCODING * pixels // self.patch**2 * self.encoder.conv1.out_channels
-        return inside * self.conv1.weight.element_size() + self.encoded_bytes(length * sum(windows))
+        region = region or frame
+        pixels = ENCODING * self.stride[1] * self.stride[2] // self.patch**2
+        inside = pixels * self.encoder.conv1.out_channels * self.conv1.weight.element_size()
+        most, waiting = self.encoded_bytes(2 * length * region.area), 0
+        for part in region.divided(*tiles):
+            window = part.grown(*ENCODER_RIM, frame).area
+            most = max(most, inside * window + self.encoded_bytes(length * (window + waiting)))
+            waiting += part.area
+        return most
 
     def encoded_bytes(self, cells: int) -> int:
         """Of what `encode_region` gives for so many cells, frames x rows x columns."""

@@ -208,8 +208,12 @@ class Region(NamedTuple):
         return [Region(top + a, top + b, left + c, left + d) for a, b, c, d in parts]
 
     @property
+    def sides(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
     def area(self) -> int:
-        return (self.bottom - self.top) * (self.right - self.left)
+        return self.sides[0] * self.sides[1]
 
     def scaled(self, factor: int) -> Region:
         return Region(*(factor * edge for edge in self))
