@@ -122,7 +122,7 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
     except InputError:
         try:
             held = snapshot_download(  # wants no file of it: with all, the library refuses what was fetched in part
-                there.repository, revision=there.revision, local_files_only=True, allow_patterns=[]
+                there.repository, revision=_revision_kept(there), local_files_only=True, allow_patterns=[]
             )
         except Exception:  # noqa: BLE001 - nothing is there: what the hub said counts
             held = ""
@@ -139,6 +139,16 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
         read = _reader(cached) if isinstance(cached, str) else _remote_reader(hub, f"{remote}/{name}")
         _asked(there, partial(_fill, folder / name, sizes[name], read))
     return folder / there.path
+
+
+def _revision_kept(there: Place) -> str | None:
+    """The revision that was asked for; where none was, the commit that was last asked about."""
+    from huggingface_hub import constants
+
+    owner, _, name = there.repository.partition("/")
+    asked = Path(constants.HF_HOME, COPIES, owner).glob(f"{glob.escape(name)}@*")
+    commits = [folder.name.rpartition("@")[2] for folder in sorted(asked, key=os.path.getmtime)]
+    return there.revision or (commits[-1] if commits else None)
 
 
 @cache
