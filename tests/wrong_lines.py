@@ -239,7 +239,7 @@ def contradiction(rng: random.Random) -> Wrong:
         Wrong(["--sample_guide_scale", "3,4,5"], ("--sample_guide_scale", "'3,4,5'")),
         Wrong(["--sample_guide_scale", "200"], ("--sample_guide_scale 200",)),
         Wrong(["--last_image", picture], ("--last_image",)),
-        Wrong(["--last_image", picture, "--frame_num", "1"], ("--frame_num 1",), "i2v-A14B"),
+        Wrong(["--last_image", picture, "--frame_num", "1"], ("--frame_num", "not 1"), "i2v-A14B"),
         Wrong(["--lora_strength", "one"], ("--lora_strength", "'one'")),
         Wrong(["--lora_strength", "1e6"], ("--lora_strength 1000000",)),
         Wrong(["--lora", "high=text.txt:99"], ("--lora", "99")),

@@ -147,8 +147,8 @@ class Check:
         if len(numbers) != len(values):
             self.problem(f"{flag} takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}")
             return None
-        if outside := [value for value in numbers if not 0 < value <= 1000]:
-            self.problem(f"{flag}: {outside[0]:g} is outside (0, 1000]")
+        if beyond := [value for value in numbers if not 0 < value <= 1000]:
+            self.problem(f"{flag}: {beyond[0]:g} is outside (0, 1000]")
         elif len(set(numbers)) != len(numbers):
             self.problem(f"{flag} {given} names a timestep twice; each must be below the one before")
         elif list(numbers) != sorted(numbers, reverse=True):
