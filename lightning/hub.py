@@ -120,14 +120,15 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
     try:
         commit = _asked(there, lambda: HfApi().repo_info(there.repository, revision=there.revision).sha)
     except InputError:
-        try:
-            held = snapshot_download(  # wants no file of it: with all, the library refuses what was fetched in part
-                there.repository, revision=_revision_kept(there), local_files_only=True, allow_patterns=[]
-            )
-        except Exception:  # noqa: BLE001 - nothing is there: what the hub said counts
-            held = ""
-        if held and Path(held, there.path).exists():
-            return Path(held, there.path)
+        for revision in _revisions_kept(there):
+            try:
+                held = snapshot_download(  # wants no file of it: with all, the library refuses what was fetched in part
+                    there.repository, revision=revision, local_files_only=True, allow_patterns=[]
+                )
+            except Exception:  # noqa: BLE001 - nothing is there: in the end what the hub said counts
+                continue
+            if Path(held, there.path).exists():
+                return Path(held, there.path)
         raise
     hub, remote = HfFileSystem(), f"{there.repository}@{commit}"
     sizes = _asked(there, lambda: _sizes(there.repository, str(commit)))
@@ -141,14 +142,16 @@ def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
     return folder / there.path
 
 
-def _revision_kept(there: Place) -> str | None:
-    """The revision that was asked for; where none was, the commit that was last asked about."""
+def _revisions_kept(there: Place) -> list[str | None]:
+    """The revision that was asked for; where none was, the library's newest, then commits, the last one asked about
+    first."""
     from huggingface_hub import constants
 
+    if there.revision:
+        return [there.revision]
     owner, _, name = there.repository.partition("/")
     asked = Path(constants.HF_HOME, COPIES, owner).glob(f"{glob.escape(name)}@*")
-    commits = [folder.name.rpartition("@")[2] for folder in sorted(asked, key=os.path.getmtime)]
-    return there.revision or (commits[-1] if commits else None)
+    return [None, *(folder.name.rpartition("@")[2] for folder in sorted(asked, key=os.path.getmtime, reverse=True))]
 
 
 @cache

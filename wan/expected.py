@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from wan.distributed.cost import Network, sent_bytes
-from wan.distributed.vae_parallel import divide
+from wan.distributed.vae_parallel import divide, fitting
 from wan.loading.budget import Budget
 from wan.modules.vae_coders import Region
 from wan.operations import decode_operations, encode_operations, text_operations
@@ -139,10 +139,7 @@ def sharded_bytes(plan: Plan) -> int:
 
 def _regions(latent: Sequence[int], ranks: int, tiles: tuple[int, int]) -> list[list[Region]]:
     """What each of the processes codes of the frames of a `latent` [C, f, h, w], a part after the other."""
-    return [
-        region.divided(min(tiles[0], region.bottom - region.top), min(tiles[1], region.right - region.left))
-        for region in divide(latent[2], latent[3], ranks)
-    ]
+    return [region.divided(*fitting(tiles, region)) for region in divide(latent[2], latent[3], ranks)]
 
 
 def network_of(plan: Plan) -> Network:

@@ -18,7 +18,7 @@ import torch._dynamo  # FSDP imports it when first called: once here is less tha
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import wan.distributed.fsdp  # noqa: F401 - likewise
+import wan.distributed.fsdp  # noqa: F401 - imported once here, not in every rank
 from wan.distributed.mesh import Layout, Mesh, make_mesh
 from wan.distributed.runtime import Runtime
 from wan.distributed.team import Team

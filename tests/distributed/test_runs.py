@@ -103,7 +103,7 @@ def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_a_sentence(device: str, tmp_path: Path) -> None:
     if getattr(torch, device).is_available():
-        pytest.skip(f"there is {device} here")
+        pytest.skip(f"there is {device} here, so what is said where there is none cannot be seen")
     codes, said = launched(partial(generate.main, flags(tmp_path, "--device", device, "--dry_run")), 2, tmp_path)
     assert codes == [2, 2]
     assert said[0].startswith(f"error: --device {device}: there is no such device here")

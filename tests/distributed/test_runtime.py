@@ -299,11 +299,14 @@ def test_an_environment_that_lacks_something(
     assert expected in capsys.readouterr().err
 
 
-def place(runtime: Runtime, gpus: int, seen: list[str]) -> tuple[bool, int | None]:
-    """Whether a process with so many GPUs visible takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process."""
+def place(runtime: Runtime, gpus: int, seen: list[str], told: bool = False) -> tuple[bool, int | None]:
+    """Whether a process with so many GPUs visible takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process;
+    told: whether the launcher numbers those of a machine."""
     taken: list[int] = []
     torch.cuda.device_count, torch.cuda.set_device = lambda: gpus, taken.append  # type: ignore[assignment]
     os.environ["CUDA_VISIBLE_DEVICES"] = seen[runtime.team.rank]
+    if told:
+        os.environ |= {"LOCAL_RANK": str(runtime.team.rank), "LOCAL_WORLD_SIZE": str(runtime.team.size)}
     store = dist.distributed_c10d._get_default_store()
     return _take_gpu(store, runtime.team.rank, runtime.team.size), taken[0] if taken else None
 
@@ -320,3 +323,5 @@ def place(runtime: Runtime, gpus: int, seen: list[str]) -> tuple[bool, int | Non
 def test_gpus_where_the_launcher_says_nothing_of_machines(gpus: int, seen: list[str], expected: list) -> None:
     """srun without LOCAL_RANK and LOCAL_WORLD_SIZE; the third: it gives each process a GPU of its own."""
     assert run_ranks(place, 2, gpus, seen) == expected
+    if gpus:  # and the same where they are given
+        assert run_ranks(place, 2, gpus, seen, True) == expected

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.distributed.team import PATIENCE, Broken, Team, origin_of, patience
-from wan.utils.errors import InputError, WanError
+from wan.utils.errors import InputError, WanError, first_line
 from wan.utils.progress import clearing
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Runtime:
             groups = PrefixStore("groups", store)
             dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=limit)
         except dist.DistError as e:
-            raise WanError(f"process {rank} cannot connect to the other {size - 1}: {_first_line(e)}") from e
+            raise WanError(f"process {rank} cannot connect to the other {size - 1}: {first_line(e)}") from e
         return cls(_team(limit), uses_gpus, PrefixStore("run", store))
 
     @classmethod
@@ -253,7 +253,7 @@ def _last_words(rank: int, error: BaseException) -> str:
     if isinstance(error, WanError):
         return f"error: {error}\n"
     origin = origin_of(error)
-    line = f"error: process {origin.process}: {type(error).__name__}: {_first_line(error)}\n"
+    line = f"error: process {origin.process}: {type(error).__name__}: {first_line(error)}\n"
     return f"{origin.traceback}\n{line}".lstrip()
 
 
@@ -264,15 +264,11 @@ def _cause(error: BaseException) -> BaseException:
 
 def _how_lost(error: BaseException) -> str:
     """gloo and NCCL report a time limit that has passed in several words, all with "time" in them."""
-    reason = re.sub(r"^\[[^]]*\] *", "", _first_line(error)).partition(". ")[0]  # without the C++ file, and advice
+    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file, and advice
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         minutes = patience().total_seconds() / 60
         return f"has waited {minutes:g} minutes for another one, which hangs ({reason}; {PATIENCE} sets the minutes)"
     return f"lost another one, which was killed or crashed ({reason})"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _is_connection(error: BaseException) -> bool:
