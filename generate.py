@@ -6,7 +6,6 @@ The only place that prints an error or picks an exit code: 0 all saved, 1 a job 
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import signal
@@ -14,35 +13,30 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.utils.needs import need_packages
+from wan.utils.requirements import need_packages
 
 if __name__ == "__main__":
     need_packages()
 
-from lightning.words import Parser
-from wan import __version__
-from wan.request.hints import ALSO
-from wan.request.options import OPTIONS, read
-from wan.request.values import paths
+from wan.cli.parser import parse
 from wan.utils.errors import InputError, WanError
 from wan.utils.progress import clearing, tell, tell_event
 
 if TYPE_CHECKING:
-    from wan.distributed.runtime import Runtime
-    from wan.extend.extension import ExtendItem, ExtendSettings
-    from wan.plan import Plan
-    from wan.request.prompts import Row
-    from wan.request.settings import Decode, Extend, Generate
+    from wan.distributed.launch import Runtime
+    from wan.jobs.job import Decode, Extend, Generate
+    from wan.jobs.prompt_files import Row
+    from wan.planning.plan import Plan
+    from wan.prompt_extension.extend import ExtendItem, ExtendSettings
     from wan.utils.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; the exit code."""
-    from wan.distributed.runtime import Stopped, launch, speaks_alone, tell_launcher
+    from wan.distributed.launch import Stopped, launch, speaks_alone, tell_launcher
 
     words = sys.argv[1:] if argv is None else list(argv)
     asked = {name: f"--{name}" in words for name in ("debug", "json")}
@@ -78,35 +72,35 @@ def _prepare_process() -> None:
 
 def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     """One process's part: of several, all find the same input bad, and the first one says so."""
-    from wan.distributed.runtime import tell_launcher
+    from wan.distributed.launch import tell_launcher
 
     try:
         return _run(given, problems, runtime)
     except InputError as e:
         tell_launcher(f"error: {e}")
-        if runtime.team.first:
+        if runtime.team.is_rank0:
             _complain(e.problems, 2, given.get("debug", False), given.get("json", False))
         return 2
 
 
 def _run(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
-    from wan.request.resolve import resolve
-    from wan.request.settings import Decode, Extend
+    from wan.jobs.job import Decode, Extend
+    from wan.jobs.resolve import resolve
     from wan.utils.progress import Progress
 
     team = runtime.team
-    outcome = team.from_first(lambda: resolve(given, problems))  # also for a seed that all agree on
-    progress = Progress(json=outcome.request.json, quiet=not team.first)
+    outcome = team.broadcast(lambda: resolve(given, problems))  # also for a seed that all agree on
+    progress = Progress(json=outcome.request.json, quiet=not team.is_rank0)
     if isinstance(outcome, Extend):
-        return team.from_first(lambda: _extend(outcome, progress))
+        return team.broadcast(lambda: _extend(outcome, progress))
     if isinstance(outcome, Decode):
         return _decode(outcome, progress, runtime)
     return _generate(outcome, progress, runtime)
 
 
 def _extend(outcome: Extend, progress: Progress) -> int:
-    from wan.extend.extension import check
-    from wan.request.prompts import write_rows
+    from wan.jobs.prompt_files import write_rows
+    from wan.prompt_extension.extend import check
 
     check(outcome.extend, _questions(outcome.rows))
     _warn(outcome, progress)
@@ -123,15 +117,15 @@ def _extend(outcome: Extend, progress: Progress) -> int:
 
 
 def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
-    from wan.distributed.runtime import interrupts_held
+    from wan.distributed.launch import interrupts_held
 
     with interrupts_held():
-        from wan.planning import make_plan
-        from wan.record import read_latents
-        from wan.run import decode_only
+        from wan.planning.build import make_plan
+        from wan.runner.batch import decode_only
+        from wan.runner.record import read_latents
 
-    plan = runtime.team.agree(lambda: make_plan(outcome, runtime))
-    runtime.team.agree(lambda: read_latents(outcome.latents, outcome.config))
+    plan = runtime.team.all_or_none(lambda: make_plan(outcome, runtime))
+    runtime.team.all_or_none(lambda: read_latents(outcome.latents, outcome.config))
     _warn(plan, progress)
     if outcome.request.dry_run:
         return _checked(progress)
@@ -140,55 +134,55 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
 
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
-    from wan.distributed.runtime import interrupts_held
-    from wan.extend.extension import check
+    from wan.distributed.launch import interrupts_held
     from wan.gallery import check_page, folder_of, write_page
+    from wan.prompt_extension.extend import check
 
     with interrupts_held():
-        from wan.plan_report import Outlook
-        from wan.planning import cut_prompts, make_plan
-        from wan.record import differences, find_videos
+        from wan.planning.build import cut_prompts, make_plan
+        from wan.planning.report import Outlook
+        from wan.runner.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
     if extend:
-        team.from_first(lambda: check(extend, _questions(outcome.rows)))
-    plan = team.agree(lambda: make_plan(outcome, runtime))
+        team.broadcast(lambda: check(extend, _questions(outcome.rows)))
+    plan = team.all_or_none(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
-    found = team.from_first(lambda: find_videos(plan)) if outcome.request.resume else []
+    found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
     outlook = Outlook.of(plan, [job.index for job, video in found if video.state == "whole"])
     told = [f"prompt extension: {extend.method} writes the prompts out first"] if extend else []
     _show(progress, "plan", outlook.as_dict(), "\n".join([*outlook.lines(), *told]))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
-        team.from_first(lambda: check_page(page))
+        team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
         return _checked(progress)
 
     with interrupts_held():
-        from wan.run import run_jobs
+        from wan.runner.batch import run_jobs
 
     if extend:  # file names and originals stay those of the user's prompts
-        answers = team.from_first(lambda: _answers(extend, outcome.rows, progress))
+        answers = team.broadcast(lambda: _answers(extend, outcome.rows, progress))
         plan = replace(plan, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in plan.jobs))
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
     if page:
-        progress.say(f"gallery: {team.from_first(lambda: write_page(page))}")
+        progress.say(f"gallery: {team.broadcast(lambda: write_page(page))}")
     return 1 if failed else 0
 
 
 def _answers(settings: ExtendSettings, rows: Sequence[Row], progress: Progress) -> dict[tuple[str, Path | None], str]:
     """The extended prompt by prompt and image."""
-    from wan.extend.extension import extend
+    from wan.prompt_extension.extend import extend
 
     return {(a.original, a.image): a.prompt for a in extend(settings, _questions(rows), progress.say)}
 
 
 def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
     """Each prompt with its image, once."""
-    from wan.extend.extension import ExtendItem
+    from wan.prompt_extension.extend import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
 
@@ -203,51 +197,6 @@ def _checked(progress: Progress) -> int:
     return 0
 
 
-class _Parser(Parser):
-    def _print_message(self, message: str, file: Any = None) -> None:
-        """--help and --version, by one process of many."""
-        from wan.distributed.runtime import speaks_alone
-
-        if speaks_alone():
-            super()._print_message(message, file)
-
-
-def parse(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """(values by option, only those given; what is wrong with values).
-
-    InputError naming every flag that does not exist, with the one that was probably meant.
-    """
-    problems: list[str] = []
-    known = vars(_parser(problems).read(words))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return {name: value for name, value in given.items() if value is not None}, problems
-
-
-def _parser(problems: list[str]) -> Parser:
-    """One flag for each row of the table; a value that cannot be read becomes None and a problem."""
-    parser = _Parser(
-        also={f"--{name}": names.split() for name, names in ALSO.items()},
-        usage="%(prog)s --ckpt_dir DIR --prompt TEXT [flags]", argument_default=argparse.SUPPRESS,
-        description="Make videos with Wan2.2 and Wan2.2-Lightning. README.md has a command for each task; with "
-        "--dry_run it is checked, and what it would do is printed.",
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
-    for name, row in OPTIONS.items():
-        more: dict[str, Any] = {"help": row.help.replace("%", "%%")}
-        read_it = partial(read, name, problems=problems)
-        if not row.takes:
-            more |= {"action": "store_const", "const": True}
-        elif row.read is paths:
-            more |= {"action": "append", "metavar": row.takes}
-        elif row.takes.startswith("["):
-            more |= {"type": read_it, "metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
-        else:
-            more |= {"type": read_it, "metavar": row.takes}
-        groups[row.group].add_argument(f"--{name}", **more)
-    return parser
-
-
 def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> None:
     """What was asked for, on stdout: text, or a JSON line with --json."""
     if progress.json:
@@ -258,7 +207,7 @@ def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> N
 
 def _complain(problems: Sequence[str], code: int, debug: bool, json: bool) -> None:
     """The error that is being handled and ends the run with `code`, on stderr: a line for each problem."""
-    from wan.distributed.runtime import speaks_alone
+    from wan.distributed.launch import speaks_alone
 
     if debug:
         traceback.print_exc()

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import generate
 from benchmarks.measure import ROOT, grid, machine
-from wan.configs import WAN_CONFIGS
-from wan.loading.checkpoint import Checkpoint
-from wan.loading.stream import load
+from wan.checkpoints.checkpoint import Checkpoint
+from wan.configs import TASKS
+from wan.media.images import i2v_tensor, open_image
 from wan.modules.vae import WanVAE
-from wan.utils.images import i2v_tensor, open_image
+from wan.offload.reader import load
 
 SHAPES = ROOT / "examples" / "shapes"
 FLAGS = ["--task", "i2v-A14B", "--ckpt_dir", str(SHAPES / "Wan2.2-I2V-A14B"), "--lora_dir", str(SHAPES / "lora-i2v"),
@@ -41,7 +41,7 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     print(machine())
-    opened = Checkpoint(SHAPES / "Wan2.2-I2V-A14B", "i2v-A14B", WAN_CONFIGS["i2v-A14B"]).vae
+    opened = Checkpoint(SHAPES / "Wan2.2-I2V-A14B", "i2v-A14B", TASKS["i2v-A14B"]).vae
     assert opened, "the demo's checkpoint is whole"
     vae = load(*opened, home=torch.device("cpu"), dtype=lambda _: torch.float32)
     vae.use_channels_last()

@@ -24,13 +24,13 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Row, report
-from lightning.tensorfile import TensorStore
-from wan.distributed.cost import Network, sent_bytes
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, make_mesh
-from wan.distributed.sequence import split_tokens
+from wan.distributed.ulysses import split_tokens
+from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.modules.prompt import Prompt
+from wan.planning.communication import Network, sent_bytes
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]
 LIMIT = timedelta(minutes=5)

@@ -26,18 +26,18 @@ from benchmarks.measure import ROOT, grid, machine, rms_error
 from benchmarks.transformer import static_block
 from examples.shapes.detector import judge
 from examples.shapes.world import held_out, trained
-from lightning.fp8 import FP8
-from lightning.names import keeps_float32
+from wan.configs.precision import keeps_float32
 from wan.doctor.findings import Machine
 from wan.doctor.forecast import released_plan
 from wan.doctor.numerics import expectation, open_task, sample
-from wan.loading.residency import parts_of
-from wan.loading.schedule import schedule
-from wan.loading.stream import parameter_dtypes
 from wan.modules import fp8
 from wan.modules.fp8 import in_fp8
 from wan.modules.model import WanModel
-from wan.plan import Plan
+from wan.modules.quantize import FP8
+from wan.offload.eviction import schedule
+from wan.offload.networks import parts_of
+from wan.offload.reader import parameter_dtypes
+from wan.planning.plan import Plan
 
 VIDEOS = {"t2v-A14B": ((1280, 720), (8, 12, 16, 24)), "ti2v-5B": ((1280, 704), (8,))}  # size, GB of the device
 FILES = ("float32", "bf16", "fp8")  # the released experts, baked ones, and baked or published ones

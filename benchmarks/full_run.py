@@ -25,22 +25,22 @@ from torch import nn
 
 from benchmarks.measure import NEEDS_A_GPU, ROOT, Row, randomise, report, synchronize
 from benchmarks.sparse import sparse
-from lightning.tensorfile import DTYPES
-from wan.configs import WAN_CONFIGS
-from wan.distributed.runtime import Runtime
-from wan.doctor.counts import HEAD_WIDTH, UMT5_XXL, VAES, on_meta, transformer_sizes
-from wan.loading.places import WEIGHTS
-from wan.loading.residency import Experts
-from wan.loading.stream import Piece, Source, Store
+from wan.checkpoints.layout import WEIGHTS
+from wan.checkpoints.safetensors_file import DTYPES
+from wan.configs import TASKS
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate
+from wan.jobs.resolve import resolve
 from wan.modules.model import WanModel
+from wan.modules.released import UMT5_XXL, VAES, on_meta
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
+from wan.offload.networks import Experts
+from wan.offload.reader import Piece, Source, Store
 from wan.pipeline import Pipeline
-from wan.plan import Plan
-from wan.planning import make_plan
-from wan.request.resolve import resolve
-from wan.request.settings import Generate
-from wan.run import PIPELINES, run_jobs
+from wan.planning.build import make_plan
+from wan.planning.plan import Plan
+from wan.runner.batch import PIPELINES, run_jobs
 from wan.utils.progress import Progress
 
 TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"
@@ -51,10 +51,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def write_headers(folder: Path, task: str, layers: int | None, width: int | None) -> None:
     """A checkpoint in the released layout and dtypes whose weights are holes in sparse files."""
-    config = WAN_CONFIGS[task]
-    sizes = transformer_sizes(task)
+    config = TASKS[task]
+    keys = ("dim", "ffn_dim", "in_dim", "out_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps")
+    sizes = {key: getattr(config, key) for key in keys}
     if width:
-        sizes |= {"dim": width, "ffn_dim": 2 * width, "num_heads": max(1, width // HEAD_WIDTH)}
+        sizes |= {"dim": width, "ffn_dim": 2 * width, "num_heads": max(1, width // 128)}
     if layers:
         sizes |= {"num_layers": layers}
     t5 = UMT5_XXL | {"num_layers": layers or UMT5_XXL["num_layers"]}
@@ -65,7 +66,7 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
         sparse(folder / where / WEIGHTS, {n: ("F32", tuple(p.shape)) for n, p in model.named_parameters()})
-    z_dim, encoder, decoder, nested = VAES["2.1" if "2.1" in config.vae_checkpoint else "2.2"]
+    z_dim, encoder, decoder, nested = VAES[config.latent_channels]
     if width:
         encoder, decoder = 16, 16
     parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5).bfloat16(),
@@ -177,7 +178,7 @@ def rows_of(metric: str, asked: Run, limit: str, compute: float) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="t2v-A14B", choices=list(WAN_CONFIGS))
+    parser.add_argument("--task", default="t2v-A14B", choices=list(TASKS))
     parser.add_argument("--size", default="1280*720")
     parser.add_argument("--frames", type=int, default=None, help="default: the task's")
     parser.add_argument("--steps", type=int, default=4)

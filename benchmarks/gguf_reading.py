@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import grid, machine
-from lightning.gguf_store import GgufStore
-from wan.loading.stream import Source, read_ahead
+from wan.checkpoints.gguf_file import GgufStore
+from wan.offload.reader import Source, read_ahead
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 SHAPE = (13824, 5120)  # the largest matrix of an A14B expert

@@ -20,15 +20,15 @@ from PIL import Image, ImageDraw
 
 from benchmarks.measure import grid
 from benchmarks.transformer import copy_rate, matmul_rate, static_block
-from lightning.names import NETWORKS
-from wan.distributed.cost import Network, sent_bytes
+from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.counts import HEAD_WIDTH, released_text_encoder, released_vae
-from wan.operations import decode_operations, text_operations
+from wan.modules.released import released_text_encoder, released_vae
+from wan.planning.communication import Network, sent_bytes
+from wan.planning.flops import decode_operations, text_operations
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100
-DIM, FFN_DIM, BLOCKS, _, _ = NETWORKS[TASK]
-NETWORK = Network(DIM, FFN_DIM, DIM // HEAD_WIDTH, BLOCKS)
+CONFIG = TASKS[TASK]
+NETWORK = Network(CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, CONFIG.num_layers)
 VAE, ENCODER = released_vae(TASK), released_text_encoder()
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import ROOT, Row, interleaved, report
-from lightning.pickled import PickleStore
-from lightning.tensorfile import TensorStore
-from wan.loading.residency import Networks
-from wan.loading.stream import Source, load, parameter_dtypes
+from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.modules.prompt import Prompt
 from wan.modules.t5 import UMT5Encoder
+from wan.offload.networks import Networks
+from wan.offload.reader import Source, load, parameter_dtypes
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ import torch
 from wan.doctor.measure import interleaved as interleaved
 from wan.doctor.measure import rms_error as rms_error
 from wan.doctor.measure import synchronize as synchronize
-from wan.loading.stream import free_memory
+from wan.offload.reader import free_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

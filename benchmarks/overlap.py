@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, interleaved, randomise, report
-from wan.doctor.counts import VAES
+from wan.media.video import VideoWriter
+from wan.modules.released import VAES
 from wan.modules.vae import WanVAE
-from wan.utils.video import VideoWriter
 
 
 def write(chunks: Iterable[Tensor]) -> None:
@@ -28,7 +28,7 @@ def write(chunks: Iterable[Tensor]) -> None:
 
 def rows(size: str = "160x96", frames: int = 17) -> list[Row]:
     width, height = map(int, size.split("x"))
-    vae = WanVAE(*VAES["2.1"]).eval()
+    vae = WanVAE(*VAES[16]).eval()
     randomise(vae)
     latent = torch.randn(vae.z_dim, (frames - 1) // 4 + 1, height // 8, width // 8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lightning.tensorfile import DTYPES, header_bytes
+from wan.checkpoints.safetensors_file import DTYPES, header_bytes
 
 
 def sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: dict[str, bytes] | None = None) -> Path:

@@ -24,11 +24,11 @@ from torch import Tensor
 from benchmarks.counters import CostCounter, FlopCounterMode
 from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report
 from benchmarks.transformer import matmul_rate
-from lightning.diffusers_names import vae_name
-from lightning.latents import LATENT_MEAN, LATENT_STD
+from wan.checkpoints.key_mapping import vae_name
+from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import divide
-from wan.doctor.counts import VAES as KINDS
 from wan.modules.causal_conv import STRIPS
+from wan.modules.released import VAES
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 
@@ -36,6 +36,8 @@ FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
 WIDTH_STRIDE = {"2.1": 8, "2.2": 16}
 SMALL_SIZE = {"2.1": "160x144", "2.2": "112x112"}  # below, PyTorch does not give oneDNN all convolutions
 CACHE = 40 * 10**6  # bytes: an A100's second, the smallest of the data centre cards
+
+KINDS = {"2.1": VAES[16], "2.2": VAES[48]}
 
 
 def gpu_works() -> dict[str, Callable[[], list[Row]]]:

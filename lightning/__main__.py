@@ -11,16 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning import names
-from lightning.choice import Choices, choose_loras
-from lightning.errors import InputError, LoraError
-from lightning.examine import examine, models_to_judge_by, plain
-from lightning.hub import located, whole
+from lightning.inspect_weights import examine, models_to_judge_by, plain
 from lightning.lora import Lora
+from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
-from lightning.words import Parser, complain, outside, pair
+from wan.checkpoints.hub import located, whole
+from wan.configs import TASKS
+from wan.utils.argument_parser import Parser, complain, outside, pair
+from wan.utils.errors import InputError, LoraError
 
-TASKS = tuple(names.NETWORKS)
 ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
@@ -140,8 +139,8 @@ def _bake(args: argparse.Namespace) -> int:
 
     if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
         raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
-    chosen = choose_loras(names.EXPERTS[args.task].keys(), args.lora_dir, args.lora_strength, args.lora)
-    loras: dict[str, list[Lora]] = {expert: [] for expert in names.EXPERTS[args.task]}
+    chosen = choose_loras(TASKS[args.task].experts.keys(), args.lora_dir, args.lora_strength, args.lora)
+    loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
         try:
             path = whole(choice.path)

@@ -19,18 +19,20 @@ from typing import Any
 
 import torch
 
-from lightning.diffusers_layout import is_diffusers, rest_of, settings_of, tokenizer_of
+from lightning.diffusers_export import rest_of, settings_of
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
-from lightning.errors import LoraError
-from lightning.examine import open_network
-from lightning.fp8 import FP8
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.names import EXPERTS, FOLDERS, STEM, diffusers_name, keeps_float32, takes_fp8, task_of
 from lightning.releases import Release
-from lightning.shards import Network, Shard, plan_shards, replacing, sha256, write_index, write_json, write_shard
-from lightning.tensorfile import INDEX_SUFFIX, TensorStore, fingerprint, read_header
-from lightning.weights import EXPERT, FLOATS, as_ours
+from wan.checkpoints.key_mapping import diffusers_name
+from wan.checkpoints.layout import FOLDERS, STEM, is_diffusers, tokenizer_of
+from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore, fingerprint, read_header
+from wan.checkpoints.weights import EXPERT, FLOATS, as_ours, open_network
+from wan.checkpoints.writer import Network, Shard, plan_shards, replacing, sha256, write_index, write_json, write_shard
+from wan.configs import TASKS, task_of
+from wan.configs.precision import keeps_float32, takes_fp8
+from wan.modules.quantize import FP8
+from wan.utils.errors import LoraError
 
 SHARD_BYTES = 10_000_000_000
 
@@ -113,7 +115,7 @@ def _networks(
 
         merge = Merge(loras.get(expert, ()), store.shapes)
         if layout == "released":
-            networks.append(Network(expert, store, Path(EXPERTS[task][expert]), stored, change=merge))
+            networks.append(Network(expert, store, Path(TASKS[task].experts[expert]), stored, change=merge))
         else:
             folder = Path(FOLDERS[expert])
             networks.append(Network(expert, store, folder, stored, rename=diffusers_name, change=merge))
@@ -170,9 +172,9 @@ def _sources(
 
 def _open_experts(task: str, ckpt_dir: Path) -> dict[str, TensorStore]:
     """The task's experts, in whichever layout, under our names."""
-    folders = FOLDERS if is_diffusers(ckpt_dir) else EXPERTS[task]
+    folders = FOLDERS if is_diffusers(ckpt_dir) else TASKS[task].experts
     stores = {}
-    for expert in EXPERTS[task]:
+    for expert in TASKS[task].experts:
         folder = ckpt_dir / folders[expert]
         if (store := open_network(folder)) is None:
             raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
@@ -217,7 +219,7 @@ def _check_room(partial: Path, shards: Sequence[Shard]) -> None:
 
 def _bring_others(ckpt_dir: Path, partial: Path, task: str) -> None:
     """Everything of the checkpoint that is no expert's weights: hard links where the disk allows, else copies."""
-    experts = {ckpt_dir / where for where in EXPERTS[task].values()}
+    experts = {ckpt_dir / where for where in TASKS[task].experts.values()}
     for file in sorted(ckpt_dir.rglob("*")):
         inside = file.relative_to(ckpt_dir)
         is_weights = file.parent in experts and file.name.startswith(STEM)

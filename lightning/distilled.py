@@ -8,29 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.adapter_settings import PEFT_WEIGHTS
-from lightning.errors import LoraError, TensorFileError
-from lightning.releases import SPARSE, Release, preset, recognise
-from lightning.tensorfile import TensorStore, fingerprint
-from lightning.weights import EXPERT, SIGNS, as_ours, kind_of, open_file
+from lightning.peft_settings import PEFT_WEIGHTS
+from lightning.releases import Release, preset, recognise
+from wan.checkpoints.safetensors_file import fingerprint
+from wan.checkpoints.weights import EXPERT, kind_of, open_file
+from wan.utils.errors import TensorFileError
 
-SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "boundary", "licence")  # kept by `bake`
+SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licence")  # kept by `bake`
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
-
-
-def open_expert(path: Path) -> TensorStore:
-    """One file as the replacement of an expert, under the base's names.
-
-    Raises TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
-    """
-    if release := recognise(path):
-        release.check_supported(f"--expert {path}")
-    raw = open_file(path)
-    if any(".proj_l." in name for name in raw):
-        raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
-    if kind_of(raw) != EXPERT:
-        raise LoraError(f"--expert {path}: not a full expert, {SIGNS[EXPERT]} is missing (a LoRA goes to --lora)")
-    return as_ours(raw, EXPERT, f"--expert {path}")
 
 
 def is_full_expert(path: Path) -> bool:
@@ -88,7 +73,9 @@ def _release_from(record: dict[str, Any]) -> Release | None:
         kept = record["release"]
         if kept is None:
             return None
-        kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+        kept = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in SETTINGS
+        }
         return Release(tasks=(record["task"],), kind="full", source="bake", **kept)
     # written before settings were kept
     names = {lora["release"] for loras in record["loras"].values() for lora in loras} - {None}

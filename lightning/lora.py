@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning import names
-from lightning.adapter_settings import PEFT_CONFIG, PEFT_WEIGHTS, AdapterSettings, settings_of
-from lightning.errors import LoraError, TensorFileError
-from lightning.match import Delta, Resolved, resolve
+from lightning import lora_keys
+from lightning.lora_matching import Delta, Resolved, resolve
+from lightning.peft_settings import PEFT_CONFIG, PEFT_WEIGHTS, AdapterSettings, settings_of
 from lightning.releases import Release, recognise
-from lightning.tensorfile import TensorStore
+from wan.checkpoints.layout import STEM
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.configs import task_of
+from wan.utils.errors import LoraError, TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 RELEASED_FILES = {
     "high": "high_noise_model.safetensors",
     "low": "low_noise_model.safetensors",
-    "model": f"{names.STEM}.safetensors",
+    "model": f"{STEM}.safetensors",
 }
 
 
@@ -43,7 +45,7 @@ class Lora:
     path: Path
     strength: float
     store: TensorStore
-    keys: Mapping[str, names.Key]  # by tensor name, where a LoRA family explains the name
+    keys: Mapping[str, lora_keys.Key]  # by tensor name, where a LoRA family explains the name
     alphas: Mapping[str, float]  # by tensor name
     settings: AdapterSettings | None  # PEFT's, where the file comes with them
     default_alpha: float | None
@@ -67,7 +69,7 @@ class Lora:
             raise LoraError(f"LoRA {file}: no such file")
         try:
             store = TensorStore.open(file)
-            keys = {name: key for name in store if (key := names.parse(name))}
+            keys = {name: key for name in store if (key := lora_keys.parse(name))}
             alphas = store.scalars(name for name, key in keys.items() if key.kind == "alpha")
         except (TensorFileError, OSError) as e:
             raise LoraError(f"LoRA {e}") from e
@@ -215,7 +217,7 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool) -> list[str]:
     """Why this file is refused: one clause for each reason, with counts and the first names."""
     total, problems = len(lora.store), []
     if found.unsupported:
-        kinds = sorted({m[1] for name in found.unsupported if (m := names.UNSUPPORTED.search(name))})
+        kinds = sorted({m[1] for name in found.unsupported if (m := lora_keys.UNSUPPORTED.search(name))})
         problems.append(f"holds {_some(found.unsupported, total)} of a kind not supported: {', '.join(kinds)}")
     if found.conflicts:
         first, reason = next(iter(found.conflicts.items()))
@@ -236,7 +238,7 @@ def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]]
     named = "low" if halves == {"low"} else named
     if {named, expert} == {"high", "low"}:
         warnings.append(f"LoRA {lora.path} is named after the {named}-noise expert but used for the {expert}-noise one")
-    task = names.task_of(shapes)
+    task = task_of(shapes)
     if lora.release and task and task not in lora.release.tasks:
         warnings.append(f"LoRA {lora.path} was published for {' and '.join(lora.release.tasks)}, this is {task}")
     layers = {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning.lora import Lora
-from lightning.match import Delta
+from lightning.lora_matching import Delta
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
 

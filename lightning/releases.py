@@ -1,7 +1,7 @@
 """What was published for Wan2.2: one row a release, with the settings it was trained for.
 
 `recognise(path)` knows a release by its folder or file name; `preset(name)` finds one by its own name.
-Guidance pairs read (low noise, high noise). The high-noise expert has the timesteps t >= boundary * 1000.
+Guidance pairs read (low noise, high noise).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.errors import LoraError
+from wan.checkpoints.weights import SPARSE
+from wan.utils.errors import LoraError
 
 T2V, I2V, TI2V = "t2v-A14B", "i2v-A14B", "ti2v-5B"
-BOUNDARIES = {T2V: 0.875, I2V: 0.900}  # of the tasks with two experts
 A14B_SIZES = ((832, 480), (480, 832), (1280, 720), (720, 1280))
 TI2V_SIZES = ((1280, 704), (704, 1280))
 LIGHTNING = "lightx2v/Wan2.2-Lightning"
@@ -22,7 +22,6 @@ DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
 KIJAI = "Kijai/WanVideo_comfy"
-SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
 NOT_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 
 
@@ -46,7 +45,6 @@ class Release:
     default_alpha: float | None = None
     steps: int = 4
     shift: float = 5.0
-    boundary: float | None = None
     timesteps: tuple[float, ...] | None = None
     guidance: tuple[float, float] = (1.0, 1.0)
     solver: str = "euler"
@@ -94,11 +92,11 @@ _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
 
 
 def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, note: str = "") -> Release:
-    return Release(name, (task,), "lora", source, patterns, boundary=BOUNDARIES[task], note=note)
+    return Release(name, (task,), "lora", source, patterns, note=note)
 
 
 def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
-    return Release(name, (task,), "full", source, patterns, boundary=BOUNDARIES[task], note=note)
+    return Release(name, (task,), "full", source, patterns, note=note)
 
 
 def _fastwan(name: str, kind: str, source: str, *patterns: str) -> Release:
@@ -160,7 +158,6 @@ RELEASES: tuple[Release, ...] = (
         LIGHTNING,
         (rf"t2v-a14b-4steps-lora-rank64-v1{_END}",),
         default_alpha=8.0,
-        boundary=BOUNDARIES[T2V],
         note="the first upload, without alpha in the file although 8/rank belongs to it",
     ),
     _lora(T2V, "t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
@@ -189,7 +186,6 @@ RELEASES: tuple[Release, ...] = (
         (r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora"),
         timesteps=_at_angles(math.atan(80), 1.5, 1.4, 1.0),
         solver="dmd",
-        boundary=BOUNDARIES[T2V],
         note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one",
     ),
     _lora(

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wan.configs.task import TRAIN_TIMESTEPS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRAIN_TIMESTEPS = 1000
 Draw = Callable[[Sequence[int]], "Tensor"]  # shape -> the next standard normal numbers of the video's generator
 
 

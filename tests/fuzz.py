@@ -32,15 +32,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning.errors import InputError
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, config_of, lora_dir
-from wan.loading.checkpoint import Checkpoint
-from wan.loading.stream import load
-from wan.request.prompts import KEYS, read_rows, text_problem
-from wan.utils.video import read_record
+from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.jobs.prompt_files import KEYS, read_rows, text_problem
+from wan.media.video import read_record
+from wan.offload.reader import load
+from wan.utils.errors import InputError
 
 SECONDS = 120.0  # for one case; a tenth of a second is usual, but machines do other work
 TASK = "t2v-A14B"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import generate
 
 if TYPE_CHECKING:
-    from wan.plan import Plan
+    from wan.planning.plan import Plan
     from wan.utils.progress import Progress
 
 
@@ -22,15 +22,15 @@ def rehearse(words: list[str]) -> dict[str, Any]:
     generate._prepare_process()  # before torch is imported
     import torch
 
-    import wan.planning
+    import wan.planning.build
     from benchmarks.full_run import unread
-    from wan.loading.stream import Source
+    from wan.offload.reader import Source
     from wan.utils.progress import Progress
 
     plans: list[Plan] = []
     allocated: dict[str, int] = {}
     reserved: dict[str, int] = {}
-    make_plan, real_stage = wan.planning.make_plan, Progress.stage
+    make_plan, real_stage = wan.planning.build.make_plan, Progress.stage
 
     def kept_plan(*given: Any) -> "Plan":
         plans.append(make_plan(*given))
@@ -44,7 +44,7 @@ def rehearse(words: list[str]) -> dict[str, Any]:
         allocated[name] = max(allocated.get(name, 0), torch.cuda.max_memory_allocated())
         reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
-    wan.planning.make_plan, Source.read, Progress.stage = kept_plan, unread, stage  # type: ignore[method-assign, assignment]
+    wan.planning.build.make_plan, Source.read, Progress.stage = kept_plan, unread, stage  # type: ignore[method-assign, assignment]
     code = generate.main(words)
     (plan,) = plans
     job = plan.largest()

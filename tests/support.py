@@ -2,19 +2,25 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-from easydict import EasyDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wan.configs import WAN_CONFIGS
+import wan
+from wan.configs import TASKS, TaskConfig
 from wan.doctor.measure import relative_error as relative_error
 from wan.modules.vae import WanVAE
+from wan.original_api import Original
 
 TESTS = Path(__file__).parent
 TINY = TESTS.parent / "examples" / "tiny"
@@ -43,10 +49,8 @@ def lora_dir(task: str) -> Path:
     return TINY / LORAS[task]
 
 
-def config_of(task: str, dtype: torch.dtype = torch.float32) -> EasyDict:
-    config = copy.deepcopy(WAN_CONFIGS[task])
-    config.param_dtype = config.t5_dtype = dtype
-    return config
+def config_of(task: str, dtype: torch.dtype = torch.float32) -> TaskConfig:
+    return replace(TASKS[task], param_dtype=dtype, t5_dtype=dtype)
 
 
 def assert_decodes(video: Tensor, vae: WanVAE, case: str, tolerance: float) -> None:
@@ -66,3 +70,27 @@ def assert_decodes(video: Tensor, vae: WanVAE, case: str, tolerance: float) -> N
 def read_frames(path: Path) -> np.ndarray:
     """The frames of a video file, uint8 [F, H, W, 3]."""
     return iio.imread(path, plugin="FFMPEG")
+
+
+def command(task: str, *words: str, lora: bool = True) -> list[str]:
+    """Words of `generate.py` for a video of the small checkpoint of `task` on the CPU, then `words`."""
+    base = ["--task", task, "--ckpt_dir", str(checkpoint(task)), "--device", "cpu", "--size", "64*64"]
+    base += ["--frame_num", "5", "--base_seed", "5", "--prompt", "a red ball"]
+    base += ["--lora_dir", str(lora_dir(task))] if lora else []
+    base += ["--image", str(TINY / "input.png")] if task == "i2v-A14B" else []
+    return [*base, *words]
+
+
+def run(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m generate WORDS` in a process of its own."""
+    variables = {**os.environ, "PYTHONPATH": str(TESTS.parent), **environment}
+    argv = [sys.executable, "-m", "generate", *words]
+    return subprocess.run(argv, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+
+
+def open_task(task: str, dtype: torch.dtype = torch.float32, lora: bool = False, **options: Any) -> Original:
+    """The public class of `task` over its small checkpoint, on the CPU."""
+    build = getattr(wan, TASKS[task].public_class.partition(":")[2])
+    folder = lora_dir(task) if lora else None
+    opened: Original = build(config_of(task, dtype), checkpoint(task), lora_dir=folder, device="cpu", **options)
+    return opened

@@ -14,20 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
-from wan.distributed.cost import sent_bytes
 from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.counts import released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine, table
 from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan
-from wan.expected import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
+from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
+from wan.modules.released import released_vae
 from wan.modules.vae_coders import Region
-from wan.operations import decode_operations, encode_operations
-from wan.request.settings import Job
+from wan.planning.communication import sent_bytes
+from wan.planning.flops import decode_operations, encode_operations
+from wan.planning.time_estimate import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")

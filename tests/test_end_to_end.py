@@ -85,7 +85,7 @@ def test_two_halves_of_a_lora_equal_the_whole(tmp_path: Path) -> None:
 def test_a_merged_expert_file_equals_base_and_lora(tmp_path: Path) -> None:
     from lightning.lora import Lora
     from lightning.merge import Merge
-    from lightning.tensorfile import TensorStore
+    from wan.checkpoints.safetensors_file import TensorStore
 
     for expert in ("high", "low"):
         folder = checkpoint("t2v-A14B") / f"{expert}_noise_model"

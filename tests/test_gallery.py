@@ -16,8 +16,8 @@ import generate
 from tests.support import TINY
 from wan import gallery
 from wan.gallery import check_page, write_page
+from wan.media.video import VideoWriter, save_contact_sheet
 from wan.utils.errors import InputError
-from wan.utils.video import VideoWriter, save_contact_sheet
 
 T2V = ["--ckpt_dir", str(TINY / "Wan2.2-T2V-A14B"), "--lora_dir", str(TINY / "lora-t2v")]
 SMALL = ["--size", "64*48", "--frame_num", "5", "--base_seed", "7", "--device", "cpu"]

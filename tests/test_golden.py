@@ -16,13 +16,13 @@ from tests.lightning.support import FAMILIES
 from tests.lightning.support import family as lora_family
 from tests.modules.test_fp8 import needs_the_product
 from tests.support import CASES, TINY, assert_decodes, checkpoint, config_of, golden, lora_dir, relative_error
+from wan.jobs.job import Sampling
+from wan.media.images import video_size
 from wan.modules import fp8
+from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.modules.prompt import Prompt
-from wan.original import Original
+from wan.original_api import Original
 from wan.pipeline import Start
-from wan.request.settings import Sampling
-from wan.utils.images import video_size
 
 CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V}
 STAGE, END_TO_END = 1e-5, 1e-4

@@ -17,14 +17,14 @@ from benchmarks.vae import to_diffusers
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, lora_dir, relative_error
 from wan import WanI2V
-from wan.distributed.runtime import Runtime
+from wan.cli.options import Request
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate, Sampling
+from wan.jobs.resolve import resolve
+from wan.media.images import i2v_tensor
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
-from wan.request.options import Request
-from wan.request.resolve import resolve
-from wan.request.settings import Generate, Sampling
 from wan.utils.errors import InputError
-from wan.utils.images import i2v_tensor
 
 COMMAND = [
     "--task", "i2v-A14B", "--ckpt_dir", str(checkpoint("i2v-A14B")), "--lora_dir", str(lora_dir("i2v-A14B")),

@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support import FOLDERS, TINY, checkpoint, config_of, lora_dir
 from tests.test_golden import CLASSES
-from wan.distributed.runtime import Runtime
-from wan.loading.lanes import Lane, Slot
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Sampling
 from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.model import WanModel
+from wan.offload.copy_stream import Lane, Slot
 from wan.pipeline import Pipeline
-from wan.request.settings import Sampling
-from wan.run import PIPELINES
+from wan.runner.batch import PIPELINES
 from wan.utils.progress import Progress
 
 META = torch.device("meta")
@@ -93,7 +93,7 @@ def open_on_meta(
 def test_nothing_is_on_two_devices(
     task: str, lora_mode: str | None, offload: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.loading.walker.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
     image = None if task == "t2v-A14B" else Image.open(TINY / "input.png").convert("RGB")
     for dtype, samplings, tiles in RUNS:
         pipe = open_on_meta(task, dtype, lora_mode, offload, room)
@@ -112,7 +112,7 @@ def test_nothing_is_on_two_devices(
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks."""
-    monkeypatch.setattr("wan.loading.walker.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
     pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")

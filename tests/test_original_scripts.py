@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 import generate
-from tests.extend.fake_services import FakeService
-from tests.extend.tiny_qwen import build_text, build_vision
+from tests.prompt_extension.fake_services import FakeService
+from tests.prompt_extension.tiny_qwen import build_text, build_vision
 from tests.support import TESTS, checkpoint, lora_dir, read_frames
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+from wan.media.save_video import save_video
+from wan.prompt_extension.expanders import DashScopePromptExpander, QwenPromptExpander
 from wan.utils.errors import InputError
-from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
-from wan.utils.utils import save_video, str2bool
+from wan.utils.utils import str2bool
 
 # In the original's style, with the original's names alone.
 SCRIPT = """
@@ -27,7 +28,7 @@ import argparse
 import wan
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.distributed.util import init_distributed_group
-from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
+from wan.prompt_extension.expanders import DashScopePromptExpander, QwenPromptExpander
 from wan.utils.utils import save_video, str2bool
 
 parser = argparse.ArgumentParser()

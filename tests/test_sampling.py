@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wan.modules.prompt import Prompt
-from wan.request.settings import Sampling
+from wan.jobs.job import Sampling
+from wan.modules.context import Prompt
 from wan.sampling import Conditioning, Schedule, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import JobError
 

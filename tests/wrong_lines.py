@@ -1,7 +1,7 @@
 """Wrong command lines, made by a seed: `python -m tests.wrong_lines [--count 500] [--seed 0] [--show]`.
 
 Each is a good line with one thing wrong in it. The answer must be exit code 2 and one line on stderr, which names what
-is wrong: the flag, the row, the file. Anything else is a finding and exit code 1. tests/test_wrong_lines.py runs some.
+is wrong: the flag, the row, the file. Anything else is a finding and exit code 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import generate
 from tests.support import TINY, checkpoint, lora_dir
-from wan.request.hints import ALSO
-from wan.request.options import OPTIONS
-from wan.request.values import real, whole
+from wan.cli.hints import ALSO
+from wan.cli.options import OPTIONS
+from wan.cli.values import real, whole
 
 LONGEST = 700  # characters of a line; paths and the names that are allowed take room
 Named = tuple[str, ...]
@@ -316,7 +316,9 @@ def run(count: int, seed: int, show: bool = False) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.wrong_lines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.wrong_lines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--count", type=int, default=500, metavar="N", help="how many lines (default 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which ones (default 0)")

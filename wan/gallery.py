@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wan.utils.needs import need_packages
+from wan.utils.requirements import need_packages
 
 if __name__ == "__main__":
     need_packages()
 
-from lightning.words import Parser, complain
-from wan.configs import WAN_CONFIGS
-from wan.request.options import Request
+from wan.cli.options import Request
+from wan.configs import TASKS
+from wan.media.video import read_record
+from wan.utils.argument_parser import Parser, complain
 from wan.utils.errors import InputError, WanError
 from wan.utils.files import Beside, replacing
 from wan.utils.progress import tell
-from wan.utils.video import read_record
 
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -105,7 +105,7 @@ def _of_one(record: dict[str, Any]) -> dict[str, Any]:
     """What a video was made from."""
     job, meaning = record["job"], record["meaning"]
     steps = meaning["sample_steps"]
-    usual = WAN_CONFIGS[meaning["task"]].sample_neg_prompt
+    usual = TASKS[meaning["task"]].sample_neg_prompt
     scales = dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)
     loras = dict.fromkeys(_named(lora["path"]) for files in record["plan"]["loras"].values() for lora in files)
     settings = {

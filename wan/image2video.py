@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.original import Original
+from wan.media.images import i2v_tensor
+from wan.original_api import Original
 from wan.pipeline import Pipeline, Start
-from wan.plan import latent_shape
-from wan.utils.images import i2v_tensor
 
 
 class ImageToVideo(Pipeline):
@@ -20,7 +19,7 @@ class ImageToVideo(Pipeline):
         self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
     ) -> Start:
         assert image is not None, "image-to-video needs an image"
-        shape, device = latent_shape(self.plan.config, size, frames), self.plan.device
+        shape, device = self.plan.config.latent_shape(size, frames), self.plan.device
         with self.progress.stage("image"), torch.no_grad():
             first, vae, tiles = i2v_tensor(image, size), self.load_vae(), self.plan.encode_tiles(shape)
             if last_image is None:

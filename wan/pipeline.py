@@ -20,27 +20,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from lightning.names import PATCH
+from wan.configs.task import PATCH
+from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
-from wan.distributed.runtime import Runtime
-from wan.distributed.sequence import split_tokens
-from wan.distributed.team import Team
+from wan.distributed.process_group import Team
+from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.loading.residency import Experts, Networks, text_encoder
-from wan.loading.stream import Source, Store, free_memory, load, parameter_dtypes
+from wan.jobs.job import Job, Sampling
+from wan.media.images import open_image
+from wan.media.step_preview import Strip
 from wan.modules.attention import BACKENDS
+from wan.modules.context import Prompt
+from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel
-from wan.modules.passes import choose as choose_passes
-from wan.modules.prompt import Prompt
 from wan.modules.vae import WanVAE
-from wan.plan import Plan, dtype_name
-from wan.request.settings import Job, Sampling
+from wan.offload.networks import Experts, Networks, text_encoder
+from wan.offload.reader import Source, Store, free_memory, load, parameter_dtypes
+from wan.planning.plan import Plan, dtype_name
 from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
 from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
-from wan.utils.images import open_image
 from wan.utils.progress import Progress
-from wan.utils.strip import Strip
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
@@ -64,7 +64,7 @@ class Pipeline(ABC):
         """Connects the processes of `runtime` as planned: all of them must make their pipelines at the same time."""
         self.plan, self.progress = plan, progress
         self.mesh = make_mesh(plan.layout, plan.device.type, runtime.team.rank)
-        self.attention = self.mesh.team.from_first(lambda: plan.attention)  # "auto" is timed: ranks may differ
+        self.attention = self.mesh.team.broadcast(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self.follows = False  # whether another video is made after this one
@@ -158,7 +158,7 @@ class Pipeline(ABC):
             model.use_attention(BACKENDS[self.attention])
             split_tokens(model, self.mesh)
             if not merged:
-                from lightning.adapter import add_adapters  # takes seconds to import
+                from lightning.peft_adapter import add_adapters  # takes seconds to import
 
                 add_adapters(model, plan.loras.get(name, []), plan.device)
         self.experts = Experts(models, networks, None if merged else _set_scale())
@@ -199,11 +199,11 @@ class Pipeline(ABC):
         self._choose_passes(experts, noise, sum(count for _, count in passes))
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
-        together = budget.together if budget else self.plan.request.dit_fsdp
+        batch_guidance = budget.batch_guidance if budget else self.plan.request.dit_fsdp
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(passes, slots, together, again=self.follows)
+        job = experts.job(passes, slots, batch_guidance, again=self.follows)
         with self.progress.stage("denoise", total=len(steps), unit="step"), job:
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if experts.offload:
@@ -224,7 +224,7 @@ class Pipeline(ABC):
         """The planned job's final latent. JobError if it stops being finite."""
         sampling = self.plan.sampling
         assert sampling is not None, "a plan with jobs has a sampling"
-        pictures = self.mesh.team.agree(
+        pictures = self.mesh.team.all_or_none(
             lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
         )
         image, last_image = pictures["image"], pictures["last_image"]
@@ -238,7 +238,7 @@ class Pipeline(ABC):
                     strip.add(frame)
             self.progress.advance(1, str(step))
 
-        return self.mesh.team.agree(
+        return self.mesh.team.all_or_none(
             lambda: self.sample(
                 job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show, last_image
             )
@@ -304,7 +304,7 @@ class Pipeline(ABC):
         }
 
     def load(self, module: Module, store: Store, *, sharded: bool, **how: Any) -> Module:
-        """`module` with its weights, or with this process's shards of them. how: see `wan.loading.stream.load`."""
+        """`module` with its weights, or with this process's shards of them. how: see `wan.offload.reader.load`."""
         if not sharded or self.mesh.shards is None:
             return load(module, store, **how)
         from wan.distributed.fsdp import load_sharded  # takes seconds to import
@@ -320,17 +320,17 @@ class Pipeline(ABC):
 def in_the_room(team: Team, progress: Progress, decode: Callable[[bool], Result]) -> Result:
     """`decode(False)` by all of the team; where the device has no room for it, `decode(True)`: in finer tiles."""
     try:
-        return team.agree(lambda: decode(False))
+        return team.all_or_none(lambda: decode(False))
     except Exception as error:
         if not out_of_memory(error):
             raise
     # Out here the failed attempt's tensors are no longer held by the exception.
     progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
     free_memory()
-    return team.agree(lambda: decode(True))
+    return team.all_or_none(lambda: decode(True))
 
 
 def _set_scale() -> Callable[[WanModel, float], None]:
-    from lightning.adapter import set_scale  # takes seconds to import
+    from lightning.peft_adapter import set_scale  # takes seconds to import
 
     return set_scale

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning.schedule import TRAIN_TIMESTEPS, Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
+from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
+from wan.configs.task import TRAIN_TIMESTEPS
+from wan.jobs.job import Sampling
+from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.modules.prompt import Prompt
-from wan.request.settings import Sampling
 from wan.utils.errors import JobError
 
 # what diffusers' schedulers must be told of flow matching

@@ -3,9 +3,8 @@
 from PIL import Image
 from torch import Tensor
 
-from wan.original import Original
+from wan.original_api import Original
 from wan.pipeline import Pipeline, Start
-from wan.plan import latent_shape
 
 
 class TextToVideo(Pipeline):
@@ -14,7 +13,7 @@ class TextToVideo(Pipeline):
     def start(
         self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
     ) -> Start:
-        return Start(latent_shape(self.plan.config, size, frames))
+        return Start(self.plan.config.latent_shape(size, frames))
 
 
 class WanT2V(Original, TextToVideo):

@@ -4,10 +4,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.original import Original
+from wan.media.images import ti2v_tensor
+from wan.original_api import Original
 from wan.pipeline import Pipeline, Start
-from wan.plan import latent_shape
-from wan.utils.images import ti2v_tensor
 
 
 class TextImageToVideo(Pipeline):
@@ -16,7 +15,7 @@ class TextImageToVideo(Pipeline):
     def start(
         self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
     ) -> Start:
-        shape = latent_shape(self.plan.config, size, frames)
+        shape = self.plan.config.latent_shape(size, frames)
         if image is None:
             return Start(shape)
         with self.progress.stage("image"), torch.no_grad():

@@ -15,14 +15,14 @@ from typing import Any
 import ray
 import ray.data
 
-from generate import parse
-from wan.distributed.runtime import Runtime
-from wan.making import make_video, reason
-from wan.plan import Plan
-from wan.planning import make_plan
-from wan.request.resolve import resolve
-from wan.request.settings import Generate
-from wan.run import jobs_to_do, open_pipeline
+from wan.cli.parser import parse
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate
+from wan.jobs.resolve import resolve
+from wan.planning.build import make_plan
+from wan.planning.plan import Plan
+from wan.runner.batch import jobs_to_do, open_pipeline
+from wan.runner.video_job import make_video, reason
 from wan.utils.progress import Progress
 
 

@@ -23,11 +23,11 @@ import torch
 import generate
 from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir, read_frames
-from wan.distributed.sequence import SequenceAttention
+from wan.distributed.ulysses import SequenceAttention
 from wan.distributed.vae_parallel import SplitVAE
-from wan.loading.stream import Source
+from wan.media.video import VideoWriter
+from wan.offload.reader import Source
 from wan.utils.progress import Progress
-from wan.utils.video import VideoWriter
 
 WHATS = ("kill", "raise", "freeze", "memory", "interrupt")
 # place -> (what is called there, how often a video of the table calls it at least)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import wan.distributed.fsdp  # noqa: F401 - imported once here, not in every rank
+from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Mesh, make_mesh
-from wan.distributed.runtime import Runtime
-from wan.distributed.team import Team
+from wan.distributed.process_group import Team
 
 # seconds: what is not done by then hangs, also on a busy machine; and far less than the hour of the program's patience
 LIMIT = 300.0

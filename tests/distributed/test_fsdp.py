@@ -15,17 +15,17 @@ from torch.distributed.tensor import DTensor
 from benchmarks.communication import SentBytes
 from lightning.lora import Lora
 from lightning.merge import Merge
-from lightning.tensorfile import TensorStore
 from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import checkpoint, config_of, lora_dir, relative_error
+from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.distributed.fsdp import load_sharded, shard_rows
+from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Mesh
-from wan.distributed.runtime import Runtime
-from wan.distributed.sequence import split_tokens
-from wan.loading.checkpoint import Checkpoint
-from wan.loading.stream import Store, load, parameter_dtypes
+from wan.distributed.ulysses import split_tokens
+from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.modules.prompt import Prompt
+from wan.offload.reader import Store, load, parameter_dtypes
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def guided_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], list[int]]:
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(16, 3, 6, 6, generator=generator)
     prompts = [Prompt(torch.randn(count, 32, generator=generator)) for count in (7, 3)]
-    model.residency.together = True
+    model.residency.batch_guidance = True
     with torch.no_grad():
         model(latent, 500.0, prompts)  # what is gathered once, is
         with SentBytes(mesh.layout) as sent:

@@ -22,13 +22,13 @@ from tests.distributed.faults import Fault, run_with_fault
 from tests.distributed.ranks import launched, run_ranks, sharded
 from tests.support import TINY, checkpoint, lora_dir, read_frames, relative_error
 from tests.utils.test_events import described
-from wan.distributed.runtime import Runtime, launch
+from wan.distributed.launch import Runtime, launch
 from wan.distributed.vae_parallel import SplitVAE
+from wan.jobs.job import Generate
+from wan.jobs.resolve import resolve
 from wan.modules.vae import WanVAE
-from wan.planning import make_plan
-from wan.request.resolve import resolve
-from wan.request.settings import Generate
-from wan.run import run_jobs
+from wan.planning.build import make_plan
+from wan.runner.batch import run_jobs
 from wan.utils.errors import InputError
 from wan.utils.progress import Progress
 
@@ -141,7 +141,7 @@ def batch_with_a_bad_row(runtime: Runtime, folder: Path, on_error: str = "contin
     plan = make_plan(outcome, runtime)
     broken = replace(plan.jobs[1], image=folder / "gone.png")
     plan = replace(plan, jobs=(plan.jobs[0], broken, *plan.jobs[2:]))
-    return run_jobs(plan, Progress(quiet=not runtime.team.first), runtime)
+    return run_jobs(plan, Progress(quiet=not runtime.team.is_rank0), runtime)
 
 
 def test_a_bad_row_fails_its_own_job_only(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def hold_memory(runtime: Runtime) -> bool:
 
     gc.disable()
     with suppress(torch.OutOfMemoryError):
-        runtime.team.agree(attempt)
+        runtime.team.all_or_none(attempt)
     return held[0]() is None
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from tests.distributed.ranks import run_ranks, sharded
 from tests.support import CASES, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES, END_TO_END, STAGE, image_of
-from wan.distributed.runtime import Runtime
-from wan.original import Original
-from wan.request.settings import Sampling
-from wan.utils.images import video_size
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Sampling
+from wan.media.images import video_size
+from wan.original_api import Original
 
 
 def open_task(case: dict, runtime: Runtime, ulysses: int = 1, ring: int = 1, fsdp: bool = False) -> Original:

@@ -98,16 +98,16 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
 FAILS_ONCE = """
 import os, signal, sys
 import generate
-import wan.run
+import wan.runner.batch
 
-make_video = wan.run.make_video
+make_video = wan.runner.batch.make_video
 
 def fails_once(pipe, job, *more):
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], job.index) == ("1", "0", 1):
         os.kill(os.getpid(), signal.SIGKILL)
     return make_video(pipe, job, *more)
 
-wan.run.make_video = fails_once
+wan.runner.batch.make_video = fails_once
 sys.exit(generate.main())
 """
 

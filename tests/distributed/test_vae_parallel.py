@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.vae import count_decode
-from lightning.pickled import PickleStore
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import TESTS, checkpoint, config_of, relative_error
+from wan.checkpoints.pth_file import PickleStore
+from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
-from wan.distributed.runtime import Runtime
 from wan.distributed.vae_parallel import SplitVAE, divide
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
-from wan.loading.stream import load
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
+from wan.offload.reader import load
 from wan.utils.errors import JobError
 
 TASKS = ["t2v-A14B", "ti2v-5B"]  # one for each autoencoder
@@ -118,7 +118,7 @@ def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
                 raise JobError("the disk is full")
 
     try:
-        mesh.team.agree(consume)
+        mesh.team.all_or_none(consume)
     except JobError as e:
         first = str(e)
     again = list(split.decode(latent_of(vae), chunk=1)) if failing == 0 else []

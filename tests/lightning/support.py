@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning.lora import Lora
 from lightning.merge import Merge
-from lightning.names import diffusers_name
-from lightning.tensorfile import TensorStore
 from tests.support import checkpoint, lora_dir
+from wan.checkpoints.key_mapping import diffusers_name
+from wan.checkpoints.safetensors_file import TensorStore
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module -> up, down

@@ -13,28 +13,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightning import bake as bake_module
-from lightning import shards
 from lightning.bake import RECORD, bake
 from lightning.distilled import record_of, release_in
-from lightning.errors import LoraError, TensorFileError
-from lightning.fp8 import FP8
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
-from lightning.names import EXPERTS, keeps_float32
 from lightning.releases import Release, preset
-from lightning.tensorfile import TensorStore
-from lightning.weights import EXPERT, as_ours
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
-from wan.loading.stream import load, parameter_dtypes
+from wan.checkpoints import writer
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.weights import EXPERT, as_ours
+from wan.configs import TASKS
+from wan.configs.precision import keeps_float32
 from wan.modules.model import WanModel
+from wan.modules.quantize import FP8
+from wan.offload.reader import load, parameter_dtypes
+from wan.utils.errors import LoraError, TensorFileError
 
 SHARD = 100_000
 CPU = torch.device("cpu")
 
 
 def loras_of(task: str, folder: Path | None = None, strength: float = 1.0) -> dict[str, list[Lora]]:
-    files = files_of(folder or lora_dir(task), list(EXPERTS[task]))
+    files = files_of(folder or lora_dir(task), list(TASKS[task].experts))
     return {expert: [Lora.open(file, strength)] for expert, file in files.items()}
 
 
@@ -48,12 +49,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != RECORD}
 
 
-@pytest.mark.parametrize("task", EXPERTS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equals_merging_on_the_fly(task: str, dtype: torch.dtype, tmp_path: Path) -> None:
     run(tmp_path / "out", task, dtype=dtype)
     loras = loras_of(task)
-    for expert, where in EXPERTS[task].items():
+    for expert, where in TASKS[task].experts.items():
         before = TensorStore.open(checkpoint(task) / where / INDEX)
         after = TensorStore.open(tmp_path / "out" / where / INDEX)
         merge = Merge(loras[expert], before.shapes)
@@ -70,7 +71,7 @@ def test_equals_merging_on_the_fly(task: str, dtype: torch.dtype, tmp_path: Path
 def test_in_fp8_it_is_what_a_run_in_fp8_makes(with_lora: bool, tmp_path: Path) -> None:
     """Loaded as they are, and to the bit what reading, merging and quantising give. With four blocks, two in fp8."""
     ckpt_dir = tmp_path / "base"
-    where = EXPERTS["t2v-A14B"]
+    where = TASKS["t2v-A14B"].experts
     blueprints = {expert: four_blocks(ckpt_dir / folder) for expert, folder in where.items()}
     stores = {expert: TensorStore.open(ckpt_dir / folder / INDEX) for expert, folder in where.items()}
     loras = loras_of("t2v-A14B") if with_lora else {}
@@ -169,7 +170,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
-    module = shards if function == "_changed" else bake_module
+    module = writer if function == "_changed" else bake_module
     original, calls = getattr(module, function), []
 
     def counted(*arguments):
@@ -196,13 +197,13 @@ def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatc
     partial = tmp_path / "out.partial"
     written = {file: file.stat().st_mtime_ns for file in partial.rglob("*-of-*.safetensors")}
     merged: list[str] = []
-    original = shards._changed
+    original = writer._changed
 
     def count(name: str, *arguments):
         merged.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(shards, "_changed", count)
+    monkeypatch.setattr(writer, "_changed", count)
     run(tmp_path / "out")
     assert not partial.exists()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -227,7 +228,7 @@ def test_killed_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Killed):
             run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(shards, "_changed", None)  # everything is there: nothing may be merged again
+    monkeypatch.setattr(writer, "_changed", None)  # everything is there: nothing may be merged again
     run(tmp_path / "out")
     assert record_of(tmp_path / "out")
 
@@ -340,7 +341,7 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
 def test_a_broken_base_is_named(tmp_path: Path) -> None:
     task = "t2v-A14B"
     folder = tmp_path / "base"
-    for expert in EXPERTS[task].values():
+    for expert in TASKS[task].experts.values():
         tensors = {name: base().read(name) for name in base()}
         tensors["head.head.bias"][0] = torch.nan
         write(folder / expert / "diffusion_pytorch_model.safetensors", tensors)

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning.distilled import distilled_twice, is_full_expert, open_expert
-from lightning.errors import LoraError, TensorFileError
+from lightning.distilled import distilled_twice, is_full_expert
 from tests.lightning.support import base, write
 from tests.support import lora_dir
+from wan.checkpoints.weights import open_expert
+from wan.utils.errors import LoraError, TensorFileError
 
 Q = "blocks.0.self_attn.q"
 

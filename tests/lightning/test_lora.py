@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.sparse import sparse
-from lightning import names
-from lightning.adapter import add_adapters
-from lightning.errors import LoraError
 from lightning.lora import Lora, check, expert_of, files_of
 from lightning.merge import Merge
+from lightning.peft_adapter import add_adapters
 from tests.lightning.support import (
     ALPHA,
     FAMILIES,
@@ -33,6 +31,8 @@ from tests.lightning.support import (
     write,
 )
 from tests.support import lora_dir, manifest
+from wan.modules.released import released_shapes
+from wan.utils.errors import LoraError
 
 SHAPES = base().shapes
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -277,7 +277,7 @@ def test_experts_of_different_rank(tmp_path: Path) -> None:
         alphas = {name: struct.pack("<d", 8) for name, (dtype, _) in tensors.items() if dtype == "F64"}
         sparse(folder / f"{expert}_noise_model.safetensors", tensors, alphas)
     for expert, path in files_of(folder, ("high", "low")).items():
-        coverage = check(Lora.open(path), names.released_shapes("t2v-A14B"), expert=expert)
+        coverage = check(Lora.open(path), released_shapes("t2v-A14B"), expert=expert)
         rank = {"high": 128, "low": 64}[expert]
         assert (coverage.release, coverage.ranks, coverage.scales) == ("t2v-250928", (rank,), (8 / rank,))
 
@@ -404,7 +404,7 @@ def test_partial_is_allowed_on_request_only(tmp_path: Path) -> None:
 def test_wrong_model_size_and_full_weights() -> None:
     lora = Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")
     with pytest.raises(LoraError, match="20 of 60 tensors do not fit the model"):
-        check(lora, names.released_shapes("ti2v-5B"))
+        check(lora, released_shapes("ti2v-5B"))
     with pytest.raises(LoraError, match=r"do not fit the model .* match no part of the model$"):  # no partial way out
         check(lora, {"blocks.0.cross_attn.k.weight": (8, 8)})
     full = next(iter(base().values())).file

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning import merge as merge_module
-from lightning.errors import LoraError
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.tensorfile import TensorStore
 from tests.lightning.support import STORED, base, diffusers_module, lora_of, merged, plain, small_pairs, spelled
 from tests.support import lora_dir
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.utils.errors import LoraError
 
 SHAPES = base().shapes
 Q = "blocks.0.self_attn.q"

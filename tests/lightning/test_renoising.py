@@ -12,9 +12,9 @@ from torch import Tensor
 import generate
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, relative_error
-from wan.distributed.runtime import Runtime
-from wan.modules.prompt import Prompt
-from wan.request.settings import Sampling
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Sampling
+from wan.modules.context import Prompt
 from wan.textimage2video import WanTI2V
 
 SAMPLING = Sampling("dmd", 3, 5.0, (1.0, 1.0), (1000.0, 757.0, 522.0))

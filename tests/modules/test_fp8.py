@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning.fp8 import FP8, quantise
-from lightning.tensorfile import TensorStore
 from tests.modules.test_model import random_model
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.doctor.measure import rms_error
-from wan.loading.stream import load, parameter_dtypes
 from wan.modules import fp8
+from wan.modules.context import Prompt
 from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes
+from wan.modules.fused import EAGER, compiled
 from wan.modules.model import WanModel
-from wan.modules.passes import EAGER, compiled
-from wan.modules.prompt import Prompt
+from wan.modules.quantize import FP8, quantise
+from wan.offload.reader import load, parameter_dtypes
 
 CPU = torch.device("cpu")
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning.errors import InputError
-from lightning.names import diffusers_name
 from tests.support import manifest, relative_error
+from wan.checkpoints.key_mapping import diffusers_name
 from wan.doctor.numerics import IN_8_BITS
 from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
 from wan.modules.block import spans_of
+from wan.modules.context import Prompt
+from wan.modules.fused import EAGER, compiled
+from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel, sinusoid
-from wan.modules.passes import EAGER, compiled
-from wan.modules.passes import choose as choose_passes
-from wan.modules.prompt import Prompt
 from wan.modules.rope import rotary_table, rotate
+from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def test_passes_through_the_blocks_together_are_those_one_after_the_other(pinned
     expected = [model(latent, 625.0, Prompt(each), pinned) for each in rows]
     for block in model.blocks:
         block.register_forward_hook(lambda *_: called.append(1))
-    for model.residency.together, calls in ((False, 2), (True, 1)):
+    for model.residency.batch_guidance, calls in ((False, 2), (True, 1)):
         called.clear()
         found = model(latent, 625.0, [Prompt(each) for each in rows], pinned)
         assert all(map(torch.equal, found, expected))
@@ -220,14 +220,14 @@ def test_the_residual_stream_is_contiguous() -> None:
 
 def test_passes_are_compiled_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, size = torch.device("cuda"), (75_600, 5120, 40)
-    monkeypatch.setattr("wan.modules.passes.find_spec", lambda _: object())
+    monkeypatch.setattr("wan.modules.fused.find_spec", lambda _: object())
     assert choose_passes(CPU, *size, forwards=80) == (EAGER, "")
     assert choose_passes(gpu, *size, forwards=4) == (EAGER, "")
     passes, reason = choose_passes(gpu, *size, forwards=80)
     if not torch.cuda.is_available():  # the compiler's first call fails, and says why
         assert passes is EAGER
         assert "not compiled (" in reason
-    monkeypatch.setattr("wan.modules.passes.find_spec", lambda _: None)
+    monkeypatch.setattr("wan.modules.fused.find_spec", lambda _: None)
     assert choose_passes(gpu, *size, forwards=80) == (EAGER, "")
 
 

@@ -12,17 +12,19 @@ from benchmarks.counters import CostCounter
 from benchmarks.measure import randomise
 from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
-from lightning.pickled import PickleStore
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
-from wan.doctor.counts import VAES as RELEASED
-from wan.loading.stream import load
+from wan.checkpoints.pth_file import PickleStore
 from wan.modules.causal_conv import NORM_EPSILON, STRIPS, convolve, doubling, norm_silu
+from wan.modules.released import VAES
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wan.modules.vae_coders import Region
+from wan.offload.reader import load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
 KINDS = {"2.1": (16, 8, 8, False), "2.2": (48, 8, 12, True)}
 STAGE = 1e-5  # largest error over the stage's largest magnitude, float32 on a CPU
+
+RELEASED = {"2.1": VAES[16], "2.2": VAES[48]}
 
 
 def random_vae(kind: str, dtype: torch.dtype = torch.float32) -> WanVAE:

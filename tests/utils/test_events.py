@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import generate
-from tests.extend.fake_services import FakeService
+from tests.prompt_extension.fake_services import FakeService
 from tests.support import TESTS, checkpoint, lora_dir
-from wan.expected import ATTENTION, DISK, MATMUL, VAE, keep_rates
+from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates
 from wan.utils.events import EVENTS, PARTS
 
 T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
@@ -113,12 +113,12 @@ def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error["problems"][0].startswith("--frame_num 6 is not of the form")
     code, (error,) = run("--promt", "a cat")
     assert (code, error["code"]) == (2, 2)
-    monkeypatch.setattr("wan.run.make_video", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     code, events = run("--prompt", "a cat")
     assert code == 1
     assert of("failed", events)[0]["index"] == 0
     assert of("summary", events)[0]["failed"] == 1
-    monkeypatch.setattr("wan.run.make_video", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, events = run("--prompt", "a cat")
     assert (code, events[-1]["event"], events[-1]["code"]) == (130, "error", 130)
 

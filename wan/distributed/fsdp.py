@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning.merge import Merge
 from wan.distributed.mesh import Mesh
-from wan.distributed.team import Team
-from wan.loading.stream import Source, Store, read_ahead
+from wan.distributed.process_group import Team
+from wan.offload.reader import Source, Store, read_ahead
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,7 +38,7 @@ def load_sharded(
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """Like `wan.loading.stream.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    """Like `wan.offload.reader.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
         raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
     assert mesh.shards is not None, "a rank alone loads whole weights"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from wan.distributed.team import Team, patience
+from wan.distributed.process_group import Team, patience
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +153,9 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
         members = [list(group) for group in groups]
         return dist.new_subgroups_by_enumeration(members, timeout=patience(), backend=backend)[0]
 
-    together = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
-    team = Team(place, layout.sequence, mine(together, "gloo"))
-    sequence = mine(together)
+    batch_guidance = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
+    team = Team(place, layout.sequence, mine(batch_guidance, "gloo"))
+    sequence = mine(batch_guidance)
     ulysses: ProcessGroup | None = sequence
     ring: ProcessGroup | None = sequence
     if layout.ring == 1:
@@ -165,6 +165,6 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     else:
         heads = layout.ulysses
         ulysses = mine([range(first, first + heads) for first in range(0, layout.world, heads)])
-        ring = mine([group[index::heads] for group in together for index in range(heads)])
+        ring = mine([group[index::heads] for group in batch_guidance for index in range(heads)])
     shards = DeviceMesh.from_group(sequence, device)
     return Mesh(layout, data_rank, team, sequence, ulysses, ring, shards)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan.distributed.mesh import Mesh
-from wan.distributed.team import unbroken
+from wan.distributed.process_group import unbroken
 
 aten = torch.ops.aten
 

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from wan.distributed.runtime import Runtime
+from wan.distributed.launch import Runtime
 
 
 def init_distributed_group() -> None:

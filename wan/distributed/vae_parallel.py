@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.distributed.mesh import Mesh
-from wan.distributed.sequence import all_gather
+from wan.distributed.ulysses import all_gather
 from wan.modules.vae import WanVAE, waiting_room
 from wan.modules.vae_coders import Region
 
@@ -58,7 +58,7 @@ class SplitVAE:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on the first rank; the others give none.
 
         tiles: rows and columns into which each rank divides its region, see `WanVAE.decode`. Every rank must run the
-        iterator, in `Team.agree`: one that fails, or a first rank that stops early, is missed in the next exchange.
+        iterator, in `Team.all_or_none`: a rank that fails, or stops early, is missed in the next exchange.
         """
         height, width = latent.shape[-2:]
         regions = divide(height, width, self.size)

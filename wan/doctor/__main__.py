@@ -16,19 +16,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 
-from wan.utils.needs import need_packages
+from wan.utils.requirements import need_packages
 
 if __name__ == "__main__":
     need_packages()
 
 import torch
 
-from lightning.words import Parser, complain
 from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
 from wan.doctor.rates import rate_checks
+from wan.utils.argument_parser import Parser, complain
 from wan.utils.errors import InputError
 from wan.utils.progress import columns_of
 

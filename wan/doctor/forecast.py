@@ -1,7 +1,7 @@
 """What to expect: for each task and size that was trained, what fits, how the weights are held, and seconds.
 
-All seconds are estimates (`wan.expected`) by the rates that were measured on this machine a moment ago, which are kept
-for the plans of later runs.
+Seconds are estimates (`wan.planning.time_estimate`) from the rates just measured on this machine, which are kept for
+the plans of later runs.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, cast
 import torch
 
 from lightning.releases import RELEASES
-from wan.configs import WAN_CONFIGS
-from wan.device import host_bytes
+from wan.checkpoints.checkpoint import Checkpoint
+from wan.cli.checks import Check
+from wan.cli.options import Request
+from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.counts import released_text_encoder, released_transformer, released_vae
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
-from wan.expected import NEEDED, keep_rates, seconds
-from wan.loading.budget import Budget, free_bytes
-from wan.loading.checkpoint import Checkpoint
-from wan.plan import Plan
-from wan.request.checks import Check
-from wan.request.options import Request
-from wan.request.settings import Weights
-from wan.request.weights import choose_sampling
+from wan.jobs.job import Weights
+from wan.jobs.weights import choose_sampling
+from wan.modules.released import released_text_encoder, released_transformer, released_vae
+from wan.offload.budget import Budget, free_bytes
+from wan.planning.device import host_bytes
+from wan.planning.plan import Plan
+from wan.planning.time_estimate import NEEDED, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.progress import duration, quantity
 
@@ -83,7 +83,7 @@ def forecast(machine: Machine) -> Outcome:
     room = free_bytes(machine.device) if machine.device.type == "cuda" else host_bytes()
     estimates = [
         estimate
-        for task in WAN_CONFIGS
+        for task in TASKS
         for distilled in ([True, False] if _is_distilled(task) else [False])
         for estimate in _of_task(task, distilled, room, machine)
     ]
@@ -140,7 +140,7 @@ def _of_task(task: str, distilled: bool, room: int, machine: Machine) -> list[Es
 
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
     """The plan of the task's released checkpoint, which need not be here; `distilled` with few-step weights."""
-    config, device, dtype = WAN_CONFIGS[task], machine.device, machine.usual
+    config, device, dtype = TASKS[task], machine.device, machine.usual
     request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
     checkpoint = Checkpoint(nowhere, task, config)
     no_store = cast(Any, None)  # nothing is read

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import wan
-from wan.device import compute_device, host_bytes
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
 from wan.doctor.measure import interleaved
-from wan.expected import EXCHANGE
+from wan.media.video import check_encoder, ffmpeg
+from wan.planning.device import compute_device, host_bytes
+from wan.planning.time_estimate import EXCHANGE
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
-from wan.utils.video import check_encoder, ffmpeg
 
 EXCHANGE_SECONDS = 90.0
 DISTRIBUTION = "wan-lightning"

@@ -5,7 +5,6 @@ Shapes: L tokens, N heads, d head width; O, I rows and columns of a weight, R ra
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Iterator
@@ -23,14 +22,14 @@ from torch import Tensor
 import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
-from wan.configs import WAN_CONFIGS
+from wan.configs import TASKS
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, within
 from wan.doctor.measure import relative_error, rms_error
+from wan.jobs.job import Sampling
+from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
-from wan.original import Original
-from wan.request.settings import Sampling
-from wan.utils.images import video_size
+from wan.original_api import Original
 from wan.utils.progress import quantity
 
 CLASSES = {"t2v-A14B": "WanT2V", "i2v-A14B": "WanI2V", "ti2v-5B": "WanTI2V"}
@@ -215,8 +214,7 @@ def vae_tf32(case: dict[str, Any], machine: Machine) -> Outcome:
 def open_task(case: dict[str, Any], dtype: torch.dtype, machine: Machine, **how: Any) -> Original:
     """The case's public class on the device, its small checkpoint opened."""
     task, tiny = case["task"], machine.root / "examples" / "tiny"
-    config = copy.deepcopy(WAN_CONFIGS[task])
-    config.param_dtype = config.t5_dtype = dtype
+    config = replace(TASKS[task], param_dtype=dtype, t5_dtype=dtype)
     lora = tiny / LORAS[task] if case["lora"] else None
     build = getattr(wan, CLASSES[task])
     opened: Original = build(

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from wan.doctor.counts import VAES, on_meta
 from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome
 from wan.doctor.measure import interleaved
-from wan.expected import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE
-from wan.loading.budget import free_bytes
 from wan.modules.attention import BACKENDS, choose
+from wan.modules.released import VAES, on_meta
 from wan.modules.vae import WanVAE
-from wan.operations import decode_operations
+from wan.offload.budget import free_bytes
+from wan.planning.flops import decode_operations
+from wan.planning.time_estimate import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE
 from wan.utils.progress import quantity
 
 REPEATS = 3
@@ -54,7 +54,7 @@ def attention(machine: Machine) -> Outcome:
 
 def vae(machine: Machine) -> Outcome:
     """A decode by Wan2.1's VAE at its released width, with random weights."""
-    kind, shape = VAES["2.1"], (16, 3, 8, 8)
+    kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
     elif machine.device.type == "cuda":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning.errors import InputError, one_line
+from wan.utils.errors import InputError, one_line
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from wan.modules.attention import Attend, sdpa
+from wan.modules.context import Prompt
 from wan.modules.fp8 import shared
-from wan.modules.passes import EAGER
-from wan.modules.prompt import Prompt
+from wan.modules.fused import EAGER
 
 # (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning.fp8 import FP8, quantise
-from wan.modules.passes import EAGER
+from wan.modules.fused import EAGER
+from wan.modules.quantize import FP8, quantise
 
 ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such

@@ -2,7 +2,7 @@
 
 Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned),
 F, H, W token grid, C latent channels. There is no batch axis: of a guided step's two passes one follows the other,
-through the whole network or, where weights are brought when they are used, through each block (`Residency.together`).
+through the whole network or, where weights are streamed, through each block (`Residency.batch_guidance`).
 
 Precision follows the parameters: a linear layer runs in the dtype of its bias, the residual stream, the norms'
 statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
@@ -24,13 +24,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning.names import PATCH, takes_fp8
+from wan.configs.precision import takes_fp8
+from wan.configs.task import PATCH
 from wan.modules.attention import Attend
 from wan.modules.block import Attention, Block, Spans, spans_of
+from wan.modules.context import Prompt
 from wan.modules.fp8 import Fp8Linear
-from wan.modules.passes import EAGER, Passes
-from wan.modules.prompt import Prompt
-from wan.modules.residency import Residency
+from wan.modules.fused import EAGER, Passes
+from wan.modules.hooks import Residency, TokenSplit
 from wan.modules.rope import rotary_table
 
 ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps of all tokens, at 480p too
@@ -82,7 +83,7 @@ class WanModel(nn.Module):
         """
         if isinstance(prompt, Prompt):
             return self._velocities(latent, timestep, [prompt], pinned_frames)[0]
-        groups = [prompt] if self.residency.together else [[each] for each in prompt]
+        groups = [prompt] if self.residency.batch_guidance else [[each] for each in prompt]
         return torch.stack([v for group in groups for v in self._velocities(latent, timestep, group, pinned_frames)])
 
     def _velocities(
@@ -171,22 +172,6 @@ class Head(nn.Module):
             self.passes.norm(x[span], 1 + scale[row], shift[row], self.eps, y)
             out[span] = self.head(y)
         return out
-
-
-class TokenSplit:
-    """How the tokens are divided over ranks. The plain case: one rank has them all."""
-
-    def span(self, total: int) -> tuple[int, int]:
-        """First token and end of this rank's share of `total` tokens; the end may lie beyond: padding."""
-        return 0, total
-
-    def shard(self, x: Tensor) -> Tensor:
-        """[total, ...] on every rank -> this rank's share."""
-        return x
-
-    def gather(self, x: Tensor, total: int) -> Tensor:
-        """Inverse of `shard`, padding dropped, on every rank."""
-        return x
 
 
 def sinusoid(times: Sequence[float], width: int) -> Tensor:

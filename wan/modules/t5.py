@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from wan.modules.residency import Residency
+from wan.modules.hooks import Residency
 
 BUCKETS = 32
 MAX_DISTANCE = 128

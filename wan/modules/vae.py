@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning.latents import LATENT_MEAN, LATENT_STD
+from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.modules.causal_conv import ClipState, convolve
 from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
 

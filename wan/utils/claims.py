@@ -24,9 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning.json_input import parse_json
 from wan.utils import files
 from wan.utils.errors import JobError
+from wan.utils.strict_json import parse_json
 
 BEAT_SECONDS = 30.0
 ATTEMPTS = 100

@@ -1,0 +1,141 @@
+"""The words that choose LoRAs, for `generate.py` and `bake` alike: which file goes onto which expert, and how strongly.
+
+--lora PATH[:S]           a file or PEFT folder, for every expert or the one that its name says;
+                          a release folder: each expert gets its file
+--lora EXPERT=PATH[:S]    for one expert: high, low, or model where a task has only one
+--lora_dir DIR            a release folder, with --lora_strength HIGH[,LOW]
+
+PATH and DIR may be places on the hub: owner/name[@revision]/folder/file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning.lora import expert_of, files_of
+from lightning.peft_settings import PEFT_CONFIG, PEFT_WEIGHTS
+from lightning.releases import recognise
+from wan.checkpoints.hub import located
+from wan.utils.argument_parser import outside, pair, real
+from wan.utils.errors import InputError
+
+WEAKEST, STRONGEST = -10.0, 10.0
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """One LoRA file for one expert ("high", "low" or "model"), at a strength."""
+
+    expert: str
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass
+class Choices:
+    """What the words mean; problems and warnings are sentences about them."""
+
+    loras: list[LoraChoice] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def choose_loras(
+    experts: Collection[str], lora_dir: str | None = None, lora_strength: str | None = None, loras: Sequence[str] = ()
+) -> Choices:
+    """The LoRAs in the order given, those of `lora_dir` first. Files are looked for, but not opened."""
+    out = Choices()
+    if lora_dir is not None:
+        high, low = _strengths(lora_strength, experts, out.problems)
+        files = _files_of(lora_dir, experts, "--lora_dir", out.problems)
+        out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
+    elif lora_strength is not None:
+        out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
+    for text in loras:
+        _add_lora(out, text, experts)
+    return out
+
+
+def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
+    match = re.fullmatch(r"(?:(high|low|model)=)?(.+)", text, re.DOTALL)
+    if not match:
+        out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
+        return
+    expert, (name, strength) = match[1], split_strength(match[2])
+    strength = _within_range(f"--lora {text}: strength", strength, out.problems)
+    if expert and expert not in experts:
+        out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+        return
+    try:
+        path = located("--lora", name)
+    except InputError as e:
+        out.problems += e.problems
+        return
+    if not os.path.exists(path):
+        among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
+        out.problems.append(f"--lora {path}: no such file{among}")
+        return
+    if path.is_dir() and not (path / PEFT_CONFIG).is_file():
+        files = _files_of(str(path), [expert] if expert else experts, "--lora", out.problems)
+        out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
+        return
+    named = expert_of((path.absolute().parent if path.name == PEFT_WEIGHTS else path).name)
+    if not expert and named in experts:
+        out.warnings.append(
+            f"--lora {path} goes to the {named}-noise expert only, as its name says; "
+            "write high=PATH and low=PATH to choose yourself"
+        )
+    chosen = expert or (named if named in experts else None)
+    out.loras += [LoraChoice(one, path, strength) for one in experts if chosen in (None, one)]
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Cuts off `:STRENGTH`; a drive letter's colon, or one that is part of an existing name, stays."""
+    path, colon, tail = text.rpartition(":")
+    strength = real(tail)
+    if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
+        path, strength = text, 1.0
+    return os.path.expanduser(path), strength
+
+
+def _strengths(given: str | None, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
+    """(high, low) of `HIGH[,LOW]`."""
+    try:
+        numbers = pair("--lora_strength", given or "1")
+    except InputError as e:
+        problems += e.problems
+        return 1.0, 1.0
+    if len(experts) == 1 and numbers[0] != numbers[1]:
+        problems.append(f"--lora_strength {given}: one model takes one number, not HIGH,LOW")
+    high, low = (_within_range("--lora_strength", number, problems) for number in numbers)
+    return high, low
+
+
+def _within_range(what: str, strength: float, problems: list[str]) -> float:
+    problem = outside(what, strength, WEAKEST, STRONGEST)
+    if problem is None:
+        return strength
+    if problem not in problems:
+        problems.append(problem)
+    return 1.0
+
+
+def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
+    try:
+        return files_of(located(flag, folder), experts, flag)
+    except InputError as e:
+        problems += [f"{problem}{_where_to_get(folder)}" for problem in e.problems]
+        return {}
+
+
+def _where_to_get(folder: str) -> str:
+    """How a release that is named as in its repository's download, and is not there, comes there."""
+    release = None if os.path.exists(folder) else recognise(Path(folder))
+    local = release.source.rpartition("/")[2] if release else ""
+    if release is None or not folder.startswith(f"{local}/"):
+        return ""
+    return f"; get it with: hf download {release.source} --local-dir {local}"

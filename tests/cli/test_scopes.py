@@ -1,0 +1,178 @@
+"""Every option says what it has a say in, and --resume goes by it: equal videos are found, others are not."""
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.support import TINY, checkpoint, lora_dir
+from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate
+from wan.jobs.replay import earlier_seed
+from wan.jobs.resolve import resolve
+from wan.planning.build import make_plan
+from wan.planning.plan import Plan
+from wan.runner.record import plain
+
+FOLDER = str(lora_dir("i2v-A14B"))
+USUAL = {
+    "task": "i2v-A14B", "ckpt_dir": str(checkpoint("i2v-A14B")), "lora_dir": FOLDER, "prompt": "a cat",
+    "image": str(TINY / "input.png"), "size": "64*64", "frame_num": 9, "base_seed": 3, "save_dir": "absent",
+    "device": "cpu",
+}  # fmt: skip
+# What changes the video: for each option a value other than the usual one, with what it needs beside it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "task": {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))},
+    "prompt": {"prompt": "a dog"},
+    "image": {"image": "other.png"},
+    "last_image": {"last_image": "other.png"},
+    "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
+    "image_path_file": {"image": None, "image_path_file": "images.txt"},
+    "negative_prompt": {"negative_prompt": "bad"},
+    "size": {"size": "96*96"},
+    "frame_num": {"frame_num": 13},
+    "seconds": {"frame_num": None, "seconds": 1.0},
+    "base_seed": {"base_seed": 4},
+    "ckpt_dir": {"ckpt_dir": "other"},
+    "lora_dir": {"lora_dir": None, "sample_steps": 4},
+    "lora_strength": {"lora_strength": "0.5"},
+    "lora": {"lora": (f"{FOLDER}:0.5",)},
+    "lora_alpha": {"lora_alpha": 3.0},
+    "lora_mode": {"lora_mode": "adapter"},
+    "expert": {"expert": ("high=expert.safetensors",)},
+    "vae": {"vae": "vae.pth"},
+    "text_encoder": {"text_encoder": "t5.pth"},
+    "tokenizer": {"tokenizer": "tokens"},
+    "preset": {"preset": "i2v-seko-v1", "lora_dir": None},
+    "sample_solver": {"sample_solver": "unipc"},
+    "sample_steps": {"sample_steps": 5},
+    "sample_shift": {"sample_shift": 3.0},
+    "sample_guide_scale": {"sample_guide_scale": "2"},
+    "timesteps": {"timesteps": "1000,500"},
+    "high_steps": {"high_steps": 1},
+    "noise_device": {},  # the CPU's noise is the CPU's noise
+    "device": {},  # there is one device here
+    "dtype": {"dtype": "bf16"},
+    "quantize": {"quantize": "fp8"},
+    "attention": {"attention": "sdpa"},
+    "vae_dtype": {"vae_dtype": "bf16"},
+    "convert_model_dtype": {"convert_model_dtype": True},
+}
+NEEDS_A_MODEL = {name for name, row in OPTIONS.items() if row.group == EXTENSION and row.scope is VIDEO}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that `OTHERS` names; no test writes into those."""
+    folder, source = tmp_path_factory.mktemp("files"), checkpoint("i2v-A14B")
+    Image.new("RGB", (64, 64), "red").save(folder / "other.png")
+    (folder / "prompts.txt").write_text("a bird")
+    (folder / "images.txt").write_text("other.png")
+    (folder / "other").mkdir()
+    for path in source.iterdir():
+        (folder / "other" / path.name).symlink_to(path)
+    for name, file in (("vae.pth", "Wan2.1_VAE.pth"), ("t5.pth", "models_t5_umt5-xxl-enc-bf16.pth")):
+        state = torch.load(source / file)
+        torch.save({key: tensor * 2 for key, tensor in state.items()}, folder / name)
+    (folder / "tokens").mkdir()
+    text = (source / "google" / "umt5-xxl" / "tokenizer.json").read_text()
+    (folder / "tokens" / "tokenizer.json").write_text(text + "\n")
+    low = source / "low_noise_model"
+    (folder / "other" / "low_noise_model").unlink()
+    (folder / "other" / "low_noise_model").symlink_to(source / "high_noise_model")
+    whole_file(low, folder / "expert.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for file in files.iterdir():
+        Path(file.name).symlink_to(file)
+
+
+def whole_file(folder: Path, target: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}, target)
+
+
+def plan(**changes: Any) -> Plan:
+    given = {name: value for name, value in {**USUAL, **changes}.items() if value is not None}
+    outcome = resolve(given)
+    assert isinstance(outcome, Generate)
+    return make_plan(outcome, Runtime())
+
+
+def meaning(made: Plan) -> dict[str, Any]:
+    return json.loads(json.dumps(plain(made.meaning(made.jobs[0]))))
+
+
+@cache
+def usual_plan() -> Plan:
+    return plan()
+
+
+@cache
+def usual() -> dict[str, Any]:
+    return meaning(usual_plan())
+
+
+def test_every_option_has_a_scope_and_every_video_option_an_example_here() -> None:
+    assert all(isinstance(row.scope, Scope) for row in OPTIONS.values())
+    assert {name for name, row in OPTIONS.items() if row.scope is VIDEO} == OTHERS.keys() | NEEDS_A_MODEL
+    assert all(row.into in ("", *OPTIONS) and set(row.displaces) <= OPTIONS.keys() for row in OPTIONS.values())
+
+
+@pytest.mark.parametrize("name", [name for name, change in OTHERS.items() if change])
+def test_what_changes_the_video_is_told_apart(name: str) -> None:
+    assert meaning(plan(**OTHERS[name])) != usual()
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIONS.items() if row.scope is not VIDEO])
+def test_what_does_not_change_the_video_is_not(name: str) -> None:
+    row, made = OPTIONS[name], usual_plan()
+    other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
+    changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: other}))
+    assert meaning(changed) == usual()
+
+
+def test_it_is_the_meaning_that_counts(tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(USUAL["ckpt_dir"])
+    for change in (
+        {"noise_device": "cpu"},
+        {"dtype": "fp32"},
+        {"ckpt_dir": "linked"},
+        {"sample_steps": 4},
+        {"frame_num": None, "seconds": 0.5},
+        {"prompt": None, "prompt_file": "cat.txt"},
+        {"lora_dir": None, "lora": (FOLDER,), "sample_steps": 4, "sample_solver": "euler", "sample_guide_scale": "1"},
+    ):
+        Path("cat.txt").write_text("a cat")
+        assert meaning(plan(**change)) == usual(), change
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIONS.items() if row.scope is not VIDEO])
+def test_a_drawn_seed_is_found_again_after_a_change_of(name: str) -> None:
+    drawn = Request(**{**USUAL, "save_dir": ".", "resume": True, "base_seed": 77})
+    Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
+    row, free = OPTIONS[name], dataclasses.replace(drawn, base_seed=-1)
+    other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
+    if name != "save_dir":
+        free = dataclasses.replace(free, **{name: other})
+    assert earlier_seed(free) == 77
+
+
+def test_a_drawn_seed_is_not_found_for_other_videos() -> None:
+    drawn = Request(**{**USUAL, "save_dir": ".", "resume": True, "base_seed": 77})
+    Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
+    for name, change in OTHERS.items():
+        if change and name not in ("base_seed", "dtype", "attention"):
+            assert earlier_seed(dataclasses.replace(drawn, base_seed=-1, **change)) is None, name

@@ -1,0 +1,177 @@
+"""Prompt files: what is data and no prompt, what cannot be text, and what stays apart."""
+
+from pathlib import Path
+
+import pytest
+
+from wan.cli.checks import MOST_SHOWN, Check
+from wan.jobs.prompt_files import (
+    Row,
+    beside,
+    expanded,
+    output_name,
+    read_paths,
+    read_rows,
+    slug,
+    text_problem,
+    write_rows,
+)
+from wan.utils.errors import InputError
+from wan.utils.files import longest_name
+
+
+def rows_of(path: Path, content: str | bytes) -> tuple[list[Row], list[str]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    problems: list[str] = []
+    return read_rows(path, problems)[0], problems
+
+
+def problem(path: Path, content: str | bytes) -> str:
+    _, (found,) = rows_of(path, content)
+    assert "\n" not in found
+    assert len(found) < 600
+    return found
+
+
+@pytest.mark.parametrize("end", [".tsv", ".yaml", ".yml", ".xlsx", ".md", ".mp4"])
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, end: str) -> None:
+    found = problem(tmp_path / f"p{end}", "prompt\tseed\na cat\t1\n")
+    assert f"is a .txt (a prompt a line), .jsonl or .csv (rows), not {end}" in found
+
+
+def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:
+    assert [row.prompt for row in rows_of(tmp_path / "prompts", "a cat\n")[0]] == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('a cat\n{"prompt": "a dog", "seed": 3}\n', "holds JSON, not a prompt a line; name it .jsonl"),
+        ('["a cat", "a dog"]\n', "holds JSON"),
+        ('[{"prompt": "a dog"}]', "holds JSON"),
+        ("prompt,seed\na cat,3\n", "a table with the columns prompt, seed, not with a prompt; name it .csv"),
+        ("image\tprompt\na.png\ta cat\n", "a table with the columns image, prompt"),
+        ("prompts:\n  - prompt: a cat\n    seed: 3\n", "holds YAML, not a prompt a line"),
+    ],
+)
+def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentence: str) -> None:
+    assert sentence in problem(tmp_path / "p.txt", content)
+
+
+@pytest.mark.parametrize(("sign", "called"), [(";", "semicolons"), ("\t", "tabs")])
+def test_columns_without_commas(tmp_path: Path, sign: str, called: str) -> None:
+    content = f"prompt{sign}seed\na cat{sign}3\n"
+    assert f"the columns prompt, seed have {called} between; use commas" in problem(tmp_path / "p.csv", content)
+
+
+ALMOST_DATA = ["{a red | a blue} cat", "[close-up] a cat", "[1]", '"quoted"', "prompt", "a prompt, a seed", "{", "3"]
+
+
+@pytest.mark.parametrize("line", [*ALMOST_DATA, "[" * 5000])
+def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None:
+    rows, problems = rows_of(tmp_path / "p.txt", f"{line}\n")
+    assert ([row.prompt for row in rows], problems) == ([line], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("p.txt", b"good\na\0b\n", "p.txt line 2: the prompt file holds a NUL"),
+        ("p.txt", "text".encode("utf-16-le"), "p.txt line 1: the prompt file holds a NUL"),
+        ("p.csv", b"prompt\na\0b\n", "p.csv line 2: the prompt file holds a NUL"),
+        ("p.jsonl", '{"prompt": "a\\u0000b"}', "p.jsonl line 1: 'prompt' holds a NUL character"),
+        ("p.jsonl", '{"prompt": "half \\ud83d"}', "p.jsonl line 1: 'prompt' is not valid Unicode text at character 6"),
+        ("p.jsonl", '{"prompt": "a", "save_file": "\\udce9.mp4"}', "'save_file' is not valid Unicode"),
+        ("p.jsonl", '{"prompt": "a", "image": ""}', "p.jsonl line 1: 'image' is empty; leave it out"),
+        ("p.jsonl", '{"prompt": "a", "save_file": " "}', "'save_file' is empty"),
+        ("p.jsonl", "[" * 100_000, "p.jsonl line 1: not valid JSON (nested too deeply)"),
+        ("p.jsonl", '{"prompt": ' * 20_000, "not valid JSON (nested too deeply)"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 5000 + "}", "not valid JSON (a number of thousands of digits)"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 4000 + "}", "'seed' must be a whole number, not 7777"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1e999}', "'seed' must be a whole number, not inf"),
+        ("p.jsonl", '{"prompt": "a", "seed": NaN}', "not valid JSON (NaN is not a number of JSON)"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "not valid JSON (the key 'prompt' stands twice)"),
+        ("p.jsonl", '{"prompt": "a", "' + "k" * 9000 + '": 1}', "unknown key 'kkkk"),
+        ("p.csv", "prompt,seed\na," + "7" * 5000 + "\n", "'seed' must be a whole number, not '777"),
+        ("p.csv", "prompt,seed\na,٣\n", "'seed' must be a whole number"),
+        ("p.csv", "prompt\n" + "a" * 200_000, "p.csv line 2: not valid CSV (field larger"),
+    ],
+)
+def test_what_cannot_be_a_row(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
+    assert sentence in problem(tmp_path / name, content)
+
+
+def test_no_file_makes_it_wait(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    for path in (tmp_path / "folder.txt", Path("/dev/zero")):
+        problems: list[str] = []
+        assert read_rows(path, problems) == ([], 0)
+        assert problems == [f"{path}: the prompt file cannot be read, it is no regular file"]
+        assert read_paths(path, problems) == []
+
+
+@pytest.mark.parametrize("name", ["a\0b.txt", "n" * 300 + ".txt"])
+def test_names_that_cannot_be_files(tmp_path: Path, name: str) -> None:
+    problems: list[str] = []
+    assert read_rows(tmp_path / name, problems) == ([], 0)
+    assert len(problems) == 1
+    assert "cannot be read" in problems[0]
+    assert beside(tmp_path / "p.jsonl", name) == Path(name)
+
+
+def test_an_unknown_user_is_no_crash() -> None:
+    assert expanded("~no-such-user-here/a.png") == Path("~no-such-user-here/a.png")
+    assert expanded("~") == Path.home()
+
+
+def test_an_empty_negative_prompt_is_not_an_absent_one(tmp_path: Path) -> None:
+    rows, _ = rows_of(
+        tmp_path / "p.jsonl", '{"prompt": "a", "negative_prompt": ""}\n{"prompt": "b", "negative_prompt": null}'
+    )
+    assert [row.negative_prompt for row in rows] == ["", None]
+    write_rows(tmp_path / "o.jsonl", rows)
+    assert [row.negative_prompt for row in read_rows(tmp_path / "o.jsonl", [])[0]] == ["", None]
+    rows, _ = rows_of(tmp_path / "p.csv", "prompt,negative_prompt\na,\n")
+    assert rows[0].negative_prompt is None
+
+
+def test_texts() -> None:
+    assert text_problem("猫 \U0001f600") is None
+    assert "NUL" in (text_problem("a\0") or "")
+    assert "at character 4" in (text_problem(b"caf\xe9".decode("utf-8", "surrogateescape")) or "")
+
+
+def test_every_default_name_can_be_written() -> None:
+    """Letters of four bytes, the largest index and seed: with what is added, within 255 bytes."""
+    assert len(slug("\U00020000" * 60).encode()) <= 150
+    assert slug("猫" * 60) == "猫" * 50
+    for letter in ("a", "猫", "\U00020000"):
+        name = output_name("t2v-A14B", 99_999, 2**63 - 1, letter * 80)
+        assert len(longest_name(Path(name)).encode()) <= 255
+    assert slug("half \ud83d") == "half"
+
+
+def test_a_hundred_thousand_bad_rows_are_not_a_hundred_thousand_lines(tmp_path: Path) -> None:
+    check = Check()
+    (tmp_path / "p.jsonl").write_text("x\n" * 100_000)
+    read_rows(tmp_path / "p.jsonl", check.problems)
+    with pytest.raises(InputError) as raised:
+        check.stop()
+    assert len(raised.value.problems) == MOST_SHOWN + 1
+    assert raised.value.problems[-1] == "and 99,950 more problems"
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**4000, float("inf")])
+def test_numbers_of_any_length_are_one_line(number: float) -> None:
+    check = Check()
+    assert check.number("--base_seed", number, 5, 0, 2**63 - 1) == 5
+    if isinstance(number, int):
+        check.frames("frame_num", number)
+    assert all(len(sentence) < 200 for sentence in check.problems)
+    assert len(check.problems) == (2 if isinstance(number, int) else 1)
+
+
+def test_digits_grouped_as_in_python_are_no_number() -> None:
+    check = Check()
+    check.pair("--sample_guide_scale", "1_0", (3.0, 4.0), 0, 100)
+    assert check.problems == ["--sample_guide_scale takes one number or two with a comma between, not '1_0'"]

@@ -1,0 +1,119 @@
+"""What `--device` answers where a GPU cannot be used, whatever words PyTorch has for it; how much of a GPU is used."""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from tests.cli.test_command_line import SMALL, T2V
+from wan.distributed.launch import Runtime
+from wan.jobs.resolve import resolve
+from wan.planning import build
+from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.utils.errors import InputError
+
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver"
+NO_GPU = "No CUDA GPUs are available"
+CPU_BUILD = "Torch not compiled with CUDA enabled"
+UNKNOWN = "CUDA unknown error - this may be due to an incorrectly set up environment"
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch refuses CUDA with these words; whether there is NVIDIA's file of a driver."""
+
+    def refuse(words: str, driver: bool = False) -> None:
+        def raising() -> NoReturn:
+            raise AssertionError(words) if words == CPU_BUILD else RuntimeError(words)
+
+        def available() -> bool:
+            warnings.warn(f"CUDA initialization: {words}", stacklevel=2)
+            return False
+
+        monkeypatch.setattr(torch.cuda, "is_available", available)
+        monkeypatch.setattr(torch.cuda, "init", raising)
+        monkeypatch.setattr(Path, "exists", lambda path: driver and str(path) == "/proc/driver/nvidia/version")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return refuse
+
+
+def refusal(name: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's warning beside the sentence would say it twice
+        with pytest.raises(InputError) as error:
+            compute_device(name)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("words", [NO_DRIVER, NO_GPU, CPU_BUILD])
+def test_where_nothing_is_there_auto_is_the_cpu(words: str, refusing: Any) -> None:
+    refusing(words)
+    assert compute_device("auto") == torch.device("cpu")
+    assert refusal("cuda") == f"--device cuda: there is no such device here ({words}); usable: auto, cpu"
+
+
+@pytest.mark.parametrize(("words", "driver"), [(TOO_OLD, False), (UNKNOWN, False), (CPU_BUILD, True), (NO_GPU, True)])
+def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(words: str, driver: bool, refusing: Any) -> None:
+    """Not even where there is no file of the driver (WSL) and only PyTorch's words tell of it."""
+    refusing(words, driver)
+    said = refusal("auto")
+    assert said.startswith("this machine has an NVIDIA driver, but PyTorch cannot use a GPU: ")
+    assert said.endswith("; mend that, or give --device cpu (slow)")
+    assert compute_device("cpu") == torch.device("cpu")
+
+
+def test_a_driver_that_is_too_old_is_told_with_what_is_needed(refusing: Any) -> None:
+    refusing(TOO_OLD)
+    assert "too old for this PyTorch, made for CUDA 13.0, which needs driver 580 or newer: update it" in refusal("cuda")
+
+
+def test_hidden_gpus_are_told(refusing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(NO_GPU)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert f"({NO_GPU}; CUDA_VISIBLE_DEVICES is '')" in refusal("cuda")
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy"])
+def test_a_gpu_without_room_for_a_context_is_told(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> NoReturn:
+        raise RuntimeError(f"{words}\nCUDA kernel errors might be asynchronously reported")
+
+    for name, answer in (("is_available", True), ("device_count", 1), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    assert refusal("cuda") == f"--device cuda: the GPU cannot be used: {words}"
+
+
+def test_a_limit_ends_with_the_plan_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's limit is the process's: a second pipeline without `vram` must not fail by the first one's."""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: limits.append(fraction))
+    monkeypatch.setattr("wan.planning.device.free_bytes", lambda _: int(70e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(80e9)))
+    assert (limit_memory(GPU, 8.0), limits[-1]) == (int(8e9), 0.1)
+    assert (limit_memory(GPU, None), limits[-1]) == (int(70e9), 1.0)
+    assert (limit_memory(GPU, 75.0), limits[-1]) == (int(70e9), 1.0)
+
+
+def test_what_other_processes_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(2e9))
+    for free, told in ((1e9, "; other processes hold 77.0 GB of it (nvidia-smi names them)"), (77.5e9, "")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(80e9)))
+        assert held_by_others(GPU) == told
+    assert held_by_others(torch.device("cpu")) == ""
+
+
+def test_a_full_gpu_is_told_with_who_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "limit_memory", lambda *_: 1000)
+    monkeypatch.setattr(build, "held_by_others", lambda _: "; other processes hold it")
+    words = [word.removeprefix("--") for word in (*T2V, *SMALL)]
+    request = dict(zip(words[::2], words[1::2], strict=True)) | {"frame_num": 5, "dry_run": True}
+    with pytest.raises(InputError, match=r"0\.0 GB are free: use .*; other processes hold it$"):
+        build.make_plan(resolve(request), Runtime())

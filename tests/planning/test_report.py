@@ -1,0 +1,99 @@
+"""What a plan says of memory, time and jobs, on the command line's dry run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from tests.support import checkpoint, lora_dir
+from wan.planning import report, time_estimate
+from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates, kept_rates
+from wan.utils.files import cache_folder
+
+CPU = torch.device("cpu")
+RATES = {MATMUL: 1e9, ATTENTION: 1e9, VAE: 1e9, DISK: 1e9}
+PROMPT = f"a  cat\nthat {'sits ' * 30}"
+T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
+       "--frame_num", "5", "--device", "cpu", "--base_seed", "1", "--prompt", PROMPT]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert generate.main([*T2V, *words, "--dry_run"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def line(lines: list[str], begin: str) -> str:
+    (found,) = [each for each in lines if each.startswith(begin)]
+    return found
+
+
+def test_the_time_is_known_once_rates_were_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert line(plan(capsys), "expected time") == "expected time: unknown (python -m wan.doctor measures it)"
+    keep_rates(CPU, RATES)
+    one = line(plan(capsys), "expected time, by the rates that wan.doctor measured here: ")
+    assert [part.split()[0] for part in one.split(": ")[1].split(", ")] == ["text", "denoise", "decode"]
+    assert "3 videos" in line(plan(capsys, "--num_videos", "3"), "expected time, by")
+    keep_rates(CPU, RATES | {VAE: RATES[VAE] / 10})
+
+    def seconds(of: str) -> float:
+        return float(of.split("decode ")[1].split()[0])
+
+    assert seconds(line(plan(capsys), "expected time, by")) == pytest.approx(10 * seconds(one), rel=0.2)
+
+
+def test_rates_of_another_machine_or_in_pieces_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_rates(CPU, RATES)
+    assert kept_rates(CPU) == RATES
+    with monkeypatch.context() as patched:
+        patched.setattr(time_estimate.platform, "node", lambda: "another")
+        assert kept_rates(CPU) is None
+        keep_rates(CPU, {MATMUL: 1.0})
+        assert kept_rates(CPU) is None
+    assert kept_rates(CPU) == RATES
+    for damaged in ("{", "[]", json.dumps(dict.fromkeys(json.loads(_kept()), 5))):
+        (cache_folder() / "rates.json").write_text(damaged)
+        assert kept_rates(CPU) is None
+
+
+def _kept() -> str:
+    return (cache_folder() / "rates.json").read_text()
+
+
+def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = plan(capsys)
+    assert line(lines, "job 1: ").startswith("job 1: a cat that sits sits")
+    assert "...: 64x64, 5 frames" in line(lines, "job 1: ")
+    assert lines[-1] == "dry run: nothing was made"
+    lines = plan(capsys, "--num_videos", "40")
+    assert sum(each.startswith("job ") for each in lines) == report.MOST_JOBS_SHOWN
+    assert line(lines, "... and 28 more, the last one ")
+
+
+def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(T2V) == 0
+    capsys.readouterr()
+    lines = plan(capsys, "--num_videos", "2", "--resume")
+    assert line(lines, "job 1 (done): ")
+    assert line(lines, "job 2: ")
+    assert line(lines, "2 videos, of which 1 is done already")
+    assert "the video is done already" in plan(capsys, "--resume")
+    assert report._done_line(5, 5) == "all 5 videos are done already"
+
+
+def test_memory_of_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = plan(capsys)
+    assert re.search(r"available; peaks: denoise \d+ MB, decode [\d.]+ MB, text ", line(lines, "host memory "))
+    assert not [each for each in lines if "more than there is" in each]
+    assert line(lines, "disk: at most ")
+    monkeypatch.setattr(report, "host_bytes", lambda: 1000)
+    assert "--vram GB" in line(plan(capsys), "warning: that is more than there is")
+    assert line(plan(capsys, "--vram", "0.3"), "cpu 0.3 GB free: ")

@@ -1,0 +1,569 @@
+"""A batch from jobs to files, with a small network in the place of the models: what is saved, kept, skipped, said."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wan.runner.video_job
+from tests.distributed.ranks import launched
+from tests.support import checkpoint, lora_dir
+from wan.configs import TASKS
+from wan.distributed.launch import Runtime
+from wan.distributed.mesh import Mesh
+from wan.jobs.job import Generate, Job
+from wan.jobs.resolve import resolve
+from wan.media.video import VideoWriter, count_frames, read_record
+from wan.planning.build import make_plan
+from wan.planning.plan import Plan
+from wan.planning.report import as_dict
+from wan.runner.batch import decode_only, run_jobs
+from wan.runner.record import plain, read_latents
+from wan.utils.errors import InputError, JobError
+from wan.utils.files import Beside, latents_elsewhere, machine
+from wan.utils.progress import STAGE, Progress, quantity
+
+
+@cache
+def planned(**flags: Any) -> Plan:
+    """A real plan for the small checkpoint with a LoRA."""
+    given = {
+        "ckpt_dir": str(checkpoint("t2v-A14B")), "lora_dir": str(lora_dir("t2v-A14B")), "prompt": "one",
+        "size": "64*48", "frame_num": 13, "base_seed": 7, "save_dir": "absent", "device": "cpu",
+    }  # fmt: skip
+    given = {name: value for name, value in {**given, **flags}.items() if value is not None}
+    outcome = resolve(given)
+    assert isinstance(outcome, Generate)
+    return make_plan(outcome, Runtime())
+
+
+class Models(nn.Module):
+    """Follows wan.pipeline.Pipeline: text -> embedding, noise -> latent, latent -> frames in causal chunks."""
+
+    mesh = Mesh()
+    experts = None
+
+    def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.plan, self.progress = plan, progress
+        self.text = nn.Embedding(256, 4)
+        self.net = nn.Conv3d(4, 4, 1)
+        self.pixels = nn.ConvTranspose3d(4, 3, (1, 8, 8), stride=(1, 8, 8))
+        self.contexts: dict[str, Tensor] = {}
+        self.calls: list[str] = []
+        self.broken_steps: set[int] = set()  # jobs whose sampling fails
+        self.decode_errors: list[BaseException] = []  # one for each coming decode
+        self.poison = False
+
+    def texts(self, job: Job) -> list[str]:
+        return [job.prompt]
+
+    def encode(self, texts: Iterable[str]) -> None:
+        with self.progress.stage("text"), torch.no_grad():
+            self.contexts = {t: self.text(torch.tensor(list(t.encode()))).mean(0) for t in texts}
+        self.calls.append("encode")
+
+    def load_text_encoder(self) -> None:
+        assert self.text is not None
+
+    def release_text_encoder(self) -> None:
+        del self.text
+        self.calls.append("release")
+
+    def load_networks(self) -> None:
+        self.calls.append("load")
+
+    def load_vae(self) -> None:
+        self.calls.append("load VAE")
+
+    def sample_job(self, job: Job) -> Tensor:
+        self.calls.append(f"sample {job.index}")
+        if job.index in self.broken_steps:
+            raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
+        width, height = job.size
+        shape = (4, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
+        with self.progress.stage("denoise", total=2), torch.no_grad():
+            for _ in range(2):
+                latent = self.net(latent) + self.contexts[job.prompt][:, None, None, None]
+                self.progress.advance(1)
+        return latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
+        self.calls.append("decode tiled" if tiled else "decode")
+        for i, frame in enumerate(latent.split(1, dim=1)):
+            chunk = self.pixels(frame).repeat(1, 1 if i == 0 else 4, 1, 1).tanh()
+            if i == 2 and self.decode_errors:
+                raise self.decode_errors.pop(0)
+            if i == 1 and self.poison:
+                chunk[0, 1, 2, 3] = float("nan")
+            yield chunk
+
+    def info(self) -> dict[str, str]:
+        return {"device": "cpu", "dtype": "float32", "attention": "sdpa"}
+
+
+def make_run(folder: Path, prompts: Iterable[str] = ("one", "二", "three"), **changes: Any) -> Plan:
+    """The usual plan, its request with `changes`; a job for each prompt."""
+    plan = planned()
+    jobs = [
+        dataclasses.replace(
+            plan.jobs[0], index=i, prompt=prompt, original_prompt=prompt, negative_prompt="bad",
+            save_file=folder / f"{i}.mp4", source=f"prompts.txt line {i + 1}",
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    return dataclasses.replace(plan, jobs=tuple(jobs), request=dataclasses.replace(plan.request, **changes))
+
+
+class Outcome:
+    """One call of run_jobs: what it gave back, said, and asked of the models."""
+
+    def __init__(self, plan: Plan, **attributes: Any) -> None:
+        self.models: Models | None = None
+
+        def load(plan: Plan, progress: Progress, runtime: Runtime) -> Models:
+            self.models = Models(plan, progress, runtime)
+            for name, value in attributes.items():
+                setattr(self.models, name, value)
+            return self.models
+
+        stream = io.StringIO()
+        try:
+            self.failed = run_jobs(plan, Progress(stream=stream), load=load)
+        finally:
+            self.said = stream.getvalue()
+
+    @property
+    def calls(self) -> list[str]:
+        return self.models.calls if self.models else []
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_three_jobs(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "er"
+    outcome = Outcome(make_run(folder, preview=True, save_latents=True))
+    assert outcome.failed == 0
+    assert outcome.calls[:3] == ["encode", "release", "load"]
+    assert outcome.calls[3:] == [w for i in range(3) for w in (f"sample {i}", "decode")]
+    kinds = (".json", ".latents.safetensors", ".mp4", ".png")
+    assert names(folder) == [f"{i}{kind}" for i in range(3) for kind in kinds]
+    assert [count_frames(folder / f"{i}.mp4") for i in range(3)] == [13, 13, 13]
+    for stage in ("text", "denoise", "decode", "save", "other", "total", "peak memory: RAM"):
+        assert f"\n{stage}" in outcome.said
+    assert "3 saved" in outcome.said.splitlines()[-1]
+
+
+def test_the_record(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    Outcome(run)
+    record = read_record(tmp_path / "1.mp4")
+    assert read_record(tmp_path / "1.json") == record
+    assert record["schema"] == 2
+    assert record["request"] == run.request.recorded()
+    assert record["request"]["lora_dir"] == str(lora_dir("t2v-A14B").absolute())
+    assert record["meaning"] == json.loads(json.dumps(plain(run.meaning(run.jobs[1]))))
+    assert record["job"]["prompt"] == record["job"]["original_prompt"] == "二"
+    assert (record["job"]["seed"], record["job"]["negative_prompt"], record["meaning"]["image"]) == (7, "bad", None)
+    assert record["plan"] == json.loads(json.dumps({**as_dict(run), "jobs": as_dict(run)["jobs"][1:2]}))
+    assert record["pipeline"]["attention"] == "sdpa"
+    assert {"python", "torch", "diffusers", "wan-lightning", "imageio-ffmpeg"} <= set(record["versions"])
+    assert record["output"] == {"file": "1.mp4", "frames": 13, "width": 64, "height": 48, "fps": 16}
+    assert set(record["seconds"]) == {"text", "denoise", "decode"}
+    assert record["peak_memory_bytes"]["RAM"] > 1e6
+
+
+def test_seconds_are_of_this_video_and_of_what_all_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reading of the clock is one second later: equal jobs have equal times, however many went before."""
+    now = iter(range(10**6))
+    monkeypatch.setattr("wan.utils.progress.time.perf_counter", lambda: float(next(now)))
+    Outcome(make_run(tmp_path))
+    first, _, third = (read_record(tmp_path / f"{i}.mp4")["seconds"] for i in range(3))
+    assert first == third
+    assert first["text"] > 0
+
+
+def test_nothing_of_the_environment_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASH_API_KEY", "sk-secret-word")
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    for path in tmp_path.iterdir():
+        assert b"sk-secret-word" not in path.read_bytes()
+
+
+def test_a_failed_job_among_three(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path), broken_steps={1})
+    assert outcome.failed == 1
+    assert names(tmp_path) == ["0.json", "0.mp4", "2.json", "2.mp4"]
+    sentence = "prompts.txt line 2: step 2 (t=937.5, high noise): NaN in the latent"
+    assert outcome.said.count(sentence) == 2  # when it happens, and at the end
+    assert "2 saved, 1 failed" in outcome.said
+    assert "Traceback" not in outcome.said
+
+
+def test_on_error_stop(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, on_error="stop"), broken_steps={1})
+    assert outcome.failed == 1
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+    assert "1 saved, 1 failed, 1 not tried" in outcome.said
+
+
+def test_a_bug_keeps_its_traceback_and_the_latents(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path), decode_errors=[TypeError("a bug")])
+    assert outcome.failed == 1
+    assert "Traceback" in outcome.said
+    assert "failed: prompts.txt line 1: TypeError: a bug; the finished latents are kept" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors", "1.json", "1.mp4", "2.json", "2.mp4"]
+
+
+def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"]), poison=True)
+    assert outcome.failed == 1
+    assert "NaN or Inf in the decoded frames after frame 1" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_out_of_memory_says_what_was_expected(tmp_path: Path) -> None:
+    """On a device whose room is known: the plan's own figure for the stage beside PyTorch's words."""
+    plan = make_run(tmp_path, ["one"])
+    plan = dataclasses.replace(plan, room=10**9)
+    budget = plan.budget(plan.jobs[0].size, plan.jobs[0].frame_num, plan.prompts())
+    assert budget is not None
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nlong")
+    setattr(error, STAGE, "denoise")
+    assert wan.runner.video_job.reason(error, plan, plan.jobs[0]) == (
+        "out of memory on the device (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free) in denoise "
+        f"of 64x48, 13 frames; expected were {quantity(budget.peaks['denoise'], 'B')} of {quantity(budget.free, 'B')}; "
+        "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory"
+    )
+    with pytest.raises(RuntimeError) as of_the_host:
+        torch.empty(10**15)
+    assert "out of memory" in wan.runner.video_job.reason(of_the_host.value)
+
+
+def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_jobs(make_run(tmp_path, ["one"]), Progress(json=True), load=Models) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["total"] for event in events if event["event"] == "begin" and event["stage"] == "decode"] == [13]
+
+
+def test_a_batch_tells_what_is_left(tmp_path: Path) -> None:
+    said = Outcome(make_run(tmp_path)).said.splitlines()
+    videos = [line for line in said if line.startswith("video ")]
+    assert [line.endswith(" left for all)") for line in videos] == [False, True, True]
+
+
+def test_out_of_memory_is_retried_in_tiles(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"]), decode_errors=[torch.OutOfMemoryError("CUDA out of memory\nlong")])
+    assert outcome.failed == 0
+    assert outcome.calls[-2:] == ["decode", "decode tiled"]
+    assert "out of memory in decode: once more, in tiles" in outcome.said
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_out_of_memory_in_tiles_too(tmp_path: Path, tiling: bool) -> None:
+    errors = [torch.OutOfMemoryError("CUDA out of memory\nlong") for _ in range(2)]
+    outcome = Outcome(make_run(tmp_path, ["one"], vae_tiling=tiling), decode_errors=errors)
+    assert outcome.failed == 1
+    assert outcome.calls[3:] == ["sample 0", "decode", "decode tiled"]
+    assert "out of memory on the device (CUDA out of memory) in decode of 64x48, 13 frames; " in outcome.said
+    assert "; the finished latents are kept" in outcome.said
+    assert "--device cpu" in outcome.said
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_interrupted_in_decode(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Outcome(make_run(tmp_path), decode_errors=[KeyboardInterrupt()])
+    assert "the finished latents are kept" in caught.value.__notes__[0]
+    assert names(tmp_path) == ["0.latents.safetensors"]
+
+
+def test_the_command_finishes_the_job(tmp_path: Path) -> None:
+    """The latents of a failed job, decoded later, are the video the job would have made."""
+    whole, broken = tmp_path / "whole", tmp_path / "bro ken"
+    Outcome(make_run(whole, ["one"]))
+    run = make_run(broken, ["one"], dtype="fp32", overwrite=True)
+    said = Outcome(run, decode_errors=[OSError(28, "No space left on device")]).said
+    command = shlex.split(next(line for line in said.splitlines() if line.startswith("failed: ")).split("of them: ")[1])
+    latents = broken / "0.latents.safetensors"
+    assert command == [
+        "python", "generate.py", "--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")),
+        "--decode_latents", str(latents), "--save_file", str(broken / "0.mp4"), "--device", "cpu", "--dtype", "fp32",
+        "--overwrite",
+    ]  # fmt: skip
+    decode_only(run, latents, broken / "0.mp4", Progress(quiet=True), load=Models)
+    assert read_record(broken / "0.mp4")["meaning"] == read_record(whole / "0.mp4")["meaning"]
+    frames = [b"".join(raw_frames(folder / "0.mp4")) for folder in (whole, broken)]
+    assert frames[0] == frames[1]
+
+
+def test_decoding_kept_latents_sweeps_the_folder(tmp_path: Path) -> None:
+    """What a process that was killed in decode left goes when the video is made after all."""
+    run = make_run(tmp_path, ["one"], save_latents=True)
+    Outcome(run)
+    dead = tmp_path / f".x.mp4.{machine()}-999999999.encoding.part"
+    dead.write_bytes(b"half")
+    stream = io.StringIO()
+    decode_only(run, tmp_path / "0.latents.safetensors", tmp_path / "x.mp4", Progress(stream=stream), load=Models)
+    assert not dead.exists()
+    assert f"{tmp_path}: removed 1 file that runs which ended badly had left" in stream.getvalue()
+
+
+def raw_frames(path: Path) -> Iterator[bytes]:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(os.fspath(path))
+    next(reader)
+    return reader
+
+
+def test_what_decode_only_refuses(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latents, target = tmp_path / "0.latents.safetensors", tmp_path / "x.mp4"
+    plan, quiet = planned(), Progress(quiet=True)
+
+    def refused(message: str, plan: Plan = plan, file: Path = latents, save_file: Path = target) -> None:
+        with pytest.raises(InputError, match=message):
+            decode_only(plan, file, save_file, quiet, load=Models)
+
+    refused("no such file", file=tmp_path / "absent.safetensors")
+    refused("not latents that a run kept", file=tmp_path / "0.mp4")
+    refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(planned(), config=TASKS["ti2v-5B"]))
+    refused("exists already; --overwrite", save_file=tmp_path / "0.mp4")
+    latents.write_bytes(latents.read_bytes()[:-8])
+    refused("not latents that a run kept")
+
+
+def test_decode_only_fails_in_one_sentence(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latents = tmp_path / "0.latents.safetensors"
+    for error in (torch.OutOfMemoryError("CUDA out of memory\nlong"), OSError(28, "No space left on device")):
+
+        def load(plan: Plan, progress: Progress, runtime: Runtime, error: BaseException = error) -> Models:
+            models = Models(plan, progress, runtime)
+            models.decode_errors = [error, error]
+            return models
+
+        with pytest.raises(JobError, match=rf"x\.mp4: .*(out of memory|No space).*; {latents} is as it was") as caught:
+            decode_only(planned(), latents, tmp_path / "x.mp4", Progress(quiet=True), load=load)
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["0.json", "0.latents.safetensors", "0.mp4"]
+
+
+def test_kept_latents_are_exact(tmp_path: Path) -> None:
+    outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    latent, record = read_latents(tmp_path / "0.latents.safetensors", TASKS["t2v-A14B"])
+    assert outcome.models is not None
+    assert torch.equal(latent, outcome.models.sample_job(make_run(tmp_path, ["one"]).jobs[0]))
+    assert record["job"]["prompt"] == "one"
+
+
+def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the folder of the video, then the one for temporary files; then it is said."""
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr("wan.utils.files.tempfile.gettempdir", lambda: str(spare))
+    real, full = wan.runner.video_job.save_latents, [tmp_path / "out"]
+
+    def save(path: Path, latent: Tensor, record: dict) -> None:
+        if path.parent in full:
+            raise OSError(28, "No space left on device")
+        real(path, latent, record)
+
+    monkeypatch.setattr("wan.runner.video_job.save_latents", save)
+    said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
+    assert f"--decode_latents {latents_elsewhere(tmp_path / 'out' / '0.mp4')}" in said
+    full.append(spare)
+    said = Outcome(make_run(tmp_path / "out", ["one"]), poison=True).said
+    assert "and the finished latents could not be kept" in said
+    video = tmp_path / "out" / "0.mp4"
+    for path in (Beside.of(video).latents, latents_elsewhere(video)):
+        assert f"warning: the latents cannot be kept as {path} (No space left on device)" in said
+
+
+def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The video is there; that the other file is not is a failure, and said."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan.runner.video_job.save_latents", full)
+    outcome = Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    assert outcome.failed == 1
+    assert "0.mp4: saved, but not its latents (there is no room for them)" in outcome.said
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+def killed_in_decode(folder: Path) -> int:
+    def decode(*_: Any) -> Iterator[Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield from ()
+
+    return Outcome(make_run(folder, ["one"]), decode=decode).failed
+
+
+def test_killed_in_decode(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not even a process that is killed loses the finished steps."""
+    codes, _ = launched(partial(killed_in_decode, tmp_path), 1, tmp_path_factory.mktemp("logs"))
+    assert codes == [-signal.SIGKILL]
+    assert names(tmp_path) == [".0.mp4.claim", "0.latents.safetensors"]
+    decode_only(planned(), tmp_path / "0.latents.safetensors", tmp_path / "0.mp4", Progress(quiet=True), load=Models)
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+def test_the_encoder_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = VideoWriter._start
+
+    def start_and_die(writer: VideoWriter, width: int, height: int) -> subprocess.Popen[bytes]:
+        process = start(writer, width, height)
+        if writer.path.stem == "1":
+            process.kill()
+        return process
+
+    monkeypatch.setattr(VideoWriter, "_start", start_and_die)
+    outcome = Outcome(make_run(tmp_path))
+    assert outcome.failed == 1
+    assert "the video encoder failed: killed by SIGKILL; the finished latents are kept" in outcome.said
+    assert names(tmp_path) == ["0.json", "0.mp4", "1.latents.safetensors", "2.json", "2.mp4"]
+
+
+def with_a_narrow_second_job(folder: Path, log: Path) -> int:
+    """Files may not grow beyond 3 kB in the second job."""
+    import resource
+
+    sample = Models.sample_job
+
+    def sample_job(self: Models, job: Job) -> Tensor:
+        room = 3000 if job.index == 1 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        return sample(self, job)
+
+    Models.sample_job = sample_job  # type: ignore[method-assign]  # in this child process only
+    outcome = Outcome(make_run(folder))
+    log.write_text(outcome.said)
+    return outcome.failed
+
+
+def test_a_full_disk(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It fails alone and the process lives."""
+    logs = tmp_path_factory.mktemp("logs")
+    codes, errors = launched(partial(with_a_narrow_second_job, tmp_path, logs / "said.txt"), 1, logs)
+    assert codes == [1], errors
+    said = (logs / "said.txt").read_text()
+    assert "2 saved, 1 failed" in said
+    assert "failed: prompts.txt line 2: " in said
+    assert names(tmp_path)[:2] == ["0.json", "0.mp4"]
+    assert [n for n in names(tmp_path) if n.startswith("1")] == []
+    assert "the finished latents could not be kept" in said
+    assert "File too large" in said
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    run = make_run(tmp_path)
+    jobs = (dataclasses.replace(run.jobs[0], save_file=tmp_path / "file" / "0.mp4"), *run.jobs[1:])
+    outcome = Outcome(dataclasses.replace(run, jobs=jobs))
+    assert outcome.failed == 1
+    assert f"{tmp_path / 'file'}: no file can be written there" in outcome.said
+    assert "sample 0" not in outcome.calls  # before the long work
+    assert names(tmp_path) == ["1.json", "1.mp4", "2.json", "2.mp4", "file"]
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    for i in (0, 2):
+        (tmp_path / f"{i}.mp4").write_text("mine")
+    with pytest.raises(InputError) as caught:
+        Outcome(make_run(tmp_path))
+    assert [p.split(":")[0] for p in caught.value.problems] == [str(tmp_path / f"{i}.mp4") for i in (0, 2)]
+    with pytest.raises(InputError, match="other settings"):
+        Outcome(make_run(tmp_path, resume=True))
+    assert (tmp_path / "0.mp4").read_text() == "mine"
+    assert Outcome(make_run(tmp_path, overwrite=True)).failed == 0
+    assert count_frames(tmp_path / "0.mp4") == 13
+
+
+def test_resume_skips_what_is_whole(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path), broken_steps={1})
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    outcome = Outcome(make_run(tmp_path, resume=True, preview=True, save_latents=True, on_error="stop"))
+    assert outcome.failed == 0
+    assert [c for c in outcome.calls if c.startswith("sample")] == ["sample 1"]
+    assert outcome.models is not None
+    assert list(outcome.models.contexts) == ["二"]
+    assert "1 saved, 2 there already" in outcome.said
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    again = Outcome(make_run(tmp_path, resume=True))
+    assert (again.failed, again.models) == (0, None)  # nothing to do: nothing is loaded
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in the index", "no index and no record beside"])
+def test_resume_makes_a_damaged_video_again(tmp_path: Path, damage: str) -> None:
+    Outcome(make_run(tmp_path, ["one"]))
+    path = tmp_path / "0.mp4"
+    data = path.read_bytes()
+    path.write_bytes(data[: -10 if damage == "cut" else 100])
+    if damage.startswith("no index"):
+        (tmp_path / "0.json").unlink()
+        with pytest.raises(InputError, match="other settings"):  # it could be anyone's
+            Outcome(make_run(tmp_path, ["one"], resume=True))
+        return
+    assert Outcome(make_run(tmp_path, ["one"], resume=True)).calls[3:] == ["sample 0", "decode"]
+    assert count_frames(path) == 13
+
+
+JOB_CHANGES = [
+    {"seed": 8}, {"prompt": "two"}, {"negative_prompt": "worse"}, {"frame_num": 17}, {"size": (64, 64)},
+    {"image": b"other"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", JOB_CHANGES, ids=lambda c: next(iter(c)))
+def test_resume_does_not_skip_what_differs(tmp_path: Path, change: dict) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(b"an image")
+    run = make_run(tmp_path / "out", ["one"], resume=True)
+    run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], image=image),))
+    assert Outcome(run).calls != []
+    assert Outcome(run).calls == []
+    if "image" in change:
+        image.write_bytes(change["image"])
+    else:
+        run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], **change),))
+    name = "base_seed" if "seed" in change else next(iter(change))
+    with pytest.raises(InputError, match=rf"made with other settings \(--{name}\); --overwrite replaces it"):
+        Outcome(run)
+    run = dataclasses.replace(run, request=dataclasses.replace(run.request, overwrite=True))
+    assert Outcome(run).calls[-1] == "decode"
+    assert Outcome(run).calls == []
+
+
+def test_json_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def load(plan: Plan, progress: Progress, runtime: Runtime) -> Models:
+        models = Models(plan, progress, runtime)
+        models.broken_steps = {0}
+        return models
+
+    run_jobs(make_run(tmp_path, ["one", "two"]), Progress(json=True), load=load)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (failed,) = [e for e in events if e["event"] == "failed"]
+    assert (failed["index"], failed["reason"].startswith("prompts.txt line 1: step 2")) == (0, True)
+    (saved,) = [e for e in events if e["event"] == "saved"]
+    assert saved == {"event": "saved", "index": 1, "file": str(tmp_path / "1.mp4"), "frames": 13}

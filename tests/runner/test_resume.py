@@ -1,0 +1,149 @@
+"""--resume: kept latents are used, what a death left is put right, and a video is found wherever its row has gone."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runner.test_batch import Models, Outcome, make_run, names, planned
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate
+from wan.jobs.resolve import resolve
+from wan.media.video import count_frames
+from wan.planning.build import make_plan
+from wan.runner.record import differences
+from wan.utils.claims import claimed
+from wan.utils.errors import InputError, out_of_memory
+from wan.utils.files import Beside
+
+
+def test_kept_latents_are_decoded_and_not_made_again(tmp_path: Path) -> None:
+    assert Outcome(make_run(tmp_path, ["one"]), decode_errors=[OSError(28, "full")]).failed == 1
+    assert names(tmp_path) == ["0.latents.safetensors"]
+    again = Outcome(make_run(tmp_path, ["one"], resume=True))
+    assert again.calls[3:] == ["decode"], "no step is made again"
+    assert "the latents of an earlier try are used" in again.said
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+    other = Outcome(make_run(tmp_path / "other", ["one"]))
+    assert other.failed == 0
+    frames = [json.loads((f / "0.json").read_text())["output"]["frames"] for f in (tmp_path, tmp_path / "other")]
+    assert frames == [13, 13]
+
+
+def test_latents_of_another_video_are_not_used(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"]), decode_errors=[OSError(28, "full")])
+    run = make_run(tmp_path, ["one"], resume=True)
+    run = dataclasses.replace(run, jobs=(dataclasses.replace(run.jobs[0], seed=8),))
+    assert Outcome(run).calls[3:] == ["sample 0", "decode"]
+
+
+def test_what_lies_beside_a_whole_video_is_put_right(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    beside = Beside.of(tmp_path / "0.mp4")
+    record = json.loads(beside.record.read_text())
+    beside.record.unlink()
+    outcome = Outcome(make_run(tmp_path, ["one"], resume=True, preview=True, save_latents=True))
+    assert outcome.models is None, "nothing is loaded"
+    assert json.loads(beside.record.read_text()) == record
+    assert beside.sheet.exists()
+    assert beside.latents.exists(), "they were asked for"
+
+
+def test_latents_left_between_saving_and_tidying_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("wan.runner.video_job._tidy", lambda *_: None)  # as if the process died here
+        Outcome(make_run(tmp_path, ["one"]))
+    assert names(tmp_path) == ["0.json", "0.latents.safetensors", "0.mp4"]
+    assert "removed, the video is whole" in Outcome(make_run(tmp_path, ["one"], resume=True)).said
+    assert names(tmp_path) == ["0.json", "0.mp4"]
+
+
+def test_parts_and_claims_of_dead_processes_go(tmp_path: Path) -> None:
+    with claimed(tmp_path / "0.mp4") as claim:
+        text = claim.path.read_text()
+    claim.path.write_text(text.replace(f'"pid": {claim.owner.pid}', '"pid": 4194303'))
+    outcome = Outcome(make_run(tmp_path, ["one"], resume=True))
+    assert (outcome.failed, names(tmp_path)) == (0, ["0.json", "0.mp4"])
+
+
+def test_a_video_that_another_process_makes_is_left_to_it(tmp_path: Path) -> None:
+    with claimed(tmp_path / "1.mp4"):
+        outcome = Outcome(make_run(tmp_path, resume=True))
+    assert outcome.failed == 0
+    assert "2 saved, 1 being made by other processes" in outcome.said
+    assert not (tmp_path / "1.mp4").exists()
+
+
+def row_plan(folder: Path, prompts: list[str], **flags: Any) -> Any:
+    (folder / "p.txt").write_text("\n".join(prompts))
+    given = {
+        "ckpt_dir": planned().request.ckpt_dir, "lora_dir": planned().request.lora_dir, "size": "64*48",
+        "frame_num": 13, "base_seed": 7, "prompt_file": str(folder / "p.txt"), "save_dir": str(folder / "out"),
+        "device": "cpu", **flags,
+    }  # fmt: skip
+    outcome = resolve(given)
+    assert isinstance(outcome, Generate)
+    return make_plan(outcome, Runtime())
+
+
+def test_rows_may_be_inserted_above(tmp_path: Path) -> None:
+    assert Outcome(row_plan(tmp_path, ["a", "b"])).failed == 0
+    before = set(names(tmp_path / "out"))
+    outcome = Outcome(row_plan(tmp_path, ["new", "a", "b"], resume=True))
+    assert [call for call in outcome.calls if call.startswith("sample")] == ["sample 0"]
+    assert "1 saved, 2 there already" in outcome.said
+    assert len(set(names(tmp_path / "out")) - before) == 2, "one more video and its record"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nlong"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_out_of_memory_in_any_dress_leads_to_tiles(error: Exception, tmp_path: Path) -> None:
+    assert out_of_memory(error)
+    outcome = Outcome(make_run(tmp_path, ["one"]), decode_errors=[error])
+    assert outcome.failed == 0
+    assert outcome.calls[3:] == ["sample 0", "decode", "decode tiled"]
+    assert count_frames(tmp_path / "0.mp4") == 13
+    assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_no_room_while_loading_is_one_line(tmp_path: Path) -> None:
+    class Full(Models):
+        def load_networks(self) -> None:
+            with self.progress.stage("load"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nlong")
+
+    from wan.runner.batch import run_jobs
+    from wan.utils.errors import JobError
+    from wan.utils.progress import Progress
+
+    with pytest.raises(JobError, match=r"out of memory on the device \(CUDA out.*GiB\) in load; --offload_model True"):
+        run_jobs(make_run(tmp_path, ["one"]), Progress(quiet=True), load=Full)
+
+
+def test_a_replay_tells_what_differs(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"]))
+    record = json.loads((tmp_path / "0.json").read_text())
+    record["meaning"]["ckpt_dir"]["high expert"] = ["00"]
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "0.json").write_text(json.dumps(record))
+    outcome = resolve({"replay": str(tmp_path / "0.json"), "save_dir": str(tmp_path / "out")})
+    assert isinstance(outcome, Generate)
+    assert outcome.replayed is not None
+    told = "\n".join(differences(make_plan(outcome, Runtime()), outcome.replayed))
+    assert "--ckpt_dir is not what the record was made with" in told
+    assert "made with torch 1.0, here is" in told
+    assert len(told.splitlines()) == 2
+    record["schema"] = 1
+    (tmp_path / "0.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="written by another version of this program"):
+        resolve({"replay": str(tmp_path / "0.json")})

@@ -1,0 +1,295 @@
+"""Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
+
+The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
+until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
+The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan.utils.errors import TensorFileError
+from wan.utils.strict_json import parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' names -> (torch's name, bytes an element)
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+# safetensors' names -> struct's, for single numbers
+SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `offset` bytes into `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
+
+    Raises TensorFileError for a file that is truncated, corrupt, of another kind or closed to us, OSError if it cannot
+    be opened for another reason.
+    """
+    size = size_of(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
+            header = file.read(length)
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to read it") from None
+    try:
+        found, metadata = _parse_header(header)
+    except ValueError as e:
+        raise TensorFileError(f"{path}: the safetensors header is corrupt ({e})") from e
+    entries: dict[str, Entry] = {}
+    end = 8 + length
+    for name, (dtype, shape, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
+        if dtype not in DTYPES:
+            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype!r:.40}")
+        entry = Entry(path, dtype, shape, 8 + length + offsets[0])
+        if offsets[1] - offsets[0] != entry.bytes:
+            raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")
+        if entry.offset != end:
+            raise TensorFileError(f"{path}: tensor {name} does not start where the one before it ends")
+        entries[name] = entry
+        end += entry.bytes
+    if end > size:
+        cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
+        raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
+    if end < size:
+        raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
+    return entries, metadata
+
+
+def header_bytes(table: Mapping[str, object]) -> bytes:
+    """The start of a safetensors file whose header holds `table`: length, JSON padded to 8 bytes."""
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file; of anything else (a pipe would be waited for) TensorFileError."""
+    try:
+        found = os.stat(path)
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to reach it") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise TensorFileError(f"{path}: not a regular file")
+    return found.st_size
+
+
+def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:
+    """(name -> (dtype, shape, (first byte, end))), metadata. ValueError for anything that is not exactly so."""
+
+    def whole(values: object) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    values = parse_json(header)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not text by name")
+    found = {}
+    for name, entry in values.items():
+        if not name.isprintable():
+            raise ValueError(f"a tensor is named {name[:60]!r}")
+        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name[:60]} lacks a dtype, a shape or offsets")
+        offsets = entry["data_offsets"]
+        if not (isinstance(entry["dtype"], str) and whole(entry["shape"]) and whole(offsets) and len(offsets) == 2):
+            raise ValueError(f"tensor {name[:60]} has an impossible dtype, shape or offset")
+        found[name] = entry["dtype"], tuple(entry["shape"]), (offsets[0], offsets[1])
+    return found, metadata
+
+
+def _names_a_file(name: object) -> bool:
+    """Whether it is a plain file name, without a folder, that a message can show."""
+    return isinstance(name, str) and name.isprintable() and not re.search(r"[/\\:]", name)
+
+
+def _parse_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard beside the index."""
+    size_of(path)
+    try:
+        weight_map = parse_json(path.read_bytes())["weight_map"]
+        shards = set(weight_map.values())
+    except PermissionError:
+        raise TensorFileError(f"{path}: there is no permission to read it") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise TensorFileError(f"{path}: not a safetensors index") from e
+    if not shards:
+        raise TensorFileError(f"{path}: the index names no tensor; get the file again")
+    if wrong := [name for name in shards if not _names_a_file(name)]:
+        raise TensorFileError(f"{path}: not a safetensors index, {wrong[0]!r:.60} names no shard beside it")
+    if wrong := [name for name in weight_map if not name.isprintable()]:
+        raise TensorFileError(f"{path}: not a safetensors index, a tensor is named {wrong[0]!r:.60}")
+    return weight_map
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size, first and last MiB: cheap, and it tells releases apart."""
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 20)))
+        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
+
+
+class TensorStore(Mapping[str, Entry]):
+    """The tensors of one safetensors file, or of the shards that a folder's index names, by name.
+
+    A mapping name -> `Entry` (dtype, shape); `read` brings the data. Opened from headers alone.
+    """
+
+    def __init__(self, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
+        self.entries = entries
+        self.metadata = metadata or {}
+
+    @classmethod
+    def open(cls, path: Path) -> TensorStore:
+        """`path` is a safetensors file, or an index (`*.safetensors.index.json`) whose shards lie beside it."""
+        if not path.name.endswith(INDEX_SUFFIX):
+            return cls(*read_header(path))
+        weight_map = _parse_index(path)
+        shards = sorted(set(weight_map.values()))
+        if absent := [s for s in shards if not (path.parent / s).is_file()]:
+            raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
+        by_shard = {s: read_header(path.parent / s)[0] for s in shards}
+        entries: dict[str, Entry] = {}
+        for name, shard in weight_map.items():
+            if name not in by_shard[shard]:
+                raise TensorFileError(f"{path}: tensor {name} is not in {shard}, where the index puts it")
+            entries[name] = by_shard[shard][name]
+        return cls(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({e.file for e in self.entries.values()})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def file(self, name: str) -> Path:
+        return self.entries[name].file
+
+    def stored_as(self, name: str) -> str:
+        """The file's own name for what it holds the tensor as, which need not be the dtype that `read` gives."""
+        return self.entries[name].dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.entries[name].bytes
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """`names` in the order in which a disk reads them fastest."""
+        return sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].offset))
+
+    def scalars(self, names: Iterable[str]) -> dict[str, float]:
+        """The values of one-element tensors, without torch. Raises TensorFileError for any other tensor."""
+        values: dict[str, float] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        for path, wanted in by_file.items():
+            with path.open("rb") as file:
+                for name in wanted:
+                    entry = self.entries[name]
+                    if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
+                        raise TensorFileError(f"{path}: tensor {name} is not a single number ({entry.dtype})")
+                    file.seek(entry.offset)
+                    raw = file.read(entry.bytes)
+                    if entry.dtype == "BF16":  # the upper half of a float32
+                        raw = b"\0\0" + raw
+                    values[name] = float(struct.unpack(f"<{SCALAR_FORMATS[entry.dtype]}", raw)[0])
+        return values
+
+    def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
+        """Size of the buffer that `read` needs."""
+        entry = self.entries[name]
+        if rows is None or not entry.shape or not entry.shape[0]:
+            return entry.bytes
+        return entry.bytes // entry.shape[0] * len(range(*rows.indices(entry.shape[0])))
+
+    def read_fp8(
+        self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(e4m3 numbers, float32 scales [rows, 1]) of a matrix that is stored so; None for any other tensor."""
+        return None
+
+    def read(self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in the file's dtype.
+
+        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
+        """
+        import torch
+
+        entry = self.entries[name]
+        shape, offset = entry.shape, entry.offset
+        if rows is not None:
+            step = entry.bytes // shape[0] if shape[0] else 0
+            start, stop, _ = rows.indices(shape[0])
+            shape, offset = (max(0, stop - start), *shape[1:]), offset + start * step
+        dtype, width = DTYPES[entry.dtype]
+        count = math.prod(shape) * width
+        data = torch.empty(count, dtype=torch.uint8) if buffer is None else buffer[:count]
+        if count:
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(offset)
+                view, done = data.numpy().data, 0
+                while done < count:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise TensorFileError(f"{entry.file}: ended inside tensor {name}")
+                    done += got
+        return data.view(getattr(torch, dtype)).reshape(shape)

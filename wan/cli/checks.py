@@ -1,0 +1,211 @@
+"""Checks of single values: each takes what was given, notes what is wrong with it, and goes on with something usable.
+
+Everything wrong with a request is shown at once, so a failed check returns a stand-in instead of raising.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from wan.utils.argument_parser import not_one_of, outside, pair, real, short
+from wan.utils.errors import InputError
+
+Found = TypeVar("Found")
+POSITIONS = 1024  # along each axis, height, width and time: of the original's table of rotations
+COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
+MOST_SHOWN = 50  # problems; a file of a hundred thousand bad rows has one cause
+
+
+class Sentences(list[str]):
+    """Sentences in the order in which they came, each once; a hundred thousand are no trouble."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def append(self, sentence: str) -> None:
+        if sentence not in self._seen:
+            self._seen.add(sentence)
+            super().append(sentence)
+
+    def extend(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self.append(sentence)
+
+
+class Check:
+    """Collects problems, which stop the run, and warnings, which do not."""
+
+    def __init__(self, problems: Sequence[str] = ()) -> None:
+        self.problems, self.warnings = Sentences(), Sentences()
+        self.problems.extend(problems)
+
+    def problem(self, sentence: str) -> None:
+        self.problems.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+
+    def attempt(self, work: Callable[[], Found], brought: Mapping[str, str] | None = None) -> Found | None:
+        """`work()`, or None if it finds the input bad: what it says joins the problems.
+
+        brought: the flag by the path that it brought; a problem that begins with one is told with its flag.
+        """
+        try:
+            return work()
+        except InputError as e:
+            for problem in e.problems:
+                named = problem.removeprefix("LoRA ")
+                flag = next((flag for path, flag in (brought or {}).items() if named.startswith(path)), None)
+                self.problem(f"{flag} {named}" if flag else problem)
+        return None
+
+    def stop(self) -> None:
+        """Raises InputError if there were problems: with the first MOST_SHOWN of them, and how many more there are."""
+        if self.problems:
+            more = len(self.problems) - MOST_SHOWN
+            raise InputError(self.problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
+
+    def choice(self, flag: str, given: str | None, allowed: Sequence[str], other: str = "") -> str:
+        """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""
+        if given is None or given in allowed or (other and re.fullmatch(other, given)):
+            return given or allowed[0]
+        self.problem(not_one_of(f"{flag} ", given, allowed))
+        return allowed[0]
+
+    def number(self, flag: str, given: float | None, default: float, low: float, high: float) -> float:
+        """A finite number from `low` to `high`."""
+        if given is None:
+            return default
+        if problem := outside(flag, given, low, high):
+            self.problem(problem)
+            return default
+        return given
+
+    def whole(self, flag: str, given: int | None, default: int, low: int, high: int) -> int:
+        return int(self.number(flag, given, default, low, high))
+
+    def pair(
+        self, flag: str, given: str | None, default: tuple[float, float], low: float, high: float
+    ) -> tuple[float, float]:
+        """`A` (twice the same) or `A,B`."""
+        if given is None:
+            return default
+        numbers = self.attempt(lambda: pair(flag, given))
+        if numbers is None:
+            return default
+        first, last = (self.number(flag, number, default[0], low, high) for number in numbers)
+        return first, last
+
+    def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
+        """(width, height) of `W*H` or `WxH`, multiples of `step`, or of one of the `named` sizes."""
+        named = named or {}
+        given = named.get(given.strip().lower(), given)
+        match = re.fullmatch(r"\s*(\d{1,30})\s*[*xX×]\s*(\d{1,30})\s*", given)
+        if not match:
+            names = ", ".join(f"{name} ({size})" for name, size in named.items())
+            also = f", or one of {names}" if names else ""
+            self.problem(f"{flag} {given!r} is not a size; write width*height, such as 832x480{also}")
+            return step, step
+        width, height = int(match[1]), int(match[2])
+        if max(width, height) > POSITIONS * step:
+            self.problem(f"{flag} {width}*{height} is too large; {_farthest('a side', POSITIONS * step, 'pixels')}")
+            return step, step
+        valid = [max(step, round(side / step) * step) for side in (width, height)]
+        if valid != [width, height]:
+            nearest = f"{valid[0]}*{valid[1]}"
+            self.problem(f"{flag} {width}*{height}: both sides must be multiples of {step}; the nearest is {nearest}")
+        return valid[0], valid[1]
+
+    def frames(self, flag: str, given: int) -> int:
+        """A frame count of the form 4n+1: the first frame stands alone, the VAE folds the others by four."""
+        longest = (POSITIONS - 1) * 4 + 1
+        if given > longest:
+            self.problem(f"{flag} {short(given)} is too long; {_farthest('a video', longest, 'frames')}")
+            return 1
+        below = max(1, (given - 1) // 4 * 4 + 1)
+        if given == below:
+            return given
+        nearest = f"values are {short(below)} or {short(below + 4)}" if given > 1 else "value is 1"
+        self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
+        return below
+
+    def several(self, what_needs: str, frames: int) -> None:
+        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip of a chain needs"."""
+        if frames < 5:
+            self.problem(f"{what_needs} 5 frames or more, not {frames}")
+
+    def timesteps(self, given: str) -> tuple[float, ...] | None:
+        """An explicit list of final timesteps: falling, within (0, 1000]."""
+        flag = "--timesteps"
+        values = [real(part) for part in given.split(",")]
+        numbers = tuple(value for value in values if value is not None and math.isfinite(value))
+        if len(numbers) != len(values):
+            self.problem(f"{flag} takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}")
+            return None
+        if beyond := [value for value in numbers if not 0 < value <= 1000]:
+            self.problem(f"{flag}: {beyond[0]:g} is outside (0, 1000]")
+        elif len(set(numbers)) != len(numbers):
+            self.problem(f"{flag} {given} names a timestep twice; each must be below the one before")
+        elif list(numbers) != sorted(numbers, reverse=True):
+            self.problem(f"{flag} {given} does not fall; each must be below the one before")
+        else:
+            self._warn_of_shift(numbers)
+            return numbers
+        return None
+
+    def _warn_of_shift(self, timesteps: tuple[float, ...]) -> None:
+        """Warns of lists that mean something else elsewhere: some programs take the list from before the shift."""
+        if timesteps[0] != 1000:
+            self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")
+        shift = effective_shift(timesteps)
+        if shift is None:
+            return
+        listed = ", ".join(f"{value:g}" for value in timesteps)
+        if math.isclose(shift, 1.0, rel_tol=0.03):
+            final = ",".join(f"{shifted(value / 1000, 5.0) * 1000:.6g}" for value in timesteps)
+            self.warn(f"--timesteps {listed} looks like a list from before the shift; after shift 5 it is {final}")
+        for first in COMMON_SHIFTS:
+            for second in COMMON_SHIFTS:
+                if first <= second and math.isclose(shift, first * second, rel_tol=0.03):
+                    once = ",".join(
+                        f"{shifted(1 - i / len(timesteps), second) * 1000:.6g}" for i in range(len(timesteps))
+                    )
+                    self.warn(
+                        f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
+                        f"shifted once by {second:g} it is {once}"
+                    )
+                    return
+
+
+def shifted(u: float, shift: float) -> float:
+    """The flow-matching time shift s u / (1 + (s - 1) u) (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def effective_shift(timesteps: Sequence[float]) -> float | None:
+    """The one shift that makes these timesteps of evenly spaced ones, None if there is none.
+
+    Shifting by a, then b, is shifting by a b, so a list that was shifted twice shows the product.
+    """
+    count = len(timesteps)
+    if count < 3 or timesteps[0] != 1000:
+        return None
+    sigmas = [timestep / 1000 for timestep in timesteps[1:]]
+    even = [1 - i / count for i in range(1, count)]
+    shifts = [sigma * (1 - u) / (u * (1 - sigma)) for sigma, u in zip(sigmas, even, strict=True)]
+    middle = sorted(shifts)[len(shifts) // 2]
+    return middle if all(math.isclose(shift, middle, rel_tol=0.03) for shift in shifts) else None
+
+
+def no_file(path: Path) -> str:
+    """Why `path`, which is no file, is none."""
+    return "is a folder, not a file" if path.is_dir() else "no such file"
+
+
+def _farthest(what: str, most: int, unit: str) -> str:
+    return f"{what} has at most {most} {unit}, for the model was made for {POSITIONS} positions along each axis"

@@ -1,0 +1,120 @@
+"""Ulysses sequence parallelism (arXiv 2309.14509), combined with a ring where the heads do not suffice.
+
+Shapes: L a rank's tokens, padding included (equal on all ranks), S = ranks x L, N heads, d head width, P Ulysses ranks,
+R ring ranks. A rank holds some tokens of all heads; for attention, all tokens of its Ulysses group and N / P heads.
+
+Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out,
+and comes back as zeros that the final gather drops.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+
+from wan.distributed.mesh import Layout, Mesh
+from wan.distributed.ring import ring_attention
+from wan.modules.block import SelfAttention
+from wan.modules.hooks import TokenSplit
+from wan.modules.model import WanModel
+
+
+def split_tokens(model: WanModel, mesh: Mesh) -> None:
+    """Divide the tokens of every forward of `model` over the sequence group; results stay those of one process."""
+    if mesh.sequence is None:
+        return
+    model.tokens = SequenceSplit(mesh)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = SequenceAttention(module, mesh)  # type: ignore[method-assign]  # the seam is a method
+
+
+class SequenceSplit(TokenSplit):
+    """Each rank has the same number of consecutive tokens; the last ones may have padding."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.rank, self.size = mesh, mesh.sequence_rank, mesh.layout.sequence
+
+    def span(self, total: int) -> tuple[int, int]:
+        share = -(-total // self.size)
+        return self.rank * share, (self.rank + 1) * share
+
+    def shard(self, x: Tensor) -> Tensor:
+        """[total, ...] -> [L, ...]. A copy, so that the whole can be freed."""
+        start, stop = self.span(x.shape[0])
+        part = x[start:stop]
+        return torch.cat([part, part.new_zeros(stop - start - part.shape[0], *part.shape[1:])])
+
+    def gather(self, x: Tensor, total: int) -> Tensor:
+        """[L, ...] -> [total, ...]."""
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        all_gather(out, x.contiguous(), self.mesh)
+        return out[:total]
+
+
+class SequenceAttention:
+    """Attention of this rank's queries to the tokens of all ranks, in place of `SelfAttention.attend`."""
+
+    def __init__(self, attention: SelfAttention, mesh: Mesh) -> None:
+        self.attention, self.mesh = attention, mesh
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
+        """[L, N, d] each -> [L, N, d]; `total` real tokens on all ranks together."""
+        mesh = self.mesh
+        share = q.shape[0] * mesh.layout.ulysses  # tokens of one Ulysses group
+        real = [min(max(total - share * index, 0), share) for index in range(mesh.layout.ring)]
+        if mesh.ulysses is not None:
+            q, k, v = tokens_to_heads(q, k, v, mesh)
+        q, k, v = (x[: real[mesh.ring_rank]] for x in (q, k, v))
+        out = self.attention.backend(q, k, v) if mesh.ring is None else ring_attention(q, k, v, real, mesh)
+        if out.shape[0] < share:
+            out = torch.cat([out, out.new_zeros(share - out.shape[0], *out.shape[1:])])
+        return out if mesh.ulysses is None else heads_to_tokens(out, mesh)
+
+
+def exchange_bytes(layout: Layout, tokens: int, width: int, itemsize: int) -> int:
+    """What attention over several ranks holds at its peak beside a rank's queries, keys, values and their result.
+
+    tokens: a rank's. Ulysses has three of these at a time on their way out and in, or a result's two and what came in.
+    A ring has, beside what Ulysses gave, its keys and values and the next ones, a step's result, and four of it in
+    float32: the sum so far, both terms of the next one, and that one.
+    """
+    one = tokens * width * itemsize
+    came = 3 * one if layout.ulysses > 1 else 0
+    if layout.ring > 1:
+        return came + 4 * one + 4 * tokens * width * torch.float32.itemsize
+    return came + 2 * one if layout.ulysses > 1 else 0
+
+
+def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """[L, N, d] each -> views [P L, N / P, d] of one received buffer: one exchange and one copy, not three."""
+    ranks = mesh.layout.ulysses
+    tokens, heads, width = q.shape
+    send = q.new_empty(ranks, tokens, 3, heads // ranks, width)
+    for index, x in enumerate((q, k, v)):
+        send[:, :, index] = rearrange(x, "l (p n) d -> p l n d", p=ranks)
+    q, k, v = all_to_all(send, mesh).flatten(0, 1).unbind(1)
+    return q, k, v
+
+
+def heads_to_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+    """The way back: [P L, N / P, d] -> [L, N, d]."""
+    received = all_to_all(x.contiguous(), mesh)
+    return rearrange(received, "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
+
+
+def all_to_all(send: Tensor, mesh: Mesh) -> Tensor:
+    """The r-th of P equal parts of `send` to each rank r of the Ulysses group; what they sent here, in their order."""
+    received = torch.empty_like(send)
+    with mesh.team.exchange():
+        dist.all_to_all_single(received, send, group=mesh.ulysses)
+    return received
+
+
+def all_gather(out: Tensor, x: Tensor, mesh: Mesh) -> None:
+    """Every rank's `x`, one after the other, into `out`. torch 2.13 renamed the collective."""
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with mesh.team.exchange():
+        collective(out, x, group=mesh.sequence)

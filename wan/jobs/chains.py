@@ -1,0 +1,90 @@
+"""Rows of a prompt file that follow each other: each clip starts from the last frame of the one before it.
+
+A row that names an image starts a chain, and so does the first row. With several seeds a row has a clip in a chain
+of each. A chain is one process's work, from its first clip to its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from wan.cli.checks import Check
+from wan.cli.options import Request
+from wan.configs import TASKS, TaskConfig
+from wan.jobs.job import Job
+from wan.jobs.prompt_files import Row, expanded
+
+
+def chains(jobs: Iterable[Job]) -> list[list[Job]]:
+    """What one process makes, in this order: the clips of a chain, or one video that is in none."""
+    found: dict[Path, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.joined or job.save_file, []).append(job)
+    return list(found.values())
+
+
+def frames_joined(chain: Sequence[Job]) -> int:
+    """Frames of the video that a chain is joined into: two neighbours share one."""
+    return sum(job.frame_num for job in chain) - (len(chain) - 1)
+
+
+def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
+    """What keeps `--chain` from making sense."""
+    if not request.chain:
+        return
+    if config.image_fit is None:
+        able = " and ".join(name for name, other in TASKS.items() if other.image_fit)
+        check.problem(f"--chain: {config.name} takes no image to go on from; {able} take one")
+    if request.decode_latents is not None:
+        check.problem("--chain is of prompts; leave it out with --decode_latents")
+    elif request.prompt_file is None:
+        check.problem("--chain lets the rows of a --prompt_file follow each other; give one")
+    if request.image_path_file is not None:
+        check.problem(
+            "--chain and --image_path_file exclude each other: rows go on from the row before; give --image for the "
+            "first one"
+        )
+    if request.use_prompt_extend or request.extend_only is not None:
+        check.problem(
+            "--chain: prompts are written out before there is a frame to go on from; write them out first, with "
+            "--extend_only FILE.txt and without --chain"
+        )
+
+
+def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
+    """`jobs` with each that follows another one starting from that one's video, of the same size.
+
+    jobs: for each of `rows` as many as there are seeds, one after the other.
+    """
+    if not request.chain or not jobs:
+        return list(jobs)
+    copies, made = request.num_videos, list(jobs)
+    firsts: dict[int, Job] = {}  # of the chain that a job is in, for those of chains of several clips
+    for index in range(copies, len(made)):
+        row, before, job = rows[index // copies], made[index - copies], made[index]
+        if row.image is not None:
+            continue
+        first = firsts[index] = firsts.setdefault(index - copies, before)
+        if row.size is not None and job.area != first.area:
+            check.problem(f"{row.source}: a chain has the size of its first clip; leave 'size' out")
+        for each, frames in ((rows[index // copies - 1], before.frame_num), (row, job.frame_num)):
+            check.several(f"{each.source}: a clip of a chain needs", frames)
+        made[index] = replace(
+            job, image=before.save_file, follows=True, area=first.size, size=first.size,
+            picture=f"the last frame of job {before.index + 1}{job.picture}",
+        )  # fmt: skip
+    if not firsts:
+        check.problem(f"--chain: no row of {request.prompt_file} follows another; those with an image start anew")
+    named = {first.save_file: _joined(request, first) for first in firsts.values()}
+    if request.save_file is not None and len(named) > 1:
+        check.problem(f"--save_file names one video, but {len(named)} chains are joined; use --save_dir")
+    return [replace(job, joined=named[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
+
+
+def _joined(request: Request, first: Job) -> Path:
+    """The video that the chain of this clip is joined into."""
+    if request.save_file is not None:
+        return expanded(request.save_file)
+    return first.save_file.with_name(f"{first.save_file.stem}_chain.mp4")

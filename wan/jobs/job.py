@@ -1,0 +1,116 @@
+"""What a request resolves to: videos to make, prompts to write out, or latents to decode. No torch, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.lora_args import LoraChoice
+from lightning.releases import Release
+from wan.cli.options import Request
+from wan.configs import TaskConfig
+from wan.jobs.prompt_files import Row
+
+if TYPE_CHECKING:
+    from wan.jobs.replay import Replayed
+    from wan.prompt_extension.extend import ExtendSettings
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
+
+    loras: in the order given; --lora_dir's first. expert_files: full (distilled) files that replace an expert's.
+    files: what serves in place of the folder's "vae", "text_encoder" and "tokenizer" (its tokenizer.json).
+    lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
+    """
+
+    ckpt_dir: Path | None
+    loras: tuple[LoraChoice, ...] = ()
+    expert_files: tuple[tuple[str, Path], ...] = ()
+    files: tuple[tuple[str, Path], ...] = ()
+    lora_mode: str = "merge"
+    release: Release | None = None
+    distilled: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is sampled."""
+
+    solver: str  # "euler" | "unipc" | "dpm++" | "dmd"
+    steps: int
+    shift: float
+    guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks
+    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, in place of steps and shift
+    high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
+    lora_steps: tuple[float, ...] | None = None  # LoRA scale by step (motion recipes); None: 1 at every step
+    guidance_steps: tuple[float, ...] | None = None  # guidance by step; None: `guidance`
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make. Sizes are (width, height)."""
+
+    index: int  # from 0, over the whole run
+    prompt: str  # what the text encoder gets
+    original_prompt: str  # what the user wrote; differs from `prompt` after prompt extension
+    negative_prompt: str
+    image: Path | None
+    area: tuple[int, int]  # as asked for; with an image only its product counts
+    size: tuple[int, int]  # of the video
+    frame_num: int
+    seed: int
+    save_file: Path
+    source: str  # where it came from, for messages: "prompts.txt line 3"
+    picture: str = ""  # how an image led to `size`, for the plan: "600x400, the area of 832x480"
+    last_image: Path | None = None
+    follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
+    joined: Path | None = None  # what its chain is joined into; None: it is in none
+
+    @property
+    def pictures(self) -> dict[str, Path | None]:
+        """Every picture that the video may be made from, by the name of its option."""
+        return {"image": self.image, "last_image": self.last_image}
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Videos to make."""
+
+    request: Request  # with the record of --replay on it, and the seed drawn
+    config: TaskConfig
+    weights: Weights
+    sampling: Sampling
+    rows: tuple[Row, ...]  # the prompts that the jobs come from
+    jobs: tuple[Job, ...]
+    extend: ExtendSettings | None = None  # None: prompts are used as they are
+    warnings: tuple[str, ...] = ()
+    replayed: Replayed | None = None
+
+
+@dataclass(frozen=True)
+class Extend:
+    """Prompts to write out into a file, and no more."""
+
+    request: Request
+    rows: tuple[Row, ...]
+    extend: ExtendSettings
+    file: Path
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Kept latents to make a video of."""
+
+    request: Request
+    config: TaskConfig
+    weights: Weights
+    latents: Path
+    video: Path
+    warnings: tuple[str, ...] = ()
+
+
+Outcome = Generate | Extend | Decode

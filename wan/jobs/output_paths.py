@@ -1,0 +1,211 @@
+"""Where videos and what lies beside them will be written: inside the folder meant, in nobody's way, names that work.
+
+Everything wrong is noted in a `Check`, a sentence a kind, however many files it concerns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.cli.checks import Check
+from wan.cli.options import Request
+from wan.jobs.job import Job
+from wan.jobs.prompt_files import normal, text_problem
+from wan.media.video import read_record
+from wan.utils.errors import InputError, TensorFileError
+from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
+
+
+def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
+    """The file that a row's `save_file` names: inside `save_dir`, wherever links lead; `~` is no home folder here."""
+    file = save_dir / name
+    flavours = (PurePosixPath(name), PureWindowsPath(name))  # a list is to mean the same on every platform
+    if text_problem(name):
+        check.problem(f"{source}: save_file {name!r} {text_problem(name)}")
+    elif any(path.anchor or ".." in path.parts for path in flavours):
+        check.problem(f"{source}: save_file {name!r} must name a file inside --save_dir, without a root and '..'")
+    elif not _real(file).is_relative_to(_real(save_dir)):
+        check.problem(f"{source}: save_file {name!r} leads out of --save_dir {save_dir} by a symbolic link")
+    else:
+        return file
+    return save_dir / "refused.mp4"
+
+
+def check_outputs(
+    request: Request,
+    files: Sequence[Path],
+    check: Check,
+    inputs: Iterable[Path] = (),
+    latents: bool = True,
+    own: Collection[Path] | None = None,
+) -> None:
+    """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
+
+    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. latents:
+    whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
+    own: those of the videos that this process makes, None: all; others' may be there already.
+    """
+    flag = "--save_file " if request.save_file is not None else ""
+    if wrong := [file for file in files if file.suffix.lower() != ".mp4" and not file.is_dir()]:
+        check.problem(f"{flag}{_shown(wrong)}: videos are written as .mp4; give it that extension")
+    usable = _check_names([file for file in files if file not in wrong], check)
+    mine = usable if own is None else [file for file in usable if file in own]
+    written = {file: _written(file, latents, request) for file in usable}
+    place = _Places()
+    _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
+    written = {file: written[file] for file in mine}
+    there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
+    if folders := [path for path in there if path.is_dir()]:
+        check.problem(
+            f"{flag}{_shown(folders)}: is a folder, and a file is to be written there; --save_dir takes a folder"
+        )
+    read = {place(path) for path in inputs if text_problem(str(path)) is None}
+    if taken := [path for path in there if place(path) in read]:
+        check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
+    if request.resume:
+        there = [path for paths in written.values() for path in _foreign(paths)]
+    if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
+        check.problem(
+            f"{flag}{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
+            f"or choose another {flag.strip() or '--save_dir'}"
+        )
+    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+
+
+def _written(video: Path, latents: bool, request: Request) -> list[Path]:
+    beside = Beside.of(video)
+    maybe = {
+        beside.latents: latents,
+        beside.sheet: request.preview,
+        beside.strip: request.preview_steps and request.decode_latents is None,
+    }
+    return [beside.video, beside.record, *(path for path, wanted in maybe.items() if wanted)]
+
+
+def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
+    """The files, each once, whose names can be written."""
+    problems: dict[str, list[Path]] = {}
+    usable: list[Path] = []
+    folder_problem = cache(_path_problem)
+    for file in dict.fromkeys(files):
+        if problem := folder_problem(file.parent) or _path_problem(Path(longest_name(file)), file.parent):
+            problems.setdefault(problem, []).append(file)
+        else:
+            usable.append(file)
+    for problem, named in problems.items():
+        check.problem(f"{_shown(named)!r}: the name of the video {problem}")
+    return usable
+
+
+def _path_problem(path: Path, above: Path = Path()) -> str | None:
+    """What keeps `path`, in the folder `above`, from being made, None if nothing does but what is on the disk."""
+    if unusable := text_problem(str(path)):
+        return unusable
+    try:
+        names, whole = [os.fsencode(part) for part in path.parts], os.fsencode(above / path)
+    except UnicodeEncodeError:
+        return "cannot be written in this system's encoding; set PYTHONUTF8=1, or name it otherwise"
+    if max(map(len, names), default=0) > LONGEST_NAME:
+        return f"is too long: with what is added while it is written at most {LONGEST_NAME} bytes are possible"
+    return f"is too long: a path has at most {LONGEST_PATH} bytes" if len(whole) > LONGEST_PATH else None
+
+
+def _check_meetings(files: Sequence[Path], places: dict[Path, list[str]], check: Check) -> None:
+    """No file is written for two videos, by whatever spelling: `x.MP4` has the record of `x.mp4`."""
+    first_of: dict[str, int] = {}
+    met: list[tuple[int, int, Path]] = []
+    for index, file in enumerate(files):
+        firsts = [first_of.setdefault(place, index) for place in places.get(file, [])]
+        if firsts and min(firsts) != index:
+            met.append((min(firsts), index, file))
+    if met:
+        one, two, file = met[0]
+        more = f"; {len(met) - 1:,} more meet likewise" if len(met) > 1 else ""
+        spelled = "" if files[one] == file else f" (video {one + 1} as {files[one]})"
+        check.problem(f"videos {one + 1} and {two + 1} would both be written to {file}{spelled}{more}")
+
+
+def _foreign(written: list[Path]) -> list[Path]:
+    """Which files beside a video that is to come do not show that an earlier try at this video wrote them.
+
+    Where the video is there, `--resume` judges it, and with it what lies beside it.
+    """
+    video, *beside = written
+    beside = [path for path in beside if path != Beside.of(video).strip]  # a run that was killed leaves it, unmarked
+    if os.path.lexists(video):
+        return []
+    there = [path for path in beside if os.path.lexists(path)]
+    if there and _has_record(video):
+        return []
+    return [path for path in there if not (path == Beside.of(video).latents and _kept_by_a_run(path))]
+
+
+def _has_record(video: Path) -> bool:
+    """Whether the record beside the video's place is of a video of that name."""
+    try:
+        output = read_record(Beside.of(video).record).get("output")
+    except InputError:
+        return False
+    return isinstance(output, dict) and output.get("file") == video.name
+
+
+def _kept_by_a_run(latents: Path) -> bool:
+    try:
+        return "record" in TensorStore.open(latents).metadata
+    except (TensorFileError, OSError):
+        return False
+
+
+def _check_folders(folders: set[Path], check: Check) -> None:
+    for folder in sorted(folders):
+        nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not nearest.is_dir():
+            check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            where = "" if nearest == folder else f", there is no permission to write in {nearest}"
+            check.problem(f"{folder}: the output folder is not writable{where}; choose another --save_dir")
+
+
+class _Places:
+    """One text for every spelling of the place where a file will be made: links of its folder followed, its own not."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}  # as spelled -> as it is
+
+    def __call__(self, path: Path) -> str:
+        folder, name = os.path.split(path)
+        if folder not in self.folders:
+            self.folders[folder] = os.path.normcase(normal(os.path.realpath(folder)))
+        name = normal(name)
+        return os.path.join(self.folders[folder], name.casefold() if sys.platform in ("win32", "darwin") else name)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _shown(paths: Sequence[Path]) -> str:
+    """One or two; of more the first, and how many more there are."""
+    if len(paths) <= 2:
+        return " and ".join(map(str, paths))
+    return f"{paths[0]} and {len(paths) - 1:,} more"
+
+
+MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
+
+
+def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
+    """What the videos need at most on the disk, by the nearest folder that is there."""
+    needed: dict[Path, float] = {}
+    for job in jobs:
+        folder = job.save_file.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
+        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
+    return needed

@@ -1,0 +1,211 @@
+"""From the flags as given to an outcome that can start: defaults by task and weights, prompts and images read.
+
+Everything here needs no weight and no torch. All problems are collected into one `InputError`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from wan.checkpoints.hub import place
+from wan.checkpoints.layout import check_complete
+from wan.cli.checks import Check, no_file
+from wan.cli.hints import without_effect
+from wan.cli.options import DEFAULTS, OPTIONS, Request
+from wan.configs import TASKS, TaskConfig, download_command
+from wan.jobs.build import make_jobs, prompt_rows
+from wan.jobs.chains import check_chain, linked
+from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Weights
+from wan.jobs.output_paths import check_outputs
+from wan.jobs.prompt_files import expanded, text_problem
+from wan.jobs.replay import earlier_seed, replayed
+from wan.jobs.sharding import chosen_shard, own_jobs
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.prompt_extension.extend import ExtendSettings
+
+COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
+DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
+
+
+def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
+    """Every default filled, every check made that needs no weight.
+
+    given: values by option, only those that were given. problems: those found before. InputError with all problems.
+    """
+    check = Check(problems)
+    request, record = replayed(given, expanded(given["replay"])) if "replay" in given else (Request(**given), None)
+    asked_task = request.task
+    request = _checked(request, check)
+    if request.task != asked_task:
+        check.stop()  # all other defaults and limits hang on the task
+    config = TASKS[request.task]
+    request = chosen_shard(request, check)
+    if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
+        earlier = earlier_seed(request) if request.resume else None
+        request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
+    _check_processes(request, check)
+    check_chain(request, config, check)
+    if request.decode_latents is not None:
+        outcome: Outcome = _decode(request, config, check)
+    elif request.extend_only is not None:
+        outcome = _extend_only(request, config, check)
+    else:
+        outcome = replace(_generate(request, config, check), replayed=record)
+    if check.problems and not isinstance(outcome, Extend):
+        _check_files(request, config, check)
+    check.stop()
+    return replace(outcome, warnings=(*check.warnings, *without_effect(given, request)))
+
+
+def _checked(request: Request, check: Check) -> Request:
+    """`request` with every value among its row's choices and within its limits; defaults where one was not."""
+    changed: dict[str, Any] = {}
+    for name, row in OPTIONS.items():
+        value, default = getattr(request, name), DEFAULTS[name]
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and (wrong := text_problem(text)):
+                check.problem(f"--{name} {wrong}")
+                changed[name] = default
+        if name in changed:
+            continue
+        if row.choices:
+            changed[name] = check.choice(f"--{name}", value, row.choices, row.pattern)
+        elif row.limits and value is not None:
+            found = check.number(f"--{name}", value, float("nan"), *row.limits)
+            changed[name] = value if found == value else default
+    return replace(request, **changed)
+
+
+def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
+    weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
+    sampling = choose_sampling(request, config, weights, check)
+    if sampling.lora_steps and request.lora_mode == "merge":
+        check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
+    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
+    weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
+    extend = _extension(request) if request.use_prompt_extend else None
+    rows = prompt_rows(request, config, extend is not None, check)
+    jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
+    own = own_jobs(request, jobs, rows, check)
+    read = [
+        path for job in jobs for name, path in job.pictures.items() if path and not (name == "image" and job.follows)
+    ]
+    read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
+    check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
+    numbers = {job.index // request.num_videos for job in own}
+    rows = [row for number, row in enumerate(rows) if number in numbers]
+    return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
+
+
+def _videos(jobs: Sequence[Job]) -> list[Path]:
+    """The files of these jobs, then what their chains are joined into."""
+    return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
+
+
+def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
+    file = expanded(request.extend_only or "")
+    if file.suffix.lower() not in (".txt", ".jsonl"):
+        check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
+    if file.exists() and not request.overwrite:
+        check.problem(f"--extend_only {file}: exists already; --overwrite replaces it")
+    rows = prompt_rows(request, config, True, check)
+    return Extend(request, tuple(rows), _extension(request), file)
+
+
+def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
+    """The video lies beside its latents unless --save_file says otherwise."""
+    latents = expanded(request.decode_latents or "")
+    if not latents.is_file():
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
+    stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
+    video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
+    check_outputs(request, [video], check, [latents], latents=False)
+    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, check))
+    return Decode(request, config, weights, latents, video)
+
+
+def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Path | None:
+    """A folder, or a hub id whose files are fetched later; None where files stand for all of it."""
+    get = f"get it with: {download_command(config.hub_id)}"
+    given = request.ckpt_dir
+    if given is None:
+        own = _given_parts(request)
+        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
+        lacking += [f"--{part}" for part in PARTS if part not in own]
+        if not lacking:
+            return None
+        alone = "" if len(lacking) == len(config.experts) + len(PARTS) else f", or give {', '.join(lacking)} too"
+        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
+        return Path(config.hub_id)
+    path = expanded(given)
+    try:
+        if not (path.is_dir() or place(given)):
+            check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
+    except PermissionError:
+        check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
+    return path
+
+
+def _given_parts(request: Request) -> set[str]:
+    """The parts that flags name files for, in place of the checkpoint's."""
+    experts = {text.partition("=")[0] for text in request.expert or ()}
+    return experts | {part for part in PARTS if getattr(request, part) is not None}
+
+
+def _check_files(request: Request, config: TaskConfig, check: Check) -> None:
+    """What a checkpoint here lacks, beside other problems; without any the plan tells it, with what headers tell."""
+    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
+    with suppress(PermissionError):  # told once it is opened
+        if folder and folder.is_dir():
+            check.attempt(partial(check_complete, folder, config, _given_parts(request)))
+
+
+def program() -> str:
+    """What the user typed to start this, as far as it can be told, for commands in messages."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    if name == COMMAND:
+        return COMMAND
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "generate":
+        return "python -m generate"
+    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
+
+
+def _check_processes(request: Request, check: Check) -> None:
+    """Whether the flags fit the number of processes that torchrun started (1 without it)."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    ulysses, ring = request.ulysses_size, request.ring_size
+    asked = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
+    asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
+    if asked and processes == 1:
+        count = ulysses * ring if ulysses * ring > 1 else 8
+        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
+        command = f"torchrun --nproc-per-node {count} {script} ..."
+        check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
+    elif processes % (ulysses * ring):
+        legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+        check.problem(
+            f"--ulysses_size {ulysses} (x --ring_size {ring}) must divide the {processes} processes; legal are {legal}"
+        )
+
+
+def _extension(request: Request) -> ExtendSettings:
+    return ExtendSettings(
+        task=request.task,
+        method=request.prompt_extend_method,
+        model=request.prompt_extend_model,
+        language=request.prompt_extend_target_lang,
+        seed=request.base_seed,
+        on_error=request.prompt_extend_on_error,
+        use_cache=not request.no_extend_cache,
+        device=request.device,
+    )

@@ -1,0 +1,71 @@
+"""A part of a prompt file for each of several independent processes: every N-th video, or chain, of the whole file.
+
+Numbers, seeds and names are those of the whole file, so they do not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from wan.cli.checks import Check
+from wan.cli.options import Request
+from wan.jobs.chains import chains
+from wan.jobs.job import Job
+from wan.jobs.prompt_files import Row
+
+SLURM = "SLURM_ARRAY_TASK_"
+WHOLE = (1, 1)
+
+
+def chosen_shard(request: Request, check: Check) -> Request:
+    """`request` with `--shard`; without it, of a prompt file, with the place of this task in a Slurm array."""
+    if request.shard is not None:
+        alone = [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]
+        if alone:
+            check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
+    elif request.prompt_file is not None and request.extend_only is None and (found := _of_slurm(check)):
+        check.warn(f"--shard {found}, from the Slurm array; --shard 1/1 makes every video")
+        request = replace(request, shard=found)
+    if request.shard is not None and _read(request.shard, check) == WHOLE:
+        request = replace(request, shard=None)
+    return request
+
+
+def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
+    """Those of all jobs that this process makes."""
+    index, count = _read(request.shard, check) if request.shard is not None else WHOLE
+    if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
+        check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
+    own = [job for number, chain in enumerate(chains(jobs)) if number % count == index - 1 for job in chain]
+    own.sort(key=lambda job: job.index)
+    if jobs and not own:
+        check.warn(f"--shard {index}/{count}: there are only {len(jobs)} videos, none of them falls to this process")
+    return own
+
+
+def _read(text: str, check: Check) -> tuple[int, int]:
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
+    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, not {text!r}")
+    return WHOLE
+
+
+def _of_slurm(check: Check) -> str | None:
+    """I/N of this task in its array, whose ids may start anywhere; None outside of an array."""
+    values = {name: os.environ.get(SLURM + name) for name in ("ID", "COUNT", "MIN", "STEP")}
+    if values["ID"] is None or values["COUNT"] is None:
+        return None
+    try:
+        task, count, first = int(values["ID"]), int(values["COUNT"]), int(values["MIN"] or 0)
+        place, rest = divmod(task - first, int(values["STEP"] or 1))
+        if not rest and 0 <= place < count:
+            return f"{place + 1}/{count}"
+    except (ValueError, ZeroDivisionError):
+        pass
+    shown = " ".join(f"{SLURM}{name}={value}" for name, value in values.items() if value is not None)
+    check.problem(f"{shown}: the array's ids do not follow each other evenly; give --shard I/N")
+    return None

@@ -1,0 +1,193 @@
+"""Which weights a run uses, and the sampling settings that belong to them.
+
+A distilled weight changes every sampling default: few Euler steps without guidance in place of 40 to 50 with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lightning.distilled import release_in
+from lightning.lora_args import LoraChoice, choose_loras
+from lightning.releases import Release, preset, recognise
+from wan.checkpoints.hub import located, place
+from wan.cli.checks import Check, no_file
+from wan.cli.options import Request
+from wan.configs import TaskConfig
+from wan.jobs.job import Sampling, Weights
+from wan.jobs.prompt_files import expanded
+from wan.utils.argument_parser import short
+from wan.utils.errors import LoraError
+
+PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, beside its experts; each a flag too
+SOLVERS = ("euler", "unipc", "dpm++", "dmd")
+EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
+FEW_STEPS = 15  # fewer steps than this need a distilled weight
+GUIDANCES = (0.0, 100.0)
+BASE_NAME = r"wan[-_]?2[-_.]2"  # of a file that is named after the model and, as nobody's release, is not distilled
+
+
+def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, check: Check) -> Weights:
+    """LoRAs in the order given, --lora_dir's first; full expert files; and the release they are."""
+    task, experts = config.name, tuple(config.experts)
+    chosen = choose_loras(experts, request.lora_dir, request.lora_strength, request.lora or ())
+    loras = chosen.loras
+    check.problems.extend(chosen.problems)
+    check.warnings.extend(chosen.warnings)
+    expert_files: dict[str, Path] = {}
+    for text in request.expert or ():
+        expert, _, name = text.partition("=")
+        if expert not in experts or not name:
+            allowed = " or ".join(f"{known}=FILE" for known in experts)
+            check.problem(f"--expert {text}: {task} takes {allowed}")
+        elif expert in expert_files:
+            check.problem(f"--expert {expert}= is given twice")
+        elif file := check.attempt(partial(located, "--expert", name)):
+            if file.is_file():
+                expert_files[expert] = file
+            else:
+                check.problem(f"--expert {text}: {no_file(file)}")
+    release = _release(request, task, loras, expert_files, check)
+    found = {each.name: each for each in (release, *map(recognise, expert_files.values())) if each}
+    for each in found.values():
+        if each.refused:
+            check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
+    if release and release.licence:
+        check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
+    if request.lora_dir is not None and expert_files:
+        check.warn(
+            "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
+            "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
+        )
+    told = bool(release and release.kind != "recipe")
+    base = [file for file in expert_files.values() if re.search(BASE_NAME, file.name.lower())]
+    if base and not (told or request.lora_dir or request.preset):
+        check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
+    distilled = bool(request.lora_dir or request.preset or told or len(expert_files) > len(base))
+    files = part_files(request, check)
+    return Weights(ckpt_dir, tuple(loras), tuple(expert_files.items()), files, release=release, distilled=distilled)
+
+
+def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
+    """The files given in place of the checkpoint's, but for the experts."""
+    found: dict[str, Path] = {}
+    for part in PARTS:
+        given = getattr(request, part)
+        if given is None:
+            continue
+        file = check.attempt(partial(located, f"--{part}", given))
+        if file is None:
+            continue
+        if part == "tokenizer":
+            file /= "tokenizer.json"
+        if file.is_file():
+            found[part] = file
+        else:
+            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
+            check.problem(f"--{part} {given}: {wanted}")
+    return tuple(found.items())
+
+
+def choose_sampling(request: Request, config: TaskConfig, weights: Weights, check: Check) -> Sampling:
+    """Solver, steps, shift and guidance: as given, else the release's, else by task and distilled or not."""
+    single = len(config.experts) == 1
+    # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
+    release = weights.release or Release("", (), "lora", "")
+    base = Sampling(config.sample_solver, config.sample_steps, config.sample_shift, both(config.sample_guide_scale))
+    usual: Release | Sampling = release if weights.distilled else base
+    timesteps = check.timesteps(request.timesteps) if request.timesteps is not None else None
+    as_made = request.sample_solver in (None, release.solver) and request.sample_steps is None
+    if weights.distilled and request.timesteps is None and request.sample_shift is None and as_made:
+        timesteps = release.timesteps
+    fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
+    solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
+    steps = request.sample_steps or len(timesteps or ()) or usual.steps
+    shift = request.sample_shift or usual.shift
+    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, usual.guidance, *GUIDANCES)
+    if single and guidance[0] != guidance[1]:
+        check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
+    if request.timesteps is not None and timesteps is not None:
+        _check_explicit(request, timesteps, check)
+    high_steps = None
+    if request.high_steps is not None and single:
+        check.problem("--high_steps: this task has one model; it applies to the two experts of the A14B tasks")
+    elif request.high_steps is not None:
+        high_steps = check.whole("--high_steps", request.high_steps, 0, 0, steps)
+    by_release = request.timesteps is None
+    lora_steps = release.lora_steps if by_release else None
+    guidance_steps = release.guidance_steps if by_release and request.sample_guide_scale is None else None
+    if lora_steps and len(lora_steps) != steps:
+        check.problem(
+            f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
+        )
+    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    _warn_of_mismatch(recipe, weights, release, check)
+    return recipe
+
+
+def both(guidance: float | Sequence[float]) -> tuple[float, float]:
+    """(low, high noise) of one guidance for both, or of the two."""
+    low, high = guidance if isinstance(guidance, tuple | list) else (guidance, guidance)
+    return float(low), float(high)
+
+
+def _release(
+    request: Request, task: str, loras: Sequence[LoraChoice], expert_files: dict[str, Path], check: Check
+) -> Release | None:
+    """--preset's, else the first that a folder or file name tells, else the one baked into the checkpoint."""
+    if request.preset is not None:
+        try:
+            release = preset(request.preset)
+        except LoraError as e:
+            check.problem(f"--preset: {e}")
+            return None
+        if task not in release.tasks:
+            check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
+        if release.kind == "recipe" and not (loras or expert_files):
+            check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
+        return release
+    paths = [expanded(request.lora_dir)] if request.lora_dir else []
+    for path in [*paths, *expert_files.values(), *(lora.path for lora in loras)]:
+        if found := recognise(path):
+            if task not in found.tasks:
+                check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
+            return found
+    if request.ckpt_dir is None:
+        return None
+    there = place(request.ckpt_dir)
+    return release_in(Path(there.repository, there.path) if there else expanded(request.ckpt_dir))
+
+
+def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:
+    """What cannot stand beside --timesteps."""
+    if request.sample_solver not in (None, *EXPLICIT):
+        check.problem(f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}")
+    if request.sample_steps not in (None, len(timesteps)):
+        check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
+    if request.sample_shift is not None:
+        check.problem("--timesteps are final, after the shift; leave --sample_shift out")
+
+
+def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
+    """Warns of settings that the weights in use were not made for."""
+    if not weights.distilled:
+        if recipe.steps < FEW_STEPS:
+            check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")
+        return
+    name = release.name or "a distilled weight"
+    for flag, given, made_for in (
+        ("--sample_solver", recipe.solver, release.solver),
+        ("--sample_steps", recipe.steps, release.steps),
+        ("--sample_shift", recipe.shift, release.shift),
+    ):
+        if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
+            check.warn(f"{flag} {short(given)}: {name} was made for {short(made_for)}")
+    if recipe.guidance != release.guidance:
+        low, high = recipe.guidance
+        check.warn(
+            f"--sample_guide_scale {low:g},{high:g}: {name} was made for guidance 1; "
+            "other values double the work and usually spoil the picture"
+        )

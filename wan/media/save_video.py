@@ -1,0 +1,61 @@
+"""Save a batch of videos as one mp4, under the original's signature.
+
+Shapes: B videos side by side, T frames, H, W rows and columns of one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from wan.media.video import VideoWriter
+
+BORDER = 2  # pixels around each of several videos
+
+
+def save_video(
+    tensor: Tensor,
+    save_file: str | Path | None = None,
+    fps: float = 30,
+    suffix: str = ".mp4",
+    nrow: int = 8,
+    normalize: bool = True,
+    value_range: tuple[float, float] = (-1, 1),
+) -> str:
+    """Write `tensor` [B, 3, T, H, W] as one mp4 with `nrow` videos in a row; where it lies.
+
+    normalize: `value_range` becomes black to white; otherwise 0 to 1 is. save_file: None takes a temporary file with
+    that suffix. Unlike the original's, it raises: JobError if the encoder fails, OSError from the file system.
+    """
+    if save_file is None:
+        handle, save_file = tempfile.mkstemp(suffix)
+        os.close(handle)
+    low, high = value_range
+    videos = tensor.float().clamp(low, high)
+    if not normalize:
+        low, high = 0.0, 1.0
+    # this form leaves values of [-1, 1] as they are, to the bit
+    videos = videos * (2 / (high - low)) - (high + low) / (high - low)
+    path = Path(save_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, fps) as writer:
+        writer.write(_grid(videos, nrow))
+        writer.finish(None)
+    return str(path)
+
+
+def _grid(videos: Tensor, columns: int) -> Tensor:
+    """[B, 3, T, H, W] -> [3, T, rows, columns]: one video as it is, several in a grid with black borders."""
+    count, channels, frames, height, width = videos.shape
+    if count == 1:
+        return videos[0]
+    columns = min(columns, count)
+    down, across = height + BORDER, width + BORDER
+    grid = videos.new_full((channels, frames, -(-count // columns) * down + BORDER, columns * across + BORDER), -1.0)
+    for place, video in enumerate(videos):
+        top, left = BORDER + place // columns * down, BORDER + place % columns * across
+        grid[:, :, top : top + height, left : left + width] = video
+    return grid

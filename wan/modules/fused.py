@@ -1,0 +1,111 @@
+"""The passes over rows of tokens between the transformer's matrix products: norms, modulation, rotation, residuals.
+
+Shapes: R rows (tokens), D width, d head width. Rows do not depend on each other, so a pass may be given any share of
+them; each writes its result where it is told, and nothing of the size of its input is kept.
+
+A pass reads and writes memory far longer than it computes. PyTorch's compiler makes one kernel of each, which reads its
+inputs once and writes its output once; without a compiler the same functions run operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan.modules.quantize import quantise
+from wan.modules.rope import rotate
+from wan.utils.errors import one_line
+
+
+def norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor) -> None:
+    """out [R, D] = LayerNorm(x) * scale + shift with rows [D], rounded once, to out's dtype."""
+    _into(out, torch.addcmul, shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
+
+
+def add(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    """x += y * gate, into the float32 x [R, D]; gate [D]."""
+    x.addcmul_(y, gate)
+
+
+def add_norm(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
+    """`add`, then `norm` of the sum into y."""
+    add(x, y, gate)
+    norm(x, scale, shift, eps, y)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    """x [R, D] = x / rms(x) * weight (arXiv 1910.07467): float32 statistics, rounded to x's dtype, then scaled."""
+    _divide_by_rms(x, eps)
+    _into(x, torch.mul, x, weight)
+
+
+def rms_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> None:
+    """`rms_norm` over the whole width, then each head of x [R, D] turned by rotary [R, d/2, 2], rounded at the end."""
+    _divide_by_rms(x, eps)
+    scaled = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+    _into(scaled, torch.mul, x, weight)
+    x.copy_(rotate(scaled.float().unflatten(-1, (-1, 2 * rotary.shape[1])), rotary).flatten(1))
+
+
+def _divide_by_rms(x: Tensor, eps: float) -> None:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    _into(x, torch.mul, x, torch.rsqrt(length.square() / x.shape[-1] + eps))
+
+
+def _into(out: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> None:
+    """out = operation(*operands), computed in float32. A GPU's kernels convert what they read and write; a CPU's are
+    several times slower at that than at conversions of their own."""
+    if out.is_cpu or torch.compiler.is_compiling():
+        out.copy_(operation(*(each.float() for each in operands)))
+    else:
+        operation(*operands, out=out)
+
+
+class Passes(NamedTuple):
+    """The functions above, as they are or each wrapped."""
+
+    norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None] = norm
+    add: Callable[[Tensor, Tensor, Tensor], None] = add
+    add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = add_norm
+    rms_norm: Callable[[Tensor, Tensor, float], None] = rms_norm
+    rms_norm_rotate: Callable[[Tensor, Tensor, Tensor, float], None] = rms_norm_rotate
+    quantise: Callable[[Tensor, Tensor, Tensor], None] = quantise
+
+
+EAGER = Passes()
+
+
+SAVED = 74  # bytes that compiled passes do not move, for each token, channel and layer of a forward (bf16; counted)
+RATE = 2e12  # bytes a second of a device's memory, about: cards differ by a factor of five
+COMPILING = 20  # seconds at most; a few when the compiler's cache on disk has them
+SHAPES = 128  # of rows, times their dtypes, that one process compiles a pass for; what comes after them is not compiled
+
+
+@cache
+def compiled() -> Passes:
+    """Each made one kernel by PyTorch's compiler, at its first call and for the shapes of that call."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
+    setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8, is two sizes of videos that pin an image
+    return Passes(*(torch.compile(each, dynamic=False) for each in EAGER))
+
+
+def choose(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
+    """Compiled passes where a run of so many forwards gains more than compiling takes, and a sentence if they are
+    (or, where the compiler fails, why not). A CPU computes for minutes what it would gain seconds on."""
+    gain = SAVED * tokens * width * layers * forwards / RATE
+    if device.type != "cuda" or not find_spec("triton") or gain < COMPILING:
+        return EAGER, ""
+    try:
+        compiled().add(*(torch.zeros(size, device=device) for size in ((16, width), (16, width), (width,))))
+    except Exception as e:  # noqa: BLE001 - a compiler on the user's machine may fail in any way
+        return EAGER, f"warning: the passes between matrix products are not compiled ({one_line(e)})"
+    return compiled(), (
+        f"compiling the passes between matrix products: about {COMPILING} s, and {gain:.0f} s less in this run"
+    )

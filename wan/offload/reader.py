@@ -1,0 +1,282 @@
+"""Tensors on their way from disk to where they compute: read, merged, cast, placed, a piece after the other.
+
+A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is worked on, so the
+peak is what is being placed and a few buffers, however large a tensor is.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning.merge import Merge
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.configs.precision import keeps_float32
+from wan.modules.fp8 import Fp8Linear
+from wan.modules.quantize import FP8, is_finite, quantise, scale_name
+from wan.utils.errors import InputError, JobError, first_line
+
+PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
+READERS = 4
+Module = TypeVar("Module", bound=nn.Module)
+Store = TensorStore
+
+
+class ReadError(JobError):
+    """A weight file that could be opened cannot be read, or is not what it was. Of several processes one may see it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor of one source; None for a tensor without rows."""
+
+    source: Source
+    name: str
+    rows: slice | None
+
+    @property
+    def bytes(self) -> int:
+        return self.source.store.buffer_bytes(self.name, self.rows)
+
+
+class Source:
+    """The weights of one network on disk, and what becomes of them on the way.
+
+    dtype: a parameter's, by name. Made when the file has just been opened: from then on it must not change.
+    """
+
+    def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
+        self.store, self.dtype, self.merge = store, dtype, merge
+        self._stamps = {file: _stamp(file) for file in store.files}
+        self._finite: set[tuple[str, int]] = set()  # pieces by first row
+        self._scales: dict[tuple[str, int], Tensor] = {}  # of those that are stored in fp8
+
+    def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
+        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size.
+
+        Scales of fp8 weights are no pieces of their own: `place` makes them with the weights.
+        """
+        for name in self.store.in_file_order(name for name in names if name in self.store):
+            entry = self.store[name]
+            if not entry.shape:
+                yield Piece(self, name, None)
+                continue
+            start, stop, _ = rows(name).indices(entry.shape[0])
+            count = max(1, math.ceil(self.store.buffer_bytes(name, slice(start, stop)) / PIECE_BYTES))
+            step = max(1, math.ceil((stop - start) / count))
+            for first in range(start, stop, step):
+                yield Piece(self, name, slice(first, min(first + step, stop)))
+
+    def read(self, piece: Piece, buffer: Tensor) -> Tensor:
+        """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
+        file = self.store.file(piece.name)
+        key = piece.name, piece.rows.start if piece.rows else 0
+        try:
+            if _stamp(file) != self._stamps[file]:
+                raise ReadError(f"{file}: has changed since this run opened it; start again")
+            if stored := self._as_stored(piece, buffer):
+                tensor, self._scales[key] = stored
+            else:
+                tensor = self.store.read(piece.name, piece.rows, buffer)
+        except OSError as e:
+            raise ReadError(f"{file}: tensor {piece.name} cannot be read ({e.strerror or e})") from e
+        if key not in self._finite:
+            if not _is_finite(tensor) or not _is_finite(self._scales.get(key, torch.ones(1))):
+                raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf: the file is corrupt")
+            self._finite.add(key)
+        return tensor
+
+    def _as_stored(self, piece: Piece, buffer: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The piece and its scales where the file has them as the parameter is to be."""
+        if self.dtype(piece.name) != FP8 or self._merged(piece):
+            return None
+        return self.store.read_fp8(piece.name, piece.rows, buffer)
+
+    def _merged(self, piece: Piece) -> bool:
+        return self.merge is not None and self.merge.touches(piece.name)
+
+    def place(self, piece: Piece, tensor: Tensor, targets: Mapping[str, Tensor], start: int = 0) -> None:
+        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on.
+
+        targets: by name; that of an fp8 weight has one for its scales beside it.
+        """
+        target, rows = targets[piece.name], slice(None)
+        if self.merge is not None and self._merged(piece):
+            tensor = self.merge(piece.name, tensor, piece.rows)
+        elif target.device.type != "cpu":
+            tensor = tensor.to(target.device)  # an accelerator casts faster
+        if piece.rows is not None:
+            rows = slice(piece.rows.start - start, piece.rows.stop - start)
+            target = target[rows]
+        if target.dtype != FP8:
+            target.copy_(tensor)
+            return
+        scale = targets[scale_name(piece.name)][rows, None]
+        if tensor.dtype != FP8:
+            quantise(tensor, target, scale)
+        else:
+            target.copy_(tensor)
+            scale.copy_(self._scales[piece.name, piece.rows.start if piece.rows else 0])
+
+
+def read_ahead(
+    pieces: Iterable[Piece], largest: int = PIECE_BYTES, pin: bool = False
+) -> Generator[tuple[Piece, Tensor]]:
+    """Each piece and what `Source.read` gives, the next ones being read while the caller works on this.
+
+    A tensor is valid until the next is asked for: a few buffers of `largest` bytes are used in turn.
+    """
+    buffers = [memory(largest, pin=pin) for _ in range(READERS + 1)]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        turns = zip(pieces, cycle(buffers), strict=False)
+
+        def begin(count: int) -> Iterator[tuple[Piece, Future[Tensor]]]:
+            return ((piece, pool.submit(piece.source.read, piece, buffer)) for piece, buffer in islice(turns, count))
+
+        ahead = deque(begin(READERS))
+        while ahead:
+            piece, reading = ahead.popleft()
+            tensor = reading.result()
+            ahead.extend(begin(1))  # into the buffer that the caller has just done with
+            yield piece, tensor
+
+
+def memory(count: int, device: torch.device | None = None, pin: bool = False) -> Tensor:
+    """uint8 [count] on the device; default: in host memory, of which JobError says that it is full."""
+    try:
+        return torch.empty(count, dtype=torch.uint8, device=device, pin_memory=pin)
+    except torch.OutOfMemoryError:
+        raise  # the device's own: who asked for it knows what to do
+    except RuntimeError as e:
+        raise JobError(f"no room in host memory for {count / 1e6:.0f} MB of weights ({first_line(e)})") from e
+
+
+def load(
+    module: Module,
+    store: Store,
+    *,
+    home: torch.device,
+    dtype: Callable[[str], torch.dtype],
+    merge: Merge | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> Module:
+    """A copy of a meta-built module with its weights on `home`: read, merge, cast, place, a piece after the other.
+
+    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. Errors as from `Source.read`.
+    """
+    source = Source(store, dtype, merge)
+    module = copy.deepcopy(module)
+    fill(module, source, [name for name, _ in module.named_parameters()], home, report)
+    return module.eval().requires_grad_(False)
+
+
+def fill(
+    module: nn.Module, source: Source, names: list[str], home: torch.device, report: Callable[[int], None]
+) -> None:
+    """Give the parameters `names` of `module` memory on `home`, and their weights."""
+    pieces = list(source.pieces(names))
+    targets = {
+        name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
+    }
+    largest = max((p.bytes for p in pieces), default=0)
+    if home.type == "cpu" and source.merge is None:
+        _place_by_threads(pieces, largest, targets, report)
+    else:  # a merge, and the copies to a device, belong to one thread
+        for piece, tensor in read_ahead(pieces, largest, pin=home.type == "cuda"):
+            report(piece.bytes)
+            source.place(piece, tensor, targets)
+    for name, target in targets.items():
+        Place.of(module, name).put(target)
+
+
+def _place_by_threads(
+    pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
+) -> None:
+    """Each piece read, cast and placed by one thread while it is in that core's cache, in any order."""
+    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(READERS):
+        buffers.put(memory(largest))
+
+    def bring(piece: Piece) -> int:
+        buffer = buffers.get()
+        try:
+            piece.source.place(piece, piece.source.read(piece, buffer), targets)
+        finally:
+            buffers.put(buffer)
+        return piece.bytes
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
+        for count in pool.map(bring, pieces):
+            report(count)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter hangs in a module; stays true when layers are wrapped."""
+
+    owner: nn.Module
+    leaf: str
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Place:
+        owner, _, leaf = name.rpartition(".")
+        return cls(module.get_submodule(owner), leaf)
+
+    def put(self, tensor: Tensor) -> None:
+        setattr(self.owner, self.leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def parameter_dtypes(
+    dtype: torch.dtype, convert_all: bool, module: nn.Module | None = None
+) -> Callable[[str], torch.dtype]:
+    """The transformer's precision: `dtype`, but float32 for the parameters that the original keeps in float32.
+
+    convert_all (`--convert_model_dtype`): `dtype` for every parameter.
+    module: whose layers in fp8 keep what is fp8 of them, and its scales, whatever the rest is.
+    """
+    layers = module.named_modules() if module is not None else ()
+    kept = {
+        f"{name}.{leaf}": own for name, layer in layers if isinstance(layer, Fp8Linear) for leaf, own in layer.dtypes()
+    }
+
+    def dtype_of(name: str) -> torch.dtype:
+        return kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
+
+    return dtype_of
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Configurations hold dtypes or their names."""
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def free_memory() -> None:
+    """Hand freed memory back, after something large was dropped."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == FP8:
+        return is_finite(tensor)
+    # the sum of finite numbers may overflow: then look at each
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file does: size, time of the last change."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,134 @@
+"""The original's public call, on top of a pipeline: its constructor's and its `generate`'s arguments make a plan.
+
+Shapes: F, H, W frames, rows, columns of the video.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan.cli.checks import Check
+from wan.cli.options import Request
+from wan.configs import TASKS, TaskConfig
+from wan.distributed.launch import Runtime
+from wan.jobs.job import Sampling
+from wan.jobs.resolve import DRAWN_SEEDS
+from wan.jobs.weights import SOLVERS, both, choose_weights
+from wan.media.images import video_size
+from wan.offload.copy_stream import on
+from wan.offload.reader import as_dtype
+from wan.pipeline import Pipeline, in_the_room
+from wan.planning.build import open_plan
+from wan.utils.progress import Progress
+
+
+class Original(Pipeline):
+    """What the three public classes share; each names its task and gives `generate` the original's arguments."""
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        config: TaskConfig | Mapping[str, Any],
+        checkpoint_dir: str | Path,
+        lora_dir: str | Path | None = None,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_sp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+        convert_model_dtype: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        runtime: Runtime | None = None,
+        progress: Progress | None = None,
+        **more: object,
+    ) -> None:
+        """The original's arguments, then ours.
+
+        config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: experts wait in host memory and are
+        brought to the device when needed; sharded ones stay there. use_sp: all processes make one video, those of
+        `runtime` or, without it, of torch.distributed. more: options of the command line by name (`ulysses_size=2`,
+        `lora_mode="adapter"`).
+        InputError listing everything that is wrong with arguments and files.
+        """
+        if not isinstance(config, TaskConfig):
+            config = TASKS[self.task].with_values(config)
+        runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
+        check = Check()
+        given = {
+            "task": self.task, "ckpt_dir": str(checkpoint_dir), "lora_dir": lora_dir and str(lora_dir),
+            "t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "t5_cpu": t5_cpu, "offload_model": init_on_cpu,
+            "convert_model_dtype": convert_model_dtype, "device": str(device or _device(device_id)),
+            "ulysses_size": runtime.team.size if use_sp else 1,
+        }  # fmt: skip
+        request = Request.from_dict({**given, **more}, check.problems)
+        weights = choose_weights(request, config, Path(checkpoint_dir), check)
+        mode = check.choice("lora_mode", request.lora_mode, ("merge", "adapter"))
+        check.stop()
+        weights = replace(weights, lora_mode=mode)
+        dtypes = as_dtype(config.param_dtype), as_dtype(config.t5_dtype)
+        plan = open_plan(request, config, weights, runtime, check, dtypes=dtypes)
+        check.stop()
+        super().__init__(plan, progress or Progress(quiet=True), runtime)
+
+    def _generate(
+        self,
+        prompt: str,
+        image: Image.Image | None,
+        size: tuple[int, int],
+        frame_num: int,
+        shift: float,
+        sample_solver: str,
+        sampling_steps: int,
+        guide_scale: float | tuple[float, float],
+        n_prompt: str,
+        seed: int,
+        offload_model: bool,
+        last_image: Image.Image | None = None,
+    ) -> Tensor | None:
+        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `size` counts as an area.
+
+        None on all but the first of the processes that make it together. InputError for what the command line refuses.
+        """
+        config, check = self.plan.config, Check()
+        if image is None:
+            size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
+        else:
+            size = video_size(config.image_fit, image.size, size)
+        frame_num = check.frames("frame_num", frame_num)
+        if last_image is not None:
+            check.several("frame_num: a first and a last frame need", frame_num)
+        sampling = Sampling(
+            check.choice("sample_solver", sample_solver, SOLVERS),
+            check.whole("sampling_steps", sampling_steps, 1, 1, 1000),
+            check.number("shift", shift, 1.0, 0.01, 100),
+            both(guide_scale),
+        )
+        check.stop()
+        if seed < 0:
+            seed = self.mesh.team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
+        with on(self.plan.device):  # the caller's thread may be another one than made this object
+            self.load_experts().offload = offload_model
+            negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
+            latent = team.all_or_none(
+                lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)
+            )
+            if offload_model:
+                self.release_text_encoder()
+            chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
+            return torch.cat(chunks, dim=1) if chunks else None
+
+
+def _device(index: int) -> str:
+    return f"cuda:{index}" if torch.cuda.is_available() else "cpu"

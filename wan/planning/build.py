@@ -1,0 +1,244 @@
+"""From what was asked for to a plan: files, images and the machine looked at, before any weight is read.
+
+Every problem found is reported, not the first one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lightning.distilled import distilled_twice
+from lightning.lora import Coverage, Lora, check
+from wan.checkpoints import hub
+from wan.checkpoints.checkpoint import Checkpoint, folder_of
+from wan.checkpoints.safetensors_file import fingerprint
+from wan.cli.checks import Check
+from wan.cli.hints import idle_on
+from wan.cli.options import Request
+from wan.configs import TaskConfig
+from wan.distributed.launch import Runtime
+from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
+from wan.jobs.job import Decode, Generate, Job, Weights
+from wan.jobs.output_paths import written_bytes
+from wan.jobs.prompt_files import expanded
+from wan.media.video import check_encoder
+from wan.modules.attention import choose as choose_attention
+from wan.offload.reader import as_dtype, parameter_dtypes
+from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.plan import Plan, dtype_name
+from wan.sampling import make_schedule, plan_steps
+from wan.utils.errors import InputError
+from wan.utils.progress import quantity
+
+
+def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
+    """Everything that can be known before a weight is read. InputError with all problems."""
+    checks = Check()
+    checks.attempt(check_encoder)
+    generate = outcome if isinstance(outcome, Generate) else None
+    if generate:
+        _check_disk(generate.jobs, checks)
+    weights, asked = _placed(outcome.weights, hub.here), outcome.weights.ckpt_dir
+    if asked is not None:
+        given = [part for part, _ in (*weights.expert_files, *weights.files)]
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config, given)))
+    opened = weights.ckpt_dir is not None or asked is None
+    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
+    checks.stop()
+    assert plan is not None, "without problems there is a plan"
+    if not outcome.request.dry_run and (fetched := _placed(weights, hub.whole)) != weights:
+        weights = fetched
+        plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
+        checks.stop()
+    place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
+    idle = idle_on(outcome.request, place, dtype_name(plan.dtype))
+    plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
+    if generate is None:
+        return plan
+    steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
+    plan = replace(
+        plan,
+        sampling=generate.sampling,
+        steps=tuple(steps),
+        jobs=generate.jobs,
+        preset=weights.release.name if weights.release else None,
+    )
+    told = [] if generate.extend else cut_prompts(plan)
+    unguided = not any(step.guided for step in steps)
+    if unguided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+        told.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    plan = replace(plan, warnings=(*plan.warnings, *told))
+    budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
+    if budget and budget.problem:
+        raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
+    return plan
+
+
+def _placed(weights: Weights, place: Callable[[Path], Path]) -> Weights:
+    """The same weights where `place` says that their files are."""
+    return replace(
+        weights,
+        ckpt_dir=weights.ckpt_dir and place(weights.ckpt_dir),
+        loras=tuple(replace(lora, path=place(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, place(file)) for expert, file in weights.expert_files),
+        files=tuple((part, place(file)) for part, file in weights.files),
+    )
+
+
+def open_plan(
+    request: Request,
+    config: TaskConfig,
+    weights: Weights,
+    runtime: Runtime,
+    checks: Check,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> Plan:
+    """The part of a plan that tells of networks and machine; what is wrong goes to `checks`.
+
+    dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
+    """
+    device = checks.attempt(lambda: compute_device(request.device)) or torch.device("cpu")
+    if dtypes is None:
+        fp32 = request.dtype == "fp32" or (request.dtype == "auto" and device.type == "cpu")
+        wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
+        dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
+    checkpoint = Checkpoint(
+        weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
+    )
+    checks.attempt(checkpoint.raise_problems, _brought(request, weights))
+    if request.quantize == "fp8":
+        for model, _ in checkpoint.experts.values():
+            model.use_fp8()
+    if checkpoint.vae and request.vae_dtype == "bf16":
+        checkpoint.vae[0].decode_in(torch.bfloat16)
+    conflicts = flag_conflicts(
+        ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
+        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
+    )  # fmt: skip
+    layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
+    conflicts += device_problems(layout, device, runtime.uses_gpus)
+    loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
+    attention = request.attention
+    if checkpoint.experts:
+        model, _ = next(iter(checkpoint.experts.values()))
+        conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
+        shape = model.num_heads, model.head_width
+        if chosen := checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], *shape)):
+            attention = chosen.name
+            warnings += chosen.warnings
+    for problem in conflicts:
+        checks.problem(problem)
+    return Plan(
+        request=request,
+        config=config,
+        checkpoint=checkpoint,
+        device=device,
+        text_device=torch.device("cpu") if request.t5_cpu else device,
+        noise_device=device if request.noise_device == "auto" else torch.device(request.noise_device),
+        dtype=dtypes[0],
+        text_dtype=dtypes[1],
+        attention=attention,
+        layout=layout,
+        loras=loras,
+        lora_mode=weights.lora_mode,
+        offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
+        room=limit_memory(device, request.vram),
+        coverage=coverage,
+        fingerprints=_fingerprints(checkpoint, loras),
+        weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
+        warnings=tuple(warnings),
+    )
+
+
+def _open_loras(
+    request: Request, weights: Weights, checkpoint: Checkpoint, checks: Check
+) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
+    """(LoRAs and what they do, by expert; warnings). Headers only."""
+    brought = _brought(request, weights)
+    loras: dict[str, list[Lora]] = {}
+    coverage: dict[str, list[Coverage]] = {}
+    warnings: list[str] = []
+    for choice in weights.loras:
+        lora = checks.attempt(
+            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
+            brought,
+        )
+        if lora is None or choice.expert not in checkpoint.experts:
+            continue
+        shapes = checkpoint.experts[choice.expert][1].shapes
+        base = checkpoint.files.get(choice.expert) or checkpoint.folder
+        twice = distilled_twice(base, lora.path, choice.expert) if base else None
+        if twice and not request.lora_allow_partial:
+            checks.problem(f"{twice}; --lora_allow_partial does it all the same")
+        found = checks.attempt(
+            lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
+                lora, shapes, expert=expert, allow_partial=request.lora_allow_partial
+            ),
+            brought,
+        )
+        if found:
+            loras.setdefault(choice.expert, []).append(lora)
+            coverage.setdefault(choice.expert, []).append(found)
+            warnings += found.warnings
+    return loras, coverage, warnings
+
+
+def cut_prompts(plan: Plan) -> list[str]:
+    """A warning of the prompts that are longer than what the model reads, if there are any."""
+    tokenizer, guided = plan.checkpoint.tokenizer, any(step.guided for step in plan.steps)
+    assert tokenizer is not None, "a checkpoint with problems makes no plan"
+    sources = {job.prompt: job.source for job in reversed(plan.jobs)}
+    for job in plan.jobs if guided else ():
+        own = job.negative_prompt != plan.request.negative_prompt
+        sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
+    lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}
+    if not lost:
+        return []
+    most = max(lost, key=lost.__getitem__)
+    others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
+    read = tokenizer.text_len
+    cut = "token is" if lost[most] == 1 else "tokens are"
+    return [f"{most}: the model reads {read} tokens of a prompt; the last {lost[most]} {cut} cut off{others}"]
+
+
+def _brought(request: Request, weights: Weights) -> dict[str, str]:
+    """The flag that each file or folder of weights came by, by its path."""
+    flags = {str(path): f"--{part}" for part, path in weights.files}
+    flags |= {str(path): "--expert" for _, path in weights.expert_files}
+    folder = str(expanded(request.lora_dir)) if request.lora_dir else None
+    for choice in weights.loras:
+        path = str(choice.path)
+        flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
+    return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
+
+
+def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
+    files = [file for part in checkpoint.weight_files().values() for file in part]
+    files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
+    return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool) -> dict[str, int]:
+    """By part; dtypes: the transformer's and the text encoder's."""
+    sizes = {
+        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
+        for name, (module, _) in checkpoint.experts.items()
+        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, module)]
+    }
+    if checkpoint.text_encoder:
+        sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtypes[1].itemsize
+    if checkpoint.vae:
+        sizes["VAE"] = sum(p.nbytes for p in checkpoint.vae[0].parameters())
+    return sizes
+
+
+def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:
+    for folder, size in written_bytes(jobs).items():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            checks.problem(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")

@@ -1,0 +1,200 @@
+"""Seconds to expect of a video: operations counted from the networks, and bytes of files, divided by measured rates.
+
+`python -m wan.doctor` measures the rates and keeps them for the plans of this machine. What is between the products,
+and writing the mp4, is not in the seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan.distributed.vae_parallel import divide, fitting
+from wan.jobs.chains import chains
+from wan.jobs.job import Job
+from wan.modules.vae_coders import Region
+from wan.offload.budget import Budget
+from wan.planning.communication import Network, sent_bytes
+from wan.planning.flops import decode_operations, encode_operations, text_operations
+from wan.planning.plan import Plan
+from wan.utils.files import cache_folder, replacing
+
+MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
+COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
+EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
+NEEDED = (MATMUL, ATTENTION, VAE, DISK)
+STORED = 4  # bytes of a weight in a released expert's file: float32
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the stages of one video; a stage takes the longer of computing and reading what it needs.
+
+    again: what `denoise` is in the videos after the first one, whose weights may be there. read: bytes of the experts.
+    """
+
+    text: float
+    image: float
+    denoise: float
+    decode: float
+    again: float
+    read: int
+
+    @property
+    def first(self) -> float:
+        return self.text + self.image + self.denoise + self.decode
+
+    @property
+    def next(self) -> float:
+        return self.image + self.again + self.decode
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the rates of this machine come to for a run: its longest video, and until the last one is there.
+
+    communication: whether what processes send each other is in it.
+    """
+
+    longest: Seconds
+    whole: float
+    communication: bool
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of the longest video by stage; without those that it does not have."""
+        longest = self.longest
+        named = {"text": longest.text, "image": longest.image, "denoise": longest.denoise, "decode": longest.decode}
+        return {name: spent for name, spent in named.items() if spent}
+
+
+def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
+    """Of a run that makes these jobs; None where no rates were measured, or nothing is to be made."""
+    rates = kept_rates(plan.device)
+    if rates is None or not todo:
+        return None
+    shapes = dict.fromkeys((job.size, job.frame_num) for job in todo)
+    found = {shape: seconds(plan, plan.budget(*shape, plan.prompts()), *shape, rates) for shape in shapes}
+    shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
+    spent = [[found[job.size, job.frame_num] for chain in share for job in chain] for share in shares]
+    wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
+    longest = max(found.values(), key=lambda one: one.first)
+    return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)
+
+
+def seconds(
+    plan: Plan, budget: Budget | None, size: tuple[int, int], frames: int, rates: Mapping[str, float]
+) -> Seconds:
+    """Of a video of `size` (width, height). budget: how the device is shared; None: everything stays on it.
+
+    Processes that make it together share tokens and frame evenly, and the disk: they read the same file.
+    """
+    config, checkpoint, ranks = plan.config, plan.checkpoint, plan.layout.sequence
+    assert checkpoint.text_encoder is not None, "a checkpoint with problems makes no plan"
+    assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
+    batch_guidance = (
+        budget.batch_guidance if budget else plan.request.dit_fsdp
+    )  # weights come once for both passes of a step
+    forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
+    passes = Counter(step.expert for step in plan.steps) if batch_guidance else forwards
+    read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
+    feed = min(rates[DISK], rates.get(PINNED, math.inf))
+    tokens, network = plan.tokens(size, frames), network_of(plan)
+    forward = network.linear(tokens) / rates[MATMUL] + network.attention(tokens) / rates[ATTENTION]
+    sent = sent_bytes(plan.layout, network, tokens, plan.dtype.itemsize, sharded_bytes(plan))
+    sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
+    computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
+    encoder, vae = checkpoint.text_encoder[0], checkpoint.vae[0]
+    text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
+    thinking = plan.prompts() * text_operations(encoder, config.text_len) / rates[MATMUL]
+    denoise = max(computing, read / feed)
+    latent = config.latent_shape(size, frames)
+
+    def coding(count: Callable[..., float], tiles: tuple[int, int]) -> float:
+        """Of the process that has most to do."""
+        return max(count(vae, latent, regions) for regions in _regions(latent, ranks, tiles)) / rates[VAE]
+
+    return Seconds(
+        text=max(thinking, text_bytes / feed),
+        image=coding(encode_operations, plan.encode_tiles(latent)) if config.mask_channels else 0.0,
+        denoise=denoise,
+        decode=coding(decode_operations, plan.tiles(latent)),
+        again=computing if budget is None or budget.resident else denoise,
+        read=read,
+    )
+
+
+def sharded_bytes(plan: Plan) -> int:
+    """Of the largest expert, if the processes that make a video together hold a part of it each, else 0."""
+    experts = [plan.weight_bytes[f"{name} expert"] for name in plan.checkpoint.experts] if plan.request.dit_fsdp else []
+    return max(experts, default=0)
+
+
+def _regions(latent: Sequence[int], ranks: int, tiles: tuple[int, int]) -> list[list[Region]]:
+    """What each of the processes codes of the frames of a `latent` [C, f, h, w], a part after the other."""
+    return [region.divided(*fitting(tiles, region)) for region in divide(latent[2], latent[3], ranks)]
+
+
+def network_of(plan: Plan) -> Network:
+    """The sizes of the plan's transformer."""
+    model, _ = next(iter(plan.checkpoint.experts.values()))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
+    return Network(dim, ffn_dim, model.num_heads, len(model.blocks))
+
+
+def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
+    """Of the expert's file in one video: what stays once, what passes through once a forward."""
+    module, store = plan.checkpoint.experts[expert]
+    numbers, stored = sum(parameter.numel() for parameter in module.parameters()), float(STORED)
+    if store is not None:  # of a released checkpoint that is not here there is none
+        stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
+    if budget is None:
+        return int(stored * numbers)
+    sizes = budget.experts[expert]
+    stay = budget.staying(sizes)
+    return int((stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * stored / plan.dtype.itemsize)
+
+
+def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
+    """Keep what was measured for later plans. OSError or RuntimeError where there is no place for it."""
+    kept = _all_kept() | {_name_of(device): dict(rates)}
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with replacing(_rates_file()) as part:
+        part.write_text(json.dumps(kept, indent=1), "utf-8")
+
+
+def kept_rates(device: torch.device) -> dict[str, float] | None:
+    """What was measured on this device with this version of PyTorch, if everything was."""
+    found = _all_kept().get(_name_of(device))
+    kept = found.items() if isinstance(found, dict) else ()
+    rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
+    return rates if rates.keys() >= set(NEEDED) else None
+
+
+def _all_kept() -> dict[str, Any]:
+    with suppress(OSError, ValueError, RuntimeError):
+        kept = json.loads(_rates_file().read_text("utf-8"))
+        if isinstance(kept, dict):
+            return kept
+    return {}
+
+
+def _rates_file() -> Path:
+    return cache_folder() / "rates.json"
+
+
+def _name_of(device: torch.device) -> str:
+    """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
+    threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return f"{name}, torch {torch.__version__}"

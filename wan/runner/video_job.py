@@ -1,0 +1,192 @@
+"""One video, start to end: claimed, sampled, kept, decoded, written. What is finished is never lost.
+
+Of the processes that make it together, the first one alone writes files; all of them see the same errors.
+Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan.cli.options import Request
+from wan.jobs.job import Job
+from wan.jobs.resolve import program
+from wan.media.video import VideoWriter, save_contact_sheet
+from wan.pipeline import Pipeline, in_the_room
+from wan.planning.plan import Plan
+from wan.runner.record import completed, describe, find_latents, find_video, save_latents
+from wan.utils.claims import ClaimedElsewhere, claimed
+from wan.utils.errors import JobError, WanError, out_of_memory
+from wan.utils.files import Beside, latents_elsewhere
+from wan.utils.progress import STAGE, Progress, quantity
+
+# What would help where a stage has no room.
+MORE_ROOM = {
+    "text": "--t5_cpu encodes the prompts on the CPU",
+    "load": "--offload_model True keeps idle networks in host memory, --t5_cpu the text encoder",
+    "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
+    "decode": "a smaller --size needs less",
+}
+
+
+def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> int:
+    """Make the video of `job`; the number of its frames. shared: seconds by stage that all jobs share.
+
+    JobError, OSError or out of memory for this job alone; ClaimedElsewhere if another process is making it.
+    """
+    plan, team, claims = pipe.plan, pipe.mesh.team, ExitStack()
+    with claims:
+        takeover = team.broadcast(lambda: _claim(claims, job.save_file))
+        if takeover:
+            progress.say(takeover)
+        earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
+        record = team.broadcast(lambda: describe(plan, job, pipe.info()))
+        latent, kept = team.broadcast(lambda: _kept_before(pipe, job, progress))
+        if latent is None:
+            latent = pipe.sample_job(job)
+            # before decoding: not even a killed process loses the steps
+            kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
+        try:
+            frames = save_video(pipe, latent, job.save_file, record, progress, earlier)
+        except BaseException as error:
+            hint = _how_to_finish(plan.request, job.save_file, kept, error)
+            error.add_note(hint)
+            if not isinstance(error, Exception):  # interrupted: nobody reports it later
+                progress.say(hint)
+            raise
+        team.broadcast(lambda: _tidy(plan.request, job, kept, frames, progress))
+    return frames
+
+
+def save_video(
+    pipe: Pipeline,
+    latent: torch.Tensor,
+    path: Path,
+    record: dict[str, Any],
+    progress: Progress,
+    earlier: dict[str, float],
+) -> int:
+    """Decode into the file, in tiles if memory does not suffice for the whole; the number of frames.
+
+    earlier: seconds by stage that are not this video's.
+    """
+    team = pipe.mesh.team
+
+    def attempt(finer: bool) -> int:
+        with closing(pipe.decode(latent, finer)) as chunks:
+            if team.is_rank0:
+                return write(chunks)
+            deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
+        team.barrier()
+        return 0
+
+    def write(chunks: Iterable[torch.Tensor]) -> int:
+        with VideoWriter(path, pipe.plan.config.sample_fps, bool(record["job"].get("follows"))) as video:
+            length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
+            with progress.stage("decode", total=length, unit="frame"):
+                for chunk in chunks:
+                    if not chunk.isfinite().all():
+                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
+                    video.write(chunk)
+                    progress.advance(chunk.shape[1])
+            team.barrier()  # the file appears when nobody has failed
+            with progress.stage("save"):
+                spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
+                video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
+        return video.frames
+
+    return in_the_room(team, progress, attempt)
+
+
+def check_place(save_file: Path) -> None:
+    """Before the long work: can a file be made here?"""
+    try:
+        save_file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_file.parent).close()
+    except OSError as e:
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+
+
+def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
+    """Why a job failed, in a line; of one without room, of what size it is and what the plan expected it to need."""
+    if out_of_memory(error):
+        stage = getattr(error, STAGE, "")
+        size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
+        budget = plan.budget(job.size, job.frame_num, plan.prompts()) if plan and job else None
+        peak = budget.peaks.get(stage) if budget else None
+        expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
+        first_line = str(error).partition("\n")[0].rstrip(". ")
+        hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
+        where = f" in {stage}{size}" if stage else size
+        return f"out of memory on the device ({first_line}){where}{expected}{hint}"
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
+
+
+def _claim(claims: ExitStack, save_file: Path) -> str:
+    """Hold the claim to the file until `claims` closes; what there is to say of it."""
+    check_place(save_file)
+    try:
+        return claims.enter_context(claimed(save_file)).taken_over or ""
+    except OSError as e:
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+
+
+def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
+    """The latents that an earlier try at this video left, and their file, with `--resume`."""
+    if not pipe.plan.request.resume:
+        return None, None
+    # another process may have made it between our look at the folder and our claim
+    if find_video(pipe.plan, job).state == "whole":
+        raise ClaimedElsewhere(f"{job.save_file}: another process has just made it")
+    latent, kept = find_latents(pipe.plan, job)
+    if kept:
+        progress.say(f"the latents of an earlier try are used: {kept}")
+    return latent, kept
+
+
+def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
+    """Save the latents beside the video to come, or where temporary files go; None, and a warning, if neither works."""
+    for path in (Beside.of(save_file).latents, latents_elsewhere(save_file)):
+        try:
+            save_latents(path, latent, record)
+        except OSError as e:
+            progress.say(f"warning: the latents cannot be kept as {path} ({e.strerror})")
+        else:
+            return path
+    return None
+
+
+def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
+    """What is left to do beside a finished video."""
+    beside = Beside.of(job.save_file)
+    if kept and not request.save_latents:
+        kept.unlink()
+    if request.save_latents and kept != beside.latents:
+        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
+    written = [beside.record]
+    if request.preview:
+        written.append(save_contact_sheet(job.save_file, frames))
+    endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
+    progress.say(f"saved {job.save_file} with {endings} beside it")
+
+
+def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
+    """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
+    if kept is None:
+        return "and the finished latents could not be kept"
+    device = "cpu" if out_of_memory(error) else request.device
+    words: list[object] = ["--task", request.task, "--ckpt_dir", request.ckpt_dir]
+    words += ["--decode_latents", kept, "--save_file", save_file]
+    words += [] if device == "auto" else ["--device", device]
+    words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
+    words += ["--vae_tiling"] if request.vae_tiling else []
+    words += ["--overwrite"] if request.overwrite else []
+    return f"the finished latents are kept; to make the video of them: {program()} {shlex.join(map(str, words))}"
