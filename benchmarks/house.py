@@ -81,7 +81,7 @@ def entered() -> dict[str, set[str]]:
             generate.main([*words, "--save_dir", folder])
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
+            threading.setprofile(None)
     return found
 
 
