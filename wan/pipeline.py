@@ -28,7 +28,7 @@ from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job, Sampling
 from wan.media.images import open_image
-from wan.media.step_preview import Strip
+from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
 from wan.modules.context import Prompt
 from wan.modules.fused import choose as choose_passes

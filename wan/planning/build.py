@@ -26,7 +26,7 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.jobs.job import Decode, Generate, Job, Weights
 from wan.jobs.output_paths import written_bytes
 from wan.jobs.prompt_files import expanded
-from wan.media.video import check_encoder
+from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.device import compute_device, held_by_others, limit_memory
