@@ -29,7 +29,7 @@ from wan.jobs.prompt_files import expanded
 from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
 from wan.planning.plan import Plan, dtype_name
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
@@ -123,6 +123,7 @@ def open_plan(
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
+    warnings += device_warnings(request.device, device)
     attention = request.attention
     if checkpoint.experts:
         model, _ = next(iter(checkpoint.experts.values()))
