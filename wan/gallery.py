@@ -23,8 +23,8 @@ if __name__ == "__main__":
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.media.video import read_record
-from wan.utils.argument_parser import Parser, complain
-from wan.utils.errors import InputError, WanError
+from wan.utils.argument_parser import Parser
+from wan.utils.errors import InputError, WanError, print_errors
 from wan.utils.files import Beside, replacing
 from wan.utils.progress import tell
 
@@ -166,11 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
         tell(sys.stdout, f"{write_page(folder)}\n")
-    except InputError as e:
-        return complain(e)
     except WanError as e:
-        tell(sys.stderr, f"error: {e}\n")
-        return 2
+        return print_errors(e.problems)
     return 0
 
 
