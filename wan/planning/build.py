@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,7 +174,7 @@ def _open_loras(
             continue
         shapes = checkpoint.experts[choice.expert][1].shapes
         base = checkpoint.files.get(choice.expert) or checkpoint.folder
-        twice = distilled_twice(base, lora.path, choice.expert) if base else None
+        twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(
