@@ -49,7 +49,7 @@ def check_page(folder: Path) -> None:
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page over the videos in `folder` and below it; return its path. InputError as `check_page`, WanError."""
+    """Write the page over the videos in `folder` and below it; return its path. InputError, WanError."""
     check_page(folder)
     entries = sorted(find_entries(folder), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
     data = json.dumps(entries, ensure_ascii=False).translate(HARMLESS)
