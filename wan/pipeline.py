@@ -7,7 +7,6 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 from __future__ import annotations
 
 import math
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,16 +27,17 @@ from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job, Sampling
 from wan.media.images import open_image
-from wan.media.step_preview import Strip
+from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
 from wan.modules.context import Prompt
 from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
-from wan.offload.reader import Source, Store, free_memory, load, parameter_dtypes
+from wan.offload.reader import Source, Store, load, parameter_dtypes
 from wan.planning.plan import Plan, dtype_name
 from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
+from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
 from wan.utils.progress import Progress
@@ -288,11 +288,8 @@ class Pipeline(ABC):
     def info(self) -> dict[str, str]:
         """What the record says about the machine and the numerics."""
         device = self.plan.device
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        )
         return {
-            "device": f"{device} ({name})",
+            "device": f"{device} ({Accelerator(device).name})",
             "dtype": dtype_name(self.plan.dtype),
             "attention": self.attention,
             "processes": str(self.plan.layout),

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import TESTS
 from wan.utils import files
-from wan.utils.files import Beside, latents_elsewhere, machine, make_part, part_of, replacing, sweep_parts
+from wan.utils.files import Beside, latents_elsewhere, machine, make_part, part_of, replacing, sweep_parts, write_file
 
 
 def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -34,6 +34,29 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
         part.write_text("whole")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer under the writer records the calls that reach the file system."""
+    calls: list[str] = []
+    flush, rename = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        assert os.fstat(descriptor).st_size == 5
+        calls.append("fsync")
+        flush(descriptor)
+
+    def replace(part: Path, target: Path) -> Path:
+        assert part.parent == target.parent
+        calls.append("rename")
+        return rename(part, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write_file(tmp_path / "a", "whole")
+    write_file(tmp_path / "a", b"bytes")
+    assert calls == ["fsync", "rename"] * 2
+    assert (tmp_path / "a").read_bytes() == b"bytes"
 
 
 def _umask() -> int:

@@ -25,11 +25,11 @@ from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
-from wan.offload.budget import Budget, free_bytes
-from wan.planning.device import host_bytes
+from wan.offload.budget import Budget
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
+from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
 
 
@@ -81,7 +81,7 @@ def forecast(machine: Machine) -> Outcome:
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
-    room = free_bytes(machine.device) if machine.device.type == "cuda" else host_bytes()
+    room = Accelerator(machine.device).free_bytes
     estimates = [
         estimate
         for task in TASKS
@@ -89,7 +89,7 @@ def forecast(machine: Machine) -> Outcome:
         for estimate in _of_task(task, distilled, room, machine)
     ]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
-    where = "the device" if machine.device.type == "cuda" else "the host's memory"
+    where = "the device" if Accelerator(machine.device).has_memory else "the host's memory"
     sentence = f"with {quantity(room, 'B')} of {where}, in {machine.usual} (all seconds are estimates)"
     sentence = sentence.replace("torch.", "")
     lines = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]

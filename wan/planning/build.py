@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.jobs.job import Decode, Generate, Job, Weights
 from wan.jobs.output_paths import written_bytes
 from wan.jobs.prompt_files import expanded
-from wan.media.video import check_encoder
+from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
 from wan.planning.plan import Plan, dtype_name
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
@@ -114,6 +115,7 @@ def open_plan(
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
+    warnings += device_warnings(request.device, device)
     chosen = None
     if checkpoint is not None:
         model = next(iter(checkpoint.experts.values())).module
@@ -168,7 +170,7 @@ def _open_loras(
             continue
         shapes = checkpoint.experts[choice.expert].weights.shapes
         base = checkpoint.files.get(choice.expert) or checkpoint.folder
-        twice = distilled_twice(base, lora.path, choice.expert) if base else None
+        twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(

@@ -26,6 +26,7 @@ from wan.offload.budget import Budget
 from wan.planning.communication import Network, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
 from wan.planning.plan import Plan
+from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, replacing
 
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
@@ -194,5 +195,5 @@ def _rates_file() -> Path:
 def _name_of(device: torch.device) -> str:
     """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
     threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    name = Accelerator(device).name if Accelerator(device).has_memory else threads
     return f"{name}, torch {torch.__version__}"

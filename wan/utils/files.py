@@ -93,11 +93,17 @@ def replacing(path: Path) -> Iterator[Path]:
     part = make_part(path)
     try:
         yield part
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write `path` whole, text as UTF-8, or leave it as it was."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def is_running(pid: int) -> bool:
