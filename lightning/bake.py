@@ -27,10 +27,10 @@ from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints.key_mapping import diffusers_name
-from wan.checkpoints.layout import FOLDERS, STEM, is_diffusers, tokenizer_of
-from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore, fingerprint, read_header
-from wan.checkpoints.weights import EXPERT, FLOATS, as_ours, open_network
-from wan.checkpoints.writer import Network, plan_shards, replacing, sha256, write_index, write_json, write_shard
+from wan.checkpoints.layout import FOLDERS, STEM, WEIGHTS, is_diffusers, path_of
+from wan.checkpoints.safetensors_file import TensorStore, fingerprint, read_header
+from wan.checkpoints.weights import FLOATS, open_part
+from wan.checkpoints.writer import Network, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
@@ -84,7 +84,8 @@ def bake(
         if layout == "released":
             _bring_others(ckpt_dir, partial, task)
         else:
-            shutil.copytree(tokenizer_of(ckpt_dir), partial / "tokenizer", dirs_exist_ok=True)
+            tokenizer = path_of(ckpt_dir, TASKS[task], "tokenizer").parent
+            shutil.copytree(tokenizer, partial / "tokenizer", dirs_exist_ok=True)
         for place, content in settings.items():
             write_json(partial / place, content)
         write_json(partial / RECORD, {**sources, "shards": digests})
@@ -152,7 +153,7 @@ def _networks(
         else:
             folder = Path(FOLDERS[expert])
             networks.append(Network(expert, store, folder, stored, rename=diffusers_name, change=merge))
-    return networks if layout == "released" else [*networks, *rest_of(ckpt_dir)]
+    return networks if layout == "released" else [*networks, *rest_of(ckpt_dir, TASKS[task])]
 
 
 def _check_places(ckpt_dir: Path, out: Path) -> None:
@@ -205,13 +206,12 @@ def _sources(
 
 def _open_experts(task: str, ckpt_dir: Path) -> dict[str, TensorStore]:
     """The task's experts, in whichever layout, under our names."""
-    folders = FOLDERS if is_diffusers(ckpt_dir) else TASKS[task].experts
     stores = {}
     for expert in TASKS[task].experts:
-        folder = ckpt_dir / folders[expert]
-        if (store := open_network(folder)) is None:
-            raise LoraError(f"--ckpt_dir: {folder} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
-        stores[expert] = as_ours(store, EXPERT, str(folder))
+        if (store := open_part(ckpt_dir, TASKS[task], expert)) is None:
+            folder = path_of(ckpt_dir, TASKS[task], expert).parent
+            raise LoraError(f"--ckpt_dir: {folder} holds no {WEIGHTS}, and no index of its shards")
+        stores[expert] = store
     return stores
 
 
@@ -240,7 +240,7 @@ def _prepare(out: Path, sources: dict[str, Any]) -> Path:
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / RECORD, sources)
-    for rest in partial.rglob("*.tmp"):
+    for rest in partial.rglob(".*.part"):
         rest.unlink()
     return partial
 
@@ -253,8 +253,10 @@ def _bring_others(ckpt_dir: Path, partial: Path, task: str) -> None:
         is_weights = file.parent in experts and file.name.startswith(STEM)
         if is_weights or inside == Path(RECORD) or not file.is_file() or any(p.startswith(".") for p in inside.parts):
             continue
-        with replacing(partial / inside) as target:
-            try:
-                os.link(file.resolve(), target)
-            except OSError:  # another disk, or one without hard links
-                shutil.copy2(file, target)
+        target = partial / inside
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a stopped run may have copied half of it
+        try:
+            os.link(file.resolve(), target)
+        except OSError:  # another disk, or one without hard links
+            shutil.copy2(file, target)

@@ -16,53 +16,31 @@ import torch
 
 from lightning.releases import Release
 from wan.checkpoints.key_mapping import text_name, vae_name
-from wan.checkpoints.layout import MODEL_INDEX, STEM, TEXT_ENCODER_FILE, is_diffusers, tokenizer_of
+from wan.checkpoints.layout import MODEL_INDEX, STEM, missing
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore
-from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_network
+from wan.checkpoints.weights import TEXT_ENCODER, VAE, open_part
 from wan.checkpoints.writer import Network
-from wan.configs import TASKS
+from wan.configs import TASKS, TaskConfig
 from wan.configs.task import PATCH, TRAIN_TIMESTEPS
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.utils.errors import LoraError
 
 TEXT_STEM = "model"
-VAES = tuple(dict.fromkeys(config.vae_checkpoint for config in TASKS.values()))
 
 
-def rest_of(ckpt_dir: Path) -> list[Network]:
+def rest_of(ckpt_dir: Path, config: TaskConfig) -> list[Network]:
     """The autoencoder and the text encoder of a checkpoint of either layout, in the precision they are stored in.
 
-    LoraError listing what is not there.
+    LoraError listing the files that are missing.
     """
-    vae, text_encoder = _open_rest(ckpt_dir)
-    tokenizer = tokenizer_of(ckpt_dir) / "tokenizer.json"
-    missing = [] if vae else ["vae" if is_diffusers(ckpt_dir) else " or ".join(VAES)]
-    missing += [] if text_encoder else ["text_encoder" if is_diffusers(ckpt_dir) else TEXT_ENCODER_FILE]
-    missing += [] if tokenizer.is_file() else [str(tokenizer.relative_to(ckpt_dir))]
-    if missing or vae is None or text_encoder is None:
-        raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(missing)}, which --layout diffusers needs")
+    vae, text_encoder = open_part(ckpt_dir, config, VAE), open_part(ckpt_dir, config, TEXT_ENCODER)
+    lacking = missing(ckpt_dir, config, own=config.experts)
+    if lacking or vae is None or text_encoder is None:
+        raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(lacking)}, which --layout diffusers needs")
     return [
         Network("vae", vae, Path("vae"), _as_stored(vae), STEM, vae_name),
         Network("text encoder", text_encoder, Path("text_encoder"), _as_stored(text_encoder), TEXT_STEM, text_name),
     ]
-
-
-def _open_rest(ckpt_dir: Path) -> tuple[TensorStore | None, TensorStore | None]:
-    """(autoencoder, text encoder) under our names, None for what is not there."""
-    if is_diffusers(ckpt_dir):
-        found = {
-            VAE: open_network(ckpt_dir / "vae", STEM),
-            TEXT_ENCODER: open_network(ckpt_dir / "text_encoder", TEXT_STEM),
-        }
-    else:
-        vae = next((ckpt_dir / name for name in VAES if (ckpt_dir / name).is_file()), None)
-        text_encoder = ckpt_dir / TEXT_ENCODER_FILE
-        found = {
-            VAE: open_file(vae) if vae else None,
-            TEXT_ENCODER: open_file(text_encoder) if text_encoder.is_file() else None,
-        }
-    vae_store, text_store = (as_ours(store, kind, str(ckpt_dir)) if store else None for kind, store in found.items())
-    return vae_store, text_store
 
 
 def _as_stored(store: TensorStore) -> Callable[[str], torch.dtype]:

@@ -12,7 +12,7 @@ from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check, expert_of, files_of
 from lightning.peft_settings import PEFT_CONFIG
 from lightning.releases import Release, preset, recognise
-from wan.checkpoints.layout import FOLDERS, MODEL_INDEX, STEM
+from wan.checkpoints.layout import WEIGHTS, is_diffusers
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
 from wan.checkpoints.weights import (
     EXPERT,
@@ -24,7 +24,7 @@ from wan.checkpoints.weights import (
     kind_of,
     open_expert,
     open_file,
-    open_network,
+    open_part,
 )
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
@@ -57,7 +57,7 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
     if ckpt_dir is None:
         return [Model(task, None, released_shapes(task)) for task in ([task] if task else TASKS)]
     if not (stores := experts_in(ckpt_dir)):
-        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no weights of an expert ({WEIGHTS}, or its index and shards)")
     kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
     return [Model(kind, expert, store.shapes) for expert, store in stores.items()]
 
@@ -65,19 +65,18 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     """The experts of a checkpoint folder, as released or in diffusers' layout, under our names; what is there."""
     most: dict[str, TensorStore] = {}
-    for experts in (config.experts for config in TASKS.values()):
-        for layout in (experts, {expert: FOLDERS[expert] for expert in experts}):
-            opened = {expert: open_network(ckpt_dir / where) for expert, where in layout.items()}
-            found = {expert: as_ours(store, EXPERT, str(ckpt_dir)) for expert, store in opened.items() if store}
-            if len(found) == len(layout):
-                return found
-            most = most or found
+    for config in TASKS.values():
+        opened = {expert: open_part(ckpt_dir, config, expert) for expert in config.experts}
+        found = {expert: store for expert, store in opened.items() if store}
+        if len(found) == len(opened):
+            return found
+        most = most or found
     return most
 
 
 def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
     """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
-    if (path / MODEL_INDEX).is_file():
+    if is_diffusers(path):
         said = f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"
         shapes = [store.shapes for store in experts_in(path).values()]
         tasks = dict.fromkeys(task for task in map(task_of, shapes) if task)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import GgufStore
 from wan.checkpoints.key_mapping import original, original_llama_text, original_text, original_vae
-from wan.checkpoints.layout import STEM
 from wan.checkpoints.pth_file import PickleStore
-from wan.checkpoints.safetensors_file import INDEX_SUFFIX, Entry, TensorStore
+from wan.checkpoints.safetensors_file import Entry, TensorStore
+from wan.configs import TaskConfig
 from wan.utils.errors import LoraError
 
 if TYPE_CHECKING:
@@ -168,12 +169,12 @@ def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(), (1,), (1, 1), shape[:1], (*shape[:1], *[1] * (len(shape) - 1))]
 
 
-def open_network(folder: Path, stem: str = STEM) -> TensorStore | None:
-    """The weights of one network's folder, whole or in shards; None if there are none."""
-    for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
-        if (folder / name).is_file():
-            return TensorStore.open(folder / name)
-    return None
+def open_part(folder: Path, config: TaskConfig, part: str) -> TensorStore | None:
+    """A network of a checkpoint folder under our names (part: see `layout`); None where its file is missing."""
+    path = layout.path_of(folder, config, part)
+    if not path.is_file():
+        return None
+    return as_ours(open_file(path), EXPERT if part in config.experts else part, str(path))
 
 
 def open_expert(path: Path) -> TensorStore:
