@@ -21,8 +21,8 @@ SOURCE = checkpoint(TASK)
 VAE_FILE, T5_FILE = SOURCE / "Wan2.1_VAE.pth", SOURCE / "models_t5_umt5-xxl-enc-bf16.pth"
 
 
-def expert(name: str) -> dict[str, Tensor]:
-    store = open_part(SOURCE, TASKS[TASK], name)
+def expert(name: str, folder: Path = SOURCE) -> dict[str, Tensor]:
+    store = open_part(folder, TASKS[TASK], name)
     assert store is not None
     return {name: store.read(name).contiguous() for name in store}
 
