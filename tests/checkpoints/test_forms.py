@@ -151,8 +151,6 @@ def wide_folder(folder: Path) -> Path:
         tensors["head.head.weight"], tensors["head.head.bias"] = torch.randn(64, 128) * 0.1, torch.zeros(64)
         text_width = expert(expert_name)["text_embedding.0.weight"].shape[1]
         tensors["text_embedding.0.weight"] = torch.randn(128, text_width) * 0.1
-            torch.randn(128, expert(expert_name)["text_embedding.0.weight"].shape[1]) * 0.1
-        )
         (folder / where).mkdir(parents=True)
         saved(tensors, folder / where / "diffusion_pytorch_model.safetensors")
         config = json.loads((SOURCE / where / "config.json").read_text()) | {"dim": 128, "num_heads": 1}
