@@ -19,7 +19,7 @@ from typing import Any
 from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
 from wan.cli.checks import Check, no_file
-from wan.cli.hints import without_effect
+from wan.cli.effects import without_effect
 from wan.cli.options import DEFAULTS, OPTIONS, Request
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import make_jobs, prompt_rows
