@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, make_part, part_of, replacing
+from wan.utils.files import Beside, make_part, replacing
 from wan.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class VideoWriter:
         self.follows = follows
         self.frames = 0
         self.size: tuple[int, int] | None = None  # width, height; known from the first chunk
-        self._encoded = part_of(path, ".encoding")
+        self._encoded: Path | None = None
         self._encoder: subprocess.Popen[bytes] | None = None
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
         self._waiting: queue.Queue[numpy.ndarray | None] = queue.Queue(CHUNKS_WAITING)
@@ -104,7 +104,8 @@ class VideoWriter:
                     self._feeder.join()
             self._messages.close()
         finally:
-            self._encoded.unlink(missing_ok=True)
+            if self._encoded is not None:
+                self._encoded.unlink(missing_ok=True)
 
     def _start(self, width: int, height: int) -> subprocess.Popen[bytes]:
         pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"  # 4:2:0 cannot hold odd sizes
@@ -112,7 +113,7 @@ class VideoWriter:
         h264 = ["-vf", TO_YUV, "-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD)]
         h264 += ["-pix_fmt", pixels, "-threads", str(THREADS)]
         h264 += ["-force_key_frames", "expr:eq(n,1)"] if self.follows else []
-        make_part(self.path, ".encoding")
+        self._encoded = make_part(self.path)
         return subprocess.Popen(
             [*ffmpeg(), *raw, *h264, "-f", "mp4", local(self._encoded)],
             stdin=subprocess.PIPE,
@@ -156,6 +157,7 @@ class VideoWriter:
         return JobError(f"{self.path}: the video encoder failed: {reason}{last_words(self._messages.read())}")
 
     def _complete(self, record: dict[str, Any] | None) -> None:
+        assert self._encoded is not None
         publish(self.path, ["-i", local(self._encoded)], self.frames, record)
 
 
