@@ -13,7 +13,7 @@ from tests.support import checkpoint, config_of
 from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.key_mapping import text_name
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_part
+from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_parts
 from wan.configs import TASKS
 
 TASK = "t2v-A14B"
@@ -21,9 +21,10 @@ SOURCE = checkpoint(TASK)
 VAE_FILE, T5_FILE = SOURCE / "Wan2.1_VAE.pth", SOURCE / "models_t5_umt5-xxl-enc-bf16.pth"
 
 
-def expert(name: str, folder: Path = SOURCE) -> dict[str, Tensor]:
-    store = open_part(folder, TASKS[TASK], name)
-    assert store is not None
+def expert(where: str, folder: Path = SOURCE) -> dict[str, Tensor]:
+    config = TASKS[TASK]
+    name = next(name for name, place in config.experts.items() if place == where)
+    store = open_parts(folder, config, [name])[name]
     return {name: store.read(name).contiguous() for name in store}
 
 
@@ -35,8 +36,8 @@ def saved(tensors: dict[str, Tensor], file: Path) -> Path:
 def comfy_files(folder: Path) -> list[str]:
     """The small checkpoint as ComfyUI's single files."""
     flags = []
-    for name in ("high", "low"):
-        named = {f"model.diffusion_model.{key}": tensor for key, tensor in expert(name).items()}
+    for name, where in (("high", "high_noise_model"), ("low", "low_noise_model")):
+        named = {f"model.diffusion_model.{key}": tensor for key, tensor in expert(where).items()}
         flags += ["--expert", f"{name}={saved(named, folder / f'wan2.2_t2v_{name}.safetensors')}"]
     vae = {f"model.{key}": tensor for key, tensor in torch.load(VAE_FILE).items()}
     text = {text_name(key): tensor for key, tensor in torch.load(T5_FILE).items()}
@@ -74,7 +75,7 @@ def test_scaled_fp8_text_encoders_read_as_what_they_stand_for(tmp_path: Path) ->
 
 def test_files_alone_tell_their_sizes(tmp_path: Path) -> None:
     wide = {}
-    for key, tensor in expert("high").items():
+    for key, tensor in expert("high_noise_model").items():
         # twice as wide as the small one: heads of 128 as all published models have them
         wide[key] = torch.zeros([128 if n == 64 and key != "head.head.weight" else 6 * 128 if n == 384 else n
                                  for n in tensor.shape])  # fmt: skip
@@ -86,7 +87,7 @@ def test_files_alone_tell_their_sizes(tmp_path: Path) -> None:
              "tokenizer": SOURCE / "google" / "umt5-xxl" / "tokenizer.json"}  # fmt: skip
     model = open_checkpoint(None, config_of(TASK), files).experts["high"].module
     assert (model.num_heads, model.head_width) == (1, 128)
-    narrow = saved(expert("high"), tmp_path / "narrow.safetensors")
+    narrow = saved(expert("high_noise_model"), tmp_path / "narrow.safetensors")
     (text,) = problems(None, TASK, {**files, "high": narrow})
     assert "do not tell their heads, and a width of 64 is no multiple of 128" in text
 

@@ -54,8 +54,8 @@ def llama_name(name: str) -> str:
 def gguf_files(folder: Path, kind: Callable[[str, Tensor], str], source: Path = SOURCE) -> list[str]:
     """A small checkpoint's experts and text encoder as GGUF files."""
     flags = []
-    for name in EXPERTS:
-        file = write_gguf(folder / f"wan2.2_{name}.gguf", expert(name, source), kind)
+    for name, where in EXPERTS.items():
+        file = write_gguf(folder / f"wan2.2_{name}.gguf", expert(where, source), kind)
         flags += ["--expert", f"{name}={file}"]
     text = {llama_name(name): tensor for name, tensor in torch.load(source / T5_FILE.name).items()}
     return [*flags, "--text_encoder", str(write_gguf(folder / "t5.gguf", text, kind, "t5encoder"))]
@@ -74,9 +74,9 @@ def test_one_video_in_every_form(tmp_path: Path) -> None:
     assert all(equal(video, videos["released"]) for video in videos.values())
 
 
-def drawn(name: str, spelling: Callable[[str], str]) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+def drawn(where: str, spelling: Callable[[str], str]) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
     """(bytes by "TYPE NAME", numbers by name) of an expert whose linear weights are drawn blocks of all types."""
-    blocks, exact = {}, expert(name)
+    blocks, exact = {}, expert(where)
     linear = [n for n, t in exact.items() if n.startswith("blocks.") and t.dim() == 2 and t.numel() % 256 == 0]
     for number, name in enumerate(linear):
         kind, shape = list(SCALES_AT)[number % len(SCALES_AT)], exact[name].shape
@@ -95,7 +95,7 @@ def test_quantised_experts_with_a_lora_are_the_numbers_they_stand_for(
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)
     quantised, plain = [], []
     for expert_name, where in EXPERTS.items():
-        blocks, exact = drawn(expert_name, spelling)
+        blocks, exact = drawn(where, spelling)
         writer = gguf.GGUFWriter(tmp_path / f"{where}.gguf", "wan")
         for key, raw in blocks.items():
             kind, name = key.split(" ")
@@ -142,15 +142,14 @@ def test_within_its_quantisation_it_is_the_trained_demos_video(tmp_path: Path) -
 
 def wide_folder(folder: Path) -> Path:
     """A released folder with one head of 128, the width that every published model's heads have, as the files tell."""
-    for number, (expert_name, where) in enumerate(EXPERTS.items()):
+    for number, where in enumerate(EXPERTS.values()):
         torch.manual_seed(number)
         tensors = {}
-        for name, tensor in expert(expert_name).items():
+        for name, tensor in expert(where).items():
             shape = [128 if n == 64 and name != "head.head.weight" else 768 if n == 384 else n for n in tensor.shape]
             tensors[name] = torch.randn(shape) * (0.3 / shape[-1] ** 0.5) + (1.0 if ".norm" in name else 0.0)
         tensors["head.head.weight"], tensors["head.head.bias"] = torch.randn(64, 128) * 0.1, torch.zeros(64)
-        text_width = expert(expert_name)["text_embedding.0.weight"].shape[1]
-        tensors["text_embedding.0.weight"] = torch.randn(128, text_width) * 0.1
+        tensors["text_embedding.0.weight"] = torch.randn(128, expert(where)["text_embedding.0.weight"].shape[1]) * 0.1
         (folder / where).mkdir(parents=True)
         saved(tensors, folder / where / "diffusion_pytorch_model.safetensors")
         config = json.loads((SOURCE / where / "config.json").read_text()) | {"dim": 128, "num_heads": 1}

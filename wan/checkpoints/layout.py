@@ -45,9 +45,19 @@ def diffusers(config: TaskConfig) -> dict[str, str]:
     }
 
 
+def places_in(folder: Path, config: TaskConfig) -> dict[str, str]:
+    """Part -> file, relative to the folder, in the layout that the folder has."""
+    return diffusers(config) if is_diffusers(folder) else released(config)
+
+
+def settings_of(weights: str) -> str:
+    """The file beside an expert's weights that holds its sizes."""
+    return str(PurePosixPath(weights).with_name("config.json"))
+
+
 def path_of(folder: Path, config: TaskConfig, part: str) -> Path:
     """The file of a part, or the index of its shards where there is one."""
-    file = folder / _files(folder, config)[part]
+    file = folder / places_in(folder, config)[part]
     index = _index(file)
     return index if index.is_file() else file
 
@@ -55,11 +65,11 @@ def path_of(folder: Path, config: TaskConfig, part: str) -> Path:
 def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list[str]:
     """Files that the folder lacks; the parts in `own` come from elsewhere."""
     lacking = []
-    for part, name in _files(folder, config).items():
+    for part, name in places_in(folder, config).items():
         if part in own:
             continue
-        if part in config.experts and not (folder / _config_json(name)).is_file():
-            lacking.append(_config_json(name))
+        if part in config.experts and not (folder / settings_of(name)).is_file():
+            lacking.append(settings_of(name))
         path = path_of(folder, config, part)
         if not path.is_file():
             in_shards = any(path.parent.glob(f"{path.stem}-*.safetensors"))
@@ -80,21 +90,12 @@ def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
     for files in (released(config), diffusers(config)):
         for part, name in files.items():
             if part in config.experts:
-                wanted.append(_config_json(name))
+                wanted.append(settings_of(name))
             if part == "tokenizer":
                 wanted += [] if part in own else [f"{PurePosixPath(name).parent}/*"]
             elif part not in own:
                 wanted.append(name.replace(".safetensors", "*"))
     return wanted
-
-
-def _files(folder: Path, config: TaskConfig) -> dict[str, str]:
-    return diffusers(config) if is_diffusers(folder) else released(config)
-
-
-def _config_json(weights: str) -> str:
-    """The file beside an expert's weights that holds its sizes."""
-    return str(PurePosixPath(weights).with_name("config.json"))
 
 
 def _index(file: Path) -> Path:

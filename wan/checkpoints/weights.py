@@ -9,7 +9,7 @@ e4m3 also as it is stored; GGUF's are float32 as the file gives them. All else i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -169,12 +169,16 @@ def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(), (1,), (1, 1), shape[:1], (*shape[:1], *[1] * (len(shape) - 1))]
 
 
-def open_part(folder: Path, config: TaskConfig, part: str) -> TensorStore | None:
-    """A network of a checkpoint folder under our names (part: see `layout`); None where its file is missing."""
-    path = layout.path_of(folder, config, part)
-    if not path.is_file():
-        return None
-    return as_ours(open_file(path), EXPERT if part in config.experts else part, str(path))
+def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
+    """Networks of a checkpoint folder of either layout under our names; those whose files are missing are left out."""
+    found = {}
+    for part in parts:
+        path = layout.path_of(folder, config, part)
+        if path.is_file():
+            is_expert = part in config.experts
+            where = str(path.parent if is_expert else path)
+            found[part] = as_ours(open_file(path), EXPERT if is_expert else part, where)
+    return found
 
 
 def open_expert(path: Path) -> TensorStore:
