@@ -4,7 +4,6 @@ checkpoints with a LoRA baked in; and why no LoRA of the kind may be added to th
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,10 @@ def release_in(base: Path) -> Release | None:
     """
     if record := record_of(base):
         return _release_from(record)
-    is_file = os.path.isfile(base)  # False, not an error, for one that may not be reached
+    try:
+        is_file = base.is_file()
+    except PermissionError:
+        is_file = False
     release = recognise(base if is_file else Path(base.absolute().name))
     if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None

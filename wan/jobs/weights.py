@@ -158,7 +158,7 @@ def _release(
     if request.ckpt_dir is None:
         return None
     there = place(request.ckpt_dir)
-    return release_in(Path(there.repository, there.path) if there else expanded(request.ckpt_dir))
+    return release_in(Path(there.repository, there.inside) if there else expanded(request.ckpt_dir))
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:

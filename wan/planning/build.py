@@ -6,9 +6,8 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
 from wan.checkpoints.checkpoint import Checkpoint, folder_of
+from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
 from wan.cli.hints import idle_on
@@ -43,15 +43,15 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     generate = outcome if isinstance(outcome, Generate) else None
     if generate:
         _check_disk(generate.jobs, checks)
-    weights, asked = _placed(outcome.weights, hub.here), outcome.weights.ckpt_dir
+    weights, asked = outcome.weights, outcome.weights.ckpt_dir
+    given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
-        given = [part for part, _ in (*weights.expert_files, *weights.files)]
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config, given)))
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config)))
     opened = weights.ckpt_dir is not None or asked is None
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
     checks.stop()
     assert plan is not None, "without problems there is a plan"
-    if not outcome.request.dry_run and (fetched := _placed(weights, hub.whole)) != weights:
+    if not outcome.request.dry_run and (fetched := _fetched(weights, outcome.config, given)) != weights:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
         checks.stop()
@@ -79,14 +79,14 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     return plan
 
 
-def _placed(weights: Weights, place: Callable[[Path], Path]) -> Weights:
-    """The same weights where `place` says that their files are."""
+def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
+    """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and place(weights.ckpt_dir),
-        loras=tuple(replace(lora, path=place(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, place(file)) for expert, file in weights.expert_files),
-        files=tuple((part, place(file)) for part, file in weights.files),
+        ckpt_dir=weights.ckpt_dir and hub.whole(weights.ckpt_dir, patterns(config, given)),
+        loras=tuple(replace(lora, path=hub.whole(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, hub.whole(file)) for expert, file in weights.expert_files),
+        files=tuple((part, hub.whole(file)) for part, file in weights.files),
     )
 
 
