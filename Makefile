@@ -8,13 +8,14 @@ PIP := $(BIN)/pip install --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); on Linux PyTorch brings CUDA, 5 GB; README.md tells of"
 	@echo "a smaller one (\"Two commands\")"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .  # so that `python -m wan.doctor` and the like run from any folder
 	touch $@
 
 # The small trained checkpoint (examples/shapes) in four steps: a video from a prompt, then one from a prompt and a picture.

@@ -23,10 +23,10 @@ from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
 from wan.jobs.weights import SOLVERS, both, choose_weights
 from wan.media.images import video_size
-from wan.offload.copy_stream import on
 from wan.offload.reader import as_dtype
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning.build import open_plan
+from wan.utils.accelerator import Accelerator, gpu_or_cpu
 from wan.utils.progress import Progress
 
 
@@ -69,7 +69,7 @@ class Original(Pipeline):
         given = {
             "task": self.task, "ckpt_dir": str(checkpoint_dir), "lora_dir": lora_dir and str(lora_dir),
             "t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "t5_cpu": t5_cpu, "offload_model": init_on_cpu,
-            "convert_model_dtype": convert_model_dtype, "device": str(device or _device(device_id)),
+            "convert_model_dtype": convert_model_dtype, "device": str(device or gpu_or_cpu(device_id)),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
         request = Request.from_dict({**given, **more}, check.problems)
@@ -105,7 +105,7 @@ class Original(Pipeline):
         if image is None:
             size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
         else:
-            size = video_size(config.image_fit, image.size, size)
+            size = video_size(config, image.size, size)
         frame_num = check.frames("frame_num", frame_num)
         if last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
@@ -118,7 +118,7 @@ class Original(Pipeline):
         check.stop()
         if seed < 0:
             seed = self.mesh.team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
-        with on(self.plan.device):  # the caller's thread may be another one than made this object
+        with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
             self.load_experts().offload = offload_model
             negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
             latent = team.all_or_none(
@@ -128,7 +128,3 @@ class Original(Pipeline):
                 self.release_text_encoder()
             chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
             return torch.cat(chunks, dim=1) if chunks else None
-
-
-def _device(index: int) -> str:
-    return f"cuda:{index}" if torch.cuda.is_available() else "cpu"

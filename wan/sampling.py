@@ -18,6 +18,7 @@ from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
 from wan.modules.model import WanModel
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
 # what diffusers' schedulers must be told of flow matching
@@ -152,10 +153,10 @@ def _finite_later(sample: Tensor, problem: str) -> Callable[[], None]:
     """Call it to have JobError(problem) raised if `sample` has NaN or Inf: it then waits for what the device was given
     up to here, and no more. What does one thing after the other raises it at once."""
     finite = torch.isfinite(sample).all()
-    arrived: torch.cuda.Event | None = None
-    if sample.device.type == "cuda":
+    accelerator = Accelerator(sample.device)
+    if accelerator.has_memory:
         finite = finite.to("cpu", non_blocking=True)  # into pinned memory
-        arrived = torch.cuda.current_stream(sample.device).record_event()
+    arrived = accelerator.record_event()
 
     def look() -> None:
         if arrived is not None:
