@@ -19,7 +19,7 @@ from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoin
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
-from wan.cli.hints import idle_on
+from wan.cli.effects import idle_on
 from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
