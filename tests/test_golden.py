@@ -48,7 +48,7 @@ def started(task: Original, case: dict) -> Start:
     """What the task makes of the case's image and size."""
     image, size = image_of(case), case["args"].get("size")
     if image is not None:
-        size = video_size(task.plan.config.image_fit, image.size, (case["args"]["max_area"], 1))
+        size = video_size(task.plan.config, image.size, (case["args"]["max_area"], 1))
     return task.start(image, tuple(size), case["args"]["frame_num"])
 
 

@@ -105,7 +105,7 @@ class Original(Pipeline):
         if image is None:
             size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
         else:
-            size = video_size(config.image_fit, image.size, size)
+            size = video_size(config, image.size, size)
         frame_num = check.frames("frame_num", frame_num)
         if last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)

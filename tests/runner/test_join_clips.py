@@ -19,10 +19,11 @@ import generate
 import wan.runner.batch
 from tests.distributed.ranks import launched
 from tests.support import TINY, checkpoint, lora_dir, read_frames
+from wan.configs import TASKS
 from wan.gallery import find_entries
 from wan.jobs.job import Generate, Job
 from wan.jobs.resolve import resolve
-from wan.media.images import i2v_size
+from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
 from wan.runner.join_clips import copy_together
@@ -323,7 +324,7 @@ def test_a_chain_for_each_seed_and_a_shard_for_each_chain() -> None:
 def test_a_chain_keeps_its_size() -> None:
     """The rule for pictures would make another size of a picture of just this size."""
     size = (112, 144)
-    assert i2v_size(*size, 112 * 144) != size
+    assert video_size(TASKS["i2v-A14B"], size, (112, 144)) != size
     Image.new("RGB", size).save("tall.png")
     jobs = outcome(size="128*144", image="tall.png").jobs
     assert [job.size for job in jobs] == [size] * 3

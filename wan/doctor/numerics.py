@@ -230,7 +230,7 @@ def sample(task: Original, case: dict[str, Any], machine: Machine) -> Tensor:
     image, size = None, args.get("size")
     if "image" in case:
         image = Image.open(machine.root / "examples" / "tiny" / case["image"]).convert("RGB")
-        size = video_size(config.image_fit, image.size, (args["max_area"], 1))
+        size = video_size(config, image.size, (args["max_area"], 1))
     scale = args["guide_scale"]
     guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
     sampling = Sampling(args["sample_solver"], args["sampling_steps"], args["shift"], guidance)

@@ -14,7 +14,7 @@ from wan.distributed.process_group import Team, origin_of
 from wan.image2video import ImageToVideo
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
-from wan.media.video import save_contact_sheet
+from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join

@@ -17,7 +17,9 @@ from typing import Any
 from wan.cli.options import SCHEMA
 from wan.jobs.chains import frames_joined
 from wan.jobs.job import Job
-from wan.media.video import count_frames, local, publish, read_record, save_contact_sheet
+from wan.media.ffmpeg import file_argument
+from wan.media.previews import save_contact_sheet
+from wan.media.video import count_frames, publish, read_record
 from wan.planning.plan import Plan
 from wan.runner.record import outcome, plain, versions
 from wan.runner.video_job import check_place
@@ -75,9 +77,9 @@ def copy_together(
         with listing.open("w", encoding="utf-8") as file:
             file.write("ffconcat version 1.0\n")
             for number, clip in enumerate(clips):
-                escaped = local(clip.absolute()).replace("'", r"'\''")
+                escaped = file_argument(clip.absolute()).replace("'", r"'\''")
                 file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
-        publish(joined, ["-f", "concat", "-safe", "0", "-i", local(listing)], frames, record)
+        publish(joined, ["-f", "concat", "-safe", "0", "-i", file_argument(listing)], frames, record)
     finally:
         listing.unlink(missing_ok=True)
 

@@ -19,7 +19,8 @@ import torch
 from wan.cli.options import Request
 from wan.jobs.job import Job
 from wan.jobs.resolve import program
-from wan.media.video import VideoWriter, save_contact_sheet
+from wan.media.previews import save_contact_sheet
+from wan.media.video import VideoWriter
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
@@ -89,7 +90,7 @@ def save_video(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps, bool(record["job"].get("follows"))) as video:
+        with VideoWriter(path, pipe.plan.config.sample_fps, follows=bool(record["job"].get("follows"))) as video:
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
