@@ -111,10 +111,10 @@ TASKS: dict[str, list[Step]] = {
         Step(f"python generate.py --task t2v-A14B --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} --vram 24 --dry_run",
              2, ("hf download Wan-AI/Wan2.2-T2V-A14B", "hf download lightx2v/Wan2.2-Lightning")),
         Step(f"python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} "
-             "--vram 24 --dtype bf16 --dry_run", told=("21 of 41 parts stay", "dry run: nothing was made"),
+             "--vram 24 --dtype bf16 --dry_run", told=("21 of 41 blocks stay", "dry run: nothing was made"),
              before=write_weights),
         Step("python generate.py --task i2v-A14B --ckpt_dir Wan2.2-I2V-A14B --image examples/shapes/first_frame.png "
-             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", told=("steps 1 to 15", "parts stay")),
+             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", told=("steps 1 to 15", "blocks stay")),
         Step("python generate.py --task ti2v-5B --ckpt_dir Wan2.2-TI2V-5B --prompt 'a cat' --vram 24 --dtype bf16 "
              "--dry_run", told=("50 steps", "1280x704, 121 frames")),
         Step("python generate.py --ckpt_dir Wan2.2-T2V-A14B --prompt 'a cat' --vram 3 --dry_run", 2,

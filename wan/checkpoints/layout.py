@@ -10,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from wan import configs
-from wan.checkpoints import hub
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX
 from wan.configs import TaskConfig
 from wan.utils.errors import InputError
@@ -18,7 +17,6 @@ from wan.utils.errors import InputError
 STEM = "diffusion_pytorch_model"  # of an expert's file or files, in both layouts
 MODEL_INDEX = "model_index.json"  # only diffusers' layout has it
 FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}  # of the experts in that layout
-TEXT_ENCODER_FILE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 WEIGHTS = f"{STEM}.safetensors"
 
 
@@ -81,7 +79,7 @@ def check_complete(folder: Path, config: TaskConfig, given: Collection[str]) -> 
     """InputError, with all that is missing in one sentence, for a folder that lacks files of parts not `given`."""
     if lacking := missing(folder, config, given):
         get = download_command(folder, config)
-        raise InputError(f"--ckpt_dir {hub.shown(folder)} lacks {', '.join(lacking)}; get them with: {get}")
+        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
 
 
 def patterns(config: TaskConfig, given: Collection[str]) -> list[str]:
@@ -92,7 +90,7 @@ def patterns(config: TaskConfig, given: Collection[str]) -> list[str]:
             if part in config.experts:
                 wanted.append(settings_of(place))
             if part == "tokenizer":
-                wanted += [] if part in given else [f"{PurePosixPath(place).parent}/*"]
+                wanted += [] if part in given else [place]
             elif part not in given:
                 wanted.append(place.replace(".safetensors", "*"))
     return wanted
@@ -104,8 +102,3 @@ def _index(file: Path) -> Path:
 
 def is_diffusers(ckpt_dir: Path) -> bool:
     return (ckpt_dir / MODEL_INDEX).is_file()
-
-
-def tokenizer_of(ckpt_dir: Path) -> Path:
-    """The folder of the tokenizer."""
-    return ckpt_dir / ("tokenizer" if is_diffusers(ckpt_dir) else TOKENIZER)
