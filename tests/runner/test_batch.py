@@ -346,7 +346,7 @@ def test_what_decode_only_refuses(tmp_path: Path) -> None:
     refused("no such file", file=tmp_path / "absent.safetensors")
     refused("not latents that a run kept", file=tmp_path / "0.mp4")
     refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(planned(), config=TASKS["ti2v-5B"]))
-    refused("exists already; --overwrite", save_file=tmp_path / "0.mp4")
+    refused("already exists; --overwrite", save_file=tmp_path / "0.mp4")
     latents.write_bytes(latents.read_bytes()[:-8])
     refused("not latents that a run kept")
 

@@ -223,7 +223,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
     clean_up([*whole, *all_joined], progress.say)
     for joined in all_joined:
         if joined.exists() and clips_of(joined) is None and not plan.request.overwrite:
-            problems.append(f"{joined}: exists already, and is not joined of clips; --overwrite replaces it")
+            problems.append(f"{joined}: already exists, and is not joined of clips; --overwrite replaces it")
     if problems:
         raise InputError(problems)
     return todo, tuple(places)
@@ -238,7 +238,7 @@ def _tell_of(plan: Plan, job: Job, found: Found, progress: Progress) -> None:
 
 def _trouble(found: Found) -> str:
     if found.differing is None:
-        return "exists already"
+        return "already exists"
     return "was made with other settings" + (f" ({', '.join(found.differing)})" if found.differing else "")
 
 
@@ -254,7 +254,7 @@ def _with_room(work: Callable[[], Result]) -> Result:
 
 def _check_file(overwrite: bool, save_file: Path) -> None:
     if save_file.exists() and not overwrite:
-        raise InputError(f"--save_file {save_file}: exists already; --overwrite replaces it")
+        raise InputError(f"--save_file {save_file}: already exists; --overwrite replaces it")
     check_place(save_file)
 
 
