@@ -88,8 +88,7 @@ class Pipeline(ABC):
         """InputError for a file that turns out to be corrupt."""
         if self._text_encoder is None:
             plan, part = self.plan, self.plan.checkpoint.text_encoder
-            assert part is not None, "a checkpoint with problems makes no plan"
-            module, store = part
+            module, store = part.module, part.weights
             if plan.request.t5_fsdp:
                 with self._loading(
                     "text encoder", sum(entry.bytes for entry in store.values()), sharded=True
@@ -111,7 +110,6 @@ class Pipeline(ABC):
             return
         plan, encode = self.plan, self.load_text_encoder()
         tokenizer = plan.checkpoint.tokenizer
-        assert tokenizer is not None, "a checkpoint with problems makes no plan"
         with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
             found = encode([torch.tensor(tokenizer(text), device=plan.text_device) for text in fresh])
             self._contexts |= {text: rows.to(plan.device) for text, rows in zip(fresh, found, strict=True)}
@@ -130,12 +128,12 @@ class Pipeline(ABC):
         plan, merged = self.plan, self.plan.lora_mode == "merge"
         parts = {
             name: (
-                module,
-                store,
-                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, module),
-                Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None,
+                part.module,
+                part.weights,
+                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module),
+                Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None,
             )
-            for name, (module, store) in plan.checkpoint.experts.items()
+            for name, part in plan.checkpoint.experts.items()
             for loras in [plan.loras.get(name)]
         }
         size = sum(entry.bytes for _, store, *_ in parts.values() for entry in store.values())
@@ -249,9 +247,7 @@ class Pipeline(ABC):
     def load_vae(self) -> WanVAE | SplitVAE:
         """InputError for a file that turns out to be corrupt."""
         if self.vae is None:
-            part = self.plan.checkpoint.vae
-            assert part is not None, "a checkpoint with problems makes no plan"
-            module, store = part
+            module, store = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
             with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
                 vae = self.load(
                     module, store, sharded=False, home=self.plan.device,

@@ -142,7 +142,7 @@ def test_inspect_of_what_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "sentence"),
     [
         (["inspect", "absent"], "error: absent: no such file or folder"),
-        (["inspect", ".", "--ckpt_dir", "."], "error: --ckpt_dir . holds no diffusion_pytorch_model"),
+        (["inspect", ".", "--ckpt_dir", "."], "error: --ckpt_dir . holds no expert"),
         (["inspect", "."], "error: .: no safetensors or GGUF file in this folder"),
         (["inspect", "cut.safetensors"], "error: cut.safetensors: not a safetensors file, or cut off"),
         (["inspect", "small.safetensors"], "20 of 60 tensors do not fit the model"),

@@ -18,9 +18,8 @@ from wan.media.ffmpeg import CONTAINERS, Container, check_encoder, ffmpeg_comman
 from wan.media.images import open_image
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, read_record, to_bytes
-from wan.utils.claims import sweep
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import machine
+from wan.utils.files import remove_parts
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int"]  # ffmpeg's quick conversion to RGB is 1 too dark
@@ -201,9 +200,10 @@ time.sleep(60)
         process.send_signal(signal.SIGKILL)
     time.sleep(1.0)  # the encoder sees its input end and closes its own file
     (left,) = tmp_path.iterdir()
-    assert left == tmp_path / f".a.mp4.{machine()}-{process.pid}.encoding.part"
+    assert left.name.startswith(".a.mp4.")
+    assert left.suffix == ".part"
     save(tmp_path / "a.mp4", smooth(5, 64, 64))  # and what it left is in nobody's way
-    assert sweep(tmp_path) == [left]
+    assert remove_parts(tmp_path / "a.mp4") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
 
 

@@ -18,7 +18,6 @@ from wan.utils.errors import InputError
 STEM = "diffusion_pytorch_model"  # of an expert's file or files, in both layouts
 MODEL_INDEX = "model_index.json"  # only diffusers' layout has it
 FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}  # of the experts in that layout
-TEXT_ENCODER_FILE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 WEIGHTS = f"{STEM}.safetensors"
 
 
@@ -104,8 +103,3 @@ def _index(file: Path) -> Path:
 
 def is_diffusers(ckpt_dir: Path) -> bool:
     return (ckpt_dir / MODEL_INDEX).is_file()
-
-
-def tokenizer_of(ckpt_dir: Path) -> Path:
-    """The folder of the tokenizer."""
-    return ckpt_dir / ("tokenizer" if is_diffusers(ckpt_dir) else TOKENIZER)

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 
 from lightning.releases import RELEASES
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, Part
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
@@ -142,13 +143,15 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
     """The plan of the task's released checkpoint, which need not be here; `distilled` with few-step weights."""
     config, device, dtype = TASKS[task], machine.device, machine.usual
     request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
-    checkpoint = Checkpoint(nowhere, task, config)
-    no_store = cast(Any, None)  # nothing is read
-    checkpoint.experts = {name: (released_transformer(task), no_store) for name in config.experts}
-    checkpoint.text_encoder = released_text_encoder(), no_store
-    checkpoint.vae = released_vae(task), no_store
+    no_weights = TensorStore({})  # nothing is read
+    checkpoint = OpenCheckpoint(
+        folder=nowhere, files={},
+        experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
+        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
+        tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
+    )  # fmt: skip
     sampling = choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check())
-    vae_bytes = sum(p.numel() for p in checkpoint.vae[0].parameters()) * torch.float32.itemsize
+    vae_bytes = sum(p.numel() for p in checkpoint.vae.module.parameters()) * torch.float32.itemsize
     return Plan(
         request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
         dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",

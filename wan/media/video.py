@@ -31,7 +31,7 @@ from wan.media.ffmpeg import (
     run_ffmpeg,
 )  # fmt: skip
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, make_part, part_of, replacing
+from wan.utils.files import Beside, make_part, replacing
 from wan.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class VideoWriter:
         self.follows = follows
         self.frames = 0
         self.size: tuple[int, int] | None = None  # width, height; known from the first chunk
-        self._encoded = part_of(path, ".encoding")
+        self._encoded: Path | None = None
         self._encoder: subprocess.Popen[bytes] | None = None
         self._pipe: IO[bytes] | None = None
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
@@ -89,6 +89,7 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
+        assert self._encoded is not None, "the encoder has started"
         publish(self.path, ["-i", file_argument(self._encoded)], self.frames, record)
 
     def __enter__(self) -> VideoWriter:
@@ -104,7 +105,8 @@ class VideoWriter:
                     self._pipe.close()
             self._messages.close()
         finally:
-            self._encoded.unlink(missing_ok=True)
+            if self._encoded is not None:
+                self._encoded.unlink(missing_ok=True)
 
     def _start(self, width: int, height: int) -> None:
         container = CONTAINERS[self.path.suffix.lower()]
@@ -112,7 +114,7 @@ class VideoWriter:
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
         words = ["-vf", TO_YUV, *container.encode, "-pix_fmt", pixels]
         words += ["-force_key_frames", "expr:eq(n,1)"] if self.follows else []
-        make_part(self.path, ".encoding")
+        self._encoded = make_part(self.path)
         self._encoder = subprocess.Popen(
             [*ffmpeg_command(), *raw, *words, "-f", container.muxer, file_argument(self._encoded)],
             stdin=subprocess.PIPE,

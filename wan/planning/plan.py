@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning.lora import Coverage, Lora
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint
 from wan.cli.options import OPTIONS, VIDEO, Request
 from wan.configs import TaskConfig
 from wan.configs.task import PATCH
@@ -21,7 +21,6 @@ from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
-from wan.modules.vae import WanVAE
 from wan.offload.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
@@ -38,7 +37,7 @@ class Plan:
 
     request: Request
     config: TaskConfig
-    checkpoint: Checkpoint
+    checkpoint: OpenCheckpoint
     device: torch.device
     text_device: torch.device
     noise_device: torch.device
@@ -82,11 +81,11 @@ class Plan:
         prompts: texts that the transformer attends to, one or, where steps are guided, two.
         """
         checkpoint, request, ranks = self.checkpoint, self.request, self.layout.sequence
-        if self.room is None or request.dit_fsdp or checkpoint.vae is None or checkpoint.text_encoder is None:
+        if self.room is None or request.dit_fsdp:
             return None
         experts = self._expert_sizes()
-        text = sizes_of(checkpoint.text_encoder[0], lambda _: self.text_dtype)
-        model, _ = next(iter(checkpoint.experts.values()))
+        text = sizes_of(checkpoint.text_encoder.module, lambda _: self.text_dtype)
+        model = next(iter(checkpoint.experts.values())).module
         width = model.num_heads * model.head_width
         tokens = -(-self.tokens(size, frames) // ranks)
         # the residual stream; queries, keys, values, their result
@@ -99,7 +98,7 @@ class Plan:
         work += working_bytes(model, self.dtype)
         work += prompts * 2 * len(model.blocks) * model.text_len * width * self.dtype.itemsize  # what is kept of texts
         shape = self.config.latent_shape(size, frames)
-        vae, tiles = self._vae(), self.tiles(shape)
+        vae, tiles = self.checkpoint.vae.module, self.tiles(shape)
         image = encode_peak(vae, shape[1:], ranks, self.encode_tiles(shape)) if self.config.mask_channels else 0
         latents = LATENTS * math.prod(shape) * torch.float32.itemsize
         if request.preview_steps:  # one frame is decoded between two steps, where a forward's activations are gone
@@ -119,14 +118,14 @@ class Plan:
 
         finer: the next more, for a device that has less room than was thought.
         """
-        vae, (channels, length, height, width) = self._vae(), latent
+        vae, (channels, length, height, width) = self.checkpoint.vae.module, latent
         shape, ranks = (channels, length, height, width), self.layout.sequence
         first = int(self.request.vae_tiling)
         return self._tiles(latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
 
     def encode_tiles(self, latent: Sequence[int]) -> tuple[int, int]:
         """The same for the image that becomes channels beside a `latent`."""
-        vae, (length, height, width) = self._vae(), latent[1:]
+        vae, (length, height, width) = self.checkpoint.vae.module, latent[1:]
         return self._tiles(latent, lambda tiles: encode_peak(vae, (length, height, width), self.layout.sequence, tiles))
 
     def _tiles(
@@ -140,10 +139,6 @@ class Plan:
             chosen = next(fitting, len(ways) - 1)
         return ways[min(chosen + finer, len(ways) - 1)]
 
-    def _vae(self) -> WanVAE:
-        assert self.checkpoint.vae is not None, "a checkpoint with problems makes no plan"
-        return self.checkpoint.vae[0]
-
     def _beside_decoding(self) -> int:
         """Bytes of the experts that are on the device while it decodes."""
         return sum(
@@ -153,8 +148,8 @@ class Plan:
 
     def _expert_sizes(self) -> dict[str, Sizes]:
         sizes = {
-            name: sizes_of(module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, module))
-            for name, (module, _) in self.checkpoint.experts.items()
+            name: sizes_of(part.module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, part.module))
+            for name, part in self.checkpoint.experts.items()
         }
         return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
 
@@ -162,7 +157,7 @@ class Plan:
         """Of an expert's LoRAs that stay beside its weights."""
         if self.lora_mode == "merge":
             return 0
-        shapes = self.checkpoint.experts[expert][1].shapes
+        shapes = self.checkpoint.experts[expert].weights.shapes
         pairs = [
             (lora, delta.tensors)
             for lora in self.loras.get(expert, [])

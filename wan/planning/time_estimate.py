@@ -100,8 +100,6 @@ def seconds(
     Processes that make it together share tokens and frame evenly, and the disk: they read the same file.
     """
     config, checkpoint, ranks = plan.config, plan.checkpoint, plan.layout.sequence
-    assert checkpoint.text_encoder is not None, "a checkpoint with problems makes no plan"
-    assert checkpoint.vae is not None, "a checkpoint with problems makes no plan"
     batch_guidance = (
         budget.batch_guidance if budget else plan.request.dit_fsdp
     )  # weights come once for both passes of a step
@@ -114,7 +112,7 @@ def seconds(
     sent = sent_bytes(plan.layout, network, tokens, plan.dtype.itemsize, sharded_bytes(plan))
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
-    encoder, vae = checkpoint.text_encoder[0], checkpoint.vae[0]
+    encoder, vae = checkpoint.text_encoder.module, checkpoint.vae.module
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
     thinking = plan.prompts() * text_operations(encoder, config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
@@ -147,7 +145,7 @@ def _regions(latent: Sequence[int], ranks: int, tiles: tuple[int, int]) -> list[
 
 def network_of(plan: Plan) -> Network:
     """The sizes of the plan's transformer."""
-    model, _ = next(iter(plan.checkpoint.experts.values()))
+    model = next(iter(plan.checkpoint.experts.values())).module
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
     return Network(dim, ffn_dim, model.num_heads, len(model.blocks))
@@ -155,9 +153,9 @@ def network_of(plan: Plan) -> Network:
 
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
     """Of the expert's file in one video: what stays once, what passes through once a forward."""
-    module, store = plan.checkpoint.experts[expert]
-    numbers, stored = sum(parameter.numel() for parameter in module.parameters()), float(STORED)
-    if store is not None:  # of a released checkpoint that is not here there is none
+    part, stored = plan.checkpoint.experts[expert], float(STORED)
+    numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
+    if store:  # of a released checkpoint that is not here it is empty
         stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
     if budget is None:
         return int(stored * numbers)

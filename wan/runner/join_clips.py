@@ -23,16 +23,16 @@ from wan.media.video import count_frames, publish, read_record
 from wan.planning.plan import Plan
 from wan.runner.record import outcome, plain, versions
 from wan.runner.video_job import check_place
-from wan.utils.claims import claimed
 from wan.utils.errors import InputError
-from wan.utils.files import part_of
+from wan.utils.files import make_part
+from wan.utils.locks import locked
 from wan.utils.progress import Progress
 
 MICROSECONDS = 1_000_000
 
 
 def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
-    """Join the whole videos of a chain. JobError, OSError; ClaimedElsewhere if another process is at it."""
+    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process is at it."""
     joined = clips[0].joined
     assert joined is not None, "these clips are in a chain"
     frames, fps = frames_joined(clips), plan.config.sample_fps
@@ -44,9 +44,7 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
         **outcome(joined, frames, clips[0].size, fps),
     }
     check_place(joined)
-    with claimed(joined) as claim, progress.stage("join"):
-        if claim.taken_over:
-            progress.say(claim.taken_over)
+    with locked(joined, progress.say), progress.stage("join"):
         copy_together([clip.save_file for clip in clips], joined, fps, frames, record)
     written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
     progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
@@ -71,7 +69,7 @@ def copy_together(
     clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None
 ) -> None:
     """`clips`, which follow each other, as `joined`: a video of `frames` frames. JobError if one does not follow."""
-    listing = part_of(joined, ".encoding")
+    listing = make_part(joined)
     second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
     try:
         with listing.open("w", encoding="utf-8") as file:
