@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 PROMPTS = (
     "a yellow circle moves right on a blue background",
     "a white triangle moves up on a purple background",
-    "a red square moves down on a black background",
+    "a red square moves down on a white background",
     "a green circle moves left on a white background",
     "a blue square moves up on a yellow background",
     "a purple triangle moves right on a green background",
