@@ -10,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from wan import configs
-from wan.checkpoints import hub
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX
 from wan.configs import TaskConfig
 from wan.utils.errors import InputError
@@ -80,7 +79,7 @@ def check_complete(folder: Path, config: TaskConfig, given: Collection[str]) -> 
     """InputError, with all that is missing in one sentence, for a folder that lacks files of parts not `given`."""
     if lacking := missing(folder, config, given):
         get = download_command(folder, config)
-        raise InputError(f"--ckpt_dir {hub.shown(folder)} lacks {', '.join(lacking)}; get them with: {get}")
+        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
 
 
 def patterns(config: TaskConfig, given: Collection[str]) -> list[str]:
@@ -91,7 +90,7 @@ def patterns(config: TaskConfig, given: Collection[str]) -> list[str]:
             if part in config.experts:
                 wanted.append(settings_of(place))
             if part == "tokenizer":
-                wanted += [] if part in given else [f"{PurePosixPath(place).parent}/*"]
+                wanted += [] if part in given else [place]
             elif part not in given:
                 wanted.append(place.replace(".safetensors", "*"))
     return wanted

@@ -142,7 +142,7 @@ class Plan:
     def _beside_decoding(self) -> int:
         """Bytes of the experts that are on the device while it decodes."""
         return sum(
-            sizes.fixed if self.offload else sizes.fixed + sizes.units * sizes.unit_bytes
+            sizes.resident if self.offload else sizes.resident + sizes.blocks * sizes.block_bytes
             for sizes in self._expert_sizes().values()
         )
 
@@ -151,7 +151,7 @@ class Plan:
             name: sizes_of(part.module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, part.module))
             for name, part in self.checkpoint.experts.items()
         }
-        return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
+        return {name: replace(each, resident=each.resident + self._adapter_bytes(name)) for name, each in sizes.items()}
 
     def _adapter_bytes(self, expert: str) -> int:
         """Of an expert's LoRAs that stay beside its weights."""
