@@ -22,8 +22,6 @@ ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-WHOLE = ROOT / "examples" / "shapes" / "Wan2.2-T2V-A14B"  # each network in one file
-TOKENIZER = TINY / "Wan2.2-T2V-A14B" / "google" / "umt5-xxl"
 
 
 def commands(page: Path, start: str) -> list[list[str]]:
@@ -110,9 +108,13 @@ def on_small_checkpoints(words: list[str], folder: Path) -> list[str]:
     task = words[words.index("--task") + 1] if "--task" in words else "t2v-A14B"
     lora = lora_dir(task)
     parts = checkpoint(task)
+    if "--expert" in words:  # each network in one file, of heads 128 wide
+        parts = folder / "parts"
+        write_headers(parts, task, 1, 128)
     replaced = {
         "--ckpt_dir": str(parts), "--lora_dir": str(lora), "--size": "64*64", "--vae": str(parts / "Wan2.1_VAE.pth"),
-        "--image": str(TINY / "input.png"), "--last_image": str(TINY / "input.png"), "--tokenizer": str(TOKENIZER),
+        "--image": str(TINY / "input.png"), "--last_image": str(TINY / "input.png"),
+        "--tokenizer": str(parts / "google" / "umt5-xxl"),
         "--text_encoder": str(parts / "models_t5_umt5-xxl-enc-bf16.pth"), "--out": str(folder / "baked"),
     }  # fmt: skip
     small = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
@@ -122,7 +124,7 @@ def on_small_checkpoints(words: list[str], folder: Path) -> list[str]:
         if small[number - 1] == "--lora":
             small[number] = f"{expert}={lora / file}.safetensors:{rest.rpartition(':')[2]}"
         if small[number - 1] == "--expert":
-            small[number] = f"{expert}={WHOLE / file / 'diffusion_pytorch_model.safetensors'}"
+            small[number] = f"{expert}={parts / file / 'diffusion_pytorch_model.safetensors'}"
     return small
 
 
