@@ -169,8 +169,7 @@ def text_encoder(
 class Experts:
     """The denoising networks by name, with what they are set to for a step.
 
-    models: on their device, or those of `networks`, which brings them there. offload: the device is given back when
-    there is something else to do.
+    models: on their device, or those of `networks`, which brings them there.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class Experts:
         set_lora: Callable[[WanModel, float], None] | None = None,
     ) -> None:
         """set_lora: changes the scale of a model's LoRA adapters; None if they are merged into the weights."""
-        self.models, self.networks, self.offload = dict(models), networks, True
+        self.models, self.networks = dict(models), networks
         self._set_lora = set_lora
         self._lora_scale = dict.fromkeys(models, 1.0)
         self._forwards: list[str] = []  # of the last job
@@ -204,7 +203,7 @@ class Experts:
             yield
             return
         self.networks.walker.resize(len(self.networks.walker.units) if slots is None else slots)
-        with self.networks.job(self._forwards, again=again or not self.offload):
+        with self.networks.job(self._forwards, again=again):
             yield
 
     def ahead(self) -> AbstractContextManager[None]:
