@@ -1,7 +1,7 @@
 """Make videos with Wan2.2 and Wan2.2-Lightning from the command line: flags -> request -> run.
 
-The only place that prints an error or picks an exit code: 0 all saved, 1 a job failed, 2 nothing was started,
-128 + the signal's number interrupted (130: Ctrl-C). `--help` and every bad flag are answered without importing torch.
+Exit codes: 0 all videos saved, 1 a job failed, 2 nothing was started, 128 + the signal's number when interrupted
+(130: Ctrl-C). `--help` and every bad flag are answered without importing torch.
 """
 
 from __future__ import annotations
@@ -22,74 +22,59 @@ if __name__ == "__main__":
     need_packages()
 
 from wan.cli.parser import parse
-from wan.utils.errors import InputError, WanError
-from wan.utils.progress import clearing, tell, tell_event
+from wan.utils.errors import BAD_INPUT, FAILED, InputError, JobError, WanError, print_errors
+from wan.utils.progress import Progress, clearing, tell, tell_event
 
 if TYPE_CHECKING:
     from wan.distributed.launch import Runtime
     from wan.jobs.job import Decode, Extend, Generate
     from wan.jobs.prompt_files import Row
     from wan.planning.plan import Plan
-    from wan.prompt_extension.extend import ExtendItem, ExtendSettings
-    from wan.utils.progress import Progress
+    from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`; the exit code."""
-    from wan.distributed.launch import Stopped, launch, speaks_alone, tell_launcher
+    """Run the command line `argv` and return the exit code."""
+    from wan.distributed.launch import Stopped, launch, speaks_alone
 
     words = sys.argv[1:] if argv is None else list(argv)
-    asked = {name: f"--{name}" in words for name in ("debug", "json")}
     _prepare_process()
     try:
-        given, problems = parse(words)
-        return launch(lambda runtime: _start(given, problems, runtime))
+        values, problems = parse(words)
+        return launch(lambda runtime: _start(values, problems, words, runtime))
     except InputError as e:  # found before the processes are connected
-        tell_launcher(f"error: {e}")
-        if speaks_alone():
-            _complain(e.problems, 2, **asked)
-        return 2
+        return _report(e, BAD_INPUT, words, shown=speaks_alone())
     except WanError as e:
-        _complain([str(e)], 1, **asked)
-        return 1
+        return _report(e, FAILED, words)
     except KeyboardInterrupt as e:
-        code = e.code if isinstance(e, Stopped) else 128 + signal.SIGINT
-        tell(sys.stderr, clearing(sys.stderr))
-        _complain(["interrupted"], code, **asked)
-        return code
+        return _report(WanError("interrupted"), e.code if isinstance(e, Stopped) else 128 + signal.SIGINT, words)
 
 
 def _prepare_process() -> None:
-    """What must be so before torch is imported, and before anything is printed."""
+    """Set up the streams before anything is printed, and the allocator before torch is imported."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
-    # Without it a decode fails for want of room that is there, in pieces. The first name is torch's until 2.8.
+    # Without it fragmented memory fails a decode that would fit. The first name is torch's until 2.8.
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
-def _start(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
-    """One process's part: of several, all find the same input bad, and the first one says so."""
-    from wan.distributed.launch import tell_launcher
-
+def _start(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
+    """Run one process's part. All processes find the same input bad; rank 0 alone reports it."""
     try:
-        return _run(given, problems, runtime)
+        return _run(values, problems, runtime)
     except InputError as e:
-        tell_launcher(f"error: {e}")
-        if runtime.team.is_rank0:
-            _complain(e.problems, 2, given.get("debug", False), given.get("json", False))
-        return 2
+        return _report(e, BAD_INPUT, words, shown=runtime.team.is_rank0)
 
 
-def _run(given: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
+def _run(values: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     from wan.jobs.job import Decode, Extend
     from wan.jobs.resolve import resolve
-    from wan.utils.progress import Progress
 
     team = runtime.team
-    outcome = team.broadcast(lambda: resolve(given, problems))  # also for a seed that all agree on
+    outcome = team.broadcast(lambda: resolve(values, problems))  # also for a seed that all agree on
     progress = Progress(json=outcome.request.json, quiet=not team.is_rank0)
     if isinstance(outcome, Extend):
         return team.broadcast(lambda: _extend(outcome, progress))
@@ -107,8 +92,10 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     if outcome.request.dry_run:
         return _checked(progress)
     answers = _answers(outcome.extend, outcome.rows, progress)
+    if all(answer.error for answer in answers.values()):
+        raise JobError(f"--extend_only {outcome.file}: not written, no prompt could be extended")
     rows = [
-        replace(row, prompt=answers[row.prompt, row.image], original_prompt=row.original_prompt or row.prompt)
+        replace(row, prompt=answers[row.prompt, row.image].prompt, original_prompt=row.original_prompt or row.prompt)
         for row in outcome.rows
     ]
     write_rows(outcome.file, rows)
@@ -151,8 +138,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
     outlook = Outlook.of(plan, [job.index for job, video in found if video.state == "whole"])
-    told = [f"prompt extension: {extend.method} writes the prompts out first"] if extend else []
-    _show(progress, "plan", outlook.as_dict(), "\n".join([*outlook.lines(), *told]))
+    lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
+    _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
     page = folder_of(outcome.request) if outcome.request.gallery else None
     if page:
         team.broadcast(lambda: check_page(page))
@@ -164,20 +151,23 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
 
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.broadcast(lambda: _answers(extend, outcome.rows, progress))
-        plan = replace(plan, jobs=tuple(replace(job, prompt=answers[job.prompt, job.image]) for job in plan.jobs))
+        jobs = tuple(replace(job, prompt=answers[job.prompt, job.image].prompt) for job in plan.jobs)
+        plan = replace(plan, jobs=jobs)
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
     if page:
         progress.say(f"gallery: {team.broadcast(lambda: write_page(page))}")
-    return 1 if failed else 0
+    return FAILED if failed else 0
 
 
-def _answers(settings: ExtendSettings, rows: Sequence[Row], progress: Progress) -> dict[tuple[str, Path | None], str]:
-    """The extended prompt by prompt and image."""
+def _answers(
+    settings: ExtendSettings, rows: Sequence[Row], progress: Progress
+) -> dict[tuple[str, Path | None], Extended]:
+    """The extended prompts by prompt and image."""
     from wan.prompt_extension.extend import extend
 
-    return {(a.original, a.image): a.prompt for a in extend(settings, _questions(rows), progress.say)}
+    return {(a.original, a.image): a for a in extend(settings, _questions(rows), progress.say)}
 
 
 def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
@@ -198,23 +188,30 @@ def _checked(progress: Progress) -> int:
 
 
 def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> None:
-    """What was asked for, on stdout: text, or a JSON line with --json."""
+    """Print a result on stdout: as text, or as a JSON line with --json."""
     if progress.json:
         progress.event(kind, fields)
     elif not progress.quiet:
         tell(sys.stdout, f"{text}\n")
 
 
-def _complain(problems: Sequence[str], code: int, debug: bool, json: bool) -> None:
-    """The error that is being handled and ends the run with `code`, on stderr: a line for each problem."""
-    from wan.distributed.launch import speaks_alone
+def _report(error: WanError, code: int, words: Sequence[str], *, shown: bool = True) -> int:
+    """Print the error that ends the run, being handled now, and return its exit code. words: the command line."""
+    from wan.distributed.launch import speaks_alone, tell_launcher
 
-    if debug:
+    if code == BAD_INPUT:
+        tell_launcher(f"error: {error}")
+    if not shown:
+        return code
+    if "--debug" in words:
         traceback.print_exc()
-    for problem in problems:
-        tell(sys.stderr, f"{'' if code > 128 else 'error: '}{problem}\n")
-    if json and speaks_alone():
-        tell_event("error", {"code": code, "problems": list(problems)})
+    if code > 128:
+        tell(sys.stderr, f"{clearing(sys.stderr)}{error}\n")
+    else:
+        print_errors(error.problems)
+    if "--json" in words and speaks_alone():
+        tell_event("error", {"code": code, "problems": error.problems})
+    return code
 
 
 if __name__ == "__main__":

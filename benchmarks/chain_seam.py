@@ -17,7 +17,7 @@ from torch import Tensor
 
 import generate
 from benchmarks.measure import ROOT, grid, machine
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.media.images import i2v_tensor, open_image
 from wan.modules.vae import WanVAE
@@ -41,9 +41,8 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     print(machine())
-    opened = Checkpoint(SHAPES / "Wan2.2-I2V-A14B", "i2v-A14B", TASKS["i2v-A14B"]).vae
-    assert opened, "the demo's checkpoint is whole"
-    vae = load(*opened, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+    part = open_checkpoint(SHAPES / "Wan2.2-I2V-A14B", TASKS["i2v-A14B"]).vae
+    vae = load(part.module, part.weights, home=torch.device("cpu"), dtype=lambda _: torch.float32)
     vae.use_channels_last()
     rows = [["video", "the mp4's frame, encoded", "the decoded frame, encoded", "the last latent as a first"]]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

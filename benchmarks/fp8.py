@@ -77,7 +77,7 @@ def streamed(task: str, room: int) -> Iterator[tuple[str, ...]]:
     width, height = VIDEOS[task][0]
     for quantize in ("none", "fp8"):
         plan = released_plan(task, True, room * 10**9, Machine(torch.device("cuda"), ROOT, ROOT))
-        models = [model for model, _ in plan.checkpoint.experts.values()]
+        models = [part.module for part in plan.checkpoint.experts.values()]
         if quantize == "fp8":
             for model in models:
                 model.use_fp8()
@@ -100,7 +100,8 @@ def by_step(plan: Plan, slots: int, file: str) -> list[int]:
     step_of: list[int] = []
     part_bytes: list[int] = []
     numbers: dict[str, list[int]] = {}
-    for name, (model, _) in plan.checkpoint.experts.items():
+    for name, part in plan.checkpoint.experts.items():
+        model = part.module
         parts = parts_of(model, parameter_dtypes(plan.dtype, False, model))
         numbers[name] = [len(part_bytes) + part for part in parts.of_unit]
         stored = file_bytes(model, file)

@@ -123,6 +123,9 @@ class Run(NamedTuple):
     steps: int = 4
     videos: int = 2  # the first one warms up
     image: str | None = None
+    guidance: str = "1"  # LOW,HIGH
+    solver: str = "euler"
+    shift: float | None = 5.0  # None: the task's
     layers: int | None = None
     width: int | None = None
 
@@ -134,8 +137,8 @@ def make(run: Run) -> dict[str, Any]:
         write_headers(folder, run.task, run.layers, run.width)
         given = {
             "task": run.task, "ckpt_dir": str(folder), "size": run.size, "frame_num": run.frames,
-            "sample_steps": run.steps, "base_seed": 1, "sample_solver": "euler", "sample_shift": 5.0,
-            "sample_guide_scale": "1", "num_videos": run.videos, "image": run.image,
+            "sample_steps": run.steps, "base_seed": 1, "sample_solver": run.solver, "sample_shift": run.shift,
+            "sample_guide_scale": run.guidance, "num_videos": run.videos, "image": run.image,
             "prompt": "a cat boxing the red ball", "save_dir": str(folder / "out"), "offload_model": False,
         }  # fmt: skip
         outcome = resolve({name: value for name, value in given.items() if value is not None})
@@ -157,7 +160,8 @@ def row(metric: str, run: Run, limit: str, compute: float | None) -> Row:
     ratio = f" ({total / compute:.2f} x the roofline)" if compute else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
     memory = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in peak.items())
-    what = f"{metric} prompt to mp4, warm, random weights: {run.task} {run.size}, {run.steps} steps without guidance"
+    steps = f"{run.steps} steps, guidance {run.guidance}"
+    what = f"{metric} prompt to mp4, warm, random weights: {run.task} {run.size}, {steps}"
     return Row(what, f"{total:.1f} s{ratio}: {stages}; peak {memory}", limit)
 
 

@@ -18,8 +18,8 @@ import torch
 
 from wan.doctor.measure import interleaved as interleaved
 from wan.doctor.measure import rms_error as rms_error
-from wan.doctor.measure import synchronize as synchronize
-from wan.offload.reader import free_memory
+from wan.utils.accelerator import free_memory
+from wan.utils.accelerator import synchronize as synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 

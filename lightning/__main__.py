@@ -17,8 +17,8 @@ from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.hub import located, whole
 from wan.configs import TASKS
-from wan.utils.argument_parser import Parser, complain, outside, pair
-from wan.utils.errors import InputError, LoraError
+from wan.utils.argument_parser import Parser, outside, pair
+from wan.utils.errors import InputError, LoraError, print_errors
 
 ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
@@ -30,10 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
     except InputError as e:
-        return complain(e)
+        return print_errors(e.problems)
     except OSError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return print_errors([str(e)])
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
@@ -103,9 +102,7 @@ def _inspect(args: argparse.Namespace) -> int:
         told = [*map(_lines, known), *report.uses]
         print("\n\n".join(told), end="\n" if told else "")
     errors = [file["error"] for file in report.files if file["error"]]
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 2 if errors else 0
+    return print_errors(errors) if errors else 0
 
 
 def _lines(report: dict[str, Any]) -> str:

@@ -13,11 +13,13 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from lightning.diffusers_export import rest_of, settings_of
 from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
@@ -28,11 +30,12 @@ from wan.checkpoints.key_mapping import diffusers_name
 from wan.checkpoints.layout import FOLDERS, STEM, is_diffusers, tokenizer_of
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore, fingerprint, read_header
 from wan.checkpoints.weights import EXPERT, FLOATS, as_ours, open_network
-from wan.checkpoints.writer import Network, Shard, plan_shards, replacing, sha256, write_index, write_json, write_shard
+from wan.checkpoints.writer import Network, plan_shards, replacing, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
 from wan.utils.errors import LoraError
+from wan.utils.strict_json import parse_json
 
 SHARD_BYTES = 10_000_000_000
 
@@ -75,24 +78,54 @@ def bake(
             f"warning: {made_for.name} is made for re-noising (dmd), which diffusers has no scheduler for: the "
             "folder's is an Euler-like one, another sampler; generate.py samples the folder as it is made for"
         )
-    partial = _prepare(out, sources)
-    shards = [(network, plan_shards(network, shard_bytes)) for network in networks]
-    _check_room(partial, [shard for _, plan in shards for shard in plan])
+    with _locked(out):
+        partial = _prepare(out, sources)
+        digests = _write(networks, partial, shard_bytes, report)
+        if layout == "released":
+            _bring_others(ckpt_dir, partial, task)
+        else:
+            shutil.copytree(tokenizer_of(ckpt_dir), partial / "tokenizer", dirs_exist_ok=True)
+        for place, content in settings.items():
+            write_json(partial / place, content)
+        write_json(partial / RECORD, {**sources, "shards": digests})
+        os.replace(partial, out)
+    report(f"baked: {out}")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Context manager: this process alone writes `out`. LoraError while another one does, or if it has."""
+    lock = FileLock(out.with_name(f"{out.name}.partial.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LoraError(f"--out {out}: another bake is writing it; wait for it, or give another name") from None
+    try:
+        if out.exists():
+            raise LoraError(f"--out {out} already exists; give another name or remove it")
+        yield
+        with suppress(OSError):  # Windows removes no open file
+            Path(lock.lock_file).unlink()  # only now: a bake that comes later finds `out`
+    finally:
+        lock.release()
+
+
+def _write(
+    networks: Sequence[Network], partial: Path, shard_bytes: int, report: Callable[[str], None]
+) -> dict[str, str]:
+    """Write all weights into `partial`; the sha256 of each file, by its place. LoraError if the disk is too full."""
+    plans = [(network, plan_shards(network, shard_bytes)) for network in networks]
+    needed = sum(shard.bytes for _, plan in plans for shard in plan if not (partial / shard.file).exists())
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise LoraError(f"--out needs {needed / 1e9:.1f} GB, the disk of {partial.parent} has {free / 1e9:.1f} GB free")
     digests = {}
-    for network, plan in shards:
+    for network, plan in plans:
         for shard in plan:
             report(f"{network.name}: {shard.file} ({shard.bytes / 1e9:.2f} GB)")
             digests[str(shard.file)] = write_shard(partial / shard.file, shard, network)
         write_index(partial, network, plan)
-    if layout == "released":
-        _bring_others(ckpt_dir, partial, task)
-    else:
-        shutil.copytree(tokenizer_of(ckpt_dir), partial / "tokenizer", dirs_exist_ok=True)
-    for place, content in settings.items():
-        write_json(partial / place, content)
-    write_json(partial / RECORD, {**sources, "shards": digests})
-    os.replace(partial, out)
-    report(f"baked: {out}")
+    return digests
 
 
 def _networks(
@@ -126,7 +159,7 @@ def _check_places(ckpt_dir: Path, out: Path) -> None:
     if not ckpt_dir.is_dir():
         raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
     if out.exists():
-        raise LoraError(f"--out {out} exists already; give another name or remove it")
+        raise LoraError(f"--out {out} already exists; give another name or remove it")
     if ckpt_dir.resolve() in out.resolve().parents:
         raise LoraError(f"--out {out} lies inside --ckpt_dir {ckpt_dir}; give a place outside")
 
@@ -197,9 +230,11 @@ def _prepare(out: Path, sources: dict[str, Any]) -> Path:
     """`OUT.partial`, empty or left by an earlier run of the same command; never one of another bake."""
     partial = out.with_name(out.name + ".partial")
     if (partial / RECORD).is_file():
-        before = json.loads((partial / RECORD).read_bytes())
-        before.pop("shards", None)
-        if before != json.loads(json.dumps(sources)):
+        try:
+            before = parse_json((partial / RECORD).read_bytes())
+        except ValueError:
+            before = None
+        if not isinstance(before, dict) or {**before, "shards": 0} != json.loads(json.dumps({**sources, "shards": 0})):
             raise LoraError(f"{partial} was left by a bake from other sources or settings; remove it and run again")
     elif partial.exists() and any(partial.iterdir()):
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")
@@ -208,13 +243,6 @@ def _prepare(out: Path, sources: dict[str, Any]) -> Path:
     for rest in partial.rglob("*.tmp"):
         rest.unlink()
     return partial
-
-
-def _check_room(partial: Path, shards: Sequence[Shard]) -> None:
-    needed = sum(shard.bytes for shard in shards if not (partial / shard.file).exists())
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise LoraError(f"--out needs {needed / 1e9:.1f} GB, the disk of {partial.parent} has {free / 1e9:.1f} GB free")
 
 
 def _bring_others(ckpt_dir: Path, partial: Path, task: str) -> None:

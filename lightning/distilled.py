@@ -1,10 +1,9 @@
-"""Weights that are distilled already: whole experts in one file (LightX2V's models, other front ends' merges), and
-checkpoints with a LoRA baked in; and why no LoRA of the kind may be added to them."""
+"""Distilled weights: whole experts in one file, and checkpoints that `bake` wrote, with the settings they need."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from lightning.peft_settings import PEFT_WEIGHTS
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
-from wan.utils.errors import TensorFileError
+from wan.utils.errors import LoraError, TensorFileError
+from wan.utils.strict_json import parse_json
 
-SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licence")  # kept by `bake`
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
+SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licence")  # of the release, in the record
 
 
 def is_full_expert(path: Path) -> bool:
@@ -27,21 +27,41 @@ def is_full_expert(path: Path) -> bool:
 
 
 def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
-    """The record that `bake` left in a checkpoint folder, None for any other folder."""
-    try:
-        record = json.loads((ckpt_dir / RECORD).read_text())
-    except (OSError, ValueError):
+    """The record that `bake` wrote into a checkpoint folder, None for any other folder.
+
+    LoraError if the record is damaged, unfinished or of another version.
+    """
+    file = ckpt_dir / RECORD
+    if not os.path.isfile(file):  # False, not an error, for a folder that cannot be reached
         return None
-    return record if isinstance(record, dict) and "shards" in record else None
+    try:
+        record: dict[str, Any] = parse_json(file.read_bytes())
+        for loras in record["loras"].values():
+            for lora in loras:
+                _check_types(lora, {"path": str, "release": str | None, "fingerprint": str | None})
+        _check_types(record, {"task": str, "shards": dict, "release": dict | None})
+        _release_in_record(record)
+    except OSError as e:
+        raise LoraError(f"{file}: cannot be read ({e.strerror})") from e
+    except (ValueError, TypeError, KeyError, AttributeError, LoraError) as e:
+        why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
+        raise LoraError(
+            f"{file} is damaged, unfinished or from another version ({why:.200}); bake again, or remove the file "
+            "to use the folder without its record"
+        ) from e
+    return record
 
 
 def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> str | None:
-    """Why this LoRA must not go onto `base`: it is in it already, or both are distillations. None if nothing says so.
+    """Why this LoRA must not go onto `base`: it is merged already, or both are distillations. None if it may.
 
     base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
     """
-    if merged := _merged_before(base, lora_file, expert):
-        return f"{base} has the LoRA {lora_file} merged in already, as {merged}"
+    file = lora_file / PEFT_WEIGHTS if lora_file.is_dir() else lora_file
+    for name, loras in (record_of(base) or {"loras": {}})["loras"].items():
+        for merged in loras if expert in (None, name) else ():
+            if merged.get("fingerprint") == fingerprint(file):
+                return f"{base} has the LoRA {lora_file} merged in already, as {merged['path']}"
     before, lora = release_in(base), recognise(lora_file)
     if before is None or lora is None:
         return None
@@ -49,14 +69,14 @@ def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> s
 
 
 def release_in(base: Path) -> Release | None:
-    """The distillation in these weights, with its settings; None for weights that nothing says it of.
+    """The distillation in these weights, with its settings; None where nothing names one.
 
     base: a full expert file, or a checkpoint folder: a baked one keeps the settings in its record, others may be named
     after a release (`FastVideo/FastWan2.2-TI2V-5B-...`, which is a hub id as well).
     """
     if record := record_of(base):
-        return _release_from(record)
-    is_file = os.path.isfile(base)  # False, not an error, for one that may not be reached
+        return _release_in_record(record)
+    is_file = os.path.isfile(base)
     release = recognise(base if is_file else Path(base.absolute().name))
     if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None
@@ -64,30 +84,31 @@ def release_in(base: Path) -> Release | None:
 
 
 def release_record(release: Release | None) -> dict[str, Any] | None:
-    """What `bake` writes down of the settings that its result is made for."""
+    """The settings that `bake` records for its result."""
     return None if release is None else {name: getattr(release, name) for name in SETTINGS}
 
 
-def _release_from(record: dict[str, Any]) -> Release | None:
-    if "release" in record:
-        kept = record["release"]
-        if kept is None:
-            return None
-        kept = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in kept.items() if name in SETTINGS
-        }
-        return Release(tasks=(record["task"],), kind="full", source="bake", **kept)
-    # written before settings were kept
-    names = {lora["release"] for loras in record["loras"].values() for lora in loras} - {None}
-    return preset(min(names)) if names else None
+def _release_in_record(record: Mapping[str, Any]) -> Release | None:
+    """The settings in a bake's record. TypeError, ValueError, KeyError or LoraError for those that are unusable."""
+    if "release" not in record:  # written before settings were kept
+        names = {lora["release"] for loras in record["loras"].values() for lora in loras} - {None}
+        return preset(min(names)) if names else None
+    if record["release"] is None:
+        return None
+    values = {name: record["release"][name] for name in SETTINGS if name in record["release"]}
+    kinds = {"name": str, "steps": int, "solver": str, "licence": str, "guidance": list}
+    _check_types(values, {name: kind for name, kind in kinds.items() if name in values or name == "name"})
+    low, high = values.get("guidance", (1.0, 1.0))
+    timesteps = values.get("timesteps")
+    numbers = [float(number) for number in (values.get("shift", 5.0), low, high, *(timesteps or ()))]
+    if values.get("steps", 4) < 1 or numbers[0] <= 0 or min(numbers) < 0:
+        raise ValueError("a setting is out of range")
+    values |= {"guidance": (low, high), "timesteps": tuple(timesteps) if timesteps else None}
+    return Release(tasks=(record["task"],), kind="full", source="bake", **values)
 
 
-def _merged_before(base: Path, lora_file: Path, expert: str | None) -> str | None:
-    """The path from which this LoRA was merged into the checkpoint's expert (None: into any), None if it was not."""
-    record = record_of(base) or {"loras": {}}
-    file = lora_file / PEFT_WEIGHTS if lora_file.is_dir() else lora_file
-    for name, loras in record["loras"].items():
-        for lora in loras if expert in (None, name) else ():
-            if lora.get("fingerprint") and lora["fingerprint"] == fingerprint(file):
-                return str(lora["path"])
-    return None
+def _check_types(values: Any, kinds: Mapping[str, Any]) -> None:
+    """TypeError for a value of another type; a missing one is None."""
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise TypeError(f"{name} is {values.get(name)!r:.40}")

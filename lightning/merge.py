@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning.lora import Lora
 from lightning.lora_matching import Delta
+from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
 
@@ -120,7 +121,7 @@ class Merge:
     def _read(self, lora: Lora, name: str, rows: slice | None = None) -> Tensor:
         """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
         buffer = None
-        if self.device.type == "cuda":
+        if Accelerator(self.device).has_memory:
             size = lora.store.buffer_bytes(name, rows)
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -10,19 +10,19 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wan.checkpoints.weights import SPARSE
+from wan.configs import SIZE_CONFIGS, TASKS
 from wan.utils.errors import LoraError
 
-T2V, I2V, TI2V = "t2v-A14B", "i2v-A14B", "ti2v-5B"
-A14B_SIZES = ((832, 480), (480, 832), (1280, 720), (720, 1280))
-TI2V_SIZES = ((1280, 704), (704, 1280))
+T2V, I2V, TI2V = TASKS
+A14B_SIZES, TI2V_SIZES = (tuple(SIZE_CONFIGS[size] for size in TASKS[task].sizes) for task in (T2V, TI2V))
 LIGHTNING = "lightx2v/Wan2.2-Lightning"
 DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
 KIJAI = "Kijai/WanVideo_comfy"
-NOT_COMMERCIAL = "CC BY-NC-SA 4.0, not for commercial use"
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,12 @@ def _at_angles(*angles: float) -> tuple[float, ...]:
 _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
 
 
-def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, note: str = "") -> Release:
-    return Release(name, (task,), "lora", source, patterns, note=note)
+def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, **more: Any) -> Release:
+    return Release(name, (task,), "lora", source, patterns, **more)
 
 
-def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, note: str = "") -> Release:
-    return Release(name, (task,), "full", source, patterns, note=note)
-
-
-def _fastwan(name: str, kind: str, source: str, *patterns: str) -> Release:
-    return Release(
-        name,
-        (TI2V,),
-        kind,
-        source,
-        patterns,
-        steps=3,
-        timesteps=(1000.0, 757.0, 522.0),
-        solver="dmd",
-        sizes=TI2V_SIZES,
-        note="trained at these three timesteps, with fresh noise after each",
-    )
-
-
-def _turbo(name: str, kind: str, source: str, pattern: str) -> Release:
-    return Release(
-        name, (TI2V,), kind, source, (pattern,), shift=1.0, solver="dmd", sizes=TI2V_SIZES, licence=NOT_COMMERCIAL
-    )
+def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, **more: Any) -> Release:
+    return Release(name, (task,), "full", source, patterns, **more)
 
 
 def _refused(name: str, tasks: tuple[str, ...], source: str, pattern: str, reason: str) -> Release:
@@ -126,8 +105,16 @@ def _refused(name: str, tasks: tuple[str, ...], source: str, pattern: str, reaso
 
 _PACKED = "its weights are packed 4-bit numbers"
 _CAUSAL = "it is a causal variant, which makes a video piece by piece with another attention than Wan2.2's"
+_BOTH = "made for Wan2.1; one file serves both experts"
+_DMD: dict[str, Any] = {"solver": "dmd", "sizes": TI2V_SIZES}
+_TURBO = _DMD | {"shift": 1.0, "licence": "CC BY-NC-SA 4.0, not for commercial use"}
+_FASTWAN = _DMD | {
+    "steps": 3,
+    "timesteps": (1000.0, 757.0, 522.0),
+    "note": "trained at these three timesteps, with fresh noise after each",
+}
 
-# The first row that matches is the one: the more particular name stands before the more general.
+# The first row that matches is the one: a longer name comes before a shorter one that it contains.
 RELEASES: tuple[Release, ...] = (
     _refused("nvfp4-sparse", (T2V, I2V), "lightx2v/Wan2.2-NVFP4-Sparse", r"nvfp4-sparse", _PACKED),
     _refused("lightwan", (T2V, I2V), "lightx2v/LightWan2.2-A14B", r"lightwan2\.2", _PACKED),
@@ -136,38 +123,24 @@ RELEASES: tuple[Release, ...] = (
     _refused("causalwan-i2v", (I2V,), "FastVideo/CausalWan2.2-I2V", r"causalwan2\.2", _CAUSAL),
     _lora(T2V, "t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
     _full(
-        T2V,
-        "t2v-250928-dyno",
-        r"t2v[^/]*250928-dyno",
-        source=LIGHTNING,
+        T2V, "t2v-250928-dyno", r"t2v[^/]*250928-dyno", source=LIGHTNING,
         note="a whole high-noise expert; the low-noise one is t2v-250928's LoRA",
     ),
     _lora(T2V, "t2v-250928", r"t2v[^/]*250928"),
     _lora(
-        T2V,
-        "t2v-seko-v1.1",
-        r"t2v[^/]*seko-v1\.1",
-        r"lightning-t2v-v1\.1-a14b-4steps",
+        T2V, "t2v-seko-v1.1", r"t2v[^/]*seko-v1\.1", r"lightning-t2v-v1\.1-a14b-4steps",
         r"t2v-lightx2v-4steps-lora-v1\.1",
     ),
     _lora(T2V, "t2v-seko-v1", rf"t2v[^/]*seko-v1{_END}", r"lightning-t2v-a14b-4steps"),
-    Release(
-        "t2v-v1",
-        (T2V,),
-        "lora",
-        LIGHTNING,
-        (rf"t2v-a14b-4steps-lora-rank64-v1{_END}",),
-        default_alpha=8.0,
+    _lora(
+        T2V, "t2v-v1", rf"t2v-a14b-4steps-lora-rank64-v1{_END}", default_alpha=8.0,
         note="the first upload, without alpha in the file although 8/rank belongs to it",
     ),
     _lora(T2V, "t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
     _full(T2V, "t2v-distill-model-1217", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step-1217"),
     _full(T2V, "t2v-distill-model", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step"),
     _lora(
-        I2V,
-        "i2v-seko-v1",
-        rf"i2v[^/]*seko-v1{_END}",
-        r"lightning-i2v-a14b-4steps",
+        I2V, "i2v-seko-v1", rf"i2v[^/]*seko-v1{_END}", r"lightning-i2v-a14b-4steps",
         rf"i2v-lightx2v-4steps-lora-v1{_END}",
     ),
     _lora(I2V, "i2v-distill-1022", r"i2v[^/]*lora[^/]*1022", source=DISTILL_LORAS),
@@ -178,55 +151,37 @@ RELEASES: tuple[Release, ...] = (
     _full(I2V, "i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
     _full(I2V, "i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
     _full(I2V, "i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
-    Release(
-        "rcm-lora",
-        (T2V,),
-        "lora",
-        KIJAI,
-        (r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora"),
+    _lora(
+        T2V, "rcm-lora", r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora", source=KIJAI, solver="dmd",
         timesteps=_at_angles(math.atan(80), 1.5, 1.4, 1.0),
-        solver="dmd",
         note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one",
     ),
     _lora(
-        T2V,
-        "wan2.1-t2v-lightx2v",
-        r"t2v[^/]*cfg-step-distill",
-        r"2\.1-t2v-14b-stepdistill-cfgdistill",
-        source="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
-        note="made for Wan2.1; one file serves both experts",
+        T2V, "wan2.1-t2v-lightx2v", r"t2v[^/]*cfg-step-distill", r"2\.1-t2v-14b-stepdistill-cfgdistill",
+        source="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", note=_BOTH,
     ),
     _lora(
-        I2V,
-        "wan2.1-i2v-lightx2v",
-        r"i2v[^/]*cfg-step-distill",
-        r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill",
-        source="lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v",
-        note="made for Wan2.1; one file serves both experts, its image branch is ignored",
+        I2V, "wan2.1-i2v-lightx2v", r"i2v[^/]*cfg-step-distill", r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill",
+        source="lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v", note=f"{_BOTH}, its image branch is ignored",
     ),
     *(
         _lora(
-            task,
-            f"wan2.1-{short}-distill",
-            rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",
-            source="lightx2v/Wan2.1-Distill-Loras",
-            note="made for Wan2.1; one file serves both experts, the high-noise one at a strength of about 3",
+            task, f"wan2.1-{short}-distill", rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",
+            source="lightx2v/Wan2.1-Distill-Loras", note=f"{_BOTH}, the high-noise one at a strength of about 3",
         )
         for short, task in (("t2v", T2V), ("i2v", I2V))
     ),
-    _fastwan("ti2v-fastwan-lora", "lora", KIJAI, r"5b-fastwan[^/]*lora", r"fastwan[^/]*5b[^/]*lora"),
-    _fastwan("ti2v-fastwan", "full", "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", r"fastwan2\.2[^/]*5b"),
-    _turbo("ti2v-turbo-lora", "lora", KIJAI, r"ti2v-5b-turbo[^/]*lora"),
-    _turbo("ti2v-turbo", "full", "quanhaol/Wan2.2-TI2V-5B-Turbo", r"ti2v-5b-turbo"),
+    _lora(TI2V, "ti2v-fastwan-lora", r"5b-fastwan[^/]*lora", r"fastwan[^/]*5b[^/]*lora", source=KIJAI, **_FASTWAN),
+    _full(
+        TI2V, "ti2v-fastwan", r"fastwan2\.2[^/]*5b",
+        source="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", **_FASTWAN,
+    ),
+    _lora(TI2V, "ti2v-turbo-lora", r"ti2v-5b-turbo[^/]*lora", source=KIJAI, **_TURBO),
+    _full(TI2V, "ti2v-turbo", r"ti2v-5b-turbo", source="quanhaol/Wan2.2-TI2V-5B-Turbo", **_TURBO),
     Release("shapes", (T2V, I2V), "lora", "examples/shapes", (r"shapes/lora-(t2v|i2v)",), sizes=((64, 64),)),
     Release(
-        "motion-8",
-        (T2V, I2V),
-        "recipe",
-        "community recipe",
-        steps=8,
-        lora_steps=(0.0, *[1.0] * 7),
-        guidance_steps=(3.5, *[1.0] * 7),
+        "motion-8", (T2V, I2V), "recipe", "community recipe", steps=8,
+        lora_steps=(0.0, *[1.0] * 7), guidance_steps=(3.5, *[1.0] * 7),
         note="more motion: the first step without the LoRA and with guidance, the rest as usual",
     ),
-)
+)  # fmt: skip

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from tests.support import checkpoint, config_of, lora_dir
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.prompt_files import KEYS, read_rows, text_problem
 from wan.media.video import read_record
@@ -248,9 +248,8 @@ def expert_case(rng: random.Random, folder: Path) -> None:
         state["blocks.0.ffn.0.weight"] = (layer / state["blocks.0.ffn.0.weight_scale"]).round().to(torch.int8)
         save_file(state, plain)
     path.write_bytes(damaged_safetensors(plain.read_bytes(), rng))
-    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK), {"low": path})
-    opened.raise_problems()
-    load(*opened.experts["low"], home=CPU, dtype=lambda _: torch.float32)
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK), {"low": path}).experts["low"]
+    load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
 
 
 def checkpoint_case(rng: random.Random, folder: Path) -> None:
@@ -273,14 +272,9 @@ def checkpoint_case(rng: random.Random, folder: Path) -> None:
         changed = damaged_bytes(changed, rng) if rng.random() < 0.4 else changed
     path.write_bytes(changed)
     try:
-        opened = Checkpoint(good, TASK, config_of(TASK))
-        opened.raise_problems()
-        for module, store in opened.experts.values():
-            load(module, store, home=CPU, dtype=lambda _: torch.float32)
-        for part in (opened.text_encoder, opened.vae):
-            assert part, "no problem was told"
-            load(*part, home=CPU, dtype=lambda _: torch.float32)
-        assert opened.tokenizer, "no problem was told"
+        opened = open_checkpoint(good, config_of(TASK))
+        for part in (*opened.experts.values(), opened.text_encoder, opened.vae):
+            load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
         if max(opened.tokenizer("a cat 猫")) >= len(opened.tokenizer):
             raise Unmeant("tokens outside the table")
     finally:

@@ -207,9 +207,8 @@ def test_estimates_are_counted_work_over_rates() -> None:
 
 
 def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wan.doctor import forecast as module
 
-    monkeypatch.setattr(module, "host_bytes", lambda: int(400e9))
+    monkeypatch.setattr("wan.utils.accelerator.host_bytes", lambda: int(400e9))
     here = machine()
     assert forecast(here).verdict == SKIPPED
     here.rates = dict(SPEED)

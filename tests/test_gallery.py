@@ -16,7 +16,8 @@ import generate
 from tests.support import TINY
 from wan import gallery
 from wan.gallery import check_page, write_page
-from wan.media.video import VideoWriter, save_contact_sheet
+from wan.media.previews import save_contact_sheet
+from wan.media.video import VideoWriter
 from wan.utils.errors import InputError
 
 T2V = ["--ckpt_dir", str(TINY / "Wan2.2-T2V-A14B"), "--lora_dir", str(TINY / "lora-t2v")]

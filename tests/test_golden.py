@@ -50,7 +50,7 @@ def started(task: Original, case: dict) -> Start:
     """What the task makes of the case's image and size."""
     image, size = image_of(case), case["args"].get("size")
     if image is not None:
-        size = video_size(task.plan.config.image_fit, image.size, (case["args"]["max_area"], 1))
+        size = video_size(task.plan.config, image.size, (case["args"]["max_area"], 1))
     video = Video(case["prompt"], "", tuple(size), case["args"]["frame_num"], 0, image)
     task.plan = plan_videos(task.plan, Sampling("euler", 1, 5.0, (1.0, 1.0)), [video])
     return task.start(video)

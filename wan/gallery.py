@@ -23,9 +23,9 @@ if __name__ == "__main__":
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.media.video import read_record
-from wan.utils.argument_parser import Parser, complain
-from wan.utils.errors import InputError, WanError
-from wan.utils.files import Beside, replacing
+from wan.utils.argument_parser import Parser
+from wan.utils.errors import InputError, WanError, print_errors
+from wan.utils.files import Beside, write_file
 from wan.utils.progress import tell
 
 PAGE = "index.html"
@@ -49,7 +49,7 @@ def check_page(folder: Path) -> None:
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page over the videos in `folder` and below it; where it is. InputError as `check_page`, WanError."""
+    """Write the page over the videos in `folder` and below it; return its path. InputError, WanError."""
     check_page(folder)
     entries = sorted(find_entries(folder), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
     data = json.dumps(entries, ensure_ascii=False).translate(HARMLESS)
@@ -57,15 +57,14 @@ def write_page(folder: Path) -> Path:
     page = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(page) as part:
-            part.write_text(before + data + after, encoding="utf-8", errors="replace")
+        write_file(page, (before + data + after).encode("utf-8", "replace"))
     except OSError as e:
         raise WanError(f"{page}: the gallery page cannot be written ({e.strerror})") from e
     return page
 
 
 def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the page shows of each record in `folder` and below whose video is there; other files are passed over."""
+    """The page's data of each record in `folder` and below whose video is there; other files are passed over."""
     for file in folder.rglob("*.json"):
         try:
             record = read_record(file)
@@ -77,85 +76,76 @@ def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
+    def address(file: Path) -> str:
+        """From the page to the file; "./" in front, so that no name is taken for an address with a scheme."""
+        return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
+
     output = record["output"]
     width, height, frames, fps = (_number(output[name]) for name in ("width", "height", "frames", "fps"))
-    told = _of_clips(record) if "clips" in record else _of_one(record)
-    settings = {
-        "task": told["task"],
-        "size": f"{width:g}×{height:g}",
-        "length": f"{frames:g} frames, {frames / fps:.1f} s",
-        **told["settings"],
-    }
-    return {
+    entry = {
         "file": beside.video.relative_to(folder).as_posix(),
-        "video": _address(folder, beside.video),
-        "record": _address(folder, beside.record),
-        "sheet": _address(folder, beside.sheet) if beside.sheet.is_file() else "",
-        "prompt": told["prompt"],
-        "seed": told["seed"],  # as text: JavaScript's numbers end at 2^53
+        "video": address(beside.video),
+        "record": address(beside.record),
+        "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
         "width": width,
         "height": height,
-        "seconds": told["seconds"],
         "finished": str(record["finished"]),
-        "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)},
+        **(_chain_entry(record) if "clips" in record else _video_entry(record)),
     }
+    length = f"{frames:g} frames, {frames / fps:.1f} s"
+    settings = {"task": entry.pop("task"), "size": f"{width:g}×{height:g}", "length": length, **entry["settings"]}
+    return {**entry, "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)}}
 
 
-def _of_one(record: dict[str, Any]) -> dict[str, Any]:
-    """What a video was made from."""
+def _video_entry(record: dict[str, Any]) -> dict[str, Any]:
     job, meaning = record["job"], record["meaning"]
-    steps = meaning["sample_steps"]
-    usual = TASKS[meaning["task"]].sample_neg_prompt
+    steps, usual = meaning["sample_steps"], TASKS[meaning["task"]].sample_neg_prompt
     scales = dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)
-    loras = dict.fromkeys(_named(lora["path"]) for files in record["plan"]["loras"].values() for lora in files)
-    settings = {
-        "steps": f"{len(steps)} {meaning['sample_solver']}",
-        "guidance": ", ".join(scales),
-        "weights": Path(record["request"]["ckpt_dir"]).name,
-        "LoRA": ", ".join(loras),
-        "dtype": meaning["dtype"],
-        "device": record["pipeline"]["device"],
-        "image": Path(job["image"]).name if job["image"] else "",
-        "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
-        "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
-    }
-    seconds = sum(map(_number, record["seconds"].values()))
+    loras = dict.fromkeys(
+        _lora_name(Path(lora["path"])) for files in record["plan"]["loras"].values() for lora in files
+    )
     return {
-        "task": meaning["task"], "prompt": str(job["prompt"]), "seed": str(job["seed"]), "seconds": seconds,
-        "settings": settings,
-    }  # fmt: skip
+        "task": meaning["task"],
+        "prompt": str(job["prompt"]),
+        "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
+        "seconds": sum(map(_number, record["seconds"].values())),
+        "settings": {
+            "steps": f"{len(steps)} {meaning['sample_solver']}",
+            "guidance": ", ".join(scales),
+            "weights": Path(record["request"]["ckpt_dir"]).name,
+            "LoRA": ", ".join(loras),
+            "dtype": meaning["dtype"],
+            "device": record["pipeline"]["device"],
+            "image": Path(job["image"]).name if job["image"] else "",
+            "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
+            "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
+        },
+    }
 
 
-def _of_clips(record: dict[str, Any]) -> dict[str, Any]:
-    """What a chain was joined from."""
-    clips = record["clips"]
-    prompts, seeds, files = ([str(clip[name]) for clip in clips] for name in ("prompt", "seed", "file"))
+def _chain_entry(record: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a video that was joined from clips."""
+    prompts, seeds, files = ([str(clip[name]) for clip in record["clips"]] for name in ("prompt", "seed", "file"))
     return {
         "task": record["task"], "prompt": "\n".join(prompts), "seed": ", ".join(dict.fromkeys(seeds)), "seconds": 0,
         "settings": {"joined of": "\n".join(files)},
     }  # fmt: skip
 
 
-def _named(path: str) -> str:
-    """A LoRA by its folder, if it is one of a release's two files, else by its name."""
-    file = Path(path)
-    return file.parent.name if file.stem in ("high_noise_model", "low_noise_model") else file.name
+def _lora_name(path: Path) -> str:
+    """Its folder's name for a file of a release, else its own."""
+    return path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
 
 
 def _number(value: Any) -> float:
-    """ValueError for what JSON's readers let through beside numbers that can be shown."""
+    """The value if it is a finite number, else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(value)
     return value
 
 
-def _address(folder: Path, file: Path) -> str:
-    """From the page to the file; "./" in front, so that no name is taken for an address with a scheme."""
-    return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 where no page was written. An error is one line on stderr."""
+    """Exit code: 0, or 2 with an error on stderr if no page was written."""
     parser = Parser(
         prog="python -m wan.gallery",
         description="Write one page over the videos in a folder and below it: with prompts, seeds and settings.",
@@ -166,11 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
         tell(sys.stdout, f"{write_page(folder)}\n")
-    except InputError as e:
-        return complain(e)
     except WanError as e:
-        tell(sys.stderr, f"error: {e}\n")
-        return 2
+        return print_errors(e.problems)
     return 0
 
 

@@ -22,12 +22,12 @@ from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
 from wan.jobs.weights import SOLVERS, both, choose_weights
 from wan.media.images import video_size
-from wan.offload.copy_stream import on
 from wan.offload.reader import as_dtype
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning.build import open_plan
 from wan.planning.memory import plan_videos
 from wan.sampling import Video
+from wan.utils.accelerator import Accelerator, gpu_or_cpu
 from wan.utils.progress import Progress
 
 
@@ -70,7 +70,7 @@ class Original(Pipeline):
         values = {
             "task": self.task, "ckpt_dir": str(checkpoint_dir), "lora_dir": lora_dir and str(lora_dir),
             "t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "t5_cpu": t5_cpu, "offload_model": init_on_cpu,
-            "convert_model_dtype": convert_model_dtype, "device": str(device or _device(device_id)),
+            "convert_model_dtype": convert_model_dtype, "device": str(device or gpu_or_cpu(device_id)),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
         request = Request.from_dict({**values, **more}, check.problems)
@@ -100,7 +100,7 @@ class Original(Pipeline):
         if video.image is None:
             size = check.size("size", f"{video.size[0]}*{video.size[1]}", config.size_step)
         else:
-            size = video_size(config.image_fit, video.image.size, video.size)
+            size = video_size(config, video.image.size, video.size)
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
@@ -115,7 +115,7 @@ class Original(Pipeline):
         negative = video.negative_prompt or config.sample_neg_prompt
         video = replace(video, negative_prompt=negative, size=size, frame_num=frame_num, seed=seed)
         self.offload = offload_model
-        with on(self.plan.device):  # the caller's thread may be another one than made this object
+        with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
             latent = team.all_or_none(lambda: self.sample_with(sampling, video))
             if offload_model:
                 self.release_text_encoder()
@@ -126,7 +126,3 @@ class Original(Pipeline):
         """Plan `video` with the steps of `sampling`; its final latent as from `sample`."""
         self.plan = plan_videos(self.plan, sampling, [video])
         return self.sample(video, again=again)
-
-
-def _device(index: int) -> str:
-    return f"cuda:{index}" if torch.cuda.is_available() else "cpu"

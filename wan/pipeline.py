@@ -6,7 +6,6 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,17 +24,18 @@ from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
 from wan.media.images import open_image
-from wan.media.step_preview import Strip
+from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
 from wan.modules.context import Prompt
 from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
-from wan.offload.reader import Source, Store, free_memory, load, parameter_dtypes
+from wan.offload.reader import Source, Store, load, parameter_dtypes
 from wan.planning.memory import decode_tiles
 from wan.planning.plan import Plan, dtype_name
 from wan.sampling import Conditioning, OnStep, Step, Video, clean, denoise, make_schedule
+from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
 from wan.utils.progress import Progress
@@ -90,7 +90,8 @@ class Pipeline(ABC):
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
         if self._text_encoder is None:
-            plan, (module, store) = self.plan, self.plan.text_encoder
+            plan, part = self.plan, self.plan.checkpoint.text_encoder
+            module, store = part.module, part.weights
             if plan.request.t5_fsdp:
                 size = sum(entry.bytes for entry in store.values())
                 with self._loading("text encoder", size, sharded=True) as report:
@@ -111,7 +112,6 @@ class Pipeline(ABC):
             return
         plan, encode = self.plan, self.load_text_encoder()
         tokenizer = plan.checkpoint.tokenizer
-        assert tokenizer is not None, "a checkpoint with problems makes no plan"
         with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
             found = encode([torch.tensor(tokenizer(text), device=plan.text_device) for text in fresh])
             self._contexts |= {text: rows.to(plan.device) for text, rows in zip(fresh, found, strict=True)}
@@ -130,12 +130,12 @@ class Pipeline(ABC):
         plan, merged = self.plan, self.plan.lora_mode == "merge"
         parts = {
             name: (
-                module,
-                store,
-                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, module),
-                Merge(loras, store.shapes, plan.device, linear_pairs=merged) if loras else None,
+                part.module,
+                part.weights,
+                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module),
+                Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None,
             )
-            for name, (module, store) in plan.checkpoint.experts.items()
+            for name, part in plan.checkpoint.experts.items()
             for loras in [plan.loras.get(name)]
         }
         size = sum(entry.bytes for _, store, *_ in parts.values() for entry in store.values())
@@ -235,7 +235,7 @@ class Pipeline(ABC):
     def load_vae(self) -> WanVAE | SplitVAE:
         """InputError for a corrupt file."""
         if self.vae is None:
-            module, store = self.plan.vae
+            module, store = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
             with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
                 vae = self.load(
                     module, store, sharded=False, home=self.plan.device,
@@ -276,9 +276,8 @@ class Pipeline(ABC):
     def info(self) -> dict[str, str]:
         """Machine and numerics, for the record."""
         device = self.plan.device
-        cpu = platform.processor() or platform.machine()
         return {
-            "device": f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu})",
+            "device": f"{device} ({Accelerator(device).name})",
             "dtype": dtype_name(self.plan.dtype),
             "attention": self.attention,
             "processes": str(self.plan.layout),

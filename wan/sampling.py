@@ -19,6 +19,7 @@ from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
 from wan.modules.model import WanModel
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
 # settings of diffusers' schedulers for flow matching
@@ -168,10 +169,10 @@ def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
     That function waits for the work issued up to here, and for nothing later.
     """
     finite = torch.isfinite(sample).all()
-    arrived: torch.cuda.Event | None = None
-    if sample.device.type == "cuda":
+    accelerator = Accelerator(sample.device)
+    if accelerator.has_memory:
         finite = finite.to("cpu", non_blocking=True)  # into pinned memory
-        arrived = torch.cuda.current_stream(sample.device).record_event()
+    arrived = accelerator.record_event()
 
     def check() -> None:
         if arrived is not None:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.loading import fresh, write_text_encoder, write_transformer
+from tests.checkpoints.support import problems
 from tests.support import checkpoint, config_of
 from tests.unprivileged import run_unprivileged
-from wan.checkpoints.checkpoint import Checkpoint, folder_of
+from wan.checkpoints.checkpoint import folder_of, open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.offload.reader import PIECE_BYTES, Source, load, parameter_dtypes, read_ahead
@@ -32,10 +33,6 @@ CPU = torch.device("cpu")
 def folder(tmp_path: Path) -> Path:
     shutil.copytree(checkpoint(TASK), tmp_path / "ckpt")
     return tmp_path / "ckpt"
-
-
-def problems(folder: Path, task: str = TASK) -> list[str]:
-    return Checkpoint(folder, task, config_of(task)).problems
 
 
 def rewrite(file: Path, change) -> None:
@@ -277,13 +274,14 @@ def test_no_permission_is_not_damage(folder: Path) -> None:
 import contextlib, os, sys
 from pathlib import Path
 from generate import main
+from tests.checkpoints.support import problems
 from tests.support import config_of
-from wan.checkpoints.checkpoint import Checkpoint, folder_of
+from wan.checkpoints.checkpoint import folder_of
 folder = Path(sys.argv[1])
 for name in sys.argv[2:]:
     mode = (folder / name).stat().st_mode
     (folder / name).chmod(0)
-    print(*Checkpoint(folder, "t2v-A14B", config_of("t2v-A14B")).problems, sep=" AND ")
+    print(*problems(folder), sep=" AND ")
     (folder / name).chmod(mode)
 folder.parent.chmod(0)
 try:
@@ -370,11 +368,9 @@ def test_nan_is_found_while_reading_and_named(folder: Path) -> None:
         change.name = name
 
     rewrite(folder / SHARD, change)
-    opened = Checkpoint(folder, TASK, config_of(TASK))
-    opened.raise_problems()
-    module, store = opened.experts["high"]
+    part = open_checkpoint(folder, config_of(TASK)).experts["high"]
     with pytest.raises(InputError, match=f"{SHARD}: tensor {change.name} holds NaN or Inf".replace(".", r"\.")):
-        load(module, store, home=CPU, dtype=lambda _: torch.float32)
+        load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
 
 
 def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
@@ -386,9 +382,8 @@ def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
 
 
 def test_loading_casts_each_parameter_to_its_dtype() -> None:
-    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
-    module, store = opened.experts["low"]
-    model = load(module, store, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["low"]
+    model = load(part.module, part.weights, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert "blocks.0.norm3.weight" in kept
     assert "head.modulation" in kept
@@ -396,12 +391,12 @@ def test_loading_casts_each_parameter_to_its_dtype() -> None:
     assert "blocks.1.cross_attn.norm_k.weight" in kept
     assert not {n for n in kept if ".modulation" in n and n.startswith("blocks")}
     assert not {n for n in kept if n.startswith(("patch", "text")) or ".ffn." in n or n.endswith(".q.weight")}
-    assert torch.equal(model.blocks[0].ffn[0].weight, store.read("blocks.0.ffn.0.weight").bfloat16())
+    assert torch.equal(model.blocks[0].ffn[0].weight, part.weights.read("blocks.0.ffn.0.weight").bfloat16())
 
 
 def test_convert_model_dtype_casts_everything() -> None:
-    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
-    model = load(*opened.experts["low"], home=CPU, dtype=parameter_dtypes(torch.bfloat16, True))
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["low"]
+    model = load(part.module, part.weights, home=CPU, dtype=parameter_dtypes(torch.bfloat16, True))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -421,11 +416,11 @@ def test_read_ahead_gives_every_row_once(piece_bytes: int, rows: slice, monkeypa
 
 @pytest.mark.parametrize("piece_bytes", [4000, 1])
 def test_weights_do_not_depend_on_the_pieces(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK))
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["high"]
     dtype = parameter_dtypes(torch.bfloat16, False)
-    want = load(*opened.experts["high"], home=CPU, dtype=dtype).state_dict()
+    want = load(part.module, part.weights, home=CPU, dtype=dtype).state_dict()
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)
-    found = load(*opened.experts["high"], home=CPU, dtype=dtype).state_dict()
+    found = load(part.module, part.weights, home=CPU, dtype=dtype).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
 
 
@@ -449,22 +444,19 @@ def test_a_pth_is_read_from_where_its_tensors_lie(tmp_path: Path) -> None:
 
 def test_a_pth_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is read from it."""
-    opened = Checkpoint(folder, TASK, config_of(TASK))
+    part = open_checkpoint(folder, config_of(TASK)).text_encoder
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened again"))
-    assert opened.text_encoder is not None
     for _ in range(2):
-        load(*opened.text_encoder, home=CPU, dtype=lambda _: torch.float32)
+        load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
 
 
 def test_the_checkpoint_keeps_no_weights(folder: Path) -> None:
     """Each load builds a module of its own; when that is dropped, its memory is free."""
-    opened = Checkpoint(folder, TASK, config_of(TASK))
-    assert opened.text_encoder is not None
-    assert opened.vae is not None
-    for blueprint, store in (opened.text_encoder, opened.vae, opened.experts["high"]):
-        module = load(blueprint, store, home=CPU, dtype=lambda _: torch.float32)
+    opened = open_checkpoint(folder, config_of(TASK))
+    for part in (opened.text_encoder, opened.vae, opened.experts["high"]):
+        module = load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
         weights = [weakref.ref(parameter) for parameter in module.parameters()]
-        assert {p.device.type for p in blueprint.parameters()} == {"meta"}
+        assert {p.device.type for p in part.module.parameters()} == {"meta"}
         del module
         gc.collect()
         assert not [weight for weight in weights if weight() is not None]

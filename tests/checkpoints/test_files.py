@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import generate
+from tests.checkpoints.support import problems
 from tests.support import checkpoint, config_of
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.key_mapping import text_name
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_network
@@ -82,11 +83,10 @@ def test_files_alone_tell_their_sizes(tmp_path: Path) -> None:
     file = saved(wide, tmp_path / "wide.safetensors")
     files = {"high": file, "low": file, "vae": VAE_FILE, "text_encoder": T5_FILE,
              "tokenizer": SOURCE / "google" / "umt5-xxl" / "tokenizer.json"}  # fmt: skip
-    opened = Checkpoint(None, TASK, config_of(TASK), files)
-    assert opened.problems == []
-    assert (opened.experts["high"][0].num_heads, opened.experts["high"][0].head_width) == (1, 128)
+    model = open_checkpoint(None, config_of(TASK), files).experts["high"].module
+    assert (model.num_heads, model.head_width) == (1, 128)
     narrow = saved(expert("high_noise_model"), tmp_path / "narrow.safetensors")
-    (text,) = Checkpoint(None, TASK, config_of(TASK), {**files, "high": narrow}).problems
+    (text,) = problems(None, TASK, {**files, "high": narrow})
     assert "do not tell their heads, and a width of 64 is no multiple of 128" in text
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import generate
 from lightning.__main__ import main
+from tests.checkpoints.support import problems
 from tests.support import TINY, checkpoint, config_of, lora_dir
 from tests.test_golden import CLASSES
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.jobs.job import Sampling
 from wan.sampling import Video
@@ -54,9 +55,8 @@ def test_a_folder_baked_in_bf16_makes_the_latents_of_a_bf16_run(tmp_path: Path) 
 
 def test_the_high_noise_expert_is_the_one_that_diffusers_calls_transformer(tmp_path: Path) -> None:
     folder = bake("t2v-A14B", tmp_path / "out")
-    opened = Checkpoint(folder, "t2v-A14B", config_of("t2v-A14B"))
-    opened.raise_problems()
-    assert {name: store.files[0].parent.name for name, (_, store) in opened.experts.items()} == {
+    opened = open_checkpoint(folder, config_of("t2v-A14B"))
+    assert {name: part.weights.files[0].parent.name for name, part in opened.experts.items()} == {
         "high": "transformer",
         "low": "transformer_2",
     }
@@ -114,7 +114,7 @@ def test_what_is_not_there_is_listed(tmp_path: Path) -> None:
     folder = bake("t2v-A14B", tmp_path / "out")
     shutil.rmtree(folder / "vae")
     next((folder / "transformer_2").glob("*.index.json")).unlink()
-    (text,) = Checkpoint(folder, "t2v-A14B", config_of("t2v-A14B")).problems
+    (text,) = problems(folder)
     assert "lacks transformer_2/diffusion_pytorch_model.safetensors.index.json, vae/diffusion_pytorch_model" in text
     assert "hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir Wan2.2-T2V-A14B-Diffusers" in text
 

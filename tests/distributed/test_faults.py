@@ -23,7 +23,7 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
     finishes = fault.what in ("raise", "memory") and fault.where != "load"
     assert hurt.whole == (0 if fault.where == "load" else VIDEOS if recovers else VIDEOS - 1 if finishes else 1), hurt
     stopped_writing = fault.where == "write" and fault.what in ("kill", "freeze")  # nobody was left to tidy
-    allowed = (".latents.safetensors", *((".encoding.part", ".claim") if stopped_writing else ()))
+    allowed = (".latents.safetensors", *((".part", ".lock") if stopped_writing else ()))
     assert all(name.endswith(allowed) for name in hurt.left), hurt
     tracebacks = hurt.told.count("Traceback (most recent call last):")
     assert tracebacks == (fault.what == "raise"), hurt.told

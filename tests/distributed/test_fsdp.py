@@ -17,7 +17,7 @@ from lightning.lora import Lora
 from lightning.merge import Merge
 from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import checkpoint, config_of, lora_dir, relative_error
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.distributed.fsdp import load_sharded, shard_rows
 from wan.distributed.launch import Runtime
@@ -31,10 +31,8 @@ from wan.utils.errors import InputError
 CPU = torch.device("cpu")
 
 
-def open_tiny(task: str) -> Checkpoint:
-    found = Checkpoint(checkpoint(task), task, config_of(task))
-    found.raise_problems()
-    return found
+def open_tiny(task: str) -> OpenCheckpoint:
+    return open_checkpoint(checkpoint(task), config_of(task))
 
 
 def load_share(
@@ -48,10 +46,10 @@ def load_share(
 
 def load_expert(dtype: torch.dtype, mesh: Mesh, split: bool) -> WanModel:
     """The high-noise expert with its LoRA; sharded if there are several ranks. split: its tokens are divided, too."""
-    module, store = open_tiny("t2v-A14B").experts["high"]
-    merge = Merge([Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")], store.shapes)
+    part = open_tiny("t2v-A14B").experts["high"]
+    merge = Merge([Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")], part.weights.shapes)
     dtypes = parameter_dtypes(dtype, convert_all=False)
-    model = load_share(module, store, mesh, dtypes, merge=merge)
+    model = load_share(part.module, part.weights, mesh, dtypes, merge=merge)
     if split:
         split_tokens(model, mesh)
     return model
@@ -122,8 +120,8 @@ def test_sharded_expert_with_lora(ranks: int, dtype: torch.dtype, split: bool, t
 
 
 def encode_text(mesh: Mesh) -> tuple[list[Tensor], float]:
-    module, store = open_tiny("t2v-A14B").text_encoder or pytest.fail("no text encoder")
-    encoder = load_share(module, store, mesh, lambda _: torch.float32)
+    part = open_tiny("t2v-A14B").text_encoder
+    encoder = load_share(part.module, part.weights, mesh, lambda _: torch.float32)
     with torch.no_grad():
         return encoder([torch.arange(3, 3 + length) for length in (1, 9, 40)]), held(encoder)
 
@@ -143,9 +141,9 @@ def test_sharded_text_encoder(ranks: int) -> None:
 
 def test_a_torch_too_old_for_shards_on_a_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
-    module, store = open_tiny("t2v-A14B").experts["high"]
+    part = open_tiny("t2v-A14B").experts["high"]
     with pytest.raises(InputError, match=r"on a CPU need PyTorch 2\.7 or newer, this is 2\.6\.0"):
-        load_sharded(module, store, mesh=Mesh(), home=CPU, dtype=lambda _: torch.float32)
+        load_sharded(part.module, part.weights, mesh=Mesh(), home=CPU, dtype=lambda _: torch.float32)
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 4), (3, 4), (8, 4), (9, 4), (6, 4), (5, 2)])

@@ -35,7 +35,7 @@ def make(case: dict, task: Original) -> tuple[Tensor, Tensor | None]:
     guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
     sampling = Sampling(given["sample_solver"], given["sampling_steps"], given["shift"], guidance)
     config = task.plan.config
-    size = tuple(given["size"]) if image is None else video_size(config.image_fit, image.size, (given["max_area"], 1))
+    size = tuple(given["size"]) if image is None else video_size(config, image.size, (given["max_area"], 1))
     negative = config.sample_neg_prompt
     video = Video(case["prompt"], negative, size, given["frame_num"], given["seed"], image)
     latent = task.sample_with(sampling, video)

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightning import bake as bake_module
+from lightning.__main__ import main
 from lightning.bake import RECORD, bake
-from lightning.distilled import record_of, release_in
+from lightning.distilled import distilled_twice, record_of, release_in
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
 from lightning.releases import Release, preset
@@ -25,10 +26,11 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs import TASKS
 from wan.configs.precision import keeps_float32
+from wan.jobs.resolve import resolve
 from wan.modules.model import WanModel
 from wan.modules.quantize import FP8
 from wan.offload.reader import load, parameter_dtypes
-from wan.utils.errors import LoraError, TensorFileError
+from wan.utils.errors import InputError, LoraError, TensorFileError
 
 SHARD = 100_000
 CPU = torch.device("cpu")
@@ -268,7 +270,7 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     refusal(tmp_path, "--ckpt_dir .*: no such folder", ckpt_dir=tmp_path / "absent")
     refusal(tmp_path, "holds no diffusion_pytorch_model", ckpt_dir=lora_dir("t2v-A14B"))
     refusal(tmp_path, "nothing to bake", loras={"high": [], "low": []})
-    refusal(tmp_path, "exists already", out=tmp_path)
+    refusal(tmp_path, "already exists", out=tmp_path)
     refusal(tmp_path, "lies inside", out=checkpoint("t2v-A14B") / "merged")
     refusal(
         tmp_path,
@@ -348,3 +350,64 @@ def test_a_broken_base_is_named(tmp_path: Path) -> None:
     with pytest.raises(TensorFileError, match=r"tensor head\.head\.bias holds NaN or Inf"):
         run(tmp_path / "out", ckpt_dir=folder)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda record: record | {"loras": []}, "loras"),
+        (lambda record: record | {"loras": {"high": [{"release": "x"}]}}, "path"),
+        (lambda record: record | {"loras": {"high": "x"}}, "high"),
+        (lambda record: record | {"release": "t2v-v1"}, "release"),
+        (lambda record: record | {"release": {"steps": 4}}, "name"),
+        (lambda record: record | {"release": {"name": "x", "guidance": [1]}}, "guidance"),
+        (lambda record: record | {"release": {"name": "x", "shift": "wide"}}, "shift"),
+        (lambda record: record | {"release": {"name": "x", "steps": "4"}}, "steps"),
+        (lambda record: record | {"release": {"name": "x", "timesteps": 4}}, "timesteps"),
+        (lambda record: {name: value for name, value in record.items() if name != "shards"}, "shards"),
+        (lambda record: {name: value for name, value in record.items() if name != "loras"}, "loras"),
+        (lambda record: [record], "list"),
+        (lambda _: "{", "not JSON"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence_everywhere(change, fault: str, tmp_path: Path, capsys) -> None:
+    once = tmp_path / "once"
+    run(once)
+    changed = change(json.loads((once / RECORD).read_text()))
+    (once / RECORD).write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    for read in (
+        lambda: record_of(once),
+        lambda: release_in(once),
+        lambda: distilled_twice(once, lora_dir("t2v-A14B") / "high_noise_model.safetensors"),
+        lambda: run(tmp_path / "again", ckpt_dir=once),
+        lambda: resolve({"task": "t2v-A14B", "ckpt_dir": str(once), "prompt": "a cat"}),
+    ):
+        with pytest.raises(InputError, match=r"once/bake\.json is damaged"):
+            read()
+    assert main(["inspect", str(once), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 2
+    error = capsys.readouterr().err
+    assert "bake.json" in error, fault
+    assert error.count("\n") == 1
+    (once / RECORD).unlink()
+    assert record_of(once) is None
+
+
+def test_a_second_bake_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one writes; afterwards the folder is whole, and a third bake finds it."""
+    original = writer._changed
+    refused: list[str] = []
+
+    def meanwhile(*arguments):
+        if not refused:
+            with pytest.raises(LoraError, match=r"--out \S+out: another bake is writing it") as caught:
+                run(tmp_path / "out")
+            refused.append(str(caught.value))
+        return original(*arguments)
+
+    monkeypatch.setattr(writer, "_changed", meanwhile)
+    run(tmp_path / "out")
+    assert refused
+    assert record_of(tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(LoraError, match=r"--out .* already exists"):
+        run(tmp_path / "out")

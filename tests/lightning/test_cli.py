@@ -50,7 +50,7 @@ def test_inspect_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "rank      64",
         "alpha     8",
         "settings  steps 4, solver euler, shift 5, guidance 1/1",
-        "sizes     832*480, 480*832, 1280*720, 720*1280",
+        "sizes     1280*720, 720*1280, 832*480, 480*832",
     ):
         assert f"\n  {line}" in first
     assert "warning" not in first
@@ -194,7 +194,7 @@ def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [lora["strength"] for lora in record["loras"]["high"]] == [1.0, 1.0]
     assert [lora["strength"] for lora in record["loras"]["low"]] == [0.5, 0.25, 1.0]
     assert main(["bake", *arguments, *loras]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_an_unrecognised_lora_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

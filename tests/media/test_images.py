@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from tests.unprivileged import run_unprivileged
-from wan.media.images import i2v_size, i2v_tensor, open_image, ti2v_size, ti2v_tensor, what_was_done
+from wan.configs import TASKS
+from wan.media.images import i2v_tensor, list_changes, open_image, ti2v_tensor, video_size
 from wan.media.video import VideoWriter
 from wan.utils.errors import InputError
 
+I2V, TI2V = TASKS["i2v-A14B"], TASKS["ti2v-5B"]
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-AREA_720, AREA_480, AREA_5B = 1280 * 720, 832 * 480, 1280 * 704
+AREA_720, AREA_480, AREA_5B = (1280, 720), (832, 480), (1280, 704)
 
 I2V_ROWS = [  # image -> video at 720p area, at 480p area
     ((1280, 720), (1280, 720), (832, 464)),
@@ -51,13 +53,13 @@ TI2V_ROWS = [  # image -> video, size it is resized to, crop offset
 
 @pytest.mark.parametrize(("image", "at_720p", "at_480p"), I2V_ROWS)
 def test_i2v_size(image, at_720p, at_480p):
-    assert i2v_size(*image, AREA_720) == at_720p
-    assert i2v_size(*image, AREA_480) == at_480p
+    assert video_size(I2V, image, AREA_720) == at_720p
+    assert video_size(I2V, image, AREA_480) == at_480p
 
 
 @pytest.mark.parametrize(("image", "video", "resized", "offset"), TI2V_ROWS)
 def test_ti2v_size_and_crop(image, video, resized, offset):
-    assert ti2v_size(*image, AREA_5B) == video
+    assert video_size(TI2V, image, AREA_5B) == video
     gradient = np.linspace(0, 255, image[0] * image[1] * 3).reshape(image[1], image[0], 3).astype(np.uint8)
     picture = Image.fromarray(gradient)
     covering = picture.resize(resized, Image.Resampling.LANCZOS)
@@ -70,16 +72,16 @@ def test_golden_sizes():
     """The sizes at which the golden videos were made from the 70x50 picture."""
     image = open_image(TINY / "input.png")
     assert image.size == (70, 50)
-    assert i2v_size(*image.size, 3072) == (64, 32)
-    assert i2v_size(*image.size, 4096) == (64, 48)
-    assert ti2v_size(*image.size, 6144) == (96, 64)
+    assert video_size(I2V, image.size, (3072, 1)) == (64, 32)
+    assert video_size(I2V, image.size, (4096, 1)) == (64, 48)
+    assert video_size(TI2V, image.size, (6144, 1)) == (96, 64)
 
 
-@pytest.mark.parametrize("rule", [i2v_size, ti2v_size])
+@pytest.mark.parametrize("config", [I2V, TI2V])
 @pytest.mark.parametrize("image", [(1, 10_000), (10_000, 1)])
-def test_a_ratio_that_leaves_no_side(rule, image):
+def test_a_ratio_that_leaves_no_side(config, image):
     with pytest.raises(InputError, match="too long and thin"):
-        rule(*image, AREA_480)
+        video_size(config, image, AREA_480)
 
 
 def test_i2v_tensor_is_squeezed_and_overshoots():
@@ -138,7 +140,7 @@ def test_exif_orientation_is_applied_and_said(tmp_path, kind, orientation):
     image = open_image(tmp_path / f"a.{kind}")
     assert image.size == (48, 32)
     assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).mean() < 3
-    assert what_was_done(image) == (["turned as its EXIF orientation says"] if orientation > 1 else [])
+    assert list_changes(image) == (["turned as its EXIF orientation says"] if orientation > 1 else [])
 
 
 def test_a_broken_exif_block_does_not_cost_the_picture(tmp_path):
@@ -171,7 +173,7 @@ def test_deep_greys_are_scaled_not_clipped(tmp_path, name, values, range_said):
     if range_said == "0 to 65535":
         expected = RAMP * 1040 / 257
     assert np.abs(np.asarray(image) - expected[..., None]).max() <= 0.5 + 1e-6
-    assert what_was_done(image) == ([f"its range {range_said} was scaled to 0 to 255"] if range_said else [])
+    assert list_changes(image) == ([f"its range {range_said} was scaled to 0 to 255"] if range_said else [])
 
 
 def test_a_flat_or_endless_float_picture(tmp_path):
@@ -190,9 +192,9 @@ def test_transparency_is_dropped_as_by_convert(tmp_path, mode):
     image = open_image(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as again:
         assert image.tobytes() == again.convert("RGB").tobytes()
-    assert what_was_done(image) == ["its transparency was dropped"]
+    assert list_changes(image) == ["its transparency was dropped"]
     Image.new("RGBA", (8, 8), (200, 100, 50, 255)).save(tmp_path / "a.png")
-    assert what_was_done(open_image(tmp_path / "a.png")) == []
+    assert list_changes(open_image(tmp_path / "a.png")) == []
 
 
 def test_nothing_but_files_is_opened(tmp_path):
@@ -210,7 +212,7 @@ def test_an_mp4_gives_its_last_frame(tmp_path):
         video.finish({})
     image = open_image(tmp_path / "a.mp4")
     assert image.size == (96, 64)
-    assert what_was_done(image) == ["the last frame of the video"]
+    assert list_changes(image) == ["the last frame of the video"]
     expected = (frames[:, -1, 0, 0].numpy() + 1) * 127.5
     assert np.abs(np.asarray(image).mean((0, 1)) - expected).max() < 2
     (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-300])

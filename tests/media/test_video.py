@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from wan.media import video as module
-from wan.media.video import VideoWriter, check_encoder, count_frames, read_record, save_contact_sheet, to_bytes
-from wan.utils.claims import sweep
+from wan.media.ffmpeg import CONTAINERS, Container, check_encoder, ffmpeg_command
+from wan.media.images import open_image
+from wan.media.previews import save_contact_sheet
+from wan.media.video import VideoWriter, count_frames, read_record, to_bytes
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import machine
+from wan.utils.files import remove_parts
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int"]  # ffmpeg's quick conversion to RGB is 1 too dark
@@ -94,7 +96,7 @@ def test_colours_are_said_and_meant(tmp_path: Path) -> None:
         save(tmp_path / f"{number}.mp4", colour[:, None, None, None].expand(3, 5, 64, 64))
         _, back = read(tmp_path / f"{number}.mp4")
         assert np.abs(back.astype(float).mean((0, 1, 2)) - (colour.numpy() + 1) * 127.5).max() < 3
-    says = subprocess.run([*module.ffmpeg()[:1], "-i", tmp_path / "0.mp4"], capture_output=True, text=True, check=False)
+    says = subprocess.run([ffmpeg_command()[0], "-i", tmp_path / "0.mp4"], capture_output=True, text=True, check=False)
     assert "yuv420p(tv, bt709, progressive)" in says.stderr  # matrix, primaries and transfer alike
 
 
@@ -104,6 +106,18 @@ def test_bytes_are_rounded_and_the_chunk_is_left_alone() -> None:
     before = chunk.clone()
     assert to_bytes(chunk)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255, 255]
     assert torch.equal(chunk, before)
+
+
+def test_another_container_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding, record, frames, last frame and contact sheet of a WebM."""
+    monkeypatch.setitem(CONTAINERS, ".webm", Container("webm", ("-c:v", "libvpx-vp9", "-crf", "20", "-b:v", "0")))
+    path = tmp_path / "a.webm"
+    save(path, smooth(5, 32, 32), record=AWKWARD)
+    assert read_record(path) == AWKWARD
+    assert count_frames(path) == 5
+    assert path.read_bytes()[:4] == b"\x1a\x45\xdf\xa3"
+    assert open_image(path).size == (32, 32)
+    assert save_contact_sheet(path, 5).is_file()
 
 
 @pytest.mark.parametrize("record", [AWKWARD, {"long": "长=" * 150_000}])
@@ -130,7 +144,7 @@ def test_no_record_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(b"no video")
     save(tmp_path / "foreign.mp4", smooth(5, 32, 32))
     stripped = ["-map_metadata", "-1", "-c", "copy", tmp_path / "stripped.mp4"]
-    subprocess.run([*module.ffmpeg(), "-i", tmp_path / "foreign.mp4", *stripped], check=True)
+    subprocess.run([*ffmpeg_command(), "-i", tmp_path / "foreign.mp4", *stripped], check=True)
     for name in ("list.json", "half.json", "noise.mp4", "stripped.mp4"):
         with pytest.raises(InputError, match=f"{name}: holds no record"):
             read_record(tmp_path / name)
@@ -186,9 +200,10 @@ time.sleep(60)
         process.send_signal(signal.SIGKILL)
     time.sleep(1.0)  # the encoder sees its input end and closes its own file
     (left,) = tmp_path.iterdir()
-    assert left == tmp_path / f".a.mp4.{machine()}-{process.pid}.encoding.part"
+    assert left.name.startswith(".a.mp4.")
+    assert left.suffix == ".part"
     save(tmp_path / "a.mp4", smooth(5, 64, 64))  # and what it left is in nobody's way
-    assert sweep(tmp_path) == [left]
+    assert remove_parts(tmp_path / "a.mp4") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4"]
 
 
@@ -205,7 +220,7 @@ def test_a_dead_encoder_is_an_error(tmp_path: Path, moment: str) -> None:
                 pytest.fail("nobody noticed until the end")
             video.finish({})
 
-    with pytest.raises(JobError, match=r"a\.mp4: the video encoder failed: killed by SIGKILL"):
+    with pytest.raises(JobError, match=r"a\.mp4: the video encoder failed: signal 9"):
         run()
     assert list(tmp_path.iterdir()) == []
 
@@ -254,7 +269,7 @@ for room in (10_000, 1_000_000):
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{tmp_path}/a.mp4: the video encoder failed: ")
     assert second.startswith(f"{tmp_path}/a.mp4: the video could not be completed: ")
-    assert all("SIGXFSZ" in line or "File too large" in line for line in (first, second))
+    assert all("signal 25" in line or "File too large" in line for line in (first, second))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support import checkpoint, config_of, manifest
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.modules.released import released_transformer
 from wan.modules.t5 import UMT5Encoder
@@ -100,12 +100,11 @@ def test_keeping_everything_takes_all_of_it() -> None:
 @pytest.mark.parametrize("text", [False, True])
 def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> None:
     """The estimate before loading against the bytes that lie there after it."""
-    opened = Checkpoint(checkpoint("t2v-A14B"), "t2v-A14B", config_of("t2v-A14B"))
+    opened = open_checkpoint(checkpoint("t2v-A14B"), config_of("t2v-A14B"))
     part = opened.text_encoder if text else opened.experts["high"]
-    assert part is not None
     dtypes: Callable[[str], torch.dtype] = (lambda _: dtype) if text else parameter_dtypes(dtype, convert_all=False)
-    sizes = sizes_of(part[0], dtypes)
-    networks = Networks({"it": (part[0], Source(part[1], dtypes))}, torch.device("cpu"))
+    sizes = sizes_of(part.module, dtypes)
+    networks = Networks({"it": (part.module, Source(part.weights, dtypes))}, torch.device("cpu"))
     assert networks.walker.slot_bytes == sizes.unit_bytes
     assert len(networks.walker.units) == sizes.units
     there = sum(p.nbytes for p in networks.models["it"].parameters() if p.device.type != "meta")

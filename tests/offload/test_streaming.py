@@ -23,7 +23,7 @@ from torch import Tensor
 import wan
 from benchmarks.loading import fresh, write_transformer
 from tests.support import TINY, checkpoint, config_of, lora_dir
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.job import Sampling
@@ -545,10 +545,9 @@ def texts() -> list[Tensor]:
 @pytest.mark.parametrize("slots", [1, 2, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_text_encoder_streams(slots: int | None, dtype: torch.dtype) -> None:
-    opened = Checkpoint(checkpoint(TASK), TASK, config_of(TASK)).text_encoder
-    assert opened is not None
-    whole = load(*opened, home=CPU, dtype=lambda _: dtype)
-    encode = text_encoder(opened[0], Source(opened[1], lambda _: dtype), CPU, slots)
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK)).text_encoder
+    whole = load(part.module, part.weights, home=CPU, dtype=lambda _: dtype)
+    encode = text_encoder(part.module, Source(part.weights, lambda _: dtype), CPU, slots)
     with torch.no_grad():
         want = [whole([ids])[0] for ids in texts()]
         for _ in range(2):
@@ -556,7 +555,7 @@ def test_the_text_encoder_streams(slots: int | None, dtype: torch.dtype) -> None
 
 
 def test_only_the_rows_of_the_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, store = Checkpoint(checkpoint(TASK), TASK, config_of(TASK)).text_encoder or pytest.fail("no text encoder")
+    part = open_checkpoint(checkpoint(TASK), config_of(TASK)).text_encoder
     read, rows = TensorStore.read, []
 
     def counted(self: TensorStore, name: str, *more: object) -> Tensor:
@@ -566,7 +565,7 @@ def test_only_the_rows_of_the_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -
         return tensor
 
     monkeypatch.setattr(TensorStore, "read", counted)
-    text_encoder(module, Source(store, lambda _: torch.float32), CPU, 2)([torch.tensor([7, 7, 3, 9, 1])])
+    text_encoder(part.module, Source(part.weights, lambda _: torch.float32), CPU, 2)([torch.tensor([7, 7, 3, 9, 1])])
     assert sum(rows) == 4
 
 
@@ -581,9 +580,9 @@ def test_a_released_text_encoder_is_gone() -> None:
     del encode, slots
     task.release_text_encoder()
     assert not [thing for thing in gone if thing() is not None]
-    assert task.plan.checkpoint.text_encoder is not None
-    assert {p.device.type for p in task.plan.checkpoint.text_encoder[0].parameters()} == {"meta"}
-    assert isinstance(task.plan.checkpoint.text_encoder[1], PickleStore)
+    part = task.plan.checkpoint.text_encoder
+    assert {p.device.type for p in part.module.parameters()} == {"meta"}
+    assert isinstance(part.weights, PickleStore)
 
 
 def test_there_are_as_many_readers_as_said(file: Path) -> None:

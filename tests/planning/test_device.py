@@ -1,6 +1,7 @@
 """What `--device` answers where a GPU cannot be used, whatever words PyTorch has for it; how much of a GPU is used."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -13,6 +14,8 @@ from wan.distributed.launch import Runtime
 from wan.jobs.resolve import resolve
 from wan.planning import build
 from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.report import Outlook
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
 
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
@@ -65,7 +68,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(words: str, driver: bo
     refusing(words, driver)
     said = refusal("auto")
     assert said.startswith("this machine has an NVIDIA driver, but PyTorch cannot use a GPU: ")
-    assert said.endswith("; mend that, or give --device cpu (slow)")
+    assert said.endswith("or give --device cpu (slow)")
     assert compute_device("cpu") == torch.device("cpu")
 
 
@@ -95,7 +98,7 @@ def test_a_limit_ends_with_the_plan_that_set_it(monkeypatch: pytest.MonkeyPatch)
     """PyTorch's limit is the process's: a second pipeline without `vram` must not fail by the first one's."""
     limits: list[float] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: limits.append(fraction))
-    monkeypatch.setattr("wan.planning.device.free_bytes", lambda _: int(70e9))
+    monkeypatch.setattr(Accelerator, "free_bytes", int(70e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(80e9)))
     assert (limit_memory(GPU, 8.0), limits[-1]) == (int(8e9), 0.1)
     assert (limit_memory(GPU, None), limits[-1]) == (int(70e9), 1.0)
@@ -117,3 +120,27 @@ def test_a_full_gpu_is_told_with_who_fills_it(monkeypatch: pytest.MonkeyPatch) -
     request = dict(zip(words[::2], words[1::2], strict=True)) | {"frame_num": 5, "dry_run": True}
     with pytest.raises(InputError, match=r"0\.0 GB are free: use .*; other processes hold it$"):
         build.make_plan(resolve(request), Runtime())
+
+
+def test_auto_says_that_it_leaves_mps_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    words = [word.removeprefix("--") for word in (*T2V, *SMALL)]
+    request = dict(zip(words[::2], words[1::2], strict=True)) | {"frame_num": 5, "dry_run": True, "device": "auto"}
+    plan = build.make_plan(resolve(request), Runtime())
+    assert plan.device.type == "cpu"
+    assert [warning for warning in plan.warnings if "--device mps" in warning]
+    asked = build.make_plan(resolve(request | {"device": "cpu"}), Runtime())
+    assert not [warning for warning in asked.warnings if "mps" in warning]
+
+
+def test_mps_computes_in_the_memory_of_the_host() -> None:
+    """The whole run counts there, not only what a GPU's run holds on the host."""
+    words = [word.removeprefix("--") for word in (*T2V, *SMALL)]
+    request = dict(zip(words[::2], words[1::2], strict=True)) | {"frame_num": 5, "dry_run": True}
+    needed = []
+    for device in ("cpu", "mps"):
+        plan = replace(build.make_plan(resolve(request), Runtime()), device=torch.device(device), dtype=torch.float32)
+        needed.append(Outlook.of(plan).host_needed)
+    assert needed[0] == needed[1] is not None
+    assert Accelerator(torch.device("mps")).free_bytes > 0
+    assert Accelerator(torch.device("mps")).bytes_of_others == 0

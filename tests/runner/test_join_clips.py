@@ -19,15 +19,16 @@ import generate
 import wan.runner.batch
 from tests.distributed.ranks import launched
 from tests.support import TINY, checkpoint, lora_dir, read_frames
+from wan.configs import TASKS
 from wan.gallery import find_entries
 from wan.jobs.job import Generate, Job
 from wan.jobs.resolve import resolve
-from wan.media.images import i2v_size
+from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
 from wan.runner.join_clips import copy_together
-from wan.utils.claims import claimed
 from wan.utils.errors import InputError, JobError
+from wan.utils.locks import locked
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a cat", "save_file": "a.mp4"},
@@ -244,14 +245,14 @@ def test_a_failed_clip_ends_its_chain_and_no_other(
 def test_a_chain_that_another_process_makes_is_left_to_it(capsys: pytest.CaptureFixture[str]) -> None:
     rows(TWO_CHAINS)
     Path("out").mkdir()
-    with claimed(Path("out/a.mp4")):
+    with locked(Path("out/a.mp4"), pytest.fail):
         assert generate.main(chain("--resume")) == 0
     assert "2 saved, 1 being made by other processes, 2 not tried, 1 joined" in capsys.readouterr().err
     assert not Path("out/b.mp4").exists()
-    with claimed(Path("out/a_chain.mp4")):
+    with locked(Path("out/a_chain.mp4"), pytest.fail):
         assert generate.main(chain("--resume")) == 0
     said = capsys.readouterr().err
-    assert "out/a_chain.mp4: is being made by" in said
+    assert "out/a_chain.mp4 is being made by" in said
     assert "3 saved, 2 there already" in said.splitlines()[-1]
 
 
@@ -323,7 +324,7 @@ def test_a_chain_for_each_seed_and_a_shard_for_each_chain() -> None:
 def test_a_chain_keeps_its_size() -> None:
     """The rule for pictures would make another size of a picture of just this size."""
     size = (112, 144)
-    assert i2v_size(*size, 112 * 144) != size
+    assert video_size(TASKS["i2v-A14B"], size, (112, 144)) != size
     Image.new("RGB", size).save("tall.png")
     jobs = outcome(size="128*144", image="tall.png").jobs
     assert [job.size for job in jobs] == [size] * 3

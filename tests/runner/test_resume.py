@@ -15,9 +15,9 @@ from wan.jobs.resolve import resolve
 from wan.media.video import count_frames
 from wan.planning.build import make_plan
 from wan.runner.record import differences
-from wan.utils.claims import claimed
 from wan.utils.errors import InputError, out_of_memory
-from wan.utils.files import Beside
+from wan.utils.files import Beside, make_part
+from wan.utils.locks import locked
 
 
 def test_kept_latents_are_decoded_and_not_made_again(tmp_path: Path) -> None:
@@ -61,16 +61,21 @@ def test_latents_left_between_saving_and_tidying_go(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["0.json", "0.mp4"]
 
 
-def test_parts_and_claims_of_dead_processes_go(tmp_path: Path) -> None:
-    with claimed(tmp_path / "0.mp4") as claim:
-        text = claim.path.read_text()
-    claim.path.write_text(text.replace(f'"pid": {claim.owner.pid}', '"pid": 4194303'))
-    outcome = Outcome(make_run(tmp_path, ["one"], resume=True))
-    assert (outcome.failed, names(tmp_path)) == (0, ["0.json", "0.mp4"])
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    """Of a video that is made now, and of one that is there; not of one of another run."""
+    for _ in range(2):
+        for name in ("0.mp4", "0.json", "0.latents.safetensors"):
+            make_part(tmp_path / name)
+        (tmp_path / ".0.mp4.lock").touch()
+        outcome = Outcome(make_run(tmp_path, ["one"], resume=True))
+        assert (outcome.failed, names(tmp_path)) == (0, ["0.json", "0.mp4"])
+    foreign = make_part(tmp_path / "1.mp4")
+    Outcome(make_run(tmp_path, ["one"], resume=True))
+    assert names(tmp_path) == [foreign.name, "0.json", "0.mp4"]
 
 
 def test_a_video_that_another_process_makes_is_left_to_it(tmp_path: Path) -> None:
-    with claimed(tmp_path / "1.mp4"):
+    with locked(tmp_path / "1.mp4", pytest.fail):
         outcome = Outcome(make_run(tmp_path, resume=True))
     assert outcome.failed == 0
     assert "2 saved, 1 being made by other processes" in outcome.said

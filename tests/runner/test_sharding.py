@@ -1,6 +1,5 @@
 """A prompt file divided over independent processes: together they make what one makes, whatever dies on the way."""
 
-import json
 import os
 import random
 import re
@@ -160,7 +159,7 @@ def has_made(number: int, count: int) -> bool:
 def test_forty_videos_by_four_processes_two_of_them_killed(sharded: bool) -> None:
     """40 whole videos, equal to one process's, none made twice but the two during which a process was killed.
 
-    With a shard each, and with all of the file each: then nothing but the claims divides the work.
+    With a shard each, and with all of the file each: then nothing but the locks divides the work.
     """
     folder, chance = Path("many"), random.Random(15)
     shards = [["--shard", f"{index}/4"] if sharded else [] for index in (1, 2, 3, 4)]
@@ -226,10 +225,12 @@ def test_the_ray_example_makes_what_one_process_makes() -> None:
     command = [sys.executable, str(script), *words(6, Path("many"))]
     with Path("log").open("wb") as log:
         running = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    while not (claims := list(Path("many").glob(".*.claim"))):
+    while not (locks := list(Path("many").glob(".*.lock"))):
         assert running.poll() is None, Path("log").read_text()
         time.sleep(0.01)
-    os.kill(json.loads(claims[0].read_text())["pid"], signal.SIGKILL)
+    holder = re.search(rf"WRITE (\d+) \S+:{locks[0].stat().st_ino} ", Path("/proc/locks").read_text())
+    assert holder is not None
+    os.kill(int(holder[1]), signal.SIGKILL)
     assert running.wait(timeout=500) == 0, Path("log").read_text()
     assert len(set(re.findall("^saved (.+)$", Path("log").read_text(), re.MULTILINE))) == 6
 

@@ -1,18 +1,14 @@
-"""Names beside a video, all-or-nothing writing by several processes, and what dead ones leave."""
+"""Names beside a video, and writing whole or not at all by several processes."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import TESTS
-from wan.utils import files
-from wan.utils.files import Beside, latents_elsewhere, machine, make_part, part_of, replacing, sweep_parts
+from wan.utils.files import Beside, latents_elsewhere, make_part, remove_parts, replacing, write_file
 
 
 def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -34,6 +30,29 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
         part.write_text("whole")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer under the writer records the calls that reach the file system."""
+    calls: list[str] = []
+    flush, rename = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        assert os.fstat(descriptor).st_size == 5
+        calls.append("fsync")
+        flush(descriptor)
+
+    def replace(part: Path, target: Path) -> Path:
+        assert part.parent == target.parent
+        calls.append("rename")
+        return rename(part, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write_file(tmp_path / "a", "whole")
+    write_file(tmp_path / "a", b"bytes")
+    assert calls == ["fsync", "rename"] * 2
+    assert (tmp_path / "a").read_bytes() == b"bytes"
 
 
 def _umask() -> int:
@@ -62,11 +81,10 @@ with replacing(Path(sys.argv[1])) as part:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_link_at_the_name_of_the_part_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_at_the_name_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
-    part_of(tmp_path / "a").symlink_to(tmp_path / "mine")
-    with replacing(tmp_path / "a") as part:
-        part.write_text("new")
+    (tmp_path / "a").symlink_to(tmp_path / "mine")
+    write_file(tmp_path / "a", "new")
     assert (tmp_path / "mine").read_text() == "keep"
     assert not (tmp_path / "a").is_symlink()
 
@@ -85,48 +103,14 @@ def test_kept_latents_of_equal_names_do_not_meet() -> None:
     assert len(os.fsencode(latents_elsewhere(Path("猫" * 80 + ".mp4")).name)) < 200
 
 
-def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from wan.utils.files import make_part
-for name in ("a.mp4", "a.json"):
-    make_part(Path(sys.argv[1]) / name)
-make_part(Path(sys.argv[1]) / "a.mp4", ".encoding")
-print("made", flush=True)
-time.sleep(60)
-"""
-    process = run_python(code, tmp_path)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "made\n"
-    mine = make_part(tmp_path / "b.mp4")
-    users = [
-        tmp_path / name for name in ("a.mp4", "notes.part", ".hidden.part", "x.encoding.part", f".{machine()}.part")
-    ]
-    for file in users:
-        file.write_text("keep")
-    assert sweep_parts(tmp_path) == []
-    process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{process.pid}/stat").exists() and files.process_status(process.pid)[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert len(sweep_parts(tmp_path)) == 3  # though nobody has asked how the process ended: it is a zombie
-    assert {p.name for p in tmp_path.iterdir()} == {mine.name, *(file.name for file in users)}
-    process.communicate()
-    assert sweep_parts(tmp_path / "absent") == []
-
-
-def test_parts_of_another_machine_are_judged_by_age(tmp_path: Path) -> None:
-    part = tmp_path / ".a.mp4.other-f0000000-1.part"
-    part.write_text(json.dumps({}))
-    assert sweep_parts(tmp_path) == []
-    long_ago = time.time() - files.STALE_SECONDS - 5
-    os.utime(part, (long_ago, long_ago))
-    assert sweep_parts(tmp_path) == [part]
-
-
-@pytest.mark.parametrize("pid", [0, -1, 2**70])
-def test_a_number_that_no_process_has_is_dead(pid: int) -> None:
-    assert not files.is_running(pid)
-    assert files.is_running(os.getpid())
+def test_only_the_parts_of_this_video_are_removed(tmp_path: Path) -> None:
+    for file in (*Beside.of(tmp_path / "a.mp4"), tmp_path / "b.mp4"):
+        make_part(file)
+    users = ["a.mp4", "notes.part", ".hidden.part", ".a.mp4.part", ".a.mp4.notes.part", "a.mp4.00000000.part"]
+    for name in users:
+        (tmp_path / name).write_text("keep")
+    (tmp_path / ".a.mp4.00000000.part").mkdir()
+    assert remove_parts(tmp_path / "a.mp4") == 5
+    left = {path.name for path in tmp_path.iterdir()} - {*users, ".a.mp4.00000000.part"}
+    assert len(left) == 1
+    assert left.pop().startswith(".b.mp4.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from wan.utils.errors import InputError
 from wan.utils.strict_json import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
 
 HEAD_WIDTH = 128  # of every published Wan transformer; their weights do not tell it
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
@@ -37,98 +41,124 @@ TOLD_BY = {
 DIFFUSERS_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 
 
-class Checkpoint:
-    """A checkpoint, known from its headers: a folder, files in place of some of its parts, or files alone.
+@dataclass(frozen=True)
+class Part(Generic[Module]):
+    """One network: its module on the meta device, and the file of its weights."""
 
-    `problems` lists, as sentences, everything that keeps it from being loaded; `experts`, `text_encoder` and `vae` are
-    (module on meta, store) pairs, present for what could be opened, and so is the `tokenizer`.
+    module: Module
+    weights: TensorStore
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A whole checkpoint, known from its headers.
+
+    folder: None where files alone serve. files: by part, those that serve in place of the folder's.
     """
 
-    def __init__(
-        self, folder: Path | None, task: str, config: TaskConfig, files: Mapping[str, Path] | None = None
-    ) -> None:
-        """files: by part (see `places`) what serves in place of the folder's; without a folder, all of them."""
-        self.folder, self.task, self.config = folder, task, config
-        self.files = dict(files or {})
-        self.problems: list[str] = []
-        self.experts: dict[str, tuple[WanModel, TensorStore]] = {}
-        self.text_encoder: tuple[UMT5Encoder, TensorStore] | None = None
-        self.vae: tuple[WanVAE, TensorStore] | None = None
-        self.tokenizer: UMT5Tokenizer | None = None
-        self._places: dict[str, str] = {}
-        if self._try(self._complete):
-            for name in config.experts:
-                self._try(self._open_expert, name)
-            self._try(self._open_text_encoder)
-            self._try(self._open_tokenizer)
-            self._try(self._open_vae)
-            self._check_fit()
-
-    def raise_problems(self) -> None:
-        if self.problems:
-            raise InputError(self.problems)
+    folder: Path | None
+    files: Mapping[str, Path]
+    experts: Mapping[str, Part[WanModel]]
+    text_encoder: Part[UMT5Encoder]
+    vae: Part[WanVAE]
+    tokenizer: UMT5Tokenizer
+    tokenizer_file: Path
 
     def weight_files(self) -> dict[str, list[Path]]:
-        """The files that were opened, by network; the tokenizer's too, which has its say in a video as well."""
-        files = {f"{name} expert": list(store.files) for name, (_, store) in self.experts.items()}
-        for name, part in (("text encoder", self.text_encoder), ("VAE", self.vae)):
-            if part:
-                files[name] = list(part[1].files)
-        if self.tokenizer:
-            files["tokenizer"] = [self._place("tokenizer")]
-        return files
+        """Files by network, and the tokenizer's, which affects a video too."""
+        files = {f"{name} expert": part.weights.files for name, part in self.experts.items()}
+        files |= {"text encoder": self.text_encoder.weights.files, "VAE": self.vae.weights.files}
+        return files | {"tokenizer": [self.tokenizer_file]}
 
-    def _try(self, opener: Callable[..., bool | None], *arguments: object) -> bool | None:
-        """What opening one part gives; what is wrong with it joins the list."""
-        try:
-            return opener(*arguments)
-        except InputError as e:
-            self.problems.extend(e.problems)
-        except OSError as e:
-            why = "there is no permission to read it" if isinstance(e, PermissionError) else f"not read ({e.strerror})"
-            self.problems.append(f"{e.filename}: {why}")
-        return None
 
-    def _complete(self) -> bool:
-        """True where every file is there."""
-        if self.folder is not None:  # without one the request was refused if a file was not given
-            self._places = layout.places_in(self.folder, self.config)
-            layout.check_complete(self.folder, self.config, self.files)
-        return True
+def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None) -> OpenCheckpoint:
+    """Open every part; no weight is read. InputError with all problems.
 
-    def _place(self, part: str) -> Path:
-        """The file, or index, that a part is read from."""
-        if part in self.files:
+    files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them.
+    """
+    files = dict(files or {})
+    if folder is not None:
+        with _readable():
+            layout.check_complete(folder, config, files)
+    opener, problems = _Opener(folder, config, files), list[str]()
+    experts = {name: _attempt(partial(opener.expert, name), problems) for name in config.experts}
+    text_encoder = _attempt(opener.text_encoder, problems)
+    tokenizer = _attempt(partial(opener.tokenizer, text_encoder), problems)
+    vae = _attempt(opener.vae, problems)
+    opened = {name: part for name, part in experts.items() if part is not None}
+    if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
+        raise InputError(problems)
+    _attempt(partial(opener.check_fit, opened, text_encoder, vae), problems)
+    if problems:
+        raise InputError(problems)
+    return OpenCheckpoint(folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"))
+
+
+def _attempt(work: Callable[[], Result], problems: list[str]) -> Result | None:
+    """`work()`, or None where its problems have joined the list."""
+    try:
+        with _readable():
+            return work()
+    except InputError as e:
+        problems.extend(e.problems)
+    return None
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn errors of the file system into InputError."""
+    try:
+        yield
+    except OSError as e:
+        why = "there is no permission to read it" if isinstance(e, PermissionError) else f"not read ({e.strerror})"
+        raise InputError(f"{e.filename}: {why}") from e
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens the parts of one checkpoint, one by one; each method raises InputError with all problems of its part."""
+
+    folder: Path | None
+    config: TaskConfig
+    files: Mapping[str, Path]
+
+    def path(self, part: str) -> Path:
+        """The file, or index, that holds the part."""
+        if part in self.files or self.folder is None:
             return self.files[part]
-        assert self.folder is not None, "without a folder every part is given"
-        file = self.folder / self._places[part]
+        file = self.folder / layout.places_in(self.folder, self.config)[part]
         return layout.weights_at(file) or file
 
-    def _open_expert(self, name: str) -> None:
-        path = self._place(name)
-        where = str(path if name in self.files else path.parent)
+    def _name(self, expert: str) -> Path:
+        """The expert in messages: its own file, or its folder."""
+        return self.path(expert) if expert in self.files else self.path(expert).parent
+
+    def expert(self, name: str) -> Part[WanModel]:
+        path, where = self.path(name), str(self._name(name))
         store = open_expert(path) if name in self.files else as_ours(open_file(path), EXPERT, where)
-        config = self.folder / layout.settings_of(self._places[name]) if self.folder else None
+        config = None
+        if self.folder:
+            config = self.folder / layout.settings_of(layout.places_in(self.folder, self.config)[name])
         if name in self.files and config and not config.is_file():
             config = None
         sizes = transformer_sizes(config, store.shapes, where, self.config.text_len)
         with torch.device("meta"):
             module = WanModel.from_config(sizes, text_dim=store["text_embedding.0.weight"].shape[1])
-        self._match(module, store, where)
-        self.experts[name] = module, store
+        _check_names_and_shapes(module, store, where)
+        return Part(module, store)
 
-    def _open_text_encoder(self) -> None:
-        module, store = self._open_by_shapes("text_encoder", TEXT_ENCODER, UMT5Encoder.from_shapes)
-        shapes = store.shapes
-        wide, heads = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.pos_embedding.embedding.weight"][1]
-        if not heads or wide % heads:
-            where = self._place("text_encoder")
-            raise InputError(f"{where}: not a UMT5 encoder: {heads} heads do not divide a width of {wide}")
-        self.text_encoder = module, store
+    def text_encoder(self) -> Part[UMT5Encoder]:
+        part = self._sized_by_weights("text_encoder", TEXT_ENCODER, UMT5Encoder.from_shapes)
+        shapes = part.weights.shapes
+        width, heads = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.pos_embedding.embedding.weight"][1]
+        if not heads or width % heads:
+            where = self.path("text_encoder")
+            raise InputError(f"{where}: not a UMT5 encoder: {heads} heads do not divide a width of {width}")
+        return part
 
-    def _open_tokenizer(self) -> None:
-        file = self._place("tokenizer")
-        file.open("rb").close()  # the library does not tell a file that may not be read from one that is none
+    def tokenizer(self, text_encoder: Part[UMT5Encoder] | None) -> UMT5Tokenizer:
+        file = self.path("tokenizer")
+        file.open("rb").close()  # the library reports a file without permission as a damaged one
         try:
             tokenizer = UMT5Tokenizer(file.parent, self.config.text_len)
             works = len(tokenizer("a cat")) > 1
@@ -136,39 +166,41 @@ class Checkpoint:
             raise InputError(f"{file}: not a tokenizer ({_line(e)}); get the file again") from e
         if not works:
             raise InputError(f"{file}: a tokenizer that makes no tokens of a text; get the file again")
-        rows = self.text_encoder[1].shapes["token_embedding.weight"][0] if self.text_encoder else len(tokenizer)
+        rows = text_encoder.weights["token_embedding.weight"].shape[0] if text_encoder else len(tokenizer)
         if len(tokenizer) > rows:
             raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
-        self.tokenizer = tokenizer
+        return tokenizer
 
-    def _open_vae(self) -> None:
-        self.vae = self._open_by_shapes("vae", VAE, WanVAE.from_shapes)
+    def vae(self) -> Part[WanVAE]:
+        return self._sized_by_weights("vae", VAE, WanVAE.from_shapes)
 
-    def _check_fit(self) -> None:
-        """The parts must belong to one model, and to the task."""
-        if not self.vae or not self.text_encoder:
-            return
-        vae, text_dim = self.vae[0], self.text_encoder[1].shapes["token_embedding.weight"][1]
-        if vae.stride != self.config.vae_stride:
-            self.problems.append(f"{self._place('vae')}: has stride {vae.stride}, --task {self.task} needs another VAE")
-            return
-        mask = self.config.mask_channels
-        given = vae.z_dim + (mask + vae.z_dim if mask else 0)
-        for name, (_, store) in self.experts.items():
-            path, shapes = self._place(name), store.shapes
-            where = path if name in self.files else path.parent
+    def check_fit(
+        self, experts: Mapping[str, Part[WanModel]], text_encoder: Part[UMT5Encoder], vae: Part[WanVAE]
+    ) -> None:
+        """InputError if the parts do not belong to one model, or not to the task."""
+        config, stride = self.config, vae.module.stride
+        if stride != config.vae_stride:
+            raise InputError(f"{self.path('vae')}: has stride {stride}, --task {config.name} needs another VAE")
+        problems = []
+        text_dim = text_encoder.weights["token_embedding.weight"].shape[1]
+        z_dim, mask = vae.module.z_dim, config.mask_channels
+        expected = z_dim + (mask + z_dim if mask else 0)
+        for name, part in experts.items():
+            where, shapes = self._name(name), part.weights.shapes
             channels, width = shapes["patch_embedding.weight"][1], shapes["text_embedding.0.weight"][1]
-            if channels != given:
-                task = f"--task {self.task} gives {given}: a checkpoint of another task?"
-                self.problems.append(f"{where}: takes {channels} channels, {task}")
+            if channels != expected:
+                task = f"--task {config.name} gives {expected}: a checkpoint of another task?"
+                problems.append(f"{where}: takes {channels} channels, {task}")
             if width != text_dim:
-                self.problems.append(f"{where}: reads text of width {width}, the encoder has {text_dim}")
+                problems.append(f"{where}: reads text of width {width}, the encoder has {text_dim}")
+        if problems:
+            raise InputError(problems)
 
-    def _open_by_shapes(
+    def _sized_by_weights(
         self, part: str, kind: str, build: Callable[[Mapping[str, tuple[int, ...]]], Module]
-    ) -> tuple[Module, TensorStore]:
-        """A network whose sizes its weights tell."""
-        path = self._place(part)
+    ) -> Part[Module]:
+        """A network whose sizes follow from the shapes of its weights."""
+        path = self.path(part)
         try:
             store = as_ours(open_file(path), kind, str(path))
             _count_blocks(store.shapes)
@@ -178,20 +210,24 @@ class Checkpoint:
             raise
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
             raise InputError(f"{path}: {_line(e)}") from e
-        self._match(module, store, str(path))
-        return module, store
+        _check_names_and_shapes(module, store, str(path))
+        return Part(module, store)
 
-    def _match(self, module: nn.Module, store: TensorStore, where: str) -> None:
-        """Names and shapes must be exactly the module's."""
-        expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        found = store.shapes
-        if missing := sorted(expected.keys() - found.keys()):
-            self.problems.append(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
-        if unexpected := sorted(found.keys() - expected.keys()):
-            self.problems.append(f"{where}: {len(unexpected)} tensors are unexpected: {_some(unexpected)}")
-        for name in sorted(expected.keys() & found.keys()):
-            if expected[name] != found[name]:
-                self.problems.append(f"{where}: {name} has shape {list(found[name])}, expected {list(expected[name])}")
+
+def _check_names_and_shapes(module: nn.Module, store: TensorStore, where: str) -> None:
+    """InputError, with every difference, unless names and shapes are exactly the module's."""
+    problems = []
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    found = store.shapes
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"{where}: {len(missing)} tensors are missing: {_some(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"{where}: {len(unexpected)} tensors are unexpected: {_some(unexpected)}")
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            problems.append(f"{where}: {name} has shape {list(found[name])}, expected {list(expected[name])}")
+    if problems:
+        raise InputError(problems)
 
 
 def transformer_sizes(

@@ -64,11 +64,15 @@ class Check:
                 self.problem(f"{flag} {named}" if flag else problem)
         return None
 
+    def error(self) -> InputError:
+        """The first MOST_SHOWN problems, and how many more there are."""
+        more = len(self.problems) - MOST_SHOWN
+        return InputError(self.problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
+
     def stop(self) -> None:
-        """Raises InputError if there were problems: with the first MOST_SHOWN of them, and how many more there are."""
+        """InputError if there were problems."""
         if self.problems:
-            more = len(self.problems) - MOST_SHOWN
-            raise InputError(self.problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
+            raise self.error()
 
     def choice(self, flag: str, given: str | None, allowed: Sequence[str], other: str = "") -> str:
         """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""

@@ -57,13 +57,15 @@ class Runtime:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
+        from wan.utils.accelerator import COLLECTIVES, gpu_kind
+
         rank, limit = _number("RANK", 0), patience()
         try:
             store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_LIMIT))
             # a restarted run may find the same store, with what the first attempt has left in it
             store = PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             uses_gpus = _take_gpu(store, rank, size)
-            backend = "cpu:gloo,cuda:nccl" if uses_gpus else "gloo"
+            backend = f"cpu:gloo,{gpu_kind()}:{COLLECTIVES[gpu_kind()]}" if uses_gpus else "gloo"
             groups = PrefixStore("groups", store)
             dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=limit)
         except dist.DistError as e:
@@ -230,6 +232,8 @@ def _take_gpu(store: Store, rank: int, size: int) -> bool:
     """
     import torch
 
+    from wan.utils.accelerator import gpu_kind
+
     place = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
     store.set(f"place {rank}", place)
     sharing = [other for other in range(size) if store.get(f"place {other}").decode() == place]
@@ -237,9 +241,10 @@ def _take_gpu(store: Store, rank: int, size: int) -> bool:
     if len(sharing) > 1:
         index = _number("LOCAL_RANK", sharing.index(rank))
         here = _number("LOCAL_WORLD_SIZE", len(sharing))
-    if torch.cuda.device_count() < max(here, index + 1):
+    gpus = torch.get_device_module(gpu_kind())
+    if gpus.device_count() < max(here, index + 1):
         return False
-    torch.cuda.set_device(index)
+    gpus.set_device(index)
     return True
 
 

@@ -67,17 +67,18 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
 
 def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> list[str]:
     """What forbids networks on `device` in so many processes. uses_gpus: each process has taken a GPU of its own."""
-    import torch
-
     if layout.world == 1 or device.type == "cpu":
         return []
-    if device.type != "cuda":
+    from wan.utils.accelerator import Accelerator
+
+    accelerator = Accelerator(device)
+    if not accelerator.has_memory:
         return [f"--device {device}: serves one process, and there are {layout.world}; use --device cpu"]
     if not uses_gpus:
-        usable = f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
+        usable = f"--nproc-per-node {accelerator.api.device_count()}, or --device cpu"
         return [f"more processes than GPUs on this machine: use {usable}"]
-    if device.index is not None and device.index != torch.cuda.current_device():
-        return [f"--device {device}: under torchrun each process takes its own GPU; use --device cuda"]
+    if device.index is not None and device.index != accelerator.api.current_device():
+        return [f"--device {device}: under torchrun each process takes its own GPU; use --device {device.type}"]
     return []
 
 

@@ -28,8 +28,8 @@ from wan.doctor.forecast import forecast
 from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
 from wan.doctor.rates import rate_checks
-from wan.utils.argument_parser import Parser, complain
-from wan.utils.errors import InputError
+from wan.utils.argument_parser import Parser
+from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import columns_of
 
 ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         given = _parser().read(sys.argv[1:] if words is None else words)
     except InputError as e:
-        return complain(e)
+        return print_errors(e.problems)
     began = time.perf_counter()
     findings = []
     for finding in findings_of(given.device, given.root, given.disk, given.small):

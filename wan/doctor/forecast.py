@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 
 from lightning.releases import RELEASES
-from wan.checkpoints.checkpoint import Checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, Part
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
@@ -24,12 +25,12 @@ from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
-from wan.offload.budget import Budget, free_bytes
-from wan.planning.device import host_bytes
+from wan.offload.budget import Budget
 from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
+from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
 
 
@@ -81,7 +82,7 @@ def forecast(machine: Machine) -> Outcome:
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
-    room = free_bytes(machine.device) if machine.device.type == "cuda" else host_bytes()
+    room = Accelerator(machine.device).free_bytes
     estimates = [
         estimate
         for task in TASKS
@@ -89,7 +90,7 @@ def forecast(machine: Machine) -> Outcome:
         for estimate in _of_task(task, distilled, room, machine)
     ]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
-    where = "the device" if machine.device.type == "cuda" else "the host's memory"
+    where = "the device" if Accelerator(machine.device).has_memory else "the host's memory"
     sentence = f"with {quantity(room, 'B')} of {where}, in {machine.usual} (all seconds are estimates)"
     sentence = sentence.replace("torch.", "")
     lines = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
@@ -143,13 +144,15 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
     """The plan of the task's released checkpoint, which need not be here; `distilled` with few-step weights."""
     config, device, dtype = TASKS[task], machine.device, machine.usual
     request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
-    checkpoint = Checkpoint(nowhere, task, config)
-    no_store = cast(Any, None)  # nothing is read
-    checkpoint.experts = {name: (released_transformer(task), no_store) for name in config.experts}
-    checkpoint.text_encoder = released_text_encoder(), no_store
-    checkpoint.vae = released_vae(task), no_store
+    no_weights = TensorStore({})  # nothing is read
+    checkpoint = OpenCheckpoint(
+        folder=nowhere, files={},
+        experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
+        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
+        tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
+    )  # fmt: skip
     sampling = choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check())
-    vae_bytes = sum(p.numel() for p in checkpoint.vae[0].parameters()) * torch.float32.itemsize
+    vae_bytes = sum(p.numel() for p in checkpoint.vae.module.parameters()) * torch.float32.itemsize
     return Plan(
         request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
         dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",

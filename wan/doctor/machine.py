@@ -17,9 +17,10 @@ import torch
 import wan
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
 from wan.doctor.measure import interleaved
-from wan.media.video import check_encoder, ffmpeg
-from wan.planning.device import compute_device, host_bytes
+from wan.media.ffmpeg import check_encoder, ffmpeg_command
+from wan.planning.device import compute_device
 from wan.planning.time_estimate import EXCHANGE
+from wan.utils.accelerator import Accelerator, host_bytes
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
@@ -66,8 +67,8 @@ def video_encoder(_: Machine) -> Outcome:
     except InputError as e:
         said, advice = str(e).rsplit("; ", 1)
         return Outcome(WRONG, said, advice)
-    told = subprocess.run([ffmpeg()[0], "-version"], capture_output=True, text=True, timeout=30).stdout
-    return Outcome(GOOD, f"ffmpeg {' '.join(told.split()[2:3])} encodes H.264", values={"ffmpeg": ffmpeg()[0]})
+    told = subprocess.run([ffmpeg_command()[0], "-version"], capture_output=True, text=True, timeout=30).stdout
+    return Outcome(GOOD, f"ffmpeg {' '.join(told.split()[2:3])} encodes H.264", values={"ffmpeg": ffmpeg_command()[0]})
 
 
 def choose_device(name: str) -> tuple[torch.device, Outcome]:
@@ -91,7 +92,8 @@ def choose_device(name: str) -> tuple[torch.device, Outcome]:
 
 def exchange(machine: Machine) -> Outcome:
     """One all-to-all, as sequence parallelism makes them, over all GPUs by NCCL, a process each."""
-    count = torch.cuda.device_count() if machine.device.type == "cuda" else 0
+    accelerator = Accelerator(machine.device)
+    count = accelerator.api.device_count() if accelerator.has_memory else 0
     if count < 2:
         return Outcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
     outcome = exchange_between(count, "nccl")

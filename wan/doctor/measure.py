@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from wan.utils.accelerator import synchronize
+
 
 def interleaved(
     candidates: Sequence[Callable[[], object]],
@@ -28,13 +30,6 @@ def interleaved(
             synchronize()
             times[index].append(clock() - start)
     return [statistics.median(series) for series in times]
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
 
 
 def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:

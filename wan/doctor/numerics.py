@@ -32,6 +32,7 @@ from wan.modules.fp8 import in_fp8, multiplies_fp8
 from wan.original_api import Original
 from wan.planning.memory import plan_video
 from wan.sampling import Video
+from wan.utils.accelerator import Accelerator
 from wan.utils.progress import quantity
 
 CLASSES = {"t2v-A14B": "WanT2V", "i2v-A14B": "WanI2V", "ti2v-5B": "WanTI2V"}
@@ -205,7 +206,7 @@ def vae_tiles(case: dict[str, Any], machine: Machine) -> Outcome:
 
 def vae_tf32(case: dict[str, Any], machine: Machine) -> Outcome:
     """Convolutions as PyTorch has them by default on a GPU."""
-    if machine.device.type != "cuda":
+    if not Accelerator(machine.device).has_memory:
         return Outcome(SKIPPED, f"{machine.device} has no TF32")
     with tf32(True):
         video = decode(case, machine)
@@ -231,7 +232,7 @@ def sample(task: Original, case: dict[str, Any], machine: Machine) -> Tensor:
     image, size = None, args.get("size")
     if "image" in case:
         image = Image.open(machine.root / "examples" / "tiny" / case["image"]).convert("RGB")
-        size = video_size(config.image_fit, image.size, (args["max_area"], 1))
+        size = video_size(config, image.size, (args["max_area"], 1))
     scale = args["guide_scale"]
     guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
     sampling = Sampling(args["sample_solver"], args["sampling_steps"], args["shift"], guidance)

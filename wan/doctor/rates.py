@@ -13,9 +13,9 @@ from wan.doctor.measure import interleaved
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.released import VAES, on_meta
 from wan.modules.vae import WanVAE
-from wan.offload.budget import free_bytes
 from wan.planning.flops import decode_operations
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE
+from wan.utils.accelerator import Accelerator
 from wan.utils.progress import quantity
 
 REPEATS = 3
@@ -36,7 +36,7 @@ def rate_checks() -> list[Check]:
 
 def matmul(machine: Machine) -> Outcome:
     """Square matrices in the transformer's usual precision."""
-    size = 64 if machine.small else 8192 if machine.device.type == "cuda" else 1024
+    size = 64 if machine.small else 8192 if Accelerator(machine.device).has_memory else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
     rate = 2 * size**3 / _seconds(machine, lambda: a @ b)
     return _operations(machine, MATMUL, rate, f"{machine.usual} {size}x{size}".removeprefix("torch."))
@@ -44,7 +44,7 @@ def matmul(machine: Machine) -> Outcome:
 
 def attention(machine: Machine) -> Outcome:
     """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
-    gpu = machine.device.type == "cuda"
+    gpu = Accelerator(machine.device).has_memory
     tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if gpu else (1024, 8, 128)
     name = choose("auto", machine.device, machine.usual, heads, width).name
     q, k, v = (torch.randn(tokens, heads, width, device=machine.device, dtype=machine.usual) for _ in range(3))
@@ -57,8 +57,8 @@ def vae(machine: Machine) -> Outcome:
     kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
-    elif machine.device.type == "cuda":
-        shape = (16, 3, 60, 104) if free_bytes(machine.device) > VAE_ROOM else (16, 3, 20, 36)
+    elif Accelerator(machine.device).has_memory:
+        shape = (16, 3, 60, 104) if Accelerator(machine.device).free_bytes > VAE_ROOM else (16, 3, 20, 36)
     module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=machine.device)
     for parameter in module.parameters():
         parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
@@ -78,14 +78,14 @@ def vae(machine: Machine) -> Outcome:
 def device_copy(machine: Machine) -> Outcome:
     """Bytes read and bytes written count."""
     size = 1 << 20 if machine.small else 1 << 27
-    if machine.device.type == "cuda":
-        size = min(1 << 30, free_bytes(machine.device) // 8)
+    if Accelerator(machine.device).has_memory:
+        size = min(1 << 30, Accelerator(machine.device).free_bytes // 8)
     source, target = (torch.ones(size // 4, device=machine.device) for _ in range(2))
     return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
 
 
 def host_to_device(machine: Machine) -> Outcome:
-    if machine.device.type != "cuda":
+    if not Accelerator(machine.device).has_memory:
         return Outcome(SKIPPED, f"{machine.device} computes in the host's memory")
     size = 1 << 28
     target = torch.empty(size, dtype=torch.uint8, device=machine.device)
@@ -124,7 +124,7 @@ def disk_read(machine: Machine) -> Outcome:
 
 def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     """Seconds of one call; on a GPU several are issued at a time, so that the wait for it does not count."""
-    calls = 10 if machine.device.type == "cuda" else 1
+    calls = 10 if Accelerator(machine.device).has_memory else 1
 
     def several() -> None:
         for _ in range(calls):

@@ -16,7 +16,8 @@ from wan.configs import SIZE_CONFIGS, TASKS, TaskConfig
 from wan.jobs.job import Job, Weights
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, output_name, read_paths, read_rows
-from wan.media.images import open_image, video_size, what_was_done
+from wan.media.ffmpeg import is_video
+from wan.media.images import list_changes, open_image, video_size
 from wan.utils.argument_parser import short
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
@@ -222,7 +223,7 @@ class _Pictures:
                 if self._goes_on(path, found, area):
                     size = found
                 else:
-                    width, height = video_size(self.config.image_fit, found, area)
+                    width, height = video_size(self.config, found, area)
                     size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
                 kept = found == size == area
                 return size, f"{self.told[path]}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
@@ -233,9 +234,7 @@ class _Pictures:
     def _goes_on(self, path: Path, found: tuple[int, int], area: tuple[int, int]) -> bool:
         """Whether it is of a video of the size asked for; the rule for pictures would make 832x464 of 832x480."""
         step = self.config.size_step
-        return (
-            path.suffix.lower() == ".mp4" and math.prod(found) == math.prod(area) and not any(n % step for n in found)
-        )
+        return is_video(path) and math.prod(found) == math.prod(area) and not any(n % step for n in found)
 
     def told_of(self, beginning: str, path: Path) -> str:
         """How the plan goes on for a last picture."""
@@ -248,7 +247,7 @@ class _Pictures:
             try:
                 image = open_image(path)
                 self.sizes[path] = image.size
-                done = "".join(f", {what}" for what in what_was_done(image))
+                done = "".join(f", {what}" for what in list_changes(image))
                 self.told[path] = f"{image.width}x{image.height}{done}"
             except InputError as e:
                 self.collected.problem(f"{beginning}{e}")

@@ -87,4 +87,4 @@ def _joined(request: Request, first: Job) -> Path:
     """The video that the chain of this clip is joined into."""
     if request.save_file is not None:
         return expanded(request.save_file)
-    return first.save_file.with_name(f"{first.save_file.stem}_chain.mp4")
+    return first.save_file.with_name(f"{first.save_file.stem}_chain{first.save_file.suffix}")

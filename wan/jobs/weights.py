@@ -158,7 +158,8 @@ def _release(
     if request.ckpt_dir is None:
         return None
     there = place(request.ckpt_dir)
-    return release_in(Path(there.repository, there.path) if there else expanded(request.ckpt_dir))
+    folder = Path(there.repository, there.path) if there else expanded(request.ckpt_dir)
+    return check.attempt(partial(release_in, folder))
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:

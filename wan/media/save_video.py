@@ -1,4 +1,4 @@
-"""Save a batch of videos as one mp4, under the original's signature.
+"""`save_video` under the original's signature: a batch of videos becomes one file.
 
 Shapes: B videos side by side, T frames, H, W rows and columns of one.
 """
@@ -25,9 +25,9 @@ def save_video(
     normalize: bool = True,
     value_range: tuple[float, float] = (-1, 1),
 ) -> str:
-    """Write `tensor` [B, 3, T, H, W] as one mp4 with `nrow` videos in a row; where it lies.
+    """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path.
 
-    normalize: `value_range` becomes black to white; otherwise 0 to 1 is. save_file: None takes a temporary file with
+    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file with
     that suffix. Unlike the original's, it raises: JobError if the encoder fails, OSError from the file system.
     """
     if save_file is None:
@@ -42,16 +42,14 @@ def save_video(
     path = Path(save_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, fps) as writer:
-        writer.write(_grid(videos, nrow))
+        writer.write(_grid(videos, nrow) if len(videos) > 1 else videos[0])
         writer.finish(None)
     return str(path)
 
 
 def _grid(videos: Tensor, columns: int) -> Tensor:
-    """[B, 3, T, H, W] -> [3, T, rows, columns]: one video as it is, several in a grid with black borders."""
+    """[B, 3, T, H, W] -> [3, T, rows, columns]: a grid with black borders."""
     count, channels, frames, height, width = videos.shape
-    if count == 1:
-        return videos[0]
     columns = min(columns, count)
     down, across = height + BORDER, width + BORDER
     grid = videos.new_full((channels, frames, -(-count // columns) * down + BORDER, columns * across + BORDER), -1.0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from wan.offload.eviction import AHEAD
 from wan.offload.reader import PIECE_BYTES
 
@@ -159,9 +157,3 @@ def fit(
         free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles, batch_guidance, vae_leaves,
         between=max(0, min(slots, slots_beside(vae + int(BESIDE_DECODING * max(decode, image))))),
     )  # fmt: skip
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can be had on a CUDA device now: free memory, and what this process holds without use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

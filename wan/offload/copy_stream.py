@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wan.utils.accelerator import Accelerator
 
 
 @dataclass(eq=False)
@@ -19,8 +21,8 @@ class Slot:
     index: int
     memory: Tensor
     unit: int | None = None
-    written: torch.cuda.Event | None = None
-    used: torch.cuda.Event | None = None
+    written: torch.Event | None = None
+    used: torch.Event | None = None
 
 
 class Lane:
@@ -64,13 +66,13 @@ class CudaLane(Lane):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device = device
-        self.copies = torch.cuda.Stream(device)
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not over when last looked at
+        self.device, self.api = device, Accelerator(device).api
+        self.copies: torch.Stream = self.api.Stream(device)
+        self._waits: deque[tuple[torch.Event, torch.Event]] = deque()  # not over when last looked at
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
-        with torch.cuda.device(self.device), torch.cuda.stream(self.copies):
+        with self.api.device(self.device), self.api.stream(self.copies):
             assert slot.used is not None, "recorded when the slot was made"
             self.copies.wait_event(slot.used)
             yield
@@ -78,10 +80,10 @@ class CudaLane(Lane):
 
     def enter(self, slot: Slot) -> None:
         assert slot.written is not None, "its unit has arrived"
-        torch.cuda.current_stream(self.device).wait_event(slot.written)
+        self.api.current_stream(self.device).wait_event(slot.written)
 
     def leave(self, slot: Slot) -> None:
-        slot.used = torch.cuda.current_stream(self.device).record_event()
+        slot.used = self.api.current_stream(self.device).record_event()
 
     def drain(self) -> None:
         self.copies.synchronize()
@@ -89,8 +91,8 @@ class CudaLane(Lane):
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """By the device's clock: from the end of what was issued before to the begin of what will be issued after."""
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(self.device)
+        before, after = (self.api.Event(enable_timing=True) for _ in range(2))
+        stream = self.api.current_stream(self.device)
         before.record(stream)
         yield
         after.record(stream)
@@ -113,10 +115,4 @@ class CudaLane(Lane):
 
 
 def lane_for(device: torch.device) -> Lane:
-    return CudaLane(device) if device.type == "cuda" else Lane()
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Inside this, CUDA takes `device` where none is named. In a new thread it takes the first GPU: kernels of other
-    packages go there, and PyTorch 2.13 gives memory back while another GPU still works on it (pytorch issue 196258)."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return CudaLane(device) if Accelerator(device).has_memory else Lane()

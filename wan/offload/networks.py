@@ -16,7 +16,8 @@ from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.copy_stream import Lane
 from wan.offload.prefetcher import Unit, Walker, aligned
-from wan.offload.reader import Source, fill, free_memory
+from wan.offload.reader import Source, fill
+from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
 SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wan.offload.copy_stream import Lane, Slot, lane_for
 from wan.offload.eviction import Move, schedule
 from wan.offload.reader import PIECE_BYTES, Piece, Place, Source, memory, read_ahead
+from wan.utils.accelerator import Accelerator
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot: what the widest loads of a GPU ask for
 
@@ -170,7 +171,7 @@ class Walker:
         if not moves:
             return
         try:
-            with closing(read_ahead(pieces, largest, pin=self.device.type == "cuda")) as arriving:
+            with closing(read_ahead(pieces, largest, pin=Accelerator(self.device).has_memory)) as arriving:
                 for move in moves:
                     if not self._free(move) or not self._fill(move, arriving, report):
                         return

@@ -7,7 +7,6 @@ peak is what is being placed and a few buffers, however large a tensor is.
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.quantize import FP8, is_finite, quantise, scale_name
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
@@ -194,7 +194,7 @@ def fill(
     if home.type == "cpu" and source.merge is None:
         _place_by_threads(pieces, largest, targets, report)
     else:  # a merge, and the copies to a device, belong to one thread
-        for piece, tensor in read_ahead(pieces, largest, pin=home.type == "cuda"):
+        for piece, tensor in read_ahead(pieces, largest, pin=Accelerator(home).has_memory):
             report(piece.bytes)
             source.place(piece, tensor, targets)
     for name, target in targets.items():
@@ -260,13 +260,6 @@ def parameter_dtypes(
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Configurations hold dtypes or their names."""
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def free_memory() -> None:
-    """Hand freed memory back, after something large was dropped."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _is_finite(tensor: Tensor) -> bool:

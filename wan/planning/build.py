@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import Checkpoint, folder_of
+from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoint
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
 from wan.cli.hints import idle_on
@@ -26,10 +27,10 @@ from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout
 from wan.jobs.job import Decode, Generate, Job, Weights
 from wan.jobs.output_paths import written_bytes
 from wan.jobs.prompt_files import expanded
-from wan.media.video import check_encoder
+from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
 from wan.planning.memory import plan_videos
 from wan.planning.plan import Plan, dtype_name
 from wan.utils.errors import InputError
@@ -47,14 +48,12 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if asked is not None:
         given = [part for part, _ in (*weights.expert_files, *weights.files)]
         weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config, given)))
-    opened = weights.ckpt_dir is not None or asked is None
-    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks) if opened else None
-    checks.stop()
-    assert plan is not None, "without problems there is a plan"
+        if weights.ckpt_dir is None:
+            raise checks.error()
+    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
     if not outcome.request.dry_run and (fetched := _placed(weights, hub.whole)) != weights:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
-        checks.stop()
     place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
     idle = idle_on(outcome.request, place, dtype_name(plan.dtype))
     plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
@@ -91,7 +90,7 @@ def open_plan(
     checks: Check,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Plan:
-    """The part of a plan that tells of networks and machine; what is wrong goes to `checks`.
+    """The part of a plan that tells of networks and machine. InputError with all problems, those of `checks` too.
 
     dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
     """
@@ -100,15 +99,8 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and device.type == "cpu")
         wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
-    checkpoint = Checkpoint(
-        weights.ckpt_dir, request.task, config, {**dict(weights.expert_files), **dict(weights.files)}
-    )
-    checks.attempt(checkpoint.raise_problems, _brought(request, weights))
-    if request.quantize == "fp8":
-        for model, _ in checkpoint.experts.values():
-            model.use_fp8()
-    if checkpoint.vae and request.vae_dtype == "bf16":
-        checkpoint.vae[0].decode_in(torch.bfloat16)
+    files = {**dict(weights.expert_files), **dict(weights.files)}
+    checkpoint = checks.attempt(lambda: open_checkpoint(weights.ckpt_dir, config, files), _brought(request, weights))
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -116,16 +108,22 @@ def open_plan(
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
-    attention = request.attention
-    if checkpoint.experts:
-        model, _ = next(iter(checkpoint.experts.values()))
+    warnings += device_warnings(request.device, device)
+    chosen = None
+    if checkpoint is not None:
+        model = next(iter(checkpoint.experts.values())).module
         conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
         shape = model.num_heads, model.head_width
-        if chosen := checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], *shape)):
-            attention = chosen.name
-            warnings += chosen.warnings
+        chosen = checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], *shape))
     for problem in conflicts:
         checks.problem(problem)
+    if checkpoint is None or chosen is None or checks.problems:
+        raise checks.error()
+    if request.quantize == "fp8":
+        for part in checkpoint.experts.values():
+            part.module.use_fp8()
+    if request.vae_dtype == "bf16":
+        checkpoint.vae.module.decode_in(torch.bfloat16)
     return Plan(
         request=request,
         config=config,
@@ -135,7 +133,7 @@ def open_plan(
         noise_device=device if request.noise_device == "auto" else torch.device(request.noise_device),
         dtype=dtypes[0],
         text_dtype=dtypes[1],
-        attention=attention,
+        attention=chosen.name,
         layout=layout,
         loras=loras,
         lora_mode=weights.lora_mode,
@@ -144,12 +142,12 @@ def open_plan(
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *chosen.warnings),
     )
 
 
 def _open_loras(
-    request: Request, weights: Weights, checkpoint: Checkpoint, checks: Check
+    request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
     """(LoRAs and what they do, by expert; warnings). Headers only."""
     brought = _brought(request, weights)
@@ -161,11 +159,11 @@ def _open_loras(
             lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
             brought,
         )
-        if lora is None or choice.expert not in checkpoint.experts:
+        if lora is None or checkpoint is None or choice.expert not in checkpoint.experts:
             continue
-        shapes = checkpoint.experts[choice.expert][1].shapes
+        shapes = checkpoint.experts[choice.expert].weights.shapes
         base = checkpoint.files.get(choice.expert) or checkpoint.folder
-        twice = distilled_twice(base, lora.path, choice.expert) if base else None
+        twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(
@@ -184,7 +182,6 @@ def _open_loras(
 def cut_prompts(plan: Plan) -> list[str]:
     """A warning of the prompts that are longer than what the model reads, if there are any."""
     tokenizer = plan.checkpoint.tokenizer
-    assert tokenizer is not None, "a checkpoint with problems makes no plan"
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
     for job in plan.jobs if plan.guided else ():
         own = job.negative_prompt != plan.request.negative_prompt
@@ -210,24 +207,23 @@ def _brought(request: Request, weights: Weights) -> dict[str, str]:
     return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
 
 
-def _fingerprints(checkpoint: Checkpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
+def _fingerprints(checkpoint: OpenCheckpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
     files = [file for part in checkpoint.weight_files().values() for file in part]
     files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
     return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
 
 
-def _weight_bytes(checkpoint: Checkpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool) -> dict[str, int]:
+def _weight_bytes(
+    checkpoint: OpenCheckpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool
+) -> dict[str, int]:
     """By part; dtypes: the transformer's and the text encoder's."""
     sizes = {
-        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in module.named_parameters())
-        for name, (module, _) in checkpoint.experts.items()
-        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, module)]
+        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in part.module.named_parameters())
+        for name, part in checkpoint.experts.items()
+        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, part.module)]
     }
-    if checkpoint.text_encoder:
-        sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder[0].parameters()) * dtypes[1].itemsize
-    if checkpoint.vae:
-        sizes["VAE"] = sum(p.nbytes for p in checkpoint.vae[0].parameters())
-    return sizes
+    sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder.module.parameters()) * dtypes[1].itemsize
+    return sizes | {"VAE": sum(p.nbytes for p in checkpoint.vae.module.parameters())}
 
 
 def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:

@@ -1,16 +1,14 @@
-"""The device of a run: which one, how much of it may be used, and the attention kernel that serves there."""
+"""Choose the device of a run, and how much of its memory the run may use."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from wan.offload.budget import free_bytes
+from wan.utils.accelerator import Accelerator, gpu_kind, has_mps
 from wan.utils.errors import InputError, first_line
 
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
@@ -19,80 +17,75 @@ OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not cou
 
 
 def compute_device(name: str) -> torch.device:
-    """The device of `--device`, a GPU with its number; "auto" is CUDA where there is one, else the CPU.
+    """The device of `--device`, a GPU with its number; "auto" is a GPU where there is one, else the CPU.
 
-    InputError if it is not there, and for "auto" if a GPU is there that PyTorch cannot use: a run on the CPU takes
-    days, so it must be asked for.
+    InputError if it is absent, and for "auto" if this machine has a GPU that PyTorch cannot use: a run on the CPU takes
+    days, so the user must ask for it.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns of what is told below
-        cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
-    usable = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
+        warnings.simplefilter("ignore")  # the messages below say what PyTorch warns of
+        gpu = gpu_kind()
+        api = torch.get_device_module(gpu)
+        usable = {gpu: api.is_available() and api.device_count() > 0, "mps": has_mps(), "cpu": True}
     if name == "auto":
-        reason = "" if cuda else _why_no_cuda()
-        driver = Path("/proc/driver/nvidia/version").exists()  # not under Windows, there PyTorch's words must do
+        reason = "" if usable[gpu] else _why_no_cuda()
+        driver = Path("/proc/driver/nvidia/version").exists()  # absent on Windows: PyTorch's words must do
         if reason and (driver or not reason.startswith(NOTHING_THERE)):
             raise InputError(
                 f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {reason}; "
-                "mend that, or give --device cpu (slow)"
+                "repair that, or give --device cpu (slow)"
             )
-        name = "cuda" if cuda else "cpu"
+        name = gpu if usable[gpu] else "cpu"
     device = torch.device(name)
     if not usable.get(device.type):
-        there = ", ".join(kind for kind, can in usable.items() if can)
+        kinds = ", ".join(kind for kind, can in usable.items() if can)
         reason = f" ({_why_no_cuda()})" if device.type == "cuda" else ""
-        raise InputError(f"--device {name}: there is no such device here{reason}; usable: auto, {there}")
-    if device.type != "cuda":
+        raise InputError(f"--device {name}: there is no such device here{reason}; usable: auto, {kinds}")
+    if not Accelerator(device).has_memory:
         return device
-    count = torch.cuda.device_count()
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    count = api.device_count()
+    device = torch.device(gpu, api.current_device() if device.index is None else device.index)
     if device.index >= count:
-        there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
+        gpus = ", ".join(f"{gpu}:{index} ({api.get_device_name(index)})" for index in range(count))
+        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {gpus}")
     try:
-        torch.cuda.set_device(device)  # streams and events made without naming a device belong to this one
-        torch.cuda.mem_get_info(device)
+        api.set_device(device)  # streams and events made without naming a device belong to this one
+        api.mem_get_info(device)
     except RuntimeError as e:
         raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}") from e
     return device
 
 
+def device_warnings(name: str, device: torch.device) -> list[str]:
+    """Sentences about a device that `--device auto` leaves unused."""
+    if name == "auto" and device.type == "cpu" and has_mps():
+        return [
+            "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
+            "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
+        ]
+    return []
+
+
 def limit_memory(device: torch.device, vram: float | None) -> int | None:
-    """Bytes that the run may use: `--vram` (in GB), and of a GPU not more than is free; None: not limited.
+    """Bytes that the run may use: `--vram` (in GB), on a GPU at most what is free; None: no limit.
 
-    On a GPU PyTorch is held to `vram`, until the next plan of this process.
+    On a GPU this also limits PyTorch to `vram`, until the next plan of this process.
     """
-    asked = None if vram is None else int(vram * 1e9)
-    if device.type != "cuda":
-        return asked
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
-    free = free_bytes(device)
-    if asked is None or asked >= free:
+    wanted = None if vram is None else int(vram * 1e9)
+    accelerator = Accelerator(device)
+    if not accelerator.has_memory:
+        return wanted
+    accelerator.limit_memory(None)
+    free = accelerator.free_bytes
+    if wanted is None or wanted >= free:
         return free
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(asked / total, device)  # what PyTorch keeps for later counts too
-    return asked
-
-
-def host_bytes() -> int:
-    """Host memory that can be had without swapping, the page cache included; 0 where it is not told."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    pages: Callable[[str], int] | None = getattr(os, "sysconf", None)
-    try:
-        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if pages else 0
-    except (ValueError, OSError):
-        return 0
+    accelerator.limit_memory(wanted)
+    return wanted
 
 
 def held_by_others(device: torch.device) -> str:
-    """What other processes hold of a GPU, as the end of a sentence about too little room; "" if next to nothing."""
-    if device.type != "cuda":
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    held = total - free - torch.cuda.memory_reserved(device)
+    """The GPU memory that other processes hold, as the end of a sentence; "" if it is next to nothing."""
+    held = Accelerator(device).bytes_of_others
     return f"; other processes hold {held / 1e9:.1f} GB of it (nvidia-smi names them)" if held > OWN_BYTES else ""
 
 

@@ -60,14 +60,14 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
 
     As few as memory allows. finer: the next more, after the device ran out of memory.
     """
-    vae, (channels, length, height, width) = plan.vae[0], latent
+    vae, (channels, length, height, width) = plan.checkpoint.vae.module, latent
     shape, ranks = (channels, length, height, width), plan.layout.sequence
     first = int(plan.request.vae_tiling)
     return _fewest_tiles(plan, latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
 
 
 def _encode_tiles(plan: Plan, latent: Sequence[int]) -> Tiles:
-    vae, (length, height, width) = plan.vae[0], latent[1:]
+    vae, (length, height, width) = plan.checkpoint.vae.module, latent[1:]
     return _fewest_tiles(
         plan, latent, lambda tiles: encode_peak(vae, (length, height, width), plan.layout.sequence, tiles)
     )
@@ -91,7 +91,7 @@ def _fewest_tiles(
 
 def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
-    vae, ranks = plan.vae[0], plan.layout.sequence
+    vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
     latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
     work = _forward_bytes(plan, video)
     if plan.request.preview_steps:  # one frame is decoded between two steps, when a forward's activations are gone
@@ -102,7 +102,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         image = latents + encode_peak(vae, video.encoded[1:], ranks, video.encode_tiles)
     text = None
     if plan.text_device == plan.device and not plan.request.t5_fsdp:
-        text = sizes_of(plan.text_encoder[0], lambda _: plan.text_dtype)
+        text = sizes_of(plan.checkpoint.text_encoder.module, lambda _: plan.text_dtype)
     return fit(
         UNLIMITED if plan.room is None else plan.room,
         _expert_sizes(plan),
@@ -145,8 +145,8 @@ def _forward_bytes(plan: Plan, video: VideoPlan) -> int:
 def _expert_sizes(plan: Plan) -> dict[str, Sizes]:
     """Each expert's weights on the device, with the LoRA adapters kept beside them."""
     found = {}
-    for name, (module, _) in plan.checkpoint.experts.items():
-        sizes = sizes_of(module, parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, module))
+    for name, part in plan.checkpoint.experts.items():
+        sizes = sizes_of(part.module, parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module))
         found[name] = replace(sizes, fixed=sizes.fixed + _adapter_bytes(plan, name))
     return found
 
@@ -155,7 +155,7 @@ def _adapter_bytes(plan: Plan, expert: str) -> int:
     """Bytes of LoRA adapters kept unmerged for one expert."""
     if plan.lora_mode == "merge" or expert not in plan.loras:
         return 0
-    shapes = plan.checkpoint.experts[expert][1].shapes
+    shapes = plan.checkpoint.experts[expert].weights.shapes
     numbers = sum(
         math.prod(lora.store[name].shape)
         for lora in plan.loras[expert]

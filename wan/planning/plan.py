@@ -10,16 +10,13 @@ from typing import Any
 import torch
 
 from lightning.lora import Coverage, Lora
-from wan.checkpoints.checkpoint import Checkpoint
-from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.checkpoint import OpenCheckpoint
 from wan.cli.options import OPTIONS, VIDEO, Request
 from wan.configs import TaskConfig
 from wan.distributed.mesh import Layout
 from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
 from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
 from wan.offload.budget import Budget
 from wan.sampling import Step, Video
 
@@ -48,7 +45,7 @@ class Plan:
 
     request: Request
     config: TaskConfig
-    checkpoint: Checkpoint
+    checkpoint: OpenCheckpoint
     device: torch.device
     text_device: torch.device
     noise_device: torch.device
@@ -78,17 +75,7 @@ class Plan:
     @property
     def transformer(self) -> WanModel:
         """An expert, on the meta device; all have the same sizes."""
-        return next(iter(self.checkpoint.experts.values()))[0]
-
-    @property
-    def vae(self) -> tuple[WanVAE, TensorStore]:
-        assert self.checkpoint.vae is not None, "a checkpoint with problems makes no plan"
-        return self.checkpoint.vae
-
-    @property
-    def text_encoder(self) -> tuple[UMT5Encoder, TensorStore]:
-        assert self.checkpoint.text_encoder is not None, "a checkpoint with problems makes no plan"
-        return self.checkpoint.text_encoder
+        return next(iter(self.checkpoint.experts.values())).module
 
     def video(self, job: Job | Video) -> VideoPlan:
         return self.videos[kind_of(job)]

@@ -15,10 +15,10 @@ from wan.jobs.output_paths import written_bytes
 from wan.modules.fp8 import why_unpacked
 from wan.offload.budget import Budget
 from wan.planning.communication import plan_lines
-from wan.planning.device import host_bytes
 from wan.planning.plan import Plan, dtype_name
 from wan.planning.time_estimate import Expected, expect, network_of, sharded_bytes
 from wan.sampling import Step
+from wan.utils.accelerator import Accelerator, host_bytes
 from wan.utils.progress import duration, quantity
 
 MOST_STEPS_SHOWN = 12
@@ -46,7 +46,7 @@ class Outlook:
     def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
         budget = plan.largest().budget if plan.jobs else None
         needed: int | None = _streaming_bytes(plan)
-        if plan.device.type == "cpu":
+        if not Accelerator(plan.device).has_memory:
             needed = budget.peak if budget else None
         return cls(
             plan,
@@ -85,7 +85,7 @@ class Outlook:
         here = _processes_here(plan)
         each = f", for each of {here} processes" if here > 1 else ""
         told = [budget.line(str(plan.device))] if budget and plan.room is not None else []
-        if plan.device.type != "cpu":
+        if Accelerator(plan.device).has_memory:
             told.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
         elif budget and plan.room is None:
             peaks = ", ".join(f"{stage} {quantity(size, 'B')}" for stage, size in budget.peaks.items())

@@ -24,7 +24,8 @@ from wan.jobs.job import Job
 from wan.offload.budget import Budget
 from wan.planning.communication import Network, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
-from wan.planning.plan import Plan, VideoPlan, kind_of
+from wan.planning.plan import Plan, kind_of
+from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, replacing
 
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
@@ -103,7 +104,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     sent = sent_bytes(plan.layout, network, video.tokens, plan.dtype.itemsize, sharded_bytes(plan))
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
-    encoder, vae = plan.text_encoder[0], plan.vae[0]
+    encoder, vae = plan.checkpoint.text_encoder.module, plan.checkpoint.vae.module
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
     thinking = (1 + plan.guided) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
@@ -139,9 +140,9 @@ def network_of(plan: Plan) -> Network:
 
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
     """Of the expert's file in one video: what stays once, what passes through once a forward."""
-    module, store = plan.checkpoint.experts[expert]
-    numbers, stored = sum(parameter.numel() for parameter in module.parameters()), float(STORED)
-    if store is not None:  # of a released checkpoint that is not here there is none
+    part, stored = plan.checkpoint.experts[expert], float(STORED)
+    numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
+    if store:  # of a released checkpoint that is not here it is empty
         stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
     if budget is None or budget.resident:
         return int(stored * numbers)
@@ -181,5 +182,5 @@ def _rates_file() -> Path:
 def _name_of(device: torch.device) -> str:
     """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
     threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    name = Accelerator(device).name if Accelerator(device).has_memory else threads
     return f"{name}, torch {torch.__version__}"

@@ -19,6 +19,7 @@ from wan.prompt_extension.local_qwen import LocalQwen, local_problems
 from wan.prompt_extension.services import LARGEST_SEED, DashScope, service_problems
 from wan.prompt_extension.system_prompts import NO_WORDS
 from wan.prompt_extension.system_prompts import system_prompt as system_prompt_for
+from wan.utils.accelerator import gpu_or_cpu
 from wan.utils.errors import InputError
 
 
@@ -111,8 +112,7 @@ class QwenPromptExpander(_Expander):
         """As above. device: a number is that of a GPU; without one the CPU serves. InputError."""
         if problems := list(local_problems(model_name)):
             raise InputError(problems)
-        numbered = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
-        self.device = numbered if isinstance(device, int) else str(device)
+        self.device = gpu_or_cpu(device) if isinstance(device, int) else str(device)
         model = LocalQwen(model_for("local_qwen", model_name, has_image=is_vl), 0, self.device)
         try:
             model.__enter__().model.to("cpu")

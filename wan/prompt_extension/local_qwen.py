@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 from collections.abc import Iterator
@@ -128,14 +127,10 @@ class LocalQwen:
         return inputs
 
     def _free(self) -> None:
-        import torch
+        from wan.utils.accelerator import free_memory
 
         self.model = self.tokenizer = self.image_processor = None
-        gc.collect()  # a model spread over devices and its hooks refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        elif torch.backends.mps.is_available():
-            torch.mps.empty_cache()
+        free_memory()
 
 
 def local_problems(model: str | None) -> Iterator[str]:

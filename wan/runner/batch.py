@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +15,14 @@ from wan.distributed.launch import Runtime
 from wan.distributed.process_group import Team, origin_of
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
-from wan.media.video import save_contact_sheet
+from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import Found, find_video, find_videos, read_latents, repair
-from wan.runner.video_job import check_place, make_video, reason, save_video
-from wan.utils.claims import ClaimedElsewhere, sweep
+from wan.runner.video_job import check_place, hold_lock, make_video, reason, save_video
 from wan.utils.errors import InputError, JobError, out_of_memory
+from wan.utils.locks import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
 ALONE = Runtime()
@@ -119,7 +120,7 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
         with progress.batch.video(pipe.plan.video(job).tokens):
             facts["frames"] = make_video(pipe, job, progress, shared, again=again)
         return "saved", facts
-    except ClaimedElsewhere as error:
+    except LockedElsewhere as error:
         progress.say(str(error))
         return "elsewhere", facts
     except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
@@ -153,7 +154,7 @@ def _join(plan: Plan, joined: Path, progress: Progress) -> list[Event]:
     try:
         join(plan, [job for job in plan.jobs if job.joined == joined], progress)
         kind = "joined"
-    except ClaimedElsewhere as error:
+    except LockedElsewhere as error:
         progress.say(str(error))
         return []
     except (JobError, OSError) as error:
@@ -176,19 +177,21 @@ def decode_only(
     world, request = runtime.team, plan.request
     latent, record = world.all_or_none(lambda: read_latents(latents_file, plan.config))
     world.broadcast(lambda: _check_file(request.overwrite, save_file))
-    world.broadcast(lambda: _sweep([save_file.parent], progress))
     pipe = world.all_or_none(lambda: load(plan, progress, runtime))
     if pipe.mesh.data_rank:
         return  # one video is one group's work
-    pipe.mesh.team.all_or_none(lambda: _with_room(pipe.load_vae))
-    try:
-        frames = save_video(pipe, latent, save_file, record, progress, {})
-        if request.preview:
-            pipe.mesh.team.broadcast(lambda: save_contact_sheet(save_file, frames))
-    except Exception as e:
-        if not isinstance(e, OSError) and not out_of_memory(e):
-            raise
-        raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
+    team = pipe.mesh.team
+    team.all_or_none(lambda: _with_room(pipe.load_vae))
+    with ExitStack() as locks:
+        team.broadcast(lambda: hold_lock(locks, save_file, progress))
+        try:
+            frames = save_video(pipe, latent, save_file, record, progress, {})
+            if request.preview:
+                team.broadcast(lambda: save_contact_sheet(save_file, frames))
+        except Exception as e:
+            if not isinstance(e, OSError) and not out_of_memory(e):
+                raise
+            raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
     progress.event("saved", {"index": 0, "file": str(save_file), "frames": frames})
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
@@ -199,17 +202,19 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
     InputError naming every file that is in the way.
     """
-    todo, places, problems = [], [], []
-    _sweep((file.parent for job in plan.jobs for file in (job.save_file, job.joined) if file), progress)
+    todo, places, whole, problems = [], [], [], []
     for job, found in find_videos(plan):
         places.append(replace(job, save_file=found.file))
         if found.state == "whole":
+            whole.append(found.file)
             _tell_of(plan, job, found, progress)
             continue
         if found.state == "other" and not plan.request.overwrite:
             problems.append(f"{job.save_file}: {_trouble(found)}; --overwrite replaces it")
         todo.append(job)
-    for joined in sorted({job.joined for job in plan.jobs if job.joined}):
+    all_joined = sorted({job.joined for job in plan.jobs if job.joined})
+    clean_up([*whole, *all_joined], progress.say)
+    for joined in all_joined:
         if joined.exists() and clips_of(joined) is None and not plan.request.overwrite:
             problems.append(f"{joined}: exists already, and is not joined of clips; --overwrite replaces it")
     if problems:
@@ -222,12 +227,6 @@ def _tell_of(plan: Plan, job: Job, found: Found, progress: Progress) -> None:
     for done in repair(plan, job, found):
         progress.say(done)
     progress.say(f"video {plan.place(job)} is there already: {found.file}")
-
-
-def _sweep(folders: Iterable[Path], progress: Progress) -> None:
-    for folder in sorted(set(folders)):
-        if folder.is_dir() and (swept := sweep(folder)):
-            progress.say(f"{folder}: removed {quantity(len(swept), 'file')} that runs which ended badly had left")
 
 
 def _trouble(found: Found) -> str:

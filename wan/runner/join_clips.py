@@ -17,20 +17,22 @@ from typing import Any
 from wan.cli.options import SCHEMA
 from wan.jobs.chains import frames_joined
 from wan.jobs.job import Job
-from wan.media.video import count_frames, local, publish, read_record, save_contact_sheet
+from wan.media.ffmpeg import file_argument
+from wan.media.previews import save_contact_sheet
+from wan.media.video import count_frames, publish, read_record
 from wan.planning.plan import Plan
 from wan.runner.record import outcome, plain, versions
 from wan.runner.video_job import check_place
-from wan.utils.claims import claimed
 from wan.utils.errors import InputError
-from wan.utils.files import part_of
+from wan.utils.files import make_part
+from wan.utils.locks import locked
 from wan.utils.progress import Progress
 
 MICROSECONDS = 1_000_000
 
 
 def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
-    """Join the whole videos of a chain. JobError, OSError; ClaimedElsewhere if another process is at it."""
+    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process is at it."""
     joined = clips[0].joined
     assert joined is not None, "these clips are in a chain"
     frames, fps = frames_joined(clips), plan.config.sample_fps
@@ -42,9 +44,7 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
         **outcome(joined, frames, clips[0].size, fps),
     }
     check_place(joined)
-    with claimed(joined) as claim, progress.stage("join"):
-        if claim.taken_over:
-            progress.say(claim.taken_over)
+    with locked(joined, progress.say), progress.stage("join"):
         copy_together([clip.save_file for clip in clips], joined, fps, frames, record)
     written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
     progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
@@ -69,15 +69,15 @@ def copy_together(
     clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None
 ) -> None:
     """`clips`, which follow each other, as `joined`: a video of `frames` frames. JobError if one does not follow."""
-    listing = part_of(joined, ".encoding")
+    listing = make_part(joined)
     second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
     try:
         with listing.open("w", encoding="utf-8") as file:
             file.write("ffconcat version 1.0\n")
             for number, clip in enumerate(clips):
-                escaped = local(clip.absolute()).replace("'", r"'\''")
+                escaped = file_argument(clip.absolute()).replace("'", r"'\''")
                 file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
-        publish(joined, ["-f", "concat", "-safe", "0", "-i", local(listing)], frames, record)
+        publish(joined, ["-f", "concat", "-safe", "0", "-i", file_argument(listing)], frames, record)
     finally:
         listing.unlink(missing_ok=True)
 

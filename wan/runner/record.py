@@ -21,7 +21,8 @@ from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
 from wan.jobs.job import Job
 from wan.jobs.replay import Replayed
-from wan.media.video import VideoWriter, count_frames, read_record, save_contact_sheet
+from wan.media.previews import save_contact_sheet
+from wan.media.video import VideoWriter, count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.utils.errors import InputError, TensorFileError, WanError

@@ -1,4 +1,4 @@
-"""One video, start to end: claimed, sampled, kept, decoded, written. What is finished is never lost.
+"""One video, start to end: locked, sampled, kept, decoded, written. What is finished is never lost.
 
 Of the processes that make it together, the first one alone writes files; all of them see the same errors.
 Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
@@ -19,13 +19,14 @@ import torch
 from wan.cli.options import Request
 from wan.jobs.job import Job
 from wan.jobs.resolve import program
-from wan.media.video import VideoWriter, save_contact_sheet
+from wan.media.previews import save_contact_sheet
+from wan.media.video import VideoWriter
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
-from wan.utils.claims import ClaimedElsewhere, claimed
 from wan.utils.errors import JobError, WanError, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere
+from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
 
 # What would help where a stage has no room.
@@ -41,13 +42,11 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
     """Make the video of `job`; the number of its frames. shared: seconds by stage that all jobs share.
 
     again: another video follows.
-    JobError, OSError or out of memory for this job alone; ClaimedElsewhere if another process is making it.
+    JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
     """
-    plan, team, claims = pipe.plan, pipe.mesh.team, ExitStack()
-    with claims:
-        takeover = team.broadcast(lambda: _claim(claims, job.save_file))
-        if takeover:
-            progress.say(takeover)
+    plan, team = pipe.plan, pipe.mesh.team
+    with ExitStack() as locks:
+        team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
         earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
         record = team.broadcast(lambda: describe(plan, job, pipe.info()))
         latent, kept = team.broadcast(lambda: _kept_before(pipe, job, progress))
@@ -90,7 +89,7 @@ def save_video(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps, bool(record["job"].get("follows"))) as video:
+        with VideoWriter(path, pipe.plan.config.sample_fps, follows=bool(record["job"].get("follows"))) as video:
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
@@ -116,6 +115,12 @@ def check_place(save_file: Path) -> None:
         raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
 
 
+def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
+    """Hold the lock of the video until `locks` closes. JobError, LockedElsewhere."""
+    check_place(save_file)
+    locks.enter_context(locked(save_file, progress.say))
+
+
 def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
     """Why a job failed, in a line; of one without room, of what size it is and what the plan expected it to need."""
     if out_of_memory(error):
@@ -131,22 +136,13 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 
-def _claim(claims: ExitStack, save_file: Path) -> str:
-    """Hold the claim to the file until `claims` closes; what there is to say of it."""
-    check_place(save_file)
-    try:
-        return claims.enter_context(claimed(save_file)).taken_over or ""
-    except OSError as e:
-        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
-
-
 def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
     """The latents that an earlier try at this video left, and their file, with `--resume`."""
     if not pipe.plan.request.resume:
         return None, None
-    # another process may have made it between our look at the folder and our claim
+    # another process may have made it between our look at the folder and our lock
     if find_video(pipe.plan, job).state == "whole":
-        raise ClaimedElsewhere(f"{job.save_file}: another process has just made it")
+        raise LockedElsewhere(f"{job.save_file}: another process has just made it")
     latent, kept = find_latents(pipe.plan, job)
     if kept:
         progress.say(f"the latents of an earlier try are used: {kept}")

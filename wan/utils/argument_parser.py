@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -138,13 +137,6 @@ def short(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10**21:
         return f"a number of {value.bit_length() * math.log10(2):.0f} digits"
     return str(value)
-
-
-def complain(error: InputError) -> int:
-    """Say on stderr, a line each, what was wrong with a command line; its exit code."""
-    for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 2
 
 
 def not_one_of(what: str, given: str, allowed: Sequence[str]) -> str:

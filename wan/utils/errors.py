@@ -1,13 +1,17 @@
-"""Expected failures, each with a message for the user. `generate.py` alone prints them and picks exit codes.
+"""Expected failures, each with a message for the user, and the one printer of `error:` lines.
 
 Anything that is not a `WanError` is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
-# What PyTorch and CUDA's libraries say, each in its own words, when they get no memory.
+from wan.utils.progress import tell
+
+FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
+# How PyTorch and CUDA's libraries report that they get no memory.
 NO_MEMORY = (
     "out of memory",
     "GET was unable to find an engine",
@@ -22,24 +26,30 @@ NO_MEMORY = (
 class WanError(Exception):
     """An expected failure whose message is one sentence for the user."""
 
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each fault."""
+        return [str(self)]
+
 
 class InputError(WanError):
-    """Nothing was started: bad input, found before any work (exit code 2).
-
-    `problems` holds one sentence per thing that is wrong, so that all of them can be shown at once.
-    """
+    """Bad input, found before any work: nothing was started. All faults are collected, to be shown at once."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        self._problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self._problems))
+
+    @property
+    def problems(self) -> list[str]:
+        return self._problems
 
     def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
-        """Processes tell each other what is wrong: the list must survive."""
-        return type(self), (self.problems,)
+        """Keep the list when one process sends the error to another."""
+        return type(self), (self._problems,)
 
 
 class JobError(WanError):
-    """One job failed after work had started; the other jobs go on (exit code 1)."""
+    """One job failed after work had started; the other jobs go on."""
 
 
 class LoraError(InputError):
@@ -50,18 +60,25 @@ class TensorFileError(InputError):
     """A file of tensors that is damaged, or is none."""
 
 
+def print_errors(problems: Iterable[str], code: int = BAD_INPUT) -> int:
+    """Print an `error:` line on stderr for each problem, and return the exit code."""
+    for problem in problems:
+        tell(sys.stderr, f"error: {problem}\n")
+    return code
+
+
 def first_line(error: BaseException) -> str:
-    """Of what a library's error says; its kind where it says nothing."""
+    """First line of a library's error; the name of its class where it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Its kind and what it says, at most so many characters."""
+    """Class and text of an error in one line of at most `most` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room, in whatever dress that comes. Imports no torch."""
+    """Whether an error means that the device has no memory left. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

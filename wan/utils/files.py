@@ -1,6 +1,6 @@
-"""Files that a run writes: their names beside a video, writing each whole or not at all, and what dead runs left.
+"""Files that a run writes: their names beside a video, and writing each whole or not at all.
 
-While a file is being made it is `.NAME.HOST-SPACE-PID.part`: hidden, of one process, and told from what the user has.
+A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for two processes.
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import socket
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
-PART = re.compile(
-    r"\..+\.(?P<machine>[A-Za-z0-9_]{1,16}-[0-9a-f]{1,8})-(?P<pid>\d{1,10})(\.encoding)?\.part", re.DOTALL
-)
-STALE_SECONDS = 600.0  # what another machine's process has not touched for so long is given up
+PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 
 
 class Beside(NamedTuple):
@@ -58,33 +54,28 @@ def cache_folder() -> Path:
     return base / "wan-lightning"
 
 
-@cache
-def machine() -> str:
-    """This host and process space: two containers of one host, whose process numbers mean different things, differ."""
-    host = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:16] or "host"
-    try:
-        space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:  # not Linux
-        space = ""
-    return f"{host}-{int(space or 0) % 2**32:x}"
-
-
-def part_of(path: Path, stage: str = "") -> Path:
-    """The name under which this process makes `path`; `stage` tells two of one file apart (".encoding")."""
-    return path.parent / f".{path.name}.{machine()}-{os.getpid()}{stage}.part"
-
-
-def make_part(path: Path, stage: str = "") -> Path:
-    """`part_of` as a new, empty file. One that is there is from a dead process that had our number."""
-    part = part_of(path, stage)
-    part.unlink(missing_ok=True)
+def make_part(path: Path) -> Path:
+    """A new, empty file in the folder of `path`, under a name of its own, to become `path` once it is whole."""
+    part = _part(path, secrets.token_hex(4))
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return part
 
 
+def remove_parts(video: Path) -> int:
+    """Remove the unfinished files of `video` and return how many; only the holder of its lock may do so."""
+    names, removed = {file.name for file in Beside.of(video)}, 0
+    for entry in list(os.scandir(video.parent)):
+        found = PART.fullmatch(entry.name)
+        if found and found[1] in names:
+            with suppress(OSError):  # another user's, or no file
+                os.unlink(entry.path)
+                removed += 1
+    return removed
+
+
 def longest_name(video: Path) -> str:
     """The longest of the names that making `video` needs: that of its latents while they are written."""
-    return part_of(Beside.of(video).latents).name
+    return _part(Beside.of(video).latents, "0" * 8).name
 
 
 @contextmanager
@@ -93,62 +84,18 @@ def replacing(path: Path) -> Iterator[Path]:
     part = make_part(path)
     try:
         yield part
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine with that number lives. On Windows it cannot be asked without harm: True."""
-    if os.name == "nt":
-        return True
-    if pid < 1:  # would ask for whole groups of processes
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return process_status(pid)[:1] not in (["Z"], ["X"])  # killed, and its parent has not asked yet
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write `path` whole, text as UTF-8, or leave it as it was."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def process_status(pid: int) -> list[str]:
-    """What Linux tells of a process of this machine, from its state letter on; empty elsewhere, and of none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def seconds_untouched(path: Path) -> float:
-    """How long ago `path` was last written, by the clock of its own file system. OSError if it is not there."""
-    with tempfile.TemporaryFile(dir=path.parent) as probe:
-        return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime
-
-
-def is_left_over(path: Path, owner: str, pid: int) -> bool:
-    """Whether the process `pid` of the machine `owner`, which made `path`, is dead.
-
-    On this machine that can be asked; a process of another one counts as dead when it has not touched its file for
-    STALE_SECONDS.
-    """
-    if owner == machine() and os.name != "nt":
-        return not is_running(pid)
-    return seconds_untouched(path) > STALE_SECONDS
-
-
-def sweep_parts(folder: Path) -> list[Path]:
-    """Remove the parts that dead processes left in `folder`; what was removed. A missing folder has none."""
-    swept: list[Path] = []
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            found = PART.fullmatch(entry.name)
-            path = folder / entry.name
-            with suppress(FileNotFoundError):  # its owner was quicker
-                if found and is_left_over(path, found["machine"], int(found["pid"])):
-                    path.unlink()
-                    swept.append(path)
-    return swept
+def _part(path: Path, token: str) -> Path:
+    return path.parent / f".{path.name}.{token}.part"

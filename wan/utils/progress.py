@@ -253,11 +253,12 @@ def peak_memory() -> dict[str, int]:
     else:
         kilo = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
         peaks["RAM"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        devices = range(torch.cuda.device_count())
-        peaks["GPU allocated"] = sum(torch.cuda.max_memory_allocated(d) for d in devices)
-        peaks["GPU reserved"] = sum(torch.cuda.max_memory_reserved(d) for d in devices)
+    if "torch" in sys.modules:
+        from wan.utils.accelerator import peak_gpu_bytes
+
+        allocated, reserved = peak_gpu_bytes()
+        if reserved:
+            peaks |= {"GPU allocated": allocated, "GPU reserved": reserved}
     return peaks
 
 

@@ -1,0 +1,123 @@
+"""What a compute device can do. To support another kind of device, add it here and to `--device`.
+
+PyTorch has the same functions for each kind with memory of its own (`torch.cuda`, `torch.xpu`), so none is named twice.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device by its abilities. Those without memory of their own (CPU, MPS) compute in the host's."""
+
+    device: torch.device
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether memory and streams are its own: copies from pinned memory then run beside the computation."""
+        return self.device.type in COLLECTIVES
+
+    @property
+    def api(self) -> Any:
+        """`torch.cuda`, or the module of the same functions for another kind."""
+        return torch.get_device_module(self.device)
+
+    @property
+    def name(self) -> str:
+        if self.has_memory:
+            return str(self.api.get_device_name(self.device))
+        return platform.processor() or platform.machine()
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that this process can allocate now, unused memory that it holds included."""
+        if not self.has_memory:
+            return host_bytes()
+        free, _ = self.api.mem_get_info(self.device)
+        return int(free + self.api.memory_reserved(self.device) - self.api.memory_allocated(self.device))
+
+    @property
+    def bytes_of_others(self) -> int:
+        """Memory that other processes and the drivers hold."""
+        if not self.has_memory:
+            return 0
+        free, total = self.api.mem_get_info(self.device)
+        return int(total - free - self.api.memory_reserved(self.device))
+
+    def limit_memory(self, size: int | None) -> None:
+        """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
+        if self.has_memory:
+            total = self.api.get_device_properties(self.device).total_memory
+            self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of
+        other packages go there, and PyTorch 2.13 frees memory that another GPU still uses (pytorch issue 196258)."""
+        return self.api.device(self.device) if self.has_memory else nullcontext()
+
+    def record_event(self) -> torch.Event | None:
+        """An event behind all work issued to the device so far; None where each operation ends before the next."""
+        return self.api.current_stream(self.device).record_event() if self.has_memory else None
+
+
+def gpu_kind() -> str:
+    """The kind of device with its own memory that this process can use; the first of all kinds where there is none."""
+    return next((kind for kind in COLLECTIVES if torch.get_device_module(kind).is_available()), next(iter(COLLECTIVES)))
+
+
+def has_mps() -> bool:
+    """Whether this process can use Metal, which computes in the host's memory."""
+    return torch.backends.mps.is_available()
+
+
+def gpu_or_cpu(index: int) -> str:
+    """Name of GPU number `index`; "cpu" on a machine without GPUs."""
+    kind = gpu_kind()
+    return f"{kind}:{index}" if torch.get_device_module(kind).is_available() else "cpu"
+
+
+def peak_gpu_bytes() -> tuple[int, int]:
+    """(allocated, reserved) at the highest, over all GPUs that this process uses; zeros if none is in use."""
+    in_use = [api for kind in COLLECTIVES for api in [torch.get_device_module(kind)] if api.is_initialized()]
+    devices = [(api, index) for api in in_use for index in range(api.device_count())]
+    allocated = sum(api.max_memory_allocated(index) for api, index in devices)
+    return allocated, sum(api.max_memory_reserved(index) for api, index in devices)
+
+
+def synchronize() -> None:
+    """Wait until the device, if there is one beside the CPU, has done all work."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def free_memory() -> None:
+    """Return unused memory to the device, after something large was dropped."""
+    gc.collect()  # models spread over devices refer to themselves
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()
+
+
+def host_bytes() -> int:
+    """Host memory available without swapping, the page cache included; 0 if unknown."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    pages: Callable[[str], int] | None = getattr(os, "sysconf", None)
+    try:
+        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if pages else 0
+    except (ValueError, OSError):
+        return 0
