@@ -142,6 +142,8 @@ class Outcome:
                 setattr(self.models, name, value)
             return self.models
 
+        assert plan.sampling is not None
+        plan = plan_videos(plan, plan.sampling, plan.jobs)  # tests change jobs
         stream = io.StringIO()
         try:
             self.failed = run_jobs(plan, Progress(stream=stream), load=load)
@@ -415,7 +417,7 @@ def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def killed_in_decode(folder: Path) -> int:
-    def decode(*_: Any) -> Iterator[Tensor]:
+    def decode(*_: Any, **__: Any) -> Iterator[Tensor]:
         os.kill(os.getpid(), signal.SIGKILL)
         yield from ()
 

@@ -24,7 +24,7 @@ from wan.jobs.job import Job
 from wan.offload.budget import Budget
 from wan.planning.communication import Network, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
-from wan.planning.plan import Plan, kind_of
+from wan.planning.plan import Plan, VideoPlan, kind_of
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, replacing
 
