@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import examine, models_to_judge_by, plain
+from lightning.inspect_weights import examine, models_to_judge_by, settings_line
 from lightning.lora import Lora
 from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
@@ -20,7 +20,7 @@ from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
 
-ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
+ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
 
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", also=ALSO)
+    parser = Parser(
+        prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", elsewhere=ELSEWHERE
+    )
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     says = "say what a weight file is, or each of a folder's, and what it would do in a run"
     inspect = commands.add_parser(
@@ -93,46 +95,43 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    models = models_to_judge_by(args.task, args.ckpt_dir)
-    report = examine(path, models, args.lora_alpha)
+    report = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
     if args.json:
         print(json.dumps(report.files, indent=2))
     else:
         known = [file for file in report.files if file["stored"] or file["release"]]  # of others the error says it all
-        told = [*map(_lines, known), *report.uses]
-        print("\n\n".join(told), end="\n" if told else "")
+        blocks = [*map(_text_of, known), *report.uses]
+        print("\n\n".join(blocks), end="\n" if blocks else "")
     errors = [file["error"] for file in report.files if file["error"]]
     return print_errors(errors) if errors else 0
 
 
-def _lines(report: dict[str, Any]) -> str:
-    """The report for a reader."""
-    coverage = report["coverage"]
-    size = report["gigabytes"]
-    told = f"{size:.2f} GB" if size >= 0.1 else f"{size * 1000:.3g} MB"
-    rows = [("kind", ", ".join(filter(None, [report["kind"], "/".join(report["stored"]), told if size else ""])))]
-    if report["kind"] != "LoRA" and len(report["stored"]) > 1:
-        rows.append(("tensors", ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())))
-    rows.append(("release", f"{report['release']} ({report['source']})" if report["release"] else "not recognised"))
-    rows.append(("fits", ", ".join(report["fits"]) or "none of the tasks"))
+def _text_of(report: dict[str, Any]) -> str:
+    """One file's report as text."""
+    coverage, settings = report["coverage"], report["settings"]
+    gigabytes, stored = report["gigabytes"], report["stored"]
+    size = f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.3g} MB"
+    rows = {"kind": ", ".join(filter(None, [report["kind"], "/".join(stored), size if gigabytes else ""]))}
+    if report["kind"] != "LoRA" and len(stored) > 1:
+        rows["tensors"] = ", ".join(f"{count} {kind}" for kind, count in stored.items())
+    rows["release"] = f"{report['release']} ({report['source']})" if report["release"] else "not recognised"
+    rows["fits"] = ", ".join(report["fits"]) or "none of the tasks"
     if coverage:
-        rows.append(("coverage", coverage["summary"]))
-        rows.append(("rank", ", ".join(str(rank) for rank in coverage["ranks"]) or "-"))
-        rows.append(("alpha", ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"))
-    if report["settings"]:
-        settings = report["settings"].items()
-        rows.append(("settings", ", ".join(f"{name} {plain(value)}" for name, value in settings if name != "sizes")))
-        sizes = report["settings"]["sizes"]
-        rows.append(("sizes", ", ".join(f"{width}*{height}" for width, height in sizes)))
-    rows += [(name, report[name]) for name in ("note", "licence", "use") if report[name]]
-    rows += [("warning", warning) for warning in (coverage or {}).get("warnings", ())]
-    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in rows)])
+        rows["coverage"] = coverage["summary"]
+        rows["rank"] = ", ".join(map(str, coverage["ranks"])) or "-"
+        rows["alpha"] = ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"
+    if settings:
+        rows["settings"] = settings_line(settings)
+        rows["sizes"] = ", ".join(f"{width}*{height}" for width, height in settings["sizes"])
+    rows |= {name: report[name] for name in ("note", "licence", "use") if report[name]}
+    lines = [*rows.items(), *(("warning", warning) for warning in (coverage or {}).get("warnings", ()))]
+    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines)])
 
 
 def _bake(args: argparse.Namespace) -> int:
     import torch
 
-    from lightning.bake import bake
+    from lightning.bake import Bake
 
     if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
         raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
@@ -149,17 +148,17 @@ def _bake(args: argparse.Namespace) -> int:
         raise LoraError(chosen.problems)
     for warning in chosen.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    bake(
-        args.task,
-        args.ckpt_dir,
-        loras,
-        args.out,
+    Bake(
+        task=args.task,
+        ckpt_dir=args.ckpt_dir,
+        loras=loras,
+        out=args.out,
         dtype=getattr(torch, DTYPES[args.dtype]),
         allow_partial=args.lora_allow_partial,
         release=release,
         layout=args.layout,
         report=lambda line: print(line, file=sys.stderr),
-    )
+    ).write()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint in diffusers' layout, which `diffusers.WanPipeline.from_pretrained` and what is built on it load.
+"""The JSON files of a checkpoint in diffusers' layout, which `diffusers.WanPipeline.from_pretrained` loads.
 
     model_index.json  scheduler/  tokenizer/  text_encoder/  vae/  transformer/  transformer_2/
 
@@ -7,121 +7,67 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning.releases import Release
-from wan.checkpoints.key_mapping import text_name, vae_name
-from wan.checkpoints.layout import MODEL_INDEX, STEM, TEXT_ENCODER_FILE, is_diffusers, tokenizer_of
-from wan.checkpoints.safetensors_file import DTYPES, TensorStore
-from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_network
-from wan.checkpoints.writer import Network
-from wan.configs import TASKS
-from wan.configs.task import PATCH, TRAIN_TIMESTEPS
+from wan.checkpoints import layout
+from wan.checkpoints.checkpoint import transformer_sizes
+from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.weights import TEXT_ENCODER, VAE
+from wan.configs import TaskConfig
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.utils.errors import LoraError
+from wan.modules.released import on_meta
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.vae import WanVAE
+from wan.utils.errors import InputError
 
-TEXT_STEM = "model"
-VAES = tuple(dict.fromkeys(config.vae_checkpoint for config in TASKS.values()))
 
+def export_settings(
+    stores: Mapping[str, TensorStore], ckpt_dir: Path, config: TaskConfig, release: Release | None
+) -> dict[str, dict[str, Any]]:
+    """Every JSON file of the folder by its place, except the tokenizer's. InputError if the sizes are not known.
 
-def rest_of(ckpt_dir: Path) -> list[Network]:
-    """The autoencoder and the text encoder of a checkpoint of either layout, in the precision they are stored in.
-
-    LoraError listing what is not there.
+    stores: the networks by part, under our names. release: gives the scheduler its solver and shift.
     """
-    vae, text_encoder = _open_rest(ckpt_dir)
-    tokenizer = tokenizer_of(ckpt_dir) / "tokenizer.json"
-    missing = [] if vae else ["vae" if is_diffusers(ckpt_dir) else " or ".join(VAES)]
-    missing += [] if text_encoder else ["text_encoder" if is_diffusers(ckpt_dir) else TEXT_ENCODER_FILE]
-    missing += [] if tokenizer.is_file() else [str(tokenizer.relative_to(ckpt_dir))]
-    if missing or vae is None or text_encoder is None:
-        raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(missing)}, which --layout diffusers needs")
-    return [
-        Network("vae", vae, Path("vae"), _as_stored(vae), STEM, vae_name),
-        Network("text encoder", text_encoder, Path("text_encoder"), _as_stored(text_encoder), TEXT_STEM, text_name),
-    ]
-
-
-def _open_rest(ckpt_dir: Path) -> tuple[TensorStore | None, TensorStore | None]:
-    """(autoencoder, text encoder) under our names, None for what is not there."""
-    if is_diffusers(ckpt_dir):
-        found = {
-            VAE: open_network(ckpt_dir / "vae", STEM),
-            TEXT_ENCODER: open_network(ckpt_dir / "text_encoder", TEXT_STEM),
-        }
-    else:
-        vae = next((ckpt_dir / name for name in VAES if (ckpt_dir / name).is_file()), None)
-        text_encoder = ckpt_dir / TEXT_ENCODER_FILE
-        found = {
-            VAE: open_file(vae) if vae else None,
-            TEXT_ENCODER: open_file(text_encoder) if text_encoder.is_file() else None,
-        }
-    vae_store, text_store = (as_ours(store, kind, str(ckpt_dir)) if store else None for kind, store in found.items())
-    return vae_store, text_store
-
-
-def _as_stored(store: TensorStore) -> Callable[[str], torch.dtype]:
-    return lambda name: getattr(torch, DTYPES[store[name].dtype][0])
-
-
-def settings_of(networks: Sequence[Network], task: str, release: Release | None) -> dict[str, dict[str, Any]]:
-    """Every JSON file of the folder by its place, but for the tokenizer's. LoraError if something cannot be told.
-
-    release: whose solver and shift the scheduler gets.
-    """
-    found = {MODEL_INDEX: model_index(task), "scheduler/scheduler_config.json": scheduler_config(task, release)}
-    for network in networks:
-        folder, shapes = str(network.folder), network.store.shapes
-        if folder == "vae":
-            config = vae_config(shapes)
-        elif folder == "text_encoder":
-            config = text_config(shapes)
-        else:
-            config = transformer_config(_read(network.store.files[0].parent / "config.json"), shapes)
-        found[f"{folder}/config.json"] = config
+    places, sources = layout.diffusers(config), layout.places_in(ckpt_dir, config)
+    found = {
+        layout.MODEL_INDEX: _model_index(config),
+        "scheduler/scheduler_config.json": _scheduler_config(config, release),
+    }
+    for part, store in stores.items():
+        try:
+            if part == VAE:
+                settings = _vae_config(store.shapes)
+            elif part == TEXT_ENCODER:
+                settings = _text_config(store.shapes)
+            else:
+                file = ckpt_dir / layout.settings_of(sources[part])
+                sizes = transformer_sizes(file, store.shapes, str(file.parent), config.text_len)
+                settings = _transformer_config(sizes, store.shapes)
+        except ValueError as e:
+            raise InputError(f"--ckpt_dir: {ckpt_dir / sources[part]}: {e}") from e
+        found[layout.settings_of(places[part])] = settings
     return found
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise LoraError(f"--ckpt_dir: {file} is missing or not JSON") from e
-    if not isinstance(content, dict):
-        raise LoraError(f"--ckpt_dir: {file} is not a JSON object")
-    return content
-
-
-def transformer_config(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """WanTransformer3DModel's settings. given: config.json of either layout, of which the number of heads is needed."""
-    width, channels = shapes["patch_embedding.weight"][:2]
-    try:
-        heads = int(given["num_heads"] if "num_heads" in given else given["num_attention_heads"])
-        eps = float(given.get("eps", 1e-6))
-        if heads < 1 or width % heads:
-            raise ValueError(heads)
-    except (KeyError, TypeError, ValueError) as e:
-        raise LoraError(f"--ckpt_dir: config.json gives no number of heads that divides the width {width}") from e
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """WanTransformer3DModel's settings."""
     return {
         "_class_name": "WanTransformer3DModel",
-        "patch_size": list(PATCH),
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
-        "in_channels": channels,
-        "out_channels": shapes["head.head.weight"][0] // (PATCH[0] * PATCH[1] * PATCH[2]),
+        "patch_size": list(shapes["patch_embedding.weight"][2:]),
+        "num_attention_heads": sizes["num_heads"],
+        "attention_head_dim": sizes["dim"] // sizes["num_heads"],
+        "in_channels": sizes["in_dim"],
+        "out_channels": sizes["out_dim"],
         "text_dim": shapes["text_embedding.0.weight"][1],
-        "freq_dim": shapes["time_embedding.0.weight"][1],
-        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-        "num_layers": len(blocks),
+        "freq_dim": sizes["freq_dim"],
+        "ffn_dim": sizes["ffn_dim"],
+        "num_layers": sizes["num_layers"],
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "eps": eps,
+        "eps": sizes["eps"],
         "image_dim": None,
         "added_kv_proj_dim": None,
         "rope_max_seq_len": 1024,
@@ -129,43 +75,42 @@ def transformer_config(given: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     }
 
 
-def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """AutoencoderKLWan's settings."""
-    channels = shapes["conv2.weight"][0]
-    patch = 2 if shapes["encoder.conv1.weight"][1] == 12 else 1
+def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """AutoencoderKLWan's settings. ValueError for another network."""
+    vae = on_meta(lambda: WanVAE.from_shapes(shapes))
     return {
         "_class_name": "AutoencoderKLWan",
         "base_dim": shapes["encoder.conv1.weight"][0],
         "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
-        "z_dim": channels,
+        "z_dim": vae.z_dim,
         "dim_mult": [1, 2, 4, 4],
         "num_res_blocks": 2,
         "attn_scales": [],
         "temperal_downsample": [False, True, True],
         "dropout": 0.0,
-        "latents_mean": LATENT_MEAN[channels],
-        "latents_std": LATENT_STD[channels],
-        "is_residual": patch == 2,
-        "in_channels": 3 * patch**2,
-        "out_channels": 3 * patch**2,
-        "patch_size": patch if patch > 1 else None,
-        "scale_factor_temporal": 4,
-        "scale_factor_spatial": 8 * patch,
+        "latents_mean": LATENT_MEAN[vae.z_dim],
+        "latents_std": LATENT_STD[vae.z_dim],
+        "is_residual": vae.patch == 2,
+        "in_channels": 3 * vae.patch**2,
+        "out_channels": 3 * vae.patch**2,
+        "patch_size": vae.patch if vae.patch > 1 else None,
+        "scale_factor_temporal": vae.stride[0],
+        "scale_factor_spatial": vae.stride[1],
     }
 
 
-def text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """UMT5EncoderModel's settings."""
-    vocabulary, width = shapes["token_embedding.weight"]
+def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """UMT5EncoderModel's settings. ValueError for another network."""
+    encoder = on_meta(lambda: UMT5Encoder.from_shapes(shapes))
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     return {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
-        "vocab_size": vocabulary,
-        "d_model": width,
+        "vocab_size": shapes["token_embedding.weight"][0],
+        "d_model": shapes["token_embedding.weight"][1],
         "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
         "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
-        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_layers": len(encoder.blocks),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": 128,
@@ -180,37 +125,37 @@ def text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def scheduler_config(task: str, release: Release | None) -> dict[str, Any]:
-    """UniPC, as diffusers' own folders have it; with one order and no corrector it is the distilled models' Euler step.
+def _scheduler_config(config: TaskConfig, release: Release | None) -> dict[str, Any]:
+    """UniPC, as in diffusers' own folders; with one order and no corrector it is the Euler step of distilled models.
 
     Its grid of levels ends at 0.001 before the shift where ours ends at 0: the levels differ by 1e-3 at most.
     """
-    config: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": TRAIN_TIMESTEPS,
+        "num_train_timesteps": config.num_train_timesteps,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": release.shift if release else TASKS[task].sample_shift,
+        "flow_shift": release.shift if release else config.sample_shift,
     }
     if release:
-        config |= {"solver_order": 1, "disable_corrector": list(range(release.steps))}
-    return config
+        settings |= {"solver_order": 1, "disable_corrector": list(range(release.steps))}
+    return settings
 
 
-def model_index(task: str) -> dict[str, Any]:
-    """Which class of which library each folder is for. The tokenizer's reads tokenizer.json as it is."""
+def _model_index(config: TaskConfig) -> dict[str, Any]:
+    """Library and class of each folder. The tokenizer's class reads tokenizer.json as it is."""
     transformer = ["diffusers", "WanTransformer3DModel"]
     index: dict[str, Any] = {
-        "_class_name": TASKS[task].pipeline,
-        "boundary_ratio": TASKS[task].boundary,
-        "expand_timesteps": task == "ti2v-5B",
+        "_class_name": config.pipeline,
+        "boundary_ratio": config.boundary,
+        "expand_timesteps": bool(config.image_fit and not config.mask_channels),  # the first frame's own timestep is 0
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": transformer,
-        "transformer_2": transformer if TASKS[task].boundary else [None, None],
+        "transformer_2": transformer if config.boundary else [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if task == "i2v-A14B":
+    if config.mask_channels:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     return index

@@ -1,10 +1,11 @@
-"""What files and folders of weights are, and what can be done with them, from names and headers, without torch."""
+"""Describe files and folders of weights, and how a run takes them, from names and headers alone."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check, expert_of, files_of
 from lightning.peft_settings import PEFT_CONFIG
 from lightning.releases import Release, preset, recognise
-from wan.checkpoints.layout import FOLDERS, MODEL_INDEX, STEM
+from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
 from wan.checkpoints.weights import (
     EXPERT,
@@ -24,7 +25,7 @@ from wan.checkpoints.weights import (
     kind_of,
     open_expert,
     open_file,
-    open_network,
+    open_parts,
 )
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
@@ -32,12 +33,13 @@ from wan.modules.released import released_shapes
 from wan.utils.errors import InputError, LoraError
 
 Shapes = dict[str, tuple[int, ...]]
-SAID = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
+NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
+SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a file is judged by: the parameters of one expert, or of all that are alike (expert None)."""
+    """A network that files are judged by: one expert, or all experts of a task where they are alike (None)."""
 
     task: str
     expert: str | None
@@ -46,7 +48,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Report:
-    """files: what each is, as plain data. uses: sentences about what the path as a whole is good for."""
+    """files: each file as plain data. uses: sentences on what the path as a whole is good for."""
 
     files: list[dict[str, Any]]
     uses: list[str]
@@ -57,34 +59,27 @@ def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
     if ckpt_dir is None:
         return [Model(task, None, released_shapes(task)) for task in ([task] if task else TASKS)]
     if not (stores := experts_in(ckpt_dir)):
-        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no {STEM}{INDEX_SUFFIX} and no {STEM}.safetensors")
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
     kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
     return [Model(kind, expert, store.shapes) for expert, store in stores.items()]
 
 
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
-    """The experts of a checkpoint folder, as released or in diffusers' layout, under our names; what is there."""
-    most: dict[str, TensorStore] = {}
-    for experts in (config.experts for config in TASKS.values()):
-        for layout in (experts, {expert: FOLDERS[expert] for expert in experts}):
-            opened = {expert: open_network(ckpt_dir / where) for expert, where in layout.items()}
-            found = {expert: as_ours(store, EXPERT, str(ckpt_dir)) for expert, store in opened.items() if store}
-            if len(found) == len(layout):
-                return found
-            most = most or found
-    return most
+    """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
+    found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
+    whole = (experts for config, experts in found if len(experts) == len(config.experts))
+    return next(whole, None) or max((experts for _, experts in found), key=len)
 
 
 def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
     """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
     if (path / MODEL_INDEX).is_file():
-        said = f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"
-        shapes = [store.shapes for store in experts_in(path).values()]
-        tasks = dict.fromkeys(task for task in map(task_of, shapes) if task)
-        return Report([], [said, *(f"and for generate.py --task {task} --ckpt_dir {path}" for task in tasks)])
+        uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
+        tasks = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
+        return Report([], uses + [f"and for generate.py --task {task} --ckpt_dir {path}" for task in tasks if task])
     files = [path]
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
-        folders = [path, *(path / where for where in ("high_noise_model", "low_noise_model"))]
+        folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
         files = [file for folder in folders for file in _weights_in(folder)]
         if not files:
             raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
@@ -98,7 +93,7 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, Any]:
-    """Everything the header and the name tell about one file. `error`: why it fits none of the models, else None."""
+    """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
         "path": str(file),
@@ -130,7 +125,7 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
     errors: list[str] = []
     named = expert_of(file.name)
     judged_by = [model for model in models if model.expert in (None, "model", named) or named is None]
-    for model in _likely_first(judged_by, release):
+    for model in sorted(judged_by, key=lambda model: model.task not in (release.tasks if release else ())):
         try:
             coverage = check(lora, model.shapes, expert=named)
         except LoraError as e:
@@ -144,16 +139,17 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
 
 
 def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model]) -> dict[str, Any]:
-    """What is told of a file that holds one network's own weights."""
+    """Report on a file that holds one network's own weights."""
     shapes = (open_expert(file) if kind == EXPERT else as_ours(raw, kind, str(file))).shapes
-    found: dict[str, Any] = {"kind": SAID[kind], **_storage(raw), "use": None, "error": None}
+    found: dict[str, Any] = {"kind": NAMES[kind], **_storage(raw), "use": None, "error": None}
     found["fits"] = list(dict.fromkeys(model.task for model in models if _belongs(kind, shapes, model.shapes)))
     if not found["fits"]:
         judged = " or ".join(dict.fromkeys(model.task for model in models))
         found["error"] = f"{file}: names or shapes are not those of {judged}{_hint(models)}"
     elif not file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
-        found["use"] = f"--expert {_expert_said(file, found['fits'])}" if kind == EXPERT else f"--{kind}"
-        found["use"] += f"{'=' if kind == EXPERT else ' '}{file}"
+        named = expert_of(file.name) or expert_of(file.absolute().parent.name) or "high (or low)"
+        single = all(list(TASKS[task].experts) == ["model"] for task in found["fits"] if task in TASKS)
+        found["use"] = f"--expert {'model' if single else named}={file}" if kind == EXPERT else f"--{kind} {file}"
     return found
 
 
@@ -166,70 +162,51 @@ def _belongs(kind: str, shapes: Shapes, expert: Shapes) -> bool:
     return shapes == expert
 
 
-def _expert_said(file: Path, fits: list[str]) -> str:
-    if fits == ["ti2v-5B"]:
-        return "model"
-    return expert_of(file.name) or expert_of(file.absolute().parent.name) or "high (or low)"
-
-
 def _hint(models: list[Model]) -> str:
     return "" if any(model.expert for model in models) else " (--ckpt_dir judges by a checkpoint of other sizes)"
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
-    """What a whole folder can be given as."""
+    """Sentences on how a run takes the whole folder."""
     if not path.is_dir() or (path / PEFT_CONFIG).is_file():
         return []
-    fitting = [
-        set(report["fits"]).intersection(preset(report["release"]).tasks if report["release"] else TASKS)
-        for report in reports
-    ]
+    published = [preset(report["release"]).tasks if report["release"] else TASKS for report in reports]
+    fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
     tasks = [task for task in TASKS if fitting and all(task in fits for fits in fitting)]
     kinds = {report["kind"] for report in reports}
     if "LoRA" in kinds and len(kinds) > 1:
-        return []  # what each file is good for stands beside it
-    if kinds == {SAID[EXPERT]} and (whole := _whole(path, tasks)):
-        said = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in whole]
+        return []  # each file's own report names its use
+    whole = [task for task in tasks if all(_weights_in(path / where) for where in TASKS[task].experts.values())]
+    if kinds == {NAMES[EXPERT]} and whole:
+        uses = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in whole]
         if record := record_of(path):
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
-            said += [f"merged into it: {', '.join(merged)}"]
+            uses.append(f"merged into it: {', '.join(merged)}")
         if release := release_in(path):
-            said += [f"it is sampled as {release.name}: {_plain_settings(release)}"]
-        return said
+            uses.append(f"it is sampled as {release.name}: {settings_line(settings_of(release))}")
+        return uses
     if "LoRA" not in kinds:
         return _as_files(path, tasks, reports)
-    said = []
+    uses = []
     for task in tasks:
-        try:
+        with suppress(LoraError):
             files_of(path, TASKS[task].experts)
-        except LoraError:
-            continue
-        said.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
-    return said
+            uses.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
+    return uses
 
 
 def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> list[str]:
     """For each task the command that takes the single files, where they are all its experts, each once."""
     uses = [report["use"] for report in reports if report["use"]]
     flags = [report["use"].removesuffix(report["path"]) for report in reports if report["use"]]
-    said = []
+    lines = []
     for task in tasks:
         needed = {f"--expert {expert}=" for expert in TASKS[task].experts}
         others = set(flags) - needed
         if needed <= set(flags) and others <= {"--vae ", "--text_encoder "} and len(set(flags)) == len(flags):
             rest = "--tokenizer DIR" if len(others) == 2 else "--ckpt_dir DIR"
-            said.append(f"{path} holds weights in single files: generate.py --task {task} {' '.join(uses)} {rest}")
-    return said
-
-
-def _whole(path: Path, tasks: list[str]) -> list[str]:
-    """The tasks that have all their experts here."""
-    return [task for task in tasks if all(_weights_in(path / where) for where in TASKS[task].experts.values())]
-
-
-def _plain_settings(release: Release) -> str:
-    given = settings_of(release).items()
-    return ", ".join(f"{name} {plain(value)}" for name, value in given if name != "sizes")
+            lines.append(f"{path} holds weights in single files: generate.py --task {task} {' '.join(uses)} {rest}")
+    return lines
 
 
 def _storage(store: TensorStore) -> dict[str, Any]:
@@ -239,19 +216,17 @@ def _storage(store: TensorStore) -> dict[str, Any]:
     return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
 
 
-def _likely_first(models: list[Model], release: Release | None) -> list[Model]:
-    """The release's own tasks before the others, so that the report is about what the file was made for."""
-    return sorted(models, key=lambda model: model.task not in (release.tasks if release else ()))
-
-
 def settings_of(release: Release) -> dict[str, Any]:
-    """What it is sampled with, by name."""
-    fields = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
-    return {name: value for name in fields if (value := getattr(release, name)) is not None}
+    """The settings that a release is sampled with, by name."""
+    return {name: value for name, value in asdict(release).items() if name in SETTINGS and value is not None}
 
 
-def plain(value: Any) -> str:
-    """A setting for a reader: pairs with a slash between."""
-    if isinstance(value, tuple):
-        return "/".join(plain(v) for v in value)
-    return value if isinstance(value, str) else f"{value:g}"
+def settings_line(settings: dict[str, Any]) -> str:
+    """Settings, without the sizes, as one line; a slash between the numbers of a pair."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, tuple):
+            return "/".join(map(text, value))
+        return value if isinstance(value, str) else f"{value:g}"
+
+    return ", ".join(f"{name} {text(settings[name])}" for name in SETTINGS if name in settings and name != "sizes")

@@ -13,7 +13,8 @@ from tests.support import checkpoint, config_of
 from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.key_mapping import text_name
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_network
+from wan.checkpoints.weights import TEXT_ENCODER, VAE, as_ours, open_file, open_parts
+from wan.configs import TASKS
 
 TASK = "t2v-A14B"
 SOURCE = checkpoint(TASK)
@@ -21,8 +22,9 @@ VAE_FILE, T5_FILE = SOURCE / "Wan2.1_VAE.pth", SOURCE / "models_t5_umt5-xxl-enc-
 
 
 def expert(where: str, folder: Path = SOURCE) -> dict[str, Tensor]:
-    store = open_network(folder / where)
-    assert store is not None
+    config = TASKS[TASK]
+    name = next(name for name, place in config.experts.items() if place == where)
+    store = open_parts(folder, config, [name])[name]
     return {name: store.read(name).contiguous() for name in store}
 
 

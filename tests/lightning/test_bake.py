@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lightning import bake as bake_module
 from lightning.__main__ import main
-from lightning.bake import RECORD, bake
+from lightning.bake import RECORD, Bake
 from lightning.distilled import distilled_twice, record_of, release_in
 from lightning.lora import Lora, files_of
 from lightning.merge import Merge
@@ -43,8 +43,8 @@ def loras_of(task: str, folder: Path | None = None, strength: float = 1.0) -> di
 
 def run(out: Path, task: str = "t2v-A14B", **arguments) -> None:
     ckpt_dir = arguments.pop("ckpt_dir", checkpoint(task))
-    loras = arguments.pop("loras", None) or loras_of(task)
-    bake(task, ckpt_dir, loras, out, shard_bytes=arguments.pop("shard_bytes", SHARD), report=[].append, **arguments)
+    loras = arguments.pop("loras", loras_of(task))
+    Bake(task=task, ckpt_dir=ckpt_dir, loras=loras, out=out, shard_bytes=SHARD, report=[].append, **arguments).write()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_in_fp8_it_is_what_a_run_in_fp8_makes(with_lora: bool, tmp_path: Path) -
     blueprints = {expert: four_blocks(ckpt_dir / folder) for expert, folder in where.items()}
     stores = {expert: TensorStore.open(ckpt_dir / folder / INDEX) for expert, folder in where.items()}
     loras = loras_of("t2v-A14B") if with_lora else {}
-    bake("t2v-A14B", ckpt_dir, loras, tmp_path / "out", dtype=FP8, shard_bytes=SHARD, report=[].append)
+    run(tmp_path / "out", ckpt_dir=ckpt_dir, loras=loras, dtype=FP8)
     for expert, model in blueprints.items():
         file = tmp_path / "out" / where[expert] / INDEX
         dtype = parameter_dtypes(torch.bfloat16, False, model)
@@ -243,6 +243,7 @@ def test_a_damaged_shard_is_written_again(tmp_path: Path, monkeypatch: pytest.Mo
             run(tmp_path / "out")
     shard = next(iter((tmp_path / "out.partial").rglob("*00002-of-*.safetensors")))
     shard.write_bytes(shard.read_bytes()[:-1])
+    shard.with_name(f".{shard.name}.another-1f-99.part").write_bytes(b"half of it")
     run(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -268,10 +269,10 @@ def refusal(tmp_path: Path, sentence: str, **arguments) -> None:
 
 def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     refusal(tmp_path, "--ckpt_dir .*: no such folder", ckpt_dir=tmp_path / "absent")
-    refusal(tmp_path, "holds no diffusion_pytorch_model", ckpt_dir=lora_dir("t2v-A14B"))
+    refusal(tmp_path, "--ckpt_dir .* lacks .*diffusion_pytorch_model", ckpt_dir=lora_dir("t2v-A14B"))
     refusal(tmp_path, "nothing to bake", loras={"high": [], "low": []})
     refusal(tmp_path, "already exists", out=tmp_path)
-    refusal(tmp_path, "lies inside", out=checkpoint("t2v-A14B") / "merged")
+    refusal(tmp_path, "--out .* is inside --ckpt_dir", out=checkpoint("t2v-A14B") / "merged")
     refusal(
         tmp_path,
         "--task i2v-A14B: the checkpoint in .* is one of t2v-A14B",

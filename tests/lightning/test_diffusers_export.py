@@ -105,7 +105,7 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path: Path, caps
     assert main([*arguments, "--layout", "diffusers"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "lacks Wan2.1_VAE.pth or Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/tok" in error
+    assert "lacks models_t5_umt5-xxl-enc-bf16.pth, Wan2.1_VAE.pth, google/umt5-xxl/tok" in error
     (experts / "google").symlink_to(checkpoint("t2v-A14B") / "google")
     (experts / "Wan2.1_VAE.pth").write_bytes(b"no pickle")
     (experts / "models_t5_umt5-xxl-enc-bf16.pth").symlink_to(experts / "Wan2.1_VAE.pth")
@@ -141,7 +141,7 @@ def test_a_folder_in_diffusers_layout_is_a_base_as_well(
     assert main(["inspect", str(plain)]) == 0
     assert f"generate.py --task {task} --ckpt_dir {plain}" in capsys.readouterr().out
     assert main(["bake", *arguments, "--out", str(tmp_path / "no")]) == 2
-    assert "give --layout diffusers" in capsys.readouterr().err
+    assert "--layout diffusers" in capsys.readouterr().err
     next((plain / "vae").glob("*.index.json")).unlink()
     assert main(["bake", *arguments, "--out", str(tmp_path / "no"), "--layout", "diffusers"]) == 2
-    assert f"--ckpt_dir {plain} lacks vae, which --layout diffusers needs" in capsys.readouterr().err
+    assert f"--ckpt_dir {plain} lacks vae/" in capsys.readouterr().err

@@ -9,15 +9,16 @@ e4m3 also as it is stored; GGUF's are float32 as the file gives them. All else i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import GgufStore
 from wan.checkpoints.key_mapping import original, original_llama_text, original_text, original_vae
-from wan.checkpoints.layout import STEM
 from wan.checkpoints.pth_file import PickleStore
-from wan.checkpoints.safetensors_file import INDEX_SUFFIX, Entry, TensorStore
+from wan.checkpoints.safetensors_file import Entry, TensorStore
+from wan.configs import TaskConfig
 from wan.utils.errors import LoraError
 
 if TYPE_CHECKING:
@@ -168,12 +169,16 @@ def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(), (1,), (1, 1), shape[:1], (*shape[:1], *[1] * (len(shape) - 1))]
 
 
-def open_network(folder: Path, stem: str = STEM) -> TensorStore | None:
-    """The weights of one network's folder, whole or in shards; None if there are none."""
-    for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
-        if (folder / name).is_file():
-            return TensorStore.open(folder / name)
-    return None
+def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
+    """Networks of a checkpoint folder of either layout under our names; those whose files are missing are left out."""
+    found = {}
+    for part in parts:
+        path = layout.path_of(folder, config, part)
+        if path.is_file():
+            is_expert = part in config.experts
+            where = str(path.parent if is_expert else path)
+            found[part] = as_ours(open_file(path), EXPERT if is_expert else part, where)
+    return found
 
 
 def open_expert(path: Path) -> TensorStore:

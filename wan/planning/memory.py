@@ -80,7 +80,7 @@ def _fewest_tiles(
     chosen = 0
     if plan.room is not None and not plan.request.dit_fsdp:
         experts = sum(
-            sizes.fixed if plan.offload else sizes.fixed + sizes.units * sizes.unit_bytes
+            sizes.resident if plan.offload else sizes.resident + sizes.blocks * sizes.block_bytes
             for sizes in _expert_sizes(plan).values()
         )
         limit = (plan.room - plan.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - experts
@@ -147,7 +147,7 @@ def _expert_sizes(plan: Plan) -> dict[str, Sizes]:
     found = {}
     for name, part in plan.checkpoint.experts.items():
         sizes = sizes_of(part.module, parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module))
-        found[name] = replace(sizes, fixed=sizes.fixed + _adapter_bytes(plan, name))
+        found[name] = replace(sizes, resident=sizes.resident + _adapter_bytes(plan, name))
     return found
 
 

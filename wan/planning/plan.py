@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -84,9 +85,9 @@ class Plan:
         return max(self.videos.values(), key=lambda video: (video.tokens, video.encoded is not None))
 
     def place(self, job: Job) -> str:
-        """The job's number in words: "5 of 12", or of the whole file's "5 of shard 2/3"."""
-        shard = self.request.shard
-        return f"{job.index + 1} of {f'shard {shard}' if shard else len(self.jobs)}"
+        """The job's number, and its place among this process's videos: "0006 (3 of 500)"."""
+        place = bisect_right(self.jobs, job.index, key=lambda other: other.index)
+        return f"{job.number} ({place} of {len(self.jobs)})"
 
     def meaning(self, job: Job) -> dict[str, Any]:
         """The value for this job of every option that affects the video: equal meanings make equal videos.
