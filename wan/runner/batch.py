@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import wan
 from wan.distributed.launch import Runtime
 from wan.distributed.process_group import origin_of
-from wan.image2video import ImageToVideo
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
 from wan.media.previews import save_contact_sheet
@@ -22,17 +22,10 @@ from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, find_video, find_videos, read_latents, repair
 from wan.runner.video_job import hold_lock, make_video, reason, save_video
-from wan.text2video import TextToVideo
-from wan.textimage2video import TextImageToVideo
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
-PIPELINES: dict[str, type[Pipeline]] = {
-    "t2v-A14B": TextToVideo,
-    "i2v-A14B": ImageToVideo,
-    "ti2v-5B": TextImageToVideo,
-}
 ALONE = Runtime()
 LONG_WAIT = 0.5  # seconds of computation spent waiting for weights that are worth a line
 Result = TypeVar("Result")
@@ -43,7 +36,8 @@ FAILURES = ("failed", "not joined")
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     """The pipeline of the plan's task; its networks are not loaded yet."""
-    return PIPELINES[plan.request.task](plan, progress, runtime)
+    public: type[Pipeline] = getattr(wan, plan.config.public_class.partition(":")[2])
+    return public.of_plan(plan, progress, runtime)
 
 
 def run_jobs(
@@ -116,14 +110,13 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
     """Make this group's jobs one after the other, and append the outcome of each to `events`."""
     shared, team, plan = dict(progress.seconds), pipe.mesh.team, pipe.plan
-    progress.batch = Batch([plan.tokens(job.size, job.frame_num) for job in jobs])
+    progress.batch = Batch([plan.video(job).tokens for job in jobs])
     for chain in chains(jobs):
         for number, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
                 return
-            pipe.follows = job is not jobs[-1]
             with progress.about(index=job.index):
-                kind, facts = _attempt(pipe, job, progress, shared)
+                kind, facts = _attempt(pipe, job, progress, shared, again=job is not jobs[-1])
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed" and plan.request.on_error == "stop":
@@ -140,8 +133,8 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
                 events += team.broadcast(partial(_join, plan, whole, progress))
 
 
-def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> Event:
-    """Make one video and return the outcome."""
+def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> Event:
+    """Make one video and return the outcome. again: another video follows."""
     plan, team = pipe.plan, pipe.mesh.team
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
@@ -149,8 +142,8 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
     try:
         if job.follows and plan.request.resume and team.broadcast(lambda: _is_whole(plan, job, progress)):
             return "there", facts
-        with progress.batch.video(plan.tokens(job.size, job.frame_num)):
-            facts["frames"] = make_video(pipe, job, progress, shared)
+        with progress.batch.video(plan.video(job).tokens):
+            facts["frames"] = make_video(pipe, job, progress, shared, again=again)
         return "saved", facts
     except LockedElsewhere as error:
         progress.say(str(error))
