@@ -258,7 +258,7 @@ ERRORS = {
     "unsupported extension": ([*T2V, "--save_file", "a.gif"], "videos are written as .mp4"),
     "save_file for several": ([*T2V, "--save_file", "a.mp4", "--num_videos", "2"], "--save_file names one video"),
     "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 0000 and 0001 would both be written to"),
-    "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4: already exists"),
+    "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4 already exists"),
     "no such device": ([*T2V, "--device", "cuda:99"], "--device cuda:99"),
     "preset": ([*T2V, "--preset", "fast"], "t2v-seko-v1.1"),
     "latents absent": ([*T2V, "--decode_latents", "absent.safetensors"], "--decode_latents absent.safetensors"),

@@ -692,7 +692,7 @@ def test_bad_outputs(tmp_path):
 
 def test_existing_outputs(tmp_path):
     write(tmp_path / "there.mp4", "")
-    assert problem(save_file="there.mp4").startswith("--save_file there.mp4: already exists; --overwrite replaces it")
+    assert problem(save_file="there.mp4").startswith("--save_file there.mp4 already exists; --overwrite replaces it")
     for flags in ({"overwrite": True}, {"resume": True}):
         assert run(save_file="there.mp4", **flags).jobs
 
@@ -712,7 +712,7 @@ def test_decode_latents(tmp_path):
     assert (made.latents, made.video) == (Path("v.latents.safetensors"), Path("w.mp4"))
     assert "no such file" in problem(decode_latents="absent.safetensors")
     write(tmp_path / "v.mp4", "")
-    assert "v.mp4: already exists" in problem(decode_latents="v.latents.safetensors")
+    assert "v.mp4 already exists" in problem(decode_latents="v.latents.safetensors")
 
 
 # --- prompt extension
@@ -739,7 +739,7 @@ def test_extend_only(tmp_path):
     assert made.file == Path("out.jsonl")
     assert ".txt (prompts) or .jsonl" in problem(extend_only="out.csv")
     write(tmp_path / "out.txt", "")
-    assert problem(extend_only="out.txt").startswith("--extend_only out.txt: already exists; --overwrite")
+    assert problem(extend_only="out.txt").startswith("--extend_only out.txt already exists; --overwrite")
     assert run(extend_only="out.txt", overwrite=True).file == Path("out.txt")
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "gone").symlink_to("/not/mounted")

@@ -100,7 +100,7 @@ def check_outputs(
         there = [path for paths in written.values() for path in _foreign(paths)]
     if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
         check.problem(
-            f"{flag}{_shown(there)}: already exists; --overwrite replaces it, --resume skips what is finished, "
+            f"{flag}{_shown(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
     _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
@@ -197,7 +197,7 @@ def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
     elif file.is_dir():
         check.problem(f"{flag} {file}: is a folder, not a file")
     elif os.path.lexists(file) and not overwrite:
-        check.problem(f"{flag} {file}: already exists; --overwrite replaces it")
+        check.problem(f"{flag} {file} already exists; --overwrite replaces it")
     elif problem := _folder_problem(file.absolute().parent):
         check.problem(f"{flag} {problem}")
 
