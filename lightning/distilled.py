@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.peft_settings import PEFT_WEIGHTS
+from lightning.lora_files import weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
@@ -57,7 +57,7 @@ def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> s
 
     base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
     """
-    file = lora_file / PEFT_WEIGHTS if lora_file.is_dir() else lora_file
+    file = weight_file(lora_file)
     for name, loras in (record_of(base) or {"loras": {}})["loras"].items():
         for merged in loras if expert in (None, name) else ():
             if merged.get("fingerprint") == fingerprint(file):

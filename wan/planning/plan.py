@@ -162,7 +162,7 @@ class Plan:
             (lora, delta.tensors)
             for lora in self.loras.get(expert, [])
             for delta in lora.deltas(shapes)
-            if delta.rank and len(shapes[delta.target]) == 2
+            if delta.is_adapter
         ]
         return sum(math.prod(lora.store[name].shape) for lora, names in pairs for name in names) * self.dtype.itemsize
 
