@@ -20,7 +20,7 @@ from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
 
-ALSO = {"--out": ("output", "output_dir", "out_dir", "save_dir", "o")}  # what other programs call a flag
+ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
 
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", also=ALSO)
+    parser = Parser(
+        prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", elsewhere=ELSEWHERE
+    )
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     says = "say what a weight file is, or each of a folder's, and what it would do in a run"
     inspect = commands.add_parser(

@@ -11,12 +11,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import generate
+from tests.checkpoints.test_forms import wide_folder
 from tests.prompt_extension.fake_services import FakeService
 from wan import __version__
-from wan.cli.options import OPTIONS, Request
+from wan.cli.options import DECODE, OPTIONS, Request, Scope
+from wan.cli.parser import parse, to_decode, words_of
+from wan.cli.values import path, paths, real, text, truth, whole
 from wan.jobs.resolve import program
+from wan.media.video import VideoWriter
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -67,13 +72,29 @@ def test_flags_are_frozen():
     assert {item.name for item in fields(Request)} == set(OPTIONS)
 
 
-def test_help_names_every_flag(capsys):
+def shown_by(capsys, *words: str) -> str:
     with pytest.raises(SystemExit) as raised:
-        generate.main(["--help"])
+        generate.main(words)
     assert raised.value.code == 0
-    text = capsys.readouterr().out
-    assert all(re.search(rf"^  --{name}\b", text, re.MULTILINE) for name in FLAGS.split())
+    return capsys.readouterr().out
+
+
+def test_help_all_names_every_flag(capsys):
+    text = shown_by(capsys, "--help", "all")
+    assert re.findall(r"^  --(\w+)", text, re.MULTILINE) == ["version", *OPTIONS]
     assert all(f"\n{title}:\n" in text for title in {row.group for row in OPTIONS.values()})
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_the_flags_that_matter_with_an_example_each(capsys, flag):
+    text = " ".join(shown_by(capsys, flag).split())
+    rows = {name: row for name, row in OPTIONS.items() if row.example is not None}
+    assert 15 <= len(rows) <= 25
+    assert set(re.findall(r" --(\w+) (?=[A-Z])", text)) <= set(rows)
+    for name, row in rows.items():
+        assert f" --{name} " in text
+        assert bool(row.example) == (f"example: --{name} {row.example}" in text)
+    assert not parse([word for n, row in rows.items() for word in shlex.split(f"--{n} {row.example}")])[1]
 
 
 def test_version(capsys):
@@ -119,22 +140,15 @@ def test_bad_flags_are_answered_without_torch(words, code, allowed):
         (["--sampel_steps=4"], ["there is no flag --sampel_steps; did you mean --sample_steps?"]),
         (["--prompt_fil", "x", "--zzz"], ["--prompt_fil; did you mean --prompt_file?", "there is no flag --zzz"]),
         (["--frame", "81"], ["there is no flag --frame"]),  # no abbreviations
-        (
-            ["--prompt", "a", "cat"],
-            ["unexpected 'cat': --prompt takes one value, TEXT; a text with spaces needs quotes"],
-        ),
-        (["--prompt", "“a", "big", "cat”"], ["unexpected 'big cat”': --prompt takes one value, TEXT; curly quotes"]),
-        (["a cat"], ["unexpected 'a cat'; a value follows its flag"]),
-        (["--t5_cpu", "True"], ["--t5_cpu takes no value, and 'True' is one"]),
-        (["--t5_cpu=True"], ["--t5_cpu takes no value, and 'True' is one"]),
-        (["--size"], ["--size needs a value, W*H"]),
-        (
-            ["--lora_strength", "-0.5,1"],
-            [
-                "--lora_strength needs a value, HIGH[,LOW]",
-            ],
-        ),
-        (["—size", "832*480"], ["—size begins with a long dash, not with two short ones; write --size"]),
+        (["--prompt", "a", "cat"], ["'cat': --prompt "]),
+        (["--prompt", "“a", "big", "cat”"], ["'big cat”': --prompt "]),
+        (["a cat"], ["'a cat'"]),
+        (["--t5_cpu", "True"], ["'True': --t5_cpu "]),
+        (["--t5_cpu=True"], ["--t5_cpu"]),
+        (["--size"], ["--size "]),
+        (["--lora_strength", "-0.5,1"], ["--lora_strength=VALUE"]),
+        (["-height", "5"], ["-height; did you mean --size?"]),
+        (["—size", "832*480"], ["—size; did you mean --size?"]),
         (["-o", "x.mp4"], ["there is no flag -o; did you mean --save_dir or --save_file?"]),
         (["-prompt", "a cat"], ["there is no flag -prompt; did you mean --prompt?"]),
         (["--output=x.mp4"], ["there is no flag --output; did you mean --save_dir or --save_file?"]),
@@ -144,6 +158,9 @@ def test_bad_flags_are_answered_without_torch(words, code, allowed):
         (["--negative", "x"], ["there is no flag --negative; did you mean --negative_prompt?"]),
         (["--guidance-scale", "1"], ["there is no flag --guidance-scale; did you mean --sample_guide_scale?"]),
         (["--model", "x"], ["there is no flag --model; did you mean --ckpt_dir?"]),
+        (["--fps", "24"], ["--fps: each model has one frame rate; --seconds"]),
+        (["--audio", "a.wav"], ["--audio: speech to video (S2V) is not part"]),
+        (["--src_root_path", "x"], ["--src_root_path: Wan-Animate is not part"]),
     ],
 )
 def test_mistyped_flags(capsys, words, sentences):
@@ -166,6 +183,32 @@ def test_values_that_look_like_flags():
     words = ["--base_seed", "-1", "--lora", "a:-0.5", "--lora", "high=b", "--lora_strength=-0.5,1"]
     request = Request(**generate.parse(words)[0])
     assert (request.base_seed, request.lora, request.lora_strength) == (-1, ("a:-0.5", "high=b"), "-0.5,1")
+
+
+# --- a request as a command line, and the one that finishes a video from its latents
+
+SET = {
+    text: "it's a «cat»\n-x", path: "-a b.mp4", paths: ("high=a b:0.5", "-c"), whole: -7, real: 2.5e-7, truth: True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_printed_option_is_read_as_it_was(name):
+    value = OPTIONS[name].choices[-1] if OPTIONS[name].choices else SET[OPTIONS[name].read]
+    request = Request(**{name: value})
+    values, problems = parse(shlex.split(shlex.join(words_of(request))))
+    assert (Request(**values), problems) == (request, [])
+
+
+def test_all_options_at_once_are_read_as_they_were():
+    request = Request(**{n: row.choices[-1] if row.choices else SET[row.read] for n, row in OPTIONS.items()})
+    assert Request(**parse(words_of(request))[0]) == request
+    decode = to_decode(request, decode_latents="l.safetensors", save_file="v.mp4")
+    assert Request(**parse(words_of(decode))[0]) == decode
+    kept = {name for name in OPTIONS if getattr(decode, name) == getattr(request, name)}
+    assert kept == {"overwrite"} | {
+        name for name, row in OPTIONS.items() if row.scope is not Scope.START and set(DECODE) <= set(row.counts_with)
+    }
 
 
 # --- errors: input, exit code, sentence
@@ -194,7 +237,7 @@ ERRORS = {
     "last image absent": ([*I2V, "--last_image", "absent.png"], "--last_image absent.png: no such image file"),
     "size absurd": ([*T2V, "--size", "100000*100000"], "--size 100000*100000 is too large; a side has at most 16384"),
     "frame_num absurd": ([*T2V, "--frame_num", "100001"], "--frame_num 100001 is too long; a video has at most 4093"),
-    "large number": ([*T2V, "--vram", "2e6"], "--vram 2000000 is out of range; it goes from 0.001 to 10000,"),
+    "large number": ([*T2V, "--vram", "2e6"], "--vram 2000000 is out of range"),
     "vae corrupt": ([*T2V, "--vae", "text.txt"], "--vae text.txt: not a safetensors file"),
     "image in a row": ([*I2V, "--prompt_file", "image.jsonl"], "image.jsonl line 1: absent.png: no such image file"),
     "counts differ": (
@@ -214,7 +257,7 @@ ERRORS = {
     "folder is a file": ([*T2V, "--save_dir", "text.txt"], "text.txt is a file"),
     "unsupported extension": ([*T2V, "--save_file", "a.gif"], "videos are written as .mp4"),
     "save_file for several": ([*T2V, "--save_file", "a.mp4", "--num_videos", "2"], "--save_file names one video"),
-    "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 1 and 2 would both be written to"),
+    "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 0000 and 0001 would both be written to"),
     "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4: exists already"),
     "no such device": ([*T2V, "--device", "cuda:99"], "--device cuda:99"),
     "preset": ([*T2V, "--preset", "fast"], "t2v-seko-v1.1"),
@@ -402,6 +445,34 @@ def test_latents_are_kept_and_decoded(capsys):
     assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["other_vae", "files_alone"])
+def test_the_printed_command_makes_the_same_video(tmp_path, capsys, monkeypatch, alone):
+    source = wide_folder(tmp_path / "a folder")
+    torch.save({k: tensor * 1.5 for k, tensor in torch.load(source / "Wan2.1_VAE.pth").items()}, "my vae.pth")
+    weights = [f"{name}={source}/{name}_noise_model/diffusion_pytorch_model.safetensors" for name in ("high", "low")]
+    words = [*SMALL, "--vae", "my vae.pth", "--vae_dtype", "bf16", "--preview", "--prompt", "a cat", "--base_seed", "1"]
+    if alone:
+        words += ["--expert", weights[0], "--expert", weights[1], "--tokenizer", str(source / "google" / "umt5-xxl")]
+        words += ["--text_encoder", str(source / "models_t5_umt5-xxl-enc-bf16.pth")]
+    else:
+        words += [*T2V, "--vae_tiling"]
+    code, _, err = main(capsys, *words, "--save_file", "whole.mp4")
+    assert code == 0, err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", full)
+        code, _, err = main(capsys, *words, "--save_file", "it's.mp4")
+    assert (code, Path("it's.mp4").exists()) == (1, False)
+    command = next(line for line in err if "--decode_latents" in line).partition(f"{program()} ")[2]
+    assert "None" not in command
+    code, _, err = main(capsys, *shlex.split(command))
+    assert (code, [line for line in err if "no effect" in line]) == (0, [])
+    assert Path("it's.png").read_bytes() == Path("whole.png").read_bytes()
+
+
 def test_extend_only_then_use(tmp_path, capsys, monkeypatch):
     put(tmp_path / "p.jsonl", '{"prompt": "cat", "seed": 5}\n{"prompt": "dog", "negative_prompt": "no"}\n')
     asked = ["--prompt_extend_method", "openai", "--prompt_extend_model", "m", "--prompt_extend_target_lang", "en"]
@@ -556,7 +627,7 @@ def test_processes_that_agree():
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "generate.py", *T2V, *SMALL]
     done = python(*start, "--dry_run", "--ulysses_size", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("job 1:") == 1
+    assert done.stdout.count("job 0000:") == 1
     done = python(*start, "--dry_run", "--lora", "absent")
     assert done.returncode != 0
     assert done.stdout == ""

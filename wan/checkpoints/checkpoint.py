@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -126,8 +126,7 @@ class _Opener:
         """The file, or index, that holds the part."""
         if part in self.files or self.folder is None:
             return self.files[part]
-        file = self.folder / layout.places_in(self.folder, self.config)[part]
-        return layout.weights_at(file) or file
+        return layout.path_of(self.folder, self.config, part)
 
     def _name(self, expert: str) -> Path:
         """The expert in messages: its own file, or its folder."""
@@ -136,9 +135,7 @@ class _Opener:
     def expert(self, name: str) -> Part[WanModel]:
         path, where = self.path(name), str(self._name(name))
         store = open_expert(path) if name in self.files else as_ours(open_file(path), EXPERT, where)
-        config = None
-        if self.folder:
-            config = self.folder / layout.settings_of(layout.places_in(self.folder, self.config)[name])
+        config = layout.path_of(self.folder, self.config, name).with_name("config.json") if self.folder else None
         if name in self.files and config and not config.is_file():
             config = None
         sizes = transformer_sizes(config, store.shapes, where, self.config.text_len)
@@ -300,12 +297,8 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len(found)
 
 
-def folder_of(ckpt_dir: Path, config: TaskConfig, given: Collection[str] = ()) -> Path:
-    """A local folder as it is; a place on the hub, such as `Wan-AI/Wan2.2-T2V-A14B`, by the copy of its headers.
-
-    Only the files that the task needs are looked at there, and none of the parts that are `given` otherwise.
-    InputError if it is neither.
-    """
+def folder_of(ckpt_dir: Path, config: TaskConfig) -> Path:
+    """A local folder as it is, or a place on the hub such as `Wan-AI/Wan2.2-T2V-A14B`. InputError if it is neither."""
     try:
         if ckpt_dir.is_dir():
             return ckpt_dir
@@ -317,7 +310,7 @@ def folder_of(ckpt_dir: Path, config: TaskConfig, given: Collection[str] = ()) -
     if is_file or not hub.place(ckpt_dir.as_posix()):
         what = "is a file, not a folder" if is_file else "no such folder"
         raise InputError(f"--ckpt_dir {ckpt_dir}: {what}; get the checkpoint with: {download_command(config.hub_id)}")
-    return hub.located("--ckpt_dir", ckpt_dir.as_posix(), layout.patterns(config, given))
+    return hub.located("--ckpt_dir", ckpt_dir.as_posix())
 
 
 def _line(error: Exception) -> str:

@@ -1,85 +1,149 @@
-"""The tensors of a `.pth` file as a TensorStore. Only plain tensors are accepted: nothing in the file is ever run."""
+"""The tensors of a `.pth` file as a TensorStore. Only plain tensors are accepted: nothing in the file is ever run.
+
+The format (torch.save): a zip of stored records, of which `data.pkl` pickles a dictionary of tensors; each refers to
+its storage, the record `data/KEY`, by `persistent_load`. Reading it here and not by torch.load needs no data: headers
+of a file on the hub are enough.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.safetensors_file import DTYPES, Entry, TensorStore
+from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# torch's classes of storages -> safetensors' names of dtypes
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+RECORD_HEADER = 30  # bytes before a record's name in a zip
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as it is pickled; offset and strides count elements."""
+
+    dtype: str
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Elements of its storage from the first to the last of its own."""
+        if not math.prod(self.shape):
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        steps = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return all(n < 2 or step == own for n, step, own in zip(self.shape, steps, self.stride, strict=True))
+
 
 class PickleStore(TensorStore):
-    """The tensors of a `.pth` file, read from where they lie in it."""
+    """The tensors of a `.pth` file, read from their places in it."""
 
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds anything but a flat dictionary of tensors."""
-        import torch
-
         self.path = path
-        state = _open_pickle(path)
-        starts = _storage_offsets(path, state)
-        names = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
         entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, Tensor]] = {}
-        for name, tensor in state.items():
-            if tensor.dtype not in names:
-                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype}")
-            offset = starts.get(tensor.untyped_storage().data_ptr(), 0)
-            offset += int(tensor.storage_offset()) * tensor.element_size()
-            entries[name] = Entry(path, names[tensor.dtype], tuple(tensor.shape), offset)
-            if not tensor.is_contiguous():
-                extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-                self._strided[name] = TensorStore({name: Entry(path, names[tensor.dtype], (extent,), offset)}), tensor
+        self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
+        tensors, records = _read(path)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
+            start, size = records.get(tensor.key, (0, 0))
+            width = DTYPES[tensor.dtype][1]
+            if (tensor.offset + tensor.extent) * width > size:
+                raise TensorFileError(f"{path}: truncated or damaged: tensor {name} is larger than its record")
+            offset = start + tensor.offset * width
+            entries[name] = Entry(path, tensor.dtype, tensor.shape, offset)
+            if tensor.extent and not tensor.contiguous:
+                flat = Entry(path, tensor.dtype, (tensor.extent,), offset)
+                self._strided[name] = TensorStore({name: flat}), tensor
         super().__init__(entries)
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name not in self._strided:
             return super().read(name, rows, buffer)
         flat, tensor = self._strided[name]
-        found = flat.read(name).as_strided(tensor.shape, tensor.stride())
+        found = flat.read(name).as_strided(tensor.shape, tensor.stride)
         return (found if rows is None else found[rows]).contiguous()
 
 
-def _open_pickle(path: Path) -> dict[str, Tensor]:
-    """Views of the mapped file: no data is read."""
-    import torch
+class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
+    """Makes dictionaries of `_Tensor` and refuses every other class and function."""
 
-    path.open("rb").close()  # a file that may not be read is not one that is damaged
+    def find_class(self, module: str, name: str) -> Any:
+        dtypes = {kind: dtype for dtype, (kind, _) in DTYPES.items()}
+        if module == "torch" and name in dtypes:
+            return dtypes[name]
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return STORAGES.get(name, name)
+        known: dict[tuple[str, str], Callable[..., object]] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> tuple[str, str]:
+        return str(pid[1]), str(pid[2])
+
+
+def _tensor(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> _Tensor:
+    """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
+    kind = dtype if isinstance(dtype, str) else storage[0]
+    tensor = _Tensor(kind, storage[1], offset, tuple(shape), tuple(stride))
+    numbers = (offset, *tensor.shape, *tensor.stride)
+    if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise pickle.UnpicklingError("impossible shape")
+    return tensor
+
+
+def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+    """(tensors by name, (first byte, bytes) of each storage's record)."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            pickled = next(info for info in infos if info.filename.endswith("/data.pkl"))
+            if pickled.file_size > MAX_HEADER_BYTES or any(info.compress_type for info in infos):
+                raise zipfile.BadZipFile("compressed, or too large")
+            state = _Unpickler(io.BytesIO(archive.read(pickled))).load()
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as e:
-        raise TensorFileError(f"{path}: holds more than plain tensors, or is damaged; not opened") from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise TensorFileError(f"{path}: holds more than plain tensors ({e}), or is damaged; not opened") from e
+    except TensorFileError:
+        raise
+    except Exception as e:  # whatever else the libraries trip over in a damaged file
         raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(t, _Tensor) for t in state.values()):
         raise TensorFileError(f"{path}: not a flat dictionary of tensors")
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
-    return state
-
-
-def _storage_offsets(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
-    """Where in the file the storage at each address of the map lies.
-
-    torch does not tell, but the archive's records, stored uncompressed, lie in the map as they do in the file.
-    """
-    addresses = {t.untyped_storage().data_ptr() for t in state.values() if t.untyped_storage().nbytes()}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        records = []
-        for info in archive.infolist():
-            if info.filename.split("/")[-2:-1] == ["data"] and info.file_size:
-                file.seek(info.header_offset + 26)  # lengths of name and extra field, in the record's own header
-                lengths = file.read(4)
-                name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-                records.append(info.header_offset + 30 + name + extra)
-    base = min(addresses, default=0) - min(records, default=0)
-    offsets = {address: address - base for address in addresses}  # one of an empty tensor is not among them
-    if not set(offsets.values()) <= set(records):
-        raise TensorFileError(f"{path}: its tensors are not stored as a .pth file stores them")
-    return offsets
+    stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]
+    lengths = read_ranges((path, info.header_offset + RECORD_HEADER - 4, 4) for info in stored)
+    records = {}
+    for info, length in zip(stored, lengths, strict=True):  # lengths of the name and of its padding
+        skipped = int.from_bytes(length[:2], "little") + int.from_bytes(length[2:], "little")
+        records[info.filename.rpartition("/")[2]] = info.header_offset + RECORD_HEADER + skipped, info.file_size
+    return state, records

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ DTYPES = {
 # safetensors' names -> struct's, for single numbers
 SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
 INDEX_SUFFIX = ".safetensors.index.json"
+AT_ONCE = 16  # reads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
 
@@ -110,12 +111,24 @@ def header_bytes(table: Mapping[str, object]) -> bytes:
 def size_of(path: Path) -> int:
     """Bytes of a regular file; of anything else (a pipe would be waited for) TensorFileError."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except PermissionError:
         raise TensorFileError(f"{path}: there is no permission to reach it") from None
     if not stat.S_ISREG(found.st_mode):
         raise TensorFileError(f"{path}: not a regular file")
     return found.st_size
+
+
+def read_ranges(ranges: Iterable[tuple[Path, int, int]]) -> list[bytes]:
+    """The bytes at each (file, offset, length); several at once, because on the hub each is a request."""
+
+    def read(part: tuple[Path, int, int]) -> bytes:
+        with part[0].open("rb", buffering=0) as file:
+            file.seek(part[1])
+            return file.read(part[2]) or b""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(read, ranges))
 
 
 def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:
@@ -237,21 +250,15 @@ class TensorStore(Mapping[str, Entry]):
 
     def scalars(self, names: Iterable[str]) -> dict[str, float]:
         """The values of one-element tensors, without torch. Raises TensorFileError for any other tensor."""
+        entries = {name: self.entries[name] for name in names}
+        for name, entry in entries.items():
+            if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
+                raise TensorFileError(f"{entry.file}: tensor {name} is not a single number ({entry.dtype})")
+        found = read_ranges((entry.file, entry.offset, entry.bytes) for entry in entries.values())
         values: dict[str, float] = {}
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.entries[name].file, []).append(name)
-        for path, wanted in by_file.items():
-            with path.open("rb") as file:
-                for name in wanted:
-                    entry = self.entries[name]
-                    if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
-                        raise TensorFileError(f"{path}: tensor {name} is not a single number ({entry.dtype})")
-                    file.seek(entry.offset)
-                    raw = file.read(entry.bytes)
-                    if entry.dtype == "BF16":  # the upper half of a float32
-                        raw = b"\0\0" + raw
-                    values[name] = float(struct.unpack(f"<{SCALAR_FORMATS[entry.dtype]}", raw)[0])
+        for (name, entry), raw in zip(entries.items(), found, strict=True):
+            padded = b"\0\0" + raw if entry.dtype == "BF16" else raw  # the upper half of a float32
+            values[name] = float(struct.unpack(f"<{SCALAR_FORMATS[entry.dtype]}", padded)[0])
         return values
 
     def buffer_bytes(self, name: str, rows: slice | None = None) -> int:

@@ -1,25 +1,27 @@
 """The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come.
 
-A `Request` holds one value a row, as given; where nothing was given, the row's default. No torch.
+A `Request` holds one value for each row, as given; the row's default where none was given. No torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
+from lightning.releases import Release
 from wan.cli.values import absolute, path, paths, real, text, truth, whole
-from wan.configs import TASKS
+from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
 
 Value = TypeVar("Value")
 
 
 class Scope(Enum):
-    """What an option has a say in."""
+    """What an option affects."""
 
     VIDEO = "what the video looks like"  # compared by --resume, taken over by --replay
     HOW = "how it is made"  # taken over by --replay
@@ -33,13 +35,16 @@ SCHEMA = 2  # of records, which hold requests
 
 @dataclass(frozen=True)
 class Option:
-    """What a row says besides its name and default.
+    """One row, besides its name and default.
 
     takes: the placeholder in the help; "" for a switch, "[...]" where the value may be left out.
-    into: the option whose value says what this one comes to (a prompt file is compared by the prompt).
-    displaces: what a record says of these no longer counts once this option is given beside --replay.
-    needs: it has no effect without any of these; beaten_by: nor beside this one.
+    example: a value for the short help, "" for a switch; None: the option is in `--help all` only.
+    pattern: further legal values beside `choices`.
+    into: the option that this one ends in (a prompt file is compared by the prompt).
+    displaces: options of a record that no longer count once this one is given beside --replay.
+    needs: without any of these it has no effect; beaten_by: nor beside this one.
     idle_on: nor on this device, or in this dtype.
+    counts_with: which of MODES, starts that make no video from a prompt, it affects.
     """
 
     group: str
@@ -47,14 +52,16 @@ class Option:
     read: Callable[[Any], Any]
     takes: str
     help: str
+    example: str | None = None
     choices: tuple[str, ...] = ()
-    pattern: str = ""  # further legal values beside `choices`
+    pattern: str = ""
     limits: tuple[float, float] | None = None
     into: str = ""
     displaces: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     beaten_by: str = ""
     idle_on: str = ""
+    counts_with: tuple[str, ...] = ()
 
 
 def option(
@@ -66,7 +73,7 @@ def option(
     default: Any = None,
     **more: Any,
 ) -> Any:
-    """A row of the table. The default of a choice is the first one, of a switch False."""
+    """A row of the table. The default of a choice is its first value, of a switch False."""
     row = Option(group, scope, read, takes, help, **more)
     if default is None and row.choices:
         default = row.choices[0]
@@ -75,9 +82,28 @@ def option(
     return dataclasses.field(default=default, metadata={"option": row})
 
 
+def by_task(fact: Callable[[TaskConfig], object]) -> str:
+    """`default 81 (ti2v-5B: 121)`, from the facts of the tasks."""
+    values = {name: str(fact(config)) for name, config in TASKS.items()}
+    usual, _ = Counter(values.values()).most_common(1)[0]
+    others = ", ".join(f"{name}: {value}" for name, value in values.items() if value != usual)
+    return f"default {usual}{f' ({others})' if others else ''}"
+
+
+def _guidance(config: TaskConfig) -> str:
+    scale = config.sample_guide_scale
+    return ",".join(f"{each:g}" for each in dict.fromkeys(scale if isinstance(scale, tuple) else (scale,)))
+
+
 MAKE, WEIGHTS, SAMPLING = "what to make", "weights", "sampling"
 MACHINE, EXTENSION, OUTPUT = "machine", "prompt extension", "output"
-EXTENDS = ("use_prompt_extend", "extend_only")  # what extends prompts
+DECODE, EXTEND = ("decode_latents",), ("extend_only",)
+MODES = DECODE + EXTEND
+EXTENDS = ("use_prompt_extend", "extend_only")  # options that extend prompts
+LORAS = ("lora_dir", "lora")
+WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image_fit)
+WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
+SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
 
 
 @dataclass(frozen=True)
@@ -85,71 +111,80 @@ class Request:
     """What was asked for. Words with structure (sizes, lists of numbers) stay words; None: not given."""
 
     # fmt: off
-    task: str = option(MAKE, VIDEO, text, "TASK", "t2v-A14B (default), i2v-A14B or ti2v-5B", choices=tuple(TASKS))
-    prompt: str | None = option(MAKE, VIDEO, text, "TEXT", "what the video shows; default: the task's example")
-    image: str | None = option(MAKE, VIDEO, path, "FILE",
-        "the first frame (i2v-A14B, ti2v-5B); one serves every prompt")
+    task: str = option(MAKE, VIDEO, text, "TASK", f"{', '.join(TASKS)}; default {next(iter(TASKS))}",
+        choices=tuple(TASKS), counts_with=MODES, example="i2v-A14B")
+    prompt: str | None = option(MAKE, VIDEO, text, "TEXT", "what the video shows; default: the task's example",
+        counts_with=EXTEND, example='"a red fox in the snow"')
+    image: str | None = option(MAKE, VIDEO, path, "FILE", f"the first frame ({WITH_IMAGE}); one serves every prompt",
+        counts_with=EXTEND, example="photo.jpg")
     last_image: str | None = option(MAKE, VIDEO, path, "FILE",
-        "the last frame (i2v-A14B), squeezed to the video's size; one serves every prompt")
+        f"the last frame ({WITH_LAST_IMAGE}), squeezed to the video's size; one serves every prompt",
+        counts_with=EXTEND)
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "a .txt with a prompt a line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
+        "a .txt with one prompt per line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
         "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
-        displaces=("prompt", "image", "last_image", "negative_prompt"))
+        displaces=("prompt", "image", "last_image", "negative_prompt"), counts_with=EXTEND, example="prompts.csv")
     chain: bool = option(MAKE, START, truth, "",
-        "rows of --prompt_file follow each other: one without an image starts from the last frame of the row before; "
-        "joined into one .mp4 too")
+        "rows of --prompt_file continue each other: a row without an image starts from the last frame of the row "
+        "before; the clips are joined into one .mp4 too")
     image_path_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "an image path a line, paired one to one with the prompts", into="image", displaces=("image",))
-    negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT",
-        "what guidance leads away from; default: the model's own")
+        "one image path per line, paired one to one with the prompts", into="image", displaces=("image",),
+        counts_with=EXTEND)
+    negative_prompt: str | None = option(MAKE, VIDEO, text, "TEXT", "what to avoid; default: the model's own",
+        example='"blurry, text"')
     size: str | None = option(MAKE, VIDEO, text, "W*H",
-        "or WxH, or 480p, 720p, 480p-portrait, 720p-portrait; default 1280*720 (5B: 1280*704); with an image its area "
-        "counts")
-    frame_num: int | None = option(MAKE, VIDEO, whole, "N", "4n+1 frames; default 81 (5B: 121)")
+        f"width and height, or {SIZE_NAMES}; {by_task(lambda task: task.sizes[0])}; with an image its area counts",
+        example="832x480")
+    frame_num: int | None = option(MAKE, VIDEO, whole, "N", f"4n+1 frames; {by_task(lambda task: task.frame_num)}",
+        example="49")
     seconds: float | None = option(MAKE, VIDEO, real, "X",
         "in place of --frame_num: the nearest length at the model's frame rate", limits=(0.01, 600), into="frame_num",
         displaces=("frame_num",))
     base_seed: int = option(MAKE, VIDEO, whole, "N", "seed of every prompt; default -1: drawn once", default=-1,
-        limits=(-LARGEST_SEED, LARGEST_SEED))
+        limits=(-LARGEST_SEED, LARGEST_SEED), counts_with=EXTEND, example="42")
     num_videos: int = option(MAKE, START, whole, "N", "videos for each prompt, with seeds base, base+1, ...", default=1,
-        limits=(1, 100_000))
+        limits=(1, 100_000), example="4")
 
     ckpt_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "a checkpoint, as released or in diffusers' layout: a folder, or on the hub, owner/name[@revision]")
+        "a checkpoint, as released or in diffusers' layout: a folder, or on the hub, owner/name[@revision]",
+        counts_with=DECODE, example="./Wan2.2-T2V-A14B")
     lora_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
         "Lightning release: a folder, also on the hub (owner/name/folder), with one LoRA for each expert",
-        into="ckpt_dir", displaces=("lora_strength", "preset"))
+        into="ckpt_dir", displaces=("lora_strength", "preset"), example="./Wan2.2-Lightning/Wan2.2-T2V-A14B-4steps")
     lora_strength: str | None = option(WEIGHTS, VIDEO, text, "HIGH[,LOW]", "scales --lora_dir; default 1",
         into="ckpt_dir")
     lora: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "LORA",
-        "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S, on top of --lora_dir", into="ckpt_dir")
+        "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S, on top of --lora_dir", into="ckpt_dir",
+        example="style.safetensors:0.8")
     lora_alpha: float | None = option(WEIGHTS, VIDEO, real, "A", "alpha of LoRA files that store none",
-        limits=(1e-3, 1e4), needs=("lora_dir", "lora"))
+        limits=(1e-3, 1e4), needs=LORAS)
     lora_allow_partial: bool = option(WEIGHTS, HOW, truth, "", "accept LoRA files with names that fit nothing",
-        needs=("lora_dir", "lora"))
+        needs=LORAS)
     lora_mode: str | None = option(WEIGHTS, VIDEO, text, "MODE",
-        "merge (default) into the weights, or adapter: kept apart", needs=("lora_dir", "lora", "preset"))
+        "merge (default) into the weights, or adapter: kept apart", needs=(*LORAS, "preset"))
     expert: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "EXPERT",
         "high=FILE, low=FILE or model=FILE: a full (distilled) weight, safetensors or GGUF, in place of that expert",
-        into="ckpt_dir")
+        into="ckpt_dir", counts_with=DECODE)
     vae: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a video autoencoder in place of the checkpoint's",
-        into="ckpt_dir")
+        into="ckpt_dir", counts_with=DECODE)
     text_encoder: str | None = option(WEIGHTS, VIDEO, path, "FILE",
-        "a UMT5 encoder, safetensors, .pth or GGUF, in place of the checkpoint's", into="ckpt_dir")
+        "a UMT5 encoder, safetensors, .pth or GGUF, in place of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
     tokenizer: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "a folder with tokenizer.json in place of the checkpoint's", into="ckpt_dir")
+        "a folder with tokenizer.json in place of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
     preset: str | None = option(WEIGHTS, VIDEO, text, "NAME",
-        "settings of a published release; default: told from the names of the weights", into="sample_steps")
+        "settings of a published release; default: recognised by the names of the weights", into="sample_steps")
 
     sample_solver: str | None = option(SAMPLING, VIDEO, text, "SOLVER",
-        "euler, unipc, dpm++ or dmd; default unipc, with a distilled weight its own", displaces=("timesteps",))
-    sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N", "default 40 (5B: 50), with a distilled weight 4",
-        limits=(1, 1000), displaces=("timesteps",))
-    sample_shift: float | None = option(SAMPLING, VIDEO, real, "S",
-        "timestep shift; default 12, 5, 5 by task, with a distilled weight 5", limits=(0.01, 100),
+        f"euler, unipc, dpm++ or dmd; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
         displaces=("timesteps",))
+    sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
+        f"{by_task(lambda task: task.sample_steps)}, with a distilled weight {Release.steps}", limits=(1, 1000),
+        displaces=("timesteps",), example="20")
+    sample_shift: float | None = option(SAMPLING, VIDEO, real, "S",
+        f"timestep shift; {by_task(lambda task: f'{task.sample_shift:g}')}, with a distilled weight {Release.shift:g}",
+        limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
-        "default 3,4 / 3.5 / 5 by task, with a distilled weight 1 (none)")
+        f"guidance; {by_task(_guidance)}, with a distilled weight {Release.guidance[0]:g} (none)", example="3.5")
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))
@@ -159,83 +194,90 @@ class Request:
         "auto (where the model runs) or cpu: the same noise on every machine", choices=("auto", "cpu"))
 
     device: str = option(MACHINE, VIDEO, text, "DEVICE", "auto, cuda, cuda:N, cpu or mps",
-        choices=("auto", "cuda", "cpu", "mps"), pattern=r"cuda:\d{1,3}")
+        choices=("auto", "cuda", "cpu", "mps"), pattern=r"cuda:\d{1,3}", counts_with=MODES)
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
-        choices=("auto", "bf16", "fp32"))
+        choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), or fp8: the experts' weights in 8 bits, but for the first and last blocks'",
+        "none (default), or fp8: the experts' weights in 8 bits, except in the first and last blocks",
         choices=("none", "fp8"))
     attention: str = option(MACHINE, VIDEO, text, "NAME",
         "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))
     vae_dtype: str = option(MACHINE, VIDEO, text, "DTYPE",
-        "fp32 (default) or bf16, of the decode: less time and memory, 47 to 61 dB from fp32",
-        choices=("fp32", "bf16"))
+        "fp32 (default) or bf16 for the decode: less time and memory, 47 to 61 dB from fp32",
+        choices=("fp32", "bf16"), counts_with=DECODE)
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
-        "hold on the GPU what there is room for, read the rest when needed; default True, under torchrun False",
-        idle_on="cpu")
+        "keep on the GPU what fits, read the rest when needed; default True, under torchrun False",
+        idle_on="cpu", counts_with=DECODE)
     vram: float | None = option(MACHINE, HOW, real, "GB",
-        "use so much of the GPU's memory and no more; default: what is free", limits=(0.001, 10_000))
+        "use at most this much of the GPU's memory; default: what is free", limits=(0.001, 10_000),
+        counts_with=DECODE, example="12")
     t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU", idle_on="cpu")
     convert_model_dtype: bool = option(MACHINE, VIDEO, truth, "",
         "cast every parameter, also those kept in float32 otherwise", idle_on="float32")
-    vae_tiling: bool = option(MACHINE, HOW, truth, "", "decode in tiles: less memory")
+    vae_tiling: bool = option(MACHINE, HOW, truth, "", "decode in tiles: less memory", counts_with=DECODE)
     t5_fsdp: bool = option(MACHINE, START, truth, "", "shard the text encoder over the processes (torchrun)")
     dit_fsdp: bool = option(MACHINE, START, truth, "", "shard the experts over the processes (torchrun)")
     ulysses_size: int = option(MACHINE, START, whole, "N",
-        "processes that share one video's attention heads (torchrun)", default=1, limits=(1, 1024))
+        "processes that share one video's attention heads (torchrun)", default=1, limits=(1, 1024), counts_with=DECODE)
     ring_size: int = option(MACHINE, START, whole, "N", "processes that share one video's tokens in a ring (torchrun)",
-        default=1, limits=(1, 1024))
+        default=1, limits=(1, 1024), counts_with=DECODE)
 
     use_prompt_extend: bool = option(EXTENSION, VIDEO, truth, "",
-        "have a language model write the prompts out first", into="prompt")
+        "first have a language model lengthen the prompts", into="prompt", counts_with=EXTEND)
     prompt_extend_method: str = option(EXTENSION, VIDEO, text, "METHOD", "local_qwen (default), dashscope or openai",
-        choices=METHODS, into="prompt", needs=EXTENDS)
+        choices=METHODS, into="prompt", needs=EXTENDS, counts_with=EXTEND)
     prompt_extend_model: str | None = option(EXTENSION, VIDEO, text, "MODEL", "default: by method and task",
-        into="prompt", needs=EXTENDS)
+        into="prompt", needs=EXTENDS, counts_with=EXTEND)
     prompt_extend_target_lang: str = option(EXTENSION, VIDEO, text, "LANG", "zh (default) or en", choices=LANGUAGES,
-        into="prompt", needs=EXTENDS)
+        into="prompt", needs=EXTENDS, counts_with=EXTEND)
     prompt_extend_on_error: str = option(EXTENSION, START, text, "WHAT",
-        "raw (default): keep the prompt, with a warning; or fail", choices=ON_ERROR, needs=EXTENDS)
+        "raw (default): keep the prompt, with a warning; or fail", choices=ON_ERROR, needs=EXTENDS, counts_with=EXTEND)
     no_extend_cache: bool = option(EXTENSION, START, truth, "", "ask again for prompts that were extended before",
-        needs=EXTENDS)
+        needs=EXTENDS, counts_with=EXTEND)
     extend_only: str | None = option(EXTENSION, START, path, "FILE",
-        "write the extended prompts to a .txt or .jsonl file and stop")
+        "write the extended prompts to a .txt or .jsonl file and stop", counts_with=EXTEND)
 
     shard: str | None = option(OUTPUT, START, text, "I/N",
-        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array")
-    save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs", beaten_by="save_file")
-    save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)")
+        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array",
+        counts_with=MODES)
+    save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs", beaten_by="save_file",
+        example="fox")
+    save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)",
+        counts_with=DECODE, example="fox.mp4")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
-    decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept")
-    preview: bool = option(OUTPUT, HOW, truth, "", "a contact sheet PNG beside the video")
+    decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept",
+        counts_with=DECODE)
+    preview: bool = option(OUTPUT, HOW, truth, "", "a contact sheet PNG beside the video", counts_with=DECODE,
+        example="")
     gallery: bool = option(OUTPUT, START, truth, "", "after the run, a page index.html over the videos of --save_dir")
     preview_steps: bool = option(OUTPUT, HOW, truth, "",
-        "after each step a frame of the video as it will be, in a PNG strip (.steps.png) beside it")
-    overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist")
-    resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished")
+        "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
+    overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
+    resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished", example="")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",
         choices=("continue", "stop"))
     replay: str | None = option(OUTPUT, START, path, "FILE",
-        "take every setting from the record (.json or .mp4) of a video; other flags override")
-    dry_run: bool = option(OUTPUT, START, truth, "", "check everything, print the plan, make nothing")
-    json: bool = option(OUTPUT, START, truth, "", "plan and progress as JSON lines on stdout")
-    debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors")
+        "take every setting from the record (.json or .mp4) of a video; other flags override", counts_with=DECODE,
+        example="fox.mp4")
+    dry_run: bool = option(OUTPUT, START, truth, "", "check everything, print the plan, make nothing",
+        counts_with=MODES, example="")
+    json: bool = option(OUTPUT, START, truth, "", "plan and progress as JSON lines on stdout", counts_with=MODES)
+    debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors", counts_with=MODES)
     # fmt: on
 
     def as_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, as JSON takes it."""
-        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+        """The values that differ from the defaults, as JSON takes them."""
+        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def recorded(self) -> dict[str, Any]:
-        """`as_dict` for a record: files that are here by their absolute paths, so that it can be read elsewhere."""
-        given = self.as_dict()
-        return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in given.items()}
+        """`as_dict` for a record: absolute paths for files that exist here, so that it can be read elsewhere."""
+        return {n: absolute(v) if OPTIONS[n].read in (path, paths) else v for n, v in self.as_dict().items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
-        """From words or JSON values (a record); what cannot be read is left out and noted in `problems`."""
+        """From words or JSON values (a record); a value that cannot be read is left out and noted in `problems`."""
         given = {name: value for name, value in values.items() if value is not None}
         reads = {name: read(name, value, problems) for name, value in given.items() if name in OPTIONS}
         problems.extend(f"{name!r} is not a setting of this program" for name in given if name not in OPTIONS)

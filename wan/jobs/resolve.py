@@ -19,7 +19,7 @@ from typing import Any
 from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
 from wan.cli.checks import Check, no_file
-from wan.cli.hints import without_effect
+from wan.cli.effects import without_effect
 from wan.cli.options import DEFAULTS, OPTIONS, Request
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import make_jobs, prompt_rows
@@ -29,7 +29,7 @@ from wan.jobs.output_paths import check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.replay import earlier_seed, replayed
 from wan.jobs.sharding import chosen_shard, own_jobs
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
 from wan.prompt_extension.extend import ExtendSettings
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
@@ -129,7 +129,9 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)
-    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, check))
+    experts = expert_files(request, config, check)
+    folder = _checkpoint_folder(request, config, check)
+    weights = Weights(folder, expert_files=tuple(experts.items()), files=part_files(request, check))
     return Decode(request, config, weights, latents, video)
 
 

@@ -1,4 +1,4 @@
-"""Which weights a run uses, and the sampling settings that belong to them.
+"""The weights of a run, and the sampling settings that belong to them.
 
 A distilled weight changes every sampling default: few Euler steps without guidance in place of 40 to 50 with it.
 """
@@ -6,7 +6,7 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,63 +22,65 @@ from wan.jobs.prompt_files import expanded
 from wan.utils.argument_parser import short
 from wan.utils.errors import LoraError
 
-PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, beside its experts; each a flag too
+PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
 GUIDANCES = (0.0, 100.0)
-BASE_NAME = r"wan[-_]?2[-_.]2"  # of a file that is named after the model and, as nobody's release, is not distilled
+BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
 
 
 def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, check: Check) -> Weights:
-    """LoRAs in the order given, --lora_dir's first; full expert files; and the release they are."""
-    task, experts = config.name, tuple(config.experts)
-    chosen = choose_loras(experts, request.lora_dir, request.lora_strength, request.lora or ())
-    loras = chosen.loras
+    """LoRAs in the order given, --lora_dir's first; full expert files; and the release that they are."""
+    chosen = choose_loras(tuple(config.experts), request.lora_dir, request.lora_strength, request.lora or ())
     check.problems.extend(chosen.problems)
     check.warnings.extend(chosen.warnings)
-    expert_files: dict[str, Path] = {}
-    for text in request.expert or ():
-        expert, _, name = text.partition("=")
-        if expert not in experts or not name:
-            allowed = " or ".join(f"{known}=FILE" for known in experts)
-            check.problem(f"--expert {text}: {task} takes {allowed}")
-        elif expert in expert_files:
-            check.problem(f"--expert {expert}= is given twice")
-        elif file := check.attempt(partial(located, "--expert", name)):
-            if file.is_file():
-                expert_files[expert] = file
-            else:
-                check.problem(f"--expert {text}: {no_file(file)}")
-    release = _release(request, task, loras, expert_files, check)
-    found = {each.name: each for each in (release, *map(recognise, expert_files.values())) if each}
+    experts = expert_files(request, config, check)
+    release = _release(request, config.name, chosen.loras, experts, check)
+    found = {each.name: each for each in (release, *map(recognise, experts.values())) if each}
     for each in found.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
-    if request.lora_dir is not None and expert_files:
+    if request.lora_dir is not None and experts:
         check.warn(
             "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
             "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
         )
-    told = bool(release and release.kind != "recipe")
-    base = [file for file in expert_files.values() if re.search(BASE_NAME, file.name.lower())]
-    if base and not (told or request.lora_dir or request.preset):
+    known = bool(release and release.kind != "recipe")
+    base = [file for file in experts.values() if re.search(BASE_NAME, file.name.lower())]
+    if base and not (known or request.lora_dir or request.preset):
         check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
-    distilled = bool(request.lora_dir or request.preset or told or len(expert_files) > len(base))
-    files = part_files(request, check)
-    return Weights(ckpt_dir, tuple(loras), tuple(expert_files.items()), files, release=release, distilled=distilled)
+    distilled = bool(request.lora_dir or request.preset or known or len(experts) > len(base))
+    parts = part_files(request, check)
+    return Weights(ckpt_dir, tuple(chosen.loras), tuple(experts.items()), parts, release=release, distilled=distilled)
+
+
+def expert_files(request: Request, config: TaskConfig, check: Check) -> dict[str, Path]:
+    """Files of --expert by expert."""
+    found: dict[str, Path] = {}
+    for text in request.expert or ():
+        expert, _, name = text.partition("=")
+        if expert not in config.experts or not name:
+            allowed = " or ".join(f"{known}=FILE" for known in config.experts)
+            check.problem(f"--expert {text}: {config.name} takes {allowed}")
+        elif expert in found:
+            check.problem(f"--expert {expert}= is given twice")
+        elif file := check.attempt(partial(located, "--expert", name)):
+            if file.is_file():
+                found[expert] = file
+            else:
+                check.problem(f"--expert {text}: {no_file(file)}")
+    return found
 
 
 def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
-    """The files given in place of the checkpoint's, but for the experts."""
+    """Files by part that replace the checkpoint's, except the experts'."""
     found: dict[str, Path] = {}
     for part in PARTS:
-        given = getattr(request, part)
-        if given is None:
-            continue
-        file = check.attempt(partial(located, f"--{part}", given))
+        name = getattr(request, part)
+        file = check.attempt(partial(located, f"--{part}", name)) if name is not None else None
         if file is None:
             continue
         if part == "tokenizer":
@@ -87,12 +89,12 @@ def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
             found[part] = file
         else:
             wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
-            check.problem(f"--{part} {given}: {wanted}")
+            check.problem(f"--{part} {name}: {wanted}")
     return tuple(found.items())
 
 
 def choose_sampling(request: Request, config: TaskConfig, weights: Weights, check: Check) -> Sampling:
-    """Solver, steps, shift and guidance: as given, else the release's, else by task and distilled or not."""
+    """Solver, steps, shift and guidance: as given, else the release's, else the task's."""
     single = len(config.experts) == 1
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
     release = weights.release or Release("", (), "lora", "")
@@ -135,9 +137,9 @@ def both(guidance: float | Sequence[float]) -> tuple[float, float]:
 
 
 def _release(
-    request: Request, task: str, loras: Sequence[LoraChoice], expert_files: dict[str, Path], check: Check
+    request: Request, task: str, loras: Sequence[LoraChoice], experts: Mapping[str, Path], check: Check
 ) -> Release | None:
-    """--preset's, else the first that a folder or file name tells, else the one baked into the checkpoint."""
+    """--preset's, else the first recognised by a folder's or file's name, else the one baked into the checkpoint."""
     if request.preset is not None:
         try:
             release = preset(request.preset)
@@ -146,11 +148,11 @@ def _release(
             return None
         if task not in release.tasks:
             check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
-        if release.kind == "recipe" and not (loras or expert_files):
+        if release.kind == "recipe" and not (loras or experts):
             check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
         return release
     paths = [expanded(request.lora_dir)] if request.lora_dir else []
-    for path in [*paths, *expert_files.values(), *(lora.path for lora in loras)]:
+    for path in [*paths, *experts.values(), *(lora.path for lora in loras)]:
         if found := recognise(path):
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
@@ -158,12 +160,12 @@ def _release(
     if request.ckpt_dir is None:
         return None
     there = place(request.ckpt_dir)
-    folder = Path(there.repository, there.path) if there else expanded(request.ckpt_dir)
+    folder = Path(there.repository, there.inside) if there else expanded(request.ckpt_dir)
     return check.attempt(partial(release_in, folder))
 
 
 def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:
-    """What cannot stand beside --timesteps."""
+    """Flags that --timesteps excludes."""
     if request.sample_solver not in (None, *EXPLICIT):
         check.problem(f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}")
     if request.sample_steps not in (None, len(timesteps)):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from wan.cli.options import Request
+from wan.cli.parser import to_decode, words_of
 from wan.jobs.job import Job
 from wan.jobs.resolve import program
 from wan.media.previews import save_contact_sheet
@@ -178,11 +179,7 @@ def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: 
     """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
     if kept is None:
         return "and the finished latents could not be kept"
-    device = "cpu" if out_of_memory(error) else request.device
-    words: list[object] = ["--task", request.task, "--ckpt_dir", request.ckpt_dir]
-    words += ["--decode_latents", kept, "--save_file", save_file]
-    words += [] if device == "auto" else ["--device", device]
-    words += [] if request.dtype == "auto" else ["--dtype", request.dtype]
-    words += ["--vae_tiling"] if request.vae_tiling else []
-    words += ["--overwrite"] if request.overwrite else []
-    return f"the finished latents are kept; to make the video of them: {program()} {shlex.join(map(str, words))}"
+    changes: dict[str, Any] = {"decode_latents": str(kept), "save_file": str(save_file)}
+    changes |= {"device": "cpu", "vram": None} if out_of_memory(error) else {}
+    command = shlex.join(words_of(to_decode(request, **changes)))
+    return f"the finished latents are kept; to make the video of them: {program()} {command}"
