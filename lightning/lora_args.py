@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, files_of
+from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, exists, expert_of, files_of
 from lightning.releases import recognise
 from wan.checkpoints.hub import located
 from wan.utils.argument_parser import outside, pair, real
@@ -74,7 +74,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
     except InputError as e:
         out.problems += e.problems
         return
-    if not path.exists():
+    if not exists(path):
         among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
         out.problems.append(f"--lora {path}: no such file{among}")
         return

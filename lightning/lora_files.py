@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -29,8 +28,17 @@ DESCRIBES = {  # words that high and low describe
 }
 
 
+def exists(path: Path) -> bool:
+    """Whether the path exists, here or on the hub; False for one that cannot be reached."""
+    try:
+        return path.exists()
+    except OSError:  # no permission, or a name too long
+        return False
+
+
 def weights_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    """The files of weights right in a folder, here or on the hub."""
+    return sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def weight_file(path: Path) -> Path:
@@ -93,4 +101,4 @@ def _has_partner(path: Path, word: re.Match[str]) -> bool:
     """Whether another file beside it differs in this word alone: low for high, in the same capitals."""
     other = OTHERS[word[0].lower()]
     other = other.upper() if word[0].isupper() else other.capitalize() if word[0].istitle() else other
-    return os.path.exists(path.with_name(path.name[: word.start()] + other + path.name[word.end() :]))
+    return exists(path.with_name(path.name[: word.start()] + other + path.name[word.end() :]))
