@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,6 @@ from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora
 from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
-from wan.utils.progress import columns_of
 
 ROOT = Path(__file__).parents[2]  # of a clone; an installed package has no examples there
 SENTENCE, INDENT = 9, 6  # columns that indent the further lines of a finding, and of a line of its table
@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _print(text: str) -> None:
     """Print; a terminal gets lines no longer than it is wide, their further lines indented."""
     if sys.stdout.isatty():
-        columns = columns_of(sys.stdout)
+        columns = shutil.get_terminal_size().columns
         indents = {True: " " * INDENT, False: " " * SENTENCE}
         text = "\n".join(
             fill(line, columns, subsequent_indent=indents[line.startswith(" ")], break_long_words=False,
