@@ -31,7 +31,7 @@ from wan.checkpoints import layout as layouts
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint, read_header
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
-from wan.checkpoints.writer import Network, plan_shards, replacing, sha256, write_index, write_json, write_shard
+from wan.checkpoints.writer import Network, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
@@ -230,7 +230,7 @@ def _prepare(out: Path, sources: dict[str, Any]) -> Path:
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / RECORD, sources)
-    for rest in partial.rglob("*.tmp"):
+    for rest in partial.rglob(".*.part"):
         rest.unlink()
     return partial
 
@@ -243,8 +243,10 @@ def _bring_others(ckpt_dir: Path, partial: Path, config: TaskConfig) -> None:
         is_weights = file.parent in experts and file.name.startswith(layouts.STEM)
         if is_weights or inside == Path(RECORD) or not file.is_file() or any(p.startswith(".") for p in inside.parts):
             continue
-        with replacing(partial / inside) as target:
-            try:
-                os.link(file.resolve(), target)
-            except OSError:  # another disk, or one without hard links
-                shutil.copy2(file, target)
+        target = partial / inside
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a stopped run may have copied half of it
+        try:
+            os.link(file.resolve(), target)
+        except OSError:  # another disk, or one without hard links
+            shutil.copy2(file, target)

@@ -25,9 +25,9 @@ from wan.jobs.job import Sampling
 from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.model import WanModel
-from wan.offload.copy_stream import Lane, Slot
-from wan.pipeline import Pipeline
-from wan.runner.batch import PIPELINES
+from wan.offload.copy_stream import CopyStream, Slot
+from wan.original_api import Original
+from wan.sampling import Video
 from wan.utils.progress import Progress
 
 META = torch.device("meta")
@@ -65,8 +65,8 @@ class AllIsWell(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class WatchedLane(Lane):
-    """Modes belong to a thread: the walker's, which brings weights and merges, is watched from its lane."""
+class WatchedStream(CopyStream):
+    """Modes belong to a thread: the prefetcher's, which brings weights and merges, is watched from its stream."""
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -76,13 +76,13 @@ class WatchedLane(Lane):
 
 def open_on_meta(
     task: str, dtype: torch.dtype, lora_mode: str | None, offload: bool, room: int | None, quantize: str = "none"
-) -> Pipeline:
+) -> Original:
     """The pipeline as planned for a CPU, but for the device."""
     lora = {"lora_dir": lora_dir(task), "lora_mode": lora_mode} if lora_mode else {}
     plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", quantize=quantize, **lora).plan
     assert plan.lora_mode == (lora_mode or "merge")
     plan = replace(plan, device=META, text_device=META, offload=offload, room=room)
-    return PIPELINES[task](plan, Progress(quiet=True), Runtime())
+    return CLASSES[task].of_plan(plan, Progress(quiet=True), Runtime())
 
 
 @pytest.mark.parametrize(
@@ -93,31 +93,34 @@ def open_on_meta(
 def test_nothing_is_on_two_devices(
     task: str, lora_mode: str | None, offload: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
     image = None if task == "t2v-A14B" else Image.open(TINY / "input.png").convert("RGB")
     for dtype, samplings, tiles in RUNS:
         pipe = open_on_meta(task, dtype, lora_mode, offload, room)
         with OneDevice(), AllIsWell():
-            latents = [pipe.sample("a cat", "bad", image, SIZE, FRAMES, 1, sampling) for sampling in samplings]
+            video = Video("a cat", "bad", SIZE, FRAMES, 1, image)
+            latents = [pipe.sample_with(sampling, video) for sampling in samplings]
             chunks = list(pipe.load_vae().decode(latents[0], tiles=tiles))
         assert {each.device for each in (*latents, *chunks)} == {META}
         assert sum(chunk.shape[1] for chunk in chunks) == FRAMES
         networks = pipe.load_experts().networks
         assert networks is not None
         if room:
-            assert networks.walker.copies > len(samplings) * len(networks.walker.units), "blocks pass through the slots"
+            assert networks.prefetcher.copies > len(samplings) * len(networks.prefetcher.blocks), (
+                "blocks pass through the slots"
+            )
 
 
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks."""
-    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
     pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")
     with OneDevice(), AllIsWell():
-        latent = pipe.sample("a cat", "bad", None, SIZE, FRAMES, 1, RUNS[0][1][0])
+        latent = pipe.sample_with(RUNS[0][1][0], Video("a cat", "bad", SIZE, FRAMES, 1))
     assert latent.device == META
     layers = [m for model in pipe.load_experts().models.values() for m in model.modules() if isinstance(m, Fp8Linear)]
     assert len(layers) == 2 * 2 * 10

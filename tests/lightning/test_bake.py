@@ -243,6 +243,7 @@ def test_a_damaged_shard_is_written_again(tmp_path: Path, monkeypatch: pytest.Mo
             run(tmp_path / "out")
     shard = next(iter((tmp_path / "out.partial").rglob("*00002-of-*.safetensors")))
     shard.write_bytes(shard.read_bytes()[:-1])
+    shard.with_name(f".{shard.name}.another-1f-99.part").write_bytes(b"half of it")
     run(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

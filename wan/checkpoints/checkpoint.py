@@ -126,8 +126,7 @@ class _Opener:
         """The file, or index, that holds the part."""
         if part in self.files or self.folder is None:
             return self.files[part]
-        file = self.folder / layout.places_in(self.folder, self.config)[part]
-        return layout.weights_at(file) or file
+        return layout.path_of(self.folder, self.config, part)
 
     def _name(self, expert: str) -> Path:
         """The expert in messages: its own file, or its folder."""
@@ -136,9 +135,7 @@ class _Opener:
     def expert(self, name: str) -> Part[WanModel]:
         path, where = self.path(name), str(self._name(name))
         store = open_expert(path) if name in self.files else as_ours(open_file(path), EXPERT, where)
-        config = None
-        if self.folder:
-            config = self.folder / layout.settings_of(layout.places_in(self.folder, self.config)[name])
+        config = layout.path_of(self.folder, self.config, name).with_name("config.json") if self.folder else None
         if name in self.files and config and not config.is_file():
             config = None
         sizes = transformer_sizes(config, store.shapes, where, self.config.text_len)

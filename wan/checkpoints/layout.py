@@ -1,7 +1,7 @@
-"""Where the parts of a checkpoint lie: in the released layout, in diffusers', or each in a file of its own.
+"""Which file of a checkpoint folder holds which part: in the released layout, or in diffusers'.
 
-A part is an expert (by its name), "text_encoder", "vae" or "tokenizer"; its place is a file relative to the folder.
-Where a safetensors file has its place, shards and their index may lie instead.
+A part is an expert (by its name), "text_encoder", "vae" or "tokenizer". Any safetensors file may be in shards with an
+index instead.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from wan.configs import TaskConfig
 from wan.utils.errors import InputError
 
 STEM = "diffusion_pytorch_model"  # of an expert's file or files, in both layouts
+WEIGHTS = f"{STEM}.safetensors"
 MODEL_INDEX = "model_index.json"  # only diffusers' layout has it
 FOLDERS = {"high": "transformer", "low": "transformer_2", "model": "transformer"}  # of the experts in that layout
-WEIGHTS = f"{STEM}.safetensors"
+
+
+def is_diffusers(folder: Path) -> bool:
+    return (folder / MODEL_INDEX).is_file()
 
 
 def released(config: TaskConfig) -> dict[str, str]:
+    """Part -> file in the released layout."""
     return {
-        **{name: str(PurePosixPath(where, WEIGHTS)) for name, where in config.experts.items()},
+        **{name: str(PurePosixPath(folder, WEIGHTS)) for name, folder in config.experts.items()},
         "text_encoder": config.t5_checkpoint,
         "vae": config.vae_checkpoint,
         "tokenizer": f"{config.t5_tokenizer}/tokenizer.json",
@@ -30,6 +35,7 @@ def released(config: TaskConfig) -> dict[str, str]:
 
 
 def diffusers(config: TaskConfig) -> dict[str, str]:
+    """Part -> file in diffusers' layout."""
     return {
         **{name: f"{FOLDERS[name]}/{WEIGHTS}" for name in config.experts},
         "text_encoder": "text_encoder/model.safetensors",
@@ -38,67 +44,58 @@ def diffusers(config: TaskConfig) -> dict[str, str]:
     }
 
 
-def settings_of(place: str) -> str:
-    """Where the sizes of the expert at `place` stand."""
-    return str(PurePosixPath(place).parent / "config.json")
-
-
 def places_in(folder: Path, config: TaskConfig) -> dict[str, str]:
-    """The place of each part, by the layout that the folder has."""
-    return diffusers(config) if (folder / MODEL_INDEX).is_file() else released(config)
+    """Part -> file, relative to the folder, in the layout that the folder has."""
+    return diffusers(config) if is_diffusers(folder) else released(config)
 
 
-def download_command(folder: Path, config: TaskConfig) -> str:
-    """How to get the folder's files again, in its layout."""
-    name = f"{config.hub_id}-Diffusers" if (folder / MODEL_INDEX).is_file() else config.hub_id
-    return configs.download_command(name)
+def settings_of(weights: str) -> str:
+    """The file beside an expert's weights that holds its sizes."""
+    return str(PurePosixPath(weights).with_name("config.json"))
 
 
-def weights_at(file: Path) -> Path | None:
-    """The index of the shards, or the single file, at a place; None if there is neither."""
+def path_of(folder: Path, config: TaskConfig, part: str) -> Path:
+    """The file of a part, or the index of its shards where there is one."""
+    file = folder / places_in(folder, config)[part]
     index = _index(file)
-    return next((path for path in (index, file) if path.is_file()), None)
+    return index if index.is_file() else file
 
 
-def missing(folder: Path, config: TaskConfig, given: Collection[str]) -> list[str]:
-    """What the folder lacks of the parts that are not `given` otherwise."""
+def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list[str]:
+    """Files that the folder lacks; the parts in `own` come from elsewhere."""
     lacking = []
-    for part, place in places_in(folder, config).items():
-        if part in given:
+    for part, name in places_in(folder, config).items():
+        if part in own:
             continue
-        if part in config.experts and not (folder / settings_of(place)).is_file():
-            lacking.append(settings_of(place))
-        file = folder / place
-        if weights_at(file) is None:
-            in_shards = any(file.parent.glob(f"{file.stem}-*.safetensors"))
-            lacking.append(str(PurePosixPath(place).parent / _index(file).name) if in_shards else place)
+        if part in config.experts and not (folder / settings_of(name)).is_file():
+            lacking.append(settings_of(name))
+        path = path_of(folder, config, part)
+        if not path.is_file():
+            in_shards = any(path.parent.glob(f"{path.stem}-*.safetensors"))
+            lacking.append(str(PurePosixPath(name).with_name(_index(path).name)) if in_shards else name)
     return lacking
 
 
-def check_complete(folder: Path, config: TaskConfig, given: Collection[str]) -> None:
-    """InputError, with all that is missing in one sentence, for a folder that lacks files of parts not `given`."""
-    if lacking := missing(folder, config, given):
-        get = download_command(folder, config)
+def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> None:
+    """InputError, with all missing files in one sentence; the parts in `own` come from elsewhere."""
+    if lacking := missing(folder, config, own):
+        get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
         raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
 
 
-def patterns(config: TaskConfig, given: Collection[str]) -> list[str]:
-    """What to fetch from a hub, in whichever layout the files lie there."""
+def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
+    """Patterns of the files to fetch from the hub, in either layout; the parts in `own` come from elsewhere."""
     wanted = [MODEL_INDEX]
-    for layout in (released(config), diffusers(config)):
-        for part, place in layout.items():
+    for files in (released(config), diffusers(config)):
+        for part, name in files.items():
             if part in config.experts:
-                wanted.append(settings_of(place))
+                wanted.append(settings_of(name))
             if part == "tokenizer":
-                wanted += [] if part in given else [place]
-            elif part not in given:
-                wanted.append(place.replace(".safetensors", "*"))
+                wanted += [] if part in own else [name]
+            elif part not in own:
+                wanted.append(name.replace(".safetensors", "*"))
     return wanted
 
 
 def _index(file: Path) -> Path:
     return file.with_name(file.name.removesuffix(".safetensors") + INDEX_SUFFIX)
-
-
-def is_diffusers(ckpt_dir: Path) -> bool:
-    return (ckpt_dir / MODEL_INDEX).is_file()

@@ -170,14 +170,14 @@ def _scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
-    """The networks `parts` of a checkpoint folder of either layout, under our names: those that are there."""
+    """Networks of a checkpoint folder of either layout under our names; those whose files are missing are left out."""
     found = {}
-    for part, place in layout.places_in(folder, config).items():
-        if part in parts and (file := layout.weights_at(folder / place)):
+    for part in parts:
+        path = layout.path_of(folder, config, part)
+        if path.is_file():
             is_expert = part in config.experts
-            found[part] = as_ours(
-                open_file(file), EXPERT if is_expert else part, str(file.parent if is_expert else file)
-            )
+            where = str(path.parent if is_expert else path)
+            found[part] = as_ours(open_file(path), EXPERT if is_expert else part, where)
     return found
 
 

@@ -1,14 +1,11 @@
-"""Networks written as sharded safetensors files, each whole or not there at all, so that a stopped run goes on."""
+"""Networks as sharded safetensors files, each written whole or not at all, so that a stopped run can continue."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +16,17 @@ from wan.checkpoints.layout import STEM
 from wan.checkpoints.safetensors_file import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
 from wan.modules.quantize import FP8, quantise, scale_name
 from wan.utils.errors import TensorFileError
+from wan.utils.files import replacing, write_file
 
-FORMATS = {getattr(torch, ours): theirs for theirs, (ours, _) in DTYPES.items()}
+FORMATS = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network to write: where its tensors come from, and where they go.
+    """One network to write.
 
-    folder: relative to the checkpoint. stored: dtype by our name; fp8 brings a scale for each row, in a tensor beside.
-    rename: our name -> the one in the file.
-    change: what becomes of a tensor on the way (a `Merge`).
+    folder: relative to the checkpoint. stored: dtype by our name; fp8 adds a tensor with a scale for each row.
+    rename: our name -> the one in the file. change: applied to each tensor (a `Merge`).
     """
 
     name: str
@@ -42,7 +39,7 @@ class Network:
 
 
 class Target(NamedTuple):
-    """One tensor of a file to write. scales: not the weight `source`, but what its rows in fp8 are multiplied by."""
+    """One tensor of a file to write. scales: it holds the fp8 scales of the rows of `source`, not its numbers."""
 
     source: str
     name: str
@@ -67,8 +64,8 @@ class Shard:
         end = 0
         for tensor in self.tensors:
             start, end = end, end + tensor.bytes
-            place = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-            table[tensor.name] = place
+            entry = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            table[tensor.name] = entry
         return header_bytes(table)
 
     @property
@@ -79,18 +76,18 @@ class Shard:
 def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
     """Split a network's tensors into files, in the order of the base's; the widest dtype first within a file."""
     groups: list[list[Target]] = [[]]
-    room = shard_bytes
+    left = shard_bytes
     for name in network.store.in_file_order(network.store):
         targets = [Target(name, network.rename(name), network.stored(name), network.store[name].shape)]
         if targets[0].dtype == FP8:
             shape = targets[0].shape[0], 1
             targets.append(Target(name, scale_name(targets[0].name), torch.float32, shape, scales=True))
         size = sum(target.bytes for target in targets)
-        if size > room and groups[-1]:
+        if size > left and groups[-1]:
             groups.append([])
-            room = shard_bytes
+            left = shard_bytes
         groups[-1] += targets
-        room -= size
+        left -= size
     return [
         Shard(
             network.folder / f"{network.stem}-{number:05d}-of-{len(groups):05d}.safetensors",
@@ -102,21 +99,24 @@ def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
 
 def write_shard(path: Path, shard: Shard, network: Network) -> str:
     """Write one file, or keep it if an earlier run wrote it whole; its sha256."""
-    if path.is_file() and _is_whole(path, shard):
-        return sha256(path)
-    digest = hashlib.sha256()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        tensors = (_stored(tensor, network) for tensor in shard.tensors)
-        for data in chain([memoryview(shard.header())], map(_bytes_of, tensors)):
+    header = shard.header()
+    if path.is_file() and path.stat().st_size == len(header) + shard.bytes:
+        with path.open("rb") as file:
+            if file.read(len(header)) == header:
+                return sha256(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(header)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(header)
+        for target in shard.tensors:
+            data = _converted(target, network).contiguous().flatten().view(torch.uint8).numpy().data
             file.write(data)
             digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def write_index(root: Path, network: Network, shards: Sequence[Shard]) -> None:
-    """What tensor is in which of the files."""
+    """Write which file holds which tensor."""
     index = {
         "metadata": {"total_size": sum(shard.bytes for shard in shards)},
         "weight_map": {tensor.name: shard.file.name for shard in shards for tensor in shard.tensors},
@@ -125,18 +125,9 @@ def write_index(root: Path, network: Network, shards: Sequence[Shard]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write `path`, so that it is there whole or not at all; what a stopped run leaves ends in `.tmp`."""
+    """Write a JSON file and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
-    temporary.unlink(missing_ok=True)  # replacing a link by another to the same file leaves both names
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def sha256(file: Path) -> str:
@@ -144,8 +135,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _stored(target: Target, network: Network) -> Tensor:
-    """As it is written. A weight in fp8 and its scales lie apart in the file, and each makes both."""
+def _converted(target: Target, network: Network) -> Tensor:
+    """The tensor as it is written. An fp8 weight and its scales are apart in the file, so both are computed twice."""
     tensor = _changed(target.source, network)
     if target.dtype != FP8 and not target.scales:
         return tensor.to(target.dtype)
@@ -155,20 +146,8 @@ def _stored(target: Target, network: Network) -> Tensor:
 
 
 def _changed(name: str, network: Network) -> Tensor:
+    """The source's tensor after the network's change. TensorFileError if it holds NaN or Inf."""
     tensor = network.store.read(name)
     if not tensor.isfinite().all():
         raise TensorFileError(f"{network.store[name].file}: tensor {name} holds NaN or Inf")
     return network.change(name, tensor)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-    return data
-
-
-def _is_whole(path: Path, shard: Shard) -> bool:
-    header = shard.header()
-    if path.stat().st_size != len(header) + shard.bytes:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
