@@ -101,7 +101,7 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     try:
         write_rows(outcome.file, rows)
     except OSError as e:
-        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror})") from e
+        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror}); the answers are cached") from e
     _show(progress, "extended", {"file": str(outcome.file)}, str(outcome.file))
     return 0
 

@@ -32,6 +32,7 @@ from wan.jobs.replay import earlier_seed, replayed
 from wan.jobs.sharding import chosen_shard, own_jobs
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
 from wan.prompt_extension.extend import ExtendSettings
+from wan.utils.strict_json import parse_json
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -105,7 +106,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    extend = _extension(request) if request.use_prompt_extend else None
+    extend = _extension(request, check) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
     own = own_jobs(request, jobs, rows, check)
@@ -131,7 +132,7 @@ def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     else:
         check_file("--extend_only", file, check, overwrite=request.overwrite)
     rows = prompt_rows(request, config, True, check)
-    return Extend(request, tuple(rows), _extension(request), file)
+    return Extend(request, tuple(rows), _extension(request, check), file)
 
 
 def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
@@ -213,7 +214,13 @@ def _check_processes(request: Request, check: Check) -> None:
         )
 
 
-def _extension(request: Request) -> ExtendSettings:
+def _extension(request: Request, check: Check) -> ExtendSettings:
+    options = None
+    if request.prompt_extend_options is not None:
+        with suppress(ValueError):
+            options = parse_json(request.prompt_extend_options)
+        if not isinstance(options, dict):
+            check.problem(f"--prompt_extend_options takes a JSON object, not {request.prompt_extend_options!r:.80}")
     return ExtendSettings(
         task=request.task,
         method=request.prompt_extend_method,
@@ -223,4 +230,5 @@ def _extension(request: Request) -> ExtendSettings:
         on_error=request.prompt_extend_on_error,
         use_cache=not request.no_extend_cache,
         device=request.device,
+        options=options,
     )
