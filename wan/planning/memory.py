@@ -22,6 +22,7 @@ from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
 from wan.planning.plan import Plan, Size, VideoPlan, kind_of
 from wan.sampling import Video, make_schedule, plan_steps
+from wan.utils.accelerator import Accelerator
 
 Tiles = tuple[int, int]  # rows and columns in which a frame is coded
 
@@ -37,6 +38,16 @@ def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -
     plan = replace(plan, sampling=sampling, steps=tuple(steps))
     kinds = dict.fromkeys(map(kind_of, videos))
     return replace(plan, videos={kind: plan_video(plan, *kind) for kind in kinds})
+
+
+def memory_now(plan: Plan) -> int | None:
+    """Bytes that the run may use now: what is free, and what this process has allocated already."""
+    accelerator, vram = Accelerator(plan.device), plan.request.vram
+    limit = plan.room if vram is None else int(vram * 1e9)
+    if not accelerator.has_memory:
+        return limit
+    free = accelerator.free_bytes + int(accelerator.api.memory_allocated(plan.device))
+    return free if vram is None else min(free, int(vram * 1e9))
 
 
 def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:

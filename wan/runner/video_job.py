@@ -22,7 +22,7 @@ from wan.jobs.job import Job
 from wan.jobs.resolve import program
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter
-from wan.pipeline import Pipeline, in_the_room
+from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
 from wan.utils.errors import JobError, WanError, out_of_memory
@@ -104,7 +104,7 @@ def save_video(
                 video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
         return video.frames
 
-    return in_the_room(team, progress, attempt)
+    return retry_smaller(progress, FINER, lambda finer: team.all_or_none(lambda: attempt(finer)))
 
 
 def check_place(save_file: Path) -> None:
