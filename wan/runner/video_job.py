@@ -134,7 +134,7 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
         hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
         where = f" in {stage}{size}" if stage else size
         return f"out of memory on the device ({first_line}){where}{expected}{hint}"
-    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:

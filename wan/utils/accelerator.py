@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from wan.utils.errors import first_line
+
 COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
 
 
@@ -67,6 +69,16 @@ class Accelerator:
         """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of
         other packages go there, and PyTorch 2.13 frees memory that another GPU still uses (pytorch issue 196258)."""
         return self.api.device(self.device) if self.has_memory else nullcontext()
+
+    @property
+    def failure(self) -> str:
+        """The error that the device answers with, "" while it works: some errors make every later call fail."""
+        try:
+            if self.has_memory:
+                self.api.synchronize(self.device)
+        except RuntimeError as e:
+            return first_line(e)
+        return ""
 
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued to the device so far; None where each operation ends before the next."""
