@@ -128,10 +128,9 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
         budget = plan.video(job).budget if plan and job and plan.room is not None else None
         peak = budget.peaks.get(stage) if budget else None
         expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
-        first_line = str(error).partition("\n")[0].rstrip(". ")
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         where = f" in {stage}{size}" if stage else size
-        return f"out of memory on the device ({first_line}){where}{expected}{hint}"
+        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{expected}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
 
