@@ -25,7 +25,7 @@ from wan.media.video import VideoWriter
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
-from wan.utils.errors import JobError, WanError, out_of_memory
+from wan.utils.errors import JobError, WanError, first_line, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
