@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from wan.utils.errors import first_line
-
 COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
 
 
@@ -82,7 +80,7 @@ class Accelerator:
             if self.has_memory:
                 self.api.synchronize(self.device)
         except RuntimeError as e:
-            return first_line(e)
+            return str(e).partition("\n")[0]
         return ""
 
     def record_event(self) -> torch.Event | None:
