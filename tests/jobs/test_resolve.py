@@ -855,7 +855,8 @@ def test_bad_records(tmp_path):
     "change",
     [
         {"job": True}, {"job": []}, {"job": None}, {"request": True}, {"request": [1]}, {"versions": ["a"]},
-        {"versions": 3}, {"meaning": [1]}, {"meaning": "a"}, {"job.area": 5}, {"job.area": "ab"}, {"job.area": [[], {}]},
+        {"versions": 3}, {"meaning": [1]}, {"meaning": "a"}, {"job.area": 5}, {"job.area": "ab"},
+        {"job.area": [[], {}]},
         {"job.seed": {}}, {"job.seed": 10**4200}, {"job.seed": "7" * 5000}, {"job.frame_num": True},
         {"job.prompt": ["a"]}, {"job.image": 3}, {"request.lora": {"a": 1}}, {"request.sample_steps": []},
         {"request.ckpt_dir": [1]}, {"schema": []}, {"schema": "2"}, {"request.\x1b[2J": 1},
