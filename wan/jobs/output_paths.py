@@ -82,28 +82,29 @@ def check_outputs(
     flag = "--save_file " if request.save_file is not None else ""
     if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    usable = _check_names([file for file in files if file not in wrong], check)
-    mine = usable if own is None else [file for file in usable if file in own]
+    misnamed = set(wrong)
+    usable = _check_names([file for file in files if file not in misnamed], check)
     written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
-    written = {file: written[file] for file in mine}
+    written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
-        check.problem(
-            f"{flag}{_shown(folders)}: is a folder, and a file is to be written there; --save_dir takes a folder"
-        )
+        check.problem(f"{flag}{_shown(folders)}: is a folder, not a file; --save_dir takes a folder")
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     if taken := [path for path in there if place(path) in read]:
         check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(paths)]
-    if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
+    reported = {*taken, *folders}
+    if not request.overwrite and (there := [path for path in there if path not in reported]):
         check.problem(
             f"{flag}{_shown(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
-    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+    for folder in sorted({folder.absolute() for folder in {file.parent for file in written}}):
+        if problem := _folder_problem(folder):
+            check.problem(f"{problem}; choose another --save_dir")
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
@@ -200,12 +201,6 @@ def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
         check.problem(f"{flag} {file} already exists; --overwrite replaces it")
     elif problem := _folder_problem(file.absolute().parent):
         check.problem(f"{flag} {problem}")
-
-
-def _check_folders(folders: Iterable[Path], check: Check) -> None:
-    for folder in sorted(folders):
-        if problem := _folder_problem(folder):
-            check.problem(f"{problem}; choose another --save_dir")
 
 
 def _folder_problem(folder: Path) -> str | None:
