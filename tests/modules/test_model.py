@@ -330,6 +330,26 @@ def test_a_back_end_that_fails_is_left_out_with_its_reason(tmp_path: Path, monke
         choose("flash2", *arguments)
 
 
+def test_auto_needs_a_back_end_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of all are refused; wrong results of all are warned of, `sdpa` last (a rehearsal computes no numbers)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+
+    def fail(error: Exception) -> object:
+        def milliseconds(*_: object) -> float:
+            raise error
+
+        return milliseconds
+
+    monkeypatch.setattr(backends, "_milliseconds", fail(RuntimeError("CUDA error: no kernel image")))
+    with pytest.raises(InputError, match=r"--attention auto: .*sdpa.*no kernel image.*flash"):
+        choose("auto", torch.device("cuda", 8), torch.bfloat16, 2, 16)
+    monkeypatch.setattr(backends, "_milliseconds", fail(ValueError(backends.WRONG_RESULT)))
+    name, warnings = choose("auto", torch.device("cuda", 9), torch.bfloat16, 2, 16)
+    assert name == "sdpa"
+    assert "wan.doctor" in warnings[-1]
+
+
 def test_a_back_end_that_computes_something_else_is_told() -> None:
     q = torch.randn(40, 2, 16, dtype=torch.bfloat16)
     right = BACKENDS["sdpa"](q, q[:30], q[:30])

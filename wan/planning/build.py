@@ -30,7 +30,7 @@ from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, dtype_problems, held_by_others, limit_memory
 from wan.planning.plan import Plan, dtype_name
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
@@ -113,7 +113,7 @@ def open_plan(
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
     )  # fmt: skip
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
-    conflicts += device_problems(layout, device, runtime.uses_gpus)
+    conflicts += device_problems(layout, device, runtime.uses_gpus) + dtype_problems(device, dtypes[0])
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
     warnings += device_warnings(request.device, device)
     chosen = None

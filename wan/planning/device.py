@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from wan.utils.accelerator import Accelerator, gpu_kind, has_mps
+from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, has_mps
 from wan.utils.errors import InputError, first_line
 
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
+BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
 
 
@@ -51,8 +52,11 @@ def compute_device(name: str) -> torch.device:
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
+        Accelerator(device).check()
     except RuntimeError as e:
-        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}") from e
+        advice = f"unset {allocator_setting()}, or " if allocator_setting() else ""
+        advice += "give --device cpu (slow)"
+        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; {advice}") from e
     return device
 
 
@@ -64,6 +68,17 @@ def device_warnings(name: str, device: torch.device) -> list[str]:
             "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
         ]
     return []
+
+
+def dtype_problems(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the transformer cannot run in `dtype` on the device."""
+    accelerator = Accelerator(device)
+    if dtype != torch.bfloat16 or (accelerator.capability or BF16_CAPABILITY) >= BF16_CAPABILITY:
+        return []
+    return [
+        f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
+        "capability 8.0); use --dtype fp32"
+    ]
 
 
 def limit_memory(device: torch.device, vram: float | None) -> int | None:
