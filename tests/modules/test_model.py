@@ -20,6 +20,7 @@ from wan.modules.fused import EAGER, compiled
 from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel, sinusoid
 from wan.modules.rope import rotary_table, rotate
+from wan.modules.t5 import T5Norm
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -406,3 +407,41 @@ def test_each_back_end_equals_the_formula_on_a_gpu(name: str) -> None:
     expected = torch.einsum("nqk,knd->qnd", weights, v.float())
     limit = IN_8_BITS if name in QUANTISED else 1e-2
     assert relative_error(BACKENDS[name](q, k, v).float(), expected) < limit
+
+
+# -- float64 where it counts, and the smallest numbers
+
+
+def test_rotary_angles_are_exact_at_released_positions() -> None:
+    """The last tokens of 1280x720x121, whose rows and columns reach 44 and 79: float32 angles are off by 5e-6."""
+    grid, width = (31, 45, 80), 128
+    total = math.prod(grid)
+    table = rotary_table(grid, width, total - 3, total, CPU).double()
+    pairs = [width // 2 - 2 * (width // 6), width // 6, width // 6]
+    for token in range(3):
+        position = (30, 44, 77 + token)
+        angles = [p * 10000.0 ** (-j / n) for p, n in zip(position, pairs, strict=True) for j in range(n)]
+        expected = torch.tensor([[math.cos(a), math.sin(a)] for a in angles], dtype=torch.float64)
+        assert (table[token] - expected).abs().max() < 1e-7
+
+
+def test_the_time_embedding_is_exact_between_whole_steps() -> None:
+    found = sinusoid([833.33, 0.0], 256)[0].double()
+    angles = [833.33 * 10000.0 ** (-j / 128) for j in range(128)]
+    expected = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
+    assert (found - expected).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_norms_of_the_transformer_keep_their_epsilon(size: float) -> None:
+    """eps 1e-6 under the root: rows of zeros stay zeros, and values of 1e-7 become 1e-4, not 1."""
+    x = size * torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    y, turned, normed = x.clone(), x.clone(), torch.empty_like(x)
+    EAGER.rms_norm(y, torch.ones(4), 1e-6)
+    EAGER.rms_norm_rotate(turned, torch.ones(4), torch.tensor([[[1.0, 0.0]] * 2] * 2), 1e-6)
+    EAGER.norm(x, torch.ones(4), torch.zeros(4), 1e-6, normed)
+    t5 = T5Norm(4)
+    t5.weight.data.fill_(1)
+    for found in (y, turned, normed, t5(x)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-12)
