@@ -51,7 +51,7 @@ def decoded(runtime: Runtime, task: str, grid: tuple[int, int], tiles: tuple[int
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    ("ranks", "grid", "tiles"), [(2, GRID, (1, 1)), (4, GRID, (2, 2)), (4, (1, 3), (1, 1)), (2, (2, 2), (2, 2))]
+    ("ranks", "grid", "tiles"), [(2, GRID, (1, 1)), (4, GRID, (2, 2)), (4, (1, 3), (1, 1)), (4, (1, 3), (2, 2))]
 )
 def test_decode(task: str, ranks: int, grid: tuple[int, int], tiles: tuple[int, int]) -> None:
     want = list(vae_of(task).decode(latent_of(vae_of(task), grid)))
