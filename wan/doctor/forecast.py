@@ -25,6 +25,7 @@ from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, short, t
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
+from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
@@ -149,9 +150,10 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     frames = plan.config.frame_num
-    budget = plan.budget(size, frames, plan.prompts())
+    video = plan_video(plan, size, frames)
+    budget = video.budget
     assert budget is not None, "the plan has a limit"
-    found = seconds(plan, budget, size, frames, machine.rates)
+    found = seconds(plan, video, machine.rates)
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
     mode = ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
