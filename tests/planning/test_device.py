@@ -13,7 +13,7 @@ from tests.cli.test_command_line import SMALL, T2V
 from wan.distributed.launch import Runtime
 from wan.jobs.resolve import resolve
 from wan.planning import build
-from wan.planning.device import compute_device, dtype_problems, held_by_others, limit_memory
+from wan.planning.device import compute_device, dtype_problems, held_by_others, limit_memory, vae_dtype_problems
 from wan.planning.report import Outlook
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
@@ -219,3 +219,13 @@ def test_mps_computes_in_the_memory_of_the_host() -> None:
     assert needed[0] == needed[1] is not None
     assert Accelerator(torch.device("mps")).free_bytes > 0
     assert Accelerator(torch.device("mps")).bytes_of_others == 0
+
+
+def test_bf16_decoding_without_cudnn_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    (problem,) = vae_dtype_problems(GPU, "bf16")
+    assert "--vae_dtype bf16" in problem
+    assert vae_dtype_problems(GPU, "fp32") == vae_dtype_problems(torch.device("cpu"), "bf16") == []
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    assert vae_dtype_problems(GPU, "bf16") == []

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.utils.errors import InputError, one_line
 
+aten = torch.ops.aten
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,15 +28,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through PyTorch's own flash kernel, where its pick may be another one."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return sdpa(q, k, v)
+    """PyTorch's own flash kernel, called as such: `sdpa_kernel` would set flags of the whole process."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0][0].transpose(0, 1)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through cuDNN's kernel: the fastest of PyTorch's own on some GPUs, the slowest on others."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v)
+    """cuDNN's kernel: the fastest of PyTorch's own on some GPUs, the slowest on others."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0][0].transpose(0, 1)
 
 
 def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,7 +30,14 @@ from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, device_warnings, dtype_problems, held_by_others, limit_memory
+from wan.planning.device import (
+    compute_device,
+    device_warnings,
+    dtype_problems,
+    held_by_others,
+    limit_memory,
+    vae_dtype_problems,
+)
 from wan.planning.memory import plan_videos
 from wan.planning.plan import Plan, dtype_name
 from wan.utils.errors import InputError
@@ -107,6 +114,7 @@ def open_plan(
     )  # fmt: skip
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus) + dtype_problems(device, dtypes[0])
+    conflicts += vae_dtype_problems(device, request.vae_dtype)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
     warnings += device_warnings(request.device, device)
     chosen = None

@@ -14,6 +14,7 @@ from wan.utils.errors import InputError, first_line
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
+CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
 
 
@@ -78,6 +79,22 @@ def dtype_problems(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [
         f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
         "capability 8.0); use --dtype fp32"
+    ]
+
+
+def vae_dtype_problems(device: torch.device, vae_dtype: str) -> list[str]:
+    """Why the autoencoder cannot decode in this precision on the device."""
+    cudnn = torch.backends.cudnn.version() or 0
+    if (
+        vae_dtype != "bf16"
+        or device.type != "cuda"
+        or not torch.__version__.startswith("2.9.")
+        or cudnn >= CUDNN_FOR_29
+    ):
+        return []
+    return [
+        f"--vae_dtype bf16: PyTorch {torch.__version__} computes it without cuDNN, which takes more memory and may be "
+        f"wrong, unless cuDNN is 9.15 or newer (here {cudnn}); leave it out, or install another PyTorch"
     ]
 
 
