@@ -13,7 +13,7 @@ from tests.cli.test_command_line import SMALL, T2V
 from wan.distributed.launch import Runtime
 from wan.jobs.resolve import resolve
 from wan.planning import build
-from wan.planning.device import compute_device, dtype_problems, held_by_others, limit_memory, vae_dtype_problems
+from wan.planning.device import compute_device, held_by_others, limit_memory, precision_problems
 from wan.planning.report import Outlook
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
@@ -162,11 +162,12 @@ def test_a_gpu_on_which_nothing_runs_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_bf16_below_capability_8_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpu(monkeypatch, capability=(7, 5))
-    (problem,) = dtype_problems(GPU, torch.bfloat16)
+    (problem,) = precision_problems(GPU, torch.bfloat16, "fp32")
     assert "--dtype fp32" in problem
-    assert dtype_problems(GPU, torch.float32) == dtype_problems(torch.device("cpu"), torch.bfloat16) == []
+    for device, dtype in ((GPU, torch.float32), (torch.device("cpu"), torch.bfloat16)):
+        assert precision_problems(device, dtype, "fp32") == []
     FakeGpu(monkeypatch, capability=(8, 0))
-    assert dtype_problems(GPU, torch.bfloat16) == []
+    assert precision_problems(GPU, torch.bfloat16, "fp32") == []
 
 
 def test_a_limit_ends_with_the_plan_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,10 +223,12 @@ def test_mps_computes_in_the_memory_of_the_host() -> None:
 
 
 def test_bf16_decoding_without_cudnn_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    (problem,) = vae_dtype_problems(GPU, "bf16")
+    (problem,) = precision_problems(GPU, torch.bfloat16, "bf16")
     assert "--vae_dtype bf16" in problem
-    assert vae_dtype_problems(GPU, "fp32") == vae_dtype_problems(torch.device("cpu"), "bf16") == []
+    for device, vae_dtype in ((GPU, "fp32"), (torch.device("cpu"), "bf16")):
+        assert precision_problems(device, torch.bfloat16, vae_dtype) == []
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
-    assert vae_dtype_problems(GPU, "bf16") == []
+    assert precision_problems(GPU, torch.bfloat16, "bf16") == []

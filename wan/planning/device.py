@@ -71,31 +71,22 @@ def device_warnings(name: str, device: torch.device) -> list[str]:
     return []
 
 
-def dtype_problems(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why the transformer cannot run in `dtype` on the device."""
-    accelerator = Accelerator(device)
-    if dtype != torch.bfloat16 or (accelerator.capability or BF16_CAPABILITY) >= BF16_CAPABILITY:
+def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str) -> list[str]:
+    """Why the transformer cannot run in `dtype` on the device, or the autoencoder decode with `--vae_dtype`."""
+    problems, accelerator, cudnn = [], Accelerator(device), torch.backends.cudnn.version() or 0
+    if accelerator.capability is None:
         return []
-    return [
-        f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
-        "capability 8.0); use --dtype fp32"
-    ]
-
-
-def vae_dtype_problems(device: torch.device, vae_dtype: str) -> list[str]:
-    """Why the autoencoder cannot decode in this precision on the device."""
-    cudnn = torch.backends.cudnn.version() or 0
-    if (
-        vae_dtype != "bf16"
-        or device.type != "cuda"
-        or not torch.__version__.startswith("2.9.")
-        or cudnn >= CUDNN_FOR_29
-    ):
-        return []
-    return [
-        f"--vae_dtype bf16: PyTorch {torch.__version__} computes it without cuDNN, which takes more memory and may be "
-        f"wrong, unless cuDNN is 9.15 or newer (here {cudnn}); leave it out, or install another PyTorch"
-    ]
+    if dtype == torch.bfloat16 and accelerator.capability < BF16_CAPABILITY:
+        problems.append(
+            f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
+            "capability 8.0); use --dtype fp32"
+        )
+    if vae_dtype == "bf16" and torch.__version__.startswith("2.9.") and cudnn < CUDNN_FOR_29:
+        problems.append(
+            f"--vae_dtype bf16: PyTorch {torch.__version__} computes it without cuDNN, which takes more memory and may "
+            f"be wrong, unless cuDNN is 9.15 or newer (here {cudnn}); leave it out, or install another PyTorch"
+        )
+    return problems
 
 
 def limit_memory(device: torch.device, vram: float | None) -> int | None:
