@@ -1,4 +1,4 @@
-"""What was published for Wan2.2: one row a release, with the settings it was trained for.
+"""The published releases for Wan2.2: one row per release, with the settings it was trained for.
 
 `recognise(path)` knows a release by its folder or file name; `preset(name)` finds one by its own name.
 Guidance pairs read (low noise, high noise).
@@ -61,7 +61,7 @@ class Release:
     text_only: bool = False
 
     def check_supported(self, what: str) -> None:
-        """LoraError with the reason if this release cannot be run; `what` was given."""
+        """LoraError with the reason if this release cannot be run; `what` names it."""
         if self.refused:
             raise LoraError(f"{what} is {self.name} ({self.source}), which this toolkit cannot run: {self.refused}")
 
@@ -91,7 +91,7 @@ def preset(name: str) -> Release:
 
 
 def caution(path: Path) -> str | None:
-    """Why a LoRA does less here than where it was made for, None if its name says nothing."""
+    """Why a LoRA has less effect here than in its own pipeline, None if its name says nothing."""
     name = path.name.lower().replace("_", "-")
     return next((reason for pattern, reason in CONDITIONED.items() if re.search(pattern, name)), None)
 
