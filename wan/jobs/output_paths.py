@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
-from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
 from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.video import read_record
 from wan.utils.errors import InputError, TensorFileError
-from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
+from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name, why_no_file
 
 
 def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
@@ -167,9 +166,9 @@ def _check_folders(folders: set[Path], check: Check) -> None:
         nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not nearest.is_dir():
             check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
-        elif not os.access(nearest, os.W_OK | os.X_OK):
-            where = "" if nearest == folder else f", there is no permission to write in {nearest}"
-            check.problem(f"{folder}: the output folder is not writable{where}; choose another --save_dir")
+        elif reason := why_no_file(nearest):
+            where = "" if nearest == folder else f", {nearest} takes no files"
+            check.problem(f"{folder}: the output folder is not writable{where} ({reason}); choose another --save_dir")
 
 
 class _Places:
@@ -195,18 +194,3 @@ def _shown(paths: Sequence[Path]) -> str:
     if len(paths) <= 2:
         return " and ".join(map(str, paths))
     return f"{paths[0]} and {len(paths) - 1:,} more"
-
-
-MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
-
-
-def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
-    """What the videos need at most on the disk, by the nearest folder that is there."""
-    needed: dict[Path, float] = {}
-    for job in jobs:
-        folder = job.save_file.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
-        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
-    return needed

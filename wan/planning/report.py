@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from wan.jobs.chains import chains, frames_joined
 from wan.jobs.job import Job
-from wan.jobs.output_paths import written_bytes
 from wan.modules.fp8 import why_unpacked
 from wan.offload.budget import Budget
 from wan.planning.communication import plan_lines
+from wan.planning.disk import Disk, disks
 from wan.planning.plan import Plan, dtype_name
 from wan.planning.time_estimate import Expected, expect, network_of, sharded_bytes
 from wan.sampling import Step
@@ -31,7 +29,7 @@ STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, t
 class Outlook:
     """A plan on this machine as it is now. Bytes; of the host what all processes here need together.
 
-    done: the numbers of the jobs whose videos are there. disk: by folder, what may be written at most and what is free.
+    done: the numbers of the jobs whose videos are there.
     """
 
     plan: Plan
@@ -40,7 +38,7 @@ class Outlook:
     expected: Expected | None
     host_needed: int | None
     host_available: int
-    disk: dict[Path, tuple[float, int]]
+    disks: list[Disk]
 
     @classmethod
     def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
@@ -48,14 +46,15 @@ class Outlook:
         needed: int | None = _streaming_bytes(plan)
         if not Accelerator(plan.device).has_memory:
             needed = budget.peak if budget else None
+        todo = [job for job in plan.jobs if job.index not in set(done)]
         return cls(
             plan,
             frozenset(done),
             budget,
-            expect(plan, [job for job in plan.jobs if job.index not in done]),
+            expect(plan, todo),
             needed and needed * _processes_here(plan),
             host_bytes(),
-            {folder: (size, shutil.disk_usage(folder).free) for folder, size in written_bytes(plan.jobs).items()},
+            disks(todo, latents=plan.request.save_latents),
         )
 
     def lines(self) -> list[str]:
@@ -73,7 +72,10 @@ class Outlook:
             },
             "host": {"needed": self.host_needed, "available": self.host_available},
             "disk": [
-                {"folder": str(folder), "needed": needed, "free": free} for folder, (needed, free) in self.disk.items()
+                {
+                    "folder": str(disk.folder), "needed": disk.likely, "least": disk.least, "most": disk.most,
+                    "free": disk.free,
+                } for disk in self.disks
             ],
         }  # fmt: skip
 
@@ -94,10 +96,7 @@ class Outlook:
                 told.append(
                     "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
                 )
-        for folder, (size, free) in self.disk.items():
-            there = f" in {folder}" if len(self.disk) > 1 else ""
-            told.append(f"disk: at most {quantity(size, 'B')} to write{there}, {quantity(free, 'B')} free")
-        return told
+        return told + [line for disk in self.disks for line in (disk.line(), disk.warning) if line]
 
     def _job_lines(self) -> list[str]:
         """The jobs, of many the first ones; how many are done; how long the others will take."""
