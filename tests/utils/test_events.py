@@ -112,9 +112,8 @@ def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error["problems"][0].startswith("--frame_num 6 is not of the form")
     code, (error,) = run("--promt", "a cat")
     assert (code, error["code"]) == (2, 2)
-    monkeypatch.setattr(
-        "wan.runner.batch.make_video", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    full = OSError(28, "No space left")
+    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_, **__: (_ for _ in ()).throw(full))
     code, events = run("--prompt", "a cat")
     assert code == 1
     assert of("failed", events)[0]["index"] == 0
