@@ -155,6 +155,7 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
                     frame_num=frames,
                     seed=seed,
                     save_file=named or save_dir / name,
+                    named=named is not None,
                     source=row.source,
                     picture=picture,
                     last_image=row.last_image,
