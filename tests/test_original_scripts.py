@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import dashscope
 import numpy as np
 import pytest
 import torch
@@ -112,7 +111,6 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("DASH_API_KEY", raising=False)
         yield running
-        dashscope.close_shared_sync_session()
 
 
 def test_dashscope_expander(service: Any) -> None:
@@ -124,10 +122,10 @@ def test_dashscope_expander(service: Any) -> None:
     assert found.seed == 7
     body = service.requests[0].json
     assert body["model"] == "qwen-vl-max"
-    assert body["parameters"]["seed"] == 7
-    system, user = body["input"]["messages"]
-    assert system["content"][0]["text"] == found.system_prompt
-    assert user["content"][1]["image"].startswith("data:image/png")
+    assert body["seed"] == 7
+    system, user = body["messages"]
+    assert system["content"] == found.system_prompt
+    assert user["content"][0]["image_url"]["url"].startswith("data:image/png")
 
 
 def test_a_refusal_leaves_the_users_prompt(service: Any) -> None:

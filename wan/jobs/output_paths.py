@@ -74,7 +74,7 @@ def check_outputs(
             f"{flag}{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
-    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+    check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
@@ -161,14 +161,15 @@ def _kept_by_a_run(latents: Path) -> bool:
         return False
 
 
-def _check_folders(folders: set[Path], check: Check) -> None:
+def check_folders(folders: set[Path], check: Check, flag: str = "--save_dir") -> None:
+    """Problems of folders that cannot be written to; `flag` chooses another."""
     for folder in sorted(folders):
         nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not nearest.is_dir():
             check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
         elif reason := why_no_file(nearest):
             where = "" if nearest == folder else f", {nearest} takes no files"
-            check.problem(f"{folder}: the output folder is not writable{where} ({reason}); choose another --save_dir")
+            check.problem(f"{folder}: the output folder is not writable{where} ({reason}); choose another {flag}")
 
 
 class _Places:
