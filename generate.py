@@ -141,7 +141,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
-    outlook = Outlook.of(plan, [job.index for job, video in found if video.kind == "whole"])
+    outlook = Outlook(plan, [job.index for job, video in found if video.kind == "whole"])
     if not outcome.request.ignore_disk:
         team.broadcast(lambda: check_disks(outlook.disks))
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
