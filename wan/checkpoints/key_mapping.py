@@ -112,11 +112,10 @@ def text_name(name: str) -> str:
 
 def original_text(names: Iterable[str]) -> dict[str, str]:
     """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`."""
-    return {
-        name: _original_text(name, r"encoder\.block\.(\d+)\.", TEXT, TEXT_ENDS)
-        for name in names
-        if not name.startswith("encoder.embed_tokens.")
-    }
+    names, repeated = list(names), "encoder.embed_tokens.weight"
+    ends = TEXT_ENDS if "shared.weight" in names else (*TEXT_ENDS, ("token_embedding", "encoder.embed_tokens"))
+    listed = [name for name in names if name != repeated or ends is not TEXT_ENDS]
+    return {name: _original_text(name, r"encoder\.block\.(\d+)\.", TEXT, ends) for name in listed}
 
 
 def original_llama_text(names: Iterable[str]) -> dict[str, str]:
