@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from wan.cli.parser import parse
 from wan.utils.errors import BAD_INPUT, FAILED, InputError, JobError, WanError, print_errors
-from wan.utils.progress import Progress, clearing, tell, tell_event
+from wan.utils.progress import Progress, tell, tell_event
 
 if TYPE_CHECKING:
     from wan.distributed.launch import Runtime
@@ -206,7 +206,7 @@ def _report(error: WanError, code: int, words: Sequence[str], *, shown: bool = T
     if "--debug" in words:
         traceback.print_exc()
     if code > 128:
-        tell(sys.stderr, f"{clearing(sys.stderr)}{error}\n")
+        tell(sys.stderr, f"{error}\n")
     else:
         print_errors(error.problems)
     if "--json" in words and speaks_alone():

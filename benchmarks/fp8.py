@@ -35,7 +35,7 @@ from wan.modules.fp8 import in_fp8
 from wan.modules.model import WanModel
 from wan.modules.quantize import FP8
 from wan.offload.eviction import schedule
-from wan.offload.networks import parts_of
+from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes
 from wan.planning.plan import Plan
 
@@ -83,34 +83,34 @@ def streamed(task: str, room: int) -> Iterator[tuple[str, ...]]:
         budget = plan.budget((width, height), plan.config.frame_num, 1)
         assert budget is not None, "there is room to share"
         sizes = next(iter(budget.experts.values()))
-        weights = sum(each.units * each.unit_bytes + each.fixed for each in budget.experts.values())
+        weights = sum(each.blocks * each.block_bytes + each.resident for each in budget.experts.values())
         for file in FILES if quantize == "fp8" else FILES[:2]:
             steps = [size / 1e9 for size in by_step(plan, budget.slots, file)]
             yield (
                 f"{task} {width}x{height}", f"{room}", "bf16" if quantize == "none" else "fp8", f"{weights / 1e9:.1f}",
-                f"{budget.slots}", f"{budget.staying(sizes)} of {sizes.units}", file,
+                f"{budget.slots}", f"{budget.staying(sizes)} of {sizes.blocks}", file,
                 " / ".join(f"{size:.1f}" for size in steps[1:]),
             )  # fmt: skip
 
 
 def by_step(plan: Plan, slots: int, file: str) -> list[int]:
-    """Bytes of the files that pass to the device in each step, as the walker would bring them."""
+    """Bytes of the files that pass to the device in each step, as the prefetcher would bring them."""
     uses: list[int] = []
     step_of: list[int] = []
-    part_bytes: list[int] = []
+    block_bytes: list[int] = []
     numbers: dict[str, list[int]] = {}
     for name, part in plan.checkpoint.experts.items():
         model = part.module
-        parts = parts_of(model, parameter_dtypes(plan.dtype, False, model))
-        numbers[name] = [len(part_bytes) + part for part in parts.of_unit]
+        grouping = group(model, parameter_dtypes(plan.dtype, False, model))
+        numbers[name] = [len(block_bytes) + block for block in grouping.block_of]
         stored = file_bytes(model, file)
-        part_bytes += [sum(stored[each] for each in names) for names in parts.parts]
+        block_bytes += [sum(stored[each] for each in names) for names in grouping.blocks]
     for index, step in enumerate(plan.steps):
         uses += numbers[step.expert]
         step_of += [index] * len(numbers[step.expert])
     brought = [0] * len(plan.steps)
     for move in schedule(uses, slots, again=False):
-        brought[step_of[move.use]] += part_bytes[move.unit]
+        brought[step_of[move.use]] += block_bytes[move.block]
     return brought
 
 

@@ -82,7 +82,7 @@ def stream_transformer(path: Path) -> Networks:
     layers = sum(name.endswith(".modulation") for name in TensorStore.open(path)) - 1
     source = Source(TensorStore.open(path), parameter_dtypes(torch.bfloat16, False))
     networks = Networks({"model": (transformer(layers), source)}, CPU)
-    networks.walker.resize(2)
+    networks.prefetcher.resize(2)
     with torch.no_grad(), networks.job(["model"] * 2):
         for _ in range(2):
             networks.models["model"](torch.zeros(16, 1, 4, 4), 500.0, Prompt(torch.zeros(1, 256)))

@@ -76,7 +76,10 @@ def release_in(base: Path) -> Release | None:
     """
     if record := record_of(base):
         return _release_in_record(record)
-    is_file = os.path.isfile(base)
+    try:
+        is_file = base.is_file()
+    except PermissionError:
+        is_file = False
     release = recognise(base if is_file else Path(base.absolute().name))
     if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None

@@ -75,7 +75,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
     except InputError as e:
         out.problems += e.problems
         return
-    if not os.path.exists(path):
+    if not path.exists():
         among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
         out.problems.append(f"--lora {path}: no such file{among}")
         return

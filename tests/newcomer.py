@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+from tqdm.utils import disp_len
 
 from benchmarks.full_run import write_headers
 from benchmarks.sparse import sparse
 from tests.support import FOLDERS, TESTS, manifest
-from wan.utils.progress import width
 
 ROOT = TESTS.parent
 CLEAR = "\x1b[K"
@@ -111,10 +111,10 @@ TASKS: dict[str, list[Step]] = {
         Step(f"python generate.py --task t2v-A14B --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} --vram 24 --dry_run",
              2, ("hf download Wan-AI/Wan2.2-T2V-A14B", "hf download lightx2v/Wan2.2-Lightning")),
         Step(f"python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} "
-             "--vram 24 --dtype bf16 --dry_run", told=("21 of 41 parts stay", "dry run: nothing was made"),
+             "--vram 24 --dtype bf16 --dry_run", told=("21 of 41 blocks stay", "dry run: nothing was made"),
              before=write_weights),
         Step("python generate.py --task i2v-A14B --ckpt_dir Wan2.2-I2V-A14B --image examples/shapes/first_frame.png "
-             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", told=("steps 1 to 15", "parts stay")),
+             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", told=("steps 1 to 15", "blocks stay")),
         Step("python generate.py --task ti2v-5B --ckpt_dir Wan2.2-TI2V-5B --prompt 'a cat' --vram 24 --dtype bf16 "
              "--dry_run", told=("50 steps", "1280x704, 121 frames")),
         Step("python generate.py --ckpt_dir Wan2.2-T2V-A14B --prompt 'a cat' --vram 3 --dry_run", 2,
@@ -141,8 +141,8 @@ TASKS: dict[str, list[Step]] = {
     "6 a batch, interrupted": [
         Step(f"python generate.py {BATCH}", 2, ("five.jsonl line 3: size 100*64",), before=write_bad_prompts),
         Step(f"python generate.py {BATCH}", 130, ("1 saved, 4 not tried", "with --resume goes on"),
-             ("batch/*_0000_*.mp4",), mend_prompts, at="video 2 of 5", do=interrupt),
-        Step(f"python generate.py {BATCH} --resume", told=("4 saved, 1 there already", "video 5 of 5"),
+             ("batch/*_0000_*.mp4",), mend_prompts, at="video 0001 (2 of 5)", do=interrupt),
+        Step(f"python generate.py {BATCH} --resume", told=("4 saved, 1 there already", "video 0004 (5 of 5)"),
              files=("batch/*_0000_*.mp4", "batch/*_0004_*.mp4")),
     ],
     "7 once more, with another seed": [
@@ -170,7 +170,7 @@ TASKS: dict[str, list[Step]] = {
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {SMALL} --dit_fsdp --t5_fsdp --ulysses_size 2 "
              "--prompt_file examples/prompts.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {LONG} {PROMPT} --ulysses_size 2 --save_dir three", 1,
-             ("error: ", "SIGKILL"), at="denoise step 2", do=kill_one, foreign=True),
+             ("error: ", "SIGKILL"), at="| 2/200 ", do=kill_one, foreign=True),
     ],
 }  # fmt: skip
 
@@ -231,8 +231,8 @@ def findings(step: Step, code: int, received: str, columns: int, clone: Path) ->
         found.append(f"exit code {code}, not {step.code}")
     found += [f"does not say {text!r}" for text in step.told if text not in whole]
     found += [f"there is no {pattern}" for pattern in step.files if not any(clone.glob(pattern))]
-    drawn = [part.removesuffix(CLEAR) for part in received.split("\r") if part.endswith(CLEAR)]
-    found += [f"wider than the terminal: {part}" for part in drawn if width(part) >= columns]
+    drawn = [part for part in received.replace("\r\n", "\n").split("\r") if "\n" not in part]
+    found += [f"wider than the terminal: {part}" for part in drawn if disp_len(part.replace(CLEAR, "")) >= columns]
     if "Traceback" in whole and not step.foreign:
         found.append("a traceback")
     if shown(received, columns) and not re.search(rf"(\n|\r{re.escape(CLEAR)})$", received):

@@ -25,7 +25,7 @@ from wan.jobs.job import Sampling
 from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.model import WanModel
-from wan.offload.copy_stream import Lane, Slot
+from wan.offload.copy_stream import CopyStream, Slot
 from wan.pipeline import Pipeline
 from wan.runner.batch import PIPELINES
 from wan.utils.progress import Progress
@@ -65,8 +65,8 @@ class AllIsWell(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class WatchedLane(Lane):
-    """Modes belong to a thread: the walker's, which brings weights and merges, is watched from its lane."""
+class WatchedStream(CopyStream):
+    """Modes belong to a thread: the prefetcher's, which brings weights and merges, is watched from its stream."""
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -93,7 +93,7 @@ def open_on_meta(
 def test_nothing_is_on_two_devices(
     task: str, lora_mode: str | None, offload: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
     image = None if task == "t2v-A14B" else Image.open(TINY / "input.png").convert("RGB")
     for dtype, samplings, tiles in RUNS:
         pipe = open_on_meta(task, dtype, lora_mode, offload, room)
@@ -105,14 +105,16 @@ def test_nothing_is_on_two_devices(
         networks = pipe.load_experts().networks
         assert networks is not None
         if room:
-            assert networks.walker.copies > len(samplings) * len(networks.walker.units), "blocks pass through the slots"
+            assert networks.prefetcher.copies > len(samplings) * len(networks.prefetcher.blocks), (
+                "blocks pass through the slots"
+            )
 
 
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks."""
-    monkeypatch.setattr("wan.offload.prefetcher.lane_for", lambda _: WatchedLane())
+    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
     pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")

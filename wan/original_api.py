@@ -119,7 +119,7 @@ class Original(Pipeline):
         if seed < 0:
             seed = self.mesh.team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
         with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
-            self.load_experts().offload = offload_model
+            self.offload = offload_model
             negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
             latent = team.all_or_none(
                 lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)

@@ -67,6 +67,7 @@ class Pipeline(ABC):
         self.attention = self.mesh.team.broadcast(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
+        self.offload = plan.offload  # whether the experts' memory is free for other stages
         self.follows = False  # whether another video is made after this one
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
@@ -160,7 +161,6 @@ class Pipeline(ABC):
 
                 add_adapters(model, plan.loras.get(name, []), plan.device)
         self.experts = Experts(models, networks, None if merged else _set_scale())
-        self.experts.offload = plan.offload
         return self.experts
 
     def sample(
@@ -201,11 +201,11 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(passes, slots, batch_guidance, again=self.follows)
+        job = experts.job(passes, slots, batch_guidance, again=self.follows or not self.offload)
         with self.progress.stage("denoise", total=len(steps), unit="step"), job:
             latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
-        if experts.offload:
-            experts.leave(budget.between if budget and self.follows else 0)  # decoding needs the room
+        if self.offload:
+            experts.leave(budget.between if budget and self.follows else 0)  # decoding needs the memory
         return latent
 
     def _choose_passes(self, experts: Experts, latent: Tensor, forwards: int) -> None:
@@ -269,7 +269,7 @@ class Pipeline(ABC):
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
         tiles = self.plan.tiles(latent.shape, finer)
-        if finer and self.experts and self.experts.offload:
+        if finer and self.experts and self.offload:
             self.experts.leave()
         beside = self.experts.ahead() if self.experts and self.follows else nullcontext()
         with torch.no_grad(), beside:

@@ -192,9 +192,8 @@ def test_pickled_weights_that_are_no_floats_are_refused(folder: Path, name: str,
 
 def test_numbers_of_no_known_kind_in_a_pth(folder: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1, dtype=torch.complex64)}, folder / "Wan2.1_VAE.pth")
-    assert problems(folder) == [
-        f"{folder / 'Wan2.1_VAE.pth'}: tensor conv1.weight has the unsupported dtype torch.complex64"
-    ]
+    (problem,) = problems(folder)
+    assert problem.startswith(f"{folder / 'Wan2.1_VAE.pth'}: tensor conv1.weight has the unsupported dtype")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +444,7 @@ def test_a_pth_is_read_from_where_its_tensors_lie(tmp_path: Path) -> None:
 def test_a_pth_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is read from it."""
     part = open_checkpoint(folder, config_of(TASK)).text_encoder
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened again"))
+    monkeypatch.setattr("zipfile.ZipFile", lambda *_, **__: pytest.fail("opened again"))
     for _ in range(2):
         load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
 

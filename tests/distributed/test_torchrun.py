@@ -78,7 +78,7 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     try:
         workers: list[int] = []
         end = time.monotonic() + 120
-        while time.monotonic() < end and "video 1 of 5" not in (tmp_path / "all.txt").read_text():
+        while time.monotonic() < end and "video 0000 (1 of 5)" not in (tmp_path / "all.txt").read_text():
             assert process.poll() is None, (tmp_path / "all.txt").read_text()
             time.sleep(0.2)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

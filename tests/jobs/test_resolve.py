@@ -651,7 +651,7 @@ def test_bad_outputs(tmp_path):
     assert "written as .mp4" in problem(save_file="a.mkv")
     assert "--save_file names one video, but there are 2" in problems(save_file="a.mp4", num_videos=2)[0]
     path = write(tmp_path / "p.jsonl", '{"prompt": "a", "save_file": "x.mp4"}\n{"prompt": "b", "save_file": "x.mp4"}')
-    assert "videos 1 and 2 would both be written to" in problem(prompt=None, prompt_file=path)
+    assert "videos 0000 and 0001 would both be written to" in problem(prompt=None, prompt_file=path)
     write(tmp_path / "file", "")
     assert f"{tmp_path / 'file'} is a file" in problem(save_dir=str(tmp_path / "file" / "below"))
 

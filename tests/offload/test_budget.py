@@ -37,11 +37,11 @@ def a14b(free: float, activations: float, decode: float = 6.0, **more: int) -> B
 
 def test_sizes_of_the_released_networks() -> None:
     sizes = released("t2v-A14B")
-    assert sizes.units == 41
-    assert sizes.unit_bytes == pytest.approx(0.703 * GB, rel=0.01)
-    assert sizes.fixed < 0.22 * GB
-    assert released_text_encoder().unit_bytes == pytest.approx(0.386 * GB, rel=0.01)
-    assert released_text_encoder().fixed < 10_000
+    assert sizes.blocks == 41
+    assert sizes.block_bytes == pytest.approx(0.703 * GB, rel=0.01)
+    assert sizes.resident < 0.22 * GB
+    assert released_text_encoder().block_bytes == pytest.approx(0.386 * GB, rel=0.01)
+    assert released_text_encoder().resident < 10_000
 
 
 def test_a14b_at_720p_takes_8_gb_with_the_activations_of_the_sheet() -> None:
@@ -63,13 +63,13 @@ def test_too_little_is_a_sentence_that_names_the_parts() -> None:
 @pytest.mark.parametrize(
     ("free", "line"),
     [
-        (8, "GPU 8.0 GB free: high and low expert: 0 of 41 parts stay, 41 pass through 2 slots; "
+        (8, "GPU 8.0 GB free: high and low expert: 0 of 41 blocks stay, 41 pass through 2 slots; "
             "text encoder passes through 3 slots; peaks in GB: denoise 7.3, decode 6.4, text 1.3"),
-        (24, "GPU 24.0 GB free: high and low expert: 21 of 41 parts stay, 20 pass through 3 slots; "
+        (24, "GPU 24.0 GB free: high and low expert: 21 of 41 blocks stay, 20 pass through 3 slots; "
              "text encoder passes through 3 slots; peaks in GB: denoise 22.8, decode 6.4, text 1.3"),
-        (48, "GPU 48.0 GB free: high and low expert: all 41 parts stay while it is at work, then their slots go to "
+        (48, "GPU 48.0 GB free: high and low expert: all 41 blocks stay while it runs, then their slots go to "
              "the next; text encoder passes through 3 slots; peaks in GB: denoise 46.7, decode 6.4, text 1.3"),
-        (80, "GPU 80.0 GB free: high and low expert: all parts stay; text encoder passes through 3 slots; "
+        (80, "GPU 80.0 GB free: high and low expert: all blocks stay; text encoder passes through 3 slots; "
              "peaks in GB: denoise 63.5, decode 6.4, text 1.3"),
     ],
 )  # fmt: skip
@@ -85,7 +85,7 @@ def test_a_budget_uses_what_there_is_and_no_more(task: str, free: int) -> None:
     assert budget.problem is None
     assert (
         budget.resident
-        or free * GB - budget.peak < 0.03 * free * GB + POOLS_BYTES + budget.experts[next(iter(experts))].unit_bytes
+        or free * GB - budget.peak < 0.03 * free * GB + POOLS_BYTES + budget.experts[next(iter(experts))].block_bytes
     )
 
 
@@ -105,10 +105,10 @@ def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> 
     dtypes: Callable[[str], torch.dtype] = (lambda _: dtype) if text else parameter_dtypes(dtype, convert_all=False)
     sizes = sizes_of(part.module, dtypes)
     networks = Networks({"it": (part.module, Source(part.weights, dtypes))}, torch.device("cpu"))
-    assert networks.walker.slot_bytes == sizes.unit_bytes
-    assert len(networks.walker.units) == sizes.units
+    assert networks.prefetcher.slot_bytes == sizes.block_bytes
+    assert len(networks.prefetcher.blocks) == sizes.blocks
     there = sum(p.nbytes for p in networks.models["it"].parameters() if p.device.type != "meta")
-    assert there <= sizes.fixed < there + 256 * 100
+    assert there <= sizes.resident < there + 256 * 100
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_passes_go_together_where_parts_pass_through_and_there_is_room(
     assert alone.slots - budget.slots in ((2, 3) if batch_guidance else (0,)), "1.55 GB are two slots and a part"
     assert budget.peaks["denoise"] <= free * GB
     assert budget.stages["denoise"]["work"] == int(5.4 * GB) + batch_guidance * int(1.55 * GB)
-    assert ("each part serves both passes of a step" in budget.line()) == batch_guidance
+    assert ("each block serves both passes of a step" in budget.line()) == batch_guidance
     assert not a14b(free, 5.4, second_pass=int(1.55 * GB), keep=True).batch_guidance
 
 
@@ -152,4 +152,4 @@ def test_the_vae_leaves_where_parts_pass_through() -> None:
 def test_between_two_videos_what_has_room_beside_the_decode_stays(free: int, decode: float, between: int) -> None:
     budget = a14b(free, 5.4, decode, vae=GB // 2)
     assert budget.between == between
-    assert budget.between * budget.experts["high"].unit_bytes + budget.peaks["decode"] <= free * GB
+    assert budget.between * budget.experts["high"].block_bytes + budget.peaks["decode"] <= free * GB

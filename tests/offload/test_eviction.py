@@ -17,7 +17,7 @@ def held_after(moves: list[Move], held: dict[int, int]) -> dict[int, int]:
     """unit -> slot when all moves are done."""
     content = {slot: unit for unit, slot in held.items()}
     for move in moves:
-        content[move.slot] = move.unit
+        content[move.slot] = move.block
     return {unit: slot for slot, unit in content.items()}
 
 
@@ -29,9 +29,9 @@ def check(uses: list[int], slots: int, held: dict[int, int], moves: list[Move], 
         while pending and (pending[0].after <= index if eager else pending[0].use <= index):
             move = pending.pop(0)
             assert 0 <= move.slot < slots
-            assert move.unit not in content.values(), "it is there already"
+            assert move.block not in content.values(), "it is there already"
             assert move.after <= max(0, move.use - min(ahead, slots - 1)), "it may begin while others compute"
-            content[move.slot] = move.unit
+            content[move.slot] = move.block
         assert unit in content.values()
     assert not pending
 
@@ -106,9 +106,9 @@ def test_enough_slots_load_everything_once() -> None:
 def test_one_expert_hands_its_slots_to_the_next() -> None:
     """Relay: while the last high step runs, each low block goes where a high block has just been used."""
     moves = schedule(HIGH * 2 + LOW * 2, 40, {unit: unit for unit in HIGH}, again=False)
-    assert [(move.unit, move.slot, move.after) for move in moves] == [(40 + n, n, 41 + n) for n in range(40)]
+    assert [(move.block, move.slot, move.after) for move in moves] == [(40 + n, n, 41 + n) for n in range(40)]
     both = schedule(HIGH * 2 + LOW * 2, 40, {unit: unit for unit in HIGH}, again=True)
-    assert [(move.unit, move.slot, move.after) for move in both] == [(40 + n, n, 41 + n) for n in range(40)]
+    assert [(move.block, move.slot, move.after) for move in both] == [(40 + n, n, 41 + n) for n in range(40)]
 
 
 @pytest.mark.parametrize(("slots", "stay"), [(2, 0), (3, 0), (4, 1), (17, 14), (39, 36)])

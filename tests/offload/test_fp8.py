@@ -120,7 +120,7 @@ def test_streamed_weights_are_those_of_a_whole_load(slots: int, with_lora: bool,
     store, merge = store_of(tmp_path, weights()), merge_of(tmp_path) if with_lora else None
     whole, model, seen = loaded(store, merge), blueprint(), {}
     networks = Networks({"model": (model, Source(store, parameter_dtypes(torch.float32, False, model), merge))}, CPU)
-    networks.walker.resize(slots)
+    networks.prefetcher.resize(slots)
     streamed = networks.models["model"]
 
     def look(block: nn.Module, *_: object) -> None:
@@ -228,9 +228,9 @@ def released(task: str, fp8: bool) -> Sizes:
 @pytest.mark.parametrize(("task", "parts"), [("t2v-A14B", 22), ("ti2v-5B", 17)])
 def test_two_blocks_share_a_slot(task: str, parts: int) -> None:
     before, sizes = released(task, fp8=False), released(task, fp8=True)
-    assert sizes.units == parts
-    assert sizes.unit_bytes == pytest.approx(before.unit_bytes, rel=0.005)
-    assert sizes.fixed == before.fixed
+    assert sizes.blocks == parts
+    assert sizes.block_bytes == pytest.approx(before.block_bytes, rel=0.005)
+    assert sizes.resident == before.resident
 
 
 def test_what_streams_is_halved() -> None:
@@ -260,5 +260,5 @@ def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:
     networks, told = Networks({"model": (model, source)}, CPU), list[int]()
     networks.preload(told.append)
     streaming = [name for name, _ in model.named_parameters() if model.unit_of(name) is not None]
-    assert networks.walker.brought == sum(tensors[n].nbytes for n in streaming if not n.endswith("_scale"))
+    assert networks.prefetcher.brought == sum(tensors[n].nbytes for n in streaming if not n.endswith("_scale"))
     assert sum(told) == sum(source.store[n].bytes for n in streaming if n in source.store), "as progress counts a file"

@@ -70,8 +70,8 @@ def _kept() -> str:
 
 def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     lines = plan(capsys)
-    assert line(lines, "job 1: ").startswith("job 1: a cat that sits sits")
-    assert "...: 64x64, 5 frames" in line(lines, "job 1: ")
+    assert line(lines, "job 0000: ").startswith("job 0000: a cat that sits sits")
+    assert "...: 64x64, 5 frames" in line(lines, "job 0000: ")
     assert lines[-1] == "dry run: nothing was made"
     lines = plan(capsys, "--num_videos", "40")
     assert sum(each.startswith("job ") for each in lines) == report.MOST_JOBS_SHOWN
@@ -82,8 +82,8 @@ def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(T2V) == 0
     capsys.readouterr()
     lines = plan(capsys, "--num_videos", "2", "--resume")
-    assert line(lines, "job 1 (done): ")
-    assert line(lines, "job 2: ")
+    assert line(lines, "job 0000 (done): ")
+    assert line(lines, "job 0001: ")
     assert line(lines, "2 videos, of which 1 is done already")
     assert "the video is done already" in plan(capsys, "--resume")
     assert report._done_line(5, 5) == "all 5 videos are done already"

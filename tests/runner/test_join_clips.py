@@ -103,8 +103,8 @@ def test_a_chain_of_three(task: str, image: bool, capsys: pytest.CaptureFixture[
     rows()
     assert generate.main(chain("--preview", task=task, image=image)) == 0
     told = capsys.readouterr()
-    assert "(from the last frame of job 2), 5 frames" in told.out
-    assert "jobs 1, 2, 3 joined, 17 frames -> out/a_chain.mp4" in told.out
+    assert "(from the last frame of job 0001), 5 frames" in told.out
+    assert "jobs 0000, 0001, 0002 joined, 17 frames -> out/a_chain.mp4" in told.out
     assert "3 saved, 1 joined" in told.err
     made = clips()
     assert [len(clip) for clip in made] == FRAMES

@@ -136,7 +136,7 @@ def test_two_shards_make_what_one_process_makes(capsys: pytest.CaptureFixture[st
     assert generate.main(words(3, Path("one"))) == 0
     for shard in ("2/2", "1/2"):
         assert generate.main(words(3, Path("many"), "--shard", shard)) == 0
-    assert "video 3 of shard 1/2: " in capsys.readouterr().err
+    assert "video 0002 (2 of 2): " in capsys.readouterr().err
     assert_equal_videos(Path("many"), Path("one"), 3)
     assert generate.main(words(3, Path("many"), "--shard", "4/4")) == 0, "none falls to it"
 
@@ -202,7 +202,7 @@ def test_the_slurm_array_script(tmp_path: Path) -> None:
     more = [*CHECKPOINT, "--prompt_file", str(tmp_path / prompts(6)), "--save_dir", str(tmp_path), "--dry_run"]
     array = {"SLURM_ARRAY_TASK_COUNT": str(last - first + 1), "SLURM_ARRAY_TASK_MIN": str(first)}
     plan = run_shell(["bash", str(script), *more], SLURM_ARRAY_TASK_ID=str(first + 1), **array)
-    assert numbers_of(plan) == ["2", "6"]
+    assert numbers_of(plan) == ["0001", "0005"]
 
 
 def test_the_skypilot_task(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_skypilot_task(tmp_path: Path) -> None:
         "SKYPILOT_NUM_NODES": str(task["num_nodes"]),
     }  # fmt: skip
     assert task["file_mounts"][task["envs"]["SAVE_DIR"]]["mode"] == "MOUNT"
-    assert numbers_of(run_shell(["bash", "-c", task["run"]], **variables)) == ["2", "6"]
+    assert numbers_of(run_shell(["bash", "-c", task["run"]], **variables)) == ["0001", "0005"]
 
 
 @pytest.mark.slow

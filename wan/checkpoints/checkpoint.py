@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -297,12 +297,8 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len(found)
 
 
-def folder_of(ckpt_dir: Path, config: TaskConfig, given: Collection[str] = ()) -> Path:
-    """A local folder as it is; a place on the hub, such as `Wan-AI/Wan2.2-T2V-A14B`, by the copy of its headers.
-
-    Only the files that the task needs are looked at there, and none of the parts that are `given` otherwise.
-    InputError if it is neither.
-    """
+def folder_of(ckpt_dir: Path, config: TaskConfig) -> Path:
+    """A local folder as it is, or a place on the hub such as `Wan-AI/Wan2.2-T2V-A14B`. InputError if it is neither."""
     try:
         if ckpt_dir.is_dir():
             return ckpt_dir
@@ -314,7 +310,7 @@ def folder_of(ckpt_dir: Path, config: TaskConfig, given: Collection[str] = ()) -
     if is_file or not hub.place(ckpt_dir.as_posix()):
         what = "is a file, not a folder" if is_file else "no such folder"
         raise InputError(f"--ckpt_dir {ckpt_dir}: {what}; get the checkpoint with: {download_command(config.hub_id)}")
-    return hub.located("--ckpt_dir", ckpt_dir.as_posix(), layout.patterns(config, given))
+    return hub.located("--ckpt_dir", ckpt_dir.as_posix())
 
 
 def _line(error: Exception) -> str:

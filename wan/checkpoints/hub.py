@@ -1,242 +1,232 @@
-"""Files by their place on the Hugging Face hub: `owner/name[@revision][/path]`, where no file or folder is named so.
+"""Files on the Hugging Face hub by their place, `owner/name[@revision][/path]`, where no such file or folder is here.
 
-What lies there is first looked at without its bulk: `located` keeps sparse copies of the full size, in which only what
-is read before a run is filled; `whole` brings the files that such copies stand for. Both are of one commit, which the
-folder's name tells, so that a run uses what was planned.
+`located` finds a place, whose headers are read by ranges; `whole` fetches the files before a run. The commit is part
+of a found path, so that a run uses what was planned.
 """
 
 from __future__ import annotations
 
-import glob
-import math
+import errno
+import io
 import os
 import re
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from wan.checkpoints.safetensors_file import MAX_HEADER_BYTES, read_header
 from wan.utils.errors import InputError, TensorFileError, first_line
 
+if TYPE_CHECKING:
+    LocalPath = Path
+else:
+    LocalPath = type(Path())  # before Python 3.12 only the platform's own class has children
+
 Result = TypeVar("Result")
-Read = Callable[[int, int], bytes]  # the bytes of a file from the first number on, before the second one
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-COPIES = "wan-headers"  # the folder of the copies, beside the hub's own cache
-WEIGHTS = (".safetensors", ".pth", ".pt", ".gguf")
-BESIDE = (*WEIGHTS, ".json", ".model")  # what is wanted of a folder
-END = 1 << 20  # at the start and the end of a file: what fingerprints are made of, and more than most headers
-STARTS = dict.fromkeys(WEIGHTS, END) | {".gguf": 1 << 25}  # read at first; GGUF's header may hold a vocabulary
-RECORD_START = 1 << 9  # of a record in a zip: its header, its name, and what aligns the data
-AT_ONCE = 16  # requests
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHTS = (".safetensors", ".pth", ".pt", ".gguf")  # read by ranges; smaller files are fetched when they are opened
+BESIDE = (*WEIGHTS, ".json", ".model")  # fetched of a folder
+SERVING = (*(f"*{kind}" for kind in WEIGHTS), "tokenizer.json")  # a kept folder without any was only looked at
+BLOCK = 1 << 20  # bytes of one request: more than most headers
+DOWNLOADS = 8  # at once
 
 
-@dataclass(frozen=True)
-class Place:
-    """path: of a file or folder in the repository; "" for all of it."""
+class HubPath(LocalPath):
+    """A file or folder on the hub, `owner/name@commit/path`; it opens as a local one does."""
 
-    repository: str
-    revision: str | None
-    path: str
+    @property
+    def repository(self) -> str:
+        return f"{self.parts[0]}/{self.parts[1].partition('@')[0]}"
+
+    @property
+    def revision(self) -> str | None:
+        return self.parts[1].partition("@")[2] or None
+
+    @property
+    def inside(self) -> str:
+        """The path in the repository; "" for all of it."""
+        return "/".join(self.parts[2:])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of the repository."""
+        return _sizes(HubPath(*self.parts[:2]))
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        if not self.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        mode = stat.S_IFREG if self.is_file() else stat.S_IFDIR
+        return os.stat_result((mode | 0o444, 0, 0, 1, 0, 0, self.sizes.get(self.inside, 0), 0, 0, 0))
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return self.inside in self.sizes
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return any(True for _ in self.files())
+
+    def files(self) -> Iterator[str]:
+        """Paths of the files below this folder, relative to it."""
+        start = f"{self.inside}/" if self.inside else ""
+        return (name.removeprefix(start) for name in self.sizes if name.startswith(start))
+
+    def glob(self, pattern: str, **_: object) -> Generator[HubPath, None, None]:
+        """Files right in this folder."""
+        return (self / name for name in self.files() if "/" not in name and fnmatchcase(name, pattern))
+
+    def absolute(self) -> HubPath:
+        return self
+
+    def open(self, mode: str = "r", buffering: int = -1, *text: Any, **more: Any) -> Any:
+        """Weights are read by ranges unless they were fetched before; other files are fetched. OSError for no file."""
+        from huggingface_hub import try_to_load_from_cache
+
+        self.stat()
+        kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
+        if self.suffix not in WEIGHTS or isinstance(kept, str):
+            return _fetched(self).open(mode, buffering, *text, **more)
+        return _RemoteFile(self) if buffering == 0 else io.BufferedReader(_RemoteFile(self), BLOCK)
 
 
-def place(name: str) -> Place | None:
-    """What a name means on the hub; None if it is no name of that kind, or may mean something here."""
+class _RemoteFile(io.RawIOBase):
+    """The bytes of a file on the hub. InputError for what the hub does not give."""
+
+    def __init__(self, path: HubPath) -> None:
+        self.path, self.size, self.position = path, path.stat().st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = (0, self.position, self.size)[whence] + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self.position, min(self.size, self.position + len(buffer))
+        if start >= end:
+            return 0
+        name = self.path.as_posix()  # without the library's cache of blocks: between two reads there may be gigabytes
+        data = _ask(self.path, lambda: _file_system().cat_file(name, start, end, cache_type="none"))
+        if len(data) != end - start:
+            raise TensorFileError(f"{name}: the hub sent {len(data):,} bytes instead of {end - start:,}; try again")
+        buffer[: len(data)], self.position = data, end
+        return len(data)
+
+
+def place(name: str) -> HubPath | None:
+    """The place on the hub that a name means; None if it is no such name, or may mean something here."""
     match = PLACE.fullmatch(name)
     if not match or os.path.exists(name.partition("/")[0]) or (not match[3] and match[1].endswith(WEIGHTS)):
         return None
-    return Place(match[1], match[2], match[3] or "")
+    return HubPath(name)
 
 
-def located(flag: str, name: str, patterns: Sequence[str] = ()) -> Path:
-    """The path of what was given for `flag`: of something here, or of the copy of what lies on the hub.
+def located(flag: str, name: str) -> Path:
+    """The path of the value of `flag`: here, or of a commit on the hub; without the hub, what was fetched before.
 
-    patterns: of the files wanted, as `fnmatch` takes them; by default the file, or what lies right in the
-    folder. A name that means neither stays as it is. InputError if the hub does not give it.
+    A name that means neither stays as it is. InputError if the hub does not give it.
     """
     local = os.path.expanduser(name)
     there = None if os.path.exists(local) else place(name)
     if there is None:
         return Path(local)
     try:
-        return _copied(there, patterns)
+        return _found(there)
     except InputError as e:
         raise InputError(f"{flag} {name}: no such file or folder here, and {e}") from e
 
 
-def here(path: Path) -> Path:
-    """The path of a copy that another machine may have made, on this one; any other path as it is."""
-    there = _origin(path)
-    if there is None or path.exists():
+def whole(path: Path, patterns: Sequence[str] = ()) -> Path:
+    """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
+
+    patterns: of the files wanted of a folder, as `fnmatch` takes them; by default weights and settings right in it.
+    """
+    if not isinstance(path, HubPath):
         return path
-    if there.path.endswith(WEIGHTS):
-        return _copied(there)
-    folder, _, name = there.path.rpartition("/")  # a tokenizer is all that lies beside it
-    return _copied(Place(there.repository, there.revision, folder)) / name
+    if path.is_file():
+        return _fetched(path)
+    wanted = patterns or [f"*{kind}" for kind in BESIDE]
+    names = [n for n in path.files() if (patterns or "/" not in n) and any(fnmatchcase(n, one) for one in wanted)]
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        fetched = list(pool.map(lambda name: _fetched(path / name), names))
+    return fetched[0].parents[names[0].count("/")]
 
 
-def whole(path: Path) -> Path:
-    """The files that a copy stands for, fetched; any other path as it is. InputError if the hub does not give them."""
-    path = here(path)
-    if (there := _origin(path)) is None:
-        return path
-    from huggingface_hub import snapshot_download
-
-    beside = path if path.is_dir() or path.suffix in WEIGHTS else path.parent
-    root = Path(str(path)[: len(str(path)) - len(there.path)])
-    files = [beside] if beside.is_file() else [file for file in beside.rglob("*") if file.is_file()]
-    wanted = [glob.escape(file.relative_to(root).as_posix()) for file in files]
-    return Path(
-        _asked(there, lambda: snapshot_download(there.repository, revision=there.revision, allow_patterns=wanted)),
-        there.path,
-    )
-
-
-def shown(path: Path) -> str:
-    """A path for messages; of a copy what it is a copy of."""
-    there = _origin(path)
-    return "/".join(filter(None, [there.repository, there.path])) + " on the hub" if there else str(path)
-
-
-def _origin(path: Path) -> Place | None:
-    """What a path of a copy is a copy of."""
-    if COPIES not in path.parts:
-        return None
-    owner, name, *rest = path.parts[path.parts.index(COPIES) + 1 :]
-    name, _, commit = name.rpartition("@")
-    return Place(f"{owner}/{name}", commit, "/".join(rest))
-
-
-def _copied(there: Place, patterns: Sequence[str] = ()) -> Path:
-    """The copy of a file, or a folder with those of the files that fit. Without a hub, what was fetched before."""
-    from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download, try_to_load_from_cache
+def _found(there: HubPath) -> Path:
+    from huggingface_hub import HfApi
 
     try:
-        commit = _asked(there, lambda: HfApi().repo_info(there.repository, revision=there.revision).sha)
+        commit = str(_ask(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
     except InputError:
-        for revision in _revisions_kept(there):
-            try:
-                held = snapshot_download(  # wants no file of it: with all, the library refuses what was fetched in part
-                    there.repository, revision=revision, local_files_only=True, allow_patterns=[]
-                )
-            except Exception:  # noqa: BLE001 - nothing is there: in the end what the hub said counts
-                continue
-            if Path(held, there.path).exists():
-                return Path(held, there.path)
+        if local := _kept_before(there):
+            return local
         raise
-    hub, remote = HfFileSystem(), f"{there.repository}@{commit}"
-    sizes = _asked(there, lambda: _sizes(there.repository, str(commit)))
-    folder = Path(constants.HF_HOME, COPIES, remote)
-    for name in _chosen(there, list(sizes), patterns):
-        if (folder / name).exists():
-            continue
-        cached = try_to_load_from_cache(there.repository, name, revision=commit)
-        read = _reader(cached) if isinstance(cached, str) else _remote_reader(hub, f"{remote}/{name}")
-        _asked(there, partial(_fill, folder / name, sizes[name], read))
-    return folder / there.path
+    if not COMMIT.fullmatch(commit):
+        raise InputError(f"{there.repository}: the hub names no commit; is HF_ENDPOINT the address of a hub?")
+    path = HubPath(f"{there.repository}@{commit}", there.inside)
+    if not path.exists():
+        raise InputError(f"{there.repository} on the hub has no {there.inside}")
+    return path
 
 
-def _revisions_kept(there: Place) -> list[str | None]:
-    """The revision that was asked for; where none was, the library's newest, then commits, the last one asked about
-    first."""
+def _kept_before(there: HubPath) -> Path | None:
+    """The place in the library's cache: of the revision, else of its newest, else of the commit fetched last."""
     from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    if there.revision:
-        return [there.revision]
-    owner, _, name = there.repository.partition("/")
-    asked = Path(constants.HF_HOME, COPIES, owner).glob(f"{glob.escape(name)}@*")
-    return [None, *(folder.name.rpartition("@")[2] for folder in sorted(asked, key=os.path.getmtime, reverse=True))]
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=there.repository, repo_type="model"))
+    reference = folder / "refs" / (there.revision or "main")
+    fetched = sorted(folder.glob("snapshots/*"), key=lambda snapshot: snapshot.stat().st_mtime, reverse=True)
+    commits = [there.revision] if there.revision else [snapshot.name for snapshot in fetched]
+    commits = ([reference.read_text()] if reference.is_file() else []) + commits
+    places = [folder / "snapshots" / commit / there.inside for commit in commits]
+    return next((path for path in places if path.is_file() or any(any(path.rglob(kind)) for kind in SERVING)), None)
+
+
+def _fetched(path: HubPath) -> Path:
+    """The file in the library's cache; one of another size than the hub lists (a pointer, a page) is removed."""
+    from huggingface_hub import hf_hub_download
+
+    local = Path(_ask(path, lambda: hf_hub_download(path.repository, path.inside, revision=path.revision)))
+    size, expected = local.stat().st_size, path.stat().st_size
+    if size != expected:
+        local.resolve().unlink()
+        local.unlink(missing_ok=True)
+        raise InputError(f"{path.as_posix()}: the hub sent {size:,} bytes instead of {expected:,}; try again")
+    return local
 
 
 @cache
-def _sizes(repository: str, commit: str) -> dict[str, int]:
-    """Bytes of each file."""
-    from huggingface_hub import HfApi
+def _file_system() -> Any:
+    from huggingface_hub import HfFileSystem
 
-    listed = HfApi().list_repo_tree(repository, revision=commit, recursive=True)
-    return {entry.path: int(entry.size) for entry in listed if hasattr(entry, "size")}  # folders have none
+    return HfFileSystem()
 
 
-def _chosen(there: Place, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The files that are wanted of a place, among all of its repository's."""
-    if there.path in names:
-        return [there.path]
-    start = f"{there.path}/" if there.path else ""
-    inside = [name for name in names if name.startswith(start)]
-    if not inside:
-        raise InputError(f"{there.repository} on the hub has no {there.path}")
-    if patterns:
-        return [name for name in inside if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return [name for name in inside if "/" not in name.removeprefix(start) and name.endswith(BESIDE)]
+@cache
+def _sizes(root: HubPath) -> dict[str, int]:
+    listed = _ask(root, lambda: _file_system().find(root.as_posix(), detail=True))
+    sizes = {name.removeprefix(f"{root.as_posix()}/"): int(entry["size"]) for name, entry in listed.items()}
+    if outside := [name for name in sizes if not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))]:
+        raise InputError(f"{root.repository}: the hub lists {outside[0]!r:.60}, which is not inside the repository")
+    return sizes
 
 
-def _asked(there: Place, work: Callable[[], Result]) -> Result:
+def _ask(path: HubPath, work: Callable[[], Result]) -> Result:
     """`work()`, which asks the hub; InputError with the first line of whatever it ends in."""
     try:
         return work()
     except InputError:
         raise
     except Exception as e:  # the library lets through what its transport raises
-        raise InputError(f"{there.repository} is not to be had from the hub: {first_line(e)}") from e
-
-
-def _reader(file: str) -> Read:
-    def read(start: int, end: int) -> bytes:
-        with open(file, "rb") as opened:
-            opened.seek(start)
-            return opened.read(end - start)
-
-    return read
-
-
-def _remote_reader(hub: Any, name: str) -> Read:
-    # without a cache of blocks: what lies between the parts is gigabytes
-    return lambda start, end: bytes(hub.cat_file(name, start, end, cache_type="none")) if end > start else b""
-
-
-def _fill(copy: Path, size: int, read: Read) -> None:
-    """Make the copy of a file of `size` bytes: small ones whole, of weights what is read before a run."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.truncate(size)
-        start = read(0, min(size, STARTS.get(copy.suffix, size)))
-        file.write(start)
-        last = max(len(start), size - END)
-        parts = [(last, size)]
-        if copy.suffix == ".safetensors" and len(start) >= 8:  # a header may be longer
-            header = min(last, 8 + min(struct.unpack("<Q", start[:8])[0], MAX_HEADER_BYTES))
-            parts.append((min(len(start), header), header))
-        _write(file, parts, read)
-        file.flush()
-        _write(file, list(_scattered(temporary, copy.suffix, size)), read)
-    os.replace(temporary, copy)
-
-
-def _write(file: Any, parts: Sequence[tuple[int, int]], read: Read) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for (start, _), data in zip(parts, pool.map(lambda part: read(*part), parts), strict=True):
-            file.seek(start)
-            file.write(data)
-
-
-def _scattered(copy: Path, kind: str, size: int) -> Iterator[tuple[int, int]]:
-    """What else is read before a run: a LoRA's alphas, and in a .pth file what tells where its tensors lie."""
-    try:
-        if kind == ".safetensors":
-            for name, entry in read_header(copy)[0].items():
-                if name.endswith(".alpha") and math.prod(entry.shape) == 1:
-                    yield entry.offset, entry.offset + entry.bytes
-        elif kind in (".pth", ".pt"):
-            with zipfile.ZipFile(copy) as archive:
-                for record in archive.infolist():
-                    data = 0 if "/data/" in record.filename else record.file_size
-                    yield record.header_offset, min(size, record.header_offset + RECORD_START + data)
-    except (TensorFileError, zipfile.BadZipFile):
-        return  # whoever opens it says what is wrong with it
+        raise InputError(f"{path.repository} could not be read from the hub: {first_line(e)}") from e

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from wan import configs
-from wan.checkpoints import hub
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX
 from wan.configs import TaskConfig
 from wan.utils.errors import InputError
@@ -81,7 +80,7 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
     """InputError, with all missing files in one sentence; the parts in `own` come from elsewhere."""
     if lacking := missing(folder, config, own):
         get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
-        raise InputError(f"--ckpt_dir {hub.shown(folder)} lacks {', '.join(lacking)}; get them with: {get}")
+        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
 
 
 def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
@@ -92,7 +91,7 @@ def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
             if part in config.experts:
                 wanted.append(settings_of(name))
             if part == "tokenizer":
-                wanted += [] if part in own else [f"{PurePosixPath(name).parent}/*"]
+                wanted += [] if part in own else [name]
             elif part not in own:
                 wanted.append(name.replace(".safetensors", "*"))
     return wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ STAND_INS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
     (rb"\s*<(!doctype\s+html|html|\?xml)", "an HTML page, such as a login or error page; download the file again"),
     (rb"(\.\.?/)+[\w./@+-]{3,}\s*\Z", "the text of a link, not the file it points to; copy it again, following links"),
+    (rb"GGUF", "a GGUF file; give it a name that ends in .gguf"),
+    (rb"PK\x03\x04", "a PyTorch pickle; give it a name that ends in .pth"),
     (rb"\0{64,}", "empty at its start: the download was not finished; download the file again"),
 )
 
@@ -63,11 +64,11 @@ def describe(error: Exception) -> str:
 def size_of(path: Path) -> int:
     """Bytes of a regular file. TensorFileError for anything else (a pipe would block), and for half a download."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except PermissionError:
         raise TensorFileError(f"{path}: there is no permission to reach it") from None
     if not stat.S_ISREG(found.st_mode):
         raise TensorFileError(f"{path}: not a regular file")
-    if os.path.exists(f"{path}.aria2"):
+    if path.with_name(f"{path.name}.aria2").exists():
         raise TensorFileError(f"{path}: its download is not finished ({path.name}.aria2 is beside it); let aria2 go on")
     return found.st_size

@@ -1,112 +1,164 @@
-"""The tensors of a PyTorch pickle (.pth, .pt, .bin, .ckpt) as a TensorStore. Nothing in the file is ever run."""
+"""The tensors of a PyTorch pickle (.pth, .pt, .bin, .ckpt) as a TensorStore. Nothing in the file is ever run.
+
+The format (torch.save): a zip of stored records, of which `data.pkl` pickles a dictionary of tensors; each refers to
+its storage, the record `data/KEY`, by `persistent_load`. Reading it here and not by torch.load needs no data: headers
+of a file on the hub are enough.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
-import struct
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.outside import misread, reading, size_of
-from wan.checkpoints.safetensors_file import DTYPES, Entry, TensorStore
+from wan.checkpoints.outside import describe, misread, reading, size_of
+from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_DEPTH = 3  # of dictionaries around the tensors
-NESTED = ("state_dict", "model", "module", "generator", "generator_ema", "generator_lora", "model_state_dict", "ema")
+# torch's classes of storages -> safetensors' names of dtypes
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+RECORD_HEADER = 30  # bytes before a record's name in a zip
+# keys of dictionaries around the tensors
+NESTED = ("state_dict", "model_state_dict", "model", "module", "ema", "generator", "generator_ema", "generator_lora")
+MAX_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as it is pickled; offset, strides and the storage's size count elements."""
+
+    dtype: str
+    key: str
+    storage: tuple[str, int]  # dtype, size
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Elements of its storage from the first to the last of its own."""
+        if not math.prod(self.shape):
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        steps = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return all(n < 2 or step == own for n, step, own in zip(self.shape, steps, self.stride, strict=True))
 
 
 class PickleStore(TensorStore):
-    """The tensors of a pickle, read from their places in the file."""
+    """The tensors of a `.pth` file, read from their places in it."""
 
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
-        import torch
-
-        state = _open_pickle(path)
-        starts = _storage_offsets(path, state)
-        dtypes = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}
         entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, Tensor]] = {}
-        for name, tensor in state.items():
-            if tensor.dtype not in dtypes:
-                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype}")
-            offset = starts.get(tensor.untyped_storage().data_ptr(), 0)
-            offset += int(tensor.storage_offset()) * tensor.element_size()
-            entries[name] = Entry(path, dtypes[tensor.dtype], tuple(tensor.shape), offset)
-            if not tensor.is_contiguous():
-                extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-                self._strided[name] = TensorStore({name: Entry(path, dtypes[tensor.dtype], (extent,), offset)}), tensor
+        self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
+        tensors, records = _read(path)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
+            start, size = records.get(tensor.key, (0, 0))
+            width, (kind, count) = DTYPES[tensor.dtype][1], tensor.storage
+            needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
+            if needed > size:
+                what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
+                raise TensorFileError(f"{path}: truncated or damaged: {what}")
+            offset = start + tensor.offset * width
+            entries[name] = Entry(path, tensor.dtype, tensor.shape, offset)
+            if tensor.extent and not tensor.contiguous:
+                flat = Entry(path, tensor.dtype, (tensor.extent,), offset)
+                self._strided[name] = TensorStore({name: flat}), tensor
         super().__init__(entries)
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name not in self._strided:
             return super().read(name, rows, buffer)
         flat, tensor = self._strided[name]
-        found = flat.read(name).as_strided(tensor.shape, tensor.stride())
+        found = flat.read(name).as_strided(tensor.shape, tensor.stride)
         return (found if rows is None else found[rows]).contiguous()
 
 
-def _open_pickle(path: Path) -> dict[str, Tensor]:
-    """Views of the mapped file: no data is read."""
-    import torch
+class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
+    """Makes dictionaries of `_Tensor` and refuses every other class and function."""
 
+    def find_class(self, module: str, name: str) -> Any:
+        dtypes = {kind: dtype for dtype, (kind, _) in DTYPES.items()}
+        if module == "torch" and name in dtypes:
+            return dtypes[name]
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return STORAGES.get(name, name)
+        known: dict[tuple[str, str], Callable[..., object]] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+        return str(pid[1]), str(pid[2]), int(pid[4])
+
+
+def _tensor(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> _Tensor:
+    """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
+    kind = dtype if isinstance(dtype, str) else storage[0]
+    tensor = _Tensor(kind, storage[1], (storage[0], storage[2]), offset, tuple(shape), tuple(stride))
+    numbers = (offset, storage[2], *tensor.shape, *tensor.stride)
+    if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise pickle.UnpicklingError("impossible shape")
+    return tensor
+
+
+def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+    """(tensors by name, (first byte, bytes) of each storage's record)."""
     size_of(path)
-    path.open("rb").close()  # torch reports a file without permission as a damaged one
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
         try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+                pickled = next(info for info in infos if info.filename.endswith("/data.pkl"))
+                if pickled.file_size > MAX_HEADER_BYTES or any(info.compress_type for info in infos):
+                    raise zipfile.BadZipFile("compressed, or too large")
+                content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
-            raise misread(path, "holds more than plain tensors, or is damaged; not opened") from e
+            raise misread(path, f"holds more than plain tensors ({describe(e)}), or is damaged; not opened") from e
     state = _tensors_in(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise TensorFileError(f"{path}: tensor {name} is not a plain tensor of numbers")
-    return state
+    stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]
+    lengths = read_ranges((path, info.header_offset + RECORD_HEADER - 4, 4) for info in stored)
+    records = {}
+    for info, length in zip(stored, lengths, strict=True):  # lengths of the name and of its padding
+        skipped = int.from_bytes(length[:2], "little") + int.from_bytes(length[2:], "little")
+        records[info.filename.rpartition("/")[2]] = info.header_offset + RECORD_HEADER + skipped, info.file_size
+    return state, records
 
 
-def _tensors_in(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Tensor]:
+def _tensors_in(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, _Tensor]:
     """The dictionary of tensors, itself or under one of the usual keys. TensorFileError for none, or several."""
-    import torch
-
-    if isinstance(content, Mapping):
-        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-            return dict(content)
-        networks = [key for key in NESTED if isinstance(content.get(key), Mapping)]
+    if isinstance(content, dict):
+        if content and all(isinstance(value, _Tensor) for value in content.values()):
+            return content
+        networks = [key for key in NESTED if isinstance(content.get(key), dict)]
         if len(networks) > 1:
             names = ", ".join(networks)
             raise TensorFileError(f"{path}: holds several networks ({names}); save the one to use in a file of its own")
         if networks and depth:
             return _tensors_in(path, content[networks[0]], depth - 1)
     raise TensorFileError(f"{path}: holds no dictionary of tensors, itself or under {', '.join(NESTED)}")
-
-
-def _storage_offsets(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
-    """Address of a storage in the map -> its offset in the file. TensorFileError for one that its record is short of.
-
-    torch gives no offsets, but the archive's records, stored uncompressed, are in the map as they are in the file.
-    """
-    storages = {t.untyped_storage().data_ptr(): (t.untyped_storage().nbytes(), name) for name, t in state.items()}
-    storages = {address: found for address, found in storages.items() if found[0]}  # an empty one has no record
-    records: dict[int, int] = {}  # offset -> bytes
-    with reading(path, "not a zipped .pth file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for info in archive.infolist():
-            if info.filename.split("/")[-2:-1] == ["data"] and info.file_size:
-                file.seek(info.header_offset + 26)  # lengths of name and extra field, in the record's own header
-                lengths = file.read(4)
-                start = info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
-                records[start] = info.file_size if info.compress_type == zipfile.ZIP_STORED else 0
-    base = min(storages, default=0) - min(records, default=0)
-    for address, (size, name) in storages.items():
-        if address - base not in records:
-            raise TensorFileError(f"{path}: its tensors are not stored as a .pth file stores them")
-        if records[address - base] < size:
-            found = f"{records[address - base]:,} of {size:,} bytes"
-            raise TensorFileError(f"{path}: truncated; the record of tensor {name} has {found}")
-    return {address: address - base for address in storages}

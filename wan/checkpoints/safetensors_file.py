@@ -13,6 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ DTYPES = {
 SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "F8_E5M2": "e", "F8_E4M3": "B",
                   "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}  # fmt: skip
 INDEX_SUFFIX = ".safetensors.index.json"
+AT_ONCE = 16  # reads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_AXES = 32
 
@@ -89,9 +91,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         end += entry.bytes
     if end > size:
         cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
-        raise TensorFileError(
-            f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut:.100} is cut off"
-        )
+        sizes = f"{end:,} bytes expected, {size:,} found"
+        raise TensorFileError(f"{path}: truncated, {sizes}; tensor {cut:.100} is cut off")
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
@@ -102,6 +103,18 @@ def header_bytes(table: Mapping[str, object]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def read_ranges(ranges: Iterable[tuple[Path, int, int]]) -> list[bytes]:
+    """The bytes at each (file, offset, length); several at once, because on the hub each is a request."""
+
+    def read(part: tuple[Path, int, int]) -> bytes:
+        with part[0].open("rb", buffering=0) as file:
+            file.seek(part[1])
+            return file.read(part[2]) or b""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(read, ranges))
 
 
 def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:

@@ -22,7 +22,6 @@ from lightning.merge import Merge
 from wan.distributed.mesh import Mesh
 from wan.distributed.process_group import Team
 from wan.offload.reader import Source, Store, read_ahead
-from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,9 +58,7 @@ def load_sharded(
     mine = [name for name, share in rows.items() if share.start < share.stop]
     source = Source(store, dtype, merge)
     pieces = list(source.pieces(mine, rows.__getitem__))
-    for piece, tensor in read_ahead(
-        pieces, max((p.bytes for p in pieces), default=0), pin=Accelerator(home).has_memory
-    ):
+    for piece, tensor in read_ahead(pieces, max((piece.bytes for piece in pieces), default=0), home):
         report(tensor.nbytes)
         shard = shards[piece.name]
         assert isinstance(shard, DTensor), "fully_shard makes every parameter one"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan.distributed.process_group import PATIENCE, Broken, Team, origin_of, patience
 from wan.utils.errors import InputError, WanError, first_line
-from wan.utils.progress import clearing
+from wan.utils.progress import tell
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -101,13 +101,12 @@ class Runtime:
 
     def give_up(self, error: BaseException) -> NoReturn:
         """End this process now. The others notice and follow; whoever fails first is the only one to say why."""
-        sys.stdout.flush()
+        tell(sys.stdout, "")  # flushes it
         first = self._fails_first()
         if first or (first is None and self.team.rank == 1 and _is_connection(_cause(error))):
             words = _last_words(self.team.rank, error) if first else KEEPER_LOST
-            sys.stderr.write(clearing(sys.stderr) + words)
+            tell(sys.stderr, words)
             tell_launcher(words.splitlines()[-1])
-        sys.stderr.flush()
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,6 @@ from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora
 from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
-from wan.utils.progress import columns_of
 
 ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
 SENTENCE, INDENT = 9, 6  # columns before what goes on of a finding, which stand under its name, and of a line below it
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _say(text: str) -> None:
     """Print, on a terminal in lines no longer than it is wide; what belongs to a line is indented below it."""
     if sys.stdout.isatty():
-        columns, lines = columns_of(sys.stdout), text.splitlines()
+        columns, lines = shutil.get_terminal_size().columns, text.splitlines()
         text = "\n".join(
             fill(
                 line,

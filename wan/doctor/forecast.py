@@ -180,4 +180,4 @@ def _mode(budget: Budget) -> str:
         return ALL
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
-    return ONE if stay == sizes.units else f"{stay} of {sizes.units} stay"
+    return ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"

@@ -73,7 +73,7 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
             check.several(f"{each.source}: a clip of a chain needs", frames)
         made[index] = replace(
             job, image=before.save_file, follows=True, area=first.size, size=first.size,
-            picture=f"the last frame of job {before.index + 1}{job.picture}",
+            picture=f"the last frame of job {before.number}{job.picture}",
         )  # fmt: skip
     if not firsts:
         check.problem(f"--chain: no row of {request.prompt_file} follows another; those with an image start anew")

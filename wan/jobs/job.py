@@ -53,7 +53,7 @@ class Sampling:
 class Job:
     """One video to make. Sizes are (width, height)."""
 
-    index: int  # from 0, over the whole run
+    index: int  # place in the whole prompt file, times the seeds of each prompt, from 0; see `number`
     prompt: str  # what the text encoder gets
     original_prompt: str  # what the user wrote; differs from `prompt` after prompt extension
     negative_prompt: str
@@ -68,6 +68,11 @@ class Job:
     last_image: Path | None = None
     follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
     joined: Path | None = None  # what its chain is joined into; None: it is in none
+
+    @property
+    def number(self) -> str:
+        """The video's number everywhere: in plan, progress, messages and file name; as `index` in JSON."""
+        return f"{self.index:04d}"
 
     @property
     def pictures(self) -> dict[str, Path | None]:

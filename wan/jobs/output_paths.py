@@ -127,8 +127,8 @@ def _check_meetings(files: Sequence[Path], places: dict[Path, list[str]], check:
     if met:
         one, two, file = met[0]
         more = f"; {len(met) - 1:,} more meet likewise" if len(met) > 1 else ""
-        spelled = "" if files[one] == file else f" (video {one + 1} as {files[one]})"
-        check.problem(f"videos {one + 1} and {two + 1} would both be written to {file}{spelled}{more}")
+        spelled = "" if files[one] == file else f" (video {one:04d} as {files[one]})"
+        check.problem(f"videos {one:04d} and {two:04d} would both be written to {file}{spelled}{more}")
 
 
 def _foreign(written: list[Path]) -> list[Path]:

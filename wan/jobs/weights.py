@@ -160,7 +160,7 @@ def _release(
     if request.ckpt_dir is None:
         return None
     there = place(request.ckpt_dir)
-    folder = Path(there.repository, there.path) if there else expanded(request.ckpt_dir)
+    folder = Path(there.repository, there.inside) if there else expanded(request.ckpt_dir)
     return check.attempt(partial(release_in, folder))
 
 

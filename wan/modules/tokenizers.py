@@ -26,7 +26,7 @@ class UMT5Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; a sentencepiece model alone (spiece.model) is not read")
         self.text_len = text_len
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = Tokenizer.from_buffer(file.read_bytes())
         self._tokenizer.enable_truncation(text_len)
         self._tokenizer.no_padding()
 

@@ -1,4 +1,4 @@
-"""The order of copies and computation on a device: the copies have a stream of their own, slots carry the events."""
+"""The order of copies and computation on a device: copies have a stream of their own, slots carry the events."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from wan.utils.accelerator import Accelerator
 
 @dataclass(eq=False)
 class Slot:
-    """Device memory for one unit, and the events between which it is written and used."""
+    """Device memory for one block, and the events between which it is written and used."""
 
     index: int
     memory: Tensor
-    unit: int | None = None
+    block: int | None = None
     written: torch.Event | None = None
     used: torch.Event | None = None
 
 
-class Lane:
-    """The plain case, a device that does one thing after the other: only time is taken.
+class CopyStream:
+    """The plain case, a device that does one thing after the other: it only takes the time.
 
-    `write` is called by the thread that brings weights, the rest by the one that computes.
+    The prefetching thread calls `write`, the computing thread the rest.
     """
 
     def __init__(self) -> None:
@@ -36,21 +36,21 @@ class Lane:
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
-        """What is done to the slot inside this comes after its last use and before the next `enter`."""
+        """Copies issued inside this come after the slot's last use and before the next `enter`."""
         yield
 
     def enter(self, slot: Slot) -> None:
         """Computation issued from now on comes after the last `write`."""
 
     def leave(self, slot: Slot) -> None:
-        """Computation issued so far is over before the next `write`."""
+        """Computation issued so far ends before the next `write`."""
 
     def drain(self) -> None:
-        """All copies are over when this returns."""
+        """Wait until all copies are done."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time in which the device has nothing to compute inside this counts as waited."""
+        """Count the time in which the device has nothing to compute inside this."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -61,14 +61,14 @@ class Lane:
         return self._waited
 
 
-class CudaLane(Lane):
-    """A copy stream beside the current stream of the computing thread."""
+class GpuCopyStream(CopyStream):
+    """A stream for copies beside the current stream of the computing thread."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.api = device, Accelerator(device).api
         self.copies: torch.Stream = self.api.Stream(device)
-        self._waits: deque[tuple[torch.Event, torch.Event]] = deque()  # not over when last looked at
+        self._waits: deque[tuple[torch.Event, torch.Event]] = deque()  # not yet over when last looked at
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -79,7 +79,7 @@ class CudaLane(Lane):
             slot.written = self.copies.record_event()
 
     def enter(self, slot: Slot) -> None:
-        assert slot.written is not None, "its unit has arrived"
+        assert slot.written is not None, "its block has arrived"
         self.api.current_stream(self.device).wait_event(slot.written)
 
     def leave(self, slot: Slot) -> None:
@@ -90,7 +90,7 @@ class CudaLane(Lane):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """By the device's clock: from the end of what was issued before to the begin of what will be issued after."""
+        """By the device's clock: from the end of the work issued before to the start of the work issued after."""
         before, after = (self.api.Event(enable_timing=True) for _ in range(2))
         stream = self.api.current_stream(self.device)
         before.record(stream)
@@ -100,7 +100,7 @@ class CudaLane(Lane):
         self._sum_up()
 
     def _sum_up(self) -> None:
-        """A long batch has millions of waits: the events of those that are over are given back."""
+        """Add the waits that are over and free their events: a long batch has millions."""
         while self._waits and self._waits[0][1].query():
             before, after = self._waits.popleft()
             self._waited += before.elapsed_time(after) / 1e3
@@ -114,5 +114,5 @@ class CudaLane(Lane):
         return self._waited
 
 
-def lane_for(device: torch.device) -> Lane:
-    return CudaLane(device) if Accelerator(device).has_memory else Lane()
+def copy_stream(device: torch.device) -> CopyStream:
+    return GpuCopyStream(device) if Accelerator(device).has_memory else CopyStream()

@@ -1,7 +1,7 @@
-"""Tensors on their way from disk to where they compute: read, merged, cast, placed, a piece after the other.
+"""Tensors from disk to device: read, merged, cast and placed, one piece after the other.
 
-A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is worked on, so the
-peak is what is being placed and a few buffers, however large a tensor is.
+A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is placed, so the peak
+is the piece being placed and a few buffers, however large a tensor is.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from wan.utils.errors import InputError, JobError, first_line
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
 READERS = 4
+CPU = torch.device("cpu")
 Module = TypeVar("Module", bound=nn.Module)
 Store = TensorStore
 
 
 class ReadError(JobError):
-    """A weight file that could be opened cannot be read, or is not what it was. Of several processes one may see it."""
+    """A weight file that could be opened cannot be read, or has changed. One of several processes alone may see it."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,21 @@ class Piece:
 
 
 class Source:
-    """The weights of one network on disk, and what becomes of them on the way.
+    """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge.
 
-    dtype: a parameter's, by name. Made when the file has just been opened: from then on it must not change.
+    Made when the file has just been opened: it must not change from then on.
     """
 
     def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
         self._stamps = {file: _stamp(file) for file in store.files}
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
-        self._scales: dict[tuple[str, int], Tensor] = {}  # of those that are stored in fp8
+        self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces stored in fp8
 
     def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
         """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size.
 
-        Scales of fp8 weights are no pieces of their own: `place` makes them with the weights.
+        Scales of fp8 weights come with their weights, not as pieces of their own.
         """
         for name in self.store.in_file_order(name for name in names if name in self.store):
             entry = self.store[name]
@@ -86,7 +87,10 @@ class Source:
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
-            if stored := self._as_stored(piece, buffer):
+            stored = None
+            if self.dtype(piece.name) == FP8 and not self._merged(piece):
+                stored = self.store.read_fp8(piece.name, piece.rows, buffer)  # None if the file has another dtype
+            if stored:
                 tensor, self._scales[key] = stored
             else:
                 tensor = self.store.read(piece.name, piece.rows, buffer)
@@ -98,19 +102,13 @@ class Source:
             self._finite.add(key)
         return tensor
 
-    def _as_stored(self, piece: Piece, buffer: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The piece and its scales where the file has them as the parameter is to be."""
-        if self.dtype(piece.name) != FP8 or self._merged(piece):
-            return None
-        return self.store.read_fp8(piece.name, piece.rows, buffer)
-
     def _merged(self, piece: Piece) -> bool:
         return self.merge is not None and self.merge.touches(piece.name)
 
     def place(self, piece: Piece, tensor: Tensor, targets: Mapping[str, Tensor], start: int = 0) -> None:
         """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on.
 
-        targets: by name; that of an fp8 weight has one for its scales beside it.
+        targets: by parameter; an fp8 weight has another one for its scales.
         """
         target, rows = targets[piece.name], slice(None)
         if self.merge is not None and self._merged(piece):
@@ -132,13 +130,15 @@ class Source:
 
 
 def read_ahead(
-    pieces: Iterable[Piece], largest: int = PIECE_BYTES, pin: bool = False
+    pieces: Iterable[Piece], largest: int = PIECE_BYTES, home: torch.device = CPU
 ) -> Generator[tuple[Piece, Tensor]]:
-    """Each piece and what `Source.read` gives, the next ones being read while the caller works on this.
+    """Each piece and its tensor from `Source.read`; the next ones are read while the caller works on this.
 
-    A tensor is valid until the next is asked for: a few buffers of `largest` bytes are used in turn.
+    largest: bytes of the largest piece. home: where the tensors go next. A tensor is valid until the next one: a few
+    buffers are used in turn.
     """
-    buffers = [memory(largest, pin=pin) for _ in range(READERS + 1)]
+    pin = Accelerator(home).has_memory
+    buffers = [allocate(largest, pin=pin) for _ in range(READERS + 1)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
         turns = zip(pieces, cycle(buffers), strict=False)
 
@@ -149,18 +149,18 @@ def read_ahead(
         while ahead:
             piece, reading = ahead.popleft()
             tensor = reading.result()
-            ahead.extend(begin(1))  # into the buffer that the caller has just done with
+            ahead.extend(begin(1))  # into the buffer that the caller has just finished with
             yield piece, tensor
 
 
-def memory(count: int, device: torch.device | None = None, pin: bool = False) -> Tensor:
-    """uint8 [count] on the device; default: in host memory, of which JobError says that it is full."""
+def allocate(count: int, device: torch.device = CPU, pin: bool = False) -> Tensor:
+    """uint8 [count] on the device. JobError if host memory is full."""
     try:
         return torch.empty(count, dtype=torch.uint8, device=device, pin_memory=pin)
     except torch.OutOfMemoryError:
-        raise  # the device's own: who asked for it knows what to do
+        raise  # the device is full: the caller knows what to do
     except RuntimeError as e:
-        raise JobError(f"no room in host memory for {count / 1e6:.0f} MB of weights ({first_line(e)})") from e
+        raise JobError(f"host memory is full: {count / 1e6:.0f} MB of weights do not fit ({first_line(e)})") from e
 
 
 def load(
@@ -172,9 +172,9 @@ def load(
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """A copy of a meta-built module with its weights on `home`: read, merge, cast, place, a piece after the other.
+    """A copy of a meta-built module with its weights on `home`.
 
-    `dtype` tells a parameter's dtype by name; `report` gets the bytes read. Errors as from `Source.read`.
+    dtype: of a parameter, by name. report: gets the bytes read. Errors as from `Source.read`.
     """
     source = Source(store, dtype, merge)
     module = copy.deepcopy(module)
@@ -185,7 +185,7 @@ def load(
 def fill(
     module: nn.Module, source: Source, names: list[str], home: torch.device, report: Callable[[int], None]
 ) -> None:
-    """Give the parameters `names` of `module` memory on `home`, and their weights."""
+    """Load the parameters `names` of `module` to `home`."""
     pieces = list(source.pieces(names))
     targets = {
         name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
@@ -193,21 +193,21 @@ def fill(
     largest = max((p.bytes for p in pieces), default=0)
     if home.type == "cpu" and source.merge is None:
         _place_by_threads(pieces, largest, targets, report)
-    else:  # a merge, and the copies to a device, belong to one thread
-        for piece, tensor in read_ahead(pieces, largest, pin=Accelerator(home).has_memory):
+    else:  # one thread does a merge and the copies to a device
+        for piece, tensor in read_ahead(pieces, largest, home):
             report(piece.bytes)
             source.place(piece, tensor, targets)
     for name, target in targets.items():
-        Place.of(module, name).put(target)
+        set_parameter(module.get_submodule(name.rpartition(".")[0]), name, target)
 
 
 def _place_by_threads(
     pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
 ) -> None:
-    """Each piece read, cast and placed by one thread while it is in that core's cache, in any order."""
+    """Each piece is read, cast and placed by one thread, while it is in that core's cache, in any order."""
     buffers: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(READERS):
-        buffers.put(memory(largest))
+        buffers.put(allocate(largest))
 
     def bring(piece: Piece) -> int:
         buffer = buffers.get()
@@ -222,29 +222,17 @@ def _place_by_threads(
             report(count)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter hangs in a module; stays true when layers are wrapped."""
-
-    owner: nn.Module
-    leaf: str
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> Place:
-        owner, _, leaf = name.rpartition(".")
-        return cls(module.get_submodule(owner), leaf)
-
-    def put(self, tensor: Tensor) -> None:
-        setattr(self.owner, self.leaf, nn.Parameter(tensor, requires_grad=False))
+def set_parameter(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter of its owner that the whole network calls `name`."""
+    setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
 
 def parameter_dtypes(
     dtype: torch.dtype, convert_all: bool, module: nn.Module | None = None
 ) -> Callable[[str], torch.dtype]:
-    """The transformer's precision: `dtype`, but float32 for the parameters that the original keeps in float32.
+    """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
 
-    convert_all (`--convert_model_dtype`): `dtype` for every parameter.
-    module: whose layers in fp8 keep what is fp8 of them, and its scales, whatever the rest is.
+    convert_all (`--convert_model_dtype`): `dtype` for every parameter. module: its fp8 layers keep their own dtypes.
     """
     layers = module.named_modules() if module is not None else ()
     kept = {
@@ -270,6 +258,6 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """What changes when a file does: size, time of the last change."""
+    """Size and time of the last change."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns

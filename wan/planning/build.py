@@ -6,10 +6,9 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
 from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoint
+from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
 from wan.cli.effects import idle_on
@@ -44,14 +44,14 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     generate = outcome if isinstance(outcome, Generate) else None
     if generate:
         _check_disk(generate.jobs, checks)
-    weights, asked = _placed(outcome.weights, hub.here), outcome.weights.ckpt_dir
+    weights, asked = outcome.weights, outcome.weights.ckpt_dir
+    given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
-        given = [part for part, _ in (*weights.expert_files, *weights.files)]
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config, given)))
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config)))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
-    if not outcome.request.dry_run and (fetched := _placed(weights, hub.whole)) != weights:
+    if not outcome.request.dry_run and (fetched := _fetched(weights, outcome.config, given)) != weights:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
     place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
@@ -78,14 +78,14 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     return plan
 
 
-def _placed(weights: Weights, place: Callable[[Path], Path]) -> Weights:
-    """The same weights where `place` says that their files are."""
+def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
+    """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and place(weights.ckpt_dir),
-        loras=tuple(replace(lora, path=place(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, place(file)) for expert, file in weights.expert_files),
-        files=tuple((part, place(file)) for part, file in weights.files),
+        ckpt_dir=weights.ckpt_dir and hub.whole(weights.ckpt_dir, patterns(config, given)),
+        loras=tuple(replace(lora, path=hub.whole(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, hub.whole(file)) for expert, file in weights.expert_files),
+        files=tuple((part, hub.whole(file)) for part, file in weights.files),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -64,9 +65,9 @@ class Plan:
         return length * (rows // PATCH[1]) * (columns // PATCH[2])
 
     def place(self, job: Job) -> str:
-        """The job's number in words: "5 of 12", or of the whole file's "5 of shard 2/3"."""
-        shard = self.request.shard
-        return f"{job.index + 1} of {f'shard {shard}' if shard else len(self.jobs)}"
+        """The job's number, and its place among this process's videos: "0006 (3 of 500)"."""
+        place = bisect_right(self.jobs, job.index, key=lambda other: other.index)
+        return f"{job.number} ({place} of {len(self.jobs)})"
 
     def largest(self) -> Job:
         return max(self.jobs, key=lambda job: self.tokens(job.size, job.frame_num))
@@ -142,7 +143,7 @@ class Plan:
     def _beside_decoding(self) -> int:
         """Bytes of the experts that are on the device while it decodes."""
         return sum(
-            sizes.fixed if self.offload else sizes.fixed + sizes.units * sizes.unit_bytes
+            sizes.resident if self.offload else sizes.resident + sizes.blocks * sizes.block_bytes
             for sizes in self._expert_sizes().values()
         )
 
@@ -151,7 +152,7 @@ class Plan:
             name: sizes_of(part.module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, part.module))
             for name, part in self.checkpoint.experts.items()
         }
-        return {name: replace(each, fixed=each.fixed + self._adapter_bytes(name)) for name, each in sizes.items()}
+        return {name: replace(each, resident=each.resident + self._adapter_bytes(name)) for name, each in sizes.items()}
 
     def _adapter_bytes(self, expert: str) -> int:
         """Of an expert's LoRAs that stay beside its weights."""

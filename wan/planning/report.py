@@ -109,7 +109,7 @@ class Outlook:
             told.append(f"... and {len(rest):,} more, the last one {rest[-1].save_file}")
         for chain in chains(plan.jobs):
             if joined := chain[0].joined:
-                numbers = ", ".join(str(job.index + 1) for job in chain)
+                numbers = ", ".join(job.number for job in chain)
                 told.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
         if done:
             told.append(_done_line(len(plan.jobs), len(done)))
@@ -211,7 +211,7 @@ def _job_line(plan: Plan, job: Job, done: bool) -> str:
     prompt = " ".join(job.prompt.split())
     prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
     mark = " (done)" if done else ""
-    return f"job {job.index + 1}{mark}: {prompt}: {extent}, seed {job.seed} -> {job.save_file}"
+    return f"job {job.number}{mark}: {prompt}: {extent}, seed {job.seed} -> {job.save_file}"
 
 
 def _done_line(videos: int, done: int) -> str:

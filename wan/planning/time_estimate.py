@@ -161,7 +161,7 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
         return int(stored * numbers)
     sizes = budget.experts[expert]
     stay = budget.staying(sizes)
-    return int((stay + (sizes.units - stay) * forwards) * sizes.unit_bytes * stored / plan.dtype.itemsize)
+    return int((stay + (sizes.blocks - stay) * forwards) * sizes.block_bytes * stored / plan.dtype.itemsize)
 
 
 def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:

@@ -1,26 +1,32 @@
-"""What a run tells while it works: stages with rate and time left on stderr, or JSON lines on stdout; times by stage.
+"""Progress of a run: stages with rate and time left on stderr, or JSON lines on stdout; a table of times at the end.
 
 Times are exclusive: a stage inside another one counts for itself only, so the shares add up to the whole.
-To be used from one thread. Imports no torch; looks at it only where somebody else has imported it.
+Use it from one thread. It imports no torch; it asks torch for memory only where somebody else has imported it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 STAGE = "stage"  # attribute of an exception: the innermost stage that it left
-REDRAW_SECONDS = 0.1  # on a terminal
-LINE_SECONDS = 10.0  # elsewhere: a line so often, and one for every tenth of the work...
-TENTH_SECONDS = 0.5  # ...unless the last one is that young
-SPARE_COLUMNS = 3  # at a terminal's right edge: for the "^C" that it shows itself, which must not begin a new line
+LINE_SECONDS = 10.0  # without a terminal: a line every ten seconds, and one for every tenth of the work...
+TENTH_SECONDS = 0.5  # ...unless the last line is younger
+CLEAR = "\r\x1b[K"  # empties a terminal's line: a bar, or the terminal's own "^C"
+# Control characters but for tab and line feed, marks that turn the direction of text, and bytes that are no text.
+UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 @dataclass
@@ -36,22 +42,26 @@ class Stage:
     shown_at: float = 0.0
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
+    bar: tqdm | None = None  # on a terminal
+
+    def left(self, now: float) -> float:
+        """Seconds until it is done, at its rate so far; 0 while nothing is known."""
+        return (self.total - self.done) * (now - self.began) / self.done if self.total and self.done else 0.0
 
     def parts(self, now: float) -> list[str]:
-        """`load 12.3 GB of 28.6 GB 43%`, `14 s left`, `1.2 GB/s`, `note`: what matters most first."""
+        """`load 12.3 GB of 28.6 GB 43%`, `14 s left`, `1.2 GB/s`, `note`."""
         elapsed = now - self.began
-        told = extent(self.done, self.total, self.unit) if self.done or self.total else ""
-        parts = [f"{self.name} {told}".rstrip()]
+        parts = [f"{self.name} {extent(self.done, self.total, self.unit)}".rstrip()]
         if self.done and elapsed > 0:
             rate = self.done / elapsed
             if self.total and self.done < self.total:
-                parts.append(f"{duration((self.total - self.done) / rate)} left")
+                parts.append(f"{duration(self.left(now))} left")
             parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
         return [*parts, *self.notes[-1:]]
 
 
 class Batch:
-    """Videos that are made one after the other: how long the rest takes, judged by the finished ones.
+    """Videos made one after the other: how long the rest takes, judged by the finished ones.
 
     Work is in any unit; a video that failed, or that another process makes, is work that is gone and tells nothing.
     """
@@ -74,12 +84,15 @@ class Batch:
             self._began = None
             self.ahead -= work
 
-    def left(self, now: float) -> str:
-        """`1 h 20 min left for all`; empty while no video is finished, and where there is only one."""
+    def left(self, now: float, stage: float = 0.0) -> str:
+        """`1 h 20 min left for all`; empty while no video is finished, and where there is only one.
+
+        stage: seconds that the stage of the present video takes yet; all cannot be done before.
+        """
         if not self.done or self.count < 2:
             return ""
         spent = 0.0 if self._began is None else now - self._began
-        return f"{duration(max(0.0, self.ahead * self.spent / self.done - spent))} left for all"
+        return f"{duration(max(stage, self.ahead * self.spent / self.done - spent, 0.0))} left for all"
 
 
 class Progress:
@@ -95,7 +108,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self.batch = Batch([])
         self.subject: dict[str, Any] = {}  # joins every event
-        self._terminal = not json and not quiet and self.stream.isatty()
+        self._terminal = not json and not quiet and clearing(self.stream) != ""
         self._open: list[Stage] = []
         self._began = time.perf_counter()
 
@@ -106,7 +119,8 @@ class Progress:
         stage = Stage(name, total, unit, began=now, shown_at=now)
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
-        self._draw(now)
+        if self._terminal and self.stream is not None:
+            stage.bar = _bar(stage, self.stream)
         whole = False
         try:
             yield
@@ -122,37 +136,36 @@ class Progress:
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - stage.inner
             if self._open:
                 self._open[-1].inner += elapsed
-            end = {"stage": name, "done": stage.done, "unit": unit, "seconds": elapsed, "whole": whole}
-            self.event("end", end)
-            if not whole and self._terminal:  # what is said next begins a line; a "^C" of the terminal's goes with ours
-                tell(self.stream, clearing(self.stream))
+            self.event("end", {"stage": name, "done": stage.done, "unit": unit, "seconds": elapsed, "whole": whole})
+            if stage.bar is not None:
+                stage.bar.close()
+                tell(self.stream, "")  # clears a "^C" of the terminal's with the bar
             if whole:
-                did = f" {extent(stage.done, None, unit)}" if stage.done else ""
-                what = f" ({stage.notes[0]})" if len(stage.notes) == 1 else ""
-                self._print(f"{name}{did} in {duration(elapsed)}{what}")
+                note = f"({stage.notes[0]})" if len(stage.notes) == 1 else ""
+                words = (name, extent(stage.done, None, unit), "in", duration(elapsed), note)
+                self._print(" ".join(filter(None, words)))
 
     def advance(self, amount: float, note: str = "") -> None:
-        """`amount` more of the innermost stage's unit is done; shown when something worth a line has happened."""
+        """`amount` more of the innermost stage's unit is done; shown when it is worth a line."""
         stage = self._open[-1]
         stage.done += amount
         if note:
             stage.notes = (*(other for other in stage.notes if other != note), note)
         now = time.perf_counter()
+        if stage.bar is not None:
+            left = self.batch.left(now, stage.left(now))
+            stage.bar.set_postfix_str(visible(", ".join(filter(None, (left, note)))), refresh=False)
+            stage.bar.update(amount)
+            return
         age = now - stage.shown_at
         tenth = stage.total and stage.done - stage.shown_done >= stage.total / 10
-        if self._terminal:
-            due = age >= REDRAW_SECONDS or tenth
-        else:
-            due = age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))
-        if not due or self.quiet:
+        if self.quiet or not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
             return
         stage.shown_at, stage.shown_done = now, stage.done
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
         self.event("advance", {**state, "seconds": now - stage.began})
-        if self._terminal:
-            self._draw(now)
-        else:
-            self._print(" | ".join(self._parts(now)))
+        first, *more = stage.parts(now)
+        self._print(" | ".join(filter(None, (first, self.batch.left(now, stage.left(now)), *more))))
 
     def say(self, text: str) -> None:
         """A message of its own: one or more whole lines."""
@@ -182,65 +195,59 @@ class Progress:
         peaks = ", ".join(f"{name} {quantity(count, 'B')}" for name, count in peak_memory().items())
         return "\n".join([*lines, f"peak memory: {peaks or 'not known here'}"])
 
-    def _parts(self, now: float) -> list[str]:
-        """Of the innermost stage, and what is left of all."""
-        first, *more = self._open[-1].parts(now)
-        left = self.batch.left(now)
-        return [first, *([left] if left else []), *more]
-
-    def _draw(self, now: float) -> None:
-        """The one line of a terminal that is written over again and again; no more than fits in it."""
-        if self._terminal:
-            columns = columns_of(self.stream) - SPARE_COLUMNS
-            parts = self._parts(now)
-            while len(parts) > 1 and width(" | ".join(parts)) > columns:
-                parts.pop()
-            tell(self.stream, f"\r{cut(' | '.join(parts), columns)}\x1b[K")
-
     def _print(self, text: str) -> None:
         if not self.quiet and not self.json:
-            tell(self.stream, f"{clearing(self.stream)}{text}\n")
+            tell(self.stream, f"{text}\n")
+            if self._open and self._open[-1].bar is not None:
+                self._open[-1].bar.refresh()
+
+
+def _bar(stage: Stage, stream: TextIO) -> tqdm:
+    from tqdm import tqdm  # takes 50 ms
+
+    tqdm.monitor_interval = 0  # no thread
+    _write(stream, CLEAR)  # the bar of the stage around this one
+    file = SimpleNamespace(
+        write=partial(_write, stream), flush=stream.flush, fileno=stream.fileno, encoding=stream.encoding
+    )
+    return tqdm(
+        desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", file=file,
+        dynamic_ncols=True, leave=False, position=0,
+    )  # fmt: skip
 
 
 def tell_event(kind: str, fields: dict[str, Any]) -> None:
     tell(sys.stdout, json.dumps({"event": kind, **fields}, ensure_ascii=False) + "\n")
 
 
-def tell(stream: TextIO, text: str) -> None:
-    """Write `text` while somebody takes it: a log that is lost (closed pipe, full disk) must not end the work."""
+def tell(stream: TextIO | None, text: str) -> None:
+    """Write `text` on a line of its own, without control characters, whoever wrote it. Never fails."""
+    _write(stream, clearing(stream) + visible(text))
+
+
+def visible(text: str) -> str:
+    """`text` with characters that move, hide or reorder what a terminal shows as JSON writes them: `\\u001b`."""
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def clearing(stream: TextIO | None) -> str:
+    """The characters that empty the line before something is said on a terminal."""
+    with suppress(ValueError):  # closed
+        return CLEAR if stream is not None and stream.isatty() else ""
+    return ""
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write while somebody takes it: a log that is lost (closed pipe, full disk) must not end the work."""
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
     try:
-        stream.write(text)
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except (OSError, ValueError):  # ValueError: the stream was closed
         with suppress(OSError, ValueError):  # what comes later, the flush at exit included, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def clearing(stream: TextIO) -> str:
-    """What empties a terminal's line before something is said on it: a line of progress, or its "^C"."""
-    return "\r\x1b[K" if stream.isatty() else ""
-
-
-def columns_of(stream: TextIO) -> int:
-    """The width of the terminal now; 80 where it does not say."""
-    with suppress(OSError, ValueError):
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    return 80
-
-
-def width(text: str) -> int:
-    """Columns that a terminal needs for `text`: two for a wide sign, none for a mark on the sign before."""
-    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
-    return len(text) + wide - sum(unicodedata.category(sign) in ("Mn", "Me", "Cf") for sign in text)
-
-
-def cut(text: str, columns: int) -> str:
-    """`text`, or as much of its begin as fits with an ellipsis after it."""
-    if width(text) <= columns:
-        return text
-    while text and width(text) >= columns:
-        text = text[:-1]
-    return f"{text}…"
 
 
 def peak_memory() -> dict[str, int]:
@@ -263,6 +270,9 @@ def peak_memory() -> dict[str, int]:
 
 
 def extent(done: float, total: float | None, unit: str) -> str:
+    """`12.3 GB of 28.6 GB 43%`, `step 1/4`, `81 frames`; empty before anything is known."""
+    if not total and not done:
+        return ""
     if not total:
         return quantity(done, unit)
     if unit == "B":
