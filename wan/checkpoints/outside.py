@@ -16,8 +16,6 @@ STAND_INS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
     (rb"\s*<(!doctype\s+html|html|\?xml)", "an HTML page, such as a login or error page; download the file again"),
     (rb"(\.\.?/)+[\w./@+-]{3,}\s*\Z", "the text of a link, not the file it points to; copy it again, following links"),
-    (rb"GGUF", "a GGUF file; give it a name that ends in .gguf"),
-    (rb"PK\x03\x04", "a PyTorch pickle; give it a name that ends in .pth"),
     (rb"\0{64,}", "empty at its start: the download was not finished; download the file again"),
 )
 

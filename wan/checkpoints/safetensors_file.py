@@ -152,13 +152,13 @@ def _parse_index(path: Path) -> dict[str, str]:
     size_of(path)
     with reading(path, "not a safetensors index"):
         weight_map: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
-        if not weight_map:
-            raise misread(path, "the index names no tensor; get the file again")
         for name, shard in weight_map.items():
             if not name.isprintable():
                 raise ValueError(f"a tensor is named {name!r:.60}")
             if not shard.isprintable() or re.search(r"[/\\:]", shard) or len(shard.encode()) > 255:
                 raise ValueError(f"{shard!r:.60} names no shard beside it")
+        if not weight_map:
+            raise misread(path, "the index names no tensor; get the file again")
     return weight_map
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
 from wan.checkpoints.gguf_file import GgufStore
 from wan.checkpoints.key_mapping import original, original_llama_text, original_text, original_vae
+from wan.checkpoints.outside import size_of
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.quantised_formats import DATA, Decoding, decoding_of, layers_of, markers
 from wan.checkpoints.quantised_formats import FLOATS as FLOATS
@@ -84,16 +84,15 @@ class NamedWeights(TensorStore):
 def open_file(path: Path) -> TensorStore:
     """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one.
 
-    The first bytes decide, then the suffix, in any case.
+    The suffix decides, in any case; the first bytes where it says nothing.
     """
     start, suffix = b"", path.suffix.lower()
-    with suppress(OSError):  # whoever opens it says why it cannot be read
-        if path.is_file():  # a pipe would wait
-            with path.open("rb") as file:
-                start = file.read(4)
-    if start == GGUF_MAGIC or suffix == GGUF:
+    if suffix not in (GGUF, *PICKLED, ".safetensors", ".json") and size_of(path):
+        with path.open("rb") as file:
+            start = file.read(4)
+    if suffix == GGUF or start == GGUF_MAGIC:
         return GgufStore(path)
-    return PickleStore(path) if start == ZIP_MAGIC or suffix in PICKLED else TensorStore.open(path)
+    return PickleStore(path) if suffix in PICKLED or start == ZIP_MAGIC else TensorStore.open(path)
 
 
 def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
