@@ -37,6 +37,7 @@ from wan.modules.quantize import FP8
 from wan.offload.eviction import schedule
 from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes
+from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 
 VIDEOS = {"t2v-A14B": ((1280, 720), (8, 12, 16, 24)), "ti2v-5B": ((1280, 704), (8,))}  # size, GB of the device
@@ -80,7 +81,7 @@ def streamed(task: str, room: int) -> Iterator[tuple[str, ...]]:
         if quantize == "fp8":
             for model in models:
                 model.use_fp8()
-        budget = plan.budget((width, height), plan.config.frame_num, 1)
+        budget = plan_video(plan, (width, height), plan.config.frame_num).budget
         assert budget is not None, "there is room to share"
         sizes = next(iter(budget.experts.values()))
         weights = sum(each.blocks * each.block_bytes + each.resident for each in budget.experts.values())

@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+import wan
 from benchmarks.measure import NEEDS_A_GPU, ROOT, Row, randomise, report, synchronize
 from benchmarks.sparse import sparse
 from wan.checkpoints.layout import WEIGHTS
@@ -40,7 +41,7 @@ from wan.offload.reader import Piece, Source, Store
 from wan.pipeline import Pipeline
 from wan.planning.build import make_plan
 from wan.planning.plan import Plan
-from wan.runner.batch import PIPELINES, run_jobs
+from wan.runner.batch import run_jobs
 from wan.utils.progress import Progress
 
 TOKENIZER = ROOT / "examples" / "tiny" / "Wan2.2-T2V-A14B" / "google"
@@ -108,7 +109,9 @@ class RandomWeights(Pipeline):
 
 
 def random_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
-    return type("Random", (RandomWeights, PIPELINES[plan.request.task]), {})(plan, progress, runtime)
+    public = getattr(wan, plan.config.public_class.partition(":")[2])
+    random: type[Pipeline] = type("Random", (RandomWeights, public), {})
+    return random.of_plan(plan, progress, runtime)
 
 
 class Run(NamedTuple):

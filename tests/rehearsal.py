@@ -47,8 +47,7 @@ def rehearse(words: list[str]) -> dict[str, Any]:
     wan.planning.build.make_plan, Source.read, Progress.stage = kept_plan, unread, stage  # type: ignore[method-assign, assignment]
     code = generate.main(words)
     (plan,) = plans
-    job = plan.largest()
-    budget = plan.budget(job.size, job.frame_num, plan.prompts())
+    budget = plan.largest().budget
     return {
         "code": code, "planned": budget.peaks if budget else {}, "tiles": budget.tiles if budget else None,
         "allocated": allocated, "reserved": reserved,

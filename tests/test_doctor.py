@@ -27,6 +27,7 @@ from wan.modules.released import released_vae
 from wan.modules.vae_coders import Region
 from wan.planning.communication import sent_bytes
 from wan.planning.flops import decode_operations, encode_operations
+from wan.planning.memory import plan_video, plan_videos
 from wan.planning.time_estimate import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
 
 ROOT = TESTS.parent
@@ -198,7 +199,7 @@ def test_estimates_are_counted_work_over_rates() -> None:
         here = machine()
         here.device, here.rates = CPU, dict(SPEED)
         plan = released_plan("t2v-A14B", True, int(room * 1e9), here)
-        found[room] = plan.budget((1280, 720), 81, 1)
+        found[room] = plan_video(plan, (1280, 720), 81).budget
     assert not found[24].resident
     sizes = network_of(plan)
     assert sizes.operations(75600) == pytest.approx(6.52e15, rel=0.01)
@@ -249,16 +250,16 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
 def test_processes_share_the_work() -> None:
     here, rates = machine(), {**SPEED, DISK: 1e18, PINNED: 1e18}
     plan = replace(released_plan("i2v-A14B", False, int(400e9), here), room=None)
-    alone, layout = seconds(plan, None, (1280, 720), 81, rates), Layout(8, 4)
+    alone, layout = seconds(plan, plan_video(plan, (1280, 720), 81), rates), Layout(8, 4)
     four = replace(plan, layout=layout)
-    shared = seconds(four, None, (1280, 720), 81, rates)
+    shared = seconds(four, plan_video(four, (1280, 720), 81), rates)
     assert shared.denoise == pytest.approx(alone.denoise / 4)
     assert (shared.text, shared.read) == (alone.text, alone.read)
     for stage in ("image", "decode"):  # with the rims of their regions
         assert 0.25 < getattr(shared, stage) / getattr(alone, stage) < 0.45
     forwards = sum(1 + step.guided for step in plan.steps)
     sent = forwards * sent_bytes(layout, network_of(plan), 75600, 4)["ulysses"]
-    sending = seconds(four, None, (1280, 720), 81, rates | {EXCHANGE: 1e9})
+    sending = seconds(four, plan_video(four, (1280, 720), 81), rates | {EXCHANGE: 1e9})
     assert sending.denoise - shared.denoise == pytest.approx(sent / 1e9)
 
 
@@ -267,6 +268,8 @@ def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest
     keep_rates(CPU, SPEED)
     plan, size = released_plan("t2v-A14B", True, int(400e9), machine()), (832, 480)
     jobs = [Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5)]
+    assert plan.sampling is not None
+    plan = plan_videos(plan, plan.sampling, jobs)
     alone, groups = expect(plan, jobs), expect(replace(plan, layout=Layout(2, 1)), jobs)
     assert alone is not None
     assert groups is not None
@@ -307,7 +310,7 @@ def counted(work: Callable[[], object]) -> int:
 def test_a_small_video_has_a_budget() -> None:
     """A grid of 6 x 8 cells cannot be cut into the 8 x 8 tiles that larger ones may need."""
     task = WanT2V(config_of("t2v-A14B"), checkpoint("t2v-A14B"), device="cpu", vram=0.001)
-    budget = task.plan.budget((64, 48), 9, 1)
+    budget = plan_video(task.plan, (64, 48), 9).budget
     assert budget is not None
     assert budget.tiles == (6, 6)
 

@@ -23,6 +23,8 @@ from wan.modules.context import Prompt
 from wan.modules.model import WanModel
 from wan.original_api import Original
 from wan.pipeline import Start
+from wan.planning.memory import plan_videos
+from wan.sampling import Video
 
 CLASSES = {"t2v-A14B": wan.WanT2V, "i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V}
 STAGE, END_TO_END = 1e-5, 1e-4
@@ -49,7 +51,9 @@ def started(task: Original, case: dict) -> Start:
     image, size = image_of(case), case["args"].get("size")
     if image is not None:
         size = video_size(task.plan.config, image.size, (case["args"]["max_area"], 1))
-    return task.start(image, tuple(size), case["args"]["frame_num"])
+    video = Video(case["prompt"], "", tuple(size), case["args"]["frame_num"], 0, image)
+    task.plan = plan_videos(task.plan, Sampling("euler", 1, 5.0, (1.0, 1.0)), [video])
+    return task.start(video)
 
 
 def image_of(case: dict) -> Image.Image | None:
@@ -100,7 +104,7 @@ def generate(task: Original, case: dict, monkeypatch: pytest.MonkeyPatch) -> tup
     """(final latent, video) of the public `generate` with the case's arguments."""
     latents: list[torch.Tensor] = []
     decode = task.decode
-    monkeypatch.setattr(task, "decode", lambda latent, finer: latents.append(latent) or decode(latent, finer))
+    monkeypatch.setattr(task, "decode", lambda latent, **how: latents.append(latent) or decode(latent, **how))
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in case["args"].items()}
     image = image_of(case)
     if image is not None:
@@ -167,7 +171,7 @@ def test_every_family_of_lora_files_makes_the_golden_video(family: str, tmp_path
     loras = [f"{expert}={file}" for expert, file in files.items()]
     task = wan.WanT2V(config_of(case["task"]), checkpoint(case["task"]), lora=loras, device="cpu")
     sampling = Sampling("euler", 4, 5.0, (1.0, 1.0))
-    latent = task.sample(case["prompt"], "", None, tuple(case["args"]["size"]), 9, 42, sampling)
+    latent = task.sample_with(sampling, Video(case["prompt"], "", tuple(case["args"]["size"]), 9, 42))
     assert relative_error(latent, golden()["t2v_lightning.latent"]) < END_TO_END
 
 

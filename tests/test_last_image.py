@@ -24,6 +24,9 @@ from wan.jobs.resolve import resolve
 from wan.media.images import i2v_tensor
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
+from wan.pipeline import Start
+from wan.planning.memory import plan_videos
+from wan.sampling import Video
 from wan.utils.errors import InputError
 
 COMMAND = [
@@ -44,6 +47,11 @@ def alone() -> WanI2V:
     return open_task(Runtime())
 
 
+def started(task: WanI2V, video: Video) -> Start:
+    task.plan = plan_videos(task.plan, Sampling("euler", 1, 5.0, (1.0, 1.0)), [video])
+    return task.start(video)
+
+
 def pictures(size: tuple[int, int] = (64, 48)) -> tuple[Image.Image, Image.Image]:
     """Two pictures; the second one has another ratio."""
     noise = torch.randint(0, 256, (2, 3, 40, 40), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -56,7 +64,7 @@ def pictures(size: tuple[int, int] = (64, 48)) -> tuple[Image.Image, Image.Image
 def test_the_conditioning_is_that_of_diffusers(size: tuple[int, int], frames: int, between: bool) -> None:
     first, last = pictures(size)
     task = alone()
-    found = task.start(first, size, frames, last if between else None)
+    found = started(task, Video("", "", size, frames, 0, first, last if between else None))
     peer = SimpleNamespace(
         vae_scale_factor_temporal=4, vae_scale_factor_spatial=8, vae=to_diffusers(task.load_vae()),
         config=SimpleNamespace(expand_timesteps=False),
@@ -81,7 +89,8 @@ def test_where_room_is_short_both_pictures_are_encoded_in_tiles(between: bool, m
 
     monkeypatch.setattr(WanVAE, "_pixel_chunks", noted)
     short = WanI2V(config_of("i2v-A14B"), checkpoint("i2v-A14B"), device="cpu", vram=0.001)
-    found, want = (task.start(first, (64, 48), 5, last if between else None) for task in (short, alone()))
+    video = Video("", "", (64, 48), 5, 0, first, last if between else None)
+    found, want = (started(task, video) for task in (short, alone()))
     assert len(windows) == 6 * 6 + 1, "the most tiles for 6 x 8 cells, and one"
     assert relative_error(found.channels, want.channels) < 1e-5
 
@@ -90,7 +99,7 @@ def sample(runtime: Runtime) -> torch.Tensor:
     first, last = pictures()
     task = alone() if runtime.team.size == 1 else open_task(runtime)
     sampling = Sampling("euler", 4, 5.0, (1.0, 1.0))
-    return task.sample("a cat", "", first, (64, 48), 9, 3, sampling, last_image=last)
+    return task.sample_with(sampling, Video("a cat", "", (64, 48), 9, 3, first, last))
 
 
 def test_two_processes_give_what_one_does() -> None:

@@ -26,8 +26,8 @@ from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.model import WanModel
 from wan.offload.copy_stream import CopyStream, Slot
-from wan.pipeline import Pipeline
-from wan.runner.batch import PIPELINES
+from wan.original_api import Original
+from wan.sampling import Video
 from wan.utils.progress import Progress
 
 META = torch.device("meta")
@@ -76,13 +76,13 @@ class WatchedStream(CopyStream):
 
 def open_on_meta(
     task: str, dtype: torch.dtype, lora_mode: str | None, offload: bool, room: int | None, quantize: str = "none"
-) -> Pipeline:
+) -> Original:
     """The pipeline as planned for a CPU, but for the device."""
     lora = {"lora_dir": lora_dir(task), "lora_mode": lora_mode} if lora_mode else {}
     plan = CLASSES[task](config_of(task, dtype), checkpoint(task), device="cpu", quantize=quantize, **lora).plan
     assert plan.lora_mode == (lora_mode or "merge")
     plan = replace(plan, device=META, text_device=META, offload=offload, room=room)
-    return PIPELINES[task](plan, Progress(quiet=True), Runtime())
+    return CLASSES[task].of_plan(plan, Progress(quiet=True), Runtime())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,8 @@ def test_nothing_is_on_two_devices(
     for dtype, samplings, tiles in RUNS:
         pipe = open_on_meta(task, dtype, lora_mode, offload, room)
         with OneDevice(), AllIsWell():
-            latents = [pipe.sample("a cat", "bad", image, SIZE, FRAMES, 1, sampling) for sampling in samplings]
+            video = Video("a cat", "bad", SIZE, FRAMES, 1, image)
+            latents = [pipe.sample_with(sampling, video) for sampling in samplings]
             chunks = list(pipe.load_vae().decode(latents[0], tiles=tiles))
         assert {each.device for each in (*latents, *chunks)} == {META}
         assert sum(chunk.shape[1] for chunk in chunks) == FRAMES
@@ -119,7 +120,7 @@ def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: 
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
     pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")
     with OneDevice(), AllIsWell():
-        latent = pipe.sample("a cat", "bad", None, SIZE, FRAMES, 1, RUNS[0][1][0])
+        latent = pipe.sample_with(RUNS[0][1][0], Video("a cat", "bad", SIZE, FRAMES, 1))
     assert latent.device == META
     layers = [m for model in pipe.load_experts().models.values() for m in model.modules() if isinstance(m, Fp8Linear)]
     assert len(layers) == 2 * 2 * 10

@@ -53,11 +53,11 @@ def test_a_drawn_seed_leaves_the_callers_random_numbers_alone(pipe: wan.WanT2V) 
 def test_no_room_for_the_decode_leads_to_tiles(pipe: wan.WanT2V, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, ways = pipe.decode, []
 
-    def full(latent: torch.Tensor, finer: bool) -> Iterator[torch.Tensor]:
+    def full(latent: torch.Tensor, *, finer: bool) -> Iterator[torch.Tensor]:
         ways.append(finer)
         if not finer:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from decode(latent, finer)
+        yield from decode(latent, finer=finer)
 
     given = {"size": (64, 48), "frame_num": 5, "sampling_steps": 1, "guide_scale": 1.0, "seed": 1}
     whole = pipe.generate("a cat", **given)

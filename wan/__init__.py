@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from wan.textimage2video import WanTI2V as WanTI2V
 
 __version__ = "0.2.0"
-_HOMES = {"WanT2V": "wan.text2video", "WanI2V": "wan.image2video", "WanTI2V": "wan.textimage2video"}
 __all__ = ["WanI2V", "WanT2V", "WanTI2V"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'wan' has no attribute {name!r}")
-    from importlib import import_module
+    if name in __all__:
+        from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+        from wan.configs import TASKS
+
+        module = next(c.public_class.partition(":")[0] for c in TASKS.values() if c.public_class.endswith(f":{name}"))
+        return getattr(import_module(module), name)
+    raise AttributeError(f"module 'wan' has no attribute {name!r}")

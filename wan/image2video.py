@@ -9,36 +9,31 @@ from torch import Tensor
 
 from wan.media.images import i2v_tensor
 from wan.original_api import Original
-from wan.pipeline import Pipeline, Start
+from wan.pipeline import Start
+from wan.sampling import Video
 
 
-class ImageToVideo(Pipeline):
-    """Wan2.2-I2V-A14B."""
-
-    def start(
-        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
-    ) -> Start:
-        assert image is not None, "image-to-video needs an image"
-        shape, device = self.plan.config.latent_shape(size, frames), self.plan.device
-        with self.progress.stage("image"), torch.no_grad():
-            first, vae, tiles = i2v_tensor(image, size), self.load_vae(), self.plan.encode_tiles(shape)
-            if last_image is None:
-                latent = vae.encode_first_frame(first.to(device), frames, tiles=tiles)
-            else:  # stays on the CPU: the encoder takes it piece by piece
-                clip = torch.zeros(3, frames, *first.shape[1:])
-                clip[:, 0], clip[:, -1] = first, i2v_tensor(last_image, size)
-                latent = vae.encode(clip, tiles=tiles)
-        mask = torch.zeros(self.plan.config.mask_channels, *shape[1:], device=device)
-        mask[:, 0] = 1  # the first frame is known, and stands for a whole latent frame
-        if last_image is not None:
-            mask[-1, -1] = 1  # of the last latent frame's four video frames only the last
-        return Start(shape, channels=torch.cat([mask, latent]))
-
-
-class WanI2V(Original, ImageToVideo):
-    """The original's class."""
+class WanI2V(Original):
+    """Wan2.2-I2V-A14B, with the original's signatures."""
 
     task = "i2v-A14B"
+
+    def start(self, video: Video) -> Start:
+        assert video.image is not None, "image-to-video needs an image"
+        facts, device = self.plan.video(video), self.plan.device
+        with self.progress.stage("image"), torch.no_grad():
+            first, vae, tiles = i2v_tensor(video.image, video.size), self.load_vae(), facts.encode_tiles
+            if video.last_image is None:
+                latent = vae.encode_first_frame(first.to(device), video.frame_num, tiles=tiles)
+            else:  # stays on the CPU: the encoder takes it piece by piece
+                clip = torch.zeros(3, video.frame_num, *first.shape[1:])
+                clip[:, 0], clip[:, -1] = first, i2v_tensor(video.last_image, video.size)
+                latent = vae.encode(clip, tiles=tiles)
+        mask = torch.zeros(self.plan.config.mask_channels, *facts.latent[1:], device=device)
+        mask[:, 0] = 1  # the first frame is known, and is a whole latent frame
+        if video.last_image is not None:
+            mask[-1, -1] = 1  # of the last latent frame's four video frames only the last
+        return Start(facts.latent, channels=torch.cat([mask, latent]))
 
     def generate(
         self,
@@ -60,7 +55,5 @@ class WanI2V(Original, ImageToVideo):
 
         last_image: the last frame, squeezed to the video's size; frame_num must then be 5 or more.
         """
-        return self._generate(
-            input_prompt, img, (max_area, 1), frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt,
-            seed, offload_model, last_image,
-        )  # fmt: skip
+        video = Video(input_prompt, n_prompt, (max_area, 1), frame_num, seed, img, last_image)
+        return self._generate(video, sample_solver, sampling_steps, shift, guide_scale, offload_model)

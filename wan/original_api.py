@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from wan.cli.checks import Check
@@ -26,12 +25,14 @@ from wan.media.images import video_size
 from wan.offload.reader import as_dtype
 from wan.pipeline import Pipeline, in_the_room
 from wan.planning.build import open_plan
+from wan.planning.memory import plan_videos
+from wan.sampling import Video
 from wan.utils.accelerator import Accelerator, gpu_or_cpu
 from wan.utils.progress import Progress
 
 
 class Original(Pipeline):
-    """What the three public classes share; each names its task and gives `generate` the original's arguments."""
+    """Base of the three public classes; each names its task and gives `generate` the original's arguments."""
 
     task: ClassVar[str]
 
@@ -60,19 +61,19 @@ class Original(Pipeline):
         brought to the device when needed; sharded ones stay there. use_sp: all processes make one video, those of
         `runtime` or, without it, of torch.distributed. more: options of the command line by name (`ulysses_size=2`,
         `lora_mode="adapter"`).
-        InputError listing everything that is wrong with arguments and files.
+        InputError with all problems of arguments and files.
         """
         if not isinstance(config, TaskConfig):
             config = TASKS[self.task].with_values(config)
         runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
         check = Check()
-        given = {
+        values = {
             "task": self.task, "ckpt_dir": str(checkpoint_dir), "lora_dir": lora_dir and str(lora_dir),
             "t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "t5_cpu": t5_cpu, "offload_model": init_on_cpu,
             "convert_model_dtype": convert_model_dtype, "device": str(device or gpu_or_cpu(device_id)),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
-        request = Request.from_dict({**given, **more}, check.problems)
+        request = Request.from_dict({**values, **more}, check.problems)
         weights = choose_weights(request, config, Path(checkpoint_dir), check)
         mode = check.choice("lora_mode", request.lora_mode, ("merge", "adapter"))
         check.stop()
@@ -84,47 +85,44 @@ class Original(Pipeline):
 
     def _generate(
         self,
-        prompt: str,
-        image: Image.Image | None,
-        size: tuple[int, int],
-        frame_num: int,
+        video: Video,
+        solver: str,
+        steps: int,
         shift: float,
-        sample_solver: str,
-        sampling_steps: int,
         guide_scale: float | tuple[float, float],
-        n_prompt: str,
-        seed: int,
         offload_model: bool,
-        last_image: Image.Image | None = None,
     ) -> Tensor | None:
-        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `size` counts as an area.
+        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area.
 
         None on all but the first of the processes that make it together. InputError for what the command line refuses.
         """
-        config, check = self.plan.config, Check()
-        if image is None:
-            size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
+        config, check, team = self.plan.config, Check(), self.mesh.team
+        if video.image is None:
+            size = check.size("size", f"{video.size[0]}*{video.size[1]}", config.size_step)
         else:
-            size = video_size(config, image.size, size)
-        frame_num = check.frames("frame_num", frame_num)
-        if last_image is not None:
+            size = video_size(config, video.image.size, video.size)
+        frame_num = check.frames("frame_num", video.frame_num)
+        if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
         sampling = Sampling(
-            check.choice("sample_solver", sample_solver, SOLVERS),
-            check.whole("sampling_steps", sampling_steps, 1, 1, 1000),
+            check.choice("sample_solver", solver, SOLVERS),
+            check.whole("sampling_steps", steps, 1, 1, 1000),
             check.number("shift", shift, 1.0, 0.01, 100),
             both(guide_scale),
         )
         check.stop()
-        if seed < 0:
-            seed = self.mesh.team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
+        seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
+        negative = video.negative_prompt or config.sample_neg_prompt
+        video = replace(video, negative_prompt=negative, size=size, frame_num=frame_num, seed=seed)
+        self.offload = offload_model
         with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
-            self.offload = offload_model
-            negative, team = n_prompt or config.sample_neg_prompt, self.mesh.team
-            latent = team.all_or_none(
-                lambda: self.sample(prompt, negative, image, size, frame_num, seed, sampling, last_image=last_image)
-            )
+            latent = team.all_or_none(lambda: self.sample_with(sampling, video))
             if offload_model:
                 self.release_text_encoder()
-            chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer)))
+            chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer=finer)))
             return torch.cat(chunks, dim=1) if chunks else None
+
+    def sample_with(self, sampling: Sampling, video: Video, *, again: bool = False) -> Tensor:
+        """Plan `video` with the steps of `sampling`; its final latent as from `sample`."""
+        self.plan = plan_videos(self.plan, sampling, [video])
+        return self.sample(video, again=again)

@@ -1,31 +1,28 @@
 """The networks of a plan, loaded, and one video through them: text -> conditioning -> latent -> frames.
 
-Nothing is decided here: what was opened and chosen stands in the plan. Each network is loaded by the method named so.
+Nothing is decided here: the plan says what was opened and chosen. Each network is loaded by the method named so.
 Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames, rows, columns of the video.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.configs.task import PATCH
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
 from wan.distributed.process_group import Team
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.jobs.job import Job, Sampling
+from wan.jobs.job import Job
 from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
@@ -35,8 +32,9 @@ from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, Store, load, parameter_dtypes
+from wan.planning.memory import decode_tiles
 from wan.planning.plan import Plan, dtype_name
-from wan.sampling import Conditioning, OnStep, Step, clean, denoise, make_schedule, plan_steps
+from wan.sampling import Conditioning, OnStep, Step, Video, clean, denoise, make_schedule
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
@@ -50,7 +48,7 @@ TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all te
 
 @dataclass(frozen=True)
 class Start:
-    """What a task conditions on besides the text: the latent's shape, and what the image gives."""
+    """A task's conditioning besides the text: the latent's shape, and the image's part in it."""
 
     shape: tuple[int, int, int, int]
     channels: Tensor | None = None
@@ -61,39 +59,42 @@ class Pipeline(ABC):
     """One task's networks, as planned."""
 
     def __init__(self, plan: Plan, progress: Progress, runtime: Runtime) -> None:
-        """Connects the processes of `runtime` as planned: all of them must make their pipelines at the same time."""
+        """Connect the processes of `runtime` as planned: all of them must make their pipelines at the same time."""
         self.plan, self.progress = plan, progress
         self.mesh = make_mesh(plan.layout, plan.device.type, runtime.team.rank)
         self.attention = self.mesh.team.broadcast(lambda: plan.attention)  # "auto" is timed: ranks may differ
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
-        self.offload = plan.offload  # whether the experts' memory is free for other stages
-        self.follows = False  # whether another video is made after this one
+        self.offload = plan.offload  # the experts give their memory back for decoding
+        self._again = False  # whether another video follows
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
 
+    @classmethod
+    def of_plan(cls, plan: Plan, progress: Progress, runtime: Runtime) -> Self:
+        """A pipeline of this class for a plan made elsewhere, past the original's constructor."""
+        pipe = cls.__new__(cls)
+        Pipeline.__init__(pipe, plan, progress, runtime)
+        return pipe
+
     @abstractmethod
-    def start(
-        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
-    ) -> Start:
-        """What this task makes of its pictures, for a video of `size` (width, height)."""
+    def start(self, video: Video) -> Start:
+        """The task's conditioning for `video`, whose size and length are in the plan."""
 
     # -- text
 
-    def texts(self, job: Job) -> list[str]:
-        """What the text encoder must read for this job; the negative prompt only where a step is guided."""
-        guided = any(step.guided for step in self.plan.steps)
-        return [job.prompt, job.negative_prompt] if guided else [job.prompt]
+    def texts(self, video: Video | Job) -> list[str]:
+        """The texts to encode for a video; the negative prompt only where a step is guided."""
+        return [video.prompt, video.negative_prompt] if self.plan.guided else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
-        """InputError for a file that turns out to be corrupt."""
+        """InputError for a corrupt file."""
         if self._text_encoder is None:
             plan, part = self.plan, self.plan.checkpoint.text_encoder
             module, store = part.module, part.weights
             if plan.request.t5_fsdp:
-                with self._loading(
-                    "text encoder", sum(entry.bytes for entry in store.values()), sharded=True
-                ) as report:
+                size = sum(entry.bytes for entry in store.values())
+                with self._loading("text encoder", size, sharded=True) as report:
                     self._text_encoder = self.load(
                         module, store, sharded=True, home=plan.text_device, dtype=lambda _: plan.text_dtype,
                         report=report,
@@ -105,7 +106,7 @@ class Pipeline(ABC):
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
-        """Run the text encoder on every text that has not been encoded before, and keep the result."""
+        """Run the text encoder on every text that it has not encoded yet, and keep the results."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
         if not fresh:
             return
@@ -123,7 +124,7 @@ class Pipeline(ABC):
     # -- denoising
 
     def load_experts(self) -> Experts:
-        """InputError for a file that turns out to be corrupt."""
+        """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
         plan, merged = self.plan, self.plan.lora_mode == "merge"
@@ -153,80 +154,71 @@ class Pipeline(ABC):
                 models = networks.models
                 if not plan.offload or plan.room is None:
                     networks.preload(report)
+        set_scale: Callable[[WanModel, float], None] | None = None
         for name, model in models.items():
             model.use_attention(BACKENDS[self.attention])
             split_tokens(model, self.mesh)
             if not merged:
-                from lightning.peft_adapter import add_adapters  # takes seconds to import
+                from lightning import peft_adapter  # takes seconds to import
 
-                add_adapters(model, plan.loras.get(name, []), plan.device)
-        self.experts = Experts(models, networks, None if merged else _set_scale())
+                set_scale = peft_adapter.set_scale
+                peft_adapter.add_adapters(model, plan.loras.get(name, []), plan.device)
+        self.experts = Experts(models, networks, set_scale)
         return self.experts
 
-    def sample(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        image: Image.Image | None,
-        size: tuple[int, int],
-        frames: int,
-        seed: int,
-        sampling: Sampling,
-        on_step: OnStep = lambda *_: None,
-        last_image: Image.Image | None = None,
-    ) -> Tensor:
-        """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite."""
-        device, noise_device = self.plan.device, self.plan.noise_device
-        generator = torch.Generator(noise_device).manual_seed(seed)
+    def sample(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+        """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
+
+        again: another video follows, whose first weights are read while this one is decoded.
+        """
+        plan, self._again = self.plan, again
+        assert plan.sampling is not None, "a plan with videos has a sampling"
+        generator = torch.Generator(plan.noise_device).manual_seed(video.seed)
 
         def draw(shape: Sequence[int]) -> Tensor:
             """The generator's next numbers, the same on all processes that make this video."""
-            return self.mesh.same(torch.randn(shape, generator=generator, device=noise_device).to(device))
+            return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        schedule = make_schedule(sampling, draw)
-        steps = plan_steps(schedule.timesteps, sampling, self.plan.config.boundary)
-        texts = [prompt, negative_prompt] if any(step.guided for step in steps) else [prompt]
+        schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text]) for text in texts)
-        start = self.start(image, size, frames, last_image)
+        start = self.start(video)
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
-        experts = self.load_experts()
-        passes = [(step.expert, 1 + step.guided) for step in steps]
-        budget = self.plan.budget(size, frames, len(texts))
-        self._choose_passes(experts, noise, sum(count for _, count in passes))
+        experts, facts = self.load_experts(), plan.video(video)
+        passes = [(step.expert, 1 + step.guided) for step in plan.steps]
+        self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
+        budget = facts.budget
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
-        batch_guidance = budget.batch_guidance if budget else self.plan.request.dit_fsdp
+        batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(passes, slots, batch_guidance, again=self.follows or not self.offload)
-        with self.progress.stage("denoise", total=len(steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
+        job = experts.job(passes, slots, batch_guidance, again=again or not self.offload)
+        with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
+            latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
         if self.offload:
-            experts.leave(budget.between if budget and self.follows else 0)  # decoding needs the memory
+            # decoding needs the memory; where none was counted, all of it
+            experts.leave(budget.between if budget and again and plan.room is not None else 0)
         return latent
 
-    def _choose_passes(self, experts: Experts, latent: Tensor, forwards: int) -> None:
-        """Compile what runs between the matrix products, where a run of so many forwards is long enough for that."""
-        model = next(iter(experts.models.values()))
-        tokens, width = latent[0].numel() // math.prod(PATCH), model.num_heads * model.head_width
+    def _choose_passes(self, experts: Experts, tokens: int, forwards: int) -> None:
+        """Compile the passes between the matrix products, if a run of `forwards` is long enough to gain from it."""
+        model = self.plan.transformer
+        width = model.num_heads * model.head_width
         passes, note = choose_passes(self.plan.device, tokens, width, len(model.blocks), forwards)
         for each in experts.models.values():
             each.use_passes(passes)
         if note:
             self.progress.say(note)
 
-    def sample_job(self, job: Job) -> Tensor:
-        """The planned job's final latent. JobError if it stops being finite."""
-        sampling = self.plan.sampling
-        assert sampling is not None, "a plan with jobs has a sampling"
+    def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
+        """The planned job's final latent. JobError if it stops being finite. again: see `sample`."""
         pictures = self.mesh.team.all_or_none(
             lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
         )
-        image, last_image = pictures["image"], pictures["last_image"]
-
+        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **pictures)
         strip = Strip(Beside.of(job.save_file).strip)
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
@@ -236,16 +228,12 @@ class Pipeline(ABC):
                     strip.add(frame)
             self.progress.advance(1, str(step))
 
-        return self.mesh.team.all_or_none(
-            lambda: self.sample(
-                job.prompt, job.negative_prompt, image, job.size, job.frame_num, job.seed, sampling, show, last_image
-            )
-        )
+        return self.mesh.team.all_or_none(lambda: self.sample(video, show, again=again))
 
     # -- pixels
 
     def load_vae(self) -> WanVAE | SplitVAE:
-        """InputError for a file that turns out to be corrupt."""
+        """InputError for a corrupt file."""
         if self.vae is None:
             module, store = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
             with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
@@ -258,35 +246,35 @@ class Pipeline(ABC):
         return self.vae
 
     def load_networks(self) -> None:
-        """All that a video needs once its text is encoded."""
+        """Load all that a video needs once its text is encoded."""
         self.load_experts()
         self.load_vae()
 
-    def decode(self, latent: Tensor, finer: bool = False) -> Generator[Tensor]:
+    def decode(self, latent: Tensor, *, finer: bool = False) -> Generator[Tensor]:
         """Chunks [3, t, H, W] float32 in [-1, 1], in order. finer: in smaller tiles than planned, same numbers.
 
-        Meanwhile the next video's first weights are read into what room there is beside.
+        Meanwhile the next video's first weights are read into the memory that is left.
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
-        tiles = self.plan.tiles(latent.shape, finer)
+        tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()
-        beside = self.experts.ahead() if self.experts and self.follows else nullcontext()
+        beside = self.experts.ahead() if self.experts and self._again else nullcontext()
         with torch.no_grad(), beside:
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
     def look(self, latent: Tensor) -> Tensor | None:
-        """The frame [3, H, W] in the middle of a latent, decoded as if it stood alone: a single frame's work.
+        """The frame [3, H, W] in the middle of a latent, decoded alone: a single frame's work.
 
-        Of processes that make a video together the first gets it; all must ask.
+        Of processes that make a video together the first gets it; all must call this.
         """
-        middle = latent.shape[1] // 2
+        middle, tiles = latent.shape[1] // 2, decode_tiles(self.plan, latent.shape)
         with torch.no_grad():
-            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=self.plan.tiles(latent.shape)))
+            chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=tiles))
         return chunks[0][:, 0] if chunks else None
 
     def info(self) -> dict[str, str]:
-        """What the record says about the machine and the numerics."""
+        """Machine and numerics, for the record."""
         device = self.plan.device
         return {
             "device": f"{device} ({Accelerator(device).name})",
@@ -305,25 +293,19 @@ class Pipeline(ABC):
         return load_sharded(module, store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(self, what: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+    def _loading(self, name: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
-            yield lambda count: self.progress.advance(count, what)
+            yield lambda count: self.progress.advance(count, name)
 
 
 def in_the_room(team: Team, progress: Progress, decode: Callable[[bool], Result]) -> Result:
-    """`decode(False)` by all of the team; where the device has no room for it, `decode(True)`: in finer tiles."""
+    """`decode(False)` by all of the team; after out of memory `decode(True)`: in finer tiles."""
     try:
         return team.all_or_none(lambda: decode(False))
     except Exception as error:
         if not out_of_memory(error):
             raise
-    # Out here the failed attempt's tensors are no longer held by the exception.
+    # Out here the exception no longer holds the failed attempt's tensors.
     progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
     free_memory()
     return team.all_or_none(lambda: decode(True))
-
-
-def _set_scale() -> Callable[[WanModel, float], None]:
-    from lightning.peft_adapter import set_scale  # takes seconds to import
-
-    return set_scale

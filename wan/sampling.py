@@ -1,4 +1,4 @@
-"""Sampling: the schedules, the plan of steps, and the one denoise loop for all tasks.
+"""Sampling: the schedules, the plan of steps, and the one denoise loop of all tasks.
 
 Shapes: C latent channels, f, h, w latent frames, rows, columns.
 """
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
@@ -21,22 +22,35 @@ from wan.modules.model import WanModel
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
-# what diffusers' schedulers must be told of flow matching
+# settings of diffusers' schedulers for flow matching
 FLOW = {"num_train_timesteps": TRAIN_TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 class Schedule(Protocol):
-    """A solver over its timesteps, for one video: multistep solvers remember."""
+    """A solver over its timesteps, for one video: multistep solvers keep state."""
 
     timesteps: list[float]
-    noise_scale: float  # what the initial noise is multiplied by
+    noise_scale: float  # factor of the initial noise
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
+class Video:
+    """One video to sample. size: (width, height)."""
+
+    prompt: str
+    negative_prompt: str
+    size: tuple[int, int]
+    frame_num: int
+    seed: int
+    image: Image.Image | None = None
+    last_image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
 class Step:
-    """One step of the plan: what is printed before loading is what runs."""
+    """One step of the plan, as printed and as run."""
 
     timestep: float
     expert: str  # "high", "low" or "model"
@@ -54,20 +68,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a task gives the loop."""
+    """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None where no step is guided
-    channels: Tensor | None = None  # [20, f, h, w] mask and image latent, set beside the noisy latent (I2V)
+    negative: Prompt | None = None  # None if no step is guided
+    channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
 
 
-# Called after each step with what it started from and the velocity there, guidance included, both [C, f, h, w].
+# Called after each step with the sample before it and the velocity there, guidance included, both [C, f, h, w].
 OnStep = Callable[[Step, Tensor, Tensor], None]
 
 
 def clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
-    """What the latent will be without noise, as far as this step can tell: x - sigma v, sigma = t / 1000."""
+    """Prediction of the latent without noise: x - sigma v, sigma = t / 1000."""
     return sample - step.timestep / TRAIN_TIMESTEPS * velocity
 
 
@@ -75,15 +89,15 @@ class Experts(Protocol):
     """The denoising networks by name."""
 
     def ready(self, name: str, lora: float) -> WanModel:
-        """The network on the compute device, its LoRAs at this scale."""
+        """Return the network on the compute device, its LoRAs at scale `lora`."""
         ...
 
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
-    """Which expert, guidance and LoRA scale each timestep gets.
+    """Return expert, guidance and LoRA scale of each timestep.
 
-    boundary: the high-noise expert serves timesteps >= 1000 * boundary, unless `sampling.high_steps` counts them out;
-    None for a single model.
+    boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
+    single model.
     """
     plan = []
     for index, timestep in enumerate(timesteps):
@@ -110,17 +124,17 @@ def denoise(
 ) -> Tensor:
     """Noise float32 [C, f, h, w] -> latent of the same shape.
 
-    JobError naming the step at which the latent stopped being finite. On a GPU it comes a step late: nothing waits for
-    the device before it has its next step to do.
+    JobError naming the step after which the latent is not finite. On a GPU it comes one step late, so that the device
+    has its next step to do while the host waits.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     sample = _pin(schedule.noise_scale * noise, pinned)
     before = steps[0]
-    look: Callable[[], None] | None = None
+    check: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
-        if (step.expert, step.lora) != (before.expert, before.lora):  # the layers made keys of the texts with weights
-            before = step  # that are others now, and those keys take room
+        if (step.expert, step.lora) != (before.expert, before.lora):
+            before = step  # the kept keys and values of the texts come from other weights, and take memory
             for prompt in (text, negative):
                 if prompt is not None:
                     prompt.forget()
@@ -134,39 +148,41 @@ def denoise(
         else:
             velocity = model(latent, step.timestep, text, frames)
 
-        if look:
-            look()
+        if check:
+            check()
         before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
-        look = _finite_later(
+        check = _check_finite(
             sample,
             f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
             "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
             "or cudnn where flash was used",
         )
         on_step(step, before_step, velocity)
-    assert look, "a plan has steps"
-    look()
+    assert check, "a plan has steps"
+    check()
     return sample
 
 
-def _finite_later(sample: Tensor, problem: str) -> Callable[[], None]:
-    """Call it to have JobError(problem) raised if `sample` has NaN or Inf: it then waits for what the device was given
-    up to here, and no more. What does one thing after the other raises it at once."""
+def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
+    """JobError(problem) if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
+
+    That function waits for the work issued up to here, and for nothing later.
+    """
     finite = torch.isfinite(sample).all()
     accelerator = Accelerator(sample.device)
     if accelerator.has_memory:
         finite = finite.to("cpu", non_blocking=True)  # into pinned memory
     arrived = accelerator.record_event()
 
-    def look() -> None:
+    def check() -> None:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
             raise JobError(problem)
 
     if arrived is None:
-        look()
-    return look
+        check()
+    return check
 
 
 def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
@@ -174,7 +190,7 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
 
 
 def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
-    """A fresh schedule, for one video. draw: where its noise comes from; without it there are only timesteps to see."""
+    """Return a fresh schedule, for one video. draw: source of its noise; without it only the timesteps are of use."""
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
         sigmas = spaced(steps, shift) if timesteps is None else levels_at(timesteps)
@@ -182,7 +198,7 @@ def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
     elif sampling.solver == "unipc":
-        # the original's grid starts at the largest training level, 0.999 rounded to float32
+        # the original's grid starts at the largest training level, 0.999 in float32
         levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
     else:
         levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
@@ -190,12 +206,12 @@ def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
 
 
 class _LibrarySchedule:
-    """A multistep scheduler of diffusers. Its timesteps are integers, cut down from 1000 sigma as in the original."""
+    """A multistep scheduler of diffusers. Its timesteps are integers, 1000 sigma rounded down as in the original."""
 
     noise_scale = 1.0
 
     def __init__(self, scheduler: Any) -> None:
-        scheduler.set_begin_index(0)  # else it finds its place by value, and two equal timesteps lead it astray
+        scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
         self.scheduler = scheduler
         self.timesteps = [float(t) for t in scheduler.timesteps]
 
@@ -216,7 +232,7 @@ def _unipc(levels: np.ndarray, shift: float) -> Any:
 def _dpmpp(levels: np.ndarray, shift: float) -> Any:
     """DPM-Solver++ (arXiv 2211.01095), order 2, midpoint.
 
-    The class takes no levels of its own and starts at 0.999, the original at 1: its grid is overwritten.
+    The class computes its own levels from 0.999; the original starts at 1, so they are overwritten.
     """
     from diffusers import DPMSolverMultistepScheduler
 

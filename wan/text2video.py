@@ -1,25 +1,19 @@
 """Text to video with Wan2.2-T2V-A14B: the video starts from noise of the size asked for."""
 
-from PIL import Image
 from torch import Tensor
 
 from wan.original_api import Original
-from wan.pipeline import Pipeline, Start
+from wan.pipeline import Start
+from wan.sampling import Video
 
 
-class TextToVideo(Pipeline):
-    """Wan2.2-T2V-A14B."""
-
-    def start(
-        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
-    ) -> Start:
-        return Start(self.plan.config.latent_shape(size, frames))
-
-
-class WanT2V(Original, TextToVideo):
-    """The original's class."""
+class WanT2V(Original):
+    """Wan2.2-T2V-A14B, with the original's signatures."""
 
     task = "t2v-A14B"
+
+    def start(self, video: Video) -> Start:
+        return Start(self.plan.video(video).latent)
 
     def generate(
         self,
@@ -35,7 +29,5 @@ class WanT2V(Original, TextToVideo):
         offload_model: bool = True,
     ) -> Tensor | None:
         """The original's call: float32 [3, F, H, W] in [-1, 1]; size (width, height), guide_scale (low, high noise)."""
-        return self._generate(
-            input_prompt, None, size, frame_num, shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed,
-            offload_model,
-        )  # fmt: skip
+        video = Video(input_prompt, n_prompt, size, frame_num, seed)
+        return self._generate(video, sample_solver, sampling_steps, shift, guide_scale, offload_model)

@@ -6,27 +6,22 @@ from torch import Tensor
 
 from wan.media.images import ti2v_tensor
 from wan.original_api import Original
-from wan.pipeline import Pipeline, Start
+from wan.pipeline import Start
+from wan.sampling import Video
 
 
-class TextImageToVideo(Pipeline):
-    """Wan2.2-TI2V-5B."""
-
-    def start(
-        self, image: Image.Image | None, size: tuple[int, int], frames: int, last_image: Image.Image | None = None
-    ) -> Start:
-        shape = self.plan.config.latent_shape(size, frames)
-        if image is None:
-            return Start(shape)
-        with self.progress.stage("image"), torch.no_grad():
-            first_frame = self.load_vae().encode(ti2v_tensor(image, size)[:, None].to(self.plan.device))
-        return Start(shape, first_frame=first_frame)
-
-
-class WanTI2V(Original, TextImageToVideo):
-    """The original's class."""
+class WanTI2V(Original):
+    """Wan2.2-TI2V-5B, with the original's signatures."""
 
     task = "ti2v-5B"
+
+    def start(self, video: Video) -> Start:
+        facts = self.plan.video(video)
+        if video.image is None:
+            return Start(facts.latent)
+        with self.progress.stage("image"), torch.no_grad():
+            frame = ti2v_tensor(video.image, video.size)[:, None].to(self.plan.device)
+            return Start(facts.latent, first_frame=self.load_vae().encode(frame, tiles=facts.encode_tiles))
 
     def generate(
         self,
@@ -44,7 +39,5 @@ class WanTI2V(Original, TextImageToVideo):
         offload_model: bool = True,
     ) -> Tensor | None:
         """The original's call: float32 [3, F, H, W] in [-1, 1]; size without, max_area with an image."""
-        return self._generate(
-            input_prompt, img, (max_area, 1) if img else size, frame_num, shift, sample_solver, sampling_steps,
-            guide_scale, n_prompt, seed, offload_model,
-        )  # fmt: skip
+        video = Video(input_prompt, n_prompt, (max_area, 1) if img else size, frame_num, seed, img)
+        return self._generate(video, sample_solver, sampling_steps, shift, guide_scale, offload_model)

@@ -18,6 +18,7 @@ from tests.test_golden import CLASSES
 from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.jobs.job import Sampling
+from wan.sampling import Video
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,8 @@ def latents(task: str, folder: Path, dtype: torch.dtype = torch.float32, **more:
     """Of one short video: [C, f, h, w]."""
     made = CLASSES[task](config_of(task, dtype), folder, device=CPU, **more)
     image = Image.open(TINY / "input.png").convert("RGB").resize((64, 64)) if task != "t2v-A14B" else None
-    return made.sample("a cat, “quoted”", "", image, (64, 64), 5, 7, Sampling("euler", 2, 5.0, (1.0, 1.0)))
+    video = Video("a cat, “quoted”", "", (64, 64), 5, 7, image)
+    return made.sample_with(Sampling("euler", 2, 5.0, (1.0, 1.0)), video)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -17,6 +17,7 @@ from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.media.images import video_size
 from wan.original_api import Original
+from wan.sampling import Video
 
 
 def open_task(case: dict, runtime: Runtime, ulysses: int = 1, ring: int = 1, fsdp: bool = False) -> Original:
@@ -36,7 +37,8 @@ def make(case: dict, task: Original) -> tuple[Tensor, Tensor | None]:
     config = task.plan.config
     size = tuple(given["size"]) if image is None else video_size(config, image.size, (given["max_area"], 1))
     negative = config.sample_neg_prompt
-    latent = task.sample(case["prompt"], negative, image, size, given["frame_num"], given["seed"], sampling)
+    video = Video(case["prompt"], negative, size, given["frame_num"], given["seed"], image)
+    latent = task.sample_with(sampling, video)
     chunks = list(task.decode(latent))
     return latent, torch.cat(chunks, 1) if chunks else None
 

@@ -20,6 +20,7 @@ from wan.doctor.machine import Machine
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 from wan.offload.reader import load
+from wan.planning.memory import plan_video
 from wan.utils.errors import JobError
 
 TASKS = ["t2v-A14B", "ti2v-5B"]  # one for each autoencoder
@@ -153,10 +154,12 @@ def test_tiles_are_planned_for_a_share() -> None:
     here = Machine(torch.device("cpu"), TESTS, TESTS)
     alone = released_plan("t2v-A14B", True, 12 * 10**9, here)
     shared = replace(alone, layout=Layout(4, 4, 1))
-    budgets = [plan.budget((1280, 720), 81, 1) for plan in (alone, shared)]
+    budgets = [plan_video(plan, (1280, 720), 81).budget for plan in (alone, shared)]
     tiles = [budget.tiles for budget in budgets if budget]
     assert tiles == [(2, 2), (1, 1)]
-    assert replace(alone, layout=Layout(4, 1, 1)).budget((1280, 720), 81, 1) == budgets[0], "they share no video"
+    assert plan_video(replace(alone, layout=Layout(4, 1, 1)), (1280, 720), 81).budget == budgets[0], (
+        "they share no video"
+    )
 
 
 def test_division() -> None:

@@ -20,6 +20,7 @@ from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs import TASKS
 from wan.jobs.job import Sampling
+from wan.sampling import Video
 
 SIZE, FRAMES, STEPS, SEED, PROMPT = (64, 96), 9, 4, 5, "a red ball, “quoted” ＡＢ"
 VAES = {task: config.vae_checkpoint for task, config in TASKS.items()}
@@ -50,7 +51,7 @@ def ours_and_theirs(task: str, folder: Path, exact: bool = True) -> tuple[Tensor
     """Latents of one video: [C, f, h, w]."""
     own = CLASSES[task](config_of(task), checkpoint(task), lora_dir=lora_dir(task), device=torch.device("cpu"))
     image = Image.open(TINY / "input.png").convert("RGB").resize(SIZE) if task == "i2v-A14B" else None
-    ours = own.sample(PROMPT, "", image, SIZE, FRAMES, SEED, Sampling("euler", STEPS, 5.0, (1.0, 1.0)))
+    ours = own.sample_with(Sampling("euler", STEPS, 5.0, (1.0, 1.0)), Video(PROMPT, "", SIZE, FRAMES, SEED, image))
     noise = torch.randn(ours.shape, generator=torch.Generator().manual_seed(SEED))
     given = {"image": image} if image else {}
     theirs = pipeline(folder, task, exact)(

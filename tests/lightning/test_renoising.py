@@ -15,6 +15,7 @@ from tests.support import TINY, checkpoint, config_of, relative_error
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
+from wan.sampling import Video
 from wan.textimage2video import WanTI2V
 
 SAMPLING = Sampling("dmd", 3, 5.0, (1.0, 1.0), (1000.0, 757.0, 522.0))
@@ -30,8 +31,12 @@ def picture(pinned: bool) -> Image.Image | None:
     return Image.open(TINY / "input.png").convert("RGB") if pinned else None
 
 
+def boat(pinned: bool, seed: int) -> Video:
+    return Video("a boat", "", SIZE, FRAMES, seed, picture(pinned))
+
+
 def latent_of(task: WanTI2V, pinned: bool, seed: int) -> Tensor:
-    return task.sample("a boat", "", picture(pinned), SIZE, FRAMES, seed, SAMPLING)
+    return task.sample_with(SAMPLING, boat(pinned, seed))
 
 
 @cache
@@ -43,7 +48,7 @@ def alone() -> WanTI2V:
 def test_equals_the_formula_with_the_seeds_noise(pinned: bool) -> None:
     task = alone()
     found = latent_of(task, pinned, 5)
-    start, model = task.start(picture(pinned), SIZE, FRAMES), task.experts.ready("model", 1.0)
+    start, model = task.start(boat(pinned, 5)), task.experts.ready("model", 1.0)
     prompt, generator = Prompt(task._contexts["a boat"]), torch.Generator().manual_seed(5)
     noise = [torch.randn(start.shape, generator=generator) for _ in range(3)]
     x, sigmas = noise[0], (1.0, 0.757, 0.522, 0.0)

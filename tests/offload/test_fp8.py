@@ -26,6 +26,7 @@ from wan.modules.released import released_shapes, released_transformer
 from wan.offload.budget import Sizes
 from wan.offload.networks import Networks, sizes_of
 from wan.offload.reader import Source, load, parameter_dtypes
+from wan.planning.memory import plan_video
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -245,7 +246,7 @@ def test_attention_in_8_bits_takes_room() -> None:
     work = [
         budget.stages["denoise"]["work"]
         for attention in ("sdpa", "sage")
-        if (budget := replace(plan, attention=attention).budget((1280, 720), 81, 1))
+        if (budget := plan_video(replace(plan, attention=attention), (1280, 720), 81).budget)
     ]
     assert work[1] - work[0] == 7 * 75_600 * 5120
 

@@ -33,7 +33,8 @@ from wan.offload.copy_stream import CopyStream, GpuCopyStream, Slot
 from wan.offload.networks import Networks, text_encoder
 from wan.offload.reader import PIECE_BYTES, READERS, ReadError, Source, allocate, load
 from wan.original_api import Original
-from wan.planning.plan import Plan
+from wan.planning import memory as planned_memory
+from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
 
 CPU = torch.device("cpu")
@@ -62,12 +63,12 @@ def use_slots(count: int, monkeypatch: pytest.MonkeyPatch, batch_guidance: bool 
     budget = SimpleNamespace(
         slots=count, resident=False, tiles=(1, 1), batch_guidance=batch_guidance, vae_leaves=True, between=1
     )
-    monkeypatch.setattr(Plan, "budget", lambda *_: budget)
+    monkeypatch.setattr(planned_memory, "_budget", lambda *_: budget)
 
 
 def two_videos(task: Original, guided: bool) -> list[Tensor]:
     sampling = Sampling("euler", 3, 5.0, (3.0, 2.0) if guided else (1.0, 1.0))
-    return [task.sample("a cat", "bad", None, (32, 32), 1, seed, sampling) for seed in (1, 2)]
+    return [task.sample_with(sampling, Video("a cat", "bad", (32, 32), 1, seed)) for seed in (1, 2)]
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
@@ -114,22 +115,21 @@ def test_bf16_and_image_to_video_do_not_depend_on_the_slots(monkeypatch: pytest.
     task = wan.WanI2V(config_of("i2v-A14B", torch.bfloat16), checkpoint("i2v-A14B"), lora_dir("i2v-A14B"), device=CPU)
     image = Image.open(TINY / "input.png").convert("RGB")
     sampling = Sampling("unipc", 4, 5.0, (1.0, 1.0))
-    want = task.sample("a cat", "", image, (64, 64), 5, 1, sampling)
+    want = task.sample_with(sampling, Video("a cat", "", (64, 64), 5, 1, image))
     assert task.load_experts().networks is not None
     task.load_experts().networks.shrink()
     use_slots(2, monkeypatch)
-    assert torch.equal(task.sample("a cat", "", image, (64, 64), 5, 1, sampling), want)
+    assert torch.equal(task.sample_with(sampling, Video("a cat", "", (64, 64), 5, 1, image)), want)
 
 
 def test_while_a_video_is_decoded_the_next_ones_first_weights_come(monkeypatch: pytest.MonkeyPatch) -> None:
     task, sampling = open_task(TASK, None), Sampling("euler", 3, 5.0, (1.0, 1.0))
-    want = [task.sample("a cat", "bad", None, (32, 32), 1, seed, sampling) for seed in (1, 2)]
+    want = [task.sample_with(sampling, Video("a cat", "bad", (32, 32), 1, seed)) for seed in (1, 2)]
     networks = task.load_experts().networks
     assert networks is not None
     networks.shrink()
     use_slots(2, monkeypatch)
-    task.follows = True
-    latent = task.sample("a cat", "bad", None, (32, 32), 1, 1, sampling)
+    latent = task.sample_with(sampling, Video("a cat", "bad", (32, 32), 1, 1), again=True)
     assert not {0, 1} <= networks.prefetcher._slot_of.keys()
     chunks = task.decode(latent)
     next(chunks)
@@ -138,10 +138,9 @@ def test_while_a_video_is_decoded_the_next_ones_first_weights_come(monkeypatch: 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     chunks.close()
-    task.follows = False
     before = networks.prefetcher.copies
     assert torch.equal(latent, want[0])
-    assert torch.equal(task.sample("a cat", "bad", None, (32, 32), 1, 2, sampling), want[1])
+    assert torch.equal(task.sample_with(sampling, Video("a cat", "bad", (32, 32), 1, 2)), want[1])
     assert networks.prefetcher.copies - before == 3 * len(task.load_experts().models["high"].blocks) + 3 - 2
 
 

@@ -26,6 +26,7 @@ from wan.jobs.job import Generate, Job
 from wan.jobs.resolve import resolve
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.planning.build import make_plan
+from wan.planning.memory import plan_videos
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.runner.batch import decode_only, run_jobs
@@ -88,7 +89,7 @@ class Models(nn.Module):
     def load_vae(self) -> None:
         self.calls.append("load VAE")
 
-    def sample_job(self, job: Job) -> Tensor:
+    def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
         self.calls.append(f"sample {job.index}")
         if job.index in self.broken_steps:
             raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
@@ -102,8 +103,8 @@ class Models(nn.Module):
         return latent
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, tiled: bool = False) -> Iterator[Tensor]:
-        self.calls.append("decode tiled" if tiled else "decode")
+    def decode(self, latent: Tensor, *, finer: bool = False) -> Iterator[Tensor]:
+        self.calls.append("decode tiled" if finer else "decode")
         for i, frame in enumerate(latent.split(1, dim=1)):
             chunk = self.pixels(frame).repeat(1, 1 if i == 0 else 4, 1, 1).tanh()
             if i == 2 and self.decode_errors:
@@ -141,6 +142,8 @@ class Outcome:
                 setattr(self.models, name, value)
             return self.models
 
+        assert plan.sampling is not None
+        plan = plan_videos(plan, plan.sampling, plan.jobs)  # tests change jobs
         stream = io.StringIO()
         try:
             self.failed = run_jobs(plan, Progress(stream=stream), load=load)
@@ -242,7 +245,9 @@ def test_out_of_memory_says_what_was_expected(tmp_path: Path) -> None:
     """On a device whose room is known: the plan's own figure for the stage beside PyTorch's words."""
     plan = make_run(tmp_path, ["one"])
     plan = dataclasses.replace(plan, room=10**9)
-    budget = plan.budget(plan.jobs[0].size, plan.jobs[0].frame_num, plan.prompts())
+    assert plan.sampling is not None
+    plan = plan_videos(plan, plan.sampling, plan.jobs)
+    budget = plan.largest().budget
     assert budget is not None
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nlong")
     setattr(error, STAGE, "denoise")
@@ -412,7 +417,7 @@ def test_latents_that_were_asked_for_and_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def killed_in_decode(folder: Path) -> int:
-    def decode(*_: Any) -> Iterator[Tensor]:
+    def decode(*_: Any, **__: Any) -> Iterator[Tensor]:
         os.kill(os.getpid(), signal.SIGKILL)
         yield from ()
 
@@ -450,10 +455,10 @@ def with_a_narrow_second_job(folder: Path, log: Path) -> int:
 
     sample = Models.sample_job
 
-    def sample_job(self: Models, job: Job) -> Tensor:
+    def sample_job(self: Models, job: Job, *, again: bool) -> Tensor:
         room = 3000 if job.index == 1 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        return sample(self, job)
+        return sample(self, job, again=again)
 
     Models.sample_job = sample_job  # type: ignore[method-assign]  # in this child process only
     outcome = Outcome(make_run(folder))

@@ -26,6 +26,7 @@ from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
 from wan.offload.budget import Budget
+from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
@@ -162,9 +163,10 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     frames = plan.config.frame_num
-    budget = plan.budget(size, frames, plan.prompts())
+    video = plan_video(plan, size, frames)
+    budget = video.budget
     assert budget is not None, "there is room to share"
-    found = seconds(plan, budget, size, frames, machine.rates)
+    found = seconds(plan, video, machine.rates)
     forwards = sum(1 + step.guided for step in plan.steps)
     vram = int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None
     advice = budget.problem.rpartition(": ")[2] if budget.problem else ""

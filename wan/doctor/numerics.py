@@ -30,6 +30,8 @@ from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
 from wan.original_api import Original
+from wan.planning.memory import plan_video
+from wan.sampling import Video
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import quantity
 
@@ -175,7 +177,7 @@ def memory_modes(case: dict[str, Any], machine: Machine) -> Outcome:
         task = open_task(case, machine.usual, machine)
         if room:
             task.plan = replace(task.plan, room=room)
-            budget = task.plan.budget(tuple(case["args"]["size"]), case["args"]["frame_num"], 1)
+            budget = plan_video(task.plan, tuple(case["args"]["size"]), case["args"]["frame_num"]).budget
             if budget is None or budget.resident:
                 return Outcome(WRONG, f"with room for {quantity(room, 'B')} nothing streams", REPORT)
         found = sample(task, case, machine)
@@ -234,9 +236,8 @@ def sample(task: Original, case: dict[str, Any], machine: Machine) -> Tensor:
     scale = args["guide_scale"]
     guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
     sampling = Sampling(args["sample_solver"], args["sampling_steps"], args["shift"], guidance)
-    return task.sample(
-        case["prompt"], config.sample_neg_prompt, image, tuple(size), args["frame_num"], args["seed"], sampling
-    )
+    video = Video(case["prompt"], config.sample_neg_prompt, tuple(size), args["frame_num"], args["seed"], image)
+    return task.sample_with(sampling, video)
 
 
 def decode(case: dict[str, Any], machine: Machine, tiled: bool = False) -> Tensor:

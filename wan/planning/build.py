@@ -31,8 +31,8 @@ from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
+from wan.planning.memory import plan_videos
 from wan.planning.plan import Plan, dtype_name
-from wan.sampling import make_schedule, plan_steps
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
@@ -59,23 +59,16 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
     if generate is None:
         return plan
-    steps = plan_steps(make_schedule(generate.sampling).timesteps, generate.sampling, outcome.config.boundary)
-    plan = replace(
-        plan,
-        sampling=generate.sampling,
-        steps=tuple(steps),
-        jobs=generate.jobs,
-        preset=weights.release.name if weights.release else None,
-    )
-    told = [] if generate.extend else cut_prompts(plan)
-    unguided = not any(step.guided for step in steps)
-    if unguided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
-        told.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
-    plan = replace(plan, warnings=(*plan.warnings, *told))
-    budget = plan.budget(plan.largest().size, plan.largest().frame_num, plan.prompts()) if plan.jobs else None
-    if budget and budget.problem:
-        raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
-    return plan
+    plan = plan_videos(plan, generate.sampling, generate.jobs)
+    plan = replace(plan, jobs=generate.jobs, preset=weights.release.name if weights.release else None)
+    warnings = [] if generate.extend else cut_prompts(plan)
+    if not plan.guided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+        warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    if plan.room is not None and plan.jobs:
+        budget = plan.largest().budget
+        if budget and budget.problem:
+            raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
+    return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
 def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
@@ -188,9 +181,9 @@ def _open_loras(
 
 def cut_prompts(plan: Plan) -> list[str]:
     """A warning of the prompts that are longer than what the model reads, if there are any."""
-    tokenizer, guided = plan.checkpoint.tokenizer, any(step.guided for step in plan.steps)
+    tokenizer = plan.checkpoint.tokenizer
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
-    for job in plan.jobs if guided else ():
+    for job in plan.jobs if plan.guided else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
     lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}

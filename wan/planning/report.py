@@ -24,7 +24,6 @@ from wan.utils.progress import duration, quantity
 MOST_STEPS_SHOWN = 12
 MOST_JOBS_SHOWN = 12  # of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
-UNLIMITED = 1 << 60
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
 
@@ -45,7 +44,7 @@ class Outlook:
 
     @classmethod
     def of(cls, plan: Plan, done: Collection[int] = ()) -> Outlook:
-        budget = _budget(plan) if plan.jobs else None
+        budget = plan.largest().budget if plan.jobs else None
         needed: int | None = _streaming_bytes(plan)
         if not Accelerator(plan.device).has_memory:
             needed = budget.peak if budget else None
@@ -131,7 +130,7 @@ class Outlook:
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON takes it, for records: what does not hang on the machine's state."""
     sampling = plan.sampling
-    budget = _budget(plan) if plan.jobs else None
+    budget = plan.largest().budget if plan.jobs else None
     return {
         "task": plan.request.task,
         "solver": sampling.solver if sampling else None,
@@ -149,7 +148,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "jobs": [
             {
                 "index": job.index, "prompt": job.prompt, "size": list(job.size), "image": job.picture or None,
-                "frames": job.frame_num, "tokens": plan.tokens(job.size, job.frame_num), "seed": job.seed,
+                "frames": job.frame_num, "tokens": plan.video(job).tokens, "seed": job.seed,
                 "save_file": str(job.save_file), "joined": job.joined and str(job.joined),
             }
             for job in plan.jobs
@@ -197,17 +196,9 @@ def _quantised(plan: Plan) -> str:
     return f", weights of inner blocks in fp8, {how}"
 
 
-def _budget(plan: Plan) -> Budget | None:
-    """How the largest job uses the device; on a CPU without a limit, what it needs of the host."""
-    largest = plan.largest()
-    if plan.room is None and not Accelerator(plan.device).has_memory:
-        plan = replace(plan, room=UNLIMITED, offload=False)
-    return plan.budget(largest.size, largest.frame_num, plan.prompts())
-
-
 def _job_line(plan: Plan, job: Job, done: bool) -> str:
     size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
-    extent = f"{size}, {job.frame_num} frames, {plan.tokens(job.size, job.frame_num):,} tokens"
+    extent = f"{size}, {job.frame_num} frames, {plan.video(job).tokens:,} tokens"
     prompt = " ".join(job.prompt.split())
     prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
     mark = " (done)" if done else ""
@@ -231,7 +222,7 @@ def _process_lines(plan: Plan) -> list[str]:
     return plan_lines(
         layout,
         network_of(plan),
-        tokens=plan.tokens(plan.largest().size, plan.largest().frame_num),
+        tokens=plan.largest().tokens,
         jobs=len(plan.jobs),
         element_bytes=plan.dtype.itemsize,
         weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},

@@ -21,11 +21,10 @@ import torch
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
-from wan.modules.vae_coders import Region
 from wan.offload.budget import Budget
 from wan.planning.communication import Network, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
-from wan.planning.plan import Plan
+from wan.planning.plan import Plan, VideoPlan, kind_of
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, replacing
 
@@ -83,50 +82,43 @@ def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
     rates = kept_rates(plan.device)
     if rates is None or not todo:
         return None
-    shapes = dict.fromkeys((job.size, job.frame_num) for job in todo)
-    found = {shape: seconds(plan, plan.budget(*shape, plan.prompts()), *shape, rates) for shape in shapes}
+    found = {kind: seconds(plan, video, rates) for kind, video in plan.videos.items()}
     shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
-    spent = [[found[job.size, job.frame_num] for chain in share for job in chain] for share in shares]
+    spent = [[found[kind_of(job)] for chain in share for job in chain] for share in shares]
     wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
-    longest = max(found.values(), key=lambda one: one.first)
+    longest = max((one for made in spent for one in made), key=lambda one: one.first)
     return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)
 
 
-def seconds(
-    plan: Plan, budget: Budget | None, size: tuple[int, int], frames: int, rates: Mapping[str, float]
-) -> Seconds:
-    """Of a video of `size` (width, height). budget: how the device is shared; None: everything stays on it.
-
-    Processes that make it together share tokens and frame evenly, and the disk: they read the same file.
-    """
-    config, checkpoint, ranks = plan.config, plan.checkpoint, plan.layout.sequence
-    batch_guidance = (
-        budget.batch_guidance if budget else plan.request.dit_fsdp
-    )  # weights come once for both passes of a step
+def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds:
+    """Seconds of one video. Processes that make it together share tokens and frames evenly, and read the same files."""
+    ranks, budget = plan.layout.sequence, video.budget
+    # a block that streams, or is gathered from the other processes, comes once for both passes of a step
+    batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
     forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
     passes = Counter(step.expert for step in plan.steps) if batch_guidance else forwards
     read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
     feed = min(rates[DISK], rates.get(PINNED, math.inf))
-    tokens, network = plan.tokens(size, frames), network_of(plan)
-    forward = network.linear(tokens) / rates[MATMUL] + network.attention(tokens) / rates[ATTENTION]
-    sent = sent_bytes(plan.layout, network, tokens, plan.dtype.itemsize, sharded_bytes(plan))
+    network = network_of(plan)
+    forward = network.linear(video.tokens) / rates[MATMUL] + network.attention(video.tokens) / rates[ATTENTION]
+    sent = sent_bytes(plan.layout, network, video.tokens, plan.dtype.itemsize, sharded_bytes(plan))
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
-    encoder, vae = checkpoint.text_encoder.module, checkpoint.vae.module
+    encoder, vae = plan.checkpoint.text_encoder.module, plan.checkpoint.vae.module
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
-    thinking = plan.prompts() * text_operations(encoder, config.text_len) / rates[MATMUL]
+    thinking = (1 + plan.guided) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
-    latent = config.latent_shape(size, frames)
 
-    def coding(count: Callable[..., float], tiles: tuple[int, int]) -> float:
-        """Of the process that has most to do."""
-        return max(count(vae, latent, regions) for regions in _regions(latent, ranks, tiles)) / rates[VAE]
+    def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:
+        """Seconds of the process that has most to do."""
+        regions = [region.divided(*fitting(tiles, region)) for region in divide(latent[2], latent[3], ranks)]
+        return max(count(vae, latent, tiled) for tiled in regions) / rates[VAE]
 
     return Seconds(
         text=max(thinking, text_bytes / feed),
-        image=coding(encode_operations, plan.encode_tiles(latent)) if config.mask_channels else 0.0,
+        image=coding(encode_operations, video.encoded, video.encode_tiles) if video.encoded else 0.0,
         denoise=denoise,
-        decode=coding(decode_operations, plan.tiles(latent)),
+        decode=coding(decode_operations, video.latent, video.tiles),
         again=computing if budget is None or budget.resident else denoise,
         read=read,
     )
@@ -138,14 +130,9 @@ def sharded_bytes(plan: Plan) -> int:
     return max(experts, default=0)
 
 
-def _regions(latent: Sequence[int], ranks: int, tiles: tuple[int, int]) -> list[list[Region]]:
-    """What each of the processes codes of the frames of a `latent` [C, f, h, w], a part after the other."""
-    return [region.divided(*fitting(tiles, region)) for region in divide(latent[2], latent[3], ranks)]
-
-
 def network_of(plan: Plan) -> Network:
     """The sizes of the plan's transformer."""
-    model = next(iter(plan.checkpoint.experts.values())).module
+    model = plan.transformer
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
     return Network(dim, ffn_dim, model.num_heads, len(model.blocks))
@@ -157,7 +144,7 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
     numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
     if store:  # of a released checkpoint that is not here it is empty
         stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
-    if budget is None:
+    if budget is None or budget.resident:
         return int(stored * numbers)
     sizes = budget.experts[expert]
     stay = budget.staying(sizes)

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import wan
 from wan.distributed.launch import Runtime
 from wan.distributed.process_group import Team, origin_of
-from wan.image2video import ImageToVideo
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
 from wan.media.previews import save_contact_sheet
@@ -21,17 +21,10 @@ from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import Found, find_video, find_videos, read_latents, repair
 from wan.runner.video_job import check_place, hold_lock, make_video, reason, save_video
-from wan.text2video import TextToVideo
-from wan.textimage2video import TextImageToVideo
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
-PIPELINES: dict[str, type[Pipeline]] = {
-    "t2v-A14B": TextToVideo,
-    "i2v-A14B": ImageToVideo,
-    "ti2v-5B": TextImageToVideo,
-}
 ALONE = Runtime()
 TOLD_WAIT = 0.5  # seconds
 Result = TypeVar("Result")
@@ -42,7 +35,8 @@ FAILURES = ("failed", "not joined")
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     """The pipeline of the plan's task; its networks are not loaded yet."""
-    return PIPELINES[plan.request.task](plan, progress, runtime)
+    public: type[Pipeline] = getattr(wan, plan.config.public_class.partition(":")[2])
+    return public.of_plan(plan, progress, runtime)
 
 
 def run_jobs(
@@ -89,14 +83,13 @@ def run_jobs(
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
     """This group's jobs, one after the other; what each came to joins `events`."""
     shared, team = dict(progress.seconds), pipe.mesh.team
-    progress.batch = Batch([pipe.plan.tokens(job.size, job.frame_num) for job in jobs])
+    progress.batch = Batch([pipe.plan.video(job).tokens for job in jobs])
     for chain in chains(jobs):
         for place, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
                 return
-            pipe.follows = job is not jobs[-1]
             with progress.about(index=job.index):
-                kind, facts = _attempt(pipe, job, progress, shared)
+                kind, facts = _attempt(pipe, job, progress, shared, again=job is not jobs[-1])
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed" and pipe.plan.request.on_error == "stop":
@@ -115,8 +108,8 @@ def _join_together(pipe: Pipeline, joined: Path | None, progress: Progress) -> l
     return pipe.mesh.team.broadcast(lambda: _join(pipe.plan, joined, progress)) if joined else []
 
 
-def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> Event:
-    """Make one video; what came of it."""
+def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> Event:
+    """Make one video; what came of it. again: another video follows."""
     team = pipe.mesh.team
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {pipe.plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
@@ -124,8 +117,8 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
     try:
         if job.follows and team.broadcast(lambda: _is_there(pipe.plan, job, progress)):
             return "there", facts
-        with progress.batch.video(pipe.plan.tokens(job.size, job.frame_num)):
-            facts["frames"] = make_video(pipe, job, progress, shared)
+        with progress.batch.video(pipe.plan.video(job).tokens):
+            facts["frames"] = make_video(pipe, job, progress, shared, again=again)
         return "saved", facts
     except LockedElsewhere as error:
         progress.say(str(error))

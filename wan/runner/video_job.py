@@ -39,9 +39,10 @@ MORE_ROOM = {
 }
 
 
-def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float]) -> int:
+def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> int:
     """Make the video of `job`; the number of its frames. shared: seconds by stage that all jobs share.
 
+    again: another video follows.
     JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
     """
     plan, team = pipe.plan, pipe.mesh.team
@@ -51,7 +52,7 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
         record = team.broadcast(lambda: describe(plan, job, pipe.info()))
         latent, kept = team.broadcast(lambda: _kept_before(pipe, job, progress))
         if latent is None:
-            latent = pipe.sample_job(job)
+            latent = pipe.sample_job(job, again=again)
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:
@@ -81,7 +82,7 @@ def save_video(
     team = pipe.mesh.team
 
     def attempt(finer: bool) -> int:
-        with closing(pipe.decode(latent, finer)) as chunks:
+        with closing(pipe.decode(latent, finer=finer)) as chunks:
             if team.is_rank0:
                 return write(chunks)
             deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
@@ -126,7 +127,7 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
         size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
-        budget = plan.budget(job.size, job.frame_num, plan.prompts()) if plan and job else None
+        budget = plan.video(job).budget if plan and job and plan.room is not None else None
         peak = budget.peaks.get(stage) if budget else None
         expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
         first_line = str(error).partition("\n")[0].rstrip(". ")

@@ -1,0 +1,166 @@
+"""Memory of a plan's videos: what each stage needs, and how the networks share the device. Bytes.
+
+A plan is given its videos once, by `plan_videos`; later stages look them up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from wan.configs.task import PATCH
+from wan.distributed.ulysses import exchange_bytes
+from wan.distributed.vae_parallel import decode_peak, encode_peak
+from wan.jobs.job import Job, Sampling
+from wan.modules.attention import QUANTISED
+from wan.modules.fp8 import working_bytes
+from wan.offload.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
+from wan.offload.networks import sizes_of
+from wan.offload.reader import parameter_dtypes
+from wan.planning.plan import Plan, Size, VideoPlan, kind_of
+from wan.sampling import Video, make_schedule, plan_steps
+
+Tiles = tuple[int, int]  # rows and columns in which a frame is coded
+
+TILES: tuple[Tiles, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))
+LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
+DECODING = 1.1  # times the predicted peak: allocations of many sizes leave gaps
+UNLIMITED = 1 << 60
+
+
+def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -> Plan:
+    """`plan` with the steps of `sampling` and the memory of each kind of video among `videos`."""
+    steps = plan_steps(make_schedule(sampling).timesteps, sampling, plan.config.boundary)
+    plan = replace(plan, sampling=sampling, steps=tuple(steps))
+    kinds = dict.fromkeys(map(kind_of, videos))
+    return replace(plan, videos={kind: plan_video(plan, *kind) for kind in kinds})
+
+
+def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:
+    """Memory of a video of `size` (width, height). image: whether one is encoded before the first step."""
+    channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
+    encoded = None
+    if plan.config.mask_channels or image:  # an image beside the noise is encoded as a whole clip, a first frame alone
+        encoded = channels, length if plan.config.mask_channels else 1, rows, columns
+    video = VideoPlan(
+        latent=latent,
+        tokens=length * (rows // PATCH[1]) * (columns // PATCH[2]),
+        encoded=encoded,
+        tiles=decode_tiles(plan, latent),
+        encode_tiles=_encode_tiles(plan, encoded) if encoded else TILES[0],
+    )
+    return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
+
+
+def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
+    """Tiles in which the frames of a `latent` [C, f, h, w] are decoded, or each process's share of them.
+
+    As few as memory allows. finer: the next more, after the device ran out of memory.
+    """
+    vae, (channels, length, height, width) = plan.checkpoint.vae.module, latent
+    shape, ranks = (channels, length, height, width), plan.layout.sequence
+    first = int(plan.request.vae_tiling)
+    return _fewest_tiles(plan, latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
+
+
+def _encode_tiles(plan: Plan, latent: Sequence[int]) -> Tiles:
+    vae, (length, height, width) = plan.checkpoint.vae.module, latent[1:]
+    return _fewest_tiles(
+        plan, latent, lambda tiles: encode_peak(vae, (length, height, width), plan.layout.sequence, tiles)
+    )
+
+
+def _fewest_tiles(
+    plan: Plan, latent: Sequence[int], peak: Callable[[Tiles], int], first: int = 0, finer: bool = False
+) -> Tiles:
+    ways = [tiles for tiles in TILES[first:] if tiles[0] <= latent[2] and tiles[1] <= latent[3]] or [TILES[0]]
+    chosen = 0
+    if plan.room is not None and not plan.request.dit_fsdp:
+        experts = sum(
+            sizes.resident if plan.offload else sizes.resident + sizes.blocks * sizes.block_bytes
+            for sizes in _expert_sizes(plan).values()
+        )
+        limit = (plan.room - plan.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - experts
+        fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
+        chosen = next(fitting, len(ways) - 1)
+    return ways[min(chosen + finer, len(ways) - 1)]
+
+
+def _budget(plan: Plan, video: VideoPlan) -> Budget:
+    """How the networks share the device; without a limit all of them stay there."""
+    vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
+    latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
+    work = _forward_bytes(plan, video)
+    if plan.request.preview_steps:  # one frame is decoded between two steps, when a forward's activations are gone
+        frame = video.latent[0], 1, *video.latent[2:]
+        work = max(work, decode_peak(vae, frame, ranks, tiles=video.tiles))
+    image = 0
+    if video.encoded:
+        image = latents + encode_peak(vae, video.encoded[1:], ranks, video.encode_tiles)
+    text = None
+    if plan.text_device == plan.device and not plan.request.t5_fsdp:
+        text = sizes_of(plan.checkpoint.text_encoder.module, lambda _: plan.text_dtype)
+    return fit(
+        UNLIMITED if plan.room is None else plan.room,
+        _expert_sizes(plan),
+        text,
+        activations=work + latents,
+        decode=latents + decode_peak(vae, video.latent, ranks, tiles=video.tiles),
+        tiles=video.tiles,
+        keep=not plan.offload or plan.room is None,
+        image=image,
+        second_pass=4 * _own_tokens(plan, video) * _width(plan) if plan.guided else 0,
+        vae=plan.weight_bytes["VAE"],
+        vae_stays=plan.request.preview_steps,
+    )
+
+
+def _own_tokens(plan: Plan, video: VideoPlan) -> int:
+    """Tokens of one rank."""
+    return -(-video.tokens // plan.layout.sequence)
+
+
+def _width(plan: Plan) -> int:
+    return plan.transformer.num_heads * plan.transformer.head_width
+
+
+def _forward_bytes(plan: Plan, video: VideoPlan) -> int:
+    """Activations of one forward of the transformer on one rank."""
+    model, tokens, width, itemsize = plan.transformer, _own_tokens(plan, video), _width(plan), plan.dtype.itemsize
+    terms = [
+        tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
+        tokens * width * QUANTISED.get(plan.attention, 0),
+        4 * tokens * model.head_width,  # the table of rotations
+        2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
+        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
+        exchange_bytes(plan.layout, tokens, width, itemsize),
+        working_bytes(model, plan.dtype),
+    ]
+    return sum(terms)
+
+
+def _expert_sizes(plan: Plan) -> dict[str, Sizes]:
+    """Each expert's weights on the device, with the LoRA adapters kept beside them."""
+    found = {}
+    for name, part in plan.checkpoint.experts.items():
+        sizes = sizes_of(part.module, parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module))
+        found[name] = replace(sizes, resident=sizes.resident + _adapter_bytes(plan, name))
+    return found
+
+
+def _adapter_bytes(plan: Plan, expert: str) -> int:
+    """Bytes of LoRA adapters kept unmerged for one expert."""
+    if plan.lora_mode == "merge" or expert not in plan.loras:
+        return 0
+    shapes = plan.checkpoint.experts[expert].weights.shapes
+    numbers = sum(
+        math.prod(lora.store[name].shape)
+        for lora in plan.loras[expert]
+        for delta in lora.deltas(shapes)
+        if delta.rank and len(shapes[delta.target]) == 2
+        for name in delta.tensors
+    )
+    return numbers * plan.dtype.itemsize
