@@ -6,7 +6,9 @@ index instead.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from wan import configs
@@ -80,7 +82,12 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
     """InputError, with all missing files in one sentence; the parts in `own` come from elsewhere."""
     if lacking := missing(folder, config, own):
         get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
-        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
+        advice = f"; get them with: {get}"
+        with suppress(OSError):
+            near = [folder.parent, *folder.iterdir()] if os.path.isdir(folder) else []
+            if whole := next((each for each in near if each.is_dir() and not missing(each, config, own)), None):
+                advice = f", but {whole} has them all: give that folder"
+        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}{advice}")
 
 
 def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:

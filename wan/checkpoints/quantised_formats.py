@@ -106,7 +106,7 @@ class Decoding:
         if math.prod(shape) == 1:
             return store.read(self.scale).float().reshape(1, 1)
         first, last = start // self.rows, math.ceil(stop / self.rows)
-        scale = store.read(self.scale, slice(first, last)).float().reshape(last - first, -1)
+        scale = store.read(self.scale, slice(first, last)).float().view(last - first, math.prod(shape[1:]))
         return scale.repeat_interleave(self.rows, 0)[start - first * self.rows :][: stop - start]
 
     def numbers(self, store: TensorStore, rows: slice | None, buffer: Tensor | None) -> Tensor:

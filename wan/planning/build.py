@@ -142,7 +142,7 @@ def open_plan(
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
-        warnings=(*warnings, *chosen.warnings),
+        warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )
 
 
