@@ -19,7 +19,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_expert, open_file
 from wan.utils.errors import InputError
 
-TASK = "t2v-A14B"
+TASK, HIGH = "t2v-A14B", "high_noise_model"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 PLACES = [
     "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
@@ -68,7 +68,7 @@ def test_an_expert_of_another_task_is_named(tmp_path: Path) -> None:
 
 
 def test_an_expert_of_another_size_is_to_blame_not_the_folder(tmp_path: Path) -> None:
-    tensors = expert("high") | {
+    tensors = expert(HIGH) | {
         "blocks.0.ffn.0.weight": torch.zeros(96, 64),
         "blocks.0.ffn.2.weight": torch.zeros(64, 96),
     }
@@ -79,7 +79,7 @@ def test_an_expert_of_another_size_is_to_blame_not_the_folder(tmp_path: Path) ->
 
 
 def test_both_experts_from_one_file_is_a_warning(tmp_path: Path) -> None:
-    file = saved(expert("high"), tmp_path / "x.safetensors")
+    file = saved(expert(HIGH), tmp_path / "x.safetensors")
     opened = open_checkpoint(checkpoint(TASK), config_of(TASK), {"high": file, "low": file})
     assert any(str(file) in warning and "high and low" in warning for warning in opened.warnings)
     assert open_checkpoint(checkpoint(TASK), config_of(TASK), {"high": file}).warnings == ()
@@ -87,12 +87,12 @@ def test_both_experts_from_one_file_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_checkpoint_in_one_file_gives_each_part(tmp_path: Path) -> None:
     vae, text = (torch.load(checkpoint(TASK) / name) for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"))
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in expert("high").items()}
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in expert(HIGH).items()}
     tensors |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     tensors |= {f"text_encoders.umt5xxl.transformer.{text_name(name)}": tensor for name, tensor in text.items()}
     tensors["text_encoders.umt5xxl.spiece_model"] = torch.zeros(9, dtype=torch.uint8)
     file = saved(tensors, tmp_path / "all.safetensors")
-    for kind, expected in ((EXPERT, expert("high")), (VAE, vae), (TEXT_ENCODER, text)):
+    for kind, expected in ((EXPERT, expert(HIGH)), (VAE, vae), (TEXT_ENCODER, text)):
         store = as_ours(open_file(file), kind, "all")
         assert store.keys() == expected.keys()
         assert all(torch.equal(store.read(name), tensor) for name, tensor in expected.items())
@@ -110,7 +110,7 @@ def test_embedding_of_a_text_encoder_without_its_other_name(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("shape", [(-1, 1, 2, 2), (64, -1), (64, 16, 2, 2)])
 def test_a_patch_embedding_of_fewer_axes_is_restored(shape: tuple[int, ...], tmp_path: Path) -> None:
-    tensors = expert("high")
+    tensors = expert(HIGH)
     flat = {**tensors, "patch_embedding.weight": tensors["patch_embedding.weight"].reshape(shape)}
     store = open_expert(write_gguf(tmp_path / "x.GGUF", flat))
     assert torch.equal(store.read("patch_embedding.weight"), tensors["patch_embedding.weight"])
@@ -118,7 +118,7 @@ def test_a_patch_embedding_of_fewer_axes_is_restored(shape: tuple[int, ...], tmp
 
 
 def test_float64_experts_are_read(tmp_path: Path) -> None:
-    tensors = {name: tensor.double() for name, tensor in expert("high").items()}
+    tensors = {name: tensor.double() for name, tensor in expert(HIGH).items()}
     store = open_expert(saved(tensors, tmp_path / "x.safetensors"))
     assert {entry.dtype for entry in store.values()} == {"F32"}
     assert torch.equal(store.read("head.head.weight"), tensors["head.head.weight"].float())
@@ -139,8 +139,12 @@ def test_numbers_and_axes_of_a_header_are_bounded(tmp_path: Path) -> None:
 
 
 def test_single_numbers_in_eight_bits(tmp_path: Path) -> None:
-    values = {"F8_E4M3": torch.tensor(-1.75).to(torch.float8_e4m3fn), "F8_E5M2": torch.tensor(24.0).to(torch.float8_e5m2),
-              "small": torch.tensor(2.0**-9).to(torch.float8_e4m3fn), "U8": torch.tensor(200, dtype=torch.uint8)}  # fmt: skip
+    values = {
+        "F8_E4M3": torch.tensor(-1.75).to(torch.float8_e4m3fn),
+        "subnormal": torch.tensor(2.0**-9).to(torch.float8_e4m3fn),
+        "F8_E5M2": torch.tensor(24.0).to(torch.float8_e5m2),
+        "U8": torch.tensor(200, dtype=torch.uint8),
+    }
     save_file(values, tmp_path / "x.safetensors")
     found = TensorStore.open(tmp_path / "x.safetensors").scalars(values)
     assert found == {name: float(value.float()) for name, value in load_file(tmp_path / "x.safetensors").items()}
