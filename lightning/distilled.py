@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.peft_settings import PEFT_WEIGHTS
+from lightning.lora_files import weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
@@ -32,7 +31,7 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
     LoraError if the record is damaged, unfinished or of another version.
     """
     file = ckpt_dir / RECORD
-    if not os.path.isfile(file):  # False, not an error, for a folder that cannot be reached
+    if not _is_file(file):
         return None
     try:
         record: dict[str, Any] = parse_json(file.read_bytes())
@@ -57,7 +56,7 @@ def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> s
 
     base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
     """
-    file = lora_file / PEFT_WEIGHTS if lora_file.is_dir() else lora_file
+    file = weight_file(lora_file)
     for name, loras in (record_of(base) or {"loras": {}})["loras"].items():
         for merged in loras if expert in (None, name) else ():
             if merged.get("fingerprint") == fingerprint(file):
@@ -76,14 +75,19 @@ def release_in(base: Path) -> Release | None:
     """
     if record := record_of(base):
         return _release_in_record(record)
-    try:
-        is_file = base.is_file()
-    except PermissionError:
-        is_file = False
+    is_file = _is_file(base)
     release = recognise(base if is_file else Path(base.absolute().name))
     if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None
     return release
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, here or on the hub; False for a path that cannot be reached."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def release_record(release: Release | None) -> dict[str, Any] | None:

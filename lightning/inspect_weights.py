@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.distilled import record_of, release_in
-from lightning.lora import Lora, check, expert_of, files_of
-from lightning.peft_settings import PEFT_CONFIG
+from lightning.lora import Lora, check
+from lightning.lora_files import PEFT_CONFIG, expert_of, files_of
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
@@ -123,7 +123,7 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
         return report | {"error": "; ".join(e.problems)}
     report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
     errors: list[str] = []
-    named = expert_of(file.name)
+    named = expert_of(file)
     judged_by = [model for model in models if model.expert in (None, "model", named) or named is None]
     for model in sorted(judged_by, key=lambda model: model.task not in (release.tasks if release else ())):
         try:
@@ -147,7 +147,7 @@ def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model
         judged = " or ".join(dict.fromkeys(model.task for model in models))
         found["error"] = f"{file}: names or shapes are not those of {judged}{_hint(models)}"
     elif not file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
-        named = expert_of(file.name) or expert_of(file.absolute().parent.name) or "high (or low)"
+        named = expert_of(file) or expert_of(file.absolute().parent) or "high (or low)"
         single = all(list(TASKS[task].experts) == ["model"] for task in found["fits"] if task in TASKS)
         found["use"] = f"--expert {'model' if single else named}={file}" if kind == EXPERT else f"--{kind} {file}"
     return found

@@ -1,37 +1,33 @@
-"""LoRA files: open any published family, account for every tensor against the model's names, or refuse with the reason.
+"""LoRA files: open one of any kind and spelling, account for every tensor against the model's names, or refuse it.
 
 Everything here works on headers (names, shapes, dtypes) and the few bytes of the alphas; no torch is imported.
 
-    W' = W + strength * (alpha / rank) * up @ down          pairs: up [out, rank], down [rank, in]
-    p' = p + strength * diff                                whole differences of weights, biases, modulation
+    W' = W + strength * scale * change        scale: alpha / rank; change: of a kind in `lora_kinds`
+    W' = W + strength * (m C / |C| - W)       DoRA: C = W + scale * change, m the norm of each row
+    p' = p + strength * diff                  whole differences of weights, biases, modulation
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning import lora_keys
+from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file
+from lightning.lora_kinds import KINDS, PAIR
 from lightning.lora_matching import Delta, Resolved, resolve
-from lightning.peft_settings import PEFT_CONFIG, PEFT_WEIGHTS, AdapterSettings, settings_of
+from lightning.peft_settings import METADATA, AdapterSettings, settings_of
 from lightning.releases import Release, recognise
-from wan.checkpoints.layout import STEM
 from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.weights import open_file
 from wan.configs import task_of
 from wan.utils.errors import LoraError, TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RELEASED_FILES = {
-    "high": "high_noise_model.safetensors",
-    "low": "low_noise_model.safetensors",
-    "model": f"{STEM}.safetensors",
-}
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Lora:
     """One LoRA file for one expert, at a strength. `open` reads its header and its alphas.
 
     expert: "high", "low" or "model" where it is known; needed for diffusers files that hold both experts.
-    default_alpha: what to assume for modules without an alpha; None means alpha = rank, or what the release needs.
+    default_alpha: of modules that store no alpha; None means alpha = rank, or the release's.
     """
 
     path: Path
@@ -56,27 +52,26 @@ class Lora:
     def open(
         cls, path: Path, strength: float = 1.0, default_alpha: float | None = None, expert: str | None = None
     ) -> Lora:
-        """`path` is a safetensors file or a PEFT folder. Raises LoraError if it cannot be one."""
+        """`path` is a file of weights or a PEFT folder. Raises LoraError if it cannot be one."""
         if not math.isfinite(strength):
             raise LoraError(f"LoRA {path}: the strength must be a finite number, not {strength}")
         if default_alpha is not None and not (math.isfinite(default_alpha) and default_alpha > 0):
             raise LoraError(f"LoRA {path}: alpha must be a number above 0, not {default_alpha}")
-        if path.is_dir() and not (path / PEFT_CONFIG).is_file():
-            held = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no safetensors file"
-            raise LoraError(f"LoRA {path} is a folder without {PEFT_CONFIG}; name one file (it holds {held})")
-        file = path / PEFT_WEIGHTS if path.is_dir() else path
+        file = weight_file(path)
         if not file.is_file():
             raise LoraError(f"LoRA {file}: no such file")
         try:
-            store = TensorStore.open(file)
+            store = open_file(file)
             keys = {name: key for name in store if (key := lora_keys.parse(name))}
-            alphas = store.scalars(name for name, key in keys.items() if key.kind == "alpha")
+            alphas = store.scalars(name for name, key in keys.items() if key.role == "alpha")
         except (TensorFileError, OSError) as e:
             raise LoraError(f"LoRA {e}") from e
-        if bad := [name for name, alpha in alphas.items() if not math.isfinite(alpha) or alpha == 0]:
-            raise LoraError(f"LoRA {file}: {bad[0]} is {alphas[bad[0]]}, which is no usable alpha")
-        settings = settings_of(file, store.metadata, expert)
+        settings = settings_of(file, store.metadata, expert, has_alphas=bool(alphas))
         return cls(path, strength, store, keys, alphas, settings, default_alpha, recognise(path), expert)
+
+    @property
+    def file(self) -> Path:
+        return self.store.files[0]
 
     @property
     def assumed_alpha(self) -> float | None:
@@ -86,19 +81,26 @@ class Lora:
         return self.release.default_alpha if self.release else None
 
     def scale(self, stem: str, alpha_name: str | None, rank: int) -> float:
-        """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank."""
-        if alpha_name is not None:
-            return self.alphas[alpha_name] / rank
-        if self.settings is not None:
+        """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank.
+
+        A module without a rank, of whole matrices, has 1 unless PEFT's settings say otherwise. ValueError for an alpha
+        that is 0 or not finite.
+        """
+        if alpha_name is not None and rank:
+            alpha = self.alphas[alpha_name]
+            if not math.isfinite(alpha) or alpha == 0:
+                raise ValueError(f"is {alpha}, which is no usable alpha")
+            return alpha / rank
+        if self.settings is not None and alpha_name is None:
             return self.settings.scale(stem, rank)
-        return 1.0 if self.assumed_alpha is None else self.assumed_alpha / rank
+        return 1.0 if self.assumed_alpha is None or not rank else self.assumed_alpha / rank
 
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
-        """Where every tensor goes in a model with these parameters."""
+        """The place of every tensor in a model with these parameters."""
         return resolve(self.store, self.keys, self.scale, shapes, self.expert)
 
     def deltas(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
-        """What it adds to a model with these parameters; LoraError if something in it does not fit."""
+        """The changes of a model with these parameters; LoraError if something in the file does not fit."""
         found = self.resolve(shapes)
         if found.conflicts:
             name, reason = next(iter(found.conflicts.items()))
@@ -120,13 +122,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one LoRA does to one model, tensor by tensor; `summary` is the line for the user."""
+    """The effect of one LoRA on one model, tensor by tensor; `summary` is the line for the user."""
 
     path: str
     release: str | None
     strength: float
     tensors: int
-    pairs: tuple[int, int]  # applied, brought
+    pairs: tuple[int, int]  # applied, in the file; of other kinds too
     differences: tuple[int, int]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]  # alpha / rank, rising
@@ -134,9 +136,11 @@ class Coverage:
     skipped: list[str]
     unmatched: list[str]
     warnings: list[str]
+    kinds: tuple[str, ...] = ("pair",)  # of the pairs
 
     def summary(self) -> str:
-        parts = [f"{self.pairs[0]}/{self.pairs[1]} pairs"] if self.pairs[1] else []
+        kinds = " and ".join(kind for kind in self.kinds if kind != "pair") or "pairs"
+        parts = [f"{self.pairs[0]}/{self.pairs[1]} {kinds}"] if self.pairs[1] else []
         if self.differences[1]:
             parts.append(f"{self.differences[0]}/{self.differences[1]} differences")
         if self.scales:
@@ -145,7 +149,7 @@ class Coverage:
         if self.strength != 1.0:
             parts.append(f"strength {self.strength:g}")
         if self.ignored:
-            parts.append(f"{len(self.ignored)} ignored (Wan2.1 image branch or the other expert)")
+            parts.append(f"{len(self.ignored)} ignored (Wan2.1 image branch, the other expert, or of rank 0)")
         if self.skipped:
             parts.append(f"{len(self.skipped)} skipped (patch embedding for another number of channels)")
         return ", ".join([*parts, f"{len(self.unmatched)} unmatched"])
@@ -155,100 +159,91 @@ class Coverage:
 
 
 def check(
-    lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, expert: str | None = None, allow_partial: bool = False
+    lora: Lora,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    expert: str | None = None,
+    allow_partial: bool = False,
+    as_adapter: bool = False,
 ) -> Coverage:
-    """What `lora` does to the model whose parameters are `shapes`; from headers, in milliseconds.
+    """The effect of `lora` on the model whose parameters are `shapes`; from headers, in milliseconds.
 
-    expert: what the file is used for, to warn if its name says another. allow_partial: names that nothing explains
-    are a warning. Raises LoraError for a file that matches nothing, does not fit, or holds what is not understood.
+    expert: that the file is used for, to warn if its name says another. allow_partial: names that nothing explains
+    are a warning. as_adapter: the pairs stay beside the weights.
+    Raises LoraError for a file that matches nothing, does not fit, or holds something that is not read.
     """
     found = lora.resolve(shapes)
-    pairs = [d for d in found.deltas if d.rank]
-    if problems := _problems(lora, found, allow_partial):
+    if problems := _problems(lora, found, allow_partial, as_adapter):
         raise LoraError(f"LoRA {lora.path}: " + "; ".join(problems))
-    stray = [lora.keys[name].kind for name in found.unmatched if name in lora.keys]
-    warnings = _warnings(lora, found, shapes, expert or lora.expert)
-    differences = len(found.deltas) - len(pairs)
+    changes = [delta for delta in found.deltas if delta.kind]
+    differences = len(found.deltas) - len(changes)
+    unmatched = [lora.keys[name] for name in found.unmatched if name in lora.keys]
+    last = {role for kind in KINDS for role in (kind.factors[-1].b, kind.factors[-1].whole)}  # one per change
+    names = {delta.kind.name for delta in changes if delta.kind} | {"DoRA" for delta in changes if delta.magnitude}
     return Coverage(
         path=str(lora.path),
         release=lora.release.name if lora.release else None,
         strength=lora.strength,
         tensors=len(lora.store),
-        pairs=(len(pairs), len(pairs) + stray.count("down")),
-        differences=(differences, differences + sum(kind.startswith("diff") for kind in stray)),
-        ranks=tuple(sorted({d.rank for d in pairs})),
-        scales=tuple(sorted({d.scale for d in pairs})),
+        pairs=(len(changes), len(changes) + sum(key.role in last for key in unmatched)),
+        differences=(differences, differences + sum(key.role.startswith("diff") for key in unmatched)),
+        ranks=tuple(sorted({delta.rank for delta in changes if delta.rank})),
+        scales=tuple(sorted({delta.scale for delta in changes})),
         ignored=found.ignored,
         skipped=found.skipped,
         unmatched=found.unmatched,
-        warnings=warnings,
+        warnings=_warnings(lora, found, shapes, expert or lora.expert, as_adapter),
+        kinds=tuple(sorted(names)),
     )
 
 
-def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
-    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing, and the flag.
-
-    A released folder has one file of a fixed name for each expert. Other folders serve as well if exactly one of
-    their files is named after the expert (`..._high_noise_...`, `..._LOW_...`).
-    """
-    if not lora_dir.is_dir():
-        raise LoraError(f"{flag} {lora_dir}: no such folder")
-    here = sorted(lora_dir.glob("*.safetensors"))
-    files: dict[str, Path] = {}
-    for expert in experts:
-        named = [file for file in here if expert_of(file.name) == expert]
-        if (lora_dir / RELEASED_FILES[expert]) in here:
-            files[expert] = lora_dir / RELEASED_FILES[expert]
-        elif len(named) == 1:
-            files[expert] = named[0]
-    if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
-        found = ", ".join(file.name for file in here) or "no safetensors file"
-        raise LoraError(f"{flag} {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
-    return files
-
-
-def expert_of(name: str) -> str | None:
-    """ "high" or "low" where a file or folder name says so, and only one of them."""
-    said = set(re.findall(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)", name.lower()))
-    return said.pop() if len(said) == 1 else None
-
-
-def _problems(lora: Lora, found: Resolved, allow_partial: bool) -> list[str]:
-    """Why this file is refused: one clause for each reason, with counts and the first names."""
+def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool) -> list[str]:
+    """Why this file is refused: one clause per reason, with counts and the first names."""
     total, problems = len(lora.store), []
     if found.unsupported:
         kinds = sorted({m[1] for name in found.unsupported if (m := lora_keys.UNSUPPORTED.search(name))})
         problems.append(f"holds {_some(found.unsupported, total)} of a kind not supported: {', '.join(kinds)}")
+    if as_adapter and any(delta.magnitude for delta in found.deltas):
+        problems.append("is a DoRA, whose change needs the weights themselves; use --lora_mode merge")
     if found.conflicts:
         first, reason = next(iter(found.conflicts.items()))
         problems.append(f"{len(found.conflicts)} of {total} tensors do not fit the model (first: {first} {reason})")
     if not found.deltas and not problems:
-        what = "is a full weight file, not a LoRA (see --expert)" if found.is_full_weights else "nothing in it matches"
-        problems.append(f"{what}: 0 of {total} tensors belong to this model" + _first(found.unmatched or found.ignored))
+        reason = (
+            "is a full weight file, not a LoRA (see --expert)" if found.is_full_weights else "nothing in it matches"
+        )
+        names = _first(found.unmatched or found.ignored)
+        problems.append(f"{reason}: 0 of {total} tensors belong to this model{names}")
     elif found.unmatched and not allow_partial:
         rest = "" if problems else "; --lora_allow_partial applies the rest"  # which does not help against the others
         problems.append(f"{_some(found.unmatched, total)} match no part of the model{rest}")
     return problems
 
 
-def _warnings(lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None) -> list[str]:
-    warnings = []
+def _warnings(
+    lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None, as_adapter: bool
+) -> list[str]:
+    warnings, name = [], f"LoRA {lora.path}"
     halves = {key.expert for key in lora.keys.values()}
-    named = expert_of(lora.path.name) or expert_of(lora.path.absolute().parent.name)
-    named = "low" if halves == {"low"} else named
+    named = "low" if halves == {"low"} else expert_of(lora.path) or expert_of(lora.path.absolute().parent)
     if {named, expert} == {"high", "low"}:
-        warnings.append(f"LoRA {lora.path} is named after the {named}-noise expert but used for the {expert}-noise one")
+        warnings.append(f"{name} is named after the {named}-noise expert but used for the {expert}-noise one")
     task = task_of(shapes)
     if lora.release and task and task not in lora.release.tasks:
-        warnings.append(f"LoRA {lora.path} was published for {' and '.join(lora.release.tasks)}, this is {task}")
-    layers = {name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
-    reached = layers & {d.target for d in found.deltas}
+        warnings.append(f"{name} was published for {' and '.join(lora.release.tasks)}, this is {task}")
+    layers = {parameter for parameter, shape in shapes.items() if parameter.startswith("blocks.") and len(shape) == 2}
+    reached = layers & {delta.target for delta in found.deltas}
     if lora.release and lora.release.kind == "lora" and len(reached) < len(layers):
-        warnings.append(f"LoRA {lora.path} changes {len(reached)} of the {len(layers)} layers that its release changes")
+        warnings.append(f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes")
     if found.unmatched:
-        warnings.append(f"LoRA {lora.path}: {_some(found.unmatched, len(lora.store))} match no part of the model")
+        warnings.append(f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model")
+    kinds = {delta.kind.name for delta in found.deltas if delta.kind and delta.kind is not PAIR}
+    if as_adapter and kinds:
+        warnings.append(f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged")
+    if lora.settings and lora.file.stem != PEFT_STEM and METADATA not in lora.store.metadata:
+        warnings.append(f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it")
     if not lora.alphas and lora.settings is None and lora.default_alpha is None:
-        warnings += _warnings_without_alpha(lora, {d.rank for d in found.deltas if d.rank})
+        warnings += _warnings_without_alpha(lora, {delta.rank for delta in found.deltas if delta.rank})
     return warnings
 
 

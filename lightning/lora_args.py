@@ -16,8 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning.lora import expert_of, files_of
-from lightning.peft_settings import PEFT_CONFIG, PEFT_WEIGHTS
+from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, exists, expert_of, files_of
 from lightning.releases import recognise
 from wan.checkpoints.hub import located
 from wan.utils.argument_parser import outside, pair, real
@@ -75,7 +74,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
     except InputError as e:
         out.problems += e.problems
         return
-    if not path.exists():
+    if not exists(path):
         among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
         out.problems.append(f"--lora {path}: no such file{among}")
         return
@@ -83,7 +82,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         files = _files_of(str(path), [expert] if expert else experts, "--lora", out.problems)
         out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
         return
-    named = expert_of((path.absolute().parent if path.name == PEFT_WEIGHTS else path).name)
+    named = expert_of(path.absolute().parent if path.stem == PEFT_STEM else path)
     if not expert and named in experts:
         out.warnings.append(
             f"--lora {path} goes to the {named}-noise expert only, as its name says; "

@@ -1,10 +1,10 @@
 """The deltas of all LoRAs of one expert, added to its weights one tensor at a time while they stream in.
 
-    W' = W + sum over the LoRAs of strength * ((alpha / rank) * up @ down  or  diff)
+    W' = W + sum over the LoRAs of strength * (scale * change  or  diff  or  DoRA's change), see `lightning.lora`
 
 Product and sum are float32 and rounded once, by whoever casts the result. The product is made in blocks of rows that
-stay in the processor's cache, and into buffers that live on from call to call: a fresh 100 MB of memory for each
-temporary costs several times the arithmetic. On a CPU the result is that of the plain expression, bit for bit.
+stay in the processor's cache, in buffers that are kept from call to call: a fresh 100 MB of memory for each temporary
+costs several times the arithmetic. On a CPU the result is that of the plain expression, bit for bit.
 
 Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank.
 """
@@ -20,16 +20,12 @@ import torch
 from torch import Tensor
 
 from lightning.lora import Lora
+from lightning.lora_kinds import PAIR, Rows
 from lightning.lora_matching import Delta
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
-
-
-@dataclass(frozen=True)
-class _Part:
-    lora: Lora
-    delta: Delta
+BY_ROWS = {"up", "up_bias", "diff", "diff_b", "diff_m"}  # tensors with a row per row of the weight
 
 
 class Merge:
@@ -51,45 +47,45 @@ class Merge:
     ) -> None:
         self.shapes = shapes
         self.device = device or torch.device("cpu")
-        self.parts: dict[str, list[_Part]] = {}
+        self.deltas: dict[str, list[tuple[Lora, Delta]]] = {}
         for lora in sorted(loras, key=lambda lora: (str(lora.path), lora.strength)):
             for delta in lora.deltas(shapes):
-                if lora.strength and (linear_pairs or not delta.rank or len(shapes[delta.target]) != 2):
-                    self.parts.setdefault(delta.target, []).append(_Part(lora, delta))
+                if lora.strength and (linear_pairs or not delta.is_adapter):
+                    self.deltas.setdefault(delta.target, []).append((lora, delta))
         self._buffers: dict[str, Tensor] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
-        self._downs: dict[tuple[Path, str], Tensor] = {}  # of one weight, whose rows come one share after the other
-        self._downs_of = ""
+        self._kept: dict[tuple[Path, str], Tensor] = {}  # of one weight, whose rows come one share after the other
+        self._kept_of = ""
 
     def touches(self, name: str) -> bool:
-        return name in self.parts
+        return name in self.deltas
 
     def __call__(self, name: str, weight: Tensor, rows: slice | None = None) -> Tensor:
         """`weight` (any dtype) plus its deltas, in float32 on the device; an untouched weight comes back as it is.
 
         rows: `weight` is only these rows of the parameter. The result may lie in a buffer, valid until the next call.
         """
-        if name not in self.parts:
+        if name not in self.deltas:
             return weight
-        parts = self.parts[name]
         start, stop, _ = (rows or slice(None)).indices(self.shapes[name][0])
         if tuple(weight.shape) != (max(0, stop - start), *self.shapes[name][1:]):
             raise ValueError(f"{name}: rows {start}:{stop} of {list(self.shapes[name])} given as {list(weight.shape)}")
-        if name != self._downs_of:
-            self._downs, self._downs_of = {}, name
-        terms = [self._load(part, slice(start, stop)) for part in parts]
+        if name != self._kept_of:
+            self._kept, self._kept_of = {}, name
+        terms = [self._load(lora, delta, slice(start, stop)) for lora, delta in self.deltas[name]]
         source = _matrix(weight)
         result = self._buffer("result", source.shape)
         step = self._rows_at_once(*source.shape)
         for top in range(0, len(source), step):
-            block = slice(top, top + step)
+            block = slice(top, min(top + step, len(source)))
+            weight_rows = source[block].to(self.device)
             change = self._buffer("change", result[block].shape)
-            terms[0].write(block, change)
+            terms[0].write(block, weight_rows, change)
             for term in terms[1:]:
                 other = self._buffer("other", change.shape)
-                term.write(block, other)
+                term.write(block, weight_rows, other)
                 change += other
-            torch.add(source[block].to(self.device), change, out=result[block])
+            torch.add(weight_rows, change, out=result[block])
         return result.view(weight.shape)
 
     def _rows_at_once(self, rows: int, columns: int) -> int:
@@ -107,16 +103,22 @@ class Merge:
             kept = self._buffers[use] = torch.empty(count, device=self.device)
         return kept[:count].view(*shape)
 
-    def _load(self, part: _Part, rows: slice) -> _Term:
-        """One delta's tensors (these rows of `up` or of the difference) in float32 on the device."""
-        lora, delta = part.lora, part.delta
-        up, down = self._read(lora, delta.tensors[0], rows), None
-        if delta.rank:
-            key = lora.path, delta.tensors[1]
-            if key not in self._downs:
-                self._downs[key] = self._read(lora, delta.tensors[1])
-            down = self._downs[key]
-        return _Term(up, down, delta.scale * lora.strength)
+    def _load(self, lora: Lora, delta: Delta, rows: slice) -> _Term:
+        """One delta's tensors in float32 on the device; only these rows of those that have the weight's rows."""
+        tensors = {}
+        for role, name in zip(delta.roles, delta.tensors, strict=True):
+            by_rows = role in BY_ROWS
+            tensors[role] = _matrix(self._read(lora, name, rows)) if by_rows else self._read_once(lora, name)
+        kind = delta.kind
+        change = kind.change(kind.factors, tensors) if kind and kind is not PAIR else None
+        norms = self._read_once(lora, delta.magnitude).flatten()[rows, None] if delta.magnitude else None
+        return _Term(tensors, change, rows.start, delta.scale, norms, lora.strength)
+
+    def _read_once(self, lora: Lora, name: str) -> Tensor:
+        """A whole tensor, kept until the next weight."""
+        if (lora.path, name) not in self._kept:
+            self._kept[lora.path, name] = self._read(lora, name)
+        return self._kept[lora.path, name]
 
     def _read(self, lora: Lora, name: str, rows: slice | None = None) -> Tensor:
         """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
@@ -126,7 +128,7 @@ class Merge:
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging
-        return _matrix(lora.read(name, rows, buffer)).to(self.device).float()
+        return lora.read(name, rows, buffer).to(self.device).float()
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -136,17 +138,32 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Term:
-    """factor * up @ down, or factor * up where there is no down. Shapes: up [O, R] or [O, I], down [R, I]."""
+    """One delta of some rows of a weight, from row `first` on.
 
-    up: Tensor
-    down: Tensor | None
-    factor: float
+    tensors: by role; those of BY_ROWS hold these rows alone. change: None for pairs. norms: of DoRA, [rows, 1].
+    """
 
-    def write(self, block: slice, out: Tensor) -> None:
-        """Put rows `block` of the term into `out` [rows, I]."""
-        if self.down is None:
-            out.copy_(self.up[block])
+    tensors: Mapping[str, Tensor]
+    change: Rows | None
+    first: int
+    scale: float
+    norms: Tensor | None
+    strength: float
+
+    def write(self, block: slice, weight: Tensor, out: Tensor) -> None:
+        """Put the term's rows `block`, which are `weight` [rows, I] before the merge, into `out` [rows, I]."""
+        if self.change:
+            out.copy_(self.change(slice(self.first + block.start, self.first + block.stop)))
+        elif "up" in self.tensors:
+            torch.mm(self.tensors["up"][block], self.tensors["down"].flatten(1), out=out)
         else:
-            torch.mm(self.up[block], self.down, out=out)
-        if self.factor != 1.0:
-            out.mul_(self.factor)
+            (diff,) = self.tensors.values()
+            out.copy_(diff[block])
+        factor = self.scale * self.strength if self.norms is None else self.scale
+        if factor != 1.0:
+            out.mul_(factor)
+        if self.norms is not None:
+            out += weight
+            out *= self.norms[block] / out.norm(dim=1, keepdim=True)
+            out -= weight
+            out *= self.strength

@@ -27,7 +27,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers = dict(model.named_modules())
-    plans = [(lora, [d for d in lora.deltas(shapes) if d.rank and len(shapes[d.target]) == 2]) for lora in loras]
+    plans = [(lora, [delta for delta in lora.deltas(shapes) if delta.is_adapter]) for lora in loras]
     for number, (lora, deltas) in enumerate(plans):
         if not deltas:
             continue

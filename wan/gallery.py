@@ -1,7 +1,7 @@
 """`python -m wan.gallery DIR`: one static page over the videos of a folder, from the records beside them.
 
-The page needs no network and no server: it names videos and contact sheets by their paths from where it lies. What is
-in the records is data to it and never markup. No torch.
+The page needs no network and no server: it names videos and contact sheets by their paths relative to itself. Text from
+records is data in it and never markup. No torch.
 """
 
 from __future__ import annotations

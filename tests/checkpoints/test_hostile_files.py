@@ -54,7 +54,7 @@ def use(path: Path, chance: random.Random) -> None:
     lora = Lora.open(path, expert=chance.choice([None, "high", "low"]))
     check(lora, SHAPES, allow_partial=chance.random() < 0.5)
     merge = Merge([lora], SHAPES)
-    for name in list(merge.parts)[:3]:
+    for name in list(merge.deltas)[:3]:
         merge(name, torch.zeros(SHAPES[name]))
 
 

@@ -16,7 +16,8 @@ from lightning import bake as bake_module
 from lightning.__main__ import main
 from lightning.bake import RECORD, Bake
 from lightning.distilled import distilled_twice, record_of, release_in
-from lightning.lora import Lora, files_of
+from lightning.lora import Lora
+from lightning.lora_files import files_of
 from lightning.merge import Merge
 from lightning.releases import Release, preset
 from tests.lightning.support import INDEX, base, write

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.sparse import sparse
-from lightning.lora import Lora, check, expert_of, files_of
+from lightning.lora import Lora, check
+from lightning.lora_files import expert_of, files_of
 from lightning.merge import Merge
 from lightning.peft_adapter import add_adapters
 from tests.lightning.support import (
@@ -163,7 +164,7 @@ def test_warns_of_a_renamed_first_upload(tmp_path: Path) -> None:
 def test_unusable_alpha(alpha: float, tmp_path: Path) -> None:
     tensors = spelled(small_pairs(), "diffusion_model.{}.", alpha=torch.tensor(alpha))
     with pytest.raises(LoraError, match="no usable alpha"):
-        lora_of(tmp_path, tensors)
+        check(lora_of(tmp_path, tensors), SHAPES)
 
 
 # -- differences and leftovers
@@ -305,7 +306,9 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         ),
         ({f"{Q}.diff_b": torch.ones(65)}, r"q.diff_b is \[65\] where the model's blocks.0.self_attn.q.bias is \[64\]"),
         ({f"{Q}.diff": torch.ones(64, 64, dtype=torch.int8)}, r"q.diff is stored as I8, not as floating point"),
-        ({f"{Q}.dora_scale": torch.ones(64)}, r"1 of 61 tensors .*of a kind not supported: dora_scale"),
+        ({f"{Q}.dora_scale": torch.ones(63)}, r"q.dora_scale is \[63\], not one norm for each of the 64 rows"),
+        ({f"{Q}.dora_scale": torch.ones(1, 64)}, r"q.dora_scale is \[1, 64\], not one norm for each of the 64 rows"),
+        ({"diffusion_model.head.head.dora_scale": torch.ones(64)}, "head.dora_scale has no LoRA beside it"),
         ({f"{Q}.lora_mid.weight": torch.ones(4, 4)}, r"of a kind not supported: lora_mid"),
         ({f"{Q}.w_norm": torch.ones(4), f"{Q}.set_weight": torch.ones(4)}, r"not supported: set_weight, w_norm"),
         ({"diffusion_model.blocks.9.self_attn.q.lora_up.weight": torch.ones(4)}, r"1 of 61 tensors \(first: diffusion"),
@@ -431,12 +434,11 @@ def test_corrupt_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ('{"use_dora": true}', "adapters of kind DoRA are not supported"),
-        ('{"peft_type": "LOKR"}', "adapters of kind LOKR are not supported"),
+        ('{"peft_type": "OFT"}', "adapters of kind OFT are not supported"),
         ('{"init_lora_weights": "pissa_niter_4"}', "its base is not the released one"),
-        ('{"lora_alpha": "x"}', "lora_alpha or alpha_pattern in the adapter settings is unusable"),
-        ('{"alpha_pattern": {"(": 4}}', "lora_alpha or alpha_pattern in the adapter settings is unusable"),
-        ('{"alpha_pattern": {"q": 0}}', "lora_alpha or alpha_pattern in the adapter settings is unusable"),
+        ('{"lora_alpha": "x"}', "in the adapter settings are unusable"),
+        ('{"alpha_pattern": {"(": 4}}', "in the adapter settings are unusable"),
+        ('{"alpha_pattern": {"q": 0}}', "in the adapter settings are unusable"),
         ("{", "the adapter settings are not JSON"),
         ("[]", "the adapter settings are not a JSON object"),
         (None, "is a folder without adapter_config.json; name one file"),

@@ -12,6 +12,7 @@ from tests.lightning.support import family
 from tests.support import checkpoint, lora_dir
 from wan.jobs.resolve import resolve
 from wan.utils.errors import InputError
+from wan.utils.progress import visible
 
 TWO = ("high", "low")
 RELEASE = lora_dir("t2v-A14B")
@@ -98,7 +99,7 @@ def test_generate_and_bake_refuse_the_same_with_the_same_words(
     assert sentence in problem
     ckpt_dir = str(checkpoint("t2v-A14B"))
     assert main(["bake", "--task", "t2v-A14B", "--ckpt_dir", ckpt_dir, "--out", "baked", "--lora", text]) == 2
-    assert capsys.readouterr().err == f"error: {problem}\n"
+    assert capsys.readouterr().err == f"error: {visible(problem)}\n"
     with pytest.raises(InputError) as raised:
         resolve({"task": "t2v-A14B", "ckpt_dir": ckpt_dir, "prompt": "a cat", "lora": (text,)})
     assert raised.value.problems == ["--lora holds a NUL character; remove it" if "\0" in text else problem]

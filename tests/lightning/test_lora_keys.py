@@ -30,7 +30,14 @@ def test_every_spelling_leads_to_one_parameter(task: str) -> None:
         assert len({name.replace(".", "_") for name in spelled}) == len(shapes)
     table = lora_keys.spellings(shapes)
     assert set(table.values()) == set(shapes)
-    assert all(table[name] == name == table[diffusers_name(name)] for name in shapes)
+    for name in shapes:
+        for spelling in (name, diffusers_name(name)):
+            half_flat = spelling.replace("blocks.", "blocks_", 1)
+            assert {
+                lora_keys.find(table, each.rpartition(".")[0], "down" if each.endswith("weight") else "diff_b")
+                for each in (spelling, half_flat)
+                if each.endswith(("weight", "bias"))
+            } <= {name}
 
 
 def test_diffusers_names_are_those_of_its_converter() -> None:
@@ -63,13 +70,21 @@ def test_task_of_reads_the_channels() -> None:
         ("diffusion_model.blocks.3.diff_m", "blocks.3", "diff_m", None),
         ("head.head.diff_b", "head.head", "diff_b", None),
         ("blocks.3.modulation.diff", "blocks.3.modulation", "diff", None),
+        ("lycoris_blocks_0_attn1_to_q.lokr_w1", "blocks_0_attn1_to_q", "lokr_w1", None),
+        ("base_model.model.blocks.0.ffn.2.hada_w1_a", "blocks.0.ffn.2", "hada_w1_a", None),
+        ("blocks.0.ffn.2.lora_magnitude_vector.default", "blocks.0.ffn.2", "magnitude", None),
+        ("pipe.dit.blocks.0.ffn.2.dora_scale", "blocks.0.ffn.2", "magnitude", None),
+        ("_orig_mod.blocks.0._fsdp_wrapped_module.ffn.2.lora_down.weight", "blocks.0.ffn.2", "down", None),
+        ("module.generator.blocks.0.ffn.2.lora_A.weight", "blocks.0.ffn.2", "down", None),
     ],
 )
 def test_parse(raw: str, stem: str, kind: str, expert: str | None) -> None:
     assert lora_keys.parse(raw) == lora_keys.Key(raw, stem, kind, expert)
 
 
-@pytest.mark.parametrize("raw", ["blocks.0.self_attn.q.weight", "alpha", "diffusion_model.blocks.0.q.dora_scale", ""])
+@pytest.mark.parametrize(
+    "raw", ["blocks.0.self_attn.q.weight", "alpha", "diffusion_model.blocks.0.q.lora_mid.weight", ""]
+)
 def test_parse_knows_what_is_no_lora_tensor(raw: str) -> None:
     assert lora_keys.parse(raw) is None
 

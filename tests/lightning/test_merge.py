@@ -70,8 +70,8 @@ def test_untouched_weights_come_back_as_they_are() -> None:
     merge, weight = Merge([small_lora()], SHAPES), torch.ones(3)
     assert not merge.touches("head.modulation")
     assert merge("head.modulation", weight) is weight
-    assert not Merge([small_lora(strength=0.0)], SHAPES).parts
-    assert not Merge([], SHAPES).parts
+    assert not Merge([small_lora(strength=0.0)], SHAPES).deltas
+    assert not Merge([], SHAPES).deltas
 
 
 def test_the_base_weight_is_left_alone_and_memory_is_reused() -> None:

@@ -51,7 +51,7 @@ def test_adapters_equal_the_merge_at_every_scale(tmp_path: Path) -> None:
 
     loras = [Lora.open(first, 0.8), Lora.open(second, 0.3)]
     model, differences = module_tree(base()), Merge(loras, base().shapes, linear_pairs=False)
-    assert list(differences.parts) == ["blocks.0.self_attn.q.bias"]
+    assert list(differences.deltas) == ["blocks.0.self_attn.q.bias"]
     for name, parameter in model.named_parameters():
         parameter.data = differences(name, parameter.data).clone()
     plain = outputs(model, names)

@@ -1,7 +1,6 @@
-"""The events of `--json` against their description, in runs of every kind; and the README's table of them."""
+"""The events of `--json` against their description, in runs of every kind."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 import generate
 from tests.prompt_extension.fake_services import FakeService
-from tests.support import TESTS, checkpoint, lora_dir
+from tests.support import checkpoint, lora_dir
 from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates
 from wan.utils.events import EVENTS, PARTS
 
@@ -113,20 +112,12 @@ def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error["problems"][0].startswith("--frame_num 6 is not of the form")
     code, (error,) = run("--promt", "a cat")
     assert (code, error["code"]) == (2, 2)
-    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    full = OSError(28, "No space left")
+    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_, **__: (_ for _ in ()).throw(full))
     code, events = run("--prompt", "a cat")
     assert code == 1
     assert of("failed", events)[0]["index"] == 0
     assert of("summary", events)[0]["failed"] == 1
-    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wan.runner.batch.make_video", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     code, events = run("--prompt", "a cat")
     assert (code, events[-1]["event"], events[-1]["code"]) == (130, "error", 130)
-
-
-def test_the_readme_has_every_event() -> None:
-    section = (TESTS.parent / "README.md").read_text().split("## JSON")[1].split("\n## ")[0]
-    events, parts = section.split("Of the plan")
-    for text, rows in ((events, EVENTS), (parts, PARTS)):
-        told = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", text, re.MULTILINE))
-        fields = {kind: ", ".join(f"`{n}` {type}" for n, type in more.items()) for kind, (_, more) in rows.items()}
-        assert told == {kind: f"{when} | {fields[kind]}" for kind, (when, _) in rows.items()}

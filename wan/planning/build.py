@@ -168,7 +168,11 @@ def _open_loras(
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
         found = checks.attempt(
             lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
-                lora, shapes, expert=expert, allow_partial=request.lora_allow_partial
+                lora,
+                shapes,
+                expert=expert,
+                allow_partial=request.lora_allow_partial,
+                as_adapter=weights.lora_mode == "adapter",
             ),
             brought,
         )

@@ -160,7 +160,7 @@ def _adapter_bytes(plan: Plan, expert: str) -> int:
         math.prod(lora.store[name].shape)
         for lora in plan.loras[expert]
         for delta in lora.deltas(shapes)
-        if delta.rank and len(shapes[delta.target]) == 2
+        if delta.is_adapter
         for name in delta.tensors
     )
     return numbers * plan.dtype.itemsize

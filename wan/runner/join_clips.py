@@ -1,16 +1,16 @@
-"""The clips of a chain after each other in one video, without the frame that two neighbours share.
+"""Join the clips of a chain into one video, without the frame that two neighbours share.
 
-Each clip that follows another one starts from that one's last frame, as its mp4 shows it. Clips are joined by copying
-what the encoder wrote, so every frame is bit for bit the clip's: the first frame of a clip that follows, which is what
-its model made of the frame before it, is left out, and decoding can start at its second one (`VideoWriter.follows`).
+A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the packets, so
+every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made of the
+frame before; decoding can start at its second frame (`VideoWriter.follows`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +21,44 @@ from wan.media.ffmpeg import file_argument
 from wan.media.previews import save_contact_sheet
 from wan.media.video import count_frames, publish, read_record
 from wan.planning.plan import Plan
-from wan.runner.record import outcome, plain, versions
-from wan.runner.video_job import check_place
+from wan.runner.record import key_of, outcome, versions
+from wan.runner.video_job import hold_lock
 from wan.utils.errors import InputError
 from wan.utils.files import make_part
-from wan.utils.locks import locked
 from wan.utils.progress import Progress
 
 MICROSECONDS = 1_000_000
 
 
 def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
-    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process is at it."""
+    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process joins them."""
     joined = clips[0].joined
     assert joined is not None, "these clips are in a chain"
     frames, fps = frames_joined(clips), plan.config.sample_fps
     record = {
         "schema": SCHEMA,
         "task": plan.request.task,
-        "clips": _parts(plan, clips),
+        "clips": _entries(plan, clips),
         "versions": versions(),
         **outcome(joined, frames, clips[0].size, fps),
     }
-    check_place(joined)
-    with locked(joined, progress.say), progress.stage("join"):
+    with ExitStack() as locks, progress.stage("join"):
+        hold_lock(locks, joined, progress)
         copy_together([clip.save_file for clip in clips], joined, fps, frames, record)
     written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
     progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
 
 
 def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
-    """Whether the video of these whole clips is there, or they are no chain."""
+    """Whether the joined video of these whole clips is there, or they are no chain."""
     joined = clips[0].joined
-    return joined is None or (clips_of(joined) == _parts(plan, clips) and count_frames(joined) == frames_joined(clips))
+    return joined is None or (
+        clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
+    )
 
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
-    """Which clips a joined video says that it is of; None if there is no such video."""
+    """The clips in the record of a joined video; None if there is no such video."""
     try:
         clips = read_record(joined).get("clips") if joined.exists() else None
     except InputError:
@@ -68,7 +69,7 @@ def clips_of(joined: Path) -> list[dict[str, Any]] | None:
 def copy_together(
     clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None
 ) -> None:
-    """`clips`, which follow each other, as `joined`: a video of `frames` frames. JobError if one does not follow."""
+    """Copy `clips`, which follow each other, into `joined`, of `frames` frames. JobError if one does not follow."""
     listing = make_part(joined)
     second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
     try:
@@ -82,13 +83,12 @@ def copy_together(
         listing.unlink(missing_ok=True)
 
 
-def _parts(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
-    """What the joined video's record says of its clips."""
-    meanings = [json.dumps(plain(plan.meaning(clip)), sort_keys=True) for clip in clips]
+def _entries(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
+    """The clips in the record of the joined video."""
     return [
         {
             "file": clip.save_file.name, "prompt": clip.prompt, "seed": clip.seed, "frames": clip.frame_num,
-            "meaning": hashlib.sha256(meaning.encode()).hexdigest(),
+            "meaning": hashlib.sha256(key_of(plan.meaning(clip)).encode()).hexdigest(),
         }
-        for clip, meaning in zip(clips, meanings, strict=True)
+        for clip in clips
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""What is written down about a video: enough to make it again, to judge it, and to see that it is there already.
+"""Records of videos: enough to make a video again, to judge it, and to see that it is there already.
 
-Nothing of the environment is written: no variables, no keys, no host names.
+A record holds nothing of the environment: no variables, no keys, no host names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wan.media.video import VideoWriter, count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.utils.errors import InputError, TensorFileError, WanError
-from wan.utils.files import Beside, latents_elsewhere, replacing
+from wan.utils.files import Beside, latents_elsewhere, write_file
 from wan.utils.progress import peak_memory
 
 if TYPE_CHECKING:
@@ -36,37 +36,35 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg
 
 
 def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's record as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
-    whole = as_dict(plan)
+    """The record of a job as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
     pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
         "schema": SCHEMA,
         "request": plan.request.recorded(),
         "job": {**plain(job), **plain(pictures)},
         "meaning": plan.meaning(job),
-        "plan": plain({**whole, "jobs": [entry for entry in whole["jobs"] if entry["index"] == job.index]}),
+        "plan": plain(as_dict(replace(plan, jobs=(job,)))),
         "pipeline": plain(pipeline),
         "versions": versions(),
     }
 
 
 def differences(plan: Plan, replayed: Replayed) -> list[str]:
-    """What a replay will do otherwise than the run that wrote the record, a sentence each."""
-    record, told = replayed.record, []
-    job = next(iter(plan.jobs))
-    meaning = record.get("meaning", {})
-    for name, value in plain(plan.meaning(job)).items():
-        if name not in replayed.others and name in meaning and meaning[name] != value:
-            told.append(f"--replay {replayed.path}: --{name} is not what the record was made with")
+    """A sentence for each difference between a replay and the run that wrote the record."""
+    record, file = replayed.record, f"--replay {replayed.path}"
+    then, now = record.get("meaning", {}), plain(plan.meaning(plan.jobs[0]))
+    changed = [name for name in now if name not in replayed.others and name in then and then[name] != now[name]]
+    lines = [f"{file}: --{name} is not what the record was made with" for name in changed]
     here = versions()
-    for name, then in record.get("versions", {}).items():
-        if here.get(name) not in (None, then):
-            told.append(f"--replay {replayed.path}: made with {name} {then}, here is {here[name]}")
-    return told
+    return lines + [
+        f"{file}: made with {name} {other}, here is {here[name]}"
+        for name, other in record.get("versions", {}).items()
+        if here.get(name) not in (None, other)
+    ]
 
 
 def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, float]) -> dict[str, Any]:
-    """`record` with what is known at the end. seconds: by stage, up to the saving of the file."""
+    """`record` completed at the end of the job. seconds: by stage, up to the saving of the file."""
     return {
         **record,
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
@@ -76,136 +74,143 @@ def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, flo
 
 
 def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict[str, Any]:
-    """The end of every record: what the file holds, and when it was finished."""
+    """The end of every record: contents of the file, and the time when it was finished."""
     output = {"file": video.name, "frames": frames, "width": size[0], "height": size[1], "fps": fps}
     return {"output": output, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies where a job's video is to come: "nothing", "whole" (this very video), "damaged" (this one, cut off),
-    "other" (another video or another file), or "later" (it hangs on a video that is not there yet).
+class State:
+    """State of the file at a job's output path.
 
-    differing: the options that made the other video, as far as it says; None where nobody asked.
+    kind: "nothing", "whole" (this very video), "damaged" (this video, cut off), "other" (another video or file), or
+    "later" (the job follows a clip that is still to be made). differing: the options that made another video, as far
+    as its record says; None where nobody asked.
     """
 
-    state: str
+    kind: str
     file: Path
     differing: tuple[str, ...] | None = None
 
+    @property
+    def trouble(self) -> str:
+        """The reason why "other" is in the way, as the end of a sentence."""
+        if self.differing is None:
+            return "already exists"
+        return "was made with other settings" + (f" ({', '.join(self.differing)})" if self.differing else "")
 
-def find_videos(plan: Plan) -> list[tuple[Job, Found]]:
-    """Each job with what there is of its video; one that follows a clip that was found starts from that.
 
-    With `--resume` also under another number: rows may have been inserted. A clip that follows one which is still to be
-    made cannot be told from another: "later".
+def find_videos(plan: Plan) -> list[tuple[Job, State]]:
+    """Each job with the state of its file; a job that follows a whole clip starts from that clip.
+
+    With `--resume` a video also counts under another number: rows may have been inserted.
     """
     resume, found = plan.request.resume, []
     elsewhere = _recorded(plan) if resume else {}
-    last: dict[Path | None, Found] = {}  # by chain
+    last: dict[Path | None, State] = {}  # by chain
     for job in plan.jobs:
         before = last.get(job.joined) if job.follows else None
         if before:
             job = replace(job, image=before.file)
         if not resume:
-            here = Found("other" if job.save_file.exists() else "nothing", job.save_file)
-        elif before and before.state != "whole":
-            here = Found("later", job.save_file)
+            state = State("other" if job.save_file.exists() else "nothing", job.save_file)
+        elif before and before.kind != "whole":
+            state = State("later", job.save_file)
         else:
-            here = find_video(plan, job)
-            if here.state == "nothing" and (other := elsewhere.get(_key(plain(plan.meaning(job))))):
+            state = find_video(plan, job)
+            if state.kind == "nothing" and (other := elsewhere.get(key_of(plan.meaning(job)))):
                 moved = find_video(plan, replace(job, save_file=other))
-                here = moved if moved.state == "whole" else here
-        last[job.joined] = here
-        found.append((job, here))
+                state = moved if moved.kind == "whole" else state
+        last[job.joined] = state
+        found.append((job, state))
     return found
 
 
-def find_video(plan: Plan, job: Job) -> Found:
-    """What lies at `job.save_file`."""
+def find_video(plan: Plan, job: Job) -> State:
+    """State of the file at `job.save_file`."""
     if not job.save_file.exists():
-        return Found("nothing", job.save_file)
+        return State("nothing", job.save_file)
     # a video that was cut off in its index may still have its record beside it
     for source in (job.save_file, Beside.of(job.save_file).record):
         try:
             found = read_record(source)["meaning"]
             differing = tuple(f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v))
         except (WanError, KeyError, TypeError, AttributeError):
-            continue  # not a record of ours: the next source, or "other"
+            continue  # not a record of ours
         if differing:
-            return Found("other", job.save_file, differing)
-        state = job.save_file.stat()
-        whole = _count_frames(job.save_file, state.st_mtime_ns, state.st_size) == job.frame_num
-        return Found("whole" if whole else "damaged", job.save_file)
-    return Found("other", job.save_file, ())
+            return State("other", job.save_file, differing)
+        stat = job.save_file.stat()
+        whole = _count_frames(job.save_file, stat.st_mtime_ns, stat.st_size) == job.frame_num
+        return State("whole" if whole else "damaged", job.save_file)
+    return State("other", job.save_file, ())
 
 
 @cache
 def _count_frames(path: Path, *_: int) -> int:
-    """`count_frames` of a file as it is now: it starts a program, and a run asks for its plan and once more."""
+    """`count_frames` of a file as it is now. It starts a program, and a run asks twice: for its plan and to begin."""
     return count_frames(path)
 
 
-def repair(plan: Plan, job: Job, found: Found) -> list[str]:
-    """Put right what a death between two files left beside a whole video; a sentence for each thing done."""
-    beside, done = Beside.of(found.file), []
+def repair(plan: Plan, job: Job, video: Path) -> list[str]:
+    """Complete the files beside a whole video, as far as they can be made from it; a sentence for each thing done."""
+    beside, done = Beside.of(video), []
     if not beside.record.exists():
-        with replacing(beside.record) as part:
-            part.write_text(json.dumps(read_record(found.file), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_file(beside.record, json.dumps(read_record(video), ensure_ascii=False, indent=2) + "\n")
         done.append(f"{beside.record}: written again from the video")
     if plan.request.preview and not beside.sheet.exists():
-        done.append(f"{save_contact_sheet(found.file, job.frame_num)}: made")
-    if not plan.request.save_latents:
-        moved = replace(job, save_file=found.file)
-        if (kept := find_latents(plan, moved)[1]) and not _wanted(kept):
-            kept.unlink()
-            done.append(f"{kept}: removed, the video is whole")
+        done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
+    kept = find_latents(plan, replace(job, save_file=video))
+    if kept and not plan.request.save_latents and not kept.record["request"].get("save_latents"):
+        kept.file.unlink()
+        done.append(f"{kept.file}: removed, the video is whole")
     return done
 
 
-def _wanted(latents: Path) -> bool:
-    """Whether the run that kept them was asked to."""
-    record = json.loads(TensorStore.open(latents).metadata["record"])
-    return bool(record["request"].get("save_latents"))
-
-
 def _recorded(plan: Plan) -> dict[str, Path]:
-    """Every video with a record in the folders of the jobs, by what its options come to."""
+    """Every video with a record in the folders of the jobs, by the key of its meaning."""
     videos = {}
     for folder in {job.save_file.parent for job in plan.jobs}:
         for file in folder.glob("*.json"):
             try:
                 record = read_record(file)
-                videos[_key(record["meaning"])] = folder / record["output"]["file"]
+                videos[key_of(record["meaning"])] = folder / record["output"]["file"]
             except (WanError, KeyError, TypeError, AttributeError):
                 continue  # another program's file
     return videos
 
 
-def _key(meaning: Any) -> str:
-    return json.dumps(meaning, sort_keys=True)
+def key_of(meaning: Mapping[str, Any]) -> str:
+    """The same text for equal meanings (`Plan.meaning`)."""
+    return json.dumps(plain(meaning), sort_keys=True)
 
 
-def find_latents(plan: Plan, job: Job) -> tuple[torch.Tensor | None, Path | None]:
-    """The latents of this very video that a run kept, and their file; (None, None) if there are none."""
+@dataclass(frozen=True)
+class KeptLatents:
+    """Final latents [C, T, h, w] that a run kept, with the record of their job."""
+
+    file: Path
+    latent: torch.Tensor
+    record: dict[str, Any]
+
+
+def find_latents(plan: Plan, job: Job) -> KeptLatents | None:
+    """The latents of this very video that a run kept; None if there are none."""
     for path in (Beside.of(job.save_file).latents, latents_elsewhere(job.save_file)):
-        if path.exists():
-            try:
-                latent, record = read_latents(path, plan.config)
-            except InputError:
-                continue  # half a file, or another's: the steps are done again
-            if record["meaning"] == plain(plan.meaning(job)):
-                return latent, path
-    return None, None
+        try:
+            latent, record = read_latents(path, plan.config)
+        except InputError:
+            continue  # none, half a file, or another's: the steps are done again
+        if record["meaning"] == plain(plan.meaning(job)):
+            return KeptLatents(path, latent, record)
+    return None
 
 
 def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> None:
-    """latent: float32 [C, T, h, w]; whole or not at all, with the record in the file's metadata."""
+    """Write `latent` (float32 [C, T, h, w]) whole or not at all, with the record in the file's metadata."""
     from safetensors.torch import save
 
-    data = save({"latent": latent.detach().cpu().contiguous()}, {"record": json.dumps(record, ensure_ascii=False)})
-    with replacing(path) as part:
-        part.write_bytes(data)
+    metadata = {"record": json.dumps(record, ensure_ascii=False)}
+    write_file(path, save({"latent": latent.detach().cpu().contiguous()}, metadata))
 
 
 def read_latents(path: Path, config: TaskConfig) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -225,11 +230,13 @@ def read_latents(path: Path, config: TaskConfig) -> tuple[torch.Tensor, dict[str
     return latent, record
 
 
+@cache
 def versions() -> dict[str, str]:
+    """Versions of Python, of this program and of the packages that the numbers depend on."""
     own = {"python": platform.python_version(), "wan-lightning": __version__}
     return own | {name: version(name) for name in PACKAGES}
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back: dataclasses as dicts, sequences as lists, paths as text."""
+    """`value` as JSON gives it back: dataclasses as dicts, sequences as lists, paths as text."""
     return json.loads(json.dumps(value, default=lambda inner: vars(inner) if is_dataclass(inner) else str(inner)))

@@ -1,6 +1,6 @@
-"""One video, start to end: locked, sampled, kept, decoded, written. What is finished is never lost.
+"""One video from start to end: lock, sample, keep the latents, decode, write. Nothing finished is lost.
 
-Of the processes that make it together, the first one alone writes files; all of them see the same errors.
+Of the processes that make it together only the first writes files; all of them see the same errors.
 Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
 """
 
@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections import deque
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
 
-# What would help where a stage has no room.
-MORE_ROOM = {
+# Flags that lower the memory of a stage.
+LESS_MEMORY = {
     "text": "--t5_cpu encodes the prompts on the CPU",
     "load": "--offload_model True keeps idle networks in host memory, --t5_cpu the text encoder",
     "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
@@ -40,7 +40,7 @@ MORE_ROOM = {
 
 
 def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> int:
-    """Make the video of `job`; the number of its frames. shared: seconds by stage that all jobs share.
+    """Make the video of `job` and return the number of its frames. shared: seconds by stage that all jobs share.
 
     again: another video follows.
     JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
@@ -50,7 +50,7 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
         team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
         earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
         record = team.broadcast(lambda: describe(plan, job, pipe.info()))
-        latent, kept = team.broadcast(lambda: _kept_before(pipe, job, progress))
+        latent, kept = team.broadcast(lambda: _latents_of_before(plan, job, progress))
         if latent is None:
             latent = pipe.sample_job(job, again=again)
             # before decoding: not even a killed process loses the steps
@@ -75,7 +75,7 @@ def save_video(
     progress: Progress,
     earlier: dict[str, float],
 ) -> int:
-    """Decode into the file, in tiles if memory does not suffice for the whole; the number of frames.
+    """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
 
     earlier: seconds by stage that are not this video's.
     """
@@ -107,23 +107,21 @@ def save_video(
     return in_the_room(team, progress, attempt)
 
 
-def check_place(save_file: Path) -> None:
-    """Before the long work: can a file be made here?"""
+def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
+    """Check that the folder takes files, and hold the lock of the video until `locks` closes.
+
+    JobError; LockedElsewhere if another process makes the video.
+    """
     try:
         save_file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_file.parent).close()
     except OSError as e:
         raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
-
-
-def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
-    """Hold the lock of the video until `locks` closes. JobError, LockedElsewhere."""
-    check_place(save_file)
     locks.enter_context(locked(save_file, progress.say))
 
 
 def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
-    """Why a job failed, in a line; of one without room, of what size it is and what the plan expected it to need."""
+    """Why a job failed, in a line; if memory ran out, with the size of the video and the plan's estimate."""
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
         size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
@@ -131,27 +129,31 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
         peak = budget.peaks.get(stage) if budget else None
         expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
         first_line = str(error).partition("\n")[0].rstrip(". ")
-        hint = f"; {MORE_ROOM[stage]}" if stage in MORE_ROOM else ""
+        hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         where = f" in {stage}{size}" if stage else size
         return f"out of memory on the device ({first_line}){where}{expected}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
 
 
-def _kept_before(pipe: Pipeline, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
-    """The latents that an earlier try at this video left, and their file, with `--resume`."""
-    if not pipe.plan.request.resume:
-        return None, None
-    # another process may have made it between our look at the folder and our lock
-    if find_video(pipe.plan, job).state == "whole":
+def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
+    """The latents that an earlier try at this video left, and their file, with `--resume`. LockedElsewhere if another
+    process has finished the video since this run looked at the folder."""
+    if not plan.request.overwrite and not plan.request.resume and job.save_file.exists():
         raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    latent, kept = find_latents(pipe.plan, job)
-    if kept:
-        progress.say(f"the latents of an earlier try are used: {kept}")
-    return latent, kept
+    if not plan.request.resume:
+        return None, None
+    if find_video(plan, job).kind == "whole":
+        raise LockedElsewhere(f"{job.save_file}: another process has just made it")
+    kept = find_latents(plan, job)
+    if kept is None:
+        return None, None
+    progress.say(f"the latents of an earlier try are used: {kept.file}")
+    return kept.latent, kept.file
 
 
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
-    """Save the latents beside the video to come, or where temporary files go; None, and a warning, if neither works."""
+    """Save the latents beside the video to come, or in the folder for temporary files; None, and a warning, if neither
+    takes them."""
     for path in (Beside.of(save_file).latents, latents_elsewhere(save_file)):
         try:
             save_latents(path, latent, record)
@@ -163,12 +165,13 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    """What is left to do beside a finished video."""
+    """Clean up after a finished video."""
     beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
-        kept.unlink()
+        with suppress(OSError):  # the video is whole, whatever the file server says to this
+            kept.unlink()
     if request.save_latents and kept != beside.latents:
-        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'there is no room for them'})")
+        raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
     written = [beside.record]
     if request.preview:
         written.append(save_contact_sheet(job.save_file, frames))
@@ -177,7 +180,7 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
 
 
 def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
-    """What became of the latents, and the command that decodes them: on the CPU if the device had no room for tiles."""
+    """The command that decodes the kept latents: on the CPU if the device had no memory for tiles."""
     if kept is None:
         return "and the finished latents could not be kept"
     changes: dict[str, Any] = {"decode_latents": str(kept), "save_file": str(save_file)}
