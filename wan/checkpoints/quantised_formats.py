@@ -233,10 +233,10 @@ def _row_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
         row = FORMATS[name]
     elif foreign is None and entry.dtype in FLOATS and not layer.scale:
         return None
+    elif found := foreign or UNMARKED.get(entry.dtype):
+        row = found
     else:
-        row = foreign or UNMARKED.get(entry.dtype)
-        if row is None:
-            raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
+        raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
         raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
     if flags := set(layer.marker or ()) - {*HARMLESS, *row.flags}:
