@@ -117,7 +117,9 @@ def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_a_mistyped_line_is_answered_in_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--devise", "cpu"]) == 2
-    assert capsys.readouterr() == ("", "error: there is no flag --devise; did you mean --device?\n")
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n")) == ("", 1)
+    assert "--device?" in said
 
 
 def test_a_wrong_golden_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
 
 
 def test_processes_exchange() -> None:
-    outcome = things.exchange_between(2, "gloo", 1 << 20)
+    outcome = things.exchange_between(2, "cpu", 1 << 20)
     assert outcome.verdict == GOOD
     assert outcome.values[EXCHANGE] > 0
 
@@ -207,7 +209,6 @@ def test_estimates_are_counted_work_over_rates() -> None:
 
 
 def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr("wan.utils.accelerator.host_bytes", lambda: int(400e9))
     here = machine()
     assert forecast(here).verdict == SKIPPED

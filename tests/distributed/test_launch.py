@@ -98,8 +98,8 @@ def job_error_on_one(runtime: Runtime) -> int:
     [
         (raise_on_one, None, "in process 1:\nTraceback"),
         (job_error_on_one, None, "error: no space left on the disk\n"),
-        (killed_in_a_collective, 1, "lost another one, which was killed or crashed"),
-        (killed_while_others_wait_patiently, 1, "lost another one, which was killed or crashed"),
+        (killed_in_a_collective, 1, "lost another process, which was killed or crashed"),
+        (killed_while_others_wait_patiently, 1, "lost another process, which was killed or crashed"),
         (first_is_killed, 0, "error: process 1 lost process 0, which was killed or crashed if it does not say"),
     ],
 )
@@ -281,8 +281,8 @@ ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MAST
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("RANK", None, "there are 2 processes, but not RANK; start them with torchrun"),
-        ("MASTER_ADDR", None, "there are 2 processes, but not MASTER_ADDR; start them with torchrun"),
+        ("RANK", None, "WORLD_SIZE=2, but not RANK"),
+        ("MASTER_ADDR", None, "WORLD_SIZE=2, but not MASTER_ADDR"),
         ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment: must be a whole number"),
         ("WAN_PATIENCE", "long", "WAN_PATIENCE=long: must be minutes"),
     ],

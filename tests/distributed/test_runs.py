@@ -210,7 +210,7 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
     assert lines.count("Traceback (most recent call last):") == (what == "raise"), "of a bug only, and once"
     said_last = next(text for text in said if "error: " in text).splitlines()[-1]
     words = {
-        "kill": "lost another one", "raise": "process 3: ValueError: a bug",
+        "kill": "lost another process", "raise": "process 3: ValueError: a bug",
         "memory": "error: out of memory on the device (CUDA out of memory) in load",
     }  # fmt: skip
     assert words[what] in said_last
@@ -270,7 +270,7 @@ def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer(
     work = partial(run_with_fault, Fault("freeze", where, (1,)), flags(tmp_path, *SPLIT), first_video=1)
     codes, said = launched(work, 2, tmp_path, until_others_end=True)
     assert codes == [1, None], said
-    assert said[0].splitlines()[-1].startswith("error: process 0 has waited 0.1 minutes for another one, which hangs (")
+    assert said[0].splitlines()[-1].startswith("error: process 0 waited 0.1 minutes for another process, which hangs (")
     assert "Traceback" not in said[0]
     assert not list((tmp_path / "out").glob("*.mp4")) + list((tmp_path / "out").glob("*.part"))
 

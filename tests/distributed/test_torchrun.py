@@ -88,7 +88,7 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
     finally:
         process.kill()
     told = (tmp_path / "all.txt").read_text()
-    lost = "lost another one, which was killed or crashed"
+    lost = "lost another process, which was killed or crashed"
     own = [line for line in told.splitlines() if line.startswith("error: ")]  # not those of torchrun's report
     assert sum(lost in line for line in own) <= 1
     assert not list((tmp_path / "out").glob("*.part")), "torchrun's SIGTERM leaves time to tidy"

@@ -34,10 +34,10 @@ SMALL = Network(dim=64, ffn_dim=96, num_heads=8, num_layers=3)
         (Layout(8, 8, 2), 40, False, "--ulysses_size 8: must divide the 8 processes / --ring_size 2 and the model's "
             "40 heads; legal: 1, 2 or 4"),
         (Layout(8, 1, 3), 40, False, "--ring_size 3: must divide the 8 processes; legal here: 1, 2, 4 or 8"),
-        (Layout(8, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video, and here each "
-            "works alone; give --ulysses_size 2, 4 or 8"),
-        (Layout(7, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video, and here each "
-            "works alone; give --ring_size 7"),
+        (Layout(8, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
+            "works alone: --ulysses_size 2, 4 or 8"),
+        (Layout(7, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
+            "works alone: --ring_size 7"),
     ],
 )  # fmt: skip
 def test_legal_layouts(layout: Layout, heads: int, sharded: bool, expected: str) -> None:
@@ -55,7 +55,7 @@ def test_every_divisor_of_the_heads_is_legal() -> None:
         ("cpu", 4, False, ""),
         ("mps", 1, False, ""),
         ("cuda", 4, True, ""),
-        ("mps", 4, False, "--device mps: serves one process, and there are 4; use --device cpu"),
+        ("mps", 4, False, "--device mps: serves one process, not 4; use --device cpu"),
         ("cuda", 4, False, "more processes than GPUs on this machine: use --nproc-per-node"),
     ],
 )

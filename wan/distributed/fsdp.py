@@ -38,7 +38,7 @@ def load_sharded(
     merge: Merge | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Module:
-    """Like `wan.offload.reader.load`, for this rank's share of the weights. `module` has a list named `blocks`."""
+    """Like `wan.offload.reader.load`, for this rank's rows of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
         raise InputError(f"--dit_fsdp and --t5_fsdp on a CPU need PyTorch 2.7 or newer, this is {torch.__version__}")
     assert mesh.shards is not None, "a rank alone loads whole weights"
@@ -46,7 +46,7 @@ def load_sharded(
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype(name))
     for unit in _units(module):
-        # the root's default is to stay whole after a forward; torch before 2.8 keeps it whole unless told each time
+        # the root stays gathered after a forward by default; torch before 2.8 needs the hook below, too
         fully_shard(unit, mesh=mesh.shards, reshard_after_forward=not _is_vector(unit))
         _gather_together(unit, mesh.team)
     module.register_forward_hook(lambda root, *_: root.reshard())
@@ -67,7 +67,7 @@ def load_sharded(
 
 
 def _gather_together(unit: nn.Module, team: Team) -> None:
-    """Make the hook in which FSDP gathers a unit's weights an exchange."""
+    """Make FSDP's hook that gathers a unit's weights an exchange."""
     hooks = unit._forward_pre_hooks
     for key, hook in hooks.items():
 
@@ -79,14 +79,14 @@ def _gather_together(unit: nn.Module, team: Team) -> None:
 
 
 def _let_go(root: nn.Module, *_: object) -> None:
-    """A forward that has failed left some units whole, not the same ones on all ranks."""
+    """Reshard the units that a failed forward left gathered, which differ between ranks."""
     for unit in root.modules():
         if isinstance(unit, FSDPModule) and not _is_vector(unit):
             unit.reshard()
 
 
 def _gather_vectors(team: Team, root: nn.Module, *_: object) -> None:
-    """The scales of norms are read where they are used and their layers not called: gathered once, they stay."""
+    """Gather the scales of norms, once: their layers are never called, so FSDP's hooks do not run."""
     vectors = [unit for unit in root.modules() if isinstance(unit, FSDPModule) and _is_vector(unit)]
     if vectors:
         with team.exchange():
@@ -99,9 +99,9 @@ def _is_vector(unit: nn.Module) -> bool:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """What to shard, inner parts first: each block and the rest; in each, layers of another dtype by themselves.
+    """The modules to shard, inner ones first: each block and the rest; in each, layers of another dtype by themselves.
 
-    FSDP2 before torch 2.8 takes one dtype a unit. Such layers are called through `forward`, where it hooks in.
+    FSDP2 before torch 2.8 takes one dtype per unit.
     """
     blocks = list(module.get_submodule("blocks").children())
     for unit in [*blocks, module]:
@@ -117,6 +117,6 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard_rows(count: int, ranks: int, rank: int) -> slice:
-    """Which of `count` rows FSDP2 puts on `rank`: equal shares rounded up, so the last ranks may have fewer or none."""
+    """The rows of `count` that FSDP2 puts on `rank`: equal shares rounded up, fewer or none on the last ranks."""
     share = -(-count // ranks)
     return slice(min(rank * share, count), min((rank + 1) * share, count))

@@ -1,7 +1,7 @@
-"""The processes of one run: how they start, connect and end. One process alone is the plain case.
+"""How the processes of one run start, connect and end. One process alone is the plain case.
 
 torchrun, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, starts the processes. When one
-ends badly, the others notice by their closed connections and end, too. Imports torch only for many processes.
+fails, the others notice by their closed connections and end, too. Imports torch only for many processes.
 """
 
 from __future__ import annotations
@@ -29,29 +29,32 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 CONNECT_LIMIT = timedelta(minutes=10)  # for all processes to start
-GLOO_REST = 0.2  # seconds in which gloo's threads let go of their last tensors; without them torch 2.13 aborts at exit
-# Told by process 1 alone. Others cannot know which it was: process 0 keeps the store, unless torchrun's agent does.
+GLOO_REST = 0.2  # seconds for gloo's threads to release their last tensors; without them torch 2.13 aborts at exit
+# Only process 1 says this: process 0 keeps the store (or torchrun's agent does), and nobody can ask who failed.
 KEEPER_LOST = "error: process 1 lost process 0, which was killed or crashed if it does not say itself why it ended\n"
-LAST_QUESTION = 5.0  # seconds for the store to say who failed first: it may be in a process that hangs
+LAST_QUESTION = 5.0  # seconds for the store to say who failed first: its process may hang
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The world of processes that torchrun started; by default this process alone."""
+    """The processes that torchrun started; by default this one alone.
+
+    uses_gpus: of many processes, each has a GPU of its own.
+    """
 
     team: Team = field(default_factory=Team)
-    uses_gpus: bool = False  # of many processes: each has a GPU of its own and NCCL connects them
+    uses_gpus: bool = False
     store: Store | None = None
 
     @classmethod
     def start(cls) -> Runtime:
-        """Connect to the others, if the environment says that there are any. InputError for an environment that lacks
-        something, WanError if the others do not come."""
+        """Connect to the other processes that the environment names. InputError if the environment is incomplete,
+        WanError if the others do not come."""
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
         _check_environment(size)
-        # torch's C++ warns of each connection that another process has closed; what matters of that is said in one line
+        # torch's C++ code warns of each closed connection; our own line says what matters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
@@ -62,7 +65,7 @@ class Runtime:
         rank, limit = _number("RANK", 0), patience()
         try:
             store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_LIMIT))
-            # a restarted run may find the same store, with what the first attempt has left in it
+            # a restarted run may find the store of the first attempt
             store = PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             uses_gpus = _take_gpu(store, rank, size)
             backend = f"cpu:gloo,{gpu_kind()}:{COLLECTIVES[gpu_kind()]}" if uses_gpus else "gloo"
@@ -74,15 +77,17 @@ class Runtime:
 
     @classmethod
     def joined(cls) -> Runtime:
-        """The processes that the caller's own script has connected with torch.distributed, if it has."""
+        """The processes that the caller's own script has connected with torch.distributed, if any."""
         import torch.distributed as dist
 
         if not dist.is_available() or not dist.is_initialized():
             return cls()
-        return cls(_team(patience()), "nccl" in dist.get_backend_config())
+        from wan.utils.accelerator import COLLECTIVES
+
+        return cls(_team(patience()), any(name in dist.get_backend_config() for name in COLLECTIVES.values()))
 
     def stop(self) -> None:
-        """Tell all processes that no further job shall begin."""
+        """Let no process begin another job."""
         if self.store is not None:
             self.store.add("stop", 1)
 
@@ -90,7 +95,7 @@ class Runtime:
         return self.store is not None and self.store.add("stop", 0) > 0
 
     def finish(self, code: int) -> int:
-        """Leave together; the worst exit code of all."""
+        """Leave together; return the worst exit code of all."""
         code = max(self.team.gather(code))
         if self.team.group is not None:
             import torch.distributed as dist
@@ -100,7 +105,7 @@ class Runtime:
         return code
 
     def give_up(self, error: BaseException) -> NoReturn:
-        """End this process now. The others notice and follow; whoever fails first is the only one to say why."""
+        """End this process now. The others notice and follow; only the first one to fail says why."""
         tell(sys.stdout, "")  # flushes it
         first = self._fails_first()
         if first or (first is None and self.team.rank == 1 and _is_connection(_cause(error))):
@@ -124,11 +129,11 @@ class Runtime:
         asking = threading.Thread(target=ask, args=(self.store,), daemon=True)
         asking.start()
         asking.join(LAST_QUESTION)
-        return answers[0] if answers else True  # no answer: better told twice than not at all
+        return answers[0] if answers else True  # no answer: two messages are better than none
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end, as Ctrl-C does; torchrun sends one to the others when one has failed."""
+    """A signal ended the work, as Ctrl-C does; torchrun sends one to the others when one process has failed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -136,9 +141,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def launch(work: Callable[[Runtime], int]) -> int:
-    """Run `work`, which gives an exit code, on every process of the run; the worst code of all.
+    """Run `work` on every process; return the worst of its exit codes.
 
-    Errors that `work` does not turn into a code end the whole run; in a process alone they are simply raised.
+    An exception from `work` ends all processes; without others it is simply raised.
     """
     with _signals_interrupt():
         runtime = Runtime.start()
@@ -152,15 +157,13 @@ def launch(work: Callable[[Runtime], int]) -> int:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does: nothing half is left, and what to do next is told."""
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages."""
 
     def stop(number: int, _: Any) -> NoReturn:
         raise Stopped(number)
 
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # one that is ignored stays so: `nohup` asks for that
-    earlier = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    numbers = [number for number in _signals("SIGTERM", "SIGHUP") if signal.getsignal(number) is signal.SIG_DFL]
+    earlier = {number: signal.signal(number, stop) for number in numbers}  # `nohup` ignores one: it stays so
     try:
         yield
     finally:
@@ -170,10 +173,9 @@ def _signals_interrupt() -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A signal that comes inside the block counts at its end: importing torch loses an exception, or aborts by it."""
+    """Delay signals to the end of the block: `import torch` loses an exception, or aborts because of it."""
     held: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = _signals("SIGINT", "SIGTERM", "SIGHUP")
     ours = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     for number in ours:
         signal.signal(number, lambda came, _: held.append(came))
@@ -186,16 +188,22 @@ def interrupts_held() -> Iterator[None]:
         signal.raise_signal(number)
 
 
+def _signals(*names: str) -> list[int]:
+    """Numbers of the signals that this thread may handle here."""
+    main = threading.current_thread() is threading.main_thread()
+    return [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+
+
 def tell_launcher(sentence: str) -> None:
-    """Why this process ends badly, where torchrun looks for it: its own report, which stands last, then says so."""
+    """Write why this process failed where torchrun's own report, the last lines of a run, takes it from."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+            Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
 
 
 def speaks_alone() -> bool:
-    """Whether this is the process that speaks for all, before they are connected."""
+    """Whether this process prints for all, before they are connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -206,28 +214,27 @@ def _team(limit: timedelta) -> Team:
 
 
 def _number(name: str, default: int) -> int:
-    """A whole number of the environment. InputError if it is none."""
-    given = os.environ.get(name, str(default))
-    if not given.isdecimal():
-        raise InputError(f"{name}={given} in the environment: must be a whole number")
-    return int(given)
+    """A variable of the environment. InputError if it is no whole number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name}={text} in the environment: must be a whole number")
+    return int(text)
 
 
 def _check_environment(size: int) -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE={size} in the environment says that there are {size} processes, but not {', '.join(missing)}; "
-            "start them with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
+            f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
+            "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
         )
 
 
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
-    """Take the GPU that is this process's own. False where there are fewer than processes.
+    """Take this process's own GPU. False if there are fewer GPUs than processes.
 
-    Launchers other than torchrun may not say how many processes share a machine and which of them this is: those that
-    see the same GPUs on the same machine are counted. Where each sees only its own, each counts as the only one,
-    whatever number the launcher gave it.
+    Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then the processes that see the same
+    GPUs on the same machine are counted. A process that alone sees its GPU takes number 0, whatever its rank.
     """
     import torch
 
@@ -248,7 +255,7 @@ def _take_gpu(store: Store, rank: int, size: int) -> bool:
 
 
 def _last_words(rank: int, error: BaseException) -> str:
-    """Why the run ends: a line, after the traceback if it is a bug."""
+    """Why the run ends: one line, after the traceback if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
     error = _cause(error)
@@ -262,21 +269,21 @@ def _last_words(rank: int, error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Why an exchange failed; any other error is its own."""
+    """Why an exchange failed; any other error is its own cause."""
     return (error.__cause__ or error) if isinstance(error, Broken) else error
 
 
 def _how_lost(error: BaseException) -> str:
-    """gloo and NCCL report a time limit that has passed in several words, all with "time" in them."""
-    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file, and advice
+    """The lost connection in plain words. All messages of gloo and NCCL about a time limit hold "time"."""
+    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file and the advice
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         minutes = patience().total_seconds() / 60
-        return f"has waited {minutes:g} minutes for another one, which hangs ({reason}; {PATIENCE} sets the minutes)"
-    return f"lost another one, which was killed or crashed ({reason})"
+        return f"waited {minutes:g} minutes for another process, which hangs ({reason}; {PATIENCE} sets the minutes)"
+    return f"lost another process, which was killed or crashed ({reason})"
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether it is the exchange that failed, not what was done for it (no memory left for a buffer).
+    """Whether the connection failed, not the work around it (no memory for a buffer).
 
     PyTorch raises RuntimeError for gloo's failures and DistError for others.
     """

@@ -1,8 +1,8 @@
-"""How a world of processes is divided: data x ring x ulysses. Which divisions are legal, and the groups they make.
+"""How processes are divided, data x ring x ulysses: which divisions are legal, and their groups.
 
-The innermost axis is Ulysses, then the ring; together they are a sequence group, whose ranks make one video. Sequence
-groups take different jobs. Ranks are numbered so that a sequence group sits on neighbouring ranks: on one machine
-wherever it fits. The arithmetic imports no torch.
+Ulysses is the innermost axis, then the ring; together they form a sequence group, whose ranks make one video. Sequence
+groups take different jobs. A sequence group has neighbouring ranks: on one machine wherever it fits. The arithmetic
+imports no torch.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Layout:
 
 
 def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
-    """What forbids this layout for a model with so many attention heads, as sentences that name the legal values.
+    """Why this layout is illegal for a model with `heads` attention heads, with the legal values.
 
-    sharded: weights are to be sharded over the sequence group, which needs one of at least two processes.
+    sharded: over the ranks of a sequence group, which must then be at least two.
     """
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
@@ -60,20 +60,19 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     if sharded and layout.sequence == 1:
         larger = [size for size in legal if size > 1]
         hint = f"--ulysses_size {_listed(larger)}" if larger else f"--ring_size {world}"
-        alone = "and here each works alone"
-        return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video, {alone}; give {hint}"]
+        return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each works alone: {hint}"]
     return []
 
 
 def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> list[str]:
-    """What forbids networks on `device` in so many processes. uses_gpus: each process has taken a GPU of its own."""
+    """Why these processes cannot use `device`. uses_gpus: each process has taken a GPU of its own."""
     if layout.world == 1 or device.type == "cpu":
         return []
     from wan.utils.accelerator import Accelerator
 
     accelerator = Accelerator(device)
     if not accelerator.has_memory:
-        return [f"--device {device}: serves one process, and there are {layout.world}; use --device cpu"]
+        return [f"--device {device}: serves one process, not {layout.world}; use --device cpu"]
     if not uses_gpus:
         usable = f"--nproc-per-node {accelerator.api.device_count()}, or --device cpu"
         return [f"more processes than GPUs on this machine: use {usable}"]
@@ -85,7 +84,7 @@ def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> li
 def flag_conflicts(
     *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
 ) -> list[str]:
-    """Which of these settings exclude each other, as sentences."""
+    """The settings that exclude each other."""
     problems = []
     if ring > 1 and attention not in ("auto", "sdpa"):
         problems.append(
@@ -110,15 +109,15 @@ def _listed(sizes: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process's place in a layout, and the groups it belongs to (None: it is alone in that dimension)."""
+    """One process's position in a layout, and its groups (None: it is alone in that dimension)."""
 
     layout: Layout = field(default_factory=Layout)
     data_rank: int = 0
-    team: Team = field(default_factory=Team)  # the ranks that make one video together
+    team: Team = field(default_factory=Team)  # the ranks of the sequence group
     sequence: ProcessGroup | None = None  # the same ranks, for tensors
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
-    shards: DeviceMesh | None = None  # the same ranks again, as FSDP wants them
+    shards: DeviceMesh | None = None  # the same ranks, for FSDP
 
     @property
     def sequence_rank(self) -> int:
@@ -129,11 +128,11 @@ class Mesh:
         return self.team.rank // self.layout.ulysses
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every data-th item: those of this rank's sequence group."""
+        """This sequence group's items: every data-th one."""
         return list(items[self.data_rank :: self.layout.data])
 
     def same(self, x: Tensor) -> Tensor:
-        """The first rank's `x` on all ranks of the group: random numbers depend on the kind of GPU."""
+        """Rank 0's `x` on all ranks of the group: random numbers depend on the kind of GPU."""
         if self.sequence is not None:
             import torch.distributed as dist
 
@@ -143,8 +142,8 @@ class Mesh:
 
 
 def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
-    """The groups of `layout` for tensors on `device` ("cuda" or "cpu"); every process of the world must call this."""
-    data_rank, place = divmod(rank, layout.sequence)
+    """The groups of `layout` for tensors on a kind of device. Collective over all processes."""
+    data_rank, sequence_rank = divmod(rank, layout.sequence)
     if layout.sequence == 1:
         return Mesh(layout, data_rank)
     import torch.distributed as dist
@@ -154,9 +153,9 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
         members = [list(group) for group in groups]
         return dist.new_subgroups_by_enumeration(members, timeout=patience(), backend=backend)[0]
 
-    batch_guidance = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
-    team = Team(place, layout.sequence, mine(batch_guidance, "gloo"))
-    sequence = mine(batch_guidance)
+    sequences = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
+    team = Team(sequence_rank, layout.sequence, mine(sequences, "gloo"))
+    sequence = mine(sequences)
     ulysses: ProcessGroup | None = sequence
     ring: ProcessGroup | None = sequence
     if layout.ring == 1:
@@ -166,6 +165,6 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     else:
         heads = layout.ulysses
         ulysses = mine([range(first, first + heads) for first in range(0, layout.world, heads)])
-        ring = mine([group[index::heads] for group in batch_guidance for index in range(heads)])
+        ring = mine([group[index::heads] for group in sequences for index in range(heads)])
     shards = DeviceMesh.from_group(sequence, device)
     return Mesh(layout, data_rank, team, sequence, ulysses, ring, shards)

@@ -1,9 +1,9 @@
-"""Processes that work on one thing: how they tell each other things, exchange tensors and fail together.
+"""Processes that work together: how they exchange values and fail together.
 
-The rule: an exchange between the processes is entered by all of them or by none. Before each one they meet, which says
-whether somebody has failed on the way; if so, all drop the common work there and learn why. So nobody is left in an
-exchange that never comes, nothing has to be aborted, and one job that fails on one process fails on all of them. A
-meeting is an all-reduce of one number between the CPUs: it waits for no GPU. Imports torch only for many processes.
+The rule: an exchange is collective: all ranks enter it, or none does. A barrier before it says whether one has failed;
+if so, all leave the common work there and learn why. So no rank waits for an exchange that never comes, and a job that
+fails on one rank fails on all. A barrier is an all-reduce of one number between the CPUs: it waits for no GPU. Imports
+torch only for many processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from wan.utils.errors import InputError, JobError, WanError
 
@@ -29,28 +29,28 @@ ORIGIN = "origin"  # attribute of an exception that came from another process
 
 
 class Broken(BaseException):  # no Exception: nobody may go on after it
-    """An exchange failed, for the reason given as its cause: the processes no longer know of each other."""
+    """An exchange failed, for the reason given as its cause: the processes are no longer in step."""
 
 
 class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may catch it, and knows why
-    """Another process has left the common work that this one is in."""
+    """Another process has left the common work."""
 
 
 def patience() -> timedelta:
-    """How long a process waits for another one before it takes it for lost: WAN_PATIENCE, in minutes. InputError."""
-    given = os.environ.get(PATIENCE, str(PATIENCE_MINUTES))
+    """How long a process waits for another one before it counts as lost: WAN_PATIENCE, in minutes. InputError."""
+    text = os.environ.get(PATIENCE, str(PATIENCE_MINUTES))
     try:
-        limit = timedelta(minutes=float(given))
+        limit = timedelta(minutes=float(text))
     except (ValueError, OverflowError):
         limit = timedelta()
     if not timedelta() < limit < timedelta(days=20):  # gloo counts milliseconds in 32 bits
-        raise InputError(f"{PATIENCE}={given}: must be minutes, above 0 and below 28800 (20 days)")
+        raise InputError(f"{PATIENCE}={text}: must be minutes, above 0 and below 28800 (20 days)")
     return limit
 
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that work on one thing; the first one speaks and writes for all. group: one of gloo, on the CPU."""
+    """Processes that work together; rank 0 prints and writes for all. group: on the CPUs, by gloo."""
 
     rank: int = 0
     size: int = 1
@@ -61,7 +61,7 @@ class Team:
         return self.rank == 0
 
     def barrier(self, failed: bool = False) -> None:
-        """Wait until all have come this far. `PeerFailed` on all if one of them came because it has failed."""
+        """Wait until all are here. `PeerFailed` on all if one of them is here because it failed."""
         if self.group is None:
             return
         import torch
@@ -75,20 +75,20 @@ class Team:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around a collective of all ranks, with as little else in it as can be: what fails in here ends the run."""
+        """Context manager for a collective of all ranks and little else: an error inside ends the run."""
         self.barrier()
         with unbroken():
             yield
 
     def gather(self, value: Result) -> list[Result]:
-        """Everyone's value by rank, for everyone."""
+        """The values of all ranks, on all ranks."""
         self.barrier()
         return self._gather(value)
 
     def all_or_none(self, work: Callable[[], Result]) -> Result:
-        """`work()` on every rank; if it fails anywhere, the error of the first rank that failed is raised on all.
+        """`work()` on every rank; if it fails on one, all ranks raise the error of the lowest rank that failed.
 
-        In it all ranks meet and exchange the same number of times, and with nobody else.
+        Inside it, all ranks make the same exchanges, and with no other process.
         """
         if self.group is None:
             return work()
@@ -108,11 +108,11 @@ class Team:
                 if reported is not None:
                     raise error if error and rank == self.rank else reported
         finally:
-            error = None  # else it and this frame hold each other, and what failed for want of memory stays in memory
-        raise AssertionError("somebody failed, or all would have met")
+            error = None  # else it and this frame keep each other alive, with all tensors of the failed work
+        raise AssertionError("one rank failed, or all would have passed the barrier")
 
     def broadcast(self, make: Callable[[], Result]) -> Result:
-        """`make()` of the first rank, for everyone; if it fails, its error is raised on all."""
+        """`make()` of rank 0, on all ranks; if it fails, all raise its error."""
         made = self.all_or_none(lambda: [make()] if self.is_rank0 else [])
         return self.gather(made)[0][0]
 
@@ -129,46 +129,37 @@ class Team:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Whatever fails in here is `Broken`: the other processes are in the same exchange and cannot be told."""
+    """Turn an error into `Broken`: the other processes are in the same exchange and cannot learn of it."""
     try:
         yield
     except Exception as error:
         raise Broken from error
 
 
-def expected(error: BaseException) -> bool:
-    """Whether its message says enough; of anything else, which is a bug, the traceback is wanted."""
-    import torch
-
-    if hasattr(error, ORIGIN):
-        return not getattr(error, ORIGIN).traceback
-    return isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an exception was raised. traceback: of one that is not `expected`, else empty."""
+class Origin(NamedTuple):
+    """The process that raised an exception, and its traceback; "" where the message is enough."""
 
     process: int
     traceback: str
 
 
 def origin_of(error: BaseException) -> Origin:
-    """What the exception brought along from another process, or that it is of this one."""
+    """From an exception of another process its own, else this process."""
+    import torch
     import torch.distributed as dist
 
     if hasattr(error, ORIGIN):
         return getattr(error, ORIGIN)
     many = dist.is_available() and dist.is_initialized()
     process = dist.get_rank() if many else 0
-    if expected(error):
+    if isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
         return Origin(process, "")
     place = f"in process {process}:\n" if many else ""
     return Origin(process, place + "".join(traceback.format_exception(error)).rstrip())
 
 
 def _portable(error: Exception) -> Exception:
-    """A copy of `error` for other processes, which says where it is from."""
+    """A copy of `error` for other processes, with its origin."""
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs

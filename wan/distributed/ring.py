@@ -23,12 +23,12 @@ aten = torch.ops.aten
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh: Mesh) -> Tensor:
     """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of the ring.
 
-    tokens: how many each rank holds. The next keys are on their way while these are attended to.
+    tokens: how many each rank holds. The next keys travel while these are attended to.
     """
     size, rank = mesh.layout.ring, mesh.ring_rank
     pairs = torch.stack([k, v])
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    weight = torch.full(q.shape[:2], -torch.inf, device=q.device)  # log-sum-exp of what `out` holds
+    weight = torch.full(q.shape[:2], -torch.inf, device=q.device)  # log-sum-exp of the keys in `out`
     for step in range(size):
         last = step + 1 == size
         coming = pairs.new_empty(2, 0 if last else tokens[(rank - step - 1) % size], *pairs.shape[2:])
@@ -44,9 +44,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh:
 
 @contextmanager
 def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
-    """While the block runs, send to the next rank of the ring and receive from the one before; what is empty is not.
+    """While the block runs, send to the next rank of the ring and receive from the one before; skip empty tensors.
 
-    Waits for the transfers also where the block fails: the neighbours take part in them, and they use the buffers.
+    Waits for the transfers even if the block fails: the neighbours take part in them, and they use the buffers.
     """
     group, transfers = mesh.ring, []
     assert group is not None, "called where there is a ring"
@@ -65,7 +65,7 @@ def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
 
 
 def attention_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(attention [Lq, N, d], log-sum-exp float32 [Lq, N]) by the PyTorch kernel that also gives the latter."""
+    """(attention [Lq, N, d], log-sum-exp float32 [Lq, N]) by a PyTorch kernel that returns both."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if q.device.type == "cpu":
         out, weight = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)

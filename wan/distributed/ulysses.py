@@ -22,7 +22,7 @@ from wan.modules.model import WanModel
 
 
 def split_tokens(model: WanModel, mesh: Mesh) -> None:
-    """Divide the tokens of every forward of `model` over the sequence group; results stay those of one process."""
+    """Divide the tokens of every forward of `model` over the sequence group; the results are those of one process."""
     if mesh.sequence is None:
         return
     model.tokens = SequenceSplit(mesh)
@@ -32,7 +32,7 @@ def split_tokens(model: WanModel, mesh: Mesh) -> None:
 
 
 class SequenceSplit(TokenSplit):
-    """Each rank has the same number of consecutive tokens; the last ones may have padding."""
+    """Each rank has the same number of consecutive tokens; the last ranks may have padding."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.rank, self.size = mesh, mesh.sequence_rank, mesh.layout.sequence
@@ -75,17 +75,17 @@ class SequenceAttention:
 
 
 def exchange_bytes(layout: Layout, tokens: int, width: int, itemsize: int) -> int:
-    """What attention over several ranks holds at its peak beside a rank's queries, keys, values and their result.
+    """Peak bytes of attention over several ranks, beside a rank's queries, keys, values and their result.
 
-    tokens: a rank's. Ulysses has three of these at a time on their way out and in, or a result's two and what came in.
-    A ring has, beside what Ulysses gave, its keys and values and the next ones, a step's result, and four of it in
-    float32: the sum so far, both terms of the next one, and that one.
+    tokens: of one rank. Ulysses holds three of these tensors while it sends and receives, or a result twice and what it
+    received. A ring holds, beside Ulysses' tensors, its keys and values and the next ones, the result of a step, and
+    four results in float32: the sum so far, both terms of the next sum, and the next sum.
     """
     one = tokens * width * itemsize
-    came = 3 * one if layout.ulysses > 1 else 0
+    received = 3 * one if layout.ulysses > 1 else 0
     if layout.ring > 1:
-        return came + 4 * one + 4 * tokens * width * torch.float32.itemsize
-    return came + 2 * one if layout.ulysses > 1 else 0
+        return received + 4 * one + 4 * tokens * width * torch.float32.itemsize
+    return received + 2 * one if layout.ulysses > 1 else 0
 
 
 def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,13 +100,13 @@ def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor
 
 
 def heads_to_tokens(x: Tensor, mesh: Mesh) -> Tensor:
-    """The way back: [P L, N / P, d] -> [L, N, d]."""
+    """Inverse: [P L, N / P, d] -> [L, N, d]."""
     received = all_to_all(x.contiguous(), mesh)
     return rearrange(received, "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
 
 
 def all_to_all(send: Tensor, mesh: Mesh) -> Tensor:
-    """The r-th of P equal parts of `send` to each rank r of the Ulysses group; what they sent here, in their order."""
+    """Send the r-th of P equal parts of `send` to rank r of the Ulysses group; return the received parts by rank."""
     received = torch.empty_like(send)
     with mesh.team.exchange():
         dist.all_to_all_single(received, send, group=mesh.ulysses)

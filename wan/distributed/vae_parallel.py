@@ -1,8 +1,8 @@
-"""The video autoencoder over the ranks of a sequence group: each takes a region of the frame, results stay exact.
+"""The video autoencoder over the ranks of a sequence group: each takes a region of the frame, with exact results.
 
 Shapes: L latent frames, h, w the latent grid, H, W the frame, t frames of a chunk, C channels.
-What looks at whole frames (the middle's attention, a few percent of the work) every rank does for itself; what only
-looks at neighbouring pixels each does for its region, with the rim that convolutions reach into.
+Every rank computes the layers that look at whole frames (attention, a few percent of the work). Each computes the
+layers that look at neighbouring pixels for its region alone, with the rim that convolutions reach into.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wan.modules.vae_coders import Region
 
 
 class SplitVAE:
-    """A `WanVAE` as its users see it, run by all ranks of a sequence group together."""
+    """The interface of a `WanVAE`, run by all ranks of a sequence group together."""
 
     def __init__(self, vae: WanVAE, mesh: Mesh) -> None:
         assert mesh.sequence is not None, "a rank alone uses the WanVAE itself"
@@ -41,11 +41,11 @@ class SplitVAE:
     def _encode(self, video: Tensor, frames: int, chunk: int, tiles: tuple[int, int]) -> Tensor:
         height, width = video.shape[-2] // self.stride[1], video.shape[-1] // self.stride[2]
         regions = divide(height, width, self.size)
-        # a rank without a region computes the first one: it must know the features' shape to take part
+        # a rank without a region computes the first one: it needs the features' shape to take part
         mine = regions[self.rank] if self.rank < len(regions) else regions[0]
         part = self.vae.encode_region(video, mine, frames, chunk, fitting(tiles, mine))
         length, channels = part.shape[0], part.shape[-1]
-        sent = filled_up(part, max(region.area for region in regions) * length * channels)
+        sent = padded(part, max(region.area for region in regions) * length * channels)
         received = sent.new_empty(self.size * len(sent))
         all_gather(received, sent, self.mesh)
         features = part.new_empty(length, height, width, channels)
@@ -55,24 +55,24 @@ class SplitVAE:
         return self.vae.encode_features(features, chunk)
 
     def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
-        """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on the first rank; the others give none.
+        """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
 
         tiles: rows and columns into which each rank divides its region, see `WanVAE.decode`. Every rank must run the
-        iterator, in `Team.all_or_none`: a rank that fails, or stops early, is missed in the next exchange.
+        iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
         """
         height, width = latent.shape[-2:]
         regions = divide(height, width, self.size)
-        places = [region.scaled(self.stride[1]) for region in regions]
+        windows = [region.scaled(self.stride[1]) for region in regions]
         frame = Region(0, height, 0, width).scaled(self.stride[1])
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
-        parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank for which there is no region
+        parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
             parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
         for part, count in zip(parts, counts, strict=True):
-            received = self._gather(part, places, count)
+            received = self._gather(part, windows, count)
             if self.rank == 0:
-                yield assembled(received, places, frame)
+                yield assembled(received, windows, frame)
 
     @torch.no_grad()
     def _decode_region(
@@ -95,9 +95,9 @@ class SplitVAE:
         for part in pixels.split(counts, 1):
             yield part.to(self.device)
 
-    def _gather(self, part: Tensor, places: list[Region], frames: int) -> list[Tensor]:
-        """Every rank's pixels of one chunk on the first rank, each filled up to the largest."""
-        sent = filled_up(part, 3 * frames * max(place.area for place in places))
+    def _gather(self, part: Tensor, windows: list[Region], frames: int) -> list[Tensor]:
+        """Every rank's pixels of one chunk on rank 0, each padded to the largest."""
+        sent = padded(part, 3 * frames * max(window.area for window in windows))
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         group = self.mesh.sequence
         assert group is not None
@@ -107,9 +107,9 @@ class SplitVAE:
 
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
-    """Bytes alive at once, at most, on the busiest of so many ranks that encode a clip, weights aside: about.
+    """Peak bytes on the busiest of `ranks` that encode a clip, without the weights; approximate.
 
-    shape: L, h, w. At the end each rank has what all have sent, that put together, and the middle's results of it.
+    shape: L, h, w. At the end each rank holds the received features, the whole made of them, and the middle's results.
     """
     regions = divide(*shape[1:], ranks)
     largest = max(regions, key=lambda region: region.area)
@@ -121,8 +121,10 @@ def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tup
 def decode_peak(
     vae: WanVAE, shape: tuple[int, int, int, int], ranks: int, chunk: int = 2, tiles: tuple[int, int] = (1, 1)
 ) -> int:
-    """Bytes of a device alive at once, at most, on the busiest of so many ranks that decode a latent of this shape,
-    weights aside. The first one also holds the frames of a chunk, as the ranks have sent them and put together."""
+    """Peak bytes on the busiest of `ranks` that decode a latent [z, L, h, w], without the weights.
+
+    Rank 0 also holds the frames of a chunk twice: as received, and put together.
+    """
     _, length, height, width = shape
     regions = divide(height, width, ranks)
     frames = 4 * min(chunk, length) * height * width * vae.stride[1] * vae.stride[2]
@@ -131,24 +133,24 @@ def decode_peak(
 
 
 def fitting(tiles: tuple[int, int], region: Region) -> tuple[int, int]:
-    """The rows and columns of tiles that there are cells for in the region."""
+    """At most one row and column of tiles for each of the region's cells."""
     return min(tiles[0], region.bottom - region.top), min(tiles[1], region.right - region.left)
 
 
-def assembled(parts: list[Tensor], places: list[Region], frame: Region) -> Tensor:
-    """The frames [3, t, H, W] of which each part holds a place's pixels."""
-    frames = parts[0].numel() // (3 * max(place.area for place in places))
+def assembled(parts: list[Tensor], windows: list[Region], frame: Region) -> Tensor:
+    """The frames [3, t, H, W] from one region's pixels per part."""
+    frames = parts[0].numel() // (3 * max(window.area for window in windows))
     video = parts[0].new_empty(3, frames, frame.bottom, frame.right)
-    for place, flat in zip(places, parts, strict=False):
-        target = of_region(video, place)
+    for window, flat in zip(windows, parts, strict=False):
+        target = of_region(video, window)
         target.copy_(flat[: target.numel()].view(target.shape))
     return video
 
 
 def divide(height: int, width: int, ranks: int) -> list[Region]:
-    """At most one region of a grid for each rank; of all divisions into rows and columns the one with least work.
+    """At most one region of a grid per rank, by the division into rows and columns with the least work.
 
-    Work counts the rim of the levels that do most of it: about three latent cells.
+    Work counts a rim of three latent cells, that of the levels with most work.
     """
 
     def work(shape: tuple[int, int]) -> int:
@@ -164,6 +166,6 @@ def of_region(video: Tensor, region: Region) -> Tensor:
     return video[:, :, region.top : region.bottom, region.left : region.right]
 
 
-def filled_up(x: Tensor, length: int) -> Tensor:
-    """All values of `x` in a row, and zeros behind them."""
+def padded(x: Tensor, length: int) -> Tensor:
+    """The values of `x` in a row, padded with zeros."""
     return F.pad(x.flatten(), (0, length - x.numel()))

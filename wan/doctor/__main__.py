@@ -1,9 +1,9 @@
-"""Examine this machine: what is there, whether it computes right, how fast it is, what to expect. About a minute.
+"""Examine this machine: what it has, whether it computes right, how fast it is, what to expect. About a minute.
 
     python -m wan.doctor [--device cuda:1] [--disk FOLDER] [--json]
 
-What it measures is kept, and a run's plan then says how long it will take. Exit codes: 0 nothing is wrong; 1 something
-is, with what to do; 2 the command line is.
+The measured rates are kept, and a run's plan then says how long it will take. Exit codes: 0 nothing is wrong; 1
+something is, with what to do; 2 the command line is.
 """
 
 from __future__ import annotations
@@ -32,68 +32,56 @@ from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 
-ROOT = Path(__file__).parents[2]  # a clone's; of an installed package it holds no examples
-SENTENCE, INDENT = 9, 6  # columns before what goes on of a finding, which stand under its name, and of a line below it
+ROOT = Path(__file__).parents[2]  # of a clone; an installed package has no examples there
+SENTENCE, INDENT = 9, 6  # columns that indent the further lines of a finding, and of a line of its table
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", default="auto", metavar="DEVICE", help="auto (default), cuda, cuda:N, mps or cpu")
+    add("--disk", type=Path, default=Path(), metavar="FOLDER", help="measure this folder's disk: the checkpoints' one")
+    add("--root", type=Path, default=ROOT, metavar="CLONE", help="a clone of the repository, for the expected numbers")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--small", action="store_true", help=argparse.SUPPRESS)
     try:
-        given = _parser().read(sys.argv[1:] if words is None else words)
+        args = parser.read(sys.argv[1:] if words is None else words)
     except InputError as e:
         return print_errors(e.problems)
     began = time.perf_counter()
     findings = []
-    for finding in findings_of(given.device, given.root, given.disk, given.small):
+    for finding in findings_of(args.device, args.root, args.disk, args.small):
         findings.append(finding)
-        if not given.json:
-            _say(finding.line())
-    wrong = [finding for finding in findings if finding.verdict == WRONG]
-    if given.json:
-        report = {"wrong": len(wrong), "seconds": time.perf_counter() - began, "findings": [vars(f) for f in findings]}
+        if not args.json:
+            _print(finding.line())
+    seconds, wrong = time.perf_counter() - began, [finding for finding in findings if finding.verdict == WRONG]
+    if args.json:
+        report = {"wrong": len(wrong), "seconds": seconds, "findings": [vars(finding) for finding in findings]}
         print(json.dumps(report, indent=2, default=str))
     else:
-        _say(f"\n{len(findings)} checks in {time.perf_counter() - began:.0f} s, {len(wrong) or 'nothing'} wrong")
+        _print(f"\n{len(findings)} checks in {seconds:.0f} s, {len(wrong) or 'nothing'} wrong")
         for finding in wrong:
-            _say(f"  {finding.name}: {finding.advice or finding.sentence}")
+            _print(f"  {finding.name}: {finding.advice or finding.sentence}")
     return 1 if wrong else 0
 
 
-def _say(text: str) -> None:
-    """Print, on a terminal in lines no longer than it is wide; what belongs to a line is indented below it."""
+def _print(text: str) -> None:
+    """Print; a terminal gets lines no longer than it is wide, their further lines indented."""
     if sys.stdout.isatty():
-        columns, lines = shutil.get_terminal_size().columns, text.splitlines()
+        columns = shutil.get_terminal_size().columns
+        indents = {True: " " * INDENT, False: " " * SENTENCE}
         text = "\n".join(
-            fill(
-                line,
-                columns,
-                subsequent_indent=" " * (INDENT if line.startswith(" ") else SENTENCE),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for line in lines
-        )
+            fill(line, columns, subsequent_indent=indents[line.startswith(" ")], break_long_words=False,
+                 break_on_hyphens=False)
+            for line in text.splitlines()
+        )  # fmt: skip
     print(text, flush=True)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m wan.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cuda, cuda:N or cpu")
-    parser.add_argument(
-        "--disk", type=Path, default=Path(), metavar="FOLDER", help="whose speed is measured: where the checkpoints lie"
-    )
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="CLONE",
-        help="of the repository, with the expected numbers, which an installation does not bring",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
-    return parser
-
-
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
-    """Every finding as soon as it is there."""
+    """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
 
     def devices(machine: Machine) -> Outcome:
@@ -108,7 +96,7 @@ def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Ite
 
 
 def checks_of(machine: Machine) -> list[Check]:
-    """What is examined once the device is known; the forecast needs the rates before it."""
+    """The checks of a known device; the forecast needs the rates before it."""
     return [
         *attention_checks(machine),
         Check("LoRA merge", lora_merge),

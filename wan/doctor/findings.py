@@ -1,4 +1,4 @@
-"""Checks and what they find. Each runs by itself: one that fails is a finding, too, and stops no other."""
+"""Checks and their findings. Each check runs by itself: one that fails is a finding, too, and stops no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found, in a sentence. advice: what to do where it is wrong. values: its numbers, for `--json`."""
+    """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`."""
 
     verdict: str
     sentence: str
@@ -28,11 +28,10 @@ class Outcome:
 
 @dataclass
 class Machine:
-    """What the checks look at.
+    """The machine that the checks examine.
 
-    root: of the repository, or where its `examples` and `tests` would lie. disk: the folder whose disk is measured.
-    small: sizes that take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units a
-    second.
+    root: of the repository, with `examples` and `tests`. disk: the folder whose disk is measured. small: sizes that
+    take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units per second.
     """
 
     device: torch.device
@@ -42,17 +41,13 @@ class Machine:
     rates: dict[str, float] = field(default_factory=dict)
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        return torch.float32, torch.bfloat16
-
-    @property
     def usual(self) -> torch.dtype:
-        """The transformer's with `--dtype auto`."""
+        """The transformer's dtype with `--dtype auto`."""
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
 
 class Check(NamedTuple):
-    """advice: what to do where `run` raises."""
+    """advice: what to do if `run` raises."""
 
     name: str
     run: Callable[[Machine], Outcome]
@@ -69,7 +64,7 @@ class Finding:
     values: dict[str, Any]
 
     def line(self) -> str:
-        """With the lines of a table below it, if the finding has one."""
+        """The finding, with the lines of its table below it."""
         sentence, newline, below = self.sentence.partition("\n")
         advice = f"; {self.advice}" if self.advice else ""
         return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {sentence}{advice}{newline}{below}"
@@ -80,21 +75,25 @@ def examine(check: Check, machine: Machine) -> Finding:
     began = time.perf_counter()
     try:
         outcome = check.run(machine)
-    except Exception as e:  # noqa: BLE001 - what a driver, kernel or foreign package fails with cannot be known
+    except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
         outcome = Outcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
     spent = time.perf_counter() - began
     return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
 
 
-def within(what: str, error: float, limit: float, advice: str, least: float = 0.0) -> Outcome:
-    """The verdict on an error that must lie between `least` and `limit`; NaN lies nowhere."""
+def within(name: str, error: float, limit: float, advice: str, least: float = 0.0) -> Outcome:
+    """The verdict on an error that must be between `least` and `limit`; NaN is wrong."""
     good = least <= error <= limit
     allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
     values = {"error": error, "least": least, "limit": limit}
-    return Outcome(GOOD if good else WRONG, f"{what} {error:.1e}, allowed {allowed}", "" if good else advice, values)
+    return Outcome(GOOD if good else WRONG, f"{name} {error:.1e}, allowed {allowed}", "" if good else advice, values)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligned lines; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")

@@ -1,4 +1,4 @@
-"""What to expect: for each task and size that was trained, what fits, how the weights are held, and seconds.
+"""What to expect: for each task and trained size, whether it fits, how the weights are held, and seconds.
 
 Seconds are estimates (`wan.planning.time_estimate`) from the rates just measured on this machine, which are kept for
 the plans of later runs.
@@ -21,11 +21,10 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, table
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, short, table
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
-from wan.offload.budget import Budget
 from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED, keep_rates, seconds
@@ -33,13 +32,16 @@ from wan.sampling import make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
 
+HEADING = ["task", "video", "steps", "weights", "tiles", "first video", "next"]
+ALL, ONE = "all stay", "one at a time"
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """One row. Bytes and seconds; the seconds of a stage are the longer of computing and reading what it needs.
+    """One row. Bytes and seconds; a stage takes the longer of computing and reading its weights.
 
-    mode: how the weights are held. tiles: in which a frame is decoded. advice: what would make it fit, empty if it
-    does. vram: GB to ask for on a CPU, where blocks stream only on demand. first: the first video. next: a further one
+    mode: how the weights are held. tiles: in which a frame is decoded. advice: flags that would make it fit, "" if it
+    fits. vram: GB to ask for on a CPU, where blocks stream only on demand. first: the first video. next: a further one
     of the same run.
     """
 
@@ -62,16 +64,12 @@ class Estimate:
     next: float
 
     def row(self) -> list[str]:
-        """What a terminal of 80 columns has room for."""
+        """The row's cells, for a terminal of 80 columns."""
         tiles = "-" if self.tiles == (1, 1) else "x".join(map(str, self.tiles))
-        told = [self.task, f"{self.size}x{self.frames}", str(self.steps)]
+        times = [self.mode, tiles, duration(self.first), duration(self.next)]
         if not self.fits:
-            return [*told, f"needs {quantity(self.peak, 'B')}", tiles, "does not fit", "-"]
-        return [*told, self.mode, tiles, duration(self.first), duration(self.next)]
-
-
-HEADING = ["task", "video", "steps", "weights", "tiles", "first video", "next"]
-ALL, ONE = "all stay", "one at a time"
+            times = [f"needs {quantity(self.peak, 'B')}", tiles, "does not fit", "-"]
+        return [self.task, f"{self.size}x{self.frames}", str(self.steps), *times]
 
 
 def forecast(machine: Machine) -> Outcome:
@@ -82,66 +80,55 @@ def forecast(machine: Machine) -> Outcome:
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
-    room = Accelerator(machine.device).free_bytes
-    estimates = [
-        estimate
+    accelerator = Accelerator(machine.device)
+    room, place = accelerator.free_bytes, "the device" if accelerator.has_memory else "the host's memory"
+    few_steps = {task for r in RELEASES if r.kind != "recipe" and not r.refused for task in r.tasks}
+    plans = [
+        released_plan(task, distilled, room, machine)
         for task in TASKS
-        for distilled in ([True, False] if _is_distilled(task) else [False])
-        for estimate in _of_task(task, distilled, room, machine)
+        for distilled in ([True, False] if task in few_steps else [False])
     ]
+    estimates = [
+        _estimate(plan, (width, height), machine)
+        for plan in plans
+        for width, height in (map(int, size.split("*")) for size in plan.config.sizes)
+        if width > height  # portrait costs the same
+    ]
+    fits = any(estimate.fits for estimate in estimates)
+    sentence = f"with {quantity(room, 'B')} of {place}, in {short(machine.usual)} (all seconds are estimates)"
+    sentence += "" if fits else ": nothing fits"
+    lines = [sentence, *table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
-    where = "the device" if Accelerator(machine.device).has_memory else "the host's memory"
-    sentence = f"with {quantity(room, 'B')} of {where}, in {machine.usual} (all seconds are estimates)"
-    sentence = sentence.replace("torch.", "")
-    lines = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
-    if not any(estimate.fits for estimate in estimates):
-        told = "\n  ".join([f"{sentence}: nothing fits", *lines])
-        return Outcome(WRONG, told, "free memory of the device", values)
-    return Outcome(GOOD, "\n  ".join([sentence, *lines]), values=values)
+    advice = "" if fits else "free memory of the device"
+    return Outcome(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
 
 
 def notes(estimates: Sequence[Estimate]) -> list[str]:
-    """What the rows that are there need said below them, a line each."""
+    """The legend: a line for each thing in these rows that needs one."""
     fitting = [estimate for estimate in estimates if estimate.fits]
+    modes = {estimate.mode for estimate in fitting}
     vram = next((estimate.vram for estimate in fitting if estimate.vram), None)
-    told = {
+    legend = {
         "few steps: with few-step weights; many: the released ones alone, with guidance": True,
-        f"{ONE}: the expert at work stays, then the other one takes its place": any(
-            estimate.mode == ONE for estimate in fitting
-        ),
-        "N of M stay: of an expert's M parts; the others are read when they are needed": any(
-            estimate.mode not in (ALL, ONE) for estimate in fitting
-        ),
-        f"not all stay: with --vram {vram}, which has to be asked for on a CPU": vram is not None,
-        "tiles: a frame is decoded in so many pieces": any(estimate.tiles != (1, 1) for estimate in estimates),
+        f"{ONE}: the expert at work stays, then the other one takes its memory": ONE in modes,
+        "N of M stay: of an expert's M blocks; the others are read when needed": bool(modes - {ALL, ONE}),
+        f"not all stay: only with --vram {vram} on a CPU": vram is not None,
+        "tiles: a frame is decoded in this many pieces": any(estimate.tiles != (1, 1) for estimate in estimates),
         "next: each further video of the same run": bool(fitting),
     }
-    helps: dict[str, list[str]] = {}
+    videos: dict[str, dict[str, None]] = {}  # by advice
     for estimate in estimates:
-        place = f"{estimate.task} {estimate.size}"
-        if not estimate.fits and place not in helps.setdefault(estimate.advice, []):
-            helps[estimate.advice].append(place)
+        if not estimate.fits:
+            videos.setdefault(estimate.advice, {})[f"{estimate.task} {estimate.size}"] = None
     return [
-        *(note for note, needed in told.items() if needed),
-        *(f"does not fit: {advice} ({', '.join(places)})" for advice, places in helps.items()),
+        *(note for note, needed in legend.items() if needed),
+        *(f"does not fit: {advice} ({', '.join(named)})" for advice, named in videos.items()),
         "each stage's seconds, the peak and the bytes to read: --json",
     ]
 
 
-def _is_distilled(task: str) -> bool:
-    """Whether few-step weights that run here were published for it."""
-    return any(task in r.tasks and r.kind != "recipe" and not r.refused for r in RELEASES)
-
-
-def _of_task(task: str, distilled: bool, room: int, machine: Machine) -> list[Estimate]:
-    """A row for each shape of frame; portrait costs what landscape does."""
-    plan = released_plan(task, distilled, room, machine)
-    sizes = [(int(w), int(h)) for w, h in (text.split("*") for text in plan.config.sizes)]
-    return [_estimate(plan, size, machine) for size in sizes if size[0] > size[1]]
-
-
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
-    """The plan of the task's released checkpoint, which need not be here; `distilled` with few-step weights."""
+    """The plan of the task's released checkpoint, which need not exist here. distilled: with few-step weights."""
     config, device, dtype = TASKS[task], machine.device, machine.usual
     request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
     no_weights = TensorStore({})  # nothing is read
@@ -165,21 +152,16 @@ def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
     frames = plan.config.frame_num
     video = plan_video(plan, size, frames)
     budget = video.budget
-    assert budget is not None, "there is room to share"
+    assert budget is not None, "the plan has a limit"
     found = seconds(plan, video, machine.rates)
-    forwards = sum(1 + step.guided for step in plan.steps)
-    vram = int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None
-    advice = budget.problem.rpartition(": ")[2] if budget.problem else ""
-    return Estimate(
-        plan.request.task, f"{size[0]}x{size[1]}", frames, len(plan.steps), forwards, not advice, advice, _mode(budget),
-        vram, budget.tiles, budget.peak, found.read, found.text, found.denoise, found.decode, found.first, found.next,
-    )  # fmt: skip
-
-
-def _mode(budget: Budget) -> str:
-    """In few words what the budget's line says in a sentence."""
-    if budget.resident:
-        return ALL
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
-    return ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
+    mode = ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
+    return Estimate(
+        task=plan.request.task, size=f"{size[0]}x{size[1]}", frames=frames, steps=len(plan.steps),
+        forwards=sum(1 + step.guided for step in plan.steps), fits=budget.problem is None,
+        advice=(budget.problem or "").rpartition(": ")[2], mode=mode,
+        vram=int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None,
+        tiles=budget.tiles, peak=budget.peak, read=found.read, text=found.text, denoise=found.denoise,
+        decode=found.decode, first=found.first, next=found.next,
+    )  # fmt: skip

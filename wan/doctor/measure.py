@@ -1,4 +1,4 @@
-"""Time and error, as the doctor and the benchmarks measure them."""
+"""Time and error, as the doctor, the tests and the benchmarks measure them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def interleaved(
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Median seconds of each candidate; they take turns, so that drift of the machine meets all of them alike."""
+    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
     for candidate in candidates:
         for _ in range(warm_up):
             candidate()
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(repeats):
-        for index, candidate in enumerate(candidates):
+        for candidate, series in zip(candidates, times, strict=True):
             synchronize()
             start = clock()
             candidate()
             synchronize()
-            times[index].append(clock() - start)
+            series.append(clock() - start)
     return [statistics.median(series) for series in times]
 
 

@@ -1,4 +1,4 @@
-"""Does it compute right here? Attention, LoRA merge, the golden cases, the memory modes and the VAE, on the device.
+"""Whether the device computes right: attention, LoRA merge, fp8, the golden cases, the memory modes and the VAE.
 
 Shapes: L tokens, N heads, d head width; O, I rows and columns of a weight, R rank.
 """
@@ -23,9 +23,10 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, within
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, short, within
 from wan.doctor.measure import relative_error, rms_error
 from wan.jobs.job import Sampling
+from wan.jobs.weights import both
 from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
@@ -35,9 +36,7 @@ from wan.sampling import Video
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import quantity
 
-CLASSES = {"t2v-A14B": "WanT2V", "i2v-A14B": "WanI2V", "ti2v-5B": "WanTI2V"}
-FOLDERS = {"t2v-A14B": "Wan2.2-T2V-A14B", "i2v-A14B": "Wan2.2-I2V-A14B", "ti2v-5B": "Wan2.2-TI2V-5B"}
-LORAS = {"t2v-A14B": "lora-t2v", "i2v-A14B": "lora-i2v", "ti2v-5B": "lora-ti2v"}
+DTYPES = torch.float32, torch.bfloat16
 REPORT = "do not trust videos made here; put this report into a bug report"
 LEFT_OUT = "runs leave this back end out; reinstall its package for this PyTorch, or remove it"
 # Root mean square errors of attention against float32: bf16 rounds inputs' products and the result to 2^-9 at most.
@@ -55,17 +54,14 @@ FEWEST = 1_000_000  # bytes of room, planned and not enforced: two slots, whatev
 
 
 def attention_checks(machine: Machine) -> list[Check]:
-    """One for each back end there is and each precision that it is made for."""
-    ours = [(name, dtype) for dtype in machine.dtypes for name in available(machine.device, dtype)]
+    """One for each back end that is installed, in each precision that it supports."""
+    ours = [(name, dtype) for dtype in DTYPES for name in available(machine.device, dtype)]
     checks = [
-        Check(f"attention {name} {_name(dtype)}", partial(attention, name, dtype), LEFT_OUT) for name, dtype in ours
+        Check(f"attention {name} {short(dtype)}", partial(attention, name, dtype), LEFT_OUT) for name, dtype in ours
     ]
+    skipped = Outcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
-    return [*checks, *(Check(f"attention {name}", _absent) for name in absent)]
-
-
-def _absent(machine: Machine) -> Outcome:
-    return Outcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
+    return [*checks, *(Check(f"attention {name}", lambda _: skipped) for name in absent)]
 
 
 def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
@@ -75,7 +71,8 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
     q, k, v = (torch.randn(length, heads, width, generator=generator).to(dtype) for _ in range(3))
     error = 0.0
     for keys in (length, 77):
-        exact = _softmax_attention(q.float(), k[:keys].float(), v[:keys].float())
+        scores = torch.einsum("qnd,knd->nqk", q.float(), k[:keys].float()) * width**-0.5
+        exact = torch.einsum("nqk,knd->qnd", scores.softmax(-1), v[:keys].float())
         found = BACKENDS[name](*(x.to(machine.device) for x in (q, k[:keys], v[:keys])))
         error = max(error, rms_error(found.cpu(), exact)) if found.isfinite().all() else float("nan")
     other = "sdpa" if name != "sdpa" else "flash"
@@ -83,13 +80,8 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
     return within("error against float32", error, limit, f"use --attention {other}; {REPORT}")
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.einsum("qnd,knd->nqk", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("nqk,knd->qnd", scores.softmax(-1), v)
-
-
 def fp8_layer(machine: Machine) -> Outcome:
-    """A linear layer of `--quantize fp8` as a run has it on the device, against float32."""
+    """A linear layer of `--quantize fp8` on the device, against float32."""
     rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
@@ -128,32 +120,27 @@ def lora_merge(machine: Machine) -> Outcome:
 
 
 def golden_checks(machine: Machine) -> list[Check]:
-    """Every golden case in both precisions, and what else needs a checkpoint; skipped by name where there is none."""
-    tiny, golden = machine.root / "examples" / "tiny", machine.root / "tests" / "golden"
-    absent = [str(folder) for folder in (tiny, golden) if not folder.is_dir()]
+    """Every golden case in both precisions, and the other checks of a checkpoint; skipped by name without a clone."""
+    folders = machine.root / "examples" / "tiny", machine.root / "tests" / "golden"
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
+    others = {
+        "memory modes": memory_modes, "VAE decode": vae_decode, "VAE decode in tiles": vae_tiles,
+        "VAE decode with TF32": vae_tf32,
+    }  # fmt: skip
     if absent:
-        reason = f"{' and '.join(absent)} not there: run it in a clone of the repository, or with --root CLONE"
-        skipped = Outcome(SKIPPED, reason)
-        names = ("golden cases", "memory modes", "VAE decode", "VAE decode in tiles", "VAE decode with TF32")
-        return [Check(name, lambda _: skipped) for name in names]
-    cases = json.loads((golden / "cases.json").read_text())
-    cases = cases[:1] if machine.small else cases
+        reason = f"{' and '.join(absent)} not found: run it in a clone of the repository, or with --root CLONE"
+        return [Check(name, lambda _: Outcome(SKIPPED, reason)) for name in ("golden cases", *others)]
+    cases = json.loads((folders[1] / "cases.json").read_text())
     checks = [
-        Check(f"golden {case['name']} {_name(dtype)}", partial(golden_case, case, dtype))
-        for case in cases
-        for dtype in machine.dtypes
+        Check(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
+        for case in cases[: 1 if machine.small else None]
+        for dtype in DTYPES
     ]
-    return [
-        *checks,
-        Check("memory modes", partial(memory_modes, cases[0])),
-        Check("VAE decode", partial(vae_decode, cases[0])),
-        Check("VAE decode in tiles", partial(vae_tiles, cases[0])),
-        Check("VAE decode with TF32", partial(vae_tf32, cases[0])),
-    ]
+    return [*checks, *(Check(name, partial(check, cases[0])) for name, check in others.items())]
 
 
 def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> Outcome:
-    """Prompt to latent, and in float32 to pixels, against what the original computed on a CPU in float32."""
+    """Prompt to latent, and in float32 to pixels, against the results of the original on a CPU in float32."""
     expected = expectation(machine)
     task = open_task(case, dtype, machine)
     with tf32(False):
@@ -169,7 +156,7 @@ def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> O
 
 
 def memory_modes(case: dict[str, Any], machine: Machine) -> Outcome:
-    """The final latent with everything resident, with room for all, and with blocks through two slots: bit for bit."""
+    """The final latent must be the same with everything resident and with blocks through two slots, bit for bit."""
     modes = {"all that fits": None, "blocks through two slots": FEWEST}
     resident = sample(open_task(case, machine.usual, machine, init_on_cpu=False), case, machine)
     wrong: dict[str, float] = {}
@@ -179,29 +166,28 @@ def memory_modes(case: dict[str, Any], machine: Machine) -> Outcome:
             task.plan = replace(task.plan, room=room)
             budget = plan_video(task.plan, tuple(case["args"]["size"]), case["args"]["frame_num"]).budget
             if budget is None or budget.resident:
-                return Outcome(WRONG, f"with room for {quantity(room, 'B')} nothing streams", REPORT)
+                return Outcome(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
         found = sample(task, case, machine)
         if not torch.equal(found, resident):
             wrong[mode] = relative_error(found, resident)
     if wrong:
-        told = ", ".join(f"{mode} by {error:.1e}" for mode, error in wrong.items())
-        return Outcome(WRONG, f"differs from everything resident: {told}", f"--offload_model False; {REPORT}", wrong)
+        errors = ", ".join(f"{mode} by {error:.1e}" for mode, error in wrong.items())
+        return Outcome(WRONG, f"differs from everything resident: {errors}", f"--offload_model False; {REPORT}", wrong)
     return Outcome(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
 
 
 def vae_decode(case: dict[str, Any], machine: Machine) -> Outcome:
     with tf32(False):
-        video = decode(case, machine)
-    error = relative_error(video, expectation(machine)[f"{case['name']}.video"])
+        error = relative_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
     return within("float32 without TF32, largest error", error, END_TO_END, REPORT)
 
 
 def vae_tiles(case: dict[str, Any], machine: Machine) -> Outcome:
     with tf32(False):
-        whole, tiled = decode(case, machine), decode(case, machine, tiled=True)
-    error = relative_error(tiled, whole)
-    outcome = within("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
-    return Outcome(GOOD, "equal to the whole frame, bit for bit", values=outcome.values) if error == 0 else outcome
+        error = relative_error(decode(case, machine, tiled=True), decode(case, machine))
+    if error == 0:
+        return Outcome(GOOD, "equal to the whole frame, bit for bit")
+    return within("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
 
 
 def vae_tf32(case: dict[str, Any], machine: Machine) -> Outcome:
@@ -209,20 +195,18 @@ def vae_tf32(case: dict[str, Any], machine: Machine) -> Outcome:
     if not Accelerator(machine.device).has_memory:
         return Outcome(SKIPPED, f"{machine.device} has no TF32")
     with tf32(True):
-        video = decode(case, machine)
-    error = rms_error(video, expectation(machine)[f"{case['name']}.video"])
+        error = rms_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
     return within("root mean square error", error, TF32, REPORT)
 
 
 def open_task(case: dict[str, Any], dtype: torch.dtype, machine: Machine, **how: Any) -> Original:
-    """The case's public class on the device, its small checkpoint opened."""
-    task, tiny = case["task"], machine.root / "examples" / "tiny"
-    config = replace(TASKS[task], param_dtype=dtype, t5_dtype=dtype)
-    lora = tiny / LORAS[task] if case["lora"] else None
-    build = getattr(wan, CLASSES[task])
-    opened: Original = build(
-        config, tiny / FOLDERS[task], lora_dir=lora, device=machine.device, noise_device="cpu", **how
-    )
+    """The case's public class on the device, over its small checkpoint."""
+    config, tiny = TASKS[case["task"]], machine.root / "examples" / "tiny"
+    opened: Original = getattr(wan, config.public_class.partition(":")[2])(
+        replace(config, param_dtype=dtype, t5_dtype=dtype), tiny / config.hub_id.partition("/")[2],
+        lora_dir=tiny / f"lora-{config.name.partition('-')[0]}" if case["lora"] else None,
+        device=machine.device, noise_device="cpu", **how,
+    )  # fmt: skip
     return opened
 
 
@@ -233,9 +217,7 @@ def sample(task: Original, case: dict[str, Any], machine: Machine) -> Tensor:
     if "image" in case:
         image = Image.open(machine.root / "examples" / "tiny" / case["image"]).convert("RGB")
         size = video_size(config, image.size, (args["max_area"], 1))
-    scale = args["guide_scale"]
-    guidance = (scale[0], scale[1]) if isinstance(scale, list) else (scale, scale)
-    sampling = Sampling(args["sample_solver"], args["sampling_steps"], args["shift"], guidance)
+    sampling = Sampling(args["sample_solver"], args["sampling_steps"], args["shift"], both(args["guide_scale"]))
     video = Video(case["prompt"], config.sample_neg_prompt, tuple(size), args["frame_num"], args["seed"], image)
     return task.sample_with(sampling, video)
 
@@ -248,20 +230,16 @@ def decode(case: dict[str, Any], machine: Machine, tiled: bool = False) -> Tenso
 
 
 def expectation(machine: Machine) -> dict[str, Tensor]:
-    """What the original pipelines computed, by `case.stage`."""
+    """The results of the original pipelines, by `case.stage`."""
     return load_file(machine.root / "tests" / "golden" / "expected.safetensors")
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Convolutions in TF32 or not, where a GPU can; products of matrices are not by PyTorch's default."""
+    """Convolutions in TF32 or not, where a GPU can; PyTorch's default leaves matrix products in float32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")

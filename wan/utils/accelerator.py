@@ -42,6 +42,11 @@ class Accelerator:
         return platform.processor() or platform.machine()
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability, (major, minor); None for other kinds."""
+        return self.api.get_device_capability(self.device) if self.device.type == "cuda" else None
+
+    @property
     def free_bytes(self) -> int:
         """Memory that this process can allocate now, unused memory that it holds included."""
         if not self.has_memory:
@@ -76,6 +81,13 @@ class Accelerator:
 def gpu_kind() -> str:
     """The kind of device with its own memory that this process can use; the first of all kinds where there is none."""
     return next((kind for kind in COLLECTIVES if torch.get_device_module(kind).is_available()), next(iter(COLLECTIVES)))
+
+
+def gpus() -> list[Accelerator]:
+    """All devices with their own memory that this process can use."""
+    kind = gpu_kind()
+    api = torch.get_device_module(kind)
+    return [Accelerator(torch.device(kind, i)) for i in range(api.device_count() if api.is_available() else 0)]
 
 
 def has_mps() -> bool:
