@@ -158,7 +158,11 @@ def markers(store: TensorStore) -> dict[str, dict[str, Any]]:
             entry = store[name]
             if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
                 raise ValueError(f"its marker {name:.100} is no text")
-            add(name.removesuffix(MARKER), parse_json(store.read(name).numpy().tobytes()))
+            try:
+                marker = parse_json(store.read(name).numpy().tobytes())
+            except ValueError as e:
+                raise ValueError(f"its marker {name:.100} is no JSON: {e}") from e
+            add(name.removesuffix(MARKER), marker)
     return found
 
 
@@ -229,8 +233,10 @@ def _row_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
         row = FORMATS[name]
     elif foreign is None and entry.dtype in FLOATS and not layer.scale:
         return None
+    elif found := foreign or UNMARKED.get(entry.dtype):
+        row = found
     else:
-        row = foreign or UNMARKED.get(entry.dtype) or Format(entry.dtype, runs="the program that wrote it")
+        raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
         raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
     if flags := set(layer.marker or ()) - {*HARMLESS, *row.flags}:

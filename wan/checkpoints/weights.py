@@ -113,7 +113,7 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     problems = []
     for name, own in NAMINGS[kind](layers).items():
         if own in names:
-            raise LoraError(f"{where}: it has {own} twice, in two spellings")
+            raise LoraError(f"{where}: it has {own} a second time in another spelling")
         names[own] = layers[name].weight
         try:
             if decoding := decoding_of(own, layers[name], source):
