@@ -15,7 +15,7 @@ import torch
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
@@ -47,7 +47,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     weights, asked = outcome.weights, outcome.weights.ckpt_dir
     given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config)))
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, outcome.config)))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
