@@ -98,7 +98,10 @@ def _extend(outcome: Extend, progress: Progress) -> int:
         replace(row, prompt=answers[row.prompt, row.image].prompt, original_prompt=row.original_prompt or row.prompt)
         for row in outcome.rows
     ]
-    write_rows(outcome.file, rows)
+    try:
+        write_rows(outcome.file, rows)
+    except OSError as e:
+        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror}); the answers are cached") from e
     _show(progress, "extended", {"file": str(outcome.file)}, str(outcome.file))
     return 0
 

@@ -695,7 +695,7 @@ def test_extension_settings():
         base_seed=4,
         device="cpu",
     ).extend
-    assert dataclasses.astuple(made) == ("t2v-A14B", "openai", "m", "en", 4, "fail", False, "cpu")
+    assert dataclasses.astuple(made) == ("t2v-A14B", "openai", "m", "en", 4, "fail", False, "cpu", None)
     assert run().extend is None
 
 

@@ -251,9 +251,8 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, in
     if len(shape) != 2 or len(scale) != 2 or not all(scale):
         return "", 0, 0
     rows, columns = shape[0] // scale[0], shape[1] // scale[1]
-    exact = all(
-        n == 1 or (size % n == 0 and (size // n).bit_count() == 1) for n, size in zip(scale, shape, strict=True)
-    )
+    pairs = zip(scale, shape, (rows, columns), strict=True)
+    exact = all(n == 1 or (size == n * block and block.bit_count() == 1) for n, size, block in pairs)
     return (BLOCK, rows, 0 if scale[1] == 1 else columns) if exact and columns > 1 else ("", 0, 0)
 
 

@@ -231,6 +231,9 @@ class Request:
         into="prompt", needs=EXTENDS, counts_with=EXTEND)
     prompt_extend_target_lang: str = option(EXTENSION, VIDEO, text, "LANG", "zh (default) or en", choices=LANGUAGES,
         into="prompt", needs=EXTENDS, counts_with=EXTEND)
+    prompt_extend_options: str | None = option(EXTENSION, VIDEO, text, "JSON",
+        'further fields of a service\'s requests, such as {"enable_thinking": false}',
+        into="prompt", needs=EXTENDS, counts_with=EXTEND)
     prompt_extend_on_error: str = option(EXTENSION, START, text, "WHAT",
         "raw (default): keep the prompt, with a warning; or fail", choices=ON_ERROR, needs=EXTENDS, counts_with=EXTEND)
     no_extend_cache: bool = option(EXTENSION, START, truth, "", "ask again for prompts that were extended before",

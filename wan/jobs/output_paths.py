@@ -16,7 +16,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
-from wan.media.ffmpeg import CONTAINERS, is_video
+from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
 from wan.utils.errors import InputError, TensorFileError
 from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
@@ -52,7 +52,7 @@ def check_outputs(
     own: those of the videos that this process makes, None: all; others' may be there already.
     """
     flag = "--save_file " if request.save_file is not None else ""
-    if wrong := [file for file in files if not is_video(file) and not file.is_dir()]:
+    if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
     usable = _check_names([file for file in files if file not in wrong], check)
     mine = usable if own is None else [file for file in usable if file in own]
@@ -75,7 +75,7 @@ def check_outputs(
             f"{flag}{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
-    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+    check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
@@ -162,14 +162,15 @@ def _kept_by_a_run(latents: Path) -> bool:
         return False
 
 
-def _check_folders(folders: set[Path], check: Check) -> None:
+def check_folders(folders: set[Path], check: Check, flag: str = "--save_dir") -> None:
+    """Problems of folders that cannot be written to; `flag` chooses another."""
     for folder in sorted(folders):
         nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not nearest.is_dir():
             check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
         elif not os.access(nearest, os.W_OK | os.X_OK):
             where = "" if nearest == folder else f", there is no permission to write in {nearest}"
-            check.problem(f"{folder}: the output folder is not writable{where}; choose another --save_dir")
+            check.problem(f"{folder}: the output folder is not writable{where}; choose another {flag}")
 
 
 class _Places:

@@ -25,12 +25,13 @@ from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import make_jobs, prompt_rows
 from wan.jobs.chains import check_chain, linked
 from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Weights
-from wan.jobs.output_paths import check_outputs
+from wan.jobs.output_paths import check_folders, check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.replay import earlier_seed, replayed
 from wan.jobs.sharding import chosen_shard, own_jobs
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
 from wan.prompt_extension.extend import ExtendSettings
+from wan.utils.strict_json import parse_json
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -92,7 +93,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    extend = _extension(request) if request.use_prompt_extend else None
+    extend = _extension(request, check) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
     own = own_jobs(request, jobs, rows, check)
@@ -115,10 +116,13 @@ def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    if file.exists() and not request.overwrite:
+    if file.is_dir():
+        check.problem(f"--extend_only {file}: is a folder, not a file")
+    elif file.exists() and not request.overwrite:
         check.problem(f"--extend_only {file}: exists already; --overwrite replaces it")
+    check_folders({file.parent}, check, "--extend_only")
     rows = prompt_rows(request, config, True, check)
-    return Extend(request, tuple(rows), _extension(request), file)
+    return Extend(request, tuple(rows), _extension(request, check), file)
 
 
 def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
@@ -200,7 +204,13 @@ def _check_processes(request: Request, check: Check) -> None:
         )
 
 
-def _extension(request: Request) -> ExtendSettings:
+def _extension(request: Request, check: Check) -> ExtendSettings:
+    options = None
+    if request.prompt_extend_options is not None:
+        with suppress(ValueError):
+            options = parse_json(request.prompt_extend_options)
+        if not isinstance(options, dict):
+            check.problem(f"--prompt_extend_options takes a JSON object, not {request.prompt_extend_options!r:.80}")
     return ExtendSettings(
         task=request.task,
         method=request.prompt_extend_method,
@@ -210,4 +220,5 @@ def _extension(request: Request) -> ExtendSettings:
         on_error=request.prompt_extend_on_error,
         use_cache=not request.no_extend_cache,
         device=request.device,
+        options=options,
     )
