@@ -9,7 +9,7 @@ from typing import Any
 from lightning.lora_files import weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
-from wan.checkpoints.weights import EXPERT, kinds_in, open_file
+from wan.checkpoints.weights import EXPERT, kind_of, open_file
 from wan.utils.errors import LoraError, TensorFileError
 from wan.utils.strict_json import parse_json
 
@@ -20,7 +20,7 @@ SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licenc
 def is_full_expert(path: Path) -> bool:
     """Whether the file is a full expert. False for files that cannot be opened."""
     try:
-        return EXPERT in kinds_in(open_file(path))
+        return kind_of(open_file(path)) == EXPERT
     except (TensorFileError, OSError):
         return False
 

@@ -22,7 +22,7 @@ from wan.checkpoints.weights import (
     PICKLED,
     TEXT_ENCODER,
     VAE,
-    kinds_in,
+    kind_of,
     open_expert,
     open_file,
     open_parts,
@@ -122,8 +122,8 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
     try:
         if release:
             release.check_supported(str(file))
-        if file.is_file() and (kinds := kinds_in(store := open_file(file))):
-            return report | _examine_network(file, store, kinds[0], models)
+        if file.is_file() and (kind := kind_of(store := open_file(file))):
+            return report | _examine_network(file, store, kind, models)
         lora = Lora.open(file, default_alpha=alpha)
         if not lora.keys:
             raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")

@@ -147,6 +147,11 @@ def kinds_in(names: Collection[str]) -> list[str]:
     return found
 
 
+def kind_of(names: Collection[str]) -> str | None:
+    """The first of `kinds_in`, None if there is none."""
+    return next(iter(kinds_in(names)), None)
+
+
 def left_out(names: Collection[str], kind: str) -> str:
     """A sentence on the other networks in a file that is used for one kind; "" if there are none."""
     others = [other.replace("_", " ") for other in kinds_in(names) if other != kind]
