@@ -98,7 +98,10 @@ def _extend(outcome: Extend, progress: Progress) -> int:
         replace(row, prompt=answers[row.prompt, row.image].prompt, original_prompt=row.original_prompt or row.prompt)
         for row in outcome.rows
     ]
-    write_rows(outcome.file, rows)
+    try:
+        write_rows(outcome.file, rows)
+    except OSError as e:
+        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror}); the answers are cached") from e
     _show(progress, "extended", {"file": str(outcome.file)}, str(outcome.file))
     return 0
 
@@ -137,7 +140,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
-    outlook = Outlook.of(plan, [job.index for job, video in found if video.kind == "whole"])
+    outlook = Outlook(plan, [job.index for job, video in found if video.kind == "whole"])
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
     page = folder_of(outcome.request) if outcome.request.gallery else None

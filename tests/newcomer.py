@@ -125,7 +125,7 @@ TASKS: dict[str, list[Step]] = {
              told=("none of those that 'shapes' was trained for", "saved my/red.mp4 with .json and .png beside it"),
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
-             ("my/red.mp4 and my/red.json: exists already",)),
+             ("my/red.mp4 and my/red.json already exists",)),
         Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2, ("needs quotes",)),
     ],
     "5 from a picture of my own": [
@@ -168,7 +168,7 @@ TASKS: dict[str, list[Step]] = {
     ],
     "10 two processes": [
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {SMALL} --dit_fsdp --t5_fsdp --ulysses_size 2 "
-             "--prompt_file examples/prompts.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
+             "--prompt_file examples/prompt_list.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {LONG} {PROMPT} --ulysses_size 2 --save_dir three", 1,
              ("error: ", "SIGKILL"), at="| 2/200 ", do=kill_one, foreign=True),
     ],

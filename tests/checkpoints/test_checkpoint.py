@@ -18,7 +18,7 @@ from benchmarks.loading import fresh, write_text_encoder, write_transformer
 from tests.checkpoints.support import problems
 from tests.support import checkpoint, config_of
 from tests.unprivileged import run_unprivileged
-from wan.checkpoints.checkpoint import folder_of, open_checkpoint
+from wan.checkpoints.checkpoint import checkpoint_folder, open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import open_file
@@ -276,7 +276,7 @@ from pathlib import Path
 from generate import main
 from tests.checkpoints.support import problems
 from tests.support import config_of
-from wan.checkpoints.checkpoint import folder_of
+from wan.checkpoints.checkpoint import checkpoint_folder
 folder = Path(sys.argv[1])
 for name in sys.argv[2:]:
     mode = (folder / name).stat().st_mode
@@ -285,7 +285,7 @@ for name in sys.argv[2:]:
     (folder / name).chmod(mode)
 folder.parent.chmod(0)
 try:
-    folder_of(folder, config_of("t2v-A14B"))
+    checkpoint_folder(folder, config_of("t2v-A14B"))
 except Exception as e:
     print(type(e).__name__, e)
 folder.parent.chmod(0o755)
@@ -309,12 +309,12 @@ for locked in (folder, folder.parent):
 @pytest.mark.parametrize("name", ["no such folder", "a\0b", "n" * 300, "a/b.safetensors", "../x"])
 def test_what_can_be_no_hub_id_is_no_folder(name: str) -> None:
     with pytest.raises(InputError, match=r"^--ckpt_dir .*: no such folder.*"):
-        folder_of(Path(name), config_of(TASK))
+        checkpoint_folder(Path(name), config_of(TASK))
 
 
 def test_a_file_is_no_checkpoint_folder(folder: Path) -> None:
     with pytest.raises(InputError, match="is a file, not a folder; get the checkpoint with: hf download"):
-        folder_of(folder / "Wan2.1_VAE.pth", config_of(TASK))
+        checkpoint_folder(folder / "Wan2.1_VAE.pth", config_of(TASK))
 
 
 class Malicious:
@@ -494,7 +494,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.Mon
         InputError,
         match=r"^--ckpt_dir Wan-AI/Nothing: no such file or folder here, and .* offline",
     ):
-        folder_of(Path("Wan-AI/Nothing"), config_of(TASK))
+        checkpoint_folder(Path("Wan-AI/Nothing"), config_of(TASK))
 
 
 def test_loading_a_gigabyte_peaks_at_the_final_bytes(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-DASHSCOPE_TEXT = "/api/v1/services/aigc/text-generation/generation"
-DASHSCOPE_IMAGE = "/api/v1/services/aigc/multimodal-generation/generation"
+DASHSCOPE_CHAT = "/compatible-mode/v1/chat/completions"
 OPENAI_CHAT = "/api/v1/chat/completions"
 
 
@@ -57,11 +56,8 @@ class FakeService:
 
     def usual(self, request: Request) -> dict[str, Any]:
         text = self.answer if isinstance(self.answer, str) else self.answer(request.json)
-        content = [{"text": text}] if request.path == DASHSCOPE_IMAGE else text
-        choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]
-        if request.path == OPENAI_CHAT:
-            return {"id": "c-1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
-        return {"request_id": "r-1", "usage": {"total_tokens": 15}, "output": {"choices": choices}}
+        choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
+        return {"id": "c-1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
 
 
 def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
@@ -87,7 +83,7 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
                 time.sleep(step)
             if isinstance(step, tuple):
                 return self.reply(*step)
-            if request.path not in (DASHSCOPE_TEXT, DASHSCOPE_IMAGE, OPENAI_CHAT):
+            if request.path not in (DASHSCOPE_CHAT, OPENAI_CHAT):
                 return self.reply(404, {"code": "NotFound", "message": self.path})
             return self.reply(200, service.usual(request))
 
@@ -130,10 +126,8 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
 
 def sent_image(request: Request) -> Image.Image:
     """The picture inside a request's data URI."""
-    user = request.json["messages"][1] if "messages" in request.json else request.json["input"]["messages"][1]
-    for part in user["content"]:
-        uri = part.get("image") or part.get("image_url", {}).get("url")
-        if uri:
+    for part in request.json["messages"][1]["content"]:
+        if uri := part.get("image_url", {}).get("url"):
             kind, data = uri.split(",", 1)
             assert kind == "data:image/png;base64"
             return Image.open(io.BytesIO(base64.b64decode(data)))

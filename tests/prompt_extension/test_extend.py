@@ -104,32 +104,18 @@ def test_empty_prompt_without_image(task, words):
     ]
 
 
-@pytest.mark.parametrize(
-    ("method", "package", "advice"),
-    [
-        ("dashscope", "dashscope", "pip install '.[dashscope]'"),
-        ("dashscope", "requests", "needs the package requests"),
-        ("openai", "openai", "pip install '.[openai]'"),
-        ("local_qwen", "transformers", "pip install transformers"),
-        ("local_qwen", "accelerate", "pip install accelerate"),
-    ],
-)
-def test_missing_package_is_one_line(method, package, advice, monkeypatch):
-    monkeypatch.setenv("DASH_API_KEY", "k")
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    if method != package:
-        for name in [name for name in sys.modules if name.split(".")[0] == method]:
-            monkeypatch.delitem(sys.modules, name)
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+def test_missing_package_is_one_line(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    (problem,) = problems(method=method, model=None if method == "local_qwen" else "m")
-    assert f"--prompt_extend_method {method} needs the package {package}" in problem
-    assert advice in problem
+    (problem,) = problems(method="local_qwen")
+    assert "--prompt_extend_method local_qwen" in problem
+    assert f"pip install {package}" in problem
     with pytest.raises(InputError):  # and so says extend itself
-        extend(ExtendSettings("t2v-A14B", method, "m"), [ExtendItem("a")], print)
+        extend(ExtendSettings("t2v-A14B", "local_qwen", "m"), [ExtendItem("a")], print)
 
 
 def test_importing_is_cheap():
-    heavy = "{'torch', 'transformers', 'dashscope', 'openai', 'numpy', 'requests', 'huggingface_hub'}"
+    heavy = "{'torch', 'transformers', 'httpx', 'numpy', 'huggingface_hub'}"
     code = f"import sys, wan.prompt_extension.extend; print({heavy} & set(sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
@@ -217,7 +203,7 @@ def test_clean_leaves_a_good_prompt_alone(prompt):
     assert clean(prompt) == prompt
 
 
-@pytest.mark.parametrize("answer", ["", "\n", '""', "``````", "...", "<think>so long that", "Here is the prompt:"])
+@pytest.mark.parametrize("answer", ["", "\n", '""', "``````", "...", "Here is the prompt:"])
 def test_nothing_left_is_a_failure(answer):
     with pytest.raises(AnswerError, match="empty"):
         clean(answer)

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from wan.checkpoints import hub, layout
-from wan.checkpoints.outside import describe, misread, size_of
+from wan.checkpoints.outside import error_text, misread, size_of
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, left_out, open_expert, open_file
@@ -69,10 +69,10 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
         with _readable():
             layout.check_complete(folder, config, files)
     opener, problems = _Opener(folder, config, files), list[str]()
-    experts = {name: _attempt(partial(opener.expert, name), problems) for name in config.experts}
-    text_encoder = _attempt(opener.text_encoder, problems)
-    tokenizer = _attempt(partial(opener.tokenizer, text_encoder), problems)
-    vae = _attempt(opener.vae, problems)
+    experts = {name: _open_part(partial(opener.expert, name), problems) for name in config.experts}
+    text_encoder = _open_part(opener.text_encoder, problems)
+    tokenizer = _open_part(partial(opener.tokenizer, text_encoder), problems)
+    vae = _open_part(opener.vae, problems)
     opened = {name: part for name, part in experts.items() if part is not None}
     if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
         raise InputError(problems)
@@ -82,7 +82,16 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
     )
 
 
-def _attempt(work: Callable[[], Result], problems: list[str]) -> Result | None:
+def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:
+    """One file as the VAE, the text encoder or an expert, judged as for a run. InputError with all problems."""
+    opener = _Opener(None, config, {part: file})
+    with _readable():
+        if part == VAE:
+            return opener.vae()
+        return opener.text_encoder() if part == TEXT_ENCODER else opener.expert(part)
+
+
+def _open_part(work: Callable[[], Result], problems: list[str]) -> Result | None:
     """`work()`, or None where its problems have joined the list."""
     try:
         with _readable():
@@ -155,7 +164,7 @@ class _Opener:
             if len(tokenizer("a cat")) < 2:
                 raise ValueError("it makes no tokens of a text")
         except Exception as e:  # the library raises nothing more special
-            raise misread(file, f"not a tokenizer ({describe(e)}); get the file again") from e
+            raise misread(file, f"not a tokenizer ({error_text(e)}); get the file again") from e
         rows = text_encoder.weights["token_embedding.weight"].shape[0] if text_encoder else len(tokenizer)
         if len(tokenizer) > rows:
             raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
@@ -203,7 +212,7 @@ class _Opener:
             with torch.device("meta"):
                 module = build(store.shapes)
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
-            raise InputError(f"{path}: {describe(e)}") from e
+            raise InputError(f"{path}: {error_text(e)}") from e
         _check_names_and_shapes(module, store, str(path))
         return Part(module, store)
 
@@ -223,7 +232,7 @@ def _check_names_and_shapes(module: nn.Module, store: TensorStore, where: str) -
         raise InputError(problems)
 
 
-def folder_of(ckpt_dir: Path, config: TaskConfig) -> Path:
+def checkpoint_folder(ckpt_dir: Path, config: TaskConfig) -> Path:
     """A local folder as it is, or a place on the hub such as `Wan-AI/Wan2.2-T2V-A14B`. InputError if it is neither."""
     try:
         if ckpt_dir.is_dir():

@@ -51,7 +51,7 @@ def places_in(folder: Path, config: TaskConfig) -> dict[str, str]:
     return diffusers(config) if is_diffusers(folder) else released(config)
 
 
-def settings_of(weights: str) -> str:
+def config_json(weights: str) -> str:
     """The file beside an expert's weights that holds its sizes."""
     return str(PurePosixPath(weights).with_name("config.json"))
 
@@ -69,8 +69,8 @@ def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list
     for part, name in places_in(folder, config).items():
         if part in own:
             continue
-        if part in config.experts and not (folder / settings_of(name)).is_file():
-            lacking.append(settings_of(name))
+        if part in config.experts and not (folder / config_json(name)).is_file():
+            lacking.append(config_json(name))
         path = path_of(folder, config, part)
         if not path.is_file():
             in_shards = any(path.parent.glob(f"{path.stem}-*.safetensors"))
@@ -96,7 +96,7 @@ def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
     for files in (released(config), diffusers(config)):
         for part, name in files.items():
             if part in config.experts:
-                wanted.append(settings_of(name))
+                wanted.append(config_json(name))
             if part == "tokenizer":
                 wanted += [] if part in own else [name]
             elif part not in own:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.outside import describe, misread, reading, size_of
+from wan.checkpoints.outside import error_text, misread, reading, size_of
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
@@ -67,7 +67,7 @@ class PickleStore(TensorStore):
         """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
         entries: dict[str, Entry] = {}
         self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
-        tensors, records = _read(path)
+        tensors, records = _read_pickle(path)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
@@ -125,7 +125,7 @@ def _tensor(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any,
     return tensor
 
 
-def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+def _read_pickle(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
     """(tensors by name, (first byte, bytes) of each storage's record)."""
     size_of(path)
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
@@ -137,7 +137,7 @@ def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
                     raise zipfile.BadZipFile("compressed, or too large")
                 content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
-            raise misread(path, f"holds more than plain tensors ({describe(e)}), or is damaged; not opened") from e
+            raise misread(path, f"holds more than plain tensors ({error_text(e)}), or is damaged; not opened") from e
     state = _tensors_in(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")

@@ -35,47 +35,40 @@ WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 class Format:
     """One row of the table.
 
-    dtypes: of the stored numbers. scales: what one scale may be for; none: the numbers are the weight.
-    flags: further ones of its markers. tensors: endings of names that no other format has. runs: who runs a format
-    that is not read here.
+    scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
+    tensors: endings of names that no other format has. runs: who runs a format that is not read here.
     """
 
     name: str
-    dtypes: tuple[str, ...] = ()
+    dtype: str = ""
     scales: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     runs: str = ""
 
 
-FORMATS = {
-    row.name: row
-    for row in (
-        Format("float64", ("F64",)),
-        Format("float8_e4m3fn", ("F8_E4M3",), (WHOLE, ROW, BLOCK)),
-        Format("float8_e5m2", ("F8_E5M2",), (WHOLE, ROW, BLOCK)),
-        Format("float8_e4m3fn_rowwise", ("F8_E4M3",), (ROW,), ("per_row",)),
-        Format("float8_e4m3fn_blockwise", ("F8_E4M3",), (BLOCK,), ("group_size",)),
-        Format("int8_tensorwise", ("I8",), (WHOLE, ROW), ("convrot", "convrot_groupsize", "per_row")),
-        Format("int8_blockwise", runs="ComfyUI"),
-        Format("nvfp4", tensors=(".weight_scale_2",), runs="ComfyUI and LightX2V"),
-        Format("mxfp8", runs="ComfyUI"),
-        Format("hybrid_mxfp8", runs="ComfyUI"),
-        Format("SVDQuant", tensors=(".qweight", ".wscales", ".smooth_factor"), runs="nunchaku"),
-        Format("QuIP", tensors=(".Qidxs", ".SU", ".SV"), runs="the program that wrote it"),
-        Format("bitsandbytes", tensors=(".absmax", ".quant_map", ".SCB"), runs="diffusers"),
-    )
-}
-UNMARKED = {FORMATS[name].dtypes[0]: FORMATS[name] for name in ("float64", "float8_e4m3fn", "float8_e5m2",
-                                                                "int8_tensorwise")}  # fmt: skip
+TABLE = (
+    Format("float64", "F64"),
+    Format("float8_e4m3fn", "F8_E4M3", (WHOLE, ROW, BLOCK)),
+    Format("float8_e5m2", "F8_E5M2", (WHOLE, ROW, BLOCK)),
+    Format("float8_e4m3fn_rowwise", "F8_E4M3", (ROW,), ("per_row",)),
+    Format("float8_e4m3fn_blockwise", "F8_E4M3", (BLOCK,), ("group_size",)),
+    Format("int8_tensorwise", "I8", (WHOLE, ROW), ("convrot", "convrot_groupsize", "per_row")),
+    Format("int8_blockwise", runs="ComfyUI"),
+    Format("nvfp4", tensors=(".weight_scale_2",), runs="ComfyUI and LightX2V"),
+    Format("mxfp8", runs="ComfyUI"),
+    Format("hybrid_mxfp8", runs="ComfyUI"),
+    Format("SVDQuant", tensors=(".qweight", ".wscales", ".smooth_factor"), runs="nunchaku"),
+    Format("QuIP", tensors=(".Qidxs", ".SU", ".SV"), runs="the program that wrote it"),
+    Format("bitsandbytes", tensors=(".absmax", ".quant_map", ".SCB"), runs="diffusers"),
+)
+FORMATS = {row.name: row for row in TABLE}
+UNMARKED = {row.dtype: row for row in reversed(TABLE) if row.dtype}  # the first row of a dtype is the plain one
 
 
 @dataclass
 class Layer:
-    """One weight of a file. Names are the file's; marker: what the file says about its format.
-
-    others: further tensors of a quantised layer, which nobody here knows.
-    """
+    """One weight: its tensor and scale in the file, its marker, and tensors beside them that nobody here knows."""
 
     weight: str = ""
     scale: str | None = None
@@ -85,7 +78,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one weight becomes float32: `rows`, `columns` numbers share a scale, `rotation` inputs are rotated together.
+    """How one weight becomes float32: `rows` x `columns` numbers share a scale, `rotation` inputs are rotated together.
 
     columns 0: all of the row; rotation 0: none.
     """
@@ -198,44 +191,40 @@ def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None
     """How the weight is read; None: as it is stored. ValueError says why it is not read, naming its format."""
     if not layer.weight:
         raise ValueError(f"{plain} has a scale or a marker but is missing")
-    entry = store[layer.weight]
-    row = _row_of(plain, layer, entry)
+    entry, marker = store[layer.weight], layer.marker or {}
+    row = _row(plain, layer, entry)
     if row is None:
         return None
-    if entry.dtype not in row.dtypes:
-        raise ValueError(f"{plain} is marked {row.name} but stored as {entry.dtype}")
     if layer.scale is None:
-        if layer.marker or entry.dtype == "I8":
+        if marker or entry.dtype == "I8":
             raise ValueError(f"{plain} is {row.name} without a scale")
         return Decoding(layer.weight)
-    marker, scale = layer.marker or {}, store[layer.scale]
-    rows, columns = _block(plain, row, entry, scale)
-    if "group_size" in marker:
-        size = marker["group_size"]
-        if columns not in (0, size) or rows not in (1, size, entry.shape[0]):
-            raise ValueError(f"{plain} has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
-    if marker.get("orig_shape", list(entry.shape)) != list(entry.shape):
-        raise ValueError(f"{plain} was {marker['orig_shape']!r:.60}, and is {list(entry.shape)}")
+    scale = store[layer.scale]
+    unit, rows, columns = _block(entry.shape, scale.shape)
+    if scale.dtype not in FLOATS or unit not in row.scales:
+        raise ValueError(f"{plain} is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
+    size, shape = marker.get("group_size", columns), marker.get("orig_shape", list(entry.shape))
+    if columns not in (0, size) or (rows not in (1, size, entry.shape[0]) and "group_size" in marker):
+        raise ValueError(f"{plain} has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
+    if shape != list(entry.shape):
+        raise ValueError(f"{plain} was {shape!r:.60}, and is {list(entry.shape)}")
     if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
         raise ValueError(f"{plain} is int8, and nothing in the file says how the convrot of its name was applied")
     return Decoding(layer.weight, layer.scale, rows, columns, _rotation(plain, marker, entry))
 
 
-def _row_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
+def _row(plain: str, layer: Layer, entry: Entry) -> Format | None:
     """The row of the table; None for plain floats. ValueError for a format that is not read."""
     names = (plain, *layer.others)
-    known_by = (row for row in FORMATS.values() if any(name.endswith(row.tensors) for name in names if row.tensors))
-    foreign = next(known_by, None)
+    foreign = [row for row in TABLE if row.tensors and any(name.endswith(row.tensors) for name in names)]
+    row = foreign[0] if foreign else UNMARKED.get(entry.dtype)
     if layer.marker:
-        name = layer.marker["format"]
-        if name not in FORMATS:
-            raise ValueError(f"{plain} is in the format {name!r:.60}, which is not known here")
-        row = FORMATS[name]
-    elif foreign is None and entry.dtype in FLOATS and not layer.scale:
+        row = FORMATS.get(layer.marker["format"])
+        if row is None:
+            raise ValueError(f"{plain} is in the format {layer.marker['format']!r:.60}, which is not known here")
+    elif row is None and entry.dtype in FLOATS and not layer.scale:
         return None
-    elif found := foreign or UNMARKED.get(entry.dtype):
-        row = found
-    else:
+    if row is None:
         raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
         raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
@@ -243,43 +232,40 @@ def _row_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
         raise ValueError(f"{plain} is {row.name} with the unknown flag {min(flags)!r:.60}")
     if layer.others:
         raise ValueError(f"{plain} is {row.name} with the unknown tensor {layer.others[0]:.100}")
+    if entry.dtype != row.dtype:
+        raise ValueError(f"{plain} is marked {row.name} but stored as {entry.dtype}")
     return row
 
 
-def _block(plain: str, row: Format, entry: Entry, scale: Entry) -> tuple[int, int]:
-    """(rows, columns) that share a scale; columns 0: all. ValueError for scales whose shape does not say so."""
-    shape = entry.shape
+def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, int]:
+    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it.
+
+    A block has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each
+    column is not taken: it may be meant for the rows of a transposed matrix.
+    """
     count = shape[0] if shape else 1
-    size = math.prod(scale.shape)
-    found: tuple[str, int, int] | None = None
-    if size == 1:
-        found = WHOLE, count, 0
-    elif size == scale.shape[0] == count:
-        found = ROW, 1, 0
-    elif len(shape) == len(scale.shape) == 2 and all(map(_divides, scale.shape, shape)):
-        rows, columns = shape[0] // scale.shape[0], shape[1] // scale.shape[1]
-        if columns > 1:  # one for each column may be meant for the rows of a transposed matrix
-            found = BLOCK, rows, 0 if scale.shape[1] == 1 else columns
-    if scale.dtype not in FLOATS or found is None or found[0] not in row.scales:
-        raise ValueError(f"{plain} is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
-    return found[1:]
-
-
-def _divides(scales: int, size: int) -> bool:
-    """Whether the block follows from `scales`: one block, or a power of two, which no rounding up can imitate."""
-    return scales == 1 or (scales > 0 and size % scales == 0 and (size // scales).bit_count() == 1)
+    if math.prod(scale) == 1:
+        return WHOLE, count, 0
+    if math.prod(scale) == scale[0] == count:
+        return ROW, 1, 0
+    if len(shape) != 2 or len(scale) != 2 or not all(scale):
+        return "", 0, 0
+    rows, columns = shape[0] // scale[0], shape[1] // scale[1]
+    pairs = zip(scale, shape, (rows, columns), strict=True)
+    exact = all(n == 1 or (size == n * block and block.bit_count() == 1) for n, size, block in pairs)
+    return (BLOCK, rows, 0 if scale[1] == 1 else columns) if exact and columns > 1 else ("", 0, 0)
 
 
 def _rotation(plain: str, marker: Mapping[str, Any], entry: Entry) -> int:
     """Inputs that were rotated together, 0 for none. ValueError for what is no rotation."""
-    rotated = marker.get("convrot", False)
-    size = marker.get("convrot_groupsize", 256)
+    rotated, size = marker.get("convrot", False), marker.get("convrot_groupsize", 256)
     if type(rotated) is not bool or ("convrot_groupsize" in marker and "convrot" not in marker):
         raise ValueError(f"{plain} is marked with convrot {rotated!r:.40}, neither true nor false")
     if not rotated:
         return 0
-    if type(size) is not int or size < 4 or size.bit_count() != 1 or size.bit_length() % 2 == 0:
-        raise ValueError(f"{plain} has a convrot_groupsize of {size!r:.40}, not a power of 4")
-    if len(entry.shape) != 2 or entry.shape[1] % size:
-        raise ValueError(f"{plain} has a convrot_groupsize of {size}, which does not divide {list(entry.shape)}")
-    return size
+    power_of_4 = type(size) is int and size > 1 and size.bit_count() == 1 and size.bit_length() % 2
+    if not power_of_4 or len(entry.shape) != 2 or entry.shape[1] % size:
+        raise ValueError(
+            f"{plain} of {list(entry.shape)} has a convrot_groupsize of {size!r:.40}, not a power of 4 of it"
+        )
+    return int(size)

@@ -15,8 +15,9 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints.outside import misread, reading, size_of
 from wan.utils.errors import TensorFileError
@@ -40,9 +41,9 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-# safetensors' names -> struct's, for single numbers. BF16 and F8_E5M2 are the upper halves of the next wider float
-SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "F8_E5M2": "e", "F8_E4M3": "B",
-                  "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}  # fmt: skip
+# safetensors' names -> struct's, for single numbers
+SCALAR_FORMATS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+UPPER_HALVES = {"BF16": "f", "F8_E5M2": "e"}  # formats that are the upper half of one that struct knows
 INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
@@ -75,27 +76,37 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise misread(path, f"not a safetensors file, or cut off in its header ({size:,} bytes)")
-            header = file.read(length)
-        found, metadata = _parse_header(header)
-    entries: dict[str, Entry] = {}
-    end = 8 + length
-    for name, (dtype, shape, (first, last)) in sorted(found.items(), key=lambda item: item[1][2]):
-        if dtype not in DTYPES:
-            raise TensorFileError(f"{path}: tensor {name:.100} has the unsupported dtype {dtype!r:.40}")
-        entry = Entry(path, dtype, shape, 8 + length + first)
-        if last - first != entry.bytes:
-            raise TensorFileError(f"{path}: tensor {name:.100} has a shape that does not fit its bytes")
-        if entry.offset != end:
-            raise TensorFileError(f"{path}: tensor {name:.100} does not start where the one before it ends")
-        entries[name] = entry
-        end += entry.bytes
+            values = parse_json(file.read(length))
+        metadata = values.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text by name")
+        end = 8 + length
+        found = sorted((_parse_entry(path, name, end, value) for name, value in values.items()), key=itemgetter(0))
+        for (first, last), name, entry in found:
+            if last - first != entry.bytes:
+                raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
+            if entry.offset != end:
+                raise ValueError(f"tensor {name:.60} does not start where the one before it ends")
+            end += entry.bytes
     if end > size:
-        cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
+        cut = next(name for _, name, entry in found if entry.offset + entry.bytes > size)
         sizes = f"{end:,} bytes expected, {size:,} found"
         raise TensorFileError(f"{path}: truncated, {sizes}; tensor {cut:.100} is cut off")
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
-    return entries, metadata
+    return {name: entry for _, name, entry in found}, metadata
+
+
+def _parse_entry(path: Path, name: str, start: int, value: dict[str, Any]) -> tuple[tuple[int, int], str, Entry]:
+    """((first byte, end), name, entry). ValueError for anything that is not exactly so. start: of the data."""
+    if not name.isprintable():
+        raise ValueError(f"a tensor is named {name[:60]!r}")
+    dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+        raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
+    return (first, last), name, Entry(path, dtype, tuple(shape), start + first)
 
 
 def header_bytes(table: Mapping[str, object]) -> bytes:
@@ -115,36 +126,6 @@ def read_ranges(ranges: Iterable[tuple[Path, int, int]]) -> list[bytes]:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(read, ranges))
-
-
-def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:
-    """(name -> (dtype, shape, (first byte, end))), metadata. ValueError for anything that is not exactly so."""
-
-    def whole(values: object, most: int) -> bool:
-        """Whether it is a list of at most `most` sizes, each of at most 64 bits."""
-        return (
-            isinstance(values, list)
-            and len(values) <= most
-            and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-        )
-
-    values = parse_json(header)
-    if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
-    metadata = values.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is not text by name")
-    found = {}
-    for name, entry in values.items():
-        if not name.isprintable():
-            raise ValueError(f"a tensor is named {name[:60]!r}")
-        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"tensor {name[:60]} lacks a dtype, a shape or offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not (isinstance(dtype, str) and whole(shape, MAX_AXES) and whole(offsets, 2) and len(offsets) == 2):
-            raise ValueError(f"tensor {name[:60]} has an impossible dtype, shape or offset")
-        found[name] = dtype, tuple(shape), (offsets[0], offsets[1])
-    return found, metadata
 
 
 def _parse_index(path: Path) -> dict[str, str]:
@@ -169,6 +150,17 @@ def fingerprint(path: Path) -> str:
         size = file.seek(0, 2)
         file.seek(max(0, size - (1 << 20)))
         return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
+
+
+def _number(dtype: str, raw: bytes) -> float:
+    """The value of a tensor of one element, from its bytes."""
+    if dtype in UPPER_HALVES:
+        return float(struct.unpack(f"<{UPPER_HALVES[dtype]}", b"\0" * len(raw) + raw)[0])
+    if dtype != "F8_E4M3":
+        return float(struct.unpack(f"<{SCALAR_FORMATS[dtype]}", raw)[0])
+    exponent, mantissa = raw[0] >> 3 & 15, raw[0] & 7  # arXiv 2209.05433: no infinities, one NaN of each sign
+    value = math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10)
+    return math.nan if raw[0] & 127 == 127 else -value if raw[0] > 127 else value
 
 
 class TensorStore(Mapping[str, Entry]):
@@ -238,18 +230,12 @@ class TensorStore(Mapping[str, Entry]):
 
     def scalars(self, names: Iterable[str]) -> dict[str, float]:
         """The values of one-element tensors, without torch. TensorFileError for any other tensor."""
-        values: dict[str, float] = {}
-        for name in names:
-            entry = self.entries[name]
-            if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
+        entries = {name: self.entries[name] for name in names}
+        for name, entry in entries.items():
+            if math.prod(entry.shape) != 1 or entry.dtype not in {*SCALAR_FORMATS, *UPPER_HALVES, "F8_E4M3"}:
                 raise TensorFileError(f"{entry.file}: tensor {name} is not a single number ({entry.dtype})")
-            with entry.file.open("rb") as file:
-                file.seek(entry.offset)
-                data = file.read(entry.bytes)
-            code = SCALAR_FORMATS[entry.dtype]
-            value = struct.unpack(f"<{code}", data.rjust(struct.calcsize(f"<{code}"), b"\0"))[0]
-            values[name] = _from_e4m3(value) if entry.dtype == "F8_E4M3" else float(value)
-        return values
+        found = read_ranges((entry.file, entry.offset, entry.bytes) for entry in entries.values())
+        return {name: _number(entry.dtype, raw) for (name, entry), raw in zip(entries.items(), found, strict=True)}
 
     def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
         """Size of the buffer that `read` needs."""
@@ -290,11 +276,3 @@ class TensorStore(Mapping[str, Entry]):
                         raise TensorFileError(f"{entry.file}: ended inside tensor {name}")
                     done += got
         return data.view(getattr(torch, dtype)).reshape(shape)
-
-
-def _from_e4m3(bits: int) -> float:
-    """The number that a byte is in float8_e4m3fn: sign, 4 bits of exponent (bias 7), 3 of the mantissa; no Inf."""
-    sign, exponent, mantissa = -1 if bits >> 7 else 1, bits >> 3 & 15, bits & 7
-    if (exponent, mantissa) == (15, 7):
-        return math.nan
-    return sign * (mantissa / 8 * 2.0**-6 if not exponent else (1 + mantissa / 8) * 2.0 ** (exponent - 7))

@@ -42,10 +42,17 @@ ALL_IN_ONE = {
 }
 PREFIXES = ("diffusion_model.", "model.", "module.", "pipe.", "dit.", "generator.", "generator_ema.", "transformer.",
             "transformer_2.")  # fmt: skip
+# a parameter that each network of the kind has, and no other
+SIGNS = {EXPERT: "blocks.0.self_attn.q.weight", TEXT_ENCODER: "blocks.0.attn.q.weight", VAE: "decoder.conv1.weight"}
+# how other programs' names of a network begin, and what renames them; other names stay
+SPELLINGS: dict[str, dict[str, Callable[[Iterable[str]], dict[str, str]]]] = {
+    EXPERT: {"condition_embedder.": original},
+    TEXT_ENCODER: {"encoder.block.": original_text, "enc.blk.": original_llama_text},
+    VAE: {"quant_conv.": original_vae},
+}
 WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")  # anywhere in a name
 NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in ComfyUI's files
 SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
-Naming = Callable[[Iterable[str]], dict[str, str]]  # names in a file -> ours
 
 
 class NamedWeights(TensorStore):
@@ -102,7 +109,7 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     """
     parts = {name: _part_of(name) for name in source}
     wanted = kind if kind in parts.values() else None
-    plain = {name: _plain(name) for name, part in parts.items() if part == wanted}
+    plain = {name: strip_prefixes(name) for name, part in parts.items() if part == wanted}
     plain = {name: each for name, each in plain.items() if each not in NO_WEIGHTS}
     try:
         layers = layers_of(plain, _markers(source, plain, kind))
@@ -111,7 +118,7 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     names: dict[str, str] = {}
     decodings: dict[str, Decoding] = {}
     problems = []
-    for name, own in NAMINGS[kind](layers).items():
+    for name, own in _our_names(kind, layers).items():
         if own in names:
             raise LoraError(f"{where}: it has {own} a second time in another spelling")
         names[own] = layers[name].weight
@@ -134,8 +141,8 @@ def kinds_in(names: Collection[str]) -> list[str]:
     """The kinds of networks that have parameters of these names, in any spelling; none for a LoRA and other files."""
     found = []
     for kind, sign in SIGNS.items():
-        plain = [_plain(name).removesuffix(DATA) for name in names if _part_of(name) in (None, kind)]
-        if sign in NAMINGS[kind](plain).values():
+        plain = [strip_prefixes(name).removesuffix(DATA) for name in names if _part_of(name) in (None, kind)]
+        if sign in _our_names(kind, plain).values():
             found.append(kind)
     return found
 
@@ -181,7 +188,7 @@ def _part_of(name: str) -> str | None:
     return next((kind for prefix, kind in ALL_IN_ONE.items() if name.startswith(prefix)), None)
 
 
-def _plain(name: str) -> str:
+def strip_prefixes(name: str) -> str:
     """The name without what other programs put before and between its parts."""
     name = WRAPPERS.sub(r"\1", name)
     while prefix := next((each for each in (*ALL_IN_ONE, *PREFIXES) if name.startswith(each)), None):
@@ -189,15 +196,23 @@ def _plain(name: str) -> str:
     return name
 
 
+def _our_names(kind: str, names: Collection[str]) -> dict[str, str]:
+    """Names without prefixes -> ours."""
+    for sign, rename in SPELLINGS[kind].items():
+        if any(name.startswith(sign) for name in names):
+            return rename(names)
+    return {name: name for name in names}
+
+
 def _markers(source: TensorStore, plain: Mapping[str, str], kind: str) -> dict[str, Any]:
     """Plain name of a layer of this part -> its marker. One of a layer that the file does not have is kept."""
-    here, everywhere = set(plain.values()), {_plain(name) for name in source}
+    here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
     found: dict[str, Any] = {}
     for layer, marker in markers(source).items():
-        weight = f"{_plain(layer)}.weight"
+        weight = f"{strip_prefixes(layer)}.weight"
         if _part_of(layer) not in (None, kind) or (weight in everywhere and weight not in here):
             continue
-        if found.setdefault(_plain(layer), marker) != marker:
+        if found.setdefault(strip_prefixes(layer), marker) != marker:
             raise ValueError(f"its markers of layer {layer:.100} contradict each other")
     return found
 
@@ -211,25 +226,3 @@ def _restore_axes(source: TensorStore, names: Mapping[str, str]) -> None:
     channels, rest = divmod(math.prod(entry.shape), width * math.prod(PATCH)) if width else (0, 1)
     if not rest and entry.shape and entry.shape[0] in (width, width * channels):
         source.entries[weight] = replace(entry, shape=(width, channels, *PATCH))
-
-
-def _as_they_are_unless(*spellings: tuple[str, Naming]) -> Naming:
-    """Names of a network by the first naming whose sign begins one of them, else as they are."""
-
-    def ours(names: Iterable[str]) -> dict[str, str]:
-        listed = list(names)
-        for sign, rename in spellings:
-            if any(name.startswith(sign) for name in listed):
-                return rename(listed)
-        return {name: name for name in listed}
-
-    return ours
-
-
-# a parameter that each network of the kind has, and no other
-SIGNS = {EXPERT: "blocks.0.self_attn.q.weight", TEXT_ENCODER: "blocks.0.attn.q.weight", VAE: "decoder.conv1.weight"}
-NAMINGS: dict[str, Naming] = {
-    EXPERT: _as_they_are_unless(("condition_embedder.", original)),
-    TEXT_ENCODER: _as_they_are_unless(("encoder.block.", original_text), ("enc.blk.", original_llama_text)),
-    VAE: _as_they_are_unless(("quant_conv.", original_vae)),
-}

@@ -1,4 +1,4 @@
-"""Prompt extension, and what may be asked of it."""
+"""Prompt extension: a language model lengthens short prompts before any video weight is loaded."""
 
 METHODS = ("local_qwen", "dashscope", "openai")
 LANGUAGES = ("zh", "en")  # of the extended prompt

@@ -1,18 +1,39 @@
-"""What goes to a prompt-extending model and what comes back, whichever service or model it is."""
+"""Questions to a language model, and the bare prompt in its answers."""
 
 from __future__ import annotations
 
+import html
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # About twice the longest text the system prompts ask for (200 English words); the video model's text encoder
 # reads 512 tokens and would cut the rest off silently.
 LONGEST_ANSWER = 2400  # characters
+MOST_TEXT = 10_000  # characters that are cleaned; a longer text is no prompt
 
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_FENCED = re.compile(r"```[\w+-]*\n?(.*?)```", re.DOTALL)
-_QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "「": "」", "『": "』", "«": "»", "**": "**"}
+_TAG = r"(?:\w{1,12}:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
+REASONING_OPENS = re.compile(
+    rf"<{_TAG}>|◁think▷|\[THINK\]|<\|channel>|<\|channel\|>|<\|begin_of_thought\|>|\A(?-i:analysis(?=[A-Z]))",
+    re.IGNORECASE,
+)
+REASONING_CLOSES = re.compile(
+    rf"</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+_WRAPPERS = re.compile(r"</?(?:answer|output|prompt)>|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"""(?:unfortunately,\s+|i\s+apologi[sz]e\b[^.\n]{0,60}\bi\s)?
+    (?: i['’]?m\s+(?:really\s+|very\s+|so\s+)?sorry\b | i\s+am\s+(?:really\s+|very\s+|so\s+)?sorry\b | sorry,
+      | (?:i\s+)?(?:can['’]?t|cannot|can\snot|won['’]?t)\s+(?:assist|help|create|write|provide|fulfil|comply|do\s)
+      | i['’]?(?:\s+a)?m\s+(?:unable|not\s+able)\s+to | as\s+an\s+ai\b
+      | (?:很|非常)?(?:抱歉|对不起) | 我(?:无法|不能|没有办法) | 作为(?:一个|一名)?(?:AI|人工智能)
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _NAMED = r"(?:prompt|description|version|caption|rewrite)"
 _LEAD_IN = re.compile(
     rf"""(?:\#+\s*|\*+\s*)?
@@ -27,6 +48,25 @@ _LEAD_IN = re.compile(
     )\s*\**\s*""",
     re.VERBOSE | re.IGNORECASE,
 )
+_OPTION = r"[#*\s]{0,8}(?:option|version|variant|选项|方案|版本)\s{0,2}"
+# What models write around the prompt, cut line by line.
+_CUTS = tuple(
+    re.compile(pattern, re.IGNORECASE | re.MULTILINE)
+    for pattern in (
+        rf"\n{_OPTION}(?:2|two|b|二)\b[\s\S]*",  # further versions: the first one is taken
+        rf"\A{_OPTION}(?:1|one|a|一)\b ?(?:\([^)\n]{{0,40}}\))?[ *]{{0,4}}[:：.–-][\s*]{{0,4}}",
+        r"\A(?:#{1,6} [^\n]{1,100}|\*\*[^*\n]{1,80}\*\*)\n",  # a heading above the prompt
+        # notes below it
+        r"\n[*_(（\[]{0,3}(?:note ?[:：]|word count|let me know|feel free|i hope|would you like|"
+        r"key (?:changes|elements)|this (?:prompt|version|rewrite)|explanation|[注说]明?[:：]|字数|如需)[\s\S]*",
+        r"^(?:-{3,}|\*{3,}|_{3,}|={3,})$",  # rules
+        r"^(?:\d{1,2}[.)]|[-*•]|#{1,6})\s+",  # numbers, bullets and signs of headings
+        r"\*\*",
+    )
+)
+_ROUNDS = 12  # one answer has few layers of markup
+_QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "「": "」", "『": "』", "«": "»"}
+_JSON_NAMES = ("prompt", "description", "caption", "text", "output", "answer", "result", "提示词", "描述")
 
 
 @dataclass(frozen=True)
@@ -56,27 +96,95 @@ def neutralise(text: str) -> str:
     return text.replace("<|", "< |")
 
 
-def clean(answer: str) -> str:
-    """The bare prompt in one line: no fences, quotes, lead-ins or line breaks.
+def printable(text: str) -> str:
+    """The text without control, direction and zero-width characters and lone surrogates; white space stays."""
+    return "".join(sign for sign in text if sign.isprintable() or sign.isspace())
 
-    Raises AnswerError when nothing or far too much is left.
+
+def clean(answer: str) -> str:
+    """The bare prompt in one line: no reasoning, wrappers, fences, quotes, lead-ins, notes or line breaks.
+
+    Takes time linear in the length. AnswerError for a refusal, reasoning without an end, nothing or too much text.
     """
-    text = _THINKING.sub("", answer).strip()
-    if fenced := _FENCED.search(text):
-        text = fenced.group(1).strip()
-    before = None
-    while text != before:  # a lead-in may stand inside quotes, and quotes after a lead-in
-        before = text
-        text = _unquote(_LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text)
-    text = " ".join(text.split())
-    if not any(character.isalnum() for character in text):
+    text = without_reasoning(answer).strip()
+    if len(text) > MOST_TEXT:
+        raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
+    text = _from_json(_unfenced(_WRAPPERS.sub("", text).strip()))
+    for _ in range(_ROUNDS):
+        before, text = text, _peeled(text)
+        if text == before:
+            text = " ".join(text.split())
+            if text == before:
+                break
+    else:
+        raise AnswerError("the answer has too many layers of markup")
+    if not any(sign.isalnum() for sign in text):
         raise AnswerError("the answer is empty")
+    if _REFUSAL.match(text):
+        raise AnswerError(f'the model refused: "{text[:100]}"')
     if len(text) > LONGEST_ANSWER:
         raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
     return text
 
 
-def _unquote(text: str) -> str:
+def _peeled(text: str) -> str:
+    """The text without one layer of what is around the prompt: a lead-in may be inside quotes, or above them."""
+    with suppress(ValueError):  # a number of too many digits
+        text = html.unescape(text)
+    lines = printable(_WRAPPERS.sub("", text)).replace("\\n", "\n").splitlines()
+    text = "\n".join(filter(None, map(str.strip, lines)))
+    if lead_in := _LEAD_IN.match(text):
+        text = text[lead_in.end() :]
+    text = _unquoted(text)
+    for cut in _CUTS:
+        text = cut.sub("", text)
+    return text.strip()
+
+
+def without_reasoning(answer: str) -> str:
+    """The answer after its last reasoning. AnswerError for reasoning without an end."""
+    ends = [match.end() for match in REASONING_CLOSES.finditer(answer)]
+    if ends:
+        return answer[ends[-1] :]
+    if not REASONING_OPENS.search(answer):
+        return answer
+    _, end, prompt = answer.rpartition("assistantfinal")  # channels whose tokens a server has removed
+    if not (end and answer.startswith("analysis")):
+        raise AnswerError("the answer is reasoning without an end")
+    return prompt
+
+
+def _unfenced(text: str) -> str:
+    """The inside of the first ``` fence; the text where there is none."""
+    before, fence, rest = text.partition("```")
+    inside, closed, _ = rest.partition("```")
+    if not fence or not (closed or not before.strip()):
+        return text
+    return re.sub(r"\A[\w+-]{0,20}\n", "", inside).strip()
+
+
+def _from_json(text: str) -> str:
+    """The prompt inside a JSON object; any other text as it is. AnswerError for JSON without one."""
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        if re.match(r'[{\[]\s*["{\[]', text):
+            raise AnswerError("the answer is damaged JSON") from None
+        return text
+    while isinstance(values, list) and values:
+        values = values[0]
+    if isinstance(values, dict):
+        texts = {str(key).lower(): value for key, value in values.items() if isinstance(value, str)}
+        named = [value for key, value in texts.items() if any(name in key for name in _JSON_NAMES)]
+        values = next(iter([*named, *texts.values()]), None)
+    if not isinstance(values, str):
+        raise AnswerError("the answer is JSON without a prompt")
+    return values
+
+
+def _unquoted(text: str) -> str:
     """Without the pair of quotes around the whole text; quotes that belong to its parts stay."""
     for opening, closing in _QUOTES.items():
         inner = text[len(opening) : -len(closing)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,16 +16,15 @@ from wan.prompt_extension import LANGUAGES
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
 from wan.prompt_extension.extend import model_for
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
-from wan.prompt_extension.services import LARGEST_SEED, DashScope, service_problems
+from wan.prompt_extension.services import LARGEST_SEED, ChatService, service_problems
 from wan.prompt_extension.system_prompts import NO_WORDS
 from wan.prompt_extension.system_prompts import system_prompt as system_prompt_for
-from wan.utils.accelerator import gpu_or_cpu
 from wan.utils.errors import InputError
 
 
 @dataclass
 class PromptOutput:
-    """What became of a prompt. status False: `prompt` is the user's own, and `message` says why."""
+    """The outcome for a prompt. status False: `prompt` is the user's own, and `message` says why."""
 
     status: bool
     prompt: str
@@ -35,11 +34,10 @@ class PromptOutput:
 
 
 class _Expander:
-    """What both have in common: one call, one question, one outcome."""
+    """One call, one question, one outcome."""
 
-    def __init__(self, answer: DashScope | LocalQwen, is_vl: bool) -> None:
-        self.answer = answer
-        self.is_vl = is_vl
+    answer: ChatService | LocalQwen
+    is_vl: bool
 
     def __call__(
         self,
@@ -52,25 +50,27 @@ class _Expander:
     ) -> PromptOutput:
         """The extended prompt in `tar_lang`. image: looked at by an expander made with `is_vl`, else ignored.
 
-        system_prompt: None takes that of the language and of what is given. seed: a negative one is drawn.
+        system_prompt: None takes the one for the language, words and image. seed: a negative one is drawn.
         """
         if tar_lang not in LANGUAGES:
             raise InputError(f"tar_lang {tar_lang!r} is unknown; use one of {', '.join(LANGUAGES)}")
         seed = secrets.randbelow(LARGEST_SEED) if seed < 0 else seed
         with tempfile.TemporaryDirectory() as folder:
-            picture = _as_file(image, Path(folder)) if self.is_vl else None
+            picture = Path(image) if self.is_vl and isinstance(image, (str, Path)) and image else None
+            if self.is_vl and isinstance(image, Image.Image):
+                picture = Path(folder, "image.png")  # the models read a file
+                image.save(picture)
             words = neutralise(prompt.strip()) or NO_WORDS[tar_lang]
-            system = system_prompt or system_prompt_for(
-                tar_lang, has_image=picture is not None, has_words=bool(prompt.strip())
-            )
+            has_image, has_words = picture is not None, bool(prompt.strip())
+            system = system_prompt or system_prompt_for(tar_lang, has_image=has_image, has_words=has_words)
             try:
-                told = self._ask(Question(system, words, picture), seed)
-                return PromptOutput(True, clean(told), seed, system, json.dumps({"content": told}, ensure_ascii=False))
+                self.answer.seed = seed % LARGEST_SEED
+                extended = clean(self.ask(Question(system, words, picture)))
             except AnswerError as error:
                 return PromptOutput(False, prompt, seed, system, str(error))
+        return PromptOutput(True, extended, seed, system, json.dumps({"content": extended}, ensure_ascii=False))
 
-    def _ask(self, question: Question, seed: int) -> str:
-        self.answer.seed = seed % LARGEST_SEED
+    def ask(self, question: Question) -> str:
         return self.answer(question)
 
 
@@ -85,21 +85,19 @@ class DashScopePromptExpander(_Expander):
         is_vl: bool = False,
         **unused: object,
     ) -> None:
-        """is_vl: a model that looks at images. task, unused: what else the original takes; the instructions follow from
-        `is_vl`, and how long is tried does not depend on the caller. InputError for what is missing."""
+        """is_vl: a model that looks at images. task, unused: further arguments of the original; the instructions follow
+        from `is_vl`. InputError for what is missing."""
         if problems := [] if api_key else list(service_problems("dashscope", model_name)):
             raise InputError(problems)
-        service = DashScope(model_for("dashscope", model_name, has_image=is_vl), seed=0)
-        service.key = api_key or service.key
-        super().__init__(service, is_vl)
-
-    def _ask(self, question: Question, seed: int) -> str:
-        with self.answer:
-            return super()._ask(question, seed)
+        self.is_vl = is_vl
+        self.answer = ChatService("dashscope", model_for("dashscope", model_name, has_image=is_vl), seed=0)
+        self.answer.key = api_key or self.answer.key
 
 
 class QwenPromptExpander(_Expander):
     """Asks a Qwen model on this machine. It is loaded once and waits in host memory between two calls."""
+
+    answer: LocalQwen
 
     def __init__(
         self,
@@ -112,26 +110,19 @@ class QwenPromptExpander(_Expander):
         """As above. device: a number is that of a GPU; without one the CPU serves. InputError."""
         if problems := list(local_problems(model_name)):
             raise InputError(problems)
-        self.device = gpu_or_cpu(device) if isinstance(device, int) else str(device)
-        model = LocalQwen(model_for("local_qwen", model_name, has_image=is_vl), 0, self.device)
+        numbered = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
+        self.device = numbered if isinstance(device, int) else str(device)
+        self.is_vl = is_vl
+        self.answer = LocalQwen(model_for("local_qwen", model_name, has_image=is_vl), 0, self.device)
         try:
-            model.__enter__().model.to("cpu")
+            self.answer.__enter__().model.to("cpu")
         except AnswerError as error:
             raise InputError(str(error)) from error
-        super().__init__(model, is_vl)
-        self.move: Callable[[str], object] = model.model.to
 
-    def _ask(self, question: Question, seed: int) -> str:
-        self.move(self.device)
+    def ask(self, question: Question) -> str:
+        model: Any = self.answer.model
+        model.to(self.device)
         try:
-            return super()._ask(question, seed)
+            return self.answer(question)
         finally:
-            self.move("cpu")
-
-
-def _as_file(image: Image.Image | str | Path | None, folder: Path) -> Path | None:
-    """The image as a file: the services read one."""
-    if not isinstance(image, Image.Image):
-        return Path(image) if image else None
-    image.save(folder / "image.png")
-    return folder / "image.png"
+            model.to("cpu")

@@ -1,21 +1,23 @@
-"""Prompt extension: a short prompt is lengthened by a language model before any video weight is loaded.
+"""Prompt extension: a language model lengthens short prompts before any video weight is loaded.
 
-`check` finds what can be wrong without asking anyone; `extend` asks, and its model is gone when it returns.
+`check` finds problems without asking anyone; `extend` asks, and its model is gone when it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wan.configs import TASKS
 from wan.media.images import open_image
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
 from wan.prompt_extension.cache import cache_key, read_cached, write_cached
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
-from wan.prompt_extension.services import DashScope, OpenAICompatible, service_problems
+from wan.prompt_extension.services import ChatService, option_problems, service_problems
 from wan.prompt_extension.system_prompts import NO_WORDS, system_prompt
 from wan.utils.errors import InputError
 
@@ -32,11 +34,12 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
 class ExtendItem:
-    """What the user gave for one video. With an image the prompt may be empty."""
+    """The user's input for one video. With an image the prompt may be empty."""
 
     prompt: str
     image: Path | None = None
@@ -44,7 +47,7 @@ class ExtendItem:
 
 @dataclass(frozen=True)
 class ExtendSettings:
-    """How to extend all items of a run. Task: see `TASKS`; method, language, on_error: `wan.prompt_extension`."""
+    """Settings for all items of a run. Task: see `TASKS`; method, language, on_error: `wan.prompt_extension`."""
 
     task: str
     method: str = "local_qwen"
@@ -54,6 +57,7 @@ class ExtendSettings:
     on_error: str = "raw"
     use_cache: bool = True
     device: str = "auto"  # of a local model: "auto" | "cuda" | "cuda:1" | "cpu" | "mps"
+    options: Mapping[str, Any] | None = None  # further fields of a service's requests
 
 
 @dataclass(frozen=True)
@@ -68,42 +72,6 @@ class Extended:
     error: str | None  # why the user's own prompt was kept
 
 
-def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
-    """The extended prompts, in order; `report` gets one line an item, with both prompts, as soon as it is settled.
-
-    Equal questions are asked once. Raises InputError: what `check` finds, and with on_error "fail" the first item
-    that gets no answer.
-    """
-    check(settings, items)
-    asks = [_Ask.of(settings, item) for item in items]
-    kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
-    outcomes = {key: _Outcome(prompt, cached=True) for key, prompt in kept.items() if prompt is not None}
-    results: dict[int, Extended] = {}
-    for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
-        places = [place for place, ask in enumerate(asks) if ask.model == model]
-        missing = {asks[place].key: asks[place] for place in places if asks[place].key not in outcomes}
-        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
-            for place in places:
-                ask, item, title = asks[place], items[place], f"prompt {place + 1} of {len(items)}"
-                if ask.key not in outcomes:
-                    outcomes[ask.key] = next(answers)
-                outcome = outcomes[ask.key]
-                prompt = item.prompt if outcome.prompt is None else outcome.prompt
-                results[place] = Extended(prompt, item.prompt, item.image, model, outcome.cached, outcome.error)
-                if outcome.error is not None and settings.on_error == "fail":
-                    raise InputError(f"{title}, {_short(item)}, was not extended: {outcome.error}")
-                report(_line(title, results[place]))
-    return [results[place] for place in range(len(items))]
-
-
-def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
-    """Everything that can be known before a model is loaded or a service asked. Raises InputError with all of it."""
-    local = settings.method == "local_qwen"
-    of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
-    if problems := [*of_method, *_item_problems(settings.task, items)]:
-        raise InputError(problems)
-
-
 @dataclass(frozen=True)
 class _Ask:
     """One item as it is asked: the question, the model that gets it, and the cache's name for the pair."""
@@ -111,18 +79,6 @@ class _Ask:
     question: Question
     model: str
     key: str
-
-    @classmethod
-    def of(cls, settings: ExtendSettings, item: ExtendItem) -> _Ask:
-        image = item.image if _looks(settings.task) else None
-        words = item.prompt.strip()
-        question = Question(
-            system=system_prompt(settings.language, has_image=image is not None, has_words=bool(words)),
-            text=neutralise(words) or NO_WORDS[settings.language],
-            image=image,
-        )
-        model = model_for(settings.method, settings.model, has_image=image is not None)
-        return cls(question, model, cache_key(question, settings.method, model, settings.language, settings.seed))
 
 
 @dataclass(frozen=True)
@@ -132,6 +88,47 @@ class _Outcome:
     prompt: str | None
     cached: bool = False
     error: str | None = None
+
+
+def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
+    """The extended prompts, in order; `report` gets a line for each item, with both prompts, once it is settled.
+
+    Equal questions are asked once. Raises InputError: what `check` finds, and with on_error "fail" the first item
+    that gets no answer.
+    """
+    check(settings, items)
+    if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
+        report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
+    asks = [_ask(settings, item) for item in items]
+    kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
+    outcomes = {key: _Outcome(prompt, cached=True) for key, prompt in kept.items() if prompt is not None}
+    results: dict[int, Extended] = {}
+    for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
+        numbers = [number for number, ask in enumerate(asks) if ask.model == model]
+        missing = {asks[number].key: asks[number] for number in numbers if asks[number].key not in outcomes}
+        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
+            for number in numbers:
+                key, item, title = asks[number].key, items[number], f"prompt {number + 1} of {len(items)}"
+                if key not in outcomes:
+                    outcomes[key] = next(answers)
+                outcome = outcomes[key]
+                prompt = item.prompt if outcome.prompt is None else outcome.prompt
+                results[number] = Extended(prompt, item.prompt, item.image, model, outcome.cached, outcome.error)
+                if outcome.error is not None and settings.on_error == "fail":
+                    text = " ".join(item.prompt.split())
+                    short = f"{text[:60]}..." if len(text) > 60 else text
+                    raise InputError(f'{title}, "{short}", was not extended: {outcome.error}')
+                report(_line(title, results[number]))
+    return [results[number] for number in range(len(items))]
+
+
+def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
+    """Raise InputError with everything that is wrong before a model is loaded or a service asked."""
+    local = settings.method == "local_qwen"
+    of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
+    of_options = option_problems(settings.method, settings.options)
+    if problems := [*of_method, *of_options, *_item_problems(settings.task, items)]:
+        raise InputError(problems)
 
 
 def model_for(method: str, model: str | None, *, has_image: bool) -> str:
@@ -144,15 +141,24 @@ def model_for(method: str, model: str | None, *, has_image: bool) -> str:
     return str(folder) if folder.exists() else SHORT_NAMES.get(model, model)
 
 
+def _ask(settings: ExtendSettings, item: ExtendItem) -> _Ask:
+    image = item.image if _looks(settings.task) else None
+    words = item.prompt.strip()
+    system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
+    question = Question(system, neutralise(words) or NO_WORDS[settings.language], image)
+    method, model = settings.method, model_for(settings.method, settings.model, has_image=image is not None)
+    return _Ask(question, model, cache_key(question, method, model, settings.language, settings.seed, settings.options))
+
+
 def _answers(
     settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
 ) -> Generator[_Outcome]:
     """One outcome for each question. The model is opened at the first and freed at the end.
 
-    What no question can get around (a refused key, a model that does not load, a service that failed in all its
-    attempts twice in a row) ends the asking; the rest get the same reason.
+    A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
+    twice in a row) ends the asking; the rest get the same reason.
     """
-    given, ended = 0, ""
+    answered, ended = 0, ""
     try:
         with _open(settings, model) as answer:
             failed_in_row = 0
@@ -165,34 +171,33 @@ def _answers(
                     if error.ends_all or failed_in_row == 2:
                         raise
                     outcome = _Outcome(None, error=str(error))
-                _keep(settings, ask, outcome, report)
+                if settings.use_cache and outcome.prompt is not None:
+                    try:
+                        write_cached(ask.key, outcome.prompt, ask.question, ask.model)
+                    except (OSError, RuntimeError) as error:
+                        report(f"warning: the extended prompt is not kept for later runs: {error}")
                 yield outcome
-                given += 1
+                answered += 1
     except AnswerError as error:
         ended = str(error)
-    for _ in asks[given:]:
+    for _ in asks[answered:]:
         yield _Outcome(None, error=ended)
 
 
 def _open(settings: ExtendSettings, model: str) -> AbstractContextManager[Callable[[Question], str]]:
     if settings.method == "local_qwen":
         return LocalQwen(model, settings.seed, settings.device)
-    return (DashScope if settings.method == "dashscope" else OpenAICompatible)(model, settings.seed)
-
-
-def _keep(settings: ExtendSettings, ask: _Ask, outcome: _Outcome, report: Callable[[str], None]) -> None:
-    """Into the cache with a fresh answer; a cache that cannot be written costs a warning, not the run."""
-    if not settings.use_cache or outcome.prompt is None:
-        return
-    try:
-        write_cached(ask.key, outcome.prompt, ask.question, ask.model)
-    except (OSError, RuntimeError) as error:
-        report(f"warning: the extended prompt is not kept for later runs: {error}")
+    return nullcontext(ChatService(settings.method, model, settings.seed, settings.options))
 
 
 def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
     images = dict.fromkeys(item.image for item in items if item.image is not None and _looks(task))
-    unreadable = {image: reason for image in images if (reason := _unreadable(image))}
+    unreadable: dict[Path, str] = {}
+    for image in images:
+        try:
+            open_image(image)
+        except InputError as error:
+            unreadable[image] = str(error)
     for number, item in enumerate(items, 1):
         title = f"prompt {number} of {len(items)}"
         if not item.prompt.strip() and item.image not in images:
@@ -208,22 +213,8 @@ def _looks(task: str) -> bool:
     return TASKS[task].image_fit is not None
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why the image cannot be opened, or None."""
-    try:
-        open_image(path)
-    except InputError as error:
-        return str(error)
-    return None
-
-
 def _line(title: str, result: Extended) -> str:
     original = " ".join(result.original.split())
     if result.error is not None:
         return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'
     return f'{title} ({result.model}{", cached" if result.cached else ""}): "{original}" -> "{result.prompt}"'
-
-
-def _short(item: ExtendItem) -> str:
-    text = " ".join(item.prompt.split())
-    return f'"{text[:60]}..."' if len(text) > 60 else f'"{text}"'

@@ -1,9 +1,11 @@
-"""Prompt extension by a Qwen model on this machine: loaded once, asked for every prompt, then freed."""
+"""Prompt extension by a language model on this machine: loaded once, asked for every prompt, then freed."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from wan.media.images import open_image
-from wan.prompt_extension.answers import AnswerError, Question
-from wan.utils.errors import first_line
+from wan.prompt_extension.answers import REASONING_CLOSES, REASONING_OPENS, AnswerError, Question
+from wan.utils.errors import first_line, one_line
 
 MAX_ANSWER_TOKENS = 512  # the original's limit; the video model's text encoder reads no more either
+REASONING_TOKENS = 4096  # before the answer, of a model that reasons
 # Area limits of the image as the vision model sees it, in pixels: 256 to 1280 patches of 28x28, as in the original.
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1280 * 28 * 28
 
@@ -34,13 +37,9 @@ class LocalQwen:
         self.image_processor: Any = None  # None: a model that reads text only
 
     def __enter__(self) -> Self:
-        from huggingface_hub.errors import StrictDataclassError  # a config whose values contradict each other
-        from safetensors import SafetensorError  # a damaged weight file
-
-        expected = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
         try:
             self._load()
-        except expected as error:
+        except Exception as error:  # of a damaged or unknown model the libraries raise whatever they trip over
             self._free()
             raise AnswerError(f"{self.name} cannot be loaded: {first_line(error)}", ends_all=True) from error
         return self
@@ -49,20 +48,29 @@ class LocalQwen:
         self._free()
 
     def __call__(self, question: Question) -> str:
+        """The answer, after the tag with which the model's template opens its reasoning."""
         import torch
 
         if question.image is not None and self.image_processor is None:
             raise AnswerError(f"{self.name} reads no images; name a vision model with --prompt_extend_model")
         try:
-            inputs = self._inputs(question).to(self.model.device)
+            text = self._templated(question)
+            opens = [match.end() for match in REASONING_OPENS.finditer(text)]
+            opened = bool(opens) and not REASONING_CLOSES.search(text, opens[-1])
+            reasons = REASONING_OPENS.search(str(self.tokenizer.chat_template)) and (opened or not opens)
+            limit = MAX_ANSWER_TOKENS + (REASONING_TOKENS if reasons else 0)
+            inputs = self._inputs(text, question).to(self.model.device)
             # The same seed for every prompt: an answer does not depend on what was asked before it.
             with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(self.seed)
-                tokens = self.model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS)
-        except (RuntimeError, ValueError) as error:  # out of memory, or an image the processor refuses
-            raise AnswerError(f"{self.name} failed: {first_line(error)}") from error
-        answer: str = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answer
+                tokens = self.model.generate(**inputs, max_new_tokens=limit)[0, inputs["input_ids"].shape[1] :]
+            answer: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        except Exception as error:  # out of memory, a refused image, a broken template, parts that do not fit
+            raise AnswerError(f"{self.name} failed: {one_line(error)}") from error
+        ends = self.model.generation_config.eos_token_id
+        if len(tokens) >= limit and tokens[-1].item() not in (ends if isinstance(ends, list) else [ends]):
+            raise AnswerError(f"the answer was cut off at {limit} tokens")
+        return f"<think>{answer}" if opened else answer
 
     def _load(self) -> None:
         import torch
@@ -75,46 +83,69 @@ class LocalQwen:
         )
 
         on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available())
-        placement: dict[str, Any] = {"dtype": torch.float32}
+        options: dict[str, Any] = {"dtype": torch.float32}
         if not on_cpu:
             device_map = "auto" if self.device == "auto" else {"": self.device}
-            placement = {"dtype": torch.bfloat16, "device_map": device_map}
-        sees = hasattr(AutoConfig.from_pretrained(self.name), "vision_config")
-        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        loaded: Any = auto_class.from_pretrained(self.name, output_loading_info=True, **placement)
-        self.model, found = loaded
-        if found["missing_keys"]:
-            raise ValueError(f"{len(found['missing_keys'])} weights are missing, first {min(found['missing_keys'])}")
-        self.model.eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
-        if sees:
-            self.image_processor = AutoImageProcessor.from_pretrained(
-                self.name, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
-            )
-        if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = _template_file(self.name)
+            options = {"dtype": torch.bfloat16, "device_map": device_map}
+        own_code: dict[str, Any] = {"trust_remote_code": False}  # never run, and no question on the terminal
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # without a network each attempt would be a line
+        try:
+            sees = hasattr(AutoConfig.from_pretrained(self.name, **own_code), "vision_config")
+            auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            loaded: Any = auto_class.from_pretrained(self.name, output_loading_info=True, **options, **own_code)
+            self.model, found = loaded
+            if found["missing_keys"]:
+                first = min(found["missing_keys"])
+                raise ValueError(f"{len(found['missing_keys'])} weights are missing, first {first}")
+            self.model.eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, **own_code)
+            if sees:
+                self.image_processor = AutoImageProcessor.from_pretrained(
+                    self.name, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **own_code
+                )
+            if self.tokenizer.chat_template is None:
+                self.tokenizer.chat_template = _template_file(self.name)
+        finally:
+            logging.disable(disabled)
 
-    def _inputs(self, question: Question) -> Any:
-        """The model's arguments for one question.
+    def _templated(self, question: Question) -> str:
+        """The chat as the model reads it; a template that refuses instructions gets them in the user's turn."""
+        text: Any = question.text
+        if question.image is not None:
+            text = [{"type": "image"}, {"type": "text", "text": question.text}]
+        instructions = [{"type": "text", "text": f"{question.system}\n\n"}]
+        merged = f"{question.system}\n\n{text}" if isinstance(text, str) else [*instructions, *text]
+        chats = (
+            [{"role": "system", "content": question.system}, {"role": "user", "content": text}],
+            [{"role": "user", "content": merged}],
+        )
+        for chat in chats:
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        chat,
+                        tokenize=False,
+                        add_generation_prompt=True,
+                        enable_thinking=False,  # read by templates of models that reason on demand
+                    )
+                )
+            except Exception as error:  # noqa: BLE001 - a template may raise anything
+                failure = error
+        raise ValueError(f"its chat template cannot be used: {first_line(failure)}") from failure
+
+    def _inputs(self, text: str, question: Question) -> Any:
+        """The model's arguments for one templated question.
 
         The image half is done here and not by transformers' AutoProcessor, which for these models cannot be built
         without torchvision (its video half needs it): the one image token of the templated text is repeated once per
         merged patch, and its positions are marked where the model asks for that.
         """
-        content: Any = question.text
-        if question.image is not None:
-            content = [{"type": "image"}, {"type": "text", "text": question.text}]
-        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # read by templates of models that would think longer than they may answer
-        )
         if question.image is None:
             return self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
-
         pixels = self.image_processor(images=[open_image(question.image)], return_tensors="pt")
+        if "image_grid_thw" not in pixels:
+            raise ValueError("its image processor is not of the Qwen family; name another with --prompt_extend_model")
         token_id = self.model.config.image_token_id
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         patches = int(pixels["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
@@ -127,14 +158,18 @@ class LocalQwen:
         return inputs
 
     def _free(self) -> None:
-        from wan.utils.accelerator import free_memory
+        import torch
 
         self.model = self.tokenizer = self.image_processor = None
-        free_memory()
+        gc.collect()  # a model spread over devices and its hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        elif torch.backends.mps.is_available():
+            torch.mps.empty_cache()
 
 
 def local_problems(model: str | None) -> Iterator[str]:
-    """What is wrong before anything is loaded, a sentence each; a hub id is only tried when it is opened."""
+    """Problems known before anything is loaded, a sentence each; a hub id is only tried when it is opened."""
     for package in ("torch", "transformers", "accelerate"):
         if find_spec(package) is None:
             yield f"--prompt_extend_method local_qwen needs the package {package}: pip install {package}"

@@ -1,41 +1,67 @@
-"""Prompt extension by a service: DashScope through its SDK, or any endpoint that speaks OpenAI's chat protocol.
+"""Prompt extension by a service that speaks OpenAI's chat protocol: DashScope, OpenAI, or a server of one's own.
 
-Both are callables `service(question) -> answer` inside a `with` block and share one way of trying again. Keys and
-addresses are read from the environment and given with each call; nothing is written into a package's globals.
+One POST a question, without the services' own packages: those read an answer of any size, and follow a file's name in
+a prompt. Keys and addresses come from the environment.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import logging
+import json
 import os
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib import import_module
+from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 from PIL.Image import Resampling
 
 from wan.media.images import open_image
-from wan.prompt_extension.answers import AnswerError, Question
+from wan.prompt_extension.answers import AnswerError, Question, printable
+from wan.utils.errors import one_line
 
-DASHSCOPE_URL = "https://dashscope.aliyuncs.com/api/v1"
-VARIABLES = {"dashscope": ("DASH_API_KEY", "DASH_API_URL"), "openai": ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
+if TYPE_CHECKING:
+    import httpx
+
 LARGEST_SEED = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
+MOST_BYTES = 1 << 20  # of an answer, unpacked
+MOST_REASON = 300  # characters of a service's own error text
+ERROR_NAMES = ("error", "detail", "message", "msg")
+OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request; options may set any other
+
+
+@dataclass(frozen=True)
+class Service:
+    """Environment variables with its key and its address; the address where that variable is not set."""
+
+    keys: tuple[str, ...]
+    address: str
+    url: str
+
+
+SERVICES = {
+    "dashscope": Service(
+        ("DASH_API_KEY", "DASHSCOPE_API_KEY"), "DASH_API_URL", "https://dashscope.aliyuncs.com/compatible-mode/v1"
+    ),
+    "openai": Service(("OPENAI_API_KEY",), "OPENAI_BASE_URL", "https://api.openai.com/v1"),
+}
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long one question is tried. Times in seconds."""
+    """Limits for one question. Times in seconds."""
 
     attempts: int = 6
     first_wait: float = 1.0  # doubles with every attempt
@@ -47,160 +73,133 @@ class Patience:
 PATIENCE = Patience()
 
 
-class DashScope:
-    """Alibaba's own service; answers `Question`s within a `with` block."""
+class ChatService:
+    """Answers `Question`s by a chat-completions request each."""
 
-    def __init__(self, model: str, seed: int) -> None:
-        self.model = model
-        self.seed = seed % LARGEST_SEED
-        self.key = service_key("DASH_API_KEY")
-        self.url = os.environ.get("DASH_API_URL") or DASHSCOPE_URL
-        self.silence = logging.NullHandler()
-
-    def __enter__(self) -> Self:
-        # Without any handler the SDK's log of a failed request reaches stderr with a traceback.
-        logging.getLogger("dashscope").addHandler(self.silence)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        logging.getLogger("dashscope").removeHandler(self.silence)
+    def __init__(self, method: str, model: str, seed: int, options: Mapping[str, Any] | None = None) -> None:
+        """options: further fields of the request, or others in place of the seed; None leaves a field out."""
+        self.model, self.seed, self.options = model, seed % LARGEST_SEED, dict(options or {})
+        self.key = service_key(method)
+        url = (os.environ.get(SERVICES[method].address) or SERVICES[method].url).rstrip("/")
+        if method == "dashscope" and url.endswith("/api/v1"):  # the service's own protocol is beside the common one
+            url = url.removesuffix("/api/v1") + "/compatible-mode/v1"
+        parts = urlsplit(url)
+        self.url = shown(url)
+        self.auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
 
     def __call__(self, question: Question) -> str:
-        return patiently(lambda seconds: self._request(question, seconds), secret=self.key)
+        return patiently(partial(self._request, question), secrets=(self.key, self.auth[1] if self.auth else ""))
 
     def _request(self, question: Question, seconds: float) -> str:
-        import dashscope
-        import requests  # a dependency of dashscope, which lets its exceptions through
+        """The answer, within `seconds`: the client's own limits count from byte to byte, so a thread asks."""
+        import httpx
 
-        call = dashscope.Generation.call if question.image is None else dashscope.MultiModalConversation.call
         try:
-            response: Any = call(
-                model=self.model,
-                messages=_dashscope_messages(question),
-                seed=self.seed,
-                result_format="message",
-                api_key=self.key,
-                base_address=self.url,
-                request_timeout=seconds,
-            )
-        except requests.Timeout as error:
+            client = httpx.Client(auth=self.auth, timeout=seconds, follow_redirects=True)
+        except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
+            reason = f"a proxy variable of the environment cannot be used ({one_line(error)})"
+            raise AnswerError(reason, ends_all=True) from error
+        outcome: Future[str] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(self._post(client, question, seconds))
+            except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return outcome.result(timeout=seconds + 0.5)  # the client's own message first, where it has one
+        except TimeoutError as error:
             raise no_answer_within(seconds) from error
-        except requests.ConnectionError as error:
+        finally:
+            client.close()  # ends the thread's reading, too
+
+    def _post(self, client: httpx.Client, question: Question, seconds: float) -> str:
+        import httpx
+
+        end = time.monotonic() + seconds
+        body = {"model": self.model, "messages": _messages(question), "seed": self.seed} | self.options
+        content = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            with client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
+                answer = _read(response, end, seconds)
+        except AnswerError as error:
+            if response.status_code == 200:
+                raise
+            raise refused(response.status_code, str(error), response.headers) from error
+        except httpx.TimeoutException as error:
+            raise no_answer_within(seconds) from error
+        except httpx.TransportError as error:
             raise no_connection(self.url) from error
-        except (requests.RequestException, ValueError, TypeError) as error:  # TypeError: JSON of another shape
-            raise AnswerError(f"the service's answer cannot be read ({type(error).__name__})") from error
-        if response.status_code != 200:
-            details = f"{response.code or 'no code'}: {response.message}, request id {response.request_id or 'none'}"
-            raise refused(int(response.status_code), details, response.get("headers") or {})
-        return text_of(response.output)
-
-
-class OpenAICompatible:
-    """Any server of the chat-completions protocol (OpenAI, vLLM, SGLang, ...); answers within a `with` block."""
-
-    def __init__(self, model: str, seed: int) -> None:
-        import openai
-
-        self.model = model
-        self.seed = seed % LARGEST_SEED
-        self.key = service_key("OPENAI_API_KEY")
-        self.client = openai.OpenAI(
-            api_key=self.key or "none",  # a server of one's own may take any key, but the client insists on one
-            base_url=os.environ.get("OPENAI_BASE_URL") or None,
-            max_retries=0,  # `patiently` counts the attempts
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.client.close()
-
-    def __call__(self, question: Question) -> str:
-        return patiently(lambda seconds: self._request(question, seconds), secret=self.key)
-
-    def _request(self, question: Question, seconds: float) -> str:
-        import openai
-
+        except Exception as error:
+            raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
         try:
-            answer = self.client.chat.completions.create(
-                model=self.model, messages=_openai_messages(question), seed=self.seed, timeout=seconds
-            )
-        except openai.APITimeoutError as error:
-            raise no_answer_within(seconds) from error
-        except openai.APIConnectionError as error:
-            raise no_connection(str(self.client.base_url).rstrip("/")) from error
-        except openai.APIStatusError as error:
-            told = error.body.get("message") if isinstance(error.body, dict) else None
-            raise refused(error.status_code, str(told or error.message), error.response.headers) from error
-        except (openai.APIError, ValueError) as error:
-            raise AnswerError(f"the service's answer cannot be read ({type(error).__name__})") from error
-        return text_of(answer)
+            values = json.loads(answer)
+        except (ValueError, RecursionError):
+            values = None
+        if response.status_code != 200:
+            raise refused(response.status_code, error_text(values) or response.reason_phrase, response.headers)
+        if values is None:
+            kind = "a stream" if answer.lstrip().startswith((b"data:", b"event:")) else "not JSON"
+            raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
+        return text_of(values)
 
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
-    """What is wrong with a service's settings, a sentence each; nobody is asked, and the key is never shown."""
-    try:
-        import_module(method)  # both packages are called like their methods
-    except ModuleNotFoundError as error:
-        yield f"--prompt_extend_method {method} needs the package {error.name}: pip install '.[{method}]' or {method}"
-    except ImportError as error:
-        yield f"--prompt_extend_method {method}: the package cannot be imported: {error}"
-    key_name, url_name = VARIABLES[method]
-    key, url = service_key(key_name), os.environ.get(url_name, "")
+    """Problems known before anything is asked, a sentence each."""
+    service = SERVICES[method]
+    key, url = service_key(method), os.environ.get(service.address, "")
     if method == "openai" and model is None:
         yield "--prompt_extend_method openai needs a model name: give one with --prompt_extend_model"
     if not key and (method == "dashscope" or not url):
-        own = f", or the address of a server of your own in {url_name}" if method == "openai" else ""
-        yield f"--prompt_extend_method {method} needs a key in the environment variable {key_name}{own}"
+        own = f", or the address of a server of your own in {service.address}" if method == "openai" else ""
+        variables = " or ".join(service.keys)
+        yield f"--prompt_extend_method {method} needs a key in the environment variable {variables}{own}"
     if not (key.isascii() and key.isprintable()) or " " in key:
-        yield f"the key in {key_name} holds characters that a key cannot have"
+        yield f"the key in {service.keys[0]} holds characters that a key cannot have"
     if url and not url.startswith(("http://", "https://")):
-        yield f"{url_name} must be an address that starts with http:// or https://, not {url!r}"
+        yield f"{service.address} must be an address that starts with http:// or https://, not {shown(url)!r}"
 
 
-def service_key(variable: str) -> str:
-    """The key in that environment variable, without the line end that a file may have left; "" if there is none."""
-    return os.environ.get(variable, "").strip()
+def option_problems(method: str, options: Mapping[str, Any] | None) -> Iterator[str]:
+    if options and method == "local_qwen":
+        yield "--prompt_extend_options is for dashscope and openai: fields of their requests"
+    if own := sorted({*OWN_FIELDS} & {*(options or {})}):
+        yield f"--prompt_extend_options cannot set {', '.join(own)}"
 
 
-def patiently(ask: Callable[[float], str], secret: str) -> str:
+def service_key(method: str) -> str:
+    """The key in the environment, without the line end that a file may have left; "" if there is none."""
+    keys = (os.environ.get(variable, "").strip() for variable in SERVICES[method].keys)
+    return next((key for key in keys if key), "")
+
+
+def patiently(ask: Callable[[float], str], secrets: tuple[str, ...]) -> str:
     """The answer of `ask(seconds)`, tried again with growing waits while the failure may pass.
 
-    Raises AnswerError, with the number of attempts and without the secret in its text.
+    Neither the answer nor the reason in an AnswerError holds a secret.
     """
+
+    def hidden(text: str) -> str:
+        for secret in filter(None, secrets):
+            text = text.replace(secret, "***")
+        return text
+
     end = time.monotonic() + PATIENCE.total
     for attempt in count(1):
         try:
-            return _within(min(PATIENCE.request, end - time.monotonic()), ask)
+            return hidden(ask(min(PATIENCE.request, end - time.monotonic())))
         except AnswerError as error:
             wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait) * random.uniform(0.75, 1.25)
             wait = max(wait, error.wait)
             if not error.passing or attempt == PATIENCE.attempts or time.monotonic() + wait >= end:
-                reason = " ".join(str(error).split()) + (f" ({attempt} attempts)" if attempt > 1 else "")
-                reason = reason.replace(secret, "***") if secret else reason
+                reason = hidden(" ".join(str(error).split())) + (f" ({attempt} attempts)" if attempt > 1 else "")
                 raise AnswerError(reason, passing=error.passing, ends_all=error.ends_all) from None
         time.sleep(wait)
     raise AssertionError("count never ends")
-
-
-def _within(seconds: float, ask: Callable[[float], str]) -> str:
-    """`ask(seconds)`, given up after that time: the clients' own limits count from byte to byte, so that a server
-    which sends one now and then would hold the run for ever. The abandoned thread ends with the process.
-    """
-    outcome: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(ask(seconds))
-        except Exception as error:  # noqa: BLE001 - carried over to the waiting thread, which raises it
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return outcome.result(timeout=seconds + 0.5)  # the client's own message first, where it has one
-    except TimeoutError as error:
-        raise no_answer_within(seconds) from error
 
 
 def no_answer_within(seconds: float) -> AnswerError:
@@ -208,57 +207,107 @@ def no_answer_within(seconds: float) -> AnswerError:
 
 
 def no_connection(url: str) -> AnswerError:
-    return AnswerError(f"no connection to {url}", passing=True)
+    return AnswerError(f"no connection to {url}{_by_proxy(url)}", passing=True)
+
+
+def shown(url: str) -> str:
+    """An address without user and password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _by_proxy(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in getproxies() or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" by the proxy in {parts.scheme.upper()}_PROXY; NO_PROXY={parts.hostname} goes without it"
 
 
 def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerError:
-    """What an HTTP status means: 408, 409, 429 and 5xx may pass; 401, 403, 404 (key, model) hold for every question."""
-    seconds = headers.get("Retry-After", headers.get("retry-after", ""))
+    """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
+    no_credit = status == 402 or "quota" in details
     return AnswerError(
         f"the service answered {status} ({details})",
-        passing=status in (408, 409, 429) or status >= 500,
-        ends_all=status in (401, 403, 404),
-        wait=float(seconds) if seconds.isdecimal() else 0.0,
+        passing=(status in (408, 409, 429) or status >= 500) and not no_credit,
+        ends_all=status in (401, 403, 404) or no_credit,
+        wait=_seconds(headers.get("Retry-After", "")),
     )
 
 
-def text_of(answer: Any) -> str:
-    """The text of the first choice; a multimodal one comes in parts.
-
-    Neither package holds what a broken server sent against its own types, so every step may fail: AnswerError.
-    """
+def _seconds(retry_after: str) -> float:
+    """Of a header: a number, or a date; 0 for anything else."""
     try:
-        content = answer.choices[0].message.content
-        text = "".join(part["text"] for part in content) if isinstance(content, list) else content
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise AnswerError("the service's answer holds no text") from error
-    if not isinstance(text, str):
-        raise AnswerError("the service's answer holds no text")
-    return text
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0
 
 
-def _dashscope_messages(question: Question) -> list[Any]:
-    if question.image is None:
-        return [{"role": "system", "content": question.system}, {"role": "user", "content": question.text}]
-    parts = [{"text": never_a_file(question.text)}, {"image": data_uri(question.image)}]
-    return [{"role": "system", "content": [{"text": question.system}]}, {"role": "user", "content": parts}]
+def error_text(values: Any) -> str:
+    """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
+    while isinstance(values, (dict, list)) and values:
+        inner = [values.get(name) for name in ERROR_NAMES] if isinstance(values, dict) else values
+        values = next(filter(None, inner), None)
+    return " ".join(printable(values).split())[:MOST_REASON] if isinstance(values, str) else ""
 
 
-def _openai_messages(question: Question) -> list[Any]:
+def text_of(values: Any) -> str:
+    """The text of the first choice. AnswerError for one that is cut, refused, filtered or not there."""
+    choices = values.get("choices") if isinstance(values, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        reason = error_text(values)
+        raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT)
+    if message.get("refusal"):
+        raise AnswerError(f"the model refused ({error_text(message['refusal'])})")
+    if finish := FINISHES.get(str(choice.get("finish_reason"))):
+        raise AnswerError(" ".join(filter(None, [finish, error_text(choice.get("error"))])))
+    content = message.get("content")
+    if isinstance(content, list):  # a multimodal one comes in parts
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str) or not content.strip():
+        only_reasoning = message.get("reasoning_content") or message.get("reasoning")
+        raise AnswerError("the answer holds reasoning and no prompt" if only_reasoning else NO_TEXT)
+    return content
+
+
+NO_TEXT = "the service's answer holds no text"
+FINISHES = {  # the reasons for which a service ends an answer that is no whole prompt
+    "length": "the answer was cut off at its longest length",
+    "content_filter": "the service's content filter stopped the answer",
+    "error": "the service broke off the answer",
+    "tool_calls": "the model called a tool instead of answering",
+    "function_call": "the model called a tool instead of answering",
+}
+
+
+def _read(response: httpx.Response, end: float, seconds: float) -> bytes:
+    """The body, unpacked; AnswerError where it is too large, or has not ended at the time `end`."""
+    packed = response.headers.get("Content-Encoding", "identity").lower()
+    if packed not in ("identity", "gzip", "deflate"):
+        raise AnswerError(f"the service's answer cannot be read: it is packed as {packed:.20}")
+    unpacker = None if packed == "identity" else zlib.decompressobj(wbits=47)  # either of the two
+    body = bytearray()
+    for chunk in response.iter_raw():
+        body += unpacker.decompress(chunk, MOST_BYTES + 1) if unpacker else chunk
+        if len(body) > MOST_BYTES:
+            raise AnswerError("the service's answer is larger than 1 MB")
+        if time.monotonic() > end:
+            raise no_answer_within(seconds)
+    return bytes(body)
+
+
+def _messages(question: Question) -> list[dict[str, Any]]:
     content: Any = question.text
     if question.image is not None:
         picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
         content = [picture, {"type": "text", "text": question.text}]
     return [{"role": "system", "content": question.system}, {"role": "user", "content": content}]
-
-
-def never_a_file(text: str) -> str:
-    """The text, spelt so that the SDK does not take it for a file: it would upload any local file that a prompt
-    names (a path, `~` or `file://`).
-    """
-    while text.startswith(("file://", "oss://", "~")) or os.path.isfile(text):
-        text = " " + text
-    return text
 
 
 def data_uri(path: Path) -> str:
