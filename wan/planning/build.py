@@ -30,7 +30,7 @@ from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory, precision_problems
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.utils.errors import InputError
@@ -111,6 +111,7 @@ def open_plan(
     )  # fmt: skip
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
+    conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
     warnings += device_warnings(request.device, device)
     chosen = None
