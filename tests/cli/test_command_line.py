@@ -622,19 +622,6 @@ def test_a_prompt_that_the_terminal_cannot_show():
     assert rb"\u4e00" in done.stdout
 
 
-def test_what_the_allocator_is_told():
-    ask = (
-        "import os, generate; generate.main(['--help-me']); print(*sorted(n for n in os.environ if 'ALLOC_CONF' in n))"
-    )
-    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
-    for given in ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}):
-        done = subprocess.run(
-            [sys.executable, "-c", ask], env=env | given, capture_output=True, text=True, timeout=300, check=True
-        )
-        both = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"] if sys.platform == "linux" else []
-        assert done.stdout.split() == (list(given) or both), "what the user says is left alone"
-
-
 @pytest.mark.slow
 def test_processes_that_agree():
     """Two processes: one plan, with one seed that the first one drew; one error line for bad input."""
