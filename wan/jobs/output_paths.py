@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
-from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
 from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
@@ -246,18 +245,3 @@ def _shown(paths: Sequence[Path]) -> str:
     if len(paths) <= 2:
         return " and ".join(map(str, paths))
     return f"{paths[0]} and {len(paths) - 1:,} more"
-
-
-MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
-
-
-def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
-    """What the videos need at most on the disk, by the nearest folder that is there."""
-    needed: dict[Path, float] = {}
-    for job in jobs:
-        folder = job.save_file.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
-        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
-    return needed
