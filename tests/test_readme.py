@@ -6,6 +6,7 @@ import shlex
 import struct
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,6 +187,22 @@ def test_its_other_commands_run(desk: Path) -> None:
     for _, words in everywhere("python -m wan.doctor"):
         with pytest.raises(SystemExit, match="0"):
             doctor([*words, "--help"])
+
+
+@pytest.mark.usefixtures("desk")
+def test_the_python_of_the_docs_runs() -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL))
+    small = {
+        '"Wan2.2-T2V-A14B"': repr(str(checkpoint("t2v-A14B"))), '"LORA"': repr(str(lora_dir("t2v-A14B"))),
+        "(1280, 720)": "(64, 64)", "frame_num=81": "frame_num=5", " 81, 42": " 5, 42",
+    }  # fmt: skip
+    for word, value in small.items():
+        assert word in code
+        code = code.replace(word, value)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["frames"].shape == names["video"].shape == (3, 5, 64, 64)
+    assert Path("video.mp4").is_file()
 
 
 # --- the table of cards, by the plan of a checkpoint of full size
