@@ -37,7 +37,7 @@ MARK = '<meta name="generator" content="wan.gallery">'  # in every page of ours,
 HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
-def folder_of(request: Request) -> Path:
+def page_folder(request: Request) -> Path:
     """The folder that the page of a run covers."""
     named = Path(request.save_file).parent if request.save_file is not None else Path(request.save_dir)
     return named.expanduser()
@@ -91,7 +91,7 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
 
     output = record["output"]
-    width, height, frames, fps = (_number(output[name]) for name in ("width", "height", "frames", "fps"))
+    width, height, frames, fps = (_finite(output[name]) for name in ("width", "height", "frames", "fps"))
     entry = {
         "file": beside.video.relative_to(folder).as_posix(),
         "video": address(beside.video),
@@ -99,7 +99,7 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
         "width": width,
         "height": height,
-        "middle": _number(frames / fps / 2),  # seconds
+        "middle": _finite(frames / fps / 2),  # seconds
         "finished": str(record["finished"]),
         **(_chain_entry(record) if "clips" in record else _video_entry(record)),
     }
@@ -113,9 +113,9 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
 def _video_entry(record: dict[str, Any]) -> dict[str, Any]:
     job, meaning, plan, request = (record[name] for name in ("job", "meaning", "plan", "request"))
     steps, usual = meaning["sample_steps"], TASKS[meaning["task"]].sample_neg_prompt
-    times = [f"{_number(step['timestep']):.1f} {step['expert']}" for step in steps]
+    times = [f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps]
     loras = [
-        f"{expert}: {_lora_name(Path(lora['path']))} at {_number(lora.get('strength', 1)):g}"
+        f"{expert}: {_lora_name(Path(lora['path']))} at {_finite(lora.get('strength', 1)):g}"
         for expert, files in plan["loras"].items()
         for lora in files
     ]
@@ -123,10 +123,10 @@ def _video_entry(record: dict[str, Any]) -> dict[str, Any]:
         "task": meaning["task"],
         "prompt": str(job["prompt"]),
         "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
-        "seconds": _number(sum(map(_number, record["seconds"].values()))),
+        "seconds": _finite(sum(map(_finite, record["seconds"].values()))),
         "settings": {
             "steps": f"{len(steps)} {meaning['sample_solver']}",
-            "guidance": ", ".join(dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)),
+            "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
             "shift": plan.get("shift"),
             "timesteps": ", ".join(times),
             "preset": plan.get("preset"),
@@ -162,7 +162,7 @@ def _lora_name(path: Path) -> str:
     return path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
 
 
-def _number(value: Any) -> float:
+def _finite(value: Any) -> float:
     """The value if it is a finite number, else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wan.media.ffmpeg import file_argument, how_it_ended, messages, run_ffmpeg, video_input
+from wan.media.ffmpeg import file_argument, messages, run_ffmpeg, video_input
 from wan.media.video import EXACT, to_bytes
 from wan.utils.errors import JobError
 from wan.utils.files import Beside, replacing
@@ -38,8 +38,7 @@ def save_contact_sheet(video: Path, frames: int) -> Path:
         done = run_ffmpeg("-loglevel", "info", *video_input(video), "-vf", filters, *picture)
         fps = re.search(rb" ([\d.]+) fps", done.stderr)
         if done.returncode != 0 or not part.stat().st_size or fps is None:
-            reason = how_it_ended(done.returncode) + messages(done.stderr)
-            raise JobError(f"{sheet}: the contact sheet of the saved video could not be made: {reason}")
+            raise JobError(f"{sheet}: the contact sheet could not be made{messages(done.stderr)}")
         with Image.open(part) as pictures:
             width, height = (pictures.width - GAP) // columns, (pictures.height - GAP) // -(-count // columns)
             for place, n in enumerate(wanted):

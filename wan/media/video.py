@@ -204,6 +204,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
+    """JSON text of the comment tag. ValueError if there is none."""
     found = run_ffmpeg(*video_input(path), "-f", "ffmetadata", "pipe:1")
     # a value runs to the first line end that no backslash precedes
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.M | re.S | re.I)
