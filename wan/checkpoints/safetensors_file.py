@@ -175,6 +175,11 @@ class TensorStore(Mapping[str, Entry]):
         self.metadata_by_file = metadata
 
     @property
+    def source(self) -> TensorStore:
+        """The store of the file itself, with its own names."""
+        return self
+
+    @property
     def metadata(self) -> dict[str, str]:
         """Of the one file; of several files each key's last value."""
         return {key: value for metadata in self.metadata_by_file for key, value in metadata.items()}

@@ -65,6 +65,10 @@ class NamedWeights(TensorStore):
         super().__init__(entries | decoded, *source.metadata_by_file)
         self._source, self._names, self._decodings = source, names, decodings
 
+    @property
+    def source(self) -> TensorStore:
+        return self._source
+
     def stored_as(self, name: str) -> str:
         return self._source.stored_as(self._names[name])
 
