@@ -61,10 +61,6 @@ class Shard:
     file: Path
     tensors: tuple[Target, ...]
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors)
-
     def header(self) -> bytes:
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
         table: dict[str, Any] = {
@@ -72,6 +68,10 @@ class Shard:
             for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True)
         }
         return header_bytes({"__metadata__": {"format": "pt"}, **table})
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
 
 
 def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
