@@ -173,11 +173,7 @@ class TensorStore(Mapping[str, Entry]):
         """metadata: of each file."""
         self.entries = entries
         self.metadata_by_file = metadata
-
-    @property
-    def source(self) -> TensorStore:
-        """The store of the file itself, with its own names."""
-        return self
+        self.source: TensorStore = self  # of the file itself, with its own names
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -63,33 +63,29 @@ class NamedWeights(TensorStore):
         entries = {ours: source[theirs] for ours, theirs in names.items()}
         decoded = {n: Entry(entries[n].file, "F32", entries[n].shape, entries[n].offset) for n in decodings}
         super().__init__(entries | decoded, *source.metadata_by_file)
-        self._source, self._names, self._decodings = source, names, decodings
-
-    @property
-    def source(self) -> TensorStore:
-        return self._source
+        self.source, self._names, self._decodings = source, names, decodings
 
     def stored_as(self, name: str) -> str:
-        return self._source.stored_as(self._names[name])
+        return self.source.stored_as(self._names[name])
 
     def stored_bytes(self, name: str) -> int:
-        return self._source.stored_bytes(self._names[name])
+        return self.source.stored_bytes(self._names[name])
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name in self._decodings:
-            return self._decodings[name].numbers(self._source, rows, buffer)
-        return self._source.read(self._names[name], rows, buffer)
+            return self._decodings[name].numbers(self.source, rows, buffer)
+        return self.source.read(self._names[name], rows, buffer)
 
     def read_fp8(
         self, name: str, rows: slice | None = None, buffer: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """As TensorStore.read_fp8: the numbers as stored; one scale for all, or none, becomes one for each row."""
-        decoding, entry = self._decodings.get(name), self._source[self._names[name]]
+        decoding, entry = self._decodings.get(name), self.source[self._names[name]]
         if decoding is None or entry.dtype != "F8_E4M3" or decoding.columns:
             return None
-        q = self._source.read(decoding.weight, rows, buffer)
+        q = self.source.read(decoding.weight, rows, buffer)
         start, stop, _ = (rows or slice(None)).indices(entry.shape[0])
-        return q, decoding.scale_rows(self._source, start, stop).expand(len(q), 1)
+        return q, decoding.scale_rows(self.source, start, stop).expand(len(q), 1)
 
 
 def open_file(path: Path) -> TensorStore:
