@@ -16,7 +16,7 @@ from wan.checkpoints import hub, layout
 from wan.checkpoints.outside import error_text, misread, size_of
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
-from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, left_out, open_expert, open_file
+from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, download_command, task_of
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
@@ -199,8 +199,9 @@ class _Opener:
         if len(paths) > len(set(paths.values())):
             yield f"{next(iter(paths.values()))} serves as {' and '.join(paths)} noise expert: the same weights"
         for name, part in parts.items():
-            if others := left_out(part.weights.source, name if name in (TEXT_ENCODER, VAE) else EXPERT):
-                yield f"{self.path(name)}: {others}"
+            kind = name if name in (TEXT_ENCODER, VAE) else EXPERT
+            if others := [other.replace("_", " ") for other in kinds_in(part.weights.source) if other != kind]:
+                yield f"{self.path(name)}: besides, it holds the {' and '.join(others)}, left out for --{kind}"
 
     def _sized_by_weights(self, part: str, build: Callable[[Mapping[str, tuple[int, ...]]], Module]) -> Part[Module]:
         """A network whose sizes follow from the shapes of its weights."""

@@ -152,12 +152,6 @@ def kind_of(names: Collection[str]) -> str | None:
     return next(iter(kinds_in(names)), None)
 
 
-def left_out(names: Collection[str], kind: str) -> str:
-    """A sentence on the other networks in a file that is used for one kind; "" if there are none."""
-    others = [other.replace("_", " ") for other in kinds_in(names) if other != kind]
-    return f"its {' and '.join(others)} {'are' if len(others) > 1 else 'is'} left out" if others else ""
-
-
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
     """Networks of a checkpoint folder of either layout under our names; those whose files are missing are left out."""
     found = {}
