@@ -23,6 +23,6 @@ def test_offloaded_experts_leave_before_the_decode(offload: bool, monkeypatch: p
     task = wan.WanT2V(config_of("t2v-A14B"), checkpoint("t2v-A14B"), device=torch.device("cpu"))
     decode = task.decode
     monkeypatch.setattr(task.load_experts(), "leave", lambda _: order.append("leave"))
-    monkeypatch.setattr(task, "decode", lambda latent, finer: order.append("decode") or decode(latent, finer))
+    monkeypatch.setattr(task, "decode", lambda latent, **how: order.append("decode") or decode(latent, **how))
     task.generate("a cat", (64, 48), 5, sample_solver="euler", sampling_steps=1, guide_scale=1.0, offload_model=offload)
     assert order == (["leave"] if offload else []) + ["decode"]
