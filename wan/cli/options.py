@@ -121,8 +121,8 @@ class Request:
         f"the last frame ({WITH_LAST_IMAGE}), squeezed to the video's size; one serves every prompt",
         counts_with=EXTEND)
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "a .txt with one prompt per line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
-        "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        "a .txt with one prompt per line, or a .jsonl/.csv/.tsv with rows of prompt, image, last_image, "
+        "negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
         displaces=("prompt", "image", "last_image", "negative_prompt"), counts_with=EXTEND, example="prompts.csv")
     chain: bool = option(MAKE, START, truth, "",
         "rows of --prompt_file continue each other: a row without an image starts from the last frame of the row "
@@ -242,11 +242,12 @@ class Request:
         "write the extended prompts to a .txt or .jsonl file and stop", counts_with=EXTEND)
 
     shard: str | None = option(OUTPUT, START, text, "I/N",
-        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array",
+        "make every N-th video of the prompt file, from the I-th on; slurm: this task's place in its Slurm array",
         counts_with=MODES)
     save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs", beaten_by="save_file",
         example="fox")
-    save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)",
+    save_file: str | None = option(OUTPUT, START, path, "FILE",
+        "name of the .mp4 (one video only); inside --save_dir if that is given and FILE names no folder",
         counts_with=DECODE, example="fox.mp4")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
     decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept",
