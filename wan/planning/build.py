@@ -5,7 +5,6 @@ Every problem found is reported, not the first one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
@@ -25,12 +24,11 @@ from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
-from wan.jobs.output_paths import written_bytes
 from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
-from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
+from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory, precision_problems
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.utils.errors import InputError
@@ -42,14 +40,10 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     checks = Check()
     checks.attempt(check_encoder)
     generate = outcome if isinstance(outcome, Generate) else None
-    for folder, size in written_bytes(generate.jobs).items() if generate else ():
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            checks.problem(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")
     weights, asked = outcome.weights, outcome.weights.ckpt_dir
     given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config)))
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, outcome.config)))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
@@ -113,6 +107,7 @@ def open_plan(
     )  # fmt: skip
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
+    conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
     warnings += device_warnings(request.device, device)
     chosen = None
@@ -148,7 +143,7 @@ def open_plan(
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
-        warnings=(*warnings, *chosen.warnings),
+        warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )
 
 

@@ -17,7 +17,7 @@ from wan.distributed.vae_parallel import decode_peak, encode_peak
 from wan.jobs.job import Job, Sampling
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
-from wan.offload.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
+from wan.offload.budget import Budget, Sizes, fit, usable_bytes
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
 from wan.planning.plan import Kind, Plan, Size, VideoPlan, kind_of
@@ -104,7 +104,7 @@ def _fewest_tiles(
             sizes.resident if plan.offload else sizes.resident + sizes.blocks * sizes.block_bytes
             for sizes in _expert_sizes(plan).values()
         )
-        limit = (plan.room - plan.weight_bytes["VAE"]) * (1 - MARGIN) - POOLS_BYTES - experts
+        limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
         fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
         chosen = next(fitting, len(ways) - 1)
     return ways[min(chosen + finer, len(ways) - 1)]
