@@ -849,3 +849,31 @@ def test_bad_records(tmp_path):
             write(tmp_path / name, content)
         with pytest.raises(InputError, match=sentence):
             asked(replay=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"job": True}, {"job": []}, {"job": None}, {"request": True}, {"request": [1]}, {"versions": ["a"]},
+        {"versions": 3}, {"meaning": [1]}, {"meaning": "a"}, {"job.area": 5}, {"job.area": "ab"},
+        {"job.area": [[], {}]},
+        {"job.seed": {}}, {"job.seed": 10**4200}, {"job.seed": "7" * 5000}, {"job.frame_num": True},
+        {"job.prompt": ["a"]}, {"job.image": 3}, {"request.lora": {"a": 1}}, {"request.sample_steps": []},
+        {"request.ckpt_dir": [1]}, {"schema": []}, {"schema": "2"}, {"request.\x1b[2J": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_records_of_any_shape_are_refused_in_a_line(tmp_path, change):
+    path = tmp_path / "r.json"
+    record_of(run(base_seed=3), 0, path)
+    record = json.loads(path.read_text())
+    ((place, value),) = change.items()
+    *parent, name = place.split(".")
+    target = record[parent[0]] if parent else record
+    target[name] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError) as raised:
+        asked(replay=str(path))
+    assert all(
+        p.startswith((f"--replay {path}", "--")) and len(p) < 400 and "\n" not in p for p in raised.value.problems
+    )

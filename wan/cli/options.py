@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-from lightning.releases import Release
 from wan.cli.values import absolute, path, paths, real, text, truth, whole
 from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
@@ -178,13 +177,13 @@ class Request:
         f"euler, unipc, dpm++ or dmd; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
         displaces=("timesteps",))
     sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
-        f"{by_task(lambda task: task.sample_steps)}, with a distilled weight {Release.steps}", limits=(1, 1000),
+        f"{by_task(lambda task: task.sample_steps)}, with a distilled weight its own", limits=(1, 1000),
         displaces=("timesteps",), example="20")
     sample_shift: float | None = option(SAMPLING, VIDEO, real, "S",
-        f"timestep shift; {by_task(lambda task: f'{task.sample_shift:g}')}, with a distilled weight {Release.shift:g}",
+        f"timestep shift; {by_task(lambda task: f'{task.sample_shift:g}')}, with a distilled weight its own",
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
-        f"guidance; {by_task(_guidance)}, with a distilled weight {Release.guidance[0]:g} (none)", example="3.5")
+        f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))
@@ -259,6 +258,7 @@ class Request:
         "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished", example="")
+    ignore_disk: bool = option(OUTPUT, START, truth, "", "start although the disk cannot hold all videos")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",
         choices=("continue", "stop"))
     replay: str | None = option(OUTPUT, START, path, "FILE",
