@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ BESIDE = (*WEIGHTS, ".json", ".model")  # fetched of a folder
 SERVING = (*(f"*{kind}" for kind in WEIGHTS), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 DOWNLOADS = 8  # at once
+WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
 
 
 class HubPath(LocalPath):
@@ -166,6 +168,7 @@ def _found(there: HubPath) -> Path:
     from huggingface_hub import HfApi
 
     try:
+        _file_system()
         commit = str(_ask(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
     except InputError:
         if local := _kept_before(there):
@@ -208,9 +211,29 @@ def _fetched(path: HubPath) -> Path:
 
 @cache
 def _file_system() -> Any:
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfFileSystem, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
 
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], _check_answer]}
+        return made
+
+    set_client_factory(client)
     return HfFileSystem()
+
+
+def _check_answer(response: Any) -> None:
+    """Refuse pages, a whole file in answer to a range, and names that would lead the library out of its cache."""
+    server = f"{response.url.scheme}://{response.url.netloc.decode()}"
+    part = response.request.headers.get("Range", "-")
+    if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
+        raise InputError(f"{server} sends a page instead of data; does the network ask you to log in?")
+    if response.status_code == 200 and not part.endswith("-"):
+        raise InputError(f"{server} sends whole files where a part is asked for; is HF_ENDPOINT a hub?")
+    for name in ("X-Repo-Commit", "X-Linked-ETag", "ETag") if "/resolve/" in response.url.path else ():
+        if re.search(r"[/\\]|\.\.", response.headers.get(name, "").removeprefix("W/")):
+            raise InputError(f"{server} sends an impossible {name}; is HF_ENDPOINT a hub?")
 
 
 @cache
@@ -223,10 +246,24 @@ def _sizes(root: HubPath) -> dict[str, int]:
 
 
 def _ask(path: HubPath, work: Callable[[], Result]) -> Result:
-    """`work()`, which asks the hub; InputError with the first line of whatever it ends in."""
-    try:
-        return work()
-    except InputError:
-        raise
-    except Exception as e:  # the library lets through what its transport raises
-        raise InputError(f"{path.repository} could not be read from the hub: {first_line(e)}") from e
+    """`work()`, which asks the hub, again while it is busy. InputError with the first line of whatever it ends in."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+
+    for wait in (*WAITS, None):
+        try:
+            return work()
+        except InputError as e:  # see _check_answer
+            raise InputError(f"{path.as_posix()}: {e}") from e
+        except GatedRepoError as e:
+            page = f"{constants.ENDPOINT}/{path.repository}"
+            raise InputError(
+                f"{path.repository} is gated: accept its licence at {page}, then run `hf auth login`"
+            ) from e
+        except Exception as e:  # the library lets through what its transport raises
+            status = getattr(getattr(e, "response", None), "status_code", 0)
+            if wait is None or not (status == 429 or status >= 500):
+                place = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
+                raise InputError(f"{place}: {first_line(e)}") from e
+        time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")

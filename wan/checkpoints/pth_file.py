@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
-from wan.utils.errors import TensorFileError
+from wan.utils.errors import InputError, TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
         raise
     except pickle.UnpicklingError as e:
         raise TensorFileError(f"{path}: holds more than plain tensors ({e}), or is damaged; not opened") from e
-    except TensorFileError:
+    except InputError:  # of the hub
         raise
     except Exception as e:  # whatever else the libraries trip over in a damaged file
         raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
