@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -11,22 +12,21 @@ from typing import Any
 
 from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
-from lightning.lora_files import PEFT_CONFIG, expert_of, files_of
+from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
 from lightning.releases import Release, preset, recognise
+from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
 from wan.checkpoints.weights import (
     EXPERT,
-    GGUF,
     PICKLED,
     TEXT_ENCODER,
     VAE,
-    as_ours,
     kind_of,
     open_expert,
     open_file,
     open_parts,
-)
+)  # fmt: skip
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
 from wan.modules.released import released_shapes
@@ -75,21 +75,29 @@ def examine(path: Path, models: list[Model], alpha: float | None = None) -> Repo
     """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
     if (path / MODEL_INDEX).is_file():
         uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
-        tasks = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
-        return Report([], uses + [f"and for generate.py --task {task} --ckpt_dir {path}" for task in tasks if task])
+        held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
+        return Report([], uses + [f"and for {_command(task, '--ckpt_dir', path)}" for task in held if task])
     files = [path]
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
-        files = [file for folder in folders for file in _weights_in(folder)]
+        files = [file for folder in folders for file in _files_in(folder)]
+        files = [file for file in files if file.suffix.lower() not in PICKLED] or files
         if not files:
             raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
+        if not any(model.expert for model in models) and (own := experts_in(path)):  # a checkpoint has its own sizes
+            judged, found = {model.task for model in models}, [(task_of(own[name].shapes), name) for name in own]
+            models = [Model(task, name, own[name].shapes) for task, name in found if task and task in judged] or models
     reports = [_examine(file, models, alpha) for file in files]
     return Report(reports, _uses(path, reports))
 
 
-def _weights_in(folder: Path) -> list[Path]:
+def _command(task: str | None, *words: object) -> str:
+    return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
+
+
+def _files_in(folder: Path) -> list[Path]:
     """Each index for its shards, else every file."""
-    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
+    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or weights_in(folder)
 
 
 def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, Any]:
@@ -116,49 +124,67 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
             release.check_supported(str(file))
         if file.is_file() and (kind := kind_of(store := open_file(file))):
             return report | _examine_network(file, store, kind, models)
-        if file.suffix in (GGUF, *PICKLED):
-            raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
         lora = Lora.open(file, default_alpha=alpha)
+        if not lora.keys:
+            raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
     report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
-    errors: list[str] = []
-    named = expert_of(file)
-    judged_by = [model for model in models if model.expert in (None, "model", named) or named is None]
-    for model in sorted(judged_by, key=lambda model: model.task not in (release.tasks if release else ())):
+    return report | _judge_lora(file, models, alpha, release)
+
+
+def _judge_lora(file: Path, models: list[Model], alpha: float | None, release: Release | None) -> dict[str, Any]:
+    """The tasks that the LoRA fits and its coverage of the likeliest, as a run finds them: expert by expert."""
+    tasks: dict[str, dict[str, Shapes]] = {}
+    for model in sorted(models, key=lambda model: model.task not in (release.tasks if release else ())):
+        names = [model.expert] if model.expert else list(TASKS[model.task].experts)
+        tasks.setdefault(model.task, {}).update(dict.fromkeys(names, model.shapes))
+    named, errors, fits, report = named_expert(file), list[str](), list[str](), dict[str, Any]()
+    for task, experts in tasks.items():
+        chosen = [named] if named and named in experts else list(experts)
         try:
-            coverage = check(lora, model.shapes, expert=named)
+            found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e], expert=e) for e in chosen}
         except LoraError as e:
             errors += e.problems
             continue
-        report["fits"] += [model.task] if model.task not in report["fits"] else []
-        report["coverage"] = report["coverage"] or {**coverage.as_dict(), "summary": coverage.summary()}
-    if not report["fits"]:
-        return report | {"error": errors[0] + _hint(models)}
-    return report | {"use": f"--lora {'' if named is None else f'{named}='}{file}"}
+        fits.append(task)
+        summaries = {expert: coverage.summary() for expert, coverage in found.items()}
+        one = summaries[chosen[0]] if len(set(summaries.values())) == 1 else None
+        summary = one or "; ".join(f"{expert}: {text}" for expert, text in summaries.items())
+        warnings = dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings)
+        coverage = found[chosen[0]].as_dict() | {"warnings": list(warnings), "summary": summary}
+        report = report or {"coverage": coverage}
+    if not fits:
+        return {"error": errors[0] + _hint(models)}
+    return report | {"fits": fits, "use": shlex.join(["--lora", f"{named}={file}" if named else str(file)])}
 
 
 def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model]) -> dict[str, Any]:
     """Report on a file that holds one network's own weights."""
-    shapes = (open_expert(file) if kind == EXPERT else as_ours(raw, kind, str(file))).shapes
+    opened = open_expert(file) if kind == EXPERT else open_single(kind, file, next(iter(TASKS.values()))).weights
     found: dict[str, Any] = {"kind": NAMES[kind], **_storage(raw), "use": None, "error": None}
-    found["fits"] = list(dict.fromkeys(model.task for model in models if _belongs(kind, shapes, model.shapes)))
+    found["fits"] = list(dict.fromkeys(model.task for model in models if _belongs(kind, opened.shapes, model)))
     if not found["fits"]:
         judged = " or ".join(dict.fromkeys(model.task for model in models))
         found["error"] = f"{file}: names or shapes are not those of {judged}{_hint(models)}"
     elif not file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
-        named = expert_of(file) or expert_of(file.absolute().parent) or "high (or low)"
+        named = expert_of(file) or expert_of(file.absolute().parent)
         single = all(list(TASKS[task].experts) == ["model"] for task in found["fits"] if task in TASKS)
-        found["use"] = f"--expert {'model' if single else named}={file}" if kind == EXPERT else f"--{kind} {file}"
+        experts = ["model"] if single else [named] if named else ["high", "low"]
+        words = (
+            [["--expert", f"{expert}={file}"] for expert in experts] if kind == EXPERT else [[f"--{kind}", str(file)]]
+        )
+        found["use"] = " or ".join(map(shlex.join, words))
     return found
 
 
-def _belongs(kind: str, shapes: Shapes, expert: Shapes) -> bool:
+def _belongs(kind: str, shapes: Shapes, model: Model) -> bool:
     """Whether a network of these shapes is that expert's, or goes with it: the same text width, the same channels."""
+    expert = model.shapes
     if kind == TEXT_ENCODER:
-        return shapes.get("token_embedding.weight", (0, 0))[1:] == expert["text_embedding.0.weight"][1:]
+        return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
     if kind == VAE:
-        return shapes.get("conv2.weight", (0,))[0] * math.prod(PATCH) == expert["head.head.weight"][0]
+        return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
     return shapes == expert
 
 
@@ -176,9 +202,10 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     kinds = {report["kind"] for report in reports}
     if "LoRA" in kinds and len(kinds) > 1:
         return []  # each file's own report names its use
-    whole = [task for task in tasks if all(_weights_in(path / where) for where in TASKS[task].experts.values())]
+    experts = {task: open_parts(path, TASKS[task], TASKS[task].experts) for task in tasks}
+    whole = [task for task in tasks if len(experts[task]) == len(TASKS[task].experts)]
     if kinds == {NAMES[EXPERT]} and whole:
-        uses = [f"{path} is a checkpoint: generate.py --task {task} --ckpt_dir {path}" for task in whole]
+        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
         if record := record_of(path):
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
             uses.append(f"merged into it: {', '.join(merged)}")
@@ -191,21 +218,22 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     for task in tasks:
         with suppress(LoraError):
             files_of(path, TASKS[task].experts)
-            uses.append(f"{path} is a release: generate.py --task {task} --lora_dir {path}")
+            uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
     return uses
 
 
 def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> list[str]:
     """For each task the command that takes the single files, where they are all its experts, each once."""
-    uses = [report["use"] for report in reports if report["use"]]
-    flags = [report["use"].removesuffix(report["path"]) for report in reports if report["use"]]
+    pairs = [words for report in reports if report["use"] and len(words := shlex.split(report["use"])) == 2]
+    flags = [f"{flag} {value.partition('=')[0]}" if flag == "--expert" else flag for flag, value in pairs]
+    words = [word for pair in pairs for word in pair]
     lines = []
     for task in tasks:
-        needed = {f"--expert {expert}=" for expert in TASKS[task].experts}
+        needed = {f"--expert {expert}" for expert in TASKS[task].experts}
         others = set(flags) - needed
-        if needed <= set(flags) and others <= {"--vae ", "--text_encoder "} and len(set(flags)) == len(flags):
-            rest = "--tokenizer DIR" if len(others) == 2 else "--ckpt_dir DIR"
-            lines.append(f"{path} holds weights in single files: generate.py --task {task} {' '.join(uses)} {rest}")
+        if needed <= set(flags) and others <= {"--vae", "--text_encoder"} and len(set(flags)) == len(flags):
+            rest = "--tokenizer" if len(others) == 2 else "--ckpt_dir"
+            lines.append(f"{path} holds weights in single files: {_command(task, *words, rest, 'DIR')}")
     return lines
 
 

@@ -22,7 +22,7 @@ from lightning.lora_matching import Delta, Resolved, resolve
 from lightning.peft_settings import METADATA, AdapterSettings, settings_of
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.weights import open_file
+from wan.checkpoints.weights import kind_of, open_file
 from wan.configs import task_of
 from wan.utils.errors import LoraError, TensorFileError
 
@@ -209,9 +209,8 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool
         first, reason = next(iter(found.conflicts.items()))
         problems.append(f"{len(found.conflicts)} of {total} tensors do not fit the model (first: {first} {reason})")
     if not found.deltas and not problems:
-        reason = (
-            "is a full weight file, not a LoRA (see --expert)" if found.is_full_weights else "nothing in it matches"
-        )
+        kind = kind_of(lora.store) or ("expert" if found.is_full_weights else None)
+        reason = f"is a full weight file, not a LoRA (see --{kind})" if kind else "nothing in it matches"
         names = _first(found.unmatched or found.ignored)
         problems.append(f"{reason}: 0 of {total} tensors belong to this model{names}")
     elif found.unmatched and not allow_partial:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, exists, expert_of, files_of
+from lightning.lora_files import PEFT_CONFIG, exists, files_of, named_expert
 from lightning.releases import recognise
 from wan.checkpoints.hub import located
 from wan.utils.argument_parser import outside, pair, real
@@ -82,7 +82,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         files = _files_of(str(path), [expert] if expert else experts, "--lora", out.problems)
         out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
         return
-    named = expert_of(path.absolute().parent if path.stem == PEFT_STEM else path)
+    named = named_expert(path)
     if not expert and named in experts:
         out.warnings.append(
             f"--lora {path} goes to the {named}-noise expert only, as its name says; "

@@ -97,6 +97,11 @@ def expert_of(path: Path | str) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+def named_expert(path: Path) -> str | None:
+    """The expert that a LoRA is named after; PEFT's own file is named by its folder."""
+    return expert_of(path.absolute().parent if path.stem == PEFT_STEM else path)
+
+
 def _has_partner(path: Path, word: re.Match[str]) -> bool:
     """Whether another file beside it differs in this word alone: low for high, in the same capitals."""
     other = OTHERS[word[0].lower()]

@@ -168,7 +168,7 @@ TASKS: dict[str, list[Step]] = {
     ],
     "10 two processes": [
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {SMALL} --dit_fsdp --t5_fsdp --ulysses_size 2 "
-             "--prompt_file examples/prompts.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
+             "--prompt_file examples/prompt_list.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {LONG} {PROMPT} --ulysses_size 2 --save_dir three", 1,
              ("error: ", "SIGKILL"), at="| 2/200 ", do=kill_one, foreign=True),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tests.prompt_extension.fake_services import FakeService
 from tests.prompt_extension.tiny_qwen import build_text, build_vision
 from tests.support import TESTS, checkpoint, lora_dir, read_frames
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
-from wan.media.save_video import save_video
+from wan.media.ffmpeg import run_ffmpeg
+from wan.media.save_video import merge_video_audio, save_video
 from wan.prompt_extension.expanders import DashScopePromptExpander, QwenPromptExpander
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, JobError
 from wan.utils.utils import str2bool
 
 # In the original's style, with the original's names alone.
@@ -26,9 +28,9 @@ SCRIPT = """
 import argparse
 import wan
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
-from wan.distributed.util import init_distributed_group
-from wan.prompt_extension.expanders import DashScopePromptExpander, QwenPromptExpander
-from wan.utils.utils import save_video, str2bool
+from wan.distributed.util import get_distributed_backend, init_distributed_group, set_device
+from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
+from wan.utils.utils import merge_video_audio, save_video, str2bool
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--task", choices=list(WAN_CONFIGS.keys()))
@@ -41,6 +43,8 @@ parser.add_argument("--save_file")
 args = parser.parse_args()
 assert args.size in SUPPORTED_SIZES[args.task] and args.offload_model is True
 assert SIZE_CONFIGS[args.size][0] * SIZE_CONFIGS[args.size][1] == MAX_AREA_CONFIGS[args.size]
+set_device(0)
+assert get_distributed_backend() in ("gloo", "nccl")
 init_distributed_group()
 cfg = WAN_CONFIGS[args.task]
 pipeline = wan.WanT2V(config=cfg, checkpoint_dir=args.ckpt_dir, lora_dir=args.lora_dir, device_id=0, rank=0,
@@ -70,6 +74,57 @@ def test_a_script_of_the_originals_style_gives_the_command_lines_frames(tmp_path
     assert theirs.shape == (5, 48, 64, 3)
     assert np.array_equal(theirs, ours)
     assert not (tmp_path / "theirs.json").exists()  # a script's settings are not known
+
+
+READ = (  # by the scripts of Wan2.2 and Wan2.2-Lightning
+    "num_heads dim ffn_dim num_layers eps patch_size freq_dim window_size qk_norm cross_attn_norm num_train_timesteps "
+    "param_dtype t5_model t5_dtype text_len t5_checkpoint t5_tokenizer vae_checkpoint vae_stride sample_fps frame_num "
+    "sample_steps sample_shift sample_guide_scale sample_neg_prompt"
+)
+OF_EXPERTS = "boundary low_noise_checkpoint high_noise_checkpoint low_noise_lora_checkpoint high_noise_lora_checkpoint"
+
+
+@pytest.mark.parametrize("task", WAN_CONFIGS)
+def test_the_attributes_that_scripts_read(task: str) -> None:
+    for name in [*READ.split(), *(OF_EXPERTS.split() if task != "ti2v-5B" else ["lora_checkpoint"])]:
+        assert getattr(WAN_CONFIGS[task], name) is not None, name
+    folder = lora_dir(task)
+    for name in OF_EXPERTS.split()[3:] if task != "ti2v-5B" else ["lora_checkpoint"]:
+        assert (folder / WAN_CONFIGS[task][name]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("task", "files"),
+    [
+        ("t2v-A14B", "--prompt_file examples/prompt_list.txt"),
+        ("i2v-A14B", "--prompt_file examples/i2v_prompt_list.txt --image_path_file examples/i2v_image_path_list.txt"),
+        ("i2v-A14B", "--prompt a --image examples/i2v_input.JPG"),
+    ],
+)
+def test_example_files_have_the_originals_names(
+    task: str, files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TESTS.parent)
+    weights = ["--task", task, "--ckpt_dir", str(checkpoint(task)), "--lora_dir", str(lora_dir(task))]
+    assert generate.main([*weights, *files.split(), "--size", "480p", "--save_dir", str(tmp_path), "--dry_run"]) == 0
+
+
+def test_sound_is_added(tmp_path: Path) -> None:
+    path, sound = tmp_path / "a.mp4", tmp_path / "a.wav"
+    save_video(torch.rand(1, 3, 9, 32, 32), path, fps=8, value_range=(0, 1))
+    before = read_frames(path)
+    with wave.open(str(sound), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(32_000))
+    merge_video_audio(path, sound)
+    shown = run_ffmpeg("-loglevel", "info", "-i", str(path)).stderr
+    assert b"Audio: aac" in shown
+    assert np.array_equal(read_frames(path), before)
+    with pytest.raises(JobError, match=r"a\.mp4: the sound of"):
+        merge_video_audio(path, tmp_path / "absent.wav")
+    assert np.array_equal(read_frames(path), before)
 
 
 def test_sizes_are_those_of_the_tasks() -> None:

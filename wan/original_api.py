@@ -23,7 +23,7 @@ from wan.jobs.resolve import DRAWN_SEEDS
 from wan.jobs.weights import SOLVERS, both, choose_weights
 from wan.media.images import video_size
 from wan.offload.reader import as_dtype
-from wan.pipeline import Pipeline, in_the_room
+from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.build import open_plan
 from wan.planning.memory import plan_videos
 from wan.sampling import Video
@@ -116,10 +116,13 @@ class Original(Pipeline):
         video = replace(video, negative_prompt=negative, size=size, frame_num=frame_num, seed=seed)
         self.offload = offload_model
         with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
-            latent = team.all_or_none(lambda: self.sample_with(sampling, video))
+            self.plan = plan_videos(self.plan, sampling, [video])
+            latent = self.sample_or_retry(video)
             if offload_model:
                 self.release_text_encoder()
-            chunks = in_the_room(team, self.progress, lambda finer: list(self.decode(latent, finer=finer)))
+            chunks = retry_smaller(
+                self.progress, FINER, lambda finer: team.all_or_none(lambda: list(self.decode(latent, finer=finer)))
+            )
             return torch.cat(chunks, dim=1) if chunks else None
 
     def sample_with(self, sampling: Sampling, video: Video, *, again: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self, TypeVar
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lightning.merge import Merge
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
-from wan.distributed.process_group import Team
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
@@ -32,8 +31,8 @@ from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, Store, load, parameter_dtypes
-from wan.planning.memory import decode_tiles
-from wan.planning.plan import Plan, dtype_name
+from wan.planning.memory import decode_tiles, memory_now, plan_video
+from wan.planning.plan import Plan, dtype_name, kind_of
 from wan.sampling import Conditioning, OnStep, Step, Video, clean, denoise, make_schedule
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import out_of_memory
@@ -43,6 +42,9 @@ from wan.utils.progress import Progress
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
+FINER = "decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)"
+FEWER = 0.8  # of the free memory that a second try uses
+TEXTS = 64  # prompts that the text encoder reads together: 0.5 GB of activations at most
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
 
@@ -106,16 +108,17 @@ class Pipeline(ABC):
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
-        """Run the text encoder on every text that it has not encoded yet, and keep the results."""
+        """Run the text encoder on every text that it has not encoded yet, and keep the results in host memory."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self._contexts]
         if not fresh:
             return
         plan, encode = self.plan, self.load_text_encoder()
-        tokenizer = plan.checkpoint.tokenizer
         with self.progress.stage("text", total=len(fresh), unit="prompt"), torch.no_grad():
-            found = encode([torch.tensor(tokenizer(text), device=plan.text_device) for text in fresh])
-            self._contexts |= {text: rows.to(plan.device) for text, rows in zip(fresh, found, strict=True)}
-            self.progress.advance(len(fresh))
+            for start in range(0, len(fresh), TEXTS):  # the device's memory must not grow with a batch
+                texts = fresh[start : start + TEXTS]
+                ids = [torch.tensor(plan.checkpoint.tokenizer(text), device=plan.text_device) for text in texts]
+                self._contexts |= {text: rows.cpu() for text, rows in zip(texts, encode(ids), strict=True)}
+                self.progress.advance(len(texts))
 
     def release_text_encoder(self) -> None:
         self._text_encoder = None
@@ -166,6 +169,26 @@ class Pipeline(ABC):
         self.experts = Experts(models, networks, set_scale)
         return self.experts
 
+    def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+        """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
+
+        After out of memory once more with fewer slots; the numbers do not depend on them.
+        """
+        team, kind = self.mesh.team, kind_of(video)
+
+        def attempt(fewer: bool) -> Tensor:
+            if self.plan.room is not None:
+                room = min(team.gather(memory_now(self.plan)))  # ranks stream alike
+                plan = replace(self.plan, room=int(room * FEWER) if fewer else room)
+                self.plan = replace(plan, videos={**plan.videos, kind: plan_video(plan, *kind)})
+            if fewer and self.experts:
+                self.experts.leave()
+            return team.all_or_none(lambda: self.sample(video, on_step, again=again))
+
+        if self.plan.room is None or not self.plan.offload:
+            return attempt(False)
+        return retry_smaller(self.progress, "denoise: once more, with fewer blocks on the device", attempt)
+
     def sample(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
 
@@ -181,7 +204,7 @@ class Pipeline(ABC):
 
         schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
         self.encode(texts)
-        text, *negative = (Prompt(self._contexts[text]) for text in texts)
+        text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
         start = self.start(video)
         noise = draw(start.shape)
         conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
@@ -228,7 +251,7 @@ class Pipeline(ABC):
                     strip.add(frame)
             self.progress.advance(1, str(step))
 
-        return self.mesh.team.all_or_none(lambda: self.sample(video, show, again=again))
+        return self.sample_or_retry(video, show, again=again)
 
     # -- pixels
 
@@ -298,14 +321,14 @@ class Pipeline(ABC):
             yield lambda count: self.progress.advance(count, name)
 
 
-def in_the_room(team: Team, progress: Progress, decode: Callable[[bool], Result]) -> Result:
-    """`decode(False)` by all of the team; after out of memory `decode(True)`: in finer tiles."""
+def retry_smaller(progress: Progress, note: str, attempt: Callable[[bool], Result]) -> Result:
+    """`attempt(False)`; after out of memory `note` is printed, and `attempt(True)` needs less."""
     try:
-        return team.all_or_none(lambda: decode(False))
+        return attempt(False)
     except Exception as error:
         if not out_of_memory(error):
             raise
     # Out here the exception no longer holds the failed attempt's tensors.
-    progress.say("out of memory in decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)")
+    progress.say(f"out of memory in {note}")
     free_memory()
-    return team.all_or_none(lambda: decode(True))
+    return attempt(True)

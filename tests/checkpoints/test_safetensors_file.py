@@ -120,3 +120,14 @@ def test_json_of_others() -> None:
         with pytest.raises(ValueError) as raised:  # noqa: PT011 - any words will do
             parse_json(text)
         assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
+def test_single_numbers_of_one_byte_are_torchs(dtype: torch.dtype, tmp_path: Path) -> None:
+    numbers = torch.arange(256).to(torch.uint8).view(dtype)
+    tensors = {str(n): numbers[n].clone() for n in range(256)}
+    (tmp_path / "a.safetensors").write_bytes(save(tensors))
+    found = TensorStore.open(tmp_path / "a.safetensors").scalars(tensors)
+    torch.testing.assert_close(
+        [found[name] for name in tensors], list(map(float, numbers.tolist())), equal_nan=True, rtol=0, atol=0
+    )

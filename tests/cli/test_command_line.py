@@ -522,7 +522,7 @@ def test_extend_only_then_use(tmp_path, capsys, monkeypatch):
 
 def test_examples(capsys):
     words = [*SMALL, "--dry_run"]
-    assert main(capsys, *T2V, *words, "--prompt_file", str(ROOT / "examples" / "prompts.txt"))[0] == 0
+    assert main(capsys, *T2V, *words, "--prompt_file", str(ROOT / "examples" / "prompt_list.txt"))[0] == 0
     code, out, err = main(capsys, *I2V, *words, "--prompt_file", str(ROOT / "examples" / "prompts.jsonl"))
     assert code == 0, err
     assert out.count("832x480, the area of") == 3

@@ -1,6 +1,8 @@
 """`python -m lightning`: what it prints, its exit codes, and that inspecting needs no torch."""
 
 import json
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 from benchmarks.sparse import sparse
 from lightning.__main__ import main
 from lightning.distilled import record_of
-from tests.lightning.support import STORED, family, small_pairs, spelled, write
+from tests.lightning.support import AB, STORED, diffusers_module, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
@@ -282,3 +284,55 @@ def test_a_mistyped_line_is_answered_in_one(words, sentence, capsys: pytest.Capt
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {sentence}"), err
+
+
+# -- inspect says what a run says
+
+
+def test_a_two_expert_file_of_diffusers_is_judged_expert_by_expert(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves: dict[str, torch.Tensor] = {}
+    for component, expert in (("transformer", "high_noise_model"), ("transformer_2", "low_noise_model")):
+        halves |= spelled(small_pairs(expert), f"{component}.{{}}.", halves=AB, module=diffusers_module)
+    file = write(tmp_path / "pytorch_lora_weights.safetensors", halves)
+    assert main(["inspect", str(file), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 0
+    out = capsys.readouterr().out
+    assert "20/20 pairs" in out
+    assert "40 ignored" in out
+    assert f"use       --lora {file}" in out
+
+
+def test_incomplete_networks_are_refused_as_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint("t2v-A14B")
+    vae, text = torch.load(source / "Wan2.1_VAE.pth"), torch.load(source / "models_t5_umt5-xxl-enc-bf16.pth")
+    decoder = {name: tensor for name, tensor in vae.items() if not name.startswith(("encoder.", "conv1."))}
+    hole = {name: tensor for name, tensor in text.items() if name != "blocks.1.ffn.fc2.weight"}
+    for name, tensors, missing in (("vae", decoder, "encoder.conv1.weight"), ("t5", hole, "blocks.1.ffn.fc2.weight")):
+        file = write(tmp_path / f"{name}.safetensors", tensors)
+        assert main(["inspect", str(file), "--ckpt_dir", str(source)]) == 2
+        out, error = capsys.readouterr()
+        assert missing in error
+        assert "use " not in out
+
+
+@pytest.mark.parametrize("suffix", ["", "odd name (1)"])
+def test_commands_are_quoted_for_a_shell(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / f"my files{suffix}"
+    file = write(folder / "a 'style'.safetensors", spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED))
+    assert main(["inspect", str(file), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 0
+    use = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  use "))
+    assert shlex.split(use)[1:] == ["--lora", str(file)]
+    shutil.copytree(lora_dir("t2v-A14B"), folder / "release")
+    assert main(["inspect", str(folder / "release"), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition("is a release: ")[2]
+    assert shlex.split(command)[-2:] == ["--lora_dir", str(folder / "release")]
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+def test_a_checkpoint_is_judged_by_its_own_sizes(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped examples end without an error."""
+    source = checkpoint(task)
+    assert main(["inspect", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert f"{source} is a checkpoint: generate.py --task {task} --ckpt_dir {source}" in out

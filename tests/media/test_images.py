@@ -2,7 +2,9 @@
 
 import os
 import struct
+import subprocess
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from PIL import Image
 
 from tests.unprivileged import run_unprivileged
 from wan.configs import TASKS
+from wan.media.ffmpeg import ffmpeg_command
 from wan.media.images import i2v_tensor, list_changes, open_image, ti2v_tensor, video_size
-from wan.media.video import VideoWriter
+from wan.media.video import VideoWriter, count_frames
 from wan.utils.errors import InputError
 
 I2V, TI2V = TASKS["i2v-A14B"], TASKS["ti2v-5B"]
@@ -197,6 +200,112 @@ def test_transparency_is_dropped_as_by_convert(tmp_path, mode):
     assert list_changes(open_image(tmp_path / "a.png")) == []
 
 
+def icc(*primaries: tuple[float, float, float], gamma: float = 2.4) -> bytes:
+    """A matrix profile with these XYZ primaries (D50) and sRGB's curve, or a power."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = struct.pack(">4x2H", 3, 0) + fixed(gamma, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    name = "Phone".encode("utf-16-be")
+    tags = {b"desc": b"mluc" + struct.pack(">4xII", 1, 12) + b"enUS" + struct.pack(">II", len(name), 28) + name,
+            b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.82491)}  # fmt: skip
+    for channel, primary in zip(b"rgb", primaries, strict=True):
+        tags[bytes([channel]) + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*primary)
+        tags[bytes([channel]) + b"TRC"] = b"para" + curve
+    table, body = struct.pack(">I", len(tags)), b""
+    for tag, value in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(value))
+        body += value + b"\0" * (-len(value) % 4)
+    size = 128 + len(table) + len(body)
+    head = struct.pack(">I4sI", size, b"lcms", 0x04300000) + b"mntrRGB XYZ " + struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
+    head += b"acspAPPL" + bytes(24) + fixed(0.9642, 1, 0.82491)
+    return head.ljust(128, b"\0") + table + body
+
+
+P3 = icc((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+SRGB = icc((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tiff", "webp"])
+def test_a_phones_colours_become_srgb(tmp_path, kind):
+    """Display P3: the same numbers mean more saturated colours. Expected by the matrices of both spaces."""
+    Image.new("RGB", (16, 16), (200, 120, 90)).save(tmp_path / f"a.{kind}", icc_profile=P3, quality=100)
+    image = open_image(tmp_path / f"a.{kind}")
+    assert list_changes(image) == ["converted from its colour profile (Phone) to sRGB"]
+    assert np.abs(np.asarray(image)[8, 8].astype(int) - (213, 118, 85)).max() <= 3
+
+
+def test_a_profile_that_means_srgb_leaves_the_pixels(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", icc_profile=SRGB)
+    Image.fromarray(noise).save(tmp_path / "b.png", icc_profile=b"no profile")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), noise)
+    assert list_changes(open_image(tmp_path / "a.png")) == []
+    assert np.array_equal(np.asarray(open_image(tmp_path / "b.png")), noise)
+    assert list_changes(open_image(tmp_path / "b.png")) == ["its colour profile cannot be used and was ignored"]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_the_first_frame_of_several_is_said(tmp_path, kind):
+    first, second = Image.new("RGB", (20, 10), (255, 0, 0)), Image.new("RGB", (20, 10), (0, 255, 0))
+    first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second])
+    image = open_image(tmp_path / f"a.{kind}")
+    assert list_changes(image) == ["the first of 2 frames"]
+    assert np.asarray(image)[5, 5].tolist()[:2] == pytest.approx([255, 0], abs=3)
+
+
+def test_pixels_that_are_not_square_are_said(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png", dpi=(72, 96))
+    assert "not square" in list_changes(open_image(tmp_path / "a.png"))[0]
+
+
+@pytest.mark.parametrize("name", ["a.heic", "IMG_0001.JPG"])
+def test_heic_is_named_with_what_reads_it(tmp_path, name):
+    (tmp_path / name).write_bytes(struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + b"\0" * 200)
+    words = "the image cannot be read" if find_spec("pillow_heif") else "pip install pillow-heif"
+    with pytest.raises(InputError, match=words):
+        open_image(tmp_path / name)
+
+
+def test_an_address_is_no_file():
+    with pytest.raises(InputError, match="download the picture"):
+        open_image(Path("https://example.com/cat.jpg"))
+
+
+def ffmpeg(*words: object) -> None:
+    subprocess.run([*ffmpeg_command(), *map(str, words)], check=True)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.MOV"])
+def test_the_last_decoded_frame_of_a_cut_clip(tmp_path, name):
+    """Cut without encoding it again, a clip holds packets before its first frame: counting them finds no last one."""
+    source = ["-f", "lavfi", "-i", "testsrc=size=128x96:rate=16:duration=3", "-pix_fmt", "yuv420p"]
+    ffmpeg(*source, "-c:v", "libx264", "-g", "24", tmp_path / "whole.mp4")
+    ffmpeg("-ss", "1.0", "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / name)
+    image, whole = open_image(tmp_path / name), open_image(tmp_path / "whole.mp4")
+    assert list_changes(image) == ["the last frame of the video"]
+    assert np.array_equal(np.asarray(image), np.asarray(whole))
+
+
+def test_what_a_clip_says_of_its_pixels(tmp_path):
+    source = ["-f", "lavfi", "-i", "testsrc=size=64x96:rate=16:duration=0.5", "-pix_fmt", "yuv420p"]
+    wide = ["-vf", "setsar=2/1,setparams=color_primaries=bt2020:color_trc=arib-std-b67:colorspace=bt2020nc"]
+    ffmpeg(*source, *wide, "-c:v", "libx264", tmp_path / "a.mp4")
+    image = open_image(tmp_path / "a.mp4")
+    assert image.size == (128, 96)
+    assert list_changes(image) == ["the last frame of the video, HLG colours unconverted"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_playlist_under_a_videos_name_is_refused(tmp_path, name):
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=64x96:duration=0.5", "-c:v", "libx264", tmp_path / "b.mp4")
+    (tmp_path / name).write_text("ffconcat version 1.0\nfile b.mp4\n")
+    with pytest.raises(InputError, match="not a whole video"):
+        open_image(tmp_path / name)
+    assert count_frames(tmp_path / name) == 0
+
+
 def test_nothing_but_files_is_opened(tmp_path):
     """A pipe that nobody writes to would be waited for."""
     os.mkfifo(tmp_path / "a.png")
@@ -263,8 +372,13 @@ def png_header(width: int, height: int) -> bytes:
         (None, "no such image file"),
         (b"", "not an image"),
         (b"hello", "not an image"),
-        (png_header(10_001, 10_000), "too large, at most 100 megapixels are read, this one is 10001x10000"),
-        (png_header(60_000, 60_000), "too large, at most 100 megapixels"),  # Pillow's own bomb check
+        (png_header(10_001, 10_000), "too large; at most 100 megapixels"),
+        (png_header(60_000, 60_000), "too large; at most 100 megapixels"),  # Pillow's own bomb check
+        (png_header(1, 90_000_000), "too large; .* 50000 pixels a side"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "of a kind that is not read"),  # starts Ghostscript
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "git lfs pull"),
         (png_header(64, 64), "cannot be read"),  # pixels missing
     ],
 )

@@ -1,5 +1,6 @@
 """The transformer against diffusers' WanTransformer3DModel on other sizes than the golden ones, and its own rules."""
 
+import copy
 import math
 import sys
 from functools import partial
@@ -100,6 +101,19 @@ def test_names_and_shapes_of_the_released_networks(task: str) -> None:
         )
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected
     assert not list(model.buffers())
+
+
+@pytest.mark.parametrize("pinned", [0, 1])
+def test_time_layers_and_head_multiply_in_float32_whatever_their_weights(pinned: int) -> None:
+    """As under the original's float32 autocast: rounded weights, no rounded product (`--convert_model_dtype`)."""
+    torch.manual_seed(0)
+    converted = random_model().to(torch.bfloat16)
+    twin = copy.deepcopy(converted)
+    for part in (twin.time_embedding, twin.time_projection, twin.head):
+        part.float()
+    latent, prompt = torch.randn(16, 2, 4, 4), Prompt(torch.randn(5, 48).bfloat16())
+    found, want = (model(latent, 833.33, Prompt(prompt.rows), pinned) for model in (converted, twin))
+    assert torch.equal(found, want)
 
 
 def test_rotation_follows_the_three_axes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 import generate
 from tests.support import checkpoint, lora_dir
+from wan.distributed.launch import Runtime
+from wan.jobs.resolve import resolve
 from wan.planning import report, time_estimate
+from wan.planning.build import make_plan
+from wan.planning.memory import plan_video
 from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates, kept_rates
 from wan.utils.files import cache_folder
 
@@ -92,8 +97,43 @@ def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory_of_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = plan(capsys)
     assert re.search(r"available; peaks: denoise \d+ MB, decode [\d.]+ MB, text ", line(lines, "host memory "))
-    assert not [each for each in lines if "more than there is" in each]
+    assert not [each for each in lines if "--vram" in each]
     assert line(lines, "disk: at most ")
     monkeypatch.setattr(report, "host_bytes", lambda: 1000)
-    assert "--vram GB" in line(plan(capsys), "warning: that is more than there is")
-    assert line(plan(capsys, "--vram", "0.3"), "cpu 0.3 GB free: ")
+    assert "--vram GB" in line(plan(capsys), "warning: not enough memory")
+
+
+def test_a_plan_for_a_card_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """In bf16, by its limit, without this machine's rates; a real run on the CPU stays in float32."""
+    keep_rates(CPU, RATES)
+    lines = plan(capsys, "--vram", "0.3")
+    assert line(lines, "GPU 0.3 GB limit: ")
+    assert "bfloat16" in line(lines, "cpu, ")
+    assert not [each for each in lines if each.startswith("expected time")]
+    assert "float32" in line(plan(capsys), "cpu, ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "helps"),
+    [(["--dtype", "fp32"], "--dtype bf16"), (["--dtype", "bf16", "--lora_mode", "adapter"], "--lora_mode merge")],
+)
+def test_a_card_that_is_too_small_is_told_the_way_that_fits(
+    flags: list[str], helps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def needed(*more: str) -> int:
+        """Bytes at the least: with two slots, as a limit of next to nothing would have it."""
+        words = [word.removeprefix("--") for word in (*T2V, *more)]
+        values = dict(zip(words[::2], words[1::2], strict=True)) | {"frame_num": 5, "base_seed": 1}
+        planned = make_plan(resolve(values), Runtime())
+        budget = plan_video(replace(planned, room=1), (64, 64), 5).budget
+        assert budget is not None
+        return budget.peak
+
+    least, eased = needed(*flags), needed(*flags, *helps.split())
+    assert eased < least
+    limit = str((least + eased) / 2e9)
+    assert generate.main([*T2V, *flags, "--vram", limit, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert f"{helps} fits" in said
+    assert "float32" in said or "bfloat16" in said
+    assert generate.main([*T2V, *flags, *helps.split(), "--vram", limit, "--dry_run"]) == 0

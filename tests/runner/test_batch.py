@@ -31,6 +31,7 @@ from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.runner.batch import decode_only, run_jobs
 from wan.runner.record import plain, read_latents
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.progress import STAGE, Progress, quantity
@@ -232,6 +233,21 @@ def test_a_bug_keeps_its_traceback_and_the_latents(tmp_path: Path) -> None:
     assert "Traceback" in outcome.said
     assert "failed: prompts.txt line 1: TypeError: a bug; the finished latents are kept" in outcome.said
     assert names(tmp_path) == ["0.latents.safetensors", "1.json", "1.mp4", "2.json", "2.mp4"]
+
+
+def test_a_device_that_has_failed_ends_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After such an error every later call fails: the other videos are not tried, and --resume makes them."""
+    failure = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(Accelerator, "failure", property(lambda _: failure))
+    error = RuntimeError(f"{failure}\nCUDA kernel errors might be asynchronously reported\nlong")
+    outcome = Outcome(make_run(tmp_path), decode_errors=[error])
+    assert outcome.failed == 1
+    assert [call for call in outcome.models.calls if call.startswith("sample")] == ["sample 0"]
+    assert len([line for line in outcome.said.splitlines() if "--resume" in line and failure in line]) == 1
+    assert "2 not tried" in outcome.said
+    monkeypatch.undo()
+    error = RuntimeError("an error of this video alone")
+    assert "2 saved" in Outcome(make_run(tmp_path / "other"), decode_errors=[error]).said
 
 
 def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:

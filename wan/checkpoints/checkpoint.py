@@ -94,6 +94,15 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
     return OpenCheckpoint(folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"))
 
 
+def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:
+    """One file as the VAE, the text encoder or an expert, judged as for a run. InputError with all problems."""
+    opener = _Opener(None, config, {part: file})
+    with _readable():
+        if part == VAE:
+            return opener.vae()
+        return opener.text_encoder() if part == TEXT_ENCODER else opener.expert(part)
+
+
 def _attempt(work: Callable[[], Result], problems: list[str]) -> Result | None:
     """`work()`, or None where its problems have joined the list."""
     try:

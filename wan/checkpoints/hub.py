@@ -30,7 +30,14 @@ Result = TypeVar("Result")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WEIGHTS = (".safetensors", ".pth", ".pt", ".gguf")  # read by ranges; smaller files are fetched when they are opened
+WEIGHTS = (
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".ckpt",
+    ".gguf",
+)  # read by ranges; smaller files are fetched when they are opened
 BESIDE = (*WEIGHTS, ".json", ".model")  # fetched of a folder
 SERVING = (*(f"*{kind}" for kind in WEIGHTS), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers

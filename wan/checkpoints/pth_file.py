@@ -30,6 +30,13 @@ STORAGES = {
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
 RECORD_HEADER = 30  # bytes before a record's name in a zip
+NESTS = (
+    "state_dict",
+    "model",
+    "generator",
+    "generator_ema",
+    "generator_lora",
+)  # in training programs' files
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class PickleStore(TensorStore):
     """The tensors of a `.pth` file, read from their places in it."""
 
     def __init__(self, path: Path) -> None:
-        """TensorFileError if the file is damaged, or holds anything but a flat dictionary of tensors."""
+        """TensorFileError if the file is damaged, or holds anything but one dictionary of tensors."""
         self.path = path
         entries: dict[str, Entry] = {}
         self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
@@ -136,8 +143,12 @@ def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
         raise
     except Exception as e:  # whatever else the libraries trip over in a damaged file
         raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
+    while isinstance(state, dict) and (nests := [name for name in NESTS if isinstance(state.get(name), dict)]):
+        if len(nests) > 1:
+            raise TensorFileError(f"{path}: holds weights under {' and '.join(nests)}; save one of them alone")
+        state = state[nests[0]]
     if not isinstance(state, dict) or not state or not all(isinstance(t, _Tensor) for t in state.values()):
-        raise TensorFileError(f"{path}: not a flat dictionary of tensors")
+        raise TensorFileError(f"{path}: not a dictionary of tensors, flat or under one of {', '.join(NESTS)}")
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
     stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]

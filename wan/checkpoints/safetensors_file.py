@@ -41,7 +41,8 @@ DTYPES = {
     "BOOL": ("bool", 1),
 }
 # safetensors' names -> struct's, for single numbers
-SCALAR_FORMATS = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b"}
+SCALAR_FORMATS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+UPPER_HALVES = {"BF16": "f", "F8_E5M2": "e"}  # formats that are the upper half of one that struct knows
 INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
@@ -189,6 +190,17 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
+def _number(dtype: str, raw: bytes) -> float:
+    """The value of a tensor of one element, from its bytes."""
+    if dtype in UPPER_HALVES:
+        return float(struct.unpack(f"<{UPPER_HALVES[dtype]}", b"\0" * len(raw) + raw)[0])
+    if dtype != "F8_E4M3":
+        return float(struct.unpack(f"<{SCALAR_FORMATS[dtype]}", raw)[0])
+    exponent, mantissa = raw[0] >> 3 & 15, raw[0] & 7  # arXiv 2209.05433: no infinities, one NaN of each sign
+    value = math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10)
+    return math.nan if raw[0] & 127 == 127 else -value if raw[0] > 127 else value
+
+
 class TensorStore(Mapping[str, Entry]):
     """The tensors of one safetensors file, or of the shards that a folder's index names, by name.
 
@@ -252,14 +264,10 @@ class TensorStore(Mapping[str, Entry]):
         """The values of one-element tensors, without torch. Raises TensorFileError for any other tensor."""
         entries = {name: self.entries[name] for name in names}
         for name, entry in entries.items():
-            if math.prod(entry.shape) != 1 or entry.dtype not in SCALAR_FORMATS:
+            if math.prod(entry.shape) != 1 or entry.dtype not in {*SCALAR_FORMATS, *UPPER_HALVES, "F8_E4M3"}:
                 raise TensorFileError(f"{entry.file}: tensor {name} is not a single number ({entry.dtype})")
         found = read_ranges((entry.file, entry.offset, entry.bytes) for entry in entries.values())
-        values: dict[str, float] = {}
-        for (name, entry), raw in zip(entries.items(), found, strict=True):
-            padded = b"\0\0" + raw if entry.dtype == "BF16" else raw  # the upper half of a float32
-            values[name] = float(struct.unpack(f"<{SCALAR_FORMATS[entry.dtype]}", padded)[0])
-        return values
+        return {name: _number(entry.dtype, raw) for (name, entry), raw in zip(entries.items(), found, strict=True)}
 
     def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
         """Size of the buffer that `read` needs."""

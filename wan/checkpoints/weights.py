@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
-GGUF, PICKLED = ".gguf", (".pth", ".pt")  # suffixes; all other files are safetensors
+GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")  # suffixes; all other files are safetensors
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 SCALES = (".weight_scale", ".scale_weight")  # LightX2V's and ComfyUI's name for what a layer's weight is multiplied by
 ACTIVATION_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits; the weight does not depend on them
@@ -80,9 +80,10 @@ class NamedWeights(TensorStore):
 
 def open_file(path: Path) -> TensorStore:
     """The tensors of a file of any of the forms, as they are. TensorFileError for a damaged one; headers only."""
-    if path.suffix == GGUF:
+    suffix = path.suffix.lower()
+    if suffix == GGUF:
         return GgufStore(path)
-    return PickleStore(path) if path.suffix in PICKLED else TensorStore.open(path)
+    return PickleStore(path) if suffix in PICKLED else TensorStore.open(path)
 
 
 def as_ours(raw: TensorStore, kind: str, where: str) -> TensorStore:

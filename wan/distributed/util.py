@@ -1,5 +1,6 @@
-"""The original's name for connecting processes, for scripts that were written for it."""
+"""The original's names for connecting processes, for scripts that were written for it."""
 
+import torch
 import torch.distributed as dist
 
 from wan.distributed.launch import Runtime
@@ -12,3 +13,13 @@ def init_distributed_group() -> None:
     """
     if dist.is_available() and not dist.is_initialized():
         Runtime.start()
+
+
+def get_distributed_backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def set_device(local_rank: int) -> None:
+    """Make this process's GPU the current one; nothing on a machine without GPUs."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)

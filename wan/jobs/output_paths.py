@@ -16,7 +16,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
-from wan.media.ffmpeg import CONTAINERS, is_video
+from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
 from wan.utils.errors import InputError, TensorFileError
 from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
@@ -52,7 +52,7 @@ def check_outputs(
     own: those of the videos that this process makes, None: all; others' may be there already.
     """
     flag = "--save_file " if request.save_file is not None else ""
-    if wrong := [file for file in files if not is_video(file) and not file.is_dir()]:
+    if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
     usable = _check_names([file for file in files if file not in wrong], check)
     mine = usable if own is None else [file for file in usable if file in own]

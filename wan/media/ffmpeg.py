@@ -30,11 +30,19 @@ class Container(NamedTuple):
 
 X264 = ("-c:v", "libx264", "-crf", str(CRF), "-rc-lookahead", str(LOOKAHEAD), "-threads", str(THREADS))
 CONTAINERS = {".mp4": Container("mp4", X264, ("-movflags", "+faststart"))}
+READ = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
+# Only these demuxers and protocols: a playlist under a video's name could open other files and addresses.
+SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe")
 
 
 def is_video(path: Path) -> bool:
-    """True if the file name ends like a video's."""
-    return path.suffix.lower() in CONTAINERS
+    """True if the file name ends like that of a video that is read."""
+    return path.suffix.lower() in (*READ, *CONTAINERS)
+
+
+def video_input(path: Path) -> list[str]:
+    """The words that make a file of unknown origin an input."""
+    return [*SAFE, "-i", file_argument(path)]
 
 
 def ffmpeg_command() -> list[str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import stat
 import struct
 import warnings
 from functools import lru_cache
 from io import BytesIO
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS, MAX_SIDE = 100_000_000, 50_000
+# Pillow's formats that are read; others may start programs (EPS) or are no pictures.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
+HEIC = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+# How files begin that are often taken for pictures, in lower case.
+MISTAKEN = {
+    rb"version https://git-lfs": "a Git LFS pointer, not the picture itself; fetch it with git lfs pull",
+    rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
+    rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
+}
 EXIF_ORIENTATION = 0x0112
 TURNS = range(2, 9)  # its values that are not upright
 CHANGES = "changes"
@@ -69,38 +80,60 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
 def open_image(path: Path) -> Image:
     """The whole picture, decoded, as 8-bit RGB; of a video the last frame. `list_changes` says what was changed.
 
-    EXIF orientation is applied (the original ignores it), deeper greys are scaled to 8 bits, alpha is dropped as by
-    convert("RGB"). InputError for a file that is absent, no regular file, no picture, damaged, or over 100 megapixels.
+    Colour profiles become sRGB and EXIF orientation is applied (the original ignores both), deeper greys are scaled to
+    8 bits, alpha is dropped as by convert("RGB"). InputError for a file that is absent, no regular file, of another
+    kind than `FORMATS`, damaged, or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
-    too_large = f"{path}: the image is too large, at most {MAX_PIXELS // 1_000_000} megapixels are read"
     changes: list[str] = []
     try:
+        if re.match(r"\w+:/", str(path)) and not path.exists():
+            raise InputError(f"{path}: an address, not a file; download the picture and give its file")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path}: the image cannot be read, it is no regular file")
         source: Path | BytesIO = path
+        formats = FORMATS
         if is_video(path):
-            source = BytesIO(last_frame(path))
-            changes.append("the last frame of the video")
+            source = BytesIO(last_frame(path, changes))
+        else:
+            formats += _check_kind(path)
         with warnings.catch_warnings():  # Pillow warns from 89 megapixels on; the limit here is our own
             warnings.simplefilter("ignore")
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(f"{too_large}, this one is {image.width}x{image.height}: make it smaller")
+            with Image.open(source, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                    raise Image.DecompressionBombError
                 picture = _as_rgb(image, changes)
     except FileNotFoundError as e:
         raise InputError(f"{path}: no such image file") from e
     except PermissionError as e:
         raise InputError(f"{path}: there is no permission to read the image") from e
     except Image.DecompressionBombError as e:
-        raise InputError(too_large) from e
+        most = f"{MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
+        raise InputError(f"{path}: the image is too large; at most {most} are read: make it smaller") from e
     except UnidentifiedImageError as e:
-        raise InputError(f"{path}: not an image, or of a kind that cannot be read") from e
+        raise InputError(f"{path}: not an image, or of a kind that is not read ({', '.join(FORMATS)} are)") from e
     except DAMAGED as e:
         raise InputError(f"{path}: the image cannot be read ({e})") from e
     picture.info = {CHANGES: changes}
     return picture
+
+
+def _check_kind(path: Path) -> tuple[str, ...]:
+    """Pillow's format for HEIC if the file is one and can be read. InputError for files that are often mistaken."""
+    with path.open("rb") as file:
+        head = file.read(1000).lstrip().lower()
+    for pattern, advice in MISTAKEN.items():
+        if re.match(pattern, head, re.DOTALL):
+            raise InputError(f"{path}: {advice}")
+    if not HEIC.match(head):
+        return ()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise InputError(f"{path}: a HEIC picture; pip install pillow-heif, or save it as JPEG") from None
+    register_heif_opener()
+    return ("HEIF",)
 
 
 def list_changes(image: Image) -> list[str]:
@@ -126,17 +159,43 @@ def _as_rgb(image: Image, changes: list[str]) -> Image:
     """8-bit RGB, upright; adds to `changes`."""
     from PIL import Image, ImageOps
 
-    turned = _orientation(image)
+    turned, profile, dpi = _orientation(image), image.info.get("icc_profile"), image.info.get("dpi", (1, 1))
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # of a phone's JPEG with a depth map
+        changes.append(f"the first of {frames} frames")
     image.load()
     if _orientation(image) in TURNS:  # some readers have turned it by now
         image = ImageOps.exif_transpose(image)
     if turned in TURNS:
         changes.append("turned as its EXIF orientation says")
+    if min(dpi) > 0 and not 0.98 < dpi[0] / dpi[1] < 1.02:
+        changes.append(f"its pixels are not square ({dpi[0]:g}x{dpi[1]:g} dpi) and were taken as square")
     if image.mode[0] in "IF":
         image = Image.fromarray(_to_8_bits(image, changes))
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         changes.append("its transparency was dropped")
-    return image.convert("RGB")
+    return _as_srgb(image, profile, changes) if profile else image.convert("RGB")
+
+
+def _as_srgb(image: Image, profile: bytes, changes: list[str]) -> Image:
+    """8-bit RGB by the picture's ICC profile; a profile that means sRGB leaves the pixels as they are."""
+    import numpy
+    from PIL import Image, ImageCms
+
+    image = image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")
+    probe = Image.frombytes("RGB", (27, 1), bytes(chain(*product((0, 128, 255), repeat=3)))).convert(image.mode)
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB")
+        shown, converted = (ImageCms.applyTransform(picture, to_srgb) for picture in (probe, image))
+        name = ImageCms.getProfileName(source).strip()[:40]
+    except (ImageCms.PyCMSError, OSError):
+        changes.append("its colour profile cannot be used and was ignored")
+        return image.convert("RGB")
+    assert converted is not None, "not in place"
+    if numpy.abs(numpy.asarray(shown).astype(int) - numpy.asarray(probe.convert("RGB"))).max() <= 2:
+        return image.convert("RGB")
+    changes.append(f"converted from its colour profile ({name}) to sRGB")
+    return converted
 
 
 def _orientation(image: Image) -> int:
@@ -153,19 +212,19 @@ def _to_8_bits(image: Image, changes: list[str]) -> numpy.ndarray:
     """
     import numpy
 
-    values = numpy.asarray(image).astype(numpy.float64)
+    values = numpy.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("it holds NaN or Inf")
     ranges = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
     top = next((top for top in ranges if low >= 0 and high <= top), None)
-    if top is None:
-        changes.append(f"its range {low:g} to {high:g} was scaled to 0 to 255")
-        values = (values - low) * (255 / (high - low or 1))
-    elif top != 255:
-        changes.append(f"its range 0 to {top} was scaled to 0 to 255")
-        values *= 255 / top
-    return values.round().astype(numpy.uint8)
+    start, factor = (0.0, 255 / top) if top else (low, 255 / (high - low or 1))
+    if top != 255:
+        changes.append(f"its range {start:g} to {top or high:g} was scaled to 0 to 255")
+    scaled = numpy.empty(values.shape, numpy.uint8)
+    for row in range(0, len(values), 64):  # a few rows at a time: float64 takes eight times the memory
+        scaled[row : row + 64] = ((values[row : row + 64].astype(numpy.float64) - start) * factor).round()
+    return scaled
 
 
 def i2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""`save_video` under the original's signature: a batch of videos becomes one file.
+"""`save_video` and `merge_video_audio` under the original's signatures.
 
 Shapes: B videos side by side, T frames, H, W rows and columns of one.
 """
@@ -11,7 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wan.media.ffmpeg import CONTAINERS, file_argument, messages, run_ffmpeg
 from wan.media.video import VideoWriter
+from wan.utils.errors import JobError
+from wan.utils.files import replacing
 
 BORDER = 2  # pixels around each of several videos
 
@@ -45,6 +48,17 @@ def save_video(
         writer.write(_grid(videos, nrow) if len(videos) > 1 else videos[0])
         writer.finish(None)
     return str(path)
+
+
+def merge_video_audio(video_path: str | Path, audio_path: str | Path) -> None:
+    """Add the sound of `audio_path` to the video, which is replaced; the shorter one ends both. JobError, OSError."""
+    video = Path(video_path)
+    with replacing(video) as part:
+        sources = ["-i", file_argument(video), "-i", file_argument(Path(audio_path)), "-map", "0:v:0", "-map", "1:a:0"]
+        target = ["-c:v", "copy", "-c:a", "aac", "-shortest", "-f", CONTAINERS[video.suffix.lower()].muxer]
+        done = run_ffmpeg(*sources, *target, file_argument(part))
+        if done.returncode != 0:
+            raise JobError(f"{video}: the sound of {audio_path} could not be added{messages(done.stderr)}")
 
 
 def _grid(videos: Tensor, columns: int) -> Tensor:

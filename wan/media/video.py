@@ -29,6 +29,7 @@ from wan.media.ffmpeg import (
     is_video,
     messages,
     run_ffmpeg,
+    video_input,
 )  # fmt: skip
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, make_part, replacing
@@ -42,7 +43,9 @@ CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 STALL_SECONDS = 600.0  # an encoder that takes no frame for this long has failed
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: convert by BT.709 and tag the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
-TO_RGB = "scale=flags=bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's quick conversion is up to 2 of 255 too dark
+# Square pixels; ffmpeg's quick conversion is up to 2 of 255 too dark.
+TO_RGB = "scale=w=iw*sar:h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
+HDR = {b"arib-std-b67": "HLG", b"smpte2084": "PQ"}
 
 
 class VideoWriter:
@@ -200,7 +203,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
-    found = run_ffmpeg("-i", file_argument(path), "-f", "ffmetadata", "pipe:1")
+    found = run_ffmpeg(*video_input(path), "-f", "ffmetadata", "pipe:1")
     # a value runs to the first line end that no backslash precedes
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.M | re.S | re.I)
     if found.returncode != 0 or comment is None:
@@ -211,16 +214,24 @@ def _read_comment(path: Path) -> str:
 def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
     target = ["-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
-    done = run_ffmpeg("-xerror", "-i", file_argument(path), *target)
+    done = run_ffmpeg("-xerror", *video_input(path), *target)
     return frames_reported(done.stdout) if done.returncode == 0 else 0
 
 
-def last_frame(path: Path) -> bytes:
-    """The last frame of a whole video, as a PNG. InputError for any other file. The video is decoded to its end."""
-    if not (frames := count_frames(path)):
+def last_frame(path: Path, changes: list[str] | None = None) -> bytes:
+    """The last frame of a whole video, as a PNG; notes for the plan go into `changes`. InputError for any other file.
+
+    The video is decoded: one that was cut without encoding it again holds packets before its first frame.
+    """
+    decode = [*video_input(path), "-map", "0:v:0", "-fps_mode", "passthrough"]
+    counted = run_ffmpeg("-loglevel", "info", "-xerror", *decode, "-f", "null", "-progress", "pipe:1", "-")
+    if counted.returncode != 0 or not (frames := frames_reported(counted.stdout)):
         raise InputError(f"{path}: not a whole video, so it has no last frame")
-    words = ["-map", "0:v:0", "-vf", f"select='eq(n,{frames - 1})',{TO_RGB}", "-frames:v", "1"]
-    done = run_ffmpeg("-i", file_argument(path), *words, "-c:v", "png", "-f", "image2pipe", "-")
+    picked = ["-vf", f"select='eq(n,{frames - 1})',{TO_RGB}", "-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "-"]
+    done = run_ffmpeg(*decode, *picked)
     if done.returncode != 0 or not done.stdout:
         raise InputError(f"{path}: its last frame cannot be read{messages(done.stderr)}")
+    if changes is not None:
+        hdr = next((f", {name} colours unconverted" for tag, name in HDR.items() if tag in counted.stderr), "")
+        changes.append(f"the last frame of the video{hdr}")
     return done.stdout

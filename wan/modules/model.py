@@ -4,8 +4,9 @@ Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the
 F, H, W token grid, C latent channels. There is no batch axis: of a guided step's two passes one follows the other,
 through the whole network or, where weights are streamed, through each block (`Residency.batch_guidance`).
 
-Precision follows the parameters: a linear layer runs in the dtype of its bias, the residual stream, the norms'
-statistics, the modulation and the output are float32. Which parameter has which dtype is decided when loading.
+Precision follows the parameters: a linear layer runs in the dtype of its bias, but the time layers and the head
+multiply in float32; the residual stream, the norms' statistics, the modulation and the output are float32. Which
+parameter has which dtype is decided when loading.
 
 There are three seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks),
 `SelfAttention.attend` (attention over all tokens) and `WanModel.residency` (where the weights are). Their defaults are
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -99,9 +101,9 @@ class WanModel(nn.Module):
         rotary = rotary_table(grid, self.head_width, start, stop, x.device)
 
         times = [0.0, timestep] if pinned_frames else [timestep]
-        time = _run(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device, non_blocking=True)).float()
+        time = _in_float32(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device, non_blocking=True))
         with self.residency.use(0):
-            rows = _run(self.time_projection, time).float().unflatten(-1, (6, -1))
+            rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
         spans = spans_of(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
 
         texts = [each.once(self, lambda each=each: self._text(each)) for each in prompts]  # type: ignore[misc]
@@ -167,10 +169,11 @@ class Head(nn.Module):
         """x [L, D], time float32 [T, D] -> float32 [L, patch * C_out]."""
         shift, scale = (self.modulation + time[:, None]).unbind(1)
         out = x.new_empty(x.shape[0], self.head.out_features, dtype=torch.float32)
+        weight, bias = self.head.weight.float(), self.head.bias.float()
         for row, span in spans:
-            y = torch.empty_like(x[span], dtype=self.head.weight.dtype)
+            y = torch.empty_like(x[span], dtype=torch.float32)
             self.passes.norm(x[span], 1 + scale[row], shift[row], self.eps, y)
-            out[span] = self.head(y)
+            out[span] = F.linear(y, weight, bias)
         return out
 
 
@@ -180,6 +183,13 @@ def sinusoid(times: Sequence[float], width: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.outer(torch.tensor(times, dtype=torch.float64), frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def _in_float32(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Apply linear layers and activations in float32, also with weights in bf16 (`--convert_model_dtype`)."""
+    for layer in layers:
+        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+    return x
 
 
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:

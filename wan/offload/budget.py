@@ -41,6 +41,7 @@ class Budget:
     batch_guidance: bool = False  # a block does both passes of a guided step before the next block begins
     vae_leaves: bool = False  # the VAE's weights make room for blocks, and are read again to decode
     between: int = 0  # slots that fit beside decoding, for the first blocks of the next video
+    source: str = "free"  # or "limit", of `--vram`
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -64,10 +65,9 @@ class Budget:
         helps = {"decode": "--vae_tiling, a smaller --size or fewer frames", "text": "--t5_cpu"}
         if self.keep:
             helps = dict.fromkeys(self.stages, "--offload_model True")
-        return (
-            f"{stage} needs at least {self.peak / 1e9:.1f} GB of the device ({parts}), {self.free / 1e9:.1f} GB are "
-            f"free: use {helps.get(stage, 'a smaller --size or fewer frames')}"
-        )
+        there = f"{self.free / 1e9:.1f} GB are free" if self.source == "free" else f"--vram is {self.free / 1e9:.1f} GB"
+        flags = helps.get(stage, "a smaller --size or fewer frames")
+        return f"{stage} needs at least {self.peak / 1e9:.1f} GB of the device ({parts}), {there}: use {flags}"
 
     def line(self, name: str = "GPU") -> str:
         """`GPU 24.0 GB free: high and low expert: 22 of 41 blocks stay, ...; peaks in GB: denoise 23.5, decode 8.0`"""
@@ -82,7 +82,7 @@ class Budget:
         if self.tiles != (1, 1):
             lines.append(f"decoding in {self.tiles[0]}x{self.tiles[1]} tiles")
         peaks = ", ".join(f"{stage} {size / 1e9:.1f}" for stage, size in self.peaks.items())
-        return f"{name} {self.free / 1e9:.1f} GB free: {'; '.join(lines)}; peaks in GB: {peaks}"
+        return f"{name} {self.free / 1e9:.1f} GB {self.source}: {'; '.join(lines)}; peaks in GB: {peaks}"
 
     def staying(self, sizes: Sizes) -> int:
         """Blocks of an expert that keep their slots while it runs; the rest pass through the other slots."""

@@ -31,8 +31,8 @@ from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory
-from wan.planning.memory import plan_videos
-from wan.planning.plan import Plan, dtype_name
+from wan.planning.memory import plan_videos, what_fits
+from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
@@ -65,9 +65,12 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if not plan.guided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
         warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
     if plan.room is not None and plan.jobs:
-        budget = plan.largest().budget
-        if budget and budget.problem:
-            raise InputError(budget.problem + (held_by_others(plan.device) if plan.request.vram is None else ""))
+        for kind, video in plan.videos.items():
+            if video.budget and video.budget.problem:
+                fits = what_fits(plan, kind)
+                hint = f" ({fits} fits)" if fits else ""
+                others = held_by_others(plan.device) if plan.request.vram is None else ""
+                raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}{others}")
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
@@ -96,7 +99,8 @@ def open_plan(
     """
     device = checks.attempt(lambda: compute_device(request.device)) or torch.device("cpu")
     if dtypes is None:
-        fp32 = request.dtype == "fp32" or (request.dtype == "auto" and device.type == "cpu")
+        on_cpu = device.type == "cpu" and not is_absent(request, device)
+        fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
     files = {**dict(weights.expert_files), **dict(weights.files)}

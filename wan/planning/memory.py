@@ -20,8 +20,9 @@ from wan.modules.fp8 import working_bytes
 from wan.offload.budget import MARGIN, POOLS_BYTES, Budget, Sizes, fit
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
-from wan.planning.plan import Plan, Size, VideoPlan, kind_of
+from wan.planning.plan import Kind, Plan, Size, VideoPlan, kind_of
 from wan.sampling import Video, make_schedule, plan_steps
+from wan.utils.accelerator import Accelerator
 
 Tiles = tuple[int, int]  # rows and columns in which a frame is coded
 
@@ -39,6 +40,16 @@ def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -
     return replace(plan, videos={kind: plan_video(plan, *kind) for kind in kinds})
 
 
+def memory_now(plan: Plan) -> int:
+    """Bytes that the run may use now: on a GPU what is free, and what this process has allocated already."""
+    assert plan.room is not None, "without a limit nothing is counted"
+    accelerator, vram = Accelerator(plan.device), plan.request.vram
+    if not accelerator.has_memory:
+        return plan.room if vram is None else int(vram * 1e9)
+    free = accelerator.free_bytes + int(accelerator.api.memory_allocated(plan.device))
+    return free if vram is None else min(free, int(vram * 1e9))
+
+
 def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:
     """Memory of a video of `size` (width, height). image: whether one is encoded before the first step."""
     channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
@@ -53,6 +64,19 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> Vide
         encode_tiles=_encode_tiles(plan, encoded) if encoded else TILES[0],
     )
     return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
+
+
+def what_fits(plan: Plan, kind: Kind) -> str:
+    """The option with which a video of this kind fits after all; "" if none does alone."""
+    size, frames, image = kind
+    step = plan.config.vae_stride[0]
+    ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
+    if plan.dtype == torch.float32:
+        ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
+    ways["--offload_model True"] = replace(plan, offload=True)
+    videos = {option: plan_video(way, size, frames, image) for option, way in ways.items()}
+    videos |= {f"--frame_num {n}": plan_video(plan, size, n, image) for n in range(frames - step, 0, -step)}
+    return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
 
 
 def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
@@ -103,7 +127,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
     text = None
     if plan.text_device == plan.device and not plan.request.t5_fsdp:
         text = sizes_of(plan.checkpoint.text_encoder.module, lambda _: plan.text_dtype)
-    return fit(
+    budget = fit(
         UNLIMITED if plan.room is None else plan.room,
         _expert_sizes(plan),
         text,
@@ -116,6 +140,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         vae=plan.weight_bytes["VAE"],
         vae_stays=plan.request.preview_steps,
     )
+    return budget if plan.request.vram is None else replace(budget, source="limit")
 
 
 def _own_tokens(plan: Plan, video: VideoPlan) -> int:

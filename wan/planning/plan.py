@@ -119,6 +119,11 @@ class Plan:
         return parts
 
 
+def is_absent(request: Request, device: torch.device) -> bool:
+    """Whether the run's card is not in this machine: `--vram GB --dry_run` on a CPU."""
+    return request.vram is not None and request.dry_run and device.type == "cpu"
+
+
 def kind_of(video: Job | Video) -> Kind:
     return video.size, video.frame_num, video.image is not None
 

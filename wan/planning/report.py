@@ -15,7 +15,7 @@ from wan.jobs.output_paths import written_bytes
 from wan.modules.fp8 import why_unpacked
 from wan.offload.budget import Budget
 from wan.planning.communication import plan_lines
-from wan.planning.plan import Plan, dtype_name
+from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.planning.time_estimate import Expected, expect, network_of, sharded_bytes
 from wan.sampling import Step
 from wan.utils.accelerator import Accelerator, host_bytes
@@ -48,11 +48,12 @@ class Outlook:
         needed: int | None = _streaming_bytes(plan)
         if not Accelerator(plan.device).has_memory:
             needed = budget.peak if budget else None
+        absent = is_absent(plan.request, plan.device)
         return cls(
             plan,
             frozenset(done),
             budget,
-            expect(plan, [job for job in plan.jobs if job.index not in done]),
+            None if absent else expect(plan, [job for job in plan.jobs if job.index not in done]),
             needed and needed * _processes_here(plan),
             host_bytes(),
             {folder: (size, shutil.disk_usage(folder).free) for folder, size in written_bytes(plan.jobs).items()},
@@ -84,16 +85,15 @@ class Outlook:
             return []
         here = _processes_here(plan)
         each = f", for each of {here} processes" if here > 1 else ""
-        told = [budget.line(str(plan.device))] if budget and plan.room is not None else []
+        name = "GPU" if is_absent(plan.request, plan.device) else str(plan.device)
+        told = [budget.line(name)] if budget and plan.room is not None else []
         if Accelerator(plan.device).has_memory:
             told.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
         elif budget and plan.room is None:
             peaks = ", ".join(f"{stage} {quantity(size, 'B')}" for stage, size in budget.peaks.items())
             told.append(f"host memory {host} available; peaks{each}: {peaks}")
             if self.host_needed and self.host_needed > self.host_available:
-                told.append(
-                    "warning: that is more than there is; --vram GB holds a part and reads the rest when it is needed"
-                )
+                told.append("warning: not enough memory; use --vram GB to stream weights from disk")
         for folder, (size, free) in self.disk.items():
             there = f" in {folder}" if len(self.disk) > 1 else ""
             told.append(f"disk: at most {quantity(size, 'B')} to write{there}, {quantity(free, 'B')} free")
@@ -117,7 +117,7 @@ class Outlook:
     def _time_lines(self, todo: int) -> list[str]:
         """Seconds to expect, if rates were measured here."""
         expected = self.expected
-        if not todo:
+        if not todo or is_absent(self.plan.request, self.plan.device):
             return []
         if expected is None:
             return ["expected time: unknown (python -m wan.doctor measures it)"]
@@ -175,7 +175,7 @@ def _what_lines(plan: Plan) -> list[str]:
     decoding = ", decode in bf16" if request.vae_dtype == "bf16" else ""
     told.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{_quantised(plan)}{decoding}")
     parts = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
-    return [*told, f"weights in memory: {parts}"]
+    return [*told, f"size of the weights: {parts}"]
 
 
 def _streaming_bytes(plan: Plan) -> int:

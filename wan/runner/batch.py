@@ -22,6 +22,7 @@ from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, find_video, find_videos, read_latents, repair
 from wan.runner.video_job import hold_lock, make_video, reason, save_video
+from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
@@ -74,7 +75,7 @@ def run_jobs(
         for kind, facts in (event for group in by_group[1:] for event in group):
             progress.event(kind, facts)
         events = [event for group in by_group for event in group]
-        if pipe.experts and pipe.experts.waited > LONG_WAIT:
+        if pipe.experts and not Accelerator(plan.device).failure and pipe.experts.waited > LONG_WAIT:
             waited, read = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
             progress.say(f"computation waited {waited} for weights, of which {read} were read")
     events = joined + events
@@ -119,9 +120,12 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
                 kind, facts = _attempt(pipe, job, progress, shared, again=job is not jobs[-1])
             events.append((kind, facts))
             progress.event(kind, facts)
-            if kind == "failed" and plan.request.on_error == "stop":
-                runtime.stop()
-                return
+            if kind == "failed":
+                if failure := next(filter(None, team.gather(Accelerator(plan.device).failure)), ""):
+                    progress.say(f"{plan.device} has failed ({failure}); the same command with --resume goes on")
+                if failure or plan.request.on_error == "stop":
+                    runtime.stop()
+                    return
             if kind in ("failed", "elsewhere"):
                 if left := chain[number:]:
                     more = f", nor are the {len(left) - 1} after it" if left[1:] else ""

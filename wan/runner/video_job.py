@@ -22,10 +22,10 @@ from wan.jobs.job import Job
 from wan.jobs.resolve import program
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter
-from wan.pipeline import Pipeline, in_the_room
+from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
-from wan.utils.errors import JobError, WanError, out_of_memory
+from wan.utils.errors import JobError, WanError, first_line, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
@@ -104,7 +104,7 @@ def save_video(
                 video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
         return video.frames
 
-    return in_the_room(team, progress, attempt)
+    return retry_smaller(progress, FINER, lambda finer: team.all_or_none(lambda: attempt(finer)))
 
 
 def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
@@ -128,11 +128,10 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
         budget = plan.video(job).budget if plan and job and plan.room is not None else None
         peak = budget.peaks.get(stage) if budget else None
         expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
-        first_line = str(error).partition("\n")[0].rstrip(". ")
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         where = f" in {stage}{size}" if stage else size
-        return f"out of memory on the device ({first_line}){where}{expected}{hint}"
-    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {error}"
+        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{expected}{hint}"
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:

@@ -73,6 +73,16 @@ class Accelerator:
         other packages go there, and PyTorch 2.13 frees memory that another GPU still uses (pytorch issue 196258)."""
         return self.api.device(self.device) if self.has_memory else nullcontext()
 
+    @property
+    def failure(self) -> str:
+        """The error that the device answers with, "" while it works: some errors make every later call fail."""
+        try:
+            if self.has_memory:
+                self.api.synchronize(self.device)
+        except RuntimeError as e:
+            return str(e).partition("\n")[0]
+        return ""
+
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued to the device so far; None where each operation ends before the next."""
         return self.api.current_stream(self.device).record_event() if self.has_memory else None
