@@ -309,7 +309,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> Non
 FAULTS = {  # by the name of the repository, see `Answer`; the words that the message holds besides it and the address
     "page": ("http://127.0.0.1", "page"),
     "pointer": ("pointer", "bytes"),
-    "whole": ("parts", "HF_ENDPOINT"),
+    "whole": ("part", "HF_ENDPOINT"),
     "gated": ("licence", "hf auth login"),
     "commit": ("commit",),
     "names": ("outside.json",),

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -97,8 +98,8 @@ class ChatService:
         try:
             client = httpx.Client(auth=self.auth, timeout=seconds, follow_redirects=True)
         except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
-            reason = f"a proxy variable of the environment cannot be used ({one_line(error)})"
-            raise AnswerError(reason, ends_all=True) from error
+            kind = type(error).__name__  # its text may hold a password
+            raise AnswerError(f"a proxy variable of the environment cannot be used ({kind})", ends_all=True) from error
         outcome: Future[str] = Future()
 
         def work() -> None:
@@ -119,7 +120,12 @@ class ChatService:
         import httpx
 
         end = time.monotonic() + seconds
-        body = {"model": self.model, "messages": _messages(question), "seed": self.seed} | self.options
+        text: Any = question.text
+        if question.image is not None:
+            picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
+            text = [picture, {"type": "text", "text": question.text}]
+        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": text}]
+        body = {"model": self.model, "messages": messages, "seed": self.seed} | self.options
         content = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -133,7 +139,7 @@ class ChatService:
         except httpx.TimeoutException as error:
             raise no_answer_within(seconds) from error
         except httpx.TransportError as error:
-            raise no_connection(self.url) from error
+            raise AnswerError(f"no connection to {self.url}{_by_proxy(self.url)}", passing=True) from error
         except Exception as error:
             raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
         try:
@@ -206,10 +212,6 @@ def no_answer_within(seconds: float) -> AnswerError:
     return AnswerError(f"no answer within {seconds:.3g} s", passing=True)
 
 
-def no_connection(url: str) -> AnswerError:
-    return AnswerError(f"no connection to {url}{_by_proxy(url)}", passing=True)
-
-
 def shown(url: str) -> str:
     """An address without user and password."""
     parts = urlsplit(url)
@@ -226,24 +228,17 @@ def _by_proxy(url: str) -> str:
 def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerError:
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
     no_credit = status == 402 or "quota" in details
+    retry_after, wait = headers.get("Retry-After", ""), 0.0
+    with suppress(ValueError, TypeError):
+        wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
+    with suppress(ValueError):
+        wait = float(retry_after)
     return AnswerError(
         f"the service answered {status} ({details})",
         passing=(status in (408, 409, 429) or status >= 500) and not no_credit,
         ends_all=status in (401, 403, 404) or no_credit,
-        wait=_seconds(headers.get("Retry-After", "")),
+        wait=wait,
     )
-
-
-def _seconds(retry_after: str) -> float:
-    """Of a header: a number, or a date; 0 for anything else."""
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def error_text(values: Any) -> str:
@@ -300,14 +295,6 @@ def _read(response: httpx.Response, end: float, seconds: float) -> bytes:
         if time.monotonic() > end:
             raise no_answer_within(seconds)
     return bytes(body)
-
-
-def _messages(question: Question) -> list[dict[str, Any]]:
-    content: Any = question.text
-    if question.image is not None:
-        picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
-        content = [picture, {"type": "text", "text": question.text}]
-    return [{"role": "system", "content": question.system}, {"role": "user", "content": content}]
 
 
 def data_uri(path: Path) -> str:
