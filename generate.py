@@ -140,7 +140,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
-    outlook = Outlook.of(plan, [job.index for job, video in found if video.kind == "whole"])
+    outlook = Outlook(plan, [job.index for job, video in found if video.kind == "whole"])
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
     page = folder_of(outcome.request) if outcome.request.gallery else None

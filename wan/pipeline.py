@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,9 @@ TEXTS = 64  # prompts that the text encoder reads together: 0.5 GB of activation
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
 
-@dataclass(frozen=True)
-class Start:
-    """A task's conditioning besides the text: the latent's shape, and the image's part in it."""
+class Start(NamedTuple):
+    """An image as a task's conditioning (see `Conditioning`); both None without one."""
 
-    shape: tuple[int, int, int, int]
     channels: Tensor | None = None
     first_frame: Tensor | None = None
 
@@ -131,28 +129,24 @@ class Pipeline(ABC):
         if self.experts is not None:
             return self.experts
         plan, merged = self.plan, self.plan.lora_mode == "merge"
-        parts = {
-            name: (
-                part.module,
-                part.weights,
-                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module),
-                Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None,
-            )
-            for name, part in plan.checkpoint.experts.items()
-            for loras in [plan.loras.get(name)]
-        }
-        size = sum(entry.bytes for _, store, *_ in parts.values() for entry in store.values())
+        sources: dict[str, tuple[WanModel, Source]] = {}
+        for name, part in plan.checkpoint.experts.items():
+            loras = plan.loras.get(name)
+            merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
+            dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
+            sources[name] = part.module, Source(part.weights, dtype, merge)
+        size = sum(entry.bytes for _, source in sources.values() for entry in source.store.values())
         networks = None
         with self._loading("experts", size, plan.request.dit_fsdp) as report:
             if plan.request.dit_fsdp:
                 models = {
                     name: self.load(
-                        module, store, sharded=True, home=plan.device, dtype=dtype, merge=merge, report=report
+                        module, source.store, sharded=True, home=plan.device, dtype=source.dtype, merge=source.merge,
+                        report=report,
                     )
-                    for name, (module, store, dtype, merge) in parts.items()
-                }
+                    for name, (module, source) in sources.items()
+                }  # fmt: skip
             else:
-                sources = {n: (m, Source(store, dtype, merge)) for n, (m, store, dtype, merge) in parts.items()}
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:
@@ -205,13 +199,11 @@ class Pipeline(ABC):
         schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        start = self.start(video)
-        noise = draw(start.shape)
-        conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
+        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
         experts, facts = self.load_experts(), plan.video(video)
+        noise, budget = draw(facts.latent), facts.budget
         passes = [(step.expert, 1 + step.guided) for step in plan.steps]
         self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
-        budget = facts.budget
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
         batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp

@@ -368,7 +368,7 @@ def test_what_is_in_the_way_of_the_joined_video(capsys: pytest.CaptureFixture[st
     Path("out").mkdir()
     Path("out/a_chain.mp4").write_bytes(b"mine")
     assert generate.main(chain()) == 2
-    assert "out/a_chain.mp4: exists already" in capsys.readouterr().err
+    assert "out/a_chain.mp4 already exists" in capsys.readouterr().err
     assert generate.main(chain("--resume")) == 2
     assert "out/a_chain.mp4 already exists" in capsys.readouterr().err
     assert Path("out/a_chain.mp4").read_bytes() == b"mine"
