@@ -51,14 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_process() -> None:
-    """Set up the streams before anything is printed, and the allocator before torch is imported."""
+    """Set up the streams before anything is printed, and the logging of torch before it is imported."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
-    # Without it fragmented memory fails a decode that would fit. The first name is torch's until 2.8.
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    if sys.platform == "linux" and not any(name in os.environ for name in names):
-        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
+    # torch's C++ code warns of memory that it then finds elsewhere; what fails is an exception
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _start(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
@@ -130,6 +128,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
 
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
+        from wan.planning.disk import check_disks
         from wan.planning.report import Outlook
         from wan.runner.record import differences, find_videos
 
@@ -141,6 +140,8 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
     outlook = Outlook(plan, [job.index for job, video in found if video.kind == "whole"])
+    if not outcome.request.ignore_disk:
+        team.broadcast(lambda: check_disks(outlook.disks))
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
     page = folder_of(outcome.request) if outcome.request.gallery else None

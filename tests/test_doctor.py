@@ -24,6 +24,7 @@ from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
 from wan.modules.released import released_vae
+from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 from wan.planning.communication import sent_bytes
 from wan.planning.flops import decode_operations, encode_operations
@@ -56,7 +57,7 @@ def test_nothing_is_wrong_here(findings: list[Finding]) -> None:
     good = {finding.name for finding in findings if finding.verdict == GOOD}
     assert good >= {
         "versions", "packages", "ffmpeg", "devices", "attention sdpa float32", "attention sdpa bf16", "LoRA merge",
-        "golden t2v_lightning float32", "golden t2v_lightning bf16", "memory modes", "VAE decode",
+        "VAE decode in bf16", "golden t2v_lightning float32", "golden t2v_lightning bf16", "memory modes", "VAE decode",
         "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy", "rate: disk read",
     }  # fmt: skip
     assert all(finding.seconds > 0 and finding.sentence for finding in findings)
@@ -95,6 +96,17 @@ def test_a_layer_in_fp8_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numerics.fp8_layer(machine()).verdict == WRONG
     monkeypatch.setattr(numerics, "in_fp8", lambda weight, _: lambda x: x @ weight.t())
     assert numerics.fp8_layer(machine()).verdict == WRONG, "better than fp8 can be"
+
+
+def test_decoding_in_bf16_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numerics.vae_in_bf16(machine()).verdict == GOOD
+    cast = WanVAE.decode_in
+    monkeypatch.setattr(
+        WanVAE, "decode_in", lambda vae, dtype: (cast(vae, dtype), vae.decoder.conv1.weight.data.mul_(2))
+    )
+    assert numerics.vae_in_bf16(machine()).verdict == WRONG
+    monkeypatch.setattr(WanVAE, "decode_in", lambda *_: None)
+    assert numerics.vae_in_bf16(machine()).verdict == WRONG, "better than bf16 can be"
 
 
 def test_attention_in_8_bits_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tokens divided over ranks give the numbers of one process: attention alone, and whole forwards."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from benchmarks.counters import CostCounter
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import relative_error
-from wan.distributed import ulysses
+from wan.distributed import ring, ulysses
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
 from wan.distributed.ulysses import SequenceAttention, SequenceSplit, exchange_bytes, split_tokens
@@ -21,7 +22,7 @@ from wan.modules.model import WanModel
 
 # (ranks, ulysses, ring)
 LAYOUTS = [(2, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3), (4, 1, 4)]
-TOKENS = [3, 7, 60, 61, 257]
+TOKENS = [3, 5, 7, 60, 61, 257]  # of 5 over 4 ranks, a share is 2: the last rank has none, and no negative number
 
 
 def random_attention(total: int, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +102,44 @@ def test_forward(ranks: int, heads: int, ulysses: int, ring: int) -> None:
     for found in run_ranks(split_forwards, ranks, heads, ulysses, ring):
         for x, y in zip(found, want, strict=True):
             assert relative_error(x, y) < 1e-5
+
+
+def fails_before_the_gather(runtime: Runtime) -> str:
+    """The head of one rank fails; the others are about to gather its tokens."""
+    mesh, model = mesh_of(runtime, 2), random_model(4, 12)
+    split_tokens(model, mesh)
+
+    def fail(*_: object) -> None:
+        raise ValueError("no head")
+
+    if runtime.team.rank == 1:
+        model.head.register_forward_pre_hook(fail)
+    try:
+        mesh.team.all_or_none(lambda: forwards(model, GRIDS[:1]))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_fails_before_the_gather_is_not_waited_for() -> None:
+    assert run_ranks(fails_before_the_gather, 2) == ["no head"] * 2
+
+
+def test_what_a_ring_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in the middle, whose keys and values and the next ones are there: counted at sizes where the small
+    tensors of logarithms are a tenth."""
+    layout = Layout(4, 1, 4)
+    mesh = cast(Any, SimpleNamespace(layout=layout, ulysses=None, ring="a group", ring_rank=0))
+    monkeypatch.setattr(ring, "_passed_on", lambda *_: nullcontext())
+    monkeypatch.setattr(
+        ring, "attention_and_weight", lambda q, *_: (torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32))
+    )
+    with torch.device("meta"):
+        q, k, v = (torch.empty(300, 8, 128, dtype=torch.bfloat16) for _ in range(3))
+        attend = SequenceAttention(SelfAttention(1024, 8, 1e-6), mesh)
+        with CostCounter() as counter:
+            attend(q, k, v, 1200)
+    assert counter.peak == pytest.approx(exchange_bytes(layout, 300, 1024, 2), rel=0.12)
 
 
 def test_what_an_exchange_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

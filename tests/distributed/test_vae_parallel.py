@@ -14,9 +14,10 @@ from tests.support import TESTS, checkpoint, config_of, relative_error
 from wan.checkpoints.pth_file import PickleStore
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
-from wan.distributed.vae_parallel import SplitVAE, divide
+from wan.distributed.vae_parallel import SplitVAE, decode_peak, divide
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
+from wan.modules.released import released_vae
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
 from wan.offload.reader import load
@@ -50,7 +51,9 @@ def decoded(runtime: Runtime, task: str, grid: tuple[int, int], tiles: tuple[int
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("ranks", "grid", "tiles"), [(2, GRID, (1, 1)), (4, GRID, (2, 2)), (4, (1, 3), (1, 1))])
+@pytest.mark.parametrize(
+    ("ranks", "grid", "tiles"), [(2, GRID, (1, 1)), (4, GRID, (2, 2)), (4, (1, 3), (1, 1)), (4, (1, 3), (2, 2))]
+)
 def test_decode(task: str, ranks: int, grid: tuple[int, int], tiles: tuple[int, int]) -> None:
     want = list(vae_of(task).decode(latent_of(vae_of(task), grid)))
     first, *others = run_ranks(decoded, ranks, task, grid, tiles)
@@ -96,6 +99,14 @@ def work_of_a_rank(runtime: Runtime, task: str) -> int:
 def test_each_rank_does_its_part_of_the_work() -> None:
     whole = run_ranks(work_of_a_rank, 1, "t2v-A14B")[0]
     assert max(run_ranks(work_of_a_rank, 4, "t2v-A14B")) < 0.45 * whole  # a quarter and the rims
+
+
+def test_the_first_rank_also_holds_what_it_gathers() -> None:
+    """The pixels of a chunk of 8 frames in float32, as received and put together."""
+    vae, shape = released_vae("t2v-A14B"), (16, 21, 30, 52)
+    busiest = max(vae.decode_peak(shape, 2, (1, 1), region) for region in divide(30, 52, 4))
+    assert decode_peak(vae, shape, 4) - busiest == 2 * (3 * 8 * 240 * 416 * 4)
+    assert decode_peak(vae, shape, 1) == vae.decode_peak(shape, 2)
 
 
 def test_cost_of_a_720p_decode_on_one_of_eight_processes() -> None:

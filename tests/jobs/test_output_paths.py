@@ -138,6 +138,17 @@ def test_a_hundred_thousand_rows_of_one_name_are_one_line() -> None:
     assert time.process_time() - started < 30
 
 
+def test_refusals_take_time_in_proportion(here: Path) -> None:
+    """20,000 files with a wrong ending, and inputs that are in the way: squares would take minutes."""
+    started = time.process_time()
+    assert "and 19,999 more: videos are written" in problem(*[f"{n}.avi" for n in range(20_000)])
+    names = [f"{n}.mp4" for n in range(2_000)]
+    for name in names:
+        (here / name).touch()
+    assert "is read by this run" in problem(*names, inputs=tuple(names))
+    assert time.process_time() - started < 15
+
+
 @pytest.mark.parametrize("name", ["x.json", "x.latents.safetensors", "x.png", "x.mp4"])
 def test_nothing_that_is_there_is_replaced(here: Path, name: str) -> None:
     (here / name).write_text("mine")

@@ -81,6 +81,15 @@ def test_the_product_is_what_cuda_takes(rows: int, monkeypatch: pytest.MonkeyPat
     assert (layer(x).shape, layer(x).dtype) == ((rows, 32), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "multiplies"), [(32, 48, True), (32, 40, False), (40, 32, False)])
+def test_one_odd_axis_is_enough_to_unpack(
+    outputs: int, inputs: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: True)
+    layer = in_fp8(torch.randn(outputs, inputs), torch.zeros(outputs))
+    assert layer.multiplies(torch.randn(3, inputs)) == multiplies
+
+
 def test_what_cuda_does_not_take_is_refused_without_it() -> None:
     """So that the test above can fail."""
     layer = in_fp8(torch.empty(32, 48, device="meta"), torch.empty(32, device="meta", dtype=torch.bfloat16))

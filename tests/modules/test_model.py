@@ -17,10 +17,11 @@ from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
 from wan.modules.block import spans_of
 from wan.modules.context import Prompt
-from wan.modules.fused import EAGER, compiled
+from wan.modules.fused import EAGER, SHAPES, compiled
 from wan.modules.fused import choose as choose_passes
 from wan.modules.model import WanModel, sinusoid
 from wan.modules.rope import rotary_table, rotate
+from wan.modules.t5 import T5Norm
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -329,19 +330,41 @@ def test_a_back_end_that_fails_is_left_out_with_its_reason(tmp_path: Path, monke
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
 
     def milliseconds(attend: Attend, *_: object) -> float:
+        if attend is BACKENDS["flash"]:  # PyTorch's own, which a CPU has not
+            return 1.0
         q = torch.randn(3, 2, 16, dtype=torch.bfloat16)
         attend(q, q, q)
-        return 1.0 if attend is BACKENDS["flash"] else 2.0
+        return 2.0
 
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
     arguments = torch.device("cuda", 7), torch.bfloat16, 2, 16
     name, warnings = choose("auto", *arguments)
     assert name == "flash"
-    assert warnings[0].startswith("attention cudnn is left out: RuntimeError")
+    assert warnings[0].startswith("attention cudnn is left out: ")
     assert warnings[1:] == ("attention flash2 is left out: ImportError: flash_attn_2_cuda.so: undefined symbol",)
     assert choose("sdpa", *arguments) == Choice("sdpa")
     with pytest.raises(InputError, match=r"--attention flash2 fails here \(ImportError: .*undefined symbol\): choose"):
         choose("flash2", *arguments)
+
+
+def test_auto_needs_a_back_end_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of all are refused; wrong results of all are warned of, `sdpa` last (a rehearsal computes no numbers)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+
+    def fail(error: Exception) -> object:
+        def milliseconds(*_: object) -> float:
+            raise error
+
+        return milliseconds
+
+    monkeypatch.setattr(backends, "_milliseconds", fail(RuntimeError("CUDA error: no kernel image")))
+    with pytest.raises(InputError, match=r"--attention auto: .*sdpa.*no kernel image.*flash"):
+        choose("auto", torch.device("cuda", 8), torch.bfloat16, 2, 16)
+    monkeypatch.setattr(backends, "_milliseconds", fail(ValueError(backends.WRONG_RESULT)))
+    name, warnings = choose("auto", torch.device("cuda", 9), torch.bfloat16, 2, 16)
+    assert name == "sdpa"
+    assert "wan.doctor" in warnings[-1]
 
 
 def test_a_back_end_that_computes_something_else_is_told() -> None:
@@ -400,3 +423,71 @@ def test_each_back_end_equals_the_formula_on_a_gpu(name: str) -> None:
     expected = torch.einsum("nqk,knd->qnd", weights, v.float())
     limit = IN_8_BITS if name in QUANTISED else 1e-2
     assert relative_error(BACKENDS[name](q, k, v).float(), expected) < limit
+
+
+# -- float64 where it counts, and the smallest numbers
+
+
+def test_rotary_angles_are_exact_at_released_positions() -> None:
+    """The last tokens of 1280x720x121, whose rows and columns reach 44 and 79: float32 angles are off by 5e-6."""
+    grid, width = (31, 45, 80), 128
+    total = math.prod(grid)
+    table = rotary_table(grid, width, total - 3, total, CPU).double()
+    pairs = [width // 2 - 2 * (width // 6), width // 6, width // 6]
+    for token in range(3):
+        position = (30, 44, 77 + token)
+        angles = [p * 10000.0 ** (-j / n) for p, n in zip(position, pairs, strict=True) for j in range(n)]
+        expected = torch.tensor([[math.cos(a), math.sin(a)] for a in angles], dtype=torch.float64)
+        assert (table[token] - expected).abs().max() < 1e-7
+
+
+def test_the_time_embedding_is_exact_between_whole_steps() -> None:
+    found = sinusoid([833.33, 0.0], 256)[0].double()
+    angles = [833.33 * 10000.0 ** (-j / 128) for j in range(128)]
+    expected = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
+    assert (found - expected).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_norms_of_the_transformer_keep_their_epsilon(size: float) -> None:
+    """eps 1e-6 under the root: rows of zeros stay zeros, and values of 1e-7 become 1e-4, not 1."""
+    x = size * torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    y, turned, normed = x.clone(), x.clone(), torch.empty_like(x)
+    EAGER.rms_norm(y, torch.ones(4), 1e-6)
+    EAGER.rms_norm_rotate(turned, torch.ones(4), torch.tensor([[[1.0, 0.0]] * 2] * 2), 1e-6)
+    EAGER.norm(x, torch.ones(4), torch.zeros(4), 1e-6, normed)
+    t5 = T5Norm(4)
+    t5.weight.data.fill_(1)
+    for found in (y, turned, normed, t5(x)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-12)
+
+
+def test_patches_are_embedded_as_by_a_convolution() -> None:
+    model, latent = random_model(), torch.randn(16, 3, 4, 6)
+    layer = model.patch_embedding
+    exact = torch.nn.functional.conv3d(
+        latent[None].double(), layer.weight.double(), layer.bias.double(), stride=(1, 2, 2)
+    )
+    assert relative_error(layer(latent).double(), exact[0].flatten(1).t()) < 1e-6
+    assert layer.bfloat16()(latent).dtype == torch.bfloat16
+
+
+def test_passes_are_compiled_for_many_shapes_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's limit is 8 in threads other than the main one, unless it comes with the call."""
+    limits: list[int | None] = []
+
+    def compile_it(work: object, *, dynamic: bool, recompile_limit: int | None = None) -> object:
+        limits.append(recompile_limit)
+        return work if not dynamic else None
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    compiled.__wrapped__()
+    assert limits == [SHAPES] * len(EAGER)
+
+
+def test_one_rotary_table_is_kept() -> None:
+    """Plans count one; a batch may have many sizes."""
+    for rows in (1, 2, 3):
+        rotary_table((1, rows, 2), 16, 0, 2 * rows, CPU)
+    assert rotary_table.cache_info().currsize == 1

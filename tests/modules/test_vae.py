@@ -14,7 +14,7 @@ from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
 from wan.checkpoints.pth_file import PickleStore
-from wan.modules.causal_conv import NORM_EPSILON, STRIPS, convolve, doubling, norm_silu
+from wan.modules.causal_conv import NORM_EPSILON, STRIPS, RMSNorm, convolve, doubling, norm_silu
 from wan.modules.released import VAES
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wan.modules.vae_coders import Region
@@ -319,3 +319,14 @@ def test_cost_of_a_720p_decode() -> None:
 @pytest.mark.slow
 def test_cost_of_a_tiled_720p_decode() -> None:
     assert count_decode("2.1", chunk=1, tiles=(2, 2), length=5).peak <= 6.65 * 2**30
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) -> None:
+    """The original divides by a length of at least 1e-12: values of 1e-7 become 1, zeros stay zeros."""
+    norm, x = RMSNorm(4, axes=3).requires_grad_(False), size * torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(1, 1, 2, 4)
+    expected = x.sign()
+    torch.testing.assert_close(norm(x), expected)
+    out = torch.empty(1, 1, 2, 4)
+    norm.activate(x.contiguous(), out)
+    torch.testing.assert_close(out, torch.nn.functional.silu(expected))

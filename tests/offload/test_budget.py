@@ -11,7 +11,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.modules.released import released_transformer
 from wan.modules.t5 import UMT5Encoder
-from wan.offload.budget import LEAST_SLOTS, POOLS_BYTES, Budget, Sizes, fit
+from wan.offload.budget import FLOOR_BYTES, LEAST_SLOTS, POOLS_BYTES, Budget, Sizes, fit
 from wan.offload.networks import Networks, sizes_of
 from wan.offload.reader import Source, parameter_dtypes
 
@@ -83,10 +83,8 @@ def test_a_budget_uses_what_there_is_and_no_more(task: str, free: int) -> None:
     experts = {"model": released(task)} if task == "ti2v-5B" else dict.fromkeys(("high", "low"), released(task))
     budget = fit(free * GB, experts, None, activations=4 * GB, decode=2 * GB)
     assert budget.problem is None
-    assert (
-        budget.resident
-        or free * GB - budget.peak < 0.03 * free * GB + POOLS_BYTES + budget.experts[next(iter(experts))].block_bytes
-    )
+    unused = max(0.03 * free * GB, 1.05 * FLOOR_BYTES) + POOLS_BYTES
+    assert budget.resident or free * GB - budget.peak < unused + budget.experts[next(iter(experts))].block_bytes
 
 
 def test_keeping_everything_takes_all_of_it() -> None:

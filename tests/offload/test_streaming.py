@@ -11,13 +11,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import wan
@@ -29,6 +32,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
 from wan.modules.model import WanModel
+from wan.modules.t5 import UMT5Encoder
 from wan.offload.copy_stream import CopyStream, GpuCopyStream, Slot
 from wan.offload.networks import Networks, text_encoder
 from wan.offload.reader import PIECE_BYTES, READERS, ReadError, Source, allocate, load
@@ -403,65 +407,80 @@ def test_what_was_not_planned_is_a_bug(file: Path) -> None:
 # -- the order on a device
 
 
-class Recording(CopyStream):
-    """Two streams that only remember: each has a clock, an event is a copy of a stream's clock, waiting for it takes
-    the later of each hand. Writing a slot fails if its last use is not known to the copies, using it if its last
-    write is not known to the computation.
-    """
+class RecordedStream:
+    """A stream that only remembers: it has a clock with a hand for each stream; an event is a copy of that clock, and
+    waiting for it takes the later of each hand."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.clocks = {"copies": {"copies": 0, "compute": 0}, "compute": {"copies": 0, "compute": 0}}
-        self.lock = threading.Lock()
-        self.used: dict[int, int] = {}
-        self.wrote: dict[int, int] = {}
-        self.events: dict[tuple[str, int], dict[str, int]] = {}
+    def __init__(self, _: object = None) -> None:
+        self.clock: dict[int, int] = {}
 
-    def record(self, stream: str, slot: Slot) -> None:
-        with self.lock:
-            self.clocks[stream][stream] += 1
-            self.events[stream, slot.index] = dict(self.clocks[stream])
+    def issue(self) -> int:
+        """Work on this stream; its number."""
+        self.clock[id(self)] = self.clock.get(id(self), 0) + 1
+        return self.clock[id(self)]
 
-    def wait(self, stream: str, other: str, slot: Slot) -> None:
-        with self.lock:
-            event = self.events[other, slot.index]
-            self.clocks[stream] = {hand: max(now, event[hand]) for hand, now in self.clocks[stream].items()}
+    def record_event(self) -> dict[int, int]:
+        return dict(self.clock)
+
+    def wait_event(self, event: dict[int, int]) -> None:
+        self.clock = {hand: max(self.clock.get(hand, 0), event.get(hand, 0)) for hand in {*self.clock, *event}}
+
+    def knows(self, other: "RecordedStream", number: int) -> bool:
+        return self.clock.get(id(other), 0) >= number
+
+    def synchronize(self) -> None: ...
+
+
+class Watched(GpuCopyStream):
+    """The copy stream of GPUs. A slot must not be written before its last use is over, nor used before it is written:
+    only the events of the class under test can tell one stream of the other's work."""
+
+    def __init__(self, compute: RecordedStream) -> None:
+        super().__init__(torch.device("cuda", 0))
+        self.compute, self.used, self.wrote = compute, dict[int, int](), dict[int, int]()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        yield
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
-        self.wait("copies", "compute", slot)
-        assert self.clocks["copies"]["compute"] >= self.used.get(slot.index, 0), "written before its last use was over"
-        yield
-        self.record("copies", slot)
-        self.wrote[slot.index] = self.clocks["copies"]["copies"]
+        copies = cast(Any, self.copies)
+        with super().write(slot):
+            assert copies.knows(self.compute, self.used[slot.index]), "written before its last use was over"
+            yield
+            self.wrote[slot.index] = copies.issue()
 
     def enter(self, slot: Slot) -> None:
-        self.wait("compute", "copies", slot)
-        assert self.clocks["compute"]["copies"] >= self.wrote[slot.index], "used before it was written"
+        super().enter(slot)
+        assert self.compute.knows(cast(Any, self.copies), self.wrote[slot.index]), "used before it was written"
 
     def leave(self, slot: Slot) -> None:
-        self.record("compute", slot)
-        self.used[slot.index] = self.clocks["compute"]["compute"]
+        self.used[slot.index] = self.compute.issue()
+        super().leave(slot)
 
 
-class Careless(Recording):
-    """Copies that do not wait for the computation."""
-
-    def wait(self, stream: str, other: str, slot: Slot) -> None:
-        if stream == "compute":
-            super().wait(stream, other, slot)
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    compute = RecordedStream()
+    for name, stand_in in (
+        ("Stream", RecordedStream), ("current_stream", lambda _: compute), ("stream", lambda _: nullcontext()),
+        ("device", lambda _: nullcontext()),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Watched(compute)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
-def test_every_event_is_waited_for(slots: int, file: Path) -> None:
-    stream = Recording()
-    forwards(networks_of(TensorStore.open(file), slots, stream), 3)
-    assert len(stream.used) == slots
+def test_every_event_is_waited_for(slots: int, file: Path, watched: Watched) -> None:
+    forwards(networks_of(TensorStore.open(file), slots, watched), 3)
+    assert len(watched.used) == len(watched.wrote) == slots
 
 
-def test_the_recording_double_notices(file: Path) -> None:
+def test_copies_that_do_not_wait_are_noticed(file: Path, watched: Watched) -> None:
+    watched.copies.wait_event = lambda _: None  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="written before its last use was over"):
-        forwards(networks_of(TensorStore.open(file), 2, Careless()), 2)
+        forwards(networks_of(TensorStore.open(file), 2, watched), 2)
 
 
 def test_a_long_batch_keeps_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,3 +630,18 @@ def test_host_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
     _, whole, peak = fresh("streamed", path)
     block, texts = whole / 20, 20 * 2 * 2 * 512 * 1024
     assert peak * whole <= 3 * block + (READERS + 1) * PIECE_BYTES + texts + 80e6
+
+
+def test_a_second_text_call_reads_only_what_has_no_slot(tmp_path: Path) -> None:
+    build = partial(UMT5Encoder, vocab=10, dim=8, dim_attn=8, dim_ffn=8, num_heads=2, num_layers=8)
+    save_file({name: torch.ones_like(p) for name, p in build().named_parameters()}, tmp_path / "t5.safetensors")
+    with torch.device("meta"):
+        blueprint = build()
+    source = Source(TensorStore.open(tmp_path / "t5.safetensors"), lambda _: torch.float32)
+    encode = text_encoder(blueprint, source, CPU, 4)
+    prefetcher = inspect.getclosurevars(encode).nonlocals["networks"].prefetcher
+    copies = []
+    for _ in range(3):
+        encode([torch.tensor([7, 3, 9])])
+        copies.append(prefetcher.copies - sum(copies))
+    assert copies == [8, 6, 6]

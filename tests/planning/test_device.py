@@ -13,7 +13,7 @@ from tests.cli.test_command_line import SMALL, T2V
 from wan.distributed.launch import Runtime
 from wan.jobs.resolve import resolve
 from wan.planning import build
-from wan.planning.device import compute_device, held_by_others, limit_memory
+from wan.planning.device import compute_device, held_by_others, limit_memory, precision_problems
 from wan.planning.report import Outlook
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
@@ -91,7 +91,83 @@ def test_a_gpu_without_room_for_a_context_is_told(words: str, monkeypatch: pytes
     for name, answer in (("is_available", True), ("device_count", 1), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", full)
-    assert refusal("cuda") == f"--device cuda: the GPU cannot be used: {words}"
+    assert refusal("cuda").startswith(f"--device cuda: the GPU cannot be used: {words}; ")
+
+
+class FakeGpu:
+    """A GPU as PyTorch's functions describe it. settings: what the allocator was set to, in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 9)) -> None:
+        self.settings: list[str] = []
+        self.empty, self.zeros = torch.empty, torch.zeros
+        self.patch = monkeypatch
+        answers: dict[str, Any] = {
+            "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None,
+            "mem_get_info": (int(8e9), int(8e9)), "get_device_capability": capability, "get_device_name": "Card 7",
+            "get_arch_list": ["sm_80", "sm_90"],
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.settings.append, raising=False)
+        self.refuse({})
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+
+    def refuse(self, words: dict[str, str]) -> None:
+        """Let torch.empty or torch.zeros on the GPU fail with these words."""
+        for name, make in (("empty", self.empty), ("zeros", self.zeros)):
+
+            def made(*size: int, device: Any = None, name: str = name, make: Any = make, **more: Any) -> torch.Tensor:
+                if torch.device(device or "cpu").type == "cuda" and name in words:
+                    raise RuntimeError(words[name])
+                return make(*size, **more)
+
+            self.patch.setattr(torch, name, made)
+
+
+def test_segments_grow_where_a_first_allocation_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual GPUs refuse them, WSL is never asked, and a setting of the user stays."""
+    gpu, grow = FakeGpu(monkeypatch), "expandable_segments:True"
+    compute_device("cuda")
+    assert gpu.settings == [grow]
+    gpu.refuse({"empty": "CUDA driver error: operation not supported"})
+    compute_device("cuda")
+    assert gpu.settings[1:] == [grow, "expandable_segments:False"]
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p: "6.6-microsoft-WSL2" if p.name == "osrelease" else read(p))
+    compute_device("cuda")
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    compute_device("cuda")
+    assert len(gpu.settings) == 3
+
+
+def test_an_error_of_the_allocator_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    gpu.refuse({"zeros": "CUDA driver error: operation not supported\nmore"})
+    assert "unset PYTORCH_ALLOC_CONF=expandable_segments:True" in refusal("cuda")
+
+
+def test_a_gpu_on_which_nothing_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, capability=(7, 0))
+    gpu.refuse({"zeros": "CUDA error: no kernel image is available for execution on the device\nSearch for it"})
+    said = refusal("cuda")
+    for part in ("--device cuda", "Card 7", "7.0", torch.__version__, "sm_80, sm_90"):
+        assert part in said
+    gpu.refuse({"zeros": "CUDA error: an illegal memory access was encountered\nmore"})
+    assert "--device cuda: the GPU cannot be used: CUDA error: an illegal memory access" in refusal("auto")
+
+
+def test_bf16_below_capability_8_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, capability=(7, 5))
+    (problem,) = precision_problems(GPU, torch.bfloat16, "fp32")
+    assert "--dtype fp32" in problem
+    for device, dtype in ((GPU, torch.float32), (torch.device("cpu"), torch.bfloat16)):
+        assert precision_problems(device, dtype, "fp32") == []
+    FakeGpu(monkeypatch, capability=(8, 0))
+    assert precision_problems(GPU, torch.bfloat16, "fp32") == []
 
 
 def test_a_limit_ends_with_the_plan_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +220,15 @@ def test_mps_computes_in_the_memory_of_the_host() -> None:
     assert needed[0] == needed[1] is not None
     assert Accelerator(torch.device("mps")).free_bytes > 0
     assert Accelerator(torch.device("mps")).bytes_of_others == 0
+
+
+def test_bf16_decoding_without_cudnn_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    (problem,) = precision_problems(GPU, torch.bfloat16, "bf16")
+    assert "--vae_dtype bf16" in problem
+    for device, vae_dtype in ((GPU, "fp32"), (torch.device("cpu"), "bf16")):
+        assert precision_problems(device, torch.bfloat16, vae_dtype) == []
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    assert precision_problems(GPU, torch.bfloat16, "bf16") == []

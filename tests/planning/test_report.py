@@ -97,7 +97,7 @@ def test_memory_of_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     lines = plan(capsys)
     assert re.search(r"available; peaks: denoise \d+ MB, decode [\d.]+ MB, text ", line(lines, "host memory "))
     assert not [each for each in lines if "--vram" in each]
-    assert line(lines, "disk: at most ")
+    assert line(lines, "disk: about ")
     monkeypatch.setattr(report, "host_bytes", lambda: 1000)
     assert "--vram GB" in line(plan(capsys), "warning: not enough memory")
 

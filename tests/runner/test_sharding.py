@@ -1,5 +1,6 @@
 """A prompt file divided over independent processes: together they make what one makes, whatever dies on the way."""
 
+import json
 import os
 import random
 import re
@@ -140,7 +141,11 @@ def test_two_shards_make_what_one_process_makes(capsys: pytest.CaptureFixture[st
     assert generate.main(words(3, Path("one"))) == 0
     for shard in ("2/2", "1/2"):
         assert generate.main(words(3, Path("many"), "--shard", shard)) == 0
-    assert "video 0002 (2 of 2): " in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", told.err, re.M)
+    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", told.out, re.M)
+    (record,) = Path("many").glob("t2v-A14B_0002_*.json")
+    assert json.loads(record.read_text())["job"]["index"] == 2
     assert_equal_videos(Path("many"), Path("one"), 3)
     assert generate.main(words(3, Path("many"), "--shard", "4/4")) == 0, "none falls to it"
 

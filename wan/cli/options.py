@@ -258,6 +258,7 @@ class Request:
         "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished", example="")
+    ignore_disk: bool = option(OUTPUT, START, truth, "", "start although the disk cannot hold all videos")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",
         choices=("continue", "stop"))
     replay: str | None = option(OUTPUT, START, path, "FILE",

@@ -27,7 +27,7 @@ import torch
 from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
-from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge
+from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
 from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
@@ -101,6 +101,7 @@ def checks_of(machine: Machine) -> list[Check]:
         *attention_checks(machine),
         Check("LoRA merge", lora_merge),
         Check("weights in fp8", fp8_layer),
+        Check("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
         Check("exchange between GPUs", exchange),
         *rate_checks(),

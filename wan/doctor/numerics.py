@@ -25,15 +25,17 @@ from lightning.merge import Merge
 from wan.configs import TASKS
 from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, short, within
 from wan.doctor.measure import relative_error, rms_error
+from wan.doctor.rates import VAE_ROOM, random_vae
 from wan.jobs.job import Sampling
 from wan.jobs.weights import both
 from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
+from wan.modules.released import VAES
 from wan.original_api import Original
 from wan.planning.memory import plan_video
 from wan.sampling import Video
-from wan.utils.accelerator import Accelerator
+from wan.utils.accelerator import Accelerator, peak_gpu_bytes
 from wan.utils.progress import quantity
 
 DTYPES = torch.float32, torch.bfloat16
@@ -47,6 +49,8 @@ IN_8_BITS = 6e-2
 FP8 = (2e-2, 5e-2)
 END_TO_END = 1e-4  # float32: largest error over the largest magnitude, from prompt to latent and to pixels
 BF16 = (1e-3, 1.5e-2)  # root mean square of the final latent; below the first it would not be bf16
+VAE_BF16 = (1e-4, 2e-2)  # root mean square; on a CPU 3e-3 to 8e-3
+VAE_PEAK = 1.3  # of the planned bytes; without cuDNN 2.9 in an example
 TILED = 1e-5  # tiles are the same numbers in kernels of other sizes
 # Root mean square. With the inputs of every convolution rounded to TF32's 11 bits on a CPU: 1.1e-3 to 1.5e-3.
 TF32 = 5e-3
@@ -114,6 +118,31 @@ def lora_merge(machine: Machine) -> Outcome:
     return Outcome(
         outcome.verdict, f"{equal}, {outcome.sentence}", outcome.advice, outcome.values | {"rounded_apart": rounded}
     )
+
+
+def vae_in_bf16(machine: Machine) -> Outcome:
+    """`--vae_dtype bf16` at the released width, with random weights: its error, and on a GPU the memory it takes."""
+    accelerator, kind, shape = Accelerator(machine.device), VAES[16], (16, 2, 6, 8)
+    if machine.small:
+        kind, shape = (16, 16, 16, False), (16, 2, 2, 2)
+    elif accelerator.has_memory:
+        shape = (16, 3, 60, 104) if accelerator.free_bytes > VAE_ROOM else (16, 3, 20, 36)
+    vae = random_vae(kind, machine.device)
+    latent = torch.randn(shape, device=machine.device)
+    with torch.inference_mode(), tf32(False):
+        exact = torch.cat([part.cpu() for part in vae.decode(latent)], dim=1)
+        vae.decode_in(torch.bfloat16)
+        before = accelerator.reset_peak_bytes()
+        found = torch.cat([part.cpu() for part in vae.decode(latent)], dim=1)
+    least, limit = VAE_BF16
+    outcome = within("root mean square error", rms_error(found, exact), limit, "leave --vae_dtype out", least)
+    if outcome.verdict != GOOD or not accelerator.has_memory:
+        return outcome
+    peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak(shape)
+    memory = f"{outcome.sentence}; at its peak {quantity(peak, 'B')}, planned {quantity(planned, 'B')}"
+    if peak > VAE_PEAK * planned:
+        return Outcome(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
+    return Outcome(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
 
 
 # -- with the small checkpoints

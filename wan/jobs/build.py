@@ -145,9 +145,10 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
             source=row.source,
             picture=picture,
             last_image=row.last_image,
+            named=row.save_file is not None,
         )
         if request.save_file is not None and single and not request.chain:
-            job = replace(job, save_file=expanded(request.save_file))
+            job = replace(job, save_file=expanded(request.save_file), named=True)
         slugged = f"{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
         for n in range(request.num_videos):
             each = replace(job, index=len(jobs), seed=job.seed + n)

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
-from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
 from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
@@ -82,28 +81,29 @@ def check_outputs(
     flag = "--save_file " if request.save_file is not None else ""
     if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    usable = _check_names([file for file in files if file not in wrong], check)
-    mine = usable if own is None else [file for file in usable if file in own]
+    misnamed = set(wrong)
+    usable = _check_names([file for file in files if file not in misnamed], check)
     written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
-    written = {file: written[file] for file in mine}
+    written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
-        check.problem(
-            f"{flag}{_shown(folders)}: is a folder, and a file is to be written there; --save_dir takes a folder"
-        )
+        check.problem(f"{flag}{_shown(folders)}: is a folder, not a file; --save_dir takes a folder")
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     if taken := [path for path in there if place(path) in read]:
         check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(paths)]
-    if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
+    reported = {*taken, *folders}
+    if not request.overwrite and (there := [path for path in there if path not in reported]):
         check.problem(
             f"{flag}{_shown(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
-    _check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+    for folder in sorted({folder.absolute() for folder in {file.parent for file in written}}):
+        if problem := _folder_problem(folder):
+            check.problem(f"{problem}; choose another --save_dir")
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
@@ -202,12 +202,6 @@ def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
         check.problem(f"{flag} {problem}")
 
 
-def _check_folders(folders: Iterable[Path], check: Check) -> None:
-    for folder in sorted(folders):
-        if problem := _folder_problem(folder):
-            check.problem(f"{problem}; choose another --save_dir")
-
-
 def _folder_problem(folder: Path) -> str | None:
     """Why no file can be written in `folder`, which may not exist yet; None if it can."""
     for path in (folder, *folder.parents):
@@ -251,18 +245,3 @@ def _shown(paths: Sequence[Path]) -> str:
     if len(paths) <= 2:
         return " and ".join(map(str, paths))
     return f"{paths[0]} and {len(paths) - 1:,} more"
-
-
-MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
-
-
-def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
-    """What the videos need at most on the disk, by the nearest folder that is there."""
-    needed: dict[Path, float] = {}
-    for job in jobs:
-        folder = job.save_file.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
-        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
-    return needed

@@ -36,8 +36,6 @@ from wan.utils.strict_json import parse_json
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
-
-
 FOREIGN_TASKS = {  # by the begin of their names
     "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
     "t2i": "for a picture take t2v-A14B with --frame_num 1", "flf2v": "take i2v-A14B with --image and --last_image",
@@ -71,8 +69,11 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
-    if check.problems and not isinstance(outcome, Extend):
-        _check_checkpoint(request, config, check)
+    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
+    with suppress(PermissionError):  # reported when it is opened
+        if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
+            # Without other problems the plan reports the files that are missing.
+            check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
     return replace(outcome, warnings=(*check.warnings, *without_effect(values, request)))
 
@@ -110,9 +111,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [
-        path for job in jobs for name, path in job.pictures.items() if path and not (name == "image" and job.follows)
-    ]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
     numbers = {job.index // request.num_videos for job in own}
@@ -154,7 +153,7 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     get = f"get it with: {download_command(config.hub_id)}"
     given = request.ckpt_dir
     if given is None:
-        own = _given_parts(request)
+        own = _replaced_parts(request)
         lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
         lacking += [f"--{part}" for part in PARTS if part not in own]
         if not lacking:
@@ -171,18 +170,10 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     return path
 
 
-def _given_parts(request: Request) -> set[str]:
+def _replaced_parts(request: Request) -> set[str]:
     """The parts for which flags name files that replace the checkpoint's."""
     experts = {text.partition("=")[0] for text in request.expert or ()}
     return experts | {part for part in PARTS if getattr(request, part) is not None}
-
-
-def _check_checkpoint(request: Request, config: TaskConfig, check: Check) -> None:
-    """Add files that a local checkpoint lacks to other problems; without any the plan reports them."""
-    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(PermissionError):  # reported when it is opened
-        if folder and folder.is_dir():
-            check.attempt(partial(check_complete, folder, config, _given_parts(request)))
 
 
 def program() -> str:

@@ -1,7 +1,4 @@
-"""A part of a prompt file for each of several independent processes: every N-th video, or chain, of the whole file.
-
-Numbers, seeds and names are those of the whole file, so they do not depend on how many processes there are.
-"""
+"""`--shard`: every N-th video, or chain, of a prompt file. Numbers, seeds and names are those of the whole file."""
 
 from __future__ import annotations
 

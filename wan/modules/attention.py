@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.utils.errors import InputError, one_line
 
+aten = torch.ops.aten
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,15 +28,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through PyTorch's own flash kernel, where its pick may be another one."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return sdpa(q, k, v)
+    """PyTorch's own flash kernel, called as such: `sdpa_kernel` would set flags of the whole process."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0][0].transpose(0, 1)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same through cuDNN's kernel: the fastest of PyTorch's own on some GPUs, the slowest on others."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v)
+    """cuDNN's kernel: the fastest of PyTorch's own on some GPUs, the slowest on others."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0][0].transpose(0, 1)
 
 
 def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,6 +80,7 @@ BACKENDS: dict[str, Attend] = {
 # values beside them: SageAttention on compute capability 9.0, where it takes most, 8 bits of each, and of values two
 # copies in 16 bits.
 QUANTISED = {"sage": 7}
+WRONG_RESULT = "its result is wrong on this GPU"
 RIGHT = 0.1  # of a result's length: farther from the formula is no rounding, not even to 8 bits
 
 
@@ -130,8 +131,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
             failed[each] = one_line(e)
     if name in failed:
         raise InputError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
-    warnings = tuple(f"attention {each} is left out: {reason}" for each, reason in failed.items())
-    return Choice(min(times, key=lambda each: times[each], default="sdpa"), warnings)
+    reasons = [f"attention {each} is left out: {reason}" for each, reason in failed.items()]
+    if times:
+        return Choice(min(times, key=lambda each: times[each]), tuple(reasons))
+    if WRONG_RESULT not in failed["sdpa"]:
+        raise InputError(f"--attention auto: no back end works on this GPU ({'; '.join(reasons)})")
+    return Choice("sdpa", (*reasons, "attention sdpa is used all the same: see what `python -m wan.doctor` says"))
 
 
 def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> float:
@@ -157,4 +162,4 @@ def _check(found: Tensor, q: Tensor, k: Tensor) -> None:
         scores = torch.einsum("qnd,knd->nqk", q[rows].float(), k.float()) * q.shape[-1] ** -0.5
         exact = torch.einsum("nqk,knd->qnd", scores.softmax(-1), k.float())
         if not (found[rows].float() - exact).norm() <= RIGHT * exact.norm():  # NaN compares false
-            raise ValueError("its result is wrong on this GPU")
+            raise ValueError(WRONG_RESULT)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,9 @@ SHAPES = 128  # of rows, times their dtypes, that one process compiles a pass fo
 @cache
 def compiled() -> Passes:
     """Each made one kernel by PyTorch's compiler, at its first call and for the shapes of that call."""
+    if "recompile_limit" in signature(torch.compile).parameters:  # there the setting below is the calling thread's own
+        options = {"dynamic": False, "recompile_limit": SHAPES}
+        return Passes(*(torch.compile(each, **options) for each in EAGER))  # type: ignore[call-overload]
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
     setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8, is two sizes of videos that pin an image

@@ -61,7 +61,7 @@ class WanModel(nn.Module):
         self.tokens: TokenSplit = TokenSplit()
         self.residency: Residency = Residency()
         self.rows = ROWS
-        self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
+        self.patch_embedding = PatchEmbedding(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -92,9 +92,8 @@ class WanModel(nn.Module):
         self, latent: Tensor, timestep: float, prompts: Sequence[Prompt], pinned_frames: int
     ) -> list[Tensor]:
         """As above; each block does all prompts before the next one begins."""
-        x = self.patch_embedding(latent[None].to(self.patch_embedding.weight.dtype))[0]
-        grid = (x.shape[1], x.shape[2], x.shape[3])
-        x = rearrange(x, "d f h w -> (f h w) d").contiguous()
+        grid = (latent.shape[1] // PATCH[0], latent.shape[2] // PATCH[1], latent.shape[3] // PATCH[2])
+        x = self.patch_embedding(latent)
         total = x.shape[0]
         start, stop = self.tokens.span(total)
         x = self.tokens.shard(x)
@@ -153,6 +152,17 @@ class WanModel(nn.Module):
             if takes_fp8(name, len(self.blocks), kept):
                 outputs, inputs = parameter.shape
                 self.set_submodule(name.removesuffix(".weight"), Fp8Linear(inputs, outputs))
+
+
+class PatchEmbedding(nn.Conv3d):
+    """A convolution over patches that do not overlap, as a matrix product: in bf16 some releases of PyTorch compute a
+    Conv3d without cuDNN, and on all devices the product needs no copy to put the tokens in rows."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """[C, f, h, w] -> [L, D]."""
+        t, q, r = PATCH
+        patches = rearrange(latent, "c (f t) (h q) (w r) -> (f h w) (c t q r)", t=t, q=q, r=r)
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class Head(nn.Module):

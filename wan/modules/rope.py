@@ -11,7 +11,7 @@ from torch import Tensor
 THETA = 10000.0
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # plans count one table
 def rotary_table(grid: tuple[int, int, int], head_width: int, start: int, stop: int, device: torch.device) -> Tensor:
     """(cos, sin) of every pair's angle for tokens `start` to `stop` of a (frames, rows, columns) grid.
 

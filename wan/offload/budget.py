@@ -15,6 +15,7 @@ LEAST_SLOTS = 2  # with one, every read waits for the block before it
 # A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
 TRANSIT_BYTES = 6 * PIECE_BYTES
 MARGIN = 0.02  # of the free memory: rounding of allocations
+FLOOR_BYTES = 500_000_000  # of the free memory at least, else the allocator often fails, returns memory and tries again
 POOLS_BYTES = 256 << 20  # unused memory that PyTorch's allocator holds at a peak; each of two streams has a pool
 
 
@@ -98,6 +99,11 @@ class Budget:
         return f"{stay} of {sizes.blocks} blocks stay, {sizes.blocks - stay} pass through {self.slots - stay} slots"
 
 
+def usable_bytes(free: int) -> int:
+    """The part of the free bytes that tensors may take."""
+    return free - max(int(free * MARGIN), FLOOR_BYTES) - POOLS_BYTES
+
+
 def fit(
     free: int,
     experts: Mapping[str, Sizes],
@@ -125,7 +131,7 @@ def fit(
     total = sum(sizes.blocks for sizes in experts.values())
     resident = sum(sizes.resident for sizes in experts.values())
     slot_bytes = max(sizes.block_bytes for sizes in experts.values())
-    usable = int(free * (1 - MARGIN)) - resident - TRANSIT_BYTES - POOLS_BYTES
+    usable = usable_bytes(free) - resident - TRANSIT_BYTES
 
     def slots_beside(work: int) -> int:
         return total if keep else min(total, (usable - work) // slot_bytes)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from wan.utils.accelerator import Accelerator, gpu_kind, has_mps
+from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, has_mps
 from wan.utils.errors import InputError, first_line
 
 LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
+BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
+CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
 
 
@@ -51,8 +53,11 @@ def compute_device(name: str) -> torch.device:
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
+        Accelerator(device).check()
     except RuntimeError as e:
-        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}") from e
+        advice = f"unset {allocator_setting()}, or " if allocator_setting() else ""
+        advice += "give --device cpu (slow)"
+        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; {advice}") from e
     return device
 
 
@@ -64,6 +69,24 @@ def device_warnings(name: str, device: torch.device) -> list[str]:
             "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
         ]
     return []
+
+
+def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str) -> list[str]:
+    """Why the transformer cannot run in `dtype` on the device, or the autoencoder decode with `--vae_dtype`."""
+    problems, accelerator, cudnn = [], Accelerator(device), torch.backends.cudnn.version() or 0
+    if accelerator.capability is None:
+        return []
+    if dtype == torch.bfloat16 and accelerator.capability < BF16_CAPABILITY:
+        problems.append(
+            f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
+            "capability 8.0); use --dtype fp32"
+        )
+    if vae_dtype == "bf16" and torch.__version__.startswith("2.9.") and cudnn < CUDNN_FOR_29:
+        problems.append(
+            f"--vae_dtype bf16: PyTorch {torch.__version__} computes it without cuDNN, which takes more memory and may "
+            f"be wrong, unless cuDNN is 9.15 or newer (here {cudnn}); leave it out, or install another PyTorch"
+        )
+    return problems
 
 
 def limit_memory(device: torch.device, vram: float | None) -> int | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
 from wan.jobs.chains import chains, frames_joined
 from wan.jobs.job import Job
-from wan.jobs.output_paths import written_bytes
 from wan.modules.fp8 import why_unpacked
 from wan.planning.communication import plan_lines
+from wan.planning.disk import disks
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.planning.time_estimate import expect, network_of, sharded_bytes
 from wan.sampling import Step
@@ -28,7 +27,7 @@ STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, t
 class Outlook:
     """A plan on this machine as it is now. Bytes; host memory is what all processes here need together.
 
-    done: indices of the jobs whose videos exist. disk: by folder, the most that may be written, and what is free.
+    done: indices of the jobs whose videos exist.
     """
 
     def __init__(self, plan: Plan, done: Collection[int] = ()) -> None:
@@ -43,7 +42,7 @@ class Outlook:
             needed = STREAMING_BYTES + (plan.weight_bytes["text encoder"] if plan.text_device.type == "cpu" else 0)
         self.host_needed = needed and needed * self.here
         self.host_available = host_bytes()
-        self.disk = {path: (size, shutil.disk_usage(path).free) for path, size in written_bytes(plan.jobs).items()}
+        self.disks = disks(todo, latents=plan.request.save_latents)
 
     def lines(self) -> list[str]:
         """The plan as printed before the run starts."""
@@ -60,7 +59,10 @@ class Outlook:
             },
             "host": {"needed": self.host_needed, "available": self.host_available},
             "disk": [
-                {"folder": str(folder), "needed": needed, "free": free} for folder, (needed, free) in self.disk.items()
+                {
+                    "folder": str(disk.folder), "needed": disk.likely, "least": disk.least, "most": disk.most,
+                    "free": disk.free,
+                } for disk in self.disks
             ],
         }  # fmt: skip
 
@@ -77,10 +79,7 @@ class Outlook:
             lines.append(f"host memory {host} available; peaks{each}: {peaks}")
             if self.host_needed and self.host_needed > self.host_available:
                 lines.append("warning: not enough memory; use --vram GB to stream weights from disk")
-        for folder, (size, free) in self.disk.items():
-            there = f" in {folder}" if len(self.disk) > 1 else ""
-            lines.append(f"disk: at most {quantity(size, 'B')} to write{there}, {quantity(free, 'B')} free")
-        return lines
+        return lines + [line for disk in self.disks for line in (disk.line(), disk.warning) if line]
 
     def _job_lines(self) -> list[str]:
         """The jobs, of many the first ones; how many are done; seconds for the others."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+NO_KERNEL_IMAGE = 209  # CUDA's number of this error
 COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
 
 
@@ -62,11 +63,52 @@ class Accelerator:
         free, total = self.api.mem_get_info(self.device)
         return int(total - free - self.api.memory_reserved(self.device))
 
+    def reset_peak_bytes(self) -> int:
+        """Start to measure the peak of allocated bytes; the bytes allocated now."""
+        if not self.has_memory:
+            return 0
+        self.api.reset_peak_memory_stats(self.device)
+        return int(self.api.memory_allocated(self.device))
+
     def limit_memory(self, size: int | None) -> None:
         """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
         if self.has_memory:
             total = self.api.get_device_properties(self.device).total_memory
             self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
+
+    def check(self) -> None:
+        """Set up the allocator and run a kernel. RuntimeError in one line if the device cannot compute."""
+        if self.has_memory:
+            self._let_segments_grow()
+            try:
+                torch.zeros(1, device=self.device).add_(1)
+                self.api.synchronize(self.device)
+            except RuntimeError as e:
+                if getattr(e, "error_code", None) != NO_KERNEL_IMAGE and "no kernel image" not in str(e):
+                    raise
+                built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
+                major, minor = self.capability or (0, 0)
+                raise RuntimeError(
+                    f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
+                    f"{built_for}: install a PyTorch built for this GPU"
+                ) from e
+
+    def _let_segments_grow(self) -> None:
+        """Use `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit.
+
+        Not under WSL and on virtual GPUs, whose drivers lack what it needs: a first allocation decides. A setting of
+        the user stays.
+        """
+        release = Path("/proc/sys/kernel/osrelease")
+        if not release.exists() or "microsoft" in release.read_text().lower() or allocator_setting():
+            return
+        configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
+        configure = configure or torch.cuda.memory._set_allocator_settings
+        configure("expandable_segments:True")
+        try:
+            torch.empty(1, device=self.device)
+        except RuntimeError:
+            configure("expandable_segments:False")
 
     def current(self) -> AbstractContextManager[object]:
         """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of
@@ -86,6 +128,12 @@ class Accelerator:
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued to the device so far; None where each operation ends before the next."""
         return self.api.current_stream(self.device).record_event() if self.has_memory else None
+
+
+def allocator_setting() -> str:
+    """The user's setting of PyTorch's allocator, as NAME=VALUE; "" without one. PyTorch 2.8 renamed the variable."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((f"{name}={os.environ[name]}" for name in names if name in os.environ), "")
 
 
 def gpu_kind() -> str:
