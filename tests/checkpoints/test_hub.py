@@ -19,7 +19,7 @@ from benchmarks.sparse import sparse
 from generate import main
 from lightning.__main__ import main as lightning
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
-from wan.checkpoints.hub import WEIGHTS
+from wan.checkpoints.hub import WEIGHT_SUFFIXES
 from wan.checkpoints.safetensors_file import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -202,7 +202,7 @@ def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "settings of t2v-seko-v1.1" in run.stdout
     assert "20/20 pairs, alpha/rank 0.5" in run.stdout, run.stdout
-    assert not [file for file in (tmp_path / "hub").rglob("*") if file.suffix in WEIGHTS]  # the library's cache
+    assert not [file for file in (tmp_path / "hub").rglob("*") if file.suffix in WEIGHT_SUFFIXES]  # the library's cache
     assert not (tmp_path / "out").exists()
 
 
@@ -264,7 +264,7 @@ def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from wan.checkpoints.hub import located, whole
+from wan.checkpoints.hub import fetch, located
 from lightning.lora import Lora
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import open_file
@@ -273,7 +273,7 @@ print(set(lora.alphas.values()))
 pickled = located("--vae", "owner/large/large.pth")
 theirs, ours = open_file(Path(sys.argv[1], "large.pth")), open_file(pickled)
 print([(e.shape, e.offset) for e in theirs.values()] == [(e.shape, e.offset) for e in ours.values()])
-print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
+print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
 """
     run = started(server, tmp_path, "-c", script, str(folder))
     server.shutdown()

@@ -13,7 +13,7 @@ from typing import Any
 import ftfy
 from tokenizers import Tokenizer
 
-LARGEST_FILE = 100_000_000  # bytes of tokenizer.json; the published one has 17 MB
+LARGEST_TOKENIZER = 100_000_000  # bytes of tokenizer.json; the published one has 17 MB
 MOST_GROWTH = 64  # characters made of one, and tokens around a text; published tokenizers have 1
 
 
@@ -31,8 +31,8 @@ class UMT5Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; a sentencepiece model alone (spiece.model) is not read")
-        if file.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{file.stat().st_size:,} bytes, at most {LARGEST_FILE:,} are read")
+        if file.stat().st_size > LARGEST_TOKENIZER:
+            raise ValueError(f"{file.stat().st_size:,} bytes, at most {LARGEST_TOKENIZER:,} are read")
         self.text_len = text_len
         self._tokenizer = Tokenizer.from_buffer(file.read_bytes())
         growth = _growth(self._tokenizer.normalizer) * _growth(self._tokenizer.pre_tokenizer)

@@ -34,7 +34,7 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-Outcome = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
+Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -91,15 +91,15 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     check(settings, items)
     if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
-    asks = [_ask(settings, item) for item in items]
+    asks = [_question_of(settings, item) for item in items]
     kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
-    outcomes: dict[str, Outcome] = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
+    outcomes: dict[str, Answered] = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
     cached = set(outcomes)
     results: dict[int, Extended] = {}
     for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
         numbers = [number for number, ask in enumerate(asks) if ask.model == model]
         missing = {asks[number].key: asks[number] for number in numbers if asks[number].key not in outcomes}
-        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
+        with closing(_ask_model(settings, model, list(missing.values()), report)) as answers:
             for number in numbers:
                 key, item, title = asks[number].key, items[number], f"prompt {number + 1} of {len(items)}"
                 if key not in outcomes:
@@ -111,7 +111,7 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
                     text = " ".join(item.prompt.split())
                     short = f"{text[:60]}..." if len(text) > 60 else text
                     raise InputError(f'{title}, "{short}", was not extended: {error}')
-                report(_line(title, results[number]))
+                report(_report_line(title, results[number]))
     return [results[number] for number in range(len(items))]
 
 
@@ -134,7 +134,7 @@ def model_for(method: str, model: str | None, *, has_image: bool) -> str:
     return str(folder) if folder.exists() else SHORT_NAMES.get(model, model)
 
 
-def _ask(settings: ExtendSettings, item: ExtendItem) -> _Ask:
+def _question_of(settings: ExtendSettings, item: ExtendItem) -> _Ask:
     image = item.image if _looks(settings.task) else None
     words = item.prompt.strip()
     system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
@@ -144,9 +144,9 @@ def _ask(settings: ExtendSettings, item: ExtendItem) -> _Ask:
     return _Ask(question, model, cache_key(question, settings.method, model, *rest))
 
 
-def _answers(
+def _ask_model(
     settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
-) -> Generator[Outcome]:
+) -> Generator[Answered]:
     """One outcome for each question. The model is opened at the first and freed at the end.
 
     A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
@@ -207,7 +207,7 @@ def _looks(task: str) -> bool:
     return TASKS[task].image_fit is not None
 
 
-def _line(title: str, result: Extended) -> str:
+def _report_line(title: str, result: Extended) -> str:
     original = " ".join(result.original.split())
     if result.error is not None:
         return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'

@@ -35,7 +35,7 @@ from wan.utils.errors import one_line
 if TYPE_CHECKING:
     import httpx
 
-LARGEST_SEED = 2**31  # what the services document; larger seeds are reduced
+SEEDS_OF_SERVICES = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
 MOST_BYTES = 1 << 20  # of an answer, unpacked
 MOST_REASON = 300  # characters of a service's own error text
@@ -79,7 +79,7 @@ class ChatService:
 
     def __init__(self, method: str, model: str, seed: int, options: Mapping[str, Any] | None = None) -> None:
         """options: further fields of the request, or others in place of the seed; None leaves a field out."""
-        self.model, self.seed, self.options = model, seed % LARGEST_SEED, dict(options or {})
+        self.model, self.seed, self.options = model, seed % SEEDS_OF_SERVICES, dict(options or {})
         self.key = service_key(method)
         url = (os.environ.get(SERVICES[method].address) or SERVICES[method].url).rstrip("/")
         if method == "dashscope" and url.endswith("/api/v1"):  # the service's own protocol is beside the common one
@@ -131,7 +131,7 @@ class ChatService:
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             with client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
-                answer = _read(response, end, seconds)
+                answer = _bounded_body(response, end, seconds)
         except AnswerError as error:
             if response.status_code == 200:
                 raise
@@ -147,7 +147,7 @@ class ChatService:
         except (ValueError, RecursionError):
             values = None
         if response.status_code != 200:
-            raise refused(response.status_code, error_text(values) or response.reason_phrase, response.headers)
+            raise refused(response.status_code, _error_in(values) or response.reason_phrase, response.headers)
         if values is None:
             kind = "a stream" if answer.lstrip().startswith((b"data:", b"event:")) else "not JSON"
             raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
@@ -241,7 +241,7 @@ def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerErro
     )
 
 
-def error_text(values: Any) -> str:
+def _error_in(values: Any) -> str:
     """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
     while isinstance(values, (dict, list)) and values:
         inner = [values.get(name) for name in ERROR_NAMES] if isinstance(values, dict) else values
@@ -255,12 +255,12 @@ def text_of(values: Any) -> str:
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        reason = error_text(values)
+        reason = _error_in(values)
         raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT)
     if message.get("refusal"):
-        raise AnswerError(f"the model refused ({error_text(message['refusal'])})")
+        raise AnswerError(f"the model refused ({_error_in(message['refusal'])})")
     if finish := FINISHES.get(str(choice.get("finish_reason"))):
-        raise AnswerError(" ".join(filter(None, [finish, error_text(choice.get("error"))])))
+        raise AnswerError(" ".join(filter(None, [finish, _error_in(choice.get("error"))])))
     content = message.get("content")
     if isinstance(content, list):  # a multimodal one comes in parts
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
@@ -281,7 +281,7 @@ FINISHES = {  # the reasons for which a service ends an answer that is no whole 
 }
 
 
-def _read(response: httpx.Response, end: float, seconds: float) -> bytes:
+def _bounded_body(response: httpx.Response, end: float, seconds: float) -> bytes:
     """The body, unpacked; AnswerError where it is too large, or has not ended at the time `end`."""
     packed = response.headers.get("Content-Encoding", "identity").lower()
     if packed not in ("identity", "gzip", "deflate"):
