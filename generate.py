@@ -128,6 +128,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
 
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
+        from wan.planning.disk import check_disks
         from wan.planning.report import Outlook
         from wan.runner.record import differences, find_videos
 
@@ -138,7 +139,9 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
     found = team.broadcast(lambda: find_videos(plan)) if outcome.request.resume else []
-    outlook = Outlook.of(plan, [job.index for job, video in found if video.kind == "whole"])
+    outlook = Outlook(plan, [job.index for job, video in found if video.kind == "whole"])
+    if not outcome.request.ignore_disk:
+        team.broadcast(lambda: check_disks(outlook.disks))
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
     page = folder_of(outcome.request) if outcome.request.gallery else None

@@ -1,5 +1,4 @@
-"""`python -m lightning inspect FILE|DIR`: what a LoRA or distilled weight is, from its header alone, without torch.
-`python -m lightning bake`: write a checkpoint with LoRAs merged in."""
+"""`python -m lightning inspect PATH` describes weights from headers; `bake` writes a checkpoint with LoRAs merged."""
 
 from __future__ import annotations
 
@@ -39,54 +38,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", elsewhere=ELSEWHERE
-    )
+    description = "LoRAs and distilled weights for Wan2.2."
+    parser = Parser(prog="python -m lightning", description=description, elsewhere=ELSEWHERE)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
-    says = "say what a weight file is, or each of a folder's, and what it would do in a run"
+    help_text = "describe a weight file, or each file of a folder, and its use in a run"
     inspect = commands.add_parser(
-        "inspect", help=says, description=f"{says[0].upper()}{says[1:]}. Only headers are read."
+        "inspect", help=help_text, description=f"{help_text.capitalize()}. Reads headers only."
     )
-    inspect.add_argument(
-        "path", help="a safetensors file, a folder of them, or one saved by PEFT; also on the hub: owner/name/path"
-    )
-    inspect.add_argument(
-        "--task", metavar="TASK", choices=TASKS, help=f"judge by this model alone: {' or '.join(TASKS)}"
-    )
-    inspect.add_argument("--ckpt_dir", metavar="DIR", type=Path, help="judge by this checkpoint, of whatever sizes")
-    inspect.add_argument("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
-    inspect.add_argument("--json", action="store_true", help="a JSON list on stdout, one object a file")
+    add = inspect.add_argument
+    add("path", help="a file of weights, a folder of them or one saved by PEFT; also on the hub: owner/name/path")
+    add("--task", metavar="TASK", choices=TASKS, help=f"judge by this model alone: {' or '.join(TASKS)}")
+    add("--ckpt_dir", metavar="DIR", type=Path, help="judge by this checkpoint, of any size")
+    add("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
+    add("--json", action="store_true", help="print a JSON list, one object per file")
     inspect.set_defaults(command=_inspect)
-    says = "write a checkpoint with LoRAs merged in, for programs that take none, or to start faster"
-    bake = commands.add_parser("bake", help=says, description=f"{says[0].upper()}{says[1:]}.")
-    bake.add_argument("--task", metavar="TASK", choices=TASKS, required=True, help=" or ".join(TASKS))
-    bake.add_argument("--ckpt_dir", metavar="DIR", type=Path, required=True, help="the base checkpoint's folder")
-    bake.add_argument("--lora_dir", metavar="DIR", help="a release folder with one LoRA for each expert")
-    bake.add_argument("--lora_strength", metavar="HIGH[,LOW]", help="scales --lora_dir; default 1")
-    bake.add_argument(
-        "--lora", action="append", default=[], metavar="LORA",
-        help="PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S; may be given several times",
-    )  # fmt: skip
-    bake.add_argument("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
-    bake.add_argument("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
-    bake.add_argument(
-        "--preset", metavar="NAME", help="release whose settings the result keeps; default: as recognised"
-    )
-    bake.add_argument("--sample_steps", metavar="N", type=int, help="steps that the result keeps as its own")
-    bake.add_argument("--sample_shift", metavar="S", type=float, help="timestep shift that it keeps")
-    bake.add_argument("--sample_guide_scale", metavar="S|LOW,HIGH", help="guidance that it keeps; 1: none")
-    bake.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write; must not exist yet")
-    bake.add_argument(
-        "--layout", metavar="LAYOUT", choices=("released", "diffusers"), default="released",
-        help="released (default) or diffusers: how the result's files are named",
-    )  # fmt: skip
-    bake.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        choices=tuple(DTYPES),
-        default="bf16",
-        help="of its weights: bf16 (default), fp32 or fp8",
-    )
+    help_text = "write a checkpoint with LoRAs merged in, for programs without LoRAs or a faster start"
+    bake = commands.add_parser("bake", help=help_text, description=f"{help_text.capitalize()}.")
+    add = bake.add_argument
+    add("--task", metavar="TASK", choices=TASKS, required=True, help=" or ".join(TASKS))
+    add("--ckpt_dir", metavar="DIR", type=Path, required=True, help="folder of the base checkpoint")
+    add("--lora_dir", metavar="DIR", help="a release folder with one LoRA per expert")
+    add("--lora_strength", metavar="HIGH[,LOW]", help="strength of --lora_dir (default: 1)")
+    help_text = "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S; repeatable"
+    add("--lora", metavar="LORA", action="append", default=[], help=help_text)
+    add("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
+    add("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
+    add("--preset", metavar="NAME", help="release whose settings the result keeps (default: the recognised one)")
+    add("--sample_steps", metavar="N", type=int, help="number of steps that the result keeps")
+    add("--sample_shift", metavar="S", type=float, help="timestep shift that it keeps")
+    add("--sample_guide_scale", metavar="S|LOW,HIGH", help="guidance that it keeps; 1: none")
+    add("--out", metavar="DIR", type=Path, required=True, help="the folder to write; must not exist yet")
+    layouts, help_text = ("released", "diffusers"), "names of the result's files: released (default) or diffusers"
+    add("--layout", metavar="LAYOUT", choices=layouts, default="released", help=help_text)
+    help_text = "precision of the weights: bf16 (default), fp32 or fp8"
+    add("--dtype", metavar="DTYPE", choices=tuple(DTYPES), default="bf16", help=help_text)
     bake.set_defaults(command=_bake)
     return parser
 
@@ -99,7 +84,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.files, indent=2))
     else:
-        known = [file for file in report.files if file["stored"] or file["release"]]  # of others the error says it all
+        known = [file for file in report.files if file["stored"] or file["release"]]  # the error describes the others
         blocks = [*map(_text_of, known), *report.uses]
         print("\n\n".join(blocks), end="\n" if blocks else "")
     errors = [file["error"] for file in report.files if file["error"]]
@@ -163,28 +148,28 @@ def _bake(args: argparse.Namespace) -> int:
 
 
 def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
-    """What the result is to be sampled with: its release's settings, and what was given on top of them."""
+    """The settings to sample the result with: its release's, changed by the flags."""
     changes: dict[str, Any] = {}
-    given = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
+    numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
+    changes |= {name: value for name, value, *_ in numbers if value is not None}
+    changes |= {"timesteps": None} if changes else {}
     if args.sample_guide_scale is not None:
         try:
             changes["guidance"] = pair("--sample_guide_scale", args.sample_guide_scale)
-            given += [("guide_scale", scale, 0, 100) for scale in dict.fromkeys(changes["guidance"])]
+            numbers += [("guide_scale", scale, 0, 100) for scale in dict.fromkeys(changes["guidance"])]
         except InputError as e:
             chosen.problems += e.problems
-    for name, value, low, high in given:
-        if value is not None and (problem := outside(f"--sample_{name}", value, low, high)):
-            chosen.problems.append(problem)
-    for name, value in (("steps", args.sample_steps), ("shift", args.sample_shift)):
-        if value is not None:
-            changes |= {name: value, "timesteps": None}
+    faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
+    chosen.problems += filter(None, faults)
     release = _release_merged(args, chosen, bool(changes))
     return replace(release, **changes) if release else None
 
 
-def _release_merged(args: argparse.Namespace, chosen: Choices, distilled: bool) -> Release | None:
-    """--preset's, else the first that a path tells; a LoRA of no known one counts as a distillation if settings were
-    given for it, or if it came as --lora_dir, as for generate.py."""
+def _release_merged(args: argparse.Namespace, chosen: Choices, has_settings: bool) -> Release | None:
+    """The release of --preset, else of the first path that names one.
+
+    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
+    """
     if args.preset:
         release = preset(args.preset)
         release.check_supported(f"--preset {args.preset}")
@@ -192,12 +177,10 @@ def _release_merged(args: argparse.Namespace, chosen: Choices, distilled: bool) 
             chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
         return release
     paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
-    for path in paths:
-        if found := recognise(path):
-            return found
-    return (
-        Release(paths[0].absolute().stem, (args.task,), "lora", "") if paths and (distilled or args.lora_dir) else None
-    )
+    if found := next(filter(None, map(recognise, paths)), None):
+        return found
+    distilled = paths and (has_settings or args.lora_dir)
+    return Release(paths[0].absolute().stem, (args.task,), "lora", "") if distilled else None
 
 
 if __name__ == "__main__":

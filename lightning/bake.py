@@ -120,7 +120,7 @@ class Bake:
             raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
-        """What the result is made from, for its record. LoraError with everything that does not fit."""
+        """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
         before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
         dtype = str(self.dtype).removeprefix("torch.")

@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning.releases import Release
 from wan.checkpoints import layout
-from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.transformer_sizes import transformer_sizes
 from wan.checkpoints.weights import TEXT_ENCODER, VAE
 from wan.configs import TaskConfig
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
@@ -43,12 +43,12 @@ def export_settings(
             elif part == TEXT_ENCODER:
                 settings = _text_config(store.shapes)
             else:
-                file = ckpt_dir / layout.settings_of(sources[part])
+                file = ckpt_dir / layout.config_json(sources[part])
                 sizes = transformer_sizes(file, store.shapes, str(file.parent), config.text_len)
                 settings = _transformer_config(sizes, store.shapes)
         except ValueError as e:
             raise InputError(f"--ckpt_dir: {ckpt_dir / sources[part]}: {e}") from e
-        found[layout.settings_of(places[part])] = settings
+        found[layout.config_json(places[part])] = settings
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
-from lightning.releases import Release, preset, recognise
+from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
@@ -109,7 +109,7 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
         "release": release.name if release else None,
         "source": release.source if release else None,
         "settings": settings_of(release) if release else None,
-        "note": release.note if release else "",
+        "note": (release.note if release else "") or caution(file) or "",
         "licence": release.licence if release else "",
         "use": None,
         "stored": {},

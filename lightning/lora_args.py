@@ -1,11 +1,11 @@
-"""The words that choose LoRAs, for `generate.py` and `bake` alike: which file goes onto which expert, and how strongly.
+"""The flags that choose LoRAs, for `generate.py` and `bake` alike: a file and a strength for each expert.
 
 --lora PATH[:S]           a file or PEFT folder, for every expert or the one that its name says;
                           a release folder: each expert gets its file
 --lora EXPERT=PATH[:S]    for one expert: high, low, or model where a task has only one
 --lora_dir DIR            a release folder, with --lora_strength HIGH[,LOW]
 
-PATH and DIR may be places on the hub: owner/name[@revision]/folder/file.
+PATH and DIR may be on the hub: owner/name[@revision]/folder/file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LoraChoice:
 
 @dataclass
 class Choices:
-    """What the words mean; problems and warnings are sentences about them."""
+    """The LoRAs that the flags choose; problems and warnings are sentences about the flags."""
 
     loras: list[LoraChoice] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Choices:
 def choose_loras(
     experts: Collection[str], lora_dir: str | None = None, lora_strength: str | None = None, loras: Sequence[str] = ()
 ) -> Choices:
-    """The LoRAs in the order given, those of `lora_dir` first. Files are looked for, but not opened."""
+    """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
     out = Choices()
     if lora_dir is not None:
         high, low = _strengths(lora_strength, experts, out.problems)
@@ -75,7 +75,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems += e.problems
         return
     if not exists(path):
-        among = f"; before = stands an expert, {' or '.join(experts)}" if "=" in name else ""
+        among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
         out.problems.append(f"--lora {path}: no such file{among}")
         return
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
@@ -93,7 +93,7 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """Cuts off `:STRENGTH`; a drive letter's colon, or one that is part of an existing name, stays."""
+    """Cut off `:STRENGTH`; a drive letter's colon, or one in an existing name, stays."""
     path, colon, tail = text.rpartition(":")
     strength = real(tail)
     if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
@@ -132,7 +132,7 @@ def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[s
 
 
 def _where_to_get(folder: str) -> str:
-    """How a release that is named as in its repository's download, and is not there, comes there."""
+    """The command that downloads a release whose folder is missing, for a path as the download creates it."""
     release = None if os.path.exists(folder) else recognise(Path(folder))
     local = release.source.rpartition("/")[2] if release else ""
     if release is None or not folder.startswith(f"{local}/"):

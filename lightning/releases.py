@@ -1,4 +1,4 @@
-"""What was published for Wan2.2: one row a release, with the settings it was trained for.
+"""The published releases for Wan2.2: one row per release, with the settings it was trained for.
 
 `recognise(path)` knows a release by its folder or file name; `preset(name)` finds one by its own name.
 Guidance pairs read (low noise, high noise).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from wan.configs import SIZE_CONFIGS, TASKS
 from wan.utils.errors import LoraError
 
 T2V, I2V, TI2V = TASKS
-A14B_SIZES, TI2V_SIZES = (tuple(SIZE_CONFIGS[size] for size in TASKS[task].sizes) for task in (T2V, TI2V))
+SIZES = {task: tuple(SIZE_CONFIGS[size] for size in config.sizes) for task, config in TASKS.items()}
 LIGHTNING = "lightx2v/Wan2.2-Lightning"
 DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
 KIJAI = "Kijai/WanVideo_comfy"
+BLOCKS = "wileewang/longlive-stepdistill-blocksize-loras"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Release:
     timesteps: the final timesteps, where steps and shift do not give them.
     lora_steps, guidance_steps: LoRA scale and guidance by step, where they are not the same at every step.
     licence: where it does not allow every use. refused: why this toolkit cannot run it, "" if it can.
+    warning: shown with every run. text_only: trained without images.
     """
 
     name: str
@@ -48,15 +51,17 @@ class Release:
     timesteps: tuple[float, ...] | None = None
     guidance: tuple[float, float] = (1.0, 1.0)
     solver: str = "euler"
-    sizes: tuple[tuple[int, int], ...] = A14B_SIZES
+    sizes: tuple[tuple[int, int], ...] = SIZES[T2V]
     lora_steps: tuple[float, ...] | None = None
     guidance_steps: tuple[float, ...] | None = None
     note: str = ""
     licence: str = ""
     refused: str = ""
+    warning: str = ""
+    text_only: bool = False
 
     def check_supported(self, what: str) -> None:
-        """LoraError with the reason if this release cannot be run; `what` was given."""
+        """LoraError with the reason if this release cannot be run; `what` names it."""
         if self.refused:
             raise LoraError(f"{what} is {self.name} ({self.source}), which this toolkit cannot run: {self.refused}")
 
@@ -76,11 +81,19 @@ def recognise(path: Path) -> Release | None:
 
 
 def preset(name: str) -> Release:
-    """The release or recipe called `name`. Raises LoraError with the names there are."""
-    for release in RELEASES:
-        if release.name == name.lower():
-            return release
-    raise LoraError(f"no preset {name!r}; there are {', '.join(release.name for release in RELEASES)}")
+    """The release or recipe called `name`. LoraError with all names, and the nearest one, if there is none."""
+    named = {release.name: release for release in RELEASES}
+    if name.lower() in named:
+        return named[name.lower()]
+    near = get_close_matches(name.lower(), named, 1)
+    suggestion = f"; did you mean {near[0]}?" if near else ""
+    raise LoraError(f"no preset {name!r}; there are {', '.join(named)}{suggestion}")
+
+
+def caution(path: Path) -> str | None:
+    """Why a LoRA has less effect here than in its own pipeline, None if its name says nothing."""
+    name = path.name.lower().replace("_", "-")
+    return next((reason for pattern, reason in CONDITIONED.items() if re.search(pattern, name)), None)
 
 
 def _at_angles(*angles: float) -> tuple[float, ...]:
@@ -92,35 +105,53 @@ _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
 
 
 def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, **more: Any) -> Release:
-    return Release(name, (task,), "lora", source, patterns, **more)
+    return Release(name, (task,), "lora", source, patterns, sizes=SIZES[task], **more)
 
 
 def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, **more: Any) -> Release:
-    return Release(name, (task,), "full", source, patterns, **more)
+    return Release(name, (task,), "full", source, patterns, sizes=SIZES[task], **more)
 
 
 def _refused(name: str, tasks: tuple[str, ...], source: str, pattern: str, reason: str) -> Release:
-    return Release(name, tasks, "full", source, (pattern,), refused=reason)
+    return Release(name, tasks, "full", source, (pattern,), sizes=SIZES[tasks[0]], refused=reason)
 
 
 _PACKED = "its weights are packed 4-bit numbers"
 _CAUSAL = "it is a causal variant, which makes a video piece by piece with another attention than Wan2.2's"
 _BOTH = "made for Wan2.1; one file serves both experts"
-_DMD: dict[str, Any] = {"solver": "dmd", "sizes": TI2V_SIZES}
-_TURBO = _DMD | {"shift": 1.0, "licence": "CC BY-NC-SA 4.0, not for commercial use"}
-_FASTWAN = _DMD | {
+_TURBO: dict[str, Any] = {"solver": "dmd", "shift": 1.0, "licence": "CC BY-NC-SA 4.0, not for commercial use"}
+_FASTWAN: dict[str, Any] = {
+    "solver": "dmd",
     "steps": 3,
     "timesteps": (1000.0, 757.0, 522.0),
     "note": "trained at these three timesteps, with fresh noise after each",
+    "text_only": True,
+}
+_BY_HAND = "its card names no number of steps; --sample_steps sets them"
+CONDITIONED = {  # LoRAs that need more than prompt and image: pattern of the name -> reason
+    r"svi-v?2.*pro": "is SVI 2 Pro, which needs the anchor image's and the last clip's latents; they are not given",
+    r"shot-?plan": "is ShotPlan, which needs tokens at the cuts of its shots; they are not given",
 }
 
 # The first row that matches is the one: a longer name comes before a shorter one that it contains.
 RELEASES: tuple[Release, ...] = (
-    _refused("nvfp4-sparse", (T2V, I2V), "lightx2v/Wan2.2-NVFP4-Sparse", r"nvfp4-sparse", _PACKED),
+    _refused("nvfp4-sparse", (T2V, I2V), "lightx2v/Wan2.2-NVFP4-Sparse", r"nvfp4-sparse|wan[^/]*nvfp4", _PACKED),
     _refused("lightwan", (T2V, I2V), "lightx2v/LightWan2.2-A14B", r"lightwan2\.2", _PACKED),
     _refused("turbowan-i2v", (I2V,), "TurboDiffusion/TurboWan2.2-I2V-A14B-720P", r"turbowan2\.2", SPARSE),
     _refused("sfwan", (T2V,), "FastVideo/SFWan2.2", r"sfwan2\.2", _CAUSAL),
     _refused("causalwan-i2v", (I2V,), "FastVideo/CausalWan2.2-I2V", r"causalwan2\.2", _CAUSAL),
+    _refused("longlive-2", (TI2V,), "Efficient-Large-Model/LongLive-2.0-5B", r"longlive-?2\.0", _CAUSAL),
+    _refused("fastmetal", (TI2V,), "FastVideo/FastMetal-5B-QAD", r"fastmetal", "its weights are MLX's 8-bit numbers"),
+    _refused("aad-1", (T2V, I2V), "bahae98/AAD-1-self-forcing-loras", r"aad-1", _CAUSAL),
+    _lora(TI2V, "ti2v-longlive-block8", r"block8-single", source=BLOCKS),
+    _refused("longlive-blocks", (TI2V,), BLOCKS, r"longlive-stepdistill", _CAUSAL),
+    *(
+        _lora(
+            TI2V, f"ti2v-longlive-{name}", rf"longlive-plug-[^/]*{name}", note=note, warning=_BY_HAND,
+            source=f"Efficient-Large-Model/LongLive-Plug-Wan2.2-TI2V-5B-{name}",
+        )
+        for name, note in (("few-step", "with ti2v-longlive-cfg at a strength of 0.5"), ("cfg", "at a strength of 0.5"))
+    ),
     _lora(T2V, "t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
     _full(
         T2V, "t2v-250928-dyno", r"t2v[^/]*250928-dyno", source=LIGHTNING,
@@ -148,6 +179,8 @@ RELEASES: tuple[Release, ...] = (
     _lora(I2V, "i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source=KIJAI),
     _lora(I2V, "i2v-moe-distill-lora", r"moe-distill[^/]*/loras(/|$)", r"moe-distill[^/]*lora", source=MOE_DISTILL),
     _full(I2V, "i2v-moe-distill", r"moe-distill", source=MOE_DISTILL),
+    _lora(I2V, "i2v-lightx2v-2step", r"i2v[^/]*lightx2v-2step", source="Leon1000/Wan2.2_I2V_LightX2V_2Step"),
+    _full(I2V, "i2v-enhanced-lightning", r"wan22enhancedlightning", source="wan22EnhancedLightning_v2"),
     _full(I2V, "i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
     _full(I2V, "i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
     _full(I2V, "i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
@@ -178,7 +211,12 @@ RELEASES: tuple[Release, ...] = (
     ),
     _lora(TI2V, "ti2v-turbo-lora", r"ti2v-5b-turbo[^/]*lora", source=KIJAI, **_TURBO),
     _full(TI2V, "ti2v-turbo", r"ti2v-5b-turbo", source="quanhaol/Wan2.2-TI2V-5B-Turbo", **_TURBO),
+    Release("rapid-aio", (T2V, I2V), "full", "Phr00t/WAN2.2-14B-Rapid-AllInOne", (r"rapid-(mega-)?a(ll-?)?i",)),
+    Release("remix", (T2V, I2V), "full", "FX-FeiHou/wan2.2-Remix", (r"wan2\.?2-remix",)),
     Release("shapes", (T2V, I2V), "lora", "examples/shapes", (r"shapes/lora-(t2v|i2v)",), sizes=((64, 64),)),
+    Release(
+        "flf2v-16", (I2V,), "recipe", "LightX2V's samples", shift=16.0, note="for a first and a last image",
+    ),
     Release(
         "motion-8", (T2V, I2V), "recipe", "community recipe", steps=8,
         lora_steps=(0.0, *[1.0] * 7), guidance_steps=(3.5, *[1.0] * 7),

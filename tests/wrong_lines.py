@@ -47,7 +47,7 @@ def base(task: str, prompt: bool) -> list[str]:
 def make_files(folder: Path) -> None:
     """What the lines below mean by their names."""
     texts = {
-        "text.txt": "text", "empty.txt": "\n", "two.txt": "a\nb\n", "rows.tsv": "prompt\tseed\na\t1\n",
+        "text.txt": "text", "empty.txt": "\n", "two.txt": "a\nb\n",
         "rows.yaml": "- prompt: a\n", "rows.txt": '{"prompt": "a"}\n', "list.txt": '[\n{"prompt": "a"}\n]\n',
         "table.txt": "prompt,seed\na,1\n", "one.txt": f"{TINY / 'input.png'}\n", "there.mp4": "",
     }  # fmt: skip
@@ -182,7 +182,7 @@ def bad_file(rng: random.Random) -> Wrong:
 
 
 def data_in_text(rng: random.Random) -> Wrong:
-    file = rng.choice(["rows.tsv", "rows.yaml", "rows.txt", "list.txt", "table.txt"])
+    file = rng.choice(["rows.yaml", "rows.txt", "list.txt", "table.txt"])
     return Wrong(
         ["--prompt_file", file], (f"--prompt_file {file}", "jsonl" if file != "table.txt" else ".csv"), prompt=False
     )

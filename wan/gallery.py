@@ -45,7 +45,7 @@ def check_page(folder: Path) -> None:
     """InputError if the page's place is taken by something that is not a page of ours."""
     page = folder / PAGE
     if page.exists() and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
-        raise InputError(f"{page}: exists already and is no gallery page; move it away, or choose another folder")
+        raise InputError(f"{page} already exists and is no gallery page; move it away, or choose another folder")
 
 
 def write_page(folder: Path) -> Path:

@@ -33,7 +33,7 @@ class WanI2V(Original):
         mask[:, 0] = 1  # the first frame is known, and is a whole latent frame
         if video.last_image is not None:
             mask[-1, -1] = 1  # of the last latent frame's four video frames only the last
-        return Start(facts.latent, channels=torch.cat([mask, latent]))
+        return Start(channels=torch.cat([mask, latent]))
 
     def generate(
         self,

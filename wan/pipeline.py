@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,9 @@ TEXTS = 64  # prompts that the text encoder reads together: 0.5 GB of activation
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
 
-@dataclass(frozen=True)
-class Start:
-    """A task's conditioning besides the text: the latent's shape, and the image's part in it."""
+class Start(NamedTuple):
+    """An image as a task's conditioning (see `Conditioning`); both None without one."""
 
-    shape: tuple[int, int, int, int]
     channels: Tensor | None = None
     first_frame: Tensor | None = None
 
@@ -93,18 +91,15 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self._text_encoder is None:
             plan, part = self.plan, self.plan.checkpoint.text_encoder
-            module, store = part.module, part.weights
             if plan.request.t5_fsdp:
-                size = sum(entry.bytes for entry in store.values())
-                with self._loading("text encoder", size, sharded=True) as report:
+                with self._loading("text encoder", [part.weights], sharded=True) as report:
                     self._text_encoder = self.load(
-                        module, store, sharded=True, home=plan.text_device, dtype=lambda _: plan.text_dtype,
-                        report=report,
+                        part.module, part.weights, sharded=True, home=plan.text_device,
+                        dtype=lambda _: plan.text_dtype, report=report,
                     )  # fmt: skip
             else:
-                source = Source(store, lambda _: plan.text_dtype)
-                slots = TEXT_SLOTS if plan.offload else None
-                self._text_encoder = text_encoder(module, source, plan.text_device, slots)
+                source, slots = Source(part.weights, lambda _: plan.text_dtype), TEXT_SLOTS if plan.offload else None
+                self._text_encoder = text_encoder(part.module, source, plan.text_device, slots)
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
@@ -131,28 +126,23 @@ class Pipeline(ABC):
         if self.experts is not None:
             return self.experts
         plan, merged = self.plan, self.plan.lora_mode == "merge"
-        parts = {
-            name: (
-                part.module,
-                part.weights,
-                parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module),
-                Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None,
-            )
-            for name, part in plan.checkpoint.experts.items()
-            for loras in [plan.loras.get(name)]
-        }
-        size = sum(entry.bytes for _, store, *_ in parts.values() for entry in store.values())
-        networks = None
-        with self._loading("experts", size, plan.request.dit_fsdp) as report:
+        sources: dict[str, tuple[WanModel, Source]] = {}
+        for name, part in plan.checkpoint.experts.items():
+            loras = plan.loras.get(name)
+            merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
+            dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
+            sources[name] = part.module, Source(part.weights, dtype, merge)
+        networks, stores = None, [source.store for _, source in sources.values()]
+        with self._loading("experts", stores, sharded=plan.request.dit_fsdp) as report:
             if plan.request.dit_fsdp:
                 models = {
                     name: self.load(
-                        module, store, sharded=True, home=plan.device, dtype=dtype, merge=merge, report=report
+                        module, source.store, sharded=True, home=plan.device, dtype=source.dtype, merge=source.merge,
+                        report=report,
                     )
-                    for name, (module, store, dtype, merge) in parts.items()
-                }
+                    for name, (module, source) in sources.items()
+                }  # fmt: skip
             else:
-                sources = {n: (m, Source(store, dtype, merge)) for n, (m, store, dtype, merge) in parts.items()}
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:
@@ -205,13 +195,11 @@ class Pipeline(ABC):
         schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        start = self.start(video)
-        noise = draw(start.shape)
-        conditioning = Conditioning(text, negative[0] if negative else None, start.channels, start.first_frame)
+        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
         experts, facts = self.load_experts(), plan.video(video)
+        noise, budget = draw(facts.latent), facts.budget
         passes = [(step.expert, 1 + step.guided) for step in plan.steps]
         self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
-        budget = facts.budget
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
         batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
@@ -258,10 +246,10 @@ class Pipeline(ABC):
     def load_vae(self) -> WanVAE | SplitVAE:
         """InputError for a corrupt file."""
         if self.vae is None:
-            module, store = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
-            with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
+            module, weights = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
+            with self._loading("VAE", [weights]) as report:
                 vae = self.load(
-                    module, store, sharded=False, home=self.plan.device,
+                    module, weights, sharded=False, home=self.plan.device,
                     dtype=lambda name: module.get_parameter(name).dtype, report=report,
                 )  # fmt: skip
             vae.use_channels_last()
@@ -274,23 +262,19 @@ class Pipeline(ABC):
         self.load_vae()
 
     def decode(self, latent: Tensor, *, finer: bool = False) -> Generator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order. finer: in smaller tiles than planned, same numbers.
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
 
-        Meanwhile the next video's first weights are read into the memory that is left.
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
         tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()
         beside = self.experts.ahead() if self.experts and self._again else nullcontext()
-        with torch.no_grad(), beside:
+        with torch.no_grad(), beside:  # the next video's first weights are read meanwhile
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
     def look(self, latent: Tensor) -> Tensor | None:
-        """The frame [3, H, W] in the middle of a latent, decoded alone: a single frame's work.
-
-        Of processes that make a video together the first gets it; all must call this.
-        """
+        """The frame [3, H, W] in the middle of a latent, on the first of the processes; all must call this."""
         middle, tiles = latent.shape[1] // 2, decode_tiles(self.plan, latent.shape)
         with torch.no_grad():
             chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=tiles))
@@ -316,7 +300,8 @@ class Pipeline(ABC):
         return load_sharded(module, store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(self, name: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+    def _loading(self, name: str, stores: Iterable[Store], *, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+        size = sum(entry.bytes for store in stores for entry in store.values())
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, name)
 

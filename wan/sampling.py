@@ -202,7 +202,7 @@ def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
         levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
     else:
         levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
-    return _LibrarySchedule(_unipc(levels, shift) if sampling.solver == "unipc" else _dpmpp(levels, shift))
+    return _LibrarySchedule(sampling.solver, levels, shift)
 
 
 class _LibrarySchedule:
@@ -210,35 +210,23 @@ class _LibrarySchedule:
 
     noise_scale = 1.0
 
-    def __init__(self, scheduler: Any) -> None:
-        scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
-        self.scheduler = scheduler
-        self.timesteps = [float(t) for t in scheduler.timesteps]
+    def __init__(self, solver: str, levels: np.ndarray, shift: float) -> None:
+        """solver: UniPC (arXiv 2302.04867), order 2, B2(h), predicting x0; else DPM-Solver++ (arXiv 2211.01095)."""
+        from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+        self.scheduler: Any
+        if solver == "unipc":
+            self.scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
+            self.scheduler.set_timesteps(sigmas=levels)
+        else:  # the class computes its own levels from 0.999; the original starts at 1, so they are overwritten
+            self.scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=shift)
+            self.scheduler.set_timesteps(len(levels))
+            sigmas = shift * levels / (1 + (shift - 1) * levels)
+            self.scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
+            self.scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
+        self.scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
+        self.timesteps = [float(t) for t in self.scheduler.timesteps]
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         timestep = self.scheduler.timesteps[index]
         return self.scheduler.step(velocity, timestep, sample, return_dict=False)[0]
-
-
-def _unipc(levels: np.ndarray, shift: float) -> Any:
-    """UniPC (arXiv 2302.04867), order 2, B2(h), predicting x0."""
-    from diffusers import UniPCMultistepScheduler
-
-    scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
-    scheduler.set_timesteps(sigmas=levels)
-    return scheduler
-
-
-def _dpmpp(levels: np.ndarray, shift: float) -> Any:
-    """DPM-Solver++ (arXiv 2211.01095), order 2, midpoint.
-
-    The class computes its own levels from 0.999; the original starts at 1, so they are overwritten.
-    """
-    from diffusers import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=shift)
-    scheduler.set_timesteps(len(levels))
-    sigmas = shift * levels / (1 + (shift - 1) * levels)
-    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
-    scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
-    return scheduler

@@ -13,7 +13,7 @@ class WanT2V(Original):
     task = "t2v-A14B"
 
     def start(self, video: Video) -> Start:
-        return Start(self.plan.video(video).latent)
+        return Start()
 
     def generate(
         self,

@@ -16,12 +16,12 @@ class WanTI2V(Original):
     task = "ti2v-5B"
 
     def start(self, video: Video) -> Start:
-        facts = self.plan.video(video)
         if video.image is None:
-            return Start(facts.latent)
+            return Start()
         with self.progress.stage("image"), torch.no_grad():
             frame = ti2v_tensor(video.image, video.size)[:, None].to(self.plan.device)
-            return Start(facts.latent, first_frame=self.load_vae().encode(frame, tiles=facts.encode_tiles))
+            tiles = self.plan.video(video).encode_tiles
+            return Start(first_frame=self.load_vae().encode(frame, tiles=tiles))
 
     def generate(
         self,

@@ -238,11 +238,11 @@ def array(key: bytes, kind: int, count: int) -> bytes:
         (b"GGUF" + struct.pack(">I", 3) + b"\0" * 16, "of version 0x3000000, not of 2 or 3 (little-endian)"),
         (header(tensors=1 << 60), "cut off or corrupt"),
         (header(settings=1 << 63), "cut off or corrupt"),
-        (header(array(b"k", 0, 1 << 62), settings=1), "bytes are asked for, 0 are left"),
+        (header(array(b"k", 0, 1 << 62), settings=1), "0 are left"),
         (header(array(b"k", 8, 1 << 62), b"\0" * 800, settings=1), "cut off or corrupt"),
         (header(array(b"k", 9, 1 << 62), settings=1), "an array of the unknown kind 9"),
         (header(text(b"k") + struct.pack("<I", 77), settings=1), "of the unknown kind 77"),
-        (header(*[text(b"k") + struct.pack("<IB", 0, 1)] * 2, settings=2), "the key 'k' stands twice"),
+        (header(*[text(b"k") + struct.pack("<IB", 0, 1)] * 2, settings=2), "the key 'k' twice"),
         (header(text(b"general.alignment") + struct.pack("<II", 4, 0), settings=1), "must be a whole number above 0"),
         (header(text(b"\xff\xfe"), settings=1), "cut off or corrupt"),
         (header(tensor(b"a\nb", (4,), 0), tensors=1), r"a tensor is named 'a\nb'"),
@@ -251,7 +251,7 @@ def array(key: bytes, kind: int, count: int) -> bytes:
         (header(tensor(b"a", (4,), 2), b"\0" * 99, tensors=1), "has rows of 4 values, Q4_0 blocks of 32"),
         (header(tensor(b"a", (1 << 40, 1 << 40), 0), tensors=1), "tensor a is cut off"),
         (header(tensor(b"a", (4,), 0, 1 << 63), tensors=1), "tensor a is cut off"),
-        (header(*[tensor(b"a", (4,), 0)] * 2, b"\0" * 99, tensors=2), "tensor a stands twice"),
+        (header(*[tensor(b"a", (4,), 0)] * 2, b"\0" * 99, tensors=2), "tensor a twice"),
         (header(*(tensor(n, (4,), 0) for n in (b"a", b"b")), b"\0" * 99, tensors=2), "starts inside the one before it"),
         (header(tensor(b"a", (32,), 9), b"\0" * 99, tensors=1), "stored as Q8_1 (first: a), which the package gguf"),
         (
@@ -290,7 +290,7 @@ def test_tensors_that_are_no_weights_are_refused_by_the_type(tmp_path: Path) -> 
     place = content.index(name) + len(name) + 4 + 16  # axes' count, two axes
     content[place : place + 4] = struct.pack("<I", 26)  # as many bytes as before
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"blocks\.0\.self_attn\.q\.weight is I32"):
+    with pytest.raises(InputError, match=r"blocks\.0\.self_attn\.q\.weight .*I32"):
         open_expert(path)
 
 

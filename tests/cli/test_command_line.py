@@ -33,12 +33,12 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "diffusers", "safetensors", "h
 # The flags are a promise to everybody's scripts: a change here is a change of the product.
 FLAGS = """
     attention base_seed chain ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype expert
-    extend_only frame_num gallery high_steps image image_path_file json last_image lora lora_allow_partial lora_alpha
-    lora_dir lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model on_error
-    overwrite preset preview preview_steps prompt prompt_extend_method prompt_extend_model prompt_extend_on_error
-    prompt_extend_options prompt_extend_target_lang prompt_file quantize replay resume ring_size sample_guide_scale
-    sample_shift sample_solver sample_steps save_dir save_file save_latents seconds shard size t5_cpu t5_fsdp task
-    text_encoder timesteps tokenizer ulysses_size use_prompt_extend vae vae_dtype vae_tiling vram
+    extend_only frame_num gallery high_steps ignore_disk image image_path_file json last_image lora lora_allow_partial
+    lora_alpha lora_dir lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model
+    on_error overwrite preset preview preview_steps prompt prompt_extend_method prompt_extend_model
+    prompt_extend_on_error prompt_extend_options prompt_extend_target_lang prompt_file quantize replay resume ring_size
+    sample_guide_scale sample_shift sample_solver sample_steps save_dir save_file save_latents seconds shard size t5_cpu
+    t5_fsdp task text_encoder timesteps tokenizer ulysses_size use_prompt_extend vae vae_dtype vae_tiling vram
 """
 
 
@@ -227,9 +227,9 @@ ERRORS = {
     "lora for no expert": ([*T2V, "--lora_dir", "."], "high_noise_model.safetensors and low_noise_model.safetensors"),
     "lora is no lora": ([*T2V, "--lora", "text.txt"], "--lora text.txt: not a safetensors file"),
     "lora cut off": ([*T2V, "--lora", "cut.safetensors"], "--lora cut.safetensors"),
-    "prompt file absent": ([*T2V, "--prompt_file", "absent.txt"], "--prompt_file absent.txt: no such prompt file"),
+    "prompt file absent": ([*T2V, "--prompt_file", "absent.txt"], "--prompt_file absent.txt: no such file"),
     "prompt file empty": ([*T2V, "--prompt_file", "empty.txt"], "empty.txt: the prompt file holds no prompt"),
-    "prompt file not UTF-8": ([*T2V, "--prompt_file", "latin.txt"], "latin.txt line 2: the prompt file is not UTF-8"),
+    "prompt file not UTF-8": ([*T2V, "--prompt_file", "latin.txt"], "latin.txt line 2: is not UTF-8"),
     "row malformed": ([*T2V, "--prompt_file", "bad.jsonl"], "bad.jsonl line 2: not valid JSON"),
     "row with unknown key": ([*T2V, "--prompt_file", "bad.csv"], "bad.csv line 1: unknown column 'promt'"),
     "image absent": ([*I2V, "--image", "absent.png"], "--image absent.png: no such image file"),
@@ -258,7 +258,7 @@ ERRORS = {
     "unsupported extension": ([*T2V, "--save_file", "a.gif"], "videos are written as .mp4"),
     "save_file for several": ([*T2V, "--save_file", "a.mp4", "--num_videos", "2"], "--save_file names one video"),
     "same output twice": ([*T2V, "--prompt_file", "same.jsonl"], "videos 0000 and 0001 would both be written to"),
-    "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4: exists already"),
+    "output exists": ([*T2V, "--save_file", "there.mp4"], "there.mp4 already exists"),
     "no such device": ([*T2V, "--device", "cuda:99"], "--device cuda:99"),
     "preset": ([*T2V, "--preset", "fast"], "t2v-seko-v1.1"),
     "latents absent": ([*T2V, "--decode_latents", "absent.safetensors"], "--decode_latents absent.safetensors"),
@@ -325,7 +325,7 @@ def test_debug_shows_where(capsys):
     ("words", "warning"),
     [
         (["--prompt_extend_model", "q"], "--prompt_extend_model has no effect without --use_prompt_extend or"),
-        (["--save_dir", "a", "--save_file", "b.mp4"], "--save_dir has no effect beside --save_file"),
+        (["--save_dir", "a", "--save_file", "c/b.mp4"], "--save_dir has no effect beside --save_file"),
         (["--t5_cpu"], "--t5_cpu has no effect on the CPU"),
         (["--offload_model", "True"], "--offload_model has no effect on the CPU"),
         (["--convert_model_dtype"], "--convert_model_dtype has no effect on a run in float32"),

@@ -164,7 +164,7 @@ def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
     again, first = (read_frames(file).astype(int) for file in (tmp_path / "again.mp4", whole))
     assert abs(again - first).max() <= 1
     codes, said = launched(partial(generate.main, words), 2, tmp_path)
-    assert (codes, said[0].count("exists already"), said[1]) == ([2, 2], 1, "")
+    assert (codes, said[0].count("already exists"), said[1]) == ([2, 2], 1, "")
 
 
 def test_json_tells_of_the_jobs_of_all_groups(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -102,10 +102,10 @@ import wan.runner.batch
 
 make_video = wan.runner.batch.make_video
 
-def fails_once(pipe, job, *more):
+def fails_once(pipe, job, *more, **options):
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], job.index) == ("1", "0", 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    return make_video(pipe, job, *more)
+    return make_video(pipe, job, *more, **options)
 
 wan.runner.batch.make_video = fails_once
 sys.exit(generate.main())

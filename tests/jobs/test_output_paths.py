@@ -1,8 +1,11 @@
 """Output files: inside the folder meant, in nobody's way, under names that can be written; and quickly told."""
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 from tests.unprivileged import run_unprivileged
 from wan.cli.checks import Check
 from wan.jobs.job import Request
-from wan.jobs.output_paths import check_outputs, row_file
+from wan.jobs.output_paths import RowFiles, check_outputs
 from wan.utils.files import longest_name
 
 
@@ -34,7 +37,7 @@ def problem(*files: str, **flags) -> str:
 
 def row(name: str, save_dir: str = "out") -> tuple[Path, list[str]]:
     check = Check()
-    return row_file(Path(save_dir), name, "p.jsonl line 3", check), list(check.problems)
+    return RowFiles(Path(save_dir), check)(name, "p.jsonl line 3"), list(check.problems)
 
 
 OUTSIDE = ["/abs.mp4", "../x.mp4", "a/../../x.mp4", "a/../x.mp4"]
@@ -64,6 +67,40 @@ def test_a_row_may_name_what_is_inside() -> None:
     for name in ("x.mp4", "a/b/猫.mp4", "~/x.mp4", "..x.mp4"):
         assert row(name) == (Path("out") / name, [])
     assert row("~/x.mp4", ".") == (Path("~/x.mp4"), [])  # a folder named ~: nobody's home
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CON", "con.mp4", "a/NUL.x.mp4", "Lpt1 .mp4", "a?.mp4", "a:b/c.mp4", "a*.mp4", 'a".mp4', "<a>.mp4", "a|b.mp4",
+     "trailing.mp4 ", "trailing.mp4.", "folder /x.mp4", "folder./x.mp4", "back\\slash.mp4", "a\x1b[31m.mp4", "a\n.mp4",
+     "a\t.mp4", "a\x7f.mp4"],
+)  # fmt: skip
+def test_a_row_has_a_name_for_every_platform(name: str) -> None:
+    _, (found,) = row(name)
+    assert found.startswith(f"p.jsonl line 3: save_file {name!r} ")
+    assert found.isprintable()
+
+
+@pytest.mark.parametrize("target", ["/not/mounted/videos", "gone", "../gone/deeper"])
+def test_a_folder_behind_a_dangling_link(here: Path, target: str) -> None:
+    (here / "out").symlink_to(target)
+    for file in ("out/x.mp4", "out/sub/x.mp4"):
+        found = problem(file)
+        assert found.startswith(f"{(here / file).parent}: ")
+        assert target in found
+    (here / "gone").mkdir()
+    assert problems("out/x.mp4") == [] or target != "gone"
+
+
+def test_a_share_that_does_not_answer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(path: str | Path, **more: Any) -> os.stat_result:
+        if str(path).startswith(str(here / "share")):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, **more)
+
+    real = os.stat
+    monkeypatch.setattr(os, "stat", stat)
+    assert problem("share/videos/x.mp4").startswith(f"{here / 'share/videos'}: ")
 
 
 @pytest.mark.parametrize(("name", "sentence"), [("a\0.mp4", "holds a NUL"), ("a\udce9.mp4", "not valid Unicode")])
@@ -101,10 +138,21 @@ def test_a_hundred_thousand_rows_of_one_name_are_one_line() -> None:
     assert time.process_time() - started < 30
 
 
+def test_refusals_take_time_in_proportion(here: Path) -> None:
+    """20,000 files with a wrong ending, and inputs that are in the way: squares would take minutes."""
+    started = time.process_time()
+    assert "and 19,999 more: videos are written" in problem(*[f"{n}.avi" for n in range(20_000)])
+    names = [f"{n}.mp4" for n in range(2_000)]
+    for name in names:
+        (here / name).touch()
+    assert "is read by this run" in problem(*names, inputs=tuple(names))
+    assert time.process_time() - started < 15
+
+
 @pytest.mark.parametrize("name", ["x.json", "x.latents.safetensors", "x.png", "x.mp4"])
 def test_nothing_that_is_there_is_replaced(here: Path, name: str) -> None:
     (here / name).write_text("mine")
-    assert problem("x.mp4", preview=True).startswith(f"{name}: exists already; --overwrite replaces it")
+    assert problem("x.mp4", preview=True).startswith(f"{name} already exists; --overwrite replaces it")
     assert problems("x.mp4", preview=True, overwrite=True) == []
     if name == "x.png":
         assert problems("x.mp4") == []
@@ -114,7 +162,7 @@ def test_nothing_that_is_there_is_replaced(here: Path, name: str) -> None:
 
 def test_a_dangling_link_is_there(here: Path) -> None:
     (here / "x.mp4").symlink_to("nowhere")
-    assert "exists already" in problem("x.mp4")
+    assert "already exists" in problem("x.mp4")
 
 
 def test_an_input_is_never_replaced(here: Path) -> None:
@@ -127,7 +175,7 @@ def test_an_input_is_never_replaced(here: Path) -> None:
     assert problems("cat.mp4", overwrite=True, inputs=("cat.png",)) == []
     read, exists = problems("cat.mp4", preview=True, inputs=("cat.png",))
     assert "cat.png: is read" in read
-    assert "cat.json: exists already" in exists
+    assert "cat.json already exists" in exists
 
 
 def test_a_name_that_is_not_taken_has_no_other_fault(here: Path) -> None:
@@ -139,7 +187,7 @@ def test_resume_takes_its_own_and_nobody_elses(here: Path) -> None:
     (here / "x.png").write_text("the user's")
     (here / "x.json").write_text('{"notes": 1}')
     found = problem("x.mp4", preview=True, resume=True)
-    assert found.startswith("x.json and x.png: exists already")
+    assert found.startswith("x.json and x.png already exists")
     (here / "x.json").write_text(json.dumps({"output": {"file": "x.mp4"}}))  # its video was removed to be made again
     assert problems("x.mp4", preview=True, resume=True) == []
     (here / "x.json").unlink()
@@ -147,7 +195,7 @@ def test_resume_takes_its_own_and_nobody_elses(here: Path) -> None:
     save_file({"latent": torch.zeros(1)}, here / "x.latents.safetensors", {"record": "{}"})
     assert problems("x.mp4", resume=True) == []
     (here / "x.latents.safetensors").write_text("the user's")
-    assert "x.latents.safetensors: exists already" in problem("x.mp4", resume=True)
+    assert "x.latents.safetensors already exists" in problem("x.mp4", resume=True)
     (here / "x.mp4").write_text("what it is, the run will tell")
     assert problems("x.mp4", resume=True) == []
 
@@ -189,7 +237,5 @@ print("\\n".join(check.problems))
 (root / "hidden").chmod(0o700)
 """
     hidden, locked = run_unprivileged(code, here)
-    assert locked == f"{here}/locked: the output folder is not writable; choose another --save_dir"
-    assert hidden.startswith(
-        f"{here}/hidden/below: the output folder is not writable, there is no permission to write in"
-    )
+    assert locked == f"{here}/locked: the folder is not writable (Permission denied); choose another --save_dir"
+    assert hidden.startswith(f"{here}/hidden/below: the folder is not writable, no file can be made in")

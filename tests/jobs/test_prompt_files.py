@@ -1,5 +1,7 @@
 """Prompt files: what is data and no prompt, what cannot be text, and what stays apart."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ from wan.jobs.prompt_files import (
     Row,
     beside,
     expanded,
-    output_name,
     read_paths,
     read_rows,
     slug,
@@ -23,7 +24,7 @@ from wan.utils.files import longest_name
 def rows_of(path: Path, content: str | bytes) -> tuple[list[Row], list[str]]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     problems: list[str] = []
-    return read_rows(path, problems)[0], problems
+    return read_rows(path, problems, []), problems
 
 
 def problem(path: Path, content: str | bytes) -> str:
@@ -33,10 +34,11 @@ def problem(path: Path, content: str | bytes) -> str:
     return found
 
 
-@pytest.mark.parametrize("end", [".tsv", ".yaml", ".yml", ".xlsx", ".md", ".mp4"])
+@pytest.mark.parametrize("end", [".yaml", ".yml", ".xlsx", ".md", ".mp4"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, end: str) -> None:
     found = problem(tmp_path / f"p{end}", "prompt\tseed\na cat\t1\n")
-    assert f"is a .txt (a prompt a line), .jsonl or .csv (rows), not {end}" in found
+    assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: ")
+    assert f"not {end};" in found
 
 
 def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:
@@ -46,22 +48,72 @@ def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('a cat\n{"prompt": "a dog", "seed": 3}\n', "holds JSON, not a prompt a line; name it .jsonl"),
+        ('a cat\n{"prompt": "a dog", "seed": 3}\n', "holds JSON, not one prompt per line; write a .jsonl"),
         ('["a cat", "a dog"]\n', "holds JSON"),
         ('[{"prompt": "a dog"}]', "holds JSON"),
-        ("prompt,seed\na cat,3\n", "a table with the columns prompt, seed, not with a prompt; name it .csv"),
+        ("prompt,seed\na cat,3\n", "a table with the columns prompt, seed, not one prompt per line; write a .csv"),
         ("image\tprompt\na.png\ta cat\n", "a table with the columns image, prompt"),
-        ("prompts:\n  - prompt: a cat\n    seed: 3\n", "holds YAML, not a prompt a line"),
+        ("prompts:\n  - prompt: a cat\n    seed: 3\n", "holds YAML, not one prompt per line; write a .jsonl"),
     ],
 )
 def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentence: str) -> None:
     assert sentence in problem(tmp_path / "p.txt", content)
 
 
-@pytest.mark.parametrize(("sign", "called"), [(";", "semicolons"), ("\t", "tabs")])
-def test_columns_without_commas(tmp_path: Path, sign: str, called: str) -> None:
-    content = f"prompt{sign}seed\na cat{sign}3\n"
-    assert f"the columns prompt, seed have {called} between; use commas" in problem(tmp_path / "p.csv", content)
+TABLE = ["Prompt ,SEED,Frame Num,negative-prompt,,", "a cat,3.0,5,,,", '"two\nlines", 4 ,9.,no,,', ",,,,,"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize(
+    ("name", "sign", "first"),
+    [("p.csv", ",", ""), ("p.csv", ";", ""), ("p.csv", "\t", ""), ("p.tsv", "\t", ""), ("p.tsv", ",", ""),
+     ("p.csv", "|", "sep=|\r\n"), ("p.csv", ";", '"sep=;"\n')],
+)  # fmt: skip
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, name: str, sign: str, first: str, mark: str) -> None:
+    """Headers in any case, other separators, byte order marks, `3.0`, empty columns and rows at the end."""
+    rows, problems = rows_of(tmp_path / name, mark + first + "\r\n".join(TABLE).replace(",", sign))
+    assert problems == []
+    assert [(row.prompt, row.seed, row.frame_num, row.negative_prompt) for row in rows] == [
+        ("a cat", 3, 5, None), ("two\nlines", 4, 9, "no"),
+    ]  # fmt: skip
+    begin = 2 if first else 1
+    assert [row.source.rpartition(" ")[2] for row in rows] == [str(begin + 1), str(begin + 2)]
+
+
+def test_commas_in_a_prompt_are_no_separators(tmp_path: Path) -> None:
+    rows, problems = rows_of(tmp_path / "p.csv", "prompt;seed\na cat, a dog;3\n")
+    assert ([(row.prompt, row.seed) for row in rows], problems) == ([("a cat, a dog", 3)], [])
+
+
+def test_other_columns_are_named_in_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("id,prompt,notes,,Notes 2\n1,a cat,nice,,\n2,a dog,,,\n")
+    problems, warnings = list[str](), list[str]()
+    assert [row.prompt for row in read_rows(tmp_path / "p.csv", problems, warnings)] == ["a cat", "a dog"]
+    assert problems == []
+    assert len(warnings) == 1
+    assert all(name in warnings[0] for name in (str(tmp_path / "p.csv"), "'id'", "'notes'", "'notes_2'"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "meant"),
+    [
+        ("p.csv", "prompt,sead\na,3\n", "seed"), ("p.csv", "promt\na\n", "prompt"),
+        ("p.jsonl", '{"prompt": "a", "sead": 3}', "seed"), ("p.jsonl", '{"promt": "a"}', "prompt"),
+        ("p.jsonl", '{"prompt": "a", "Negative Prompt": "b"}', "negative_prompt"),
+    ],
+)  # fmt: skip
+def test_a_nearly_right_name_is_told_once(tmp_path: Path, name: str, content: str, meant: str) -> None:
+    found = problem(tmp_path / name, content)
+    assert found.startswith(f"{tmp_path / name} line 1: unknown ")
+    assert f"; did you mean {meant}?" in found
+
+
+def test_a_long_text_is_refused_at_once(tmp_path: Path) -> None:
+    long, begun = "cat " * 1_200_000, time.process_time()
+    for name, content in (("p.txt", long), ("p.jsonl", json.dumps({"prompt": long})), ("p.csv", f"prompt\n{long}\n")):
+        assert problem(tmp_path / name, content).startswith(f"{tmp_path / name} line ")
+    assert "has 20,001 characters" in (text_problem("a" * 20_001) or "")
+    assert time.process_time() - begun < 5
 
 
 ALMOST_DATA = ["{a red | a blue} cat", "[close-up] a cat", "[1]", '"quoted"', "prompt", "a prompt, a seed", "{", "3"]
@@ -76,9 +128,9 @@ def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("p.txt", b"good\na\0b\n", "p.txt line 2: the prompt file holds a NUL"),
-        ("p.txt", "text".encode("utf-16-le"), "p.txt line 1: the prompt file holds a NUL"),
-        ("p.csv", b"prompt\na\0b\n", "p.csv line 2: the prompt file holds a NUL"),
+        ("p.txt", b"good\na\0b\n", "p.txt line 2: holds a NUL"),
+        ("p.txt", "text".encode("utf-16-le"), "p.txt line 1: holds a NUL"),
+        ("p.csv", b"prompt\na\0b\n", "p.csv line 2: holds a NUL"),
         ("p.jsonl", '{"prompt": "a\\u0000b"}', "p.jsonl line 1: 'prompt' holds a NUL character"),
         ("p.jsonl", '{"prompt": "half \\ud83d"}', "p.jsonl line 1: 'prompt' is not valid Unicode text at character 6"),
         ("p.jsonl", '{"prompt": "a", "save_file": "\\udce9.mp4"}', "'save_file' is not valid Unicode"),
@@ -105,15 +157,15 @@ def test_no_file_makes_it_wait(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     for path in (tmp_path / "folder.txt", Path("/dev/zero")):
         problems: list[str] = []
-        assert read_rows(path, problems) == ([], 0)
-        assert problems == [f"{path}: the prompt file cannot be read, it is no regular file"]
+        assert read_rows(path, problems, []) == []
+        assert problems == [f"--prompt_file {path}: cannot be read, it is no regular file"]
         assert read_paths(path, problems) == []
 
 
 @pytest.mark.parametrize("name", ["a\0b.txt", "n" * 300 + ".txt"])
 def test_names_that_cannot_be_files(tmp_path: Path, name: str) -> None:
     problems: list[str] = []
-    assert read_rows(tmp_path / name, problems) == ([], 0)
+    assert read_rows(tmp_path / name, problems, []) == []
     assert len(problems) == 1
     assert "cannot be read" in problems[0]
     assert beside(tmp_path / "p.jsonl", name) == Path(name)
@@ -130,7 +182,7 @@ def test_an_empty_negative_prompt_is_not_an_absent_one(tmp_path: Path) -> None:
     )
     assert [row.negative_prompt for row in rows] == ["", None]
     write_rows(tmp_path / "o.jsonl", rows)
-    assert [row.negative_prompt for row in read_rows(tmp_path / "o.jsonl", [])[0]] == ["", None]
+    assert [row.negative_prompt for row in read_rows(tmp_path / "o.jsonl", [], [])] == ["", None]
     rows, _ = rows_of(tmp_path / "p.csv", "prompt,negative_prompt\na,\n")
     assert rows[0].negative_prompt is None
 
@@ -146,7 +198,7 @@ def test_every_default_name_can_be_written() -> None:
     assert len(slug("\U00020000" * 60).encode()) <= 150
     assert slug("猫" * 60) == "猫" * 50
     for letter in ("a", "猫", "\U00020000"):
-        name = output_name("t2v-A14B", 99_999, 2**63 - 1, letter * 80)
+        name = f"t2v-A14B_99999_seed{2**63 - 1}_{slug(letter * 80)}_replay.mp4"
         assert len(longest_name(Path(name)).encode()) <= 255
     assert slug("half \ud83d") == "half"
 
@@ -154,7 +206,7 @@ def test_every_default_name_can_be_written() -> None:
 def test_a_hundred_thousand_bad_rows_are_not_a_hundred_thousand_lines(tmp_path: Path) -> None:
     check = Check()
     (tmp_path / "p.jsonl").write_text("x\n" * 100_000)
-    read_rows(tmp_path / "p.jsonl", check.problems)
+    read_rows(tmp_path / "p.jsonl", check.problems, [])
     with pytest.raises(InputError) as raised:
         check.stop()
     assert len(raised.value.problems) == MOST_SHOWN + 1

@@ -281,9 +281,8 @@ def test_lora_dir_without_an_expert(tmp_path):
         ({"sample_steps": 4}, "4 steps without a distilled weight"),
         ({"size": "640*480"}, "none of those that 't2v-A14B' was trained for"),
         ({"frame_num": 85}, "85 frames are more than the 81"),
-        ({"image": str(TINY / "input.png")}, "t2v-A14B takes no image"),
         ({"prompt": None}, "no --prompt given"),
-        ({"task": "i2v-A14B", "image": None}, "i2v_input.png is used"),
+        ({"task": "i2v-A14B", "image": None, "prompt": None}, "i2v_input.png is used"),
         ({"distilled": True, "timesteps": "1000,978.26,937.5,833.33"}, None),
         ({"distilled": True, "timesteps": "1000,750,500,250"}, "after shift 5 it is 1000,937.5,833.333,625"),
         ({"distilled": True, "timesteps": "900,800"}, "starts at 900"),
@@ -514,11 +513,11 @@ def test_csv_file(tmp_path):
     [
         ("p.txt", "", "p.txt: the prompt file holds no prompt"),
         ("p.txt", " \n\n", "holds no prompt"),
-        ("p.txt", b"good\nb\xe4d\n", "p.txt line 2: the prompt file is not UTF-8"),
-        ("p.txt", "text".encode("utf-16"), "p.txt line 1: the prompt file is not UTF-8"),
+        ("p.txt", b"good\nb\xe4d\n", "p.txt line 2: is not UTF-8"),
+        ("p.txt", "text".encode("utf-16"), "p.txt line 1: is not UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl line 2: not valid JSON"),
         ("p.jsonl", '["a"]', "p.jsonl entry 1: a prompt with its settings is one JSON object"),
-        ("p.jsonl", '{"prompt": "a", "sed": 3}', "p.jsonl line 1: unknown key 'sed'; allowed are prompt, image"),
+        ("p.jsonl", '{"prompt": "a", "sed": 3}', "p.jsonl line 1: unknown key 'sed'; did you mean seed?"),
         ("p.jsonl", '{"seed": 3}', "p.jsonl line 1: no 'prompt'"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "p.jsonl line 1: 'seed' must be a whole number, not 1.5"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "'seed' must be a whole number"),
@@ -528,7 +527,7 @@ def test_csv_file(tmp_path):
         ("p.jsonl", '{"prompt": ""}', "p.jsonl line 1: the prompt is empty"),
         ("p.jsonl", '{"prompt": "a", "save_file": "a.avi"}', "written as .mp4"),
         ("p.jsonl", '{"prompt": "a", "seed": 9223372036854775808}', "line 1: seed 9223372036854775808 is too large"),
-        ("p.csv", "text,seed\na,1\n", "p.csv line 1: unknown column 'text'"),
+        ("p.csv", "text,seed\na,1\n", "p.csv line 1: the first line must name the columns"),
         ("p.csv", "seed\n1\n", "p.csv line 1: the first line must name the columns"),
         ("p.csv", "prompt,seed\na,1,2\n", "p.csv line 2: 3 cells, but the header names 2 columns"),
         ("p.csv", "prompt,seed\na,x\n", "p.csv line 2: 'seed' must be a whole number, not 'x'"),
@@ -540,7 +539,7 @@ def test_bad_prompt_files(tmp_path, name, content, sentence):
 
 
 def test_absent_prompt_file(tmp_path):
-    assert problem(prompt=None, prompt_file="absent.txt") == "--prompt_file absent.txt: no such prompt file"
+    assert problem(prompt=None, prompt_file="absent.txt") == "--prompt_file absent.txt: no such file"
     assert "cannot be read" in problem(prompt=None, prompt_file=str(tmp_path))
     assert "exclude each other" in problem(prompt="a", prompt_file=write(tmp_path / "p.txt", "b"))
 
@@ -574,11 +573,31 @@ def test_image_counts(tmp_path):
     assert found.startswith("--image_path_file: 3 prompts but 2 images")
     assert "exclude each other" in problems("i2v-A14B", prompt=None, prompt_file=prompts, image_path_file=images)[0]
     missing = problem("i2v-A14B", prompt=None, prompt_file=prompts, image=None)
-    assert "i2v-A14B needs an image for every prompt" in missing
-    assert "p.txt line 1 has none" in missing
-    assert "no such image list" in problem("i2v-A14B", image=None, image_path_file="absent.txt")
+    assert missing.startswith(f"{prompts} line 1: i2v-A14B needs an image for every prompt")
+    assert "--image_path_file absent.txt: no such file" in problem("i2v-A14B", image=None, image_path_file="absent.txt")
     empty = write(tmp_path / "empty.txt", "\n")
     assert "names no image" in problem("i2v-A14B", image=None, image_path_file=empty)
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+def test_a_picture_and_a_prompt_belong_together(tmp_path, task):
+    """The example pair serves only when neither was given."""
+    picture, takes = str(TINY / "input.png"), task != "t2v-A14B"
+    (example,) = run(task, prompt=None, image=None).jobs
+    assert example.prompt == TASKS[task].example_prompt
+    assert example.image == (TASKS[task].example_image and Path(TASKS[task].example_image))
+    images = write(tmp_path / "i.txt", picture)
+    row = write(tmp_path / "p.jsonl", json.dumps({"prompt": "a", "image": picture}))
+    for flags in ({"image": picture}, {"image": None, "image_path_file": images}):
+        assert run(task, **flags).jobs if takes else problem(task, **flags).startswith(f"--{list(flags)[-1]}")
+        alone = problems(task, prompt=None, **flags)
+        assert any("the prompt is empty" in p if takes else p.startswith("--image") for p in alone)
+    from_row = {"prompt": None, "image": None, "prompt_file": row}
+    assert run(task, **from_row).jobs if takes else problem(task, **from_row).startswith(f"{row} line 1: ")
+    if task == "i2v-A14B":
+        assert problem(task, image=None).startswith("--prompt: i2v-A14B needs an image")
+    else:
+        assert run(task, image=None).jobs[0].image is None
 
 
 def test_bad_images_with_their_lines(tmp_path):
@@ -647,6 +666,21 @@ def test_output_names(tmp_path):
     assert run(save_file="exact.mp4").jobs[0].save_file == Path("exact.mp4")
 
 
+@pytest.mark.parametrize(
+    ("save_file", "expected"),
+    [("f.mp4", "D/f.mp4"), ("sub/f.mp4", "sub/f.mp4"), ("./f.mp4", "f.mp4"), ("/tmp/f.mp4", "/tmp/f.mp4")],
+)
+def test_a_bare_save_file_goes_into_the_save_dir(tmp_path, save_file, expected):
+    made = run(save_dir="D", save_file=save_file)
+    assert made.jobs[0].save_file == Path(expected)
+    assert bool(made.warnings) == (not expected.startswith("D/")), "--save_dir has no effect beside it"
+    assert run(save_file="f.mp4").jobs[0].save_file == Path("f.mp4"), "the exact path, as in the original"
+    row = write(tmp_path / "p.jsonl", '{"prompt": "a", "save_file": "f.mp4"}')
+    assert run(prompt=None, prompt_file=row, save_dir="D").jobs[0].save_file == Path("D/f.mp4")
+    write(tmp_path / "v.latents.safetensors", "x")
+    assert run(decode_latents="v.latents.safetensors", save_dir="D", save_file="f.mp4").video == Path("D/f.mp4")
+
+
 def test_bad_outputs(tmp_path):
     assert "written as .mp4" in problem(save_file="a.mkv")
     assert "--save_file names one video, but there are 2" in problems(save_file="a.mp4", num_videos=2)[0]
@@ -658,7 +692,7 @@ def test_bad_outputs(tmp_path):
 
 def test_existing_outputs(tmp_path):
     write(tmp_path / "there.mp4", "")
-    assert problem(save_file="there.mp4").startswith("--save_file there.mp4: exists already; --overwrite replaces it")
+    assert problem(save_file="there.mp4").startswith("--save_file there.mp4 already exists; --overwrite replaces it")
     for flags in ({"overwrite": True}, {"resume": True}):
         assert run(save_file="there.mp4", **flags).jobs
 
@@ -678,7 +712,7 @@ def test_decode_latents(tmp_path):
     assert (made.latents, made.video) == (Path("v.latents.safetensors"), Path("w.mp4"))
     assert "no such file" in problem(decode_latents="absent.safetensors")
     write(tmp_path / "v.mp4", "")
-    assert "v.mp4: exists already" in problem(decode_latents="v.latents.safetensors")
+    assert "v.mp4 already exists" in problem(decode_latents="v.latents.safetensors")
 
 
 # --- prompt extension
@@ -705,7 +739,12 @@ def test_extend_only(tmp_path):
     assert made.file == Path("out.jsonl")
     assert ".txt (prompts) or .jsonl" in problem(extend_only="out.csv")
     write(tmp_path / "out.txt", "")
-    assert "exists already" in problem(extend_only="out.txt")
+    assert problem(extend_only="out.txt").startswith("--extend_only out.txt already exists; --overwrite")
+    assert run(extend_only="out.txt", overwrite=True).file == Path("out.txt")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "gone").symlink_to("/not/mounted")
+    for file in ("out.txt/below/a.txt", "gone/a.txt", "folder.txt", "/proc/a.txt", f"{'n' * 300}.txt", "a\n/b\0.txt"):
+        assert problem(extend_only=file, overwrite=True).startswith("--extend_only "), file
 
 
 def test_written_rows_read_back(tmp_path):
@@ -715,9 +754,9 @@ def test_written_rows_read_back(tmp_path):
     ]
     write_rows(tmp_path / "sub" / "o.jsonl", rows)
     found: list[str] = []
-    back, blank = read_rows(tmp_path / "sub" / "o.jsonl", found)
+    back = read_rows(tmp_path / "sub" / "o.jsonl", found, found)
     assert [dataclasses.replace(row, source="") for row in back] == rows
-    assert (found, blank) == ([], 0)
+    assert found == []
     write_rows(tmp_path / "o.txt", rows)
     assert (tmp_path / "o.txt").read_bytes() == "a long 猫\ntwo lines\n".encode()
 
@@ -810,3 +849,31 @@ def test_bad_records(tmp_path):
             write(tmp_path / name, content)
         with pytest.raises(InputError, match=sentence):
             asked(replay=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"job": True}, {"job": []}, {"job": None}, {"request": True}, {"request": [1]}, {"versions": ["a"]},
+        {"versions": 3}, {"meaning": [1]}, {"meaning": "a"}, {"job.area": 5}, {"job.area": "ab"},
+        {"job.area": [[], {}]},
+        {"job.seed": {}}, {"job.seed": 10**4200}, {"job.seed": "7" * 5000}, {"job.frame_num": True},
+        {"job.prompt": ["a"]}, {"job.image": 3}, {"request.lora": {"a": 1}}, {"request.sample_steps": []},
+        {"request.ckpt_dir": [1]}, {"schema": []}, {"schema": "2"}, {"request.\x1b[2J": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_records_of_any_shape_are_refused_in_a_line(tmp_path, change):
+    path = tmp_path / "r.json"
+    record_of(run(base_seed=3), 0, path)
+    record = json.loads(path.read_text())
+    ((place, value),) = change.items()
+    *parent, name = place.split(".")
+    target = record[parent[0]] if parent else record
+    target[name] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError) as raised:
+        asked(replay=str(path))
+    assert all(
+        p.startswith((f"--replay {path}", "--")) and len(p) < 400 and "\n" not in p for p in raised.value.problems
+    )

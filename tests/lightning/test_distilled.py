@@ -81,15 +81,15 @@ def test_unscaled_fp8_is_what_it_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({f"{Q}.weight": torch.zeros(64, 32, dtype=torch.uint8)}, "q.weight is U8"),
-        ({f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8)}, "is int8 without a scale"),
-        ({f"{Q}.weight_scale": torch.ones(64, 1)}, "q.weight has a scale but is F32"),
+        ({f"{Q}.weight": torch.zeros(64, 32, dtype=torch.uint8)}, "q.weight .*U8"),
+        ({f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8)}, "q.weight .*without a scale"),
+        ({f"{Q}.weight_scale": torch.ones(64, 1)}, "q.weight .*F32 with a scale"),
         (
             {f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8), f"{Q}.weight_scale": torch.ones(64, 2)},
-            r"q.weight has a scale of \[64, 2\] F32",
+            r"q.weight .*\[64, 2\] F32",
         ),
-        ({"blocks.7.ffn.0.weight_scale": torch.ones(1)}, "blocks.7.ffn.0.weight has a scale but is missing"),
-        ({f"{Q}.comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "q.comfy_quant is U8"),
+        ({"blocks.7.ffn.0.weight_scale": torch.ones(1)}, "blocks.7.ffn.0.weight .*missing"),
+        ({f"{Q}.comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "q.comfy_quant"),
     ],
 )
 def test_other_quantised_forms_are_refused(changes: dict[str, Tensor], sentence: str, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_other_quantised_forms_are_refused(changes: dict[str, Tensor], sentence:
 )
 def test_one_tensor_in_two_spellings_is_refused(changes: dict[str, Tensor], tmp_path: Path) -> None:
     path = write(tmp_path / "expert.safetensors", weights() | changes)
-    with pytest.raises(LoraError, match=r"self_attn\.q\.\S+ says again, in another spelling"):
+    with pytest.raises(LoraError, match=r"self_attn\.q\.\S+ .*another spelling"):
         open_expert(path)
 
 

@@ -1,12 +1,13 @@
 """What is known of the published releases, and how their files are recognised."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lightning.releases import A14B_SIZES, RELEASES, TI2V_SIZES, preset, recognise
+from lightning.releases import RELEASES, SIZES, preset, recognise
 from lightning.schedule import EulerSchedule, RenoisingSchedule, levels_at, spaced
-from tests.support import TINY
+from tests.support import TINY, checkpoint, lora_dir
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
 from wan.utils.errors import InputError, LoraError
@@ -91,7 +92,7 @@ def test_settings_are_complete_and_sane() -> None:
         assert not (release.refused and release.kind != "full")
         assert set(release.tasks) <= {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
         if not release.source.startswith("examples/"):
-            assert release.sizes == (TI2V_SIZES if release.tasks == ("ti2v-5B",) else A14B_SIZES)
+            assert release.sizes == SIZES[release.tasks[0]]
         for by_step in (release.lora_steps, release.guidance_steps, release.timesteps):
             assert by_step is None or len(by_step) == release.steps
 
@@ -181,3 +182,78 @@ def test_motion_recipe() -> None:
 def test_an_unknown_preset_lists_the_known() -> None:
     with pytest.raises(LoraError, match=r"no preset 'fast'; there are .*t2v-seko-v2\.0, .*motion-8"):
         preset("fast")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("LongLive-Plug-Wan2.2-TI2V-5B-few-step/adapter_model.safetensors", "ti2v-longlive-few-step"),
+        ("LongLive-Plug-Wan2.2-TI2V-5B-cfg/adapter_model.safetensors", "ti2v-longlive-cfg"),
+        ("longlive-stepdistill-blocksize-loras/block8_single.pt", "ti2v-longlive-block8"),
+        ("longlive-stepdistill-blocksize-loras/block3_causal.pt", "longlive-blocks"),
+        ("LongLive-2.0-5B/model.safetensors", "longlive-2"),
+        ("LongLive2.0-Robot-Arm/model.safetensors", "longlive-2"),
+        ("FastMetal-5B-QAD/weights.safetensors", "fastmetal"),
+        ("AAD-1-self-forcing-loras/lora.safetensors", "aad-1"),
+        ("Wan2_2-T2V-A14B-HIGH_nvfp4.safetensors", "nvfp4-sparse"),
+        ("Wan2.2_I2V_LightX2V_2Step/wan_high_noise.safetensors", "i2v-lightx2v-2step"),
+        ("wan22EnhancedLightning_v2I2VHIGHfp8.safetensors", "i2v-enhanced-lightning"),
+        ("wan2.2-rapid-mega-aio-v12.safetensors", "rapid-aio"),
+        ("WAN2.2-14B-Rapid-AllInOne/v10/wan2.2-i2v-rapid-aio-v10.safetensors", "rapid-aio"),
+        ("Wan2.2_Remix_i2v_14b_high_lighting_v2.0.safetensors", "remix"),
+        ("wan2.2_i2v_A14b_high_noise_lightx2v_4step.safetensors", "i2v-distill-model"),
+    ],
+)
+def test_later_releases(path: str, name: str, tmp_path: Path) -> None:
+    release = recognise(tmp_path / path)
+    assert release is not None
+    assert release.name == name
+    causal = name in ("longlive-blocks", "longlive-2", "aad-1")
+    assert bool(release.refused) == (causal or name in ("fastmetal", "nvfp4-sparse"))
+    assert (release.steps, release.guidance) == (4, (1.0, 1.0))
+
+
+def outcome_of(name: str, tmp_path: Path, **more: object) -> Generate:
+    folder = tmp_path / name
+    shutil.copytree(lora_dir("ti2v-5B"), folder)
+    file = (folder / "diffusion_pytorch_model.safetensors").rename(folder / f"{name}.safetensors")
+    asked = {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "prompt": "a cat", "lora": (str(file),)}
+    made = resolve({**asked, **more})
+    assert isinstance(made, Generate)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "part"),
+    [
+        ("SVI_v2_PRO_Wan2.2-I2V-A14B_lora", {}, "SVI 2 Pro"),
+        ("ShotPlan_T2V", {}, "ShotPlan"),
+        ("LongLive-Plug-Wan2.2-TI2V-5B-few-step", {}, "--sample_steps"),
+        ("FastWan2.2-TI2V-5B-lora", {"image": str(TINY / "input.png")}, "--image"),
+    ],
+)
+def test_warnings_by_name(name: str, flags: dict, part: str, tmp_path: Path) -> None:
+    assert any(part in warning for warning in outcome_of(name, tmp_path, **flags).warnings)
+
+
+def test_fastwan_without_an_image_warns_of_none(tmp_path: Path) -> None:
+    warnings = outcome_of("FastWan2.2-TI2V-5B-lora", tmp_path).warnings
+    assert not any("trained without images" in warning for warning in warnings)
+
+
+def test_a_causal_lora_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"aad-1 .*causal variant"):
+        outcome_of("AAD-1-self-forcing-lora", tmp_path)
+
+
+def test_the_preset_for_first_and_last_images() -> None:
+    release = preset("FLF2V-16")
+    assert (release.kind, release.steps, release.shift, release.tasks) == ("recipe", 4, 16.0, ("i2v-A14B",))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("t2v-seko", "t2v-seko-v"), ("motion8", "motion-8"), ("ti2v-fastwam", "ti2v-fastwan")]
+)
+def test_a_mistyped_preset_is_told_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(LoraError, match=f"did you mean {near}"):
+        preset(name)

@@ -50,7 +50,7 @@ def test_equals_the_formula_with_the_seeds_noise(pinned: bool) -> None:
     found = latent_of(task, pinned, 5)
     start, model = task.start(boat(pinned, 5)), task.experts.ready("model", 1.0)
     prompt, generator = Prompt(task._contexts["a boat"]), torch.Generator().manual_seed(5)
-    noise = [torch.randn(start.shape, generator=generator) for _ in range(3)]
+    noise = [torch.randn(found.shape, generator=generator) for _ in range(3)]
     x, sigmas = noise[0], (1.0, 0.757, 0.522, 0.0)
     with torch.no_grad():
         for index in range(3):

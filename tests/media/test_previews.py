@@ -80,7 +80,7 @@ def test_a_strip_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "x.steps.png").write_bytes(b"mine")
     asked = [*words("t2v-A14B", tmp_path), "--preview_steps", "--dry_run"]
     assert generate.main(asked) == 2
-    assert "x.steps.png: exists already" in capsys.readouterr().err
+    assert "x.steps.png already exists" in capsys.readouterr().err
     assert generate.main([*asked, "--resume"]) == 0, "a run that was killed leaves one"
 
 

@@ -216,7 +216,7 @@ def test_mps_computes_in_the_memory_of_the_host() -> None:
     needed = []
     for device in ("cpu", "mps"):
         plan = replace(build.make_plan(resolve(request), Runtime()), device=torch.device(device), dtype=torch.float32)
-        needed.append(Outlook.of(plan).host_needed)
+        needed.append(Outlook(plan).host_needed)
     assert needed[0] == needed[1] is not None
     assert Accelerator(torch.device("mps")).free_bytes > 0
     assert Accelerator(torch.device("mps")).bytes_of_others == 0

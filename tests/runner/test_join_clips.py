@@ -350,7 +350,7 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"use_prompt_extend": True}, "write them out first, with --extend_only FILE.txt and without --chain"),
         ({"extend_only": "x.txt"}, "write them out first"),
         ({"decode_latents": "x.safetensors"}, "--chain is of prompts; leave it out with --decode_latents"),
-        ({"image": None}, "the first row of a chain needs an image"),
+        ({"image": None}, "needs an image for the first row of a chain"),
         ({"given": ROWS[:1]}, "no row of rows.jsonl follows another"),
         ({"given": [{"prompt": "a"}, {"prompt": "b", "size": "32*32"}]}, "a chain has the size of its first clip"),
         ({"frame_num": 1}, "line 1: a clip of a chain needs 5 frames or more, not 1"),
@@ -368,7 +368,7 @@ def test_what_is_in_the_way_of_the_joined_video(capsys: pytest.CaptureFixture[st
     Path("out").mkdir()
     Path("out/a_chain.mp4").write_bytes(b"mine")
     assert generate.main(chain()) == 2
-    assert "out/a_chain.mp4: exists already" in capsys.readouterr().err
+    assert "out/a_chain.mp4 already exists" in capsys.readouterr().err
     assert generate.main(chain("--resume")) == 2
     assert "out/a_chain.mp4 already exists" in capsys.readouterr().err
     assert Path("out/a_chain.mp4").read_bytes() == b"mine"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from tests.runner.test_batch import Models, Outcome, make_run, names, planned
+from wan.configs import TASKS
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
 from wan.media.video import count_frames
 from wan.planning.build import make_plan
-from wan.runner.record import differences
+from wan.runner.batch import jobs_to_do
+from wan.runner.record import differences, read_latents, save_latents
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside, make_part
 from wan.utils.locks import locked
@@ -152,3 +155,77 @@ def test_a_replay_tells_what_differs(tmp_path: Path) -> None:
     (tmp_path / "0.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="written by another version of this program"):
         resolve({"replay": str(tmp_path / "0.json")})
+
+
+def test_a_name_that_was_chosen_is_made_under_that_name(tmp_path: Path) -> None:
+    """`--resume` finds the equal video under another name, and copies it with its record and latents."""
+    assert Outcome(row_plan(tmp_path, ["a"], save_latents=True)).failed == 0
+    (old,) = (tmp_path / "out").glob("*.mp4")
+    rows = [{"prompt": "a", "save_file": "shot_01.mp4"}, {"prompt": "b", "save_file": "deep/shot_02.mp4"}]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    named = {"prompt_file": str(tmp_path / "p.jsonl"), "resume": True, "save_latents": True}
+    outcome = Outcome(row_plan(tmp_path, [], **named))
+    assert [call for call in outcome.calls if call.startswith("sample")] == ["sample 1"]
+    new = tmp_path / "out" / "shot_01.mp4"
+    assert new.read_bytes() == old.read_bytes()
+    assert json.loads(Beside.of(new).record.read_text())["output"]["file"] == "shot_01.mp4"
+    assert Beside.of(new).latents.read_bytes() == Beside.of(old).latents.read_bytes()
+    assert (tmp_path / "out" / "deep" / "shot_02.mp4").exists()
+    assert Outcome(row_plan(tmp_path, [], **named)).models is None, "both are there now"
+
+
+def test_what_resume_cannot_make_up_is_said(tmp_path: Path) -> None:
+    """A sheet is made of the video; latents and frames of steps are not, and a run that asks for them says so."""
+    Outcome(make_run(tmp_path, ["one"]))
+    outcome = Outcome(make_run(tmp_path, ["one"], resume=True, save_latents=True, preview=True, preview_steps=True))
+    beside = Beside.of(tmp_path / "0.mp4")
+    assert (outcome.failed, outcome.models, beside.sheet.exists()) == (0, None, True)
+    for file in (beside.latents, beside.strip):
+        (line,) = [line for line in outcome.said.splitlines() if str(file) in line]
+        assert "--overwrite" in line
+
+
+def test_latents_that_an_earlier_run_was_asked_for_stay(tmp_path: Path) -> None:
+    Outcome(make_run(tmp_path, ["one"], save_latents=True))
+    Outcome(make_run(tmp_path, ["one"], resume=True))
+    assert Beside.of(tmp_path / "0.mp4").latents.exists()
+
+
+@pytest.mark.parametrize("change", [{"schema": 1}, {"schema": None}, {"meaning": {}}])
+def test_latents_of_another_schema_are_not_used(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert Outcome(make_run(tmp_path, ["one"]), decode_errors=[OSError(28, "full")]).failed == 1
+    file = tmp_path / "0.latents.safetensors"
+    latent, record = read_latents(file, TASKS["t2v-A14B"])
+    save_latents(file, latent, {**record, **change})
+    assert Outcome(make_run(tmp_path, ["one"], resume=True)).calls[3:] == ["sample 0", "decode"]
+
+
+def test_the_newest_drawn_seed_counts(tmp_path: Path) -> None:
+    """Two runs without a seed each drew one; `--resume` goes on with the later run."""
+    for number, seed in enumerate((11, 12, 13)):
+        assert Outcome(row_plan(tmp_path, ["a"], base_seed=seed, save_dir=str(tmp_path / "out"))).failed == 0
+        for file in (tmp_path / "out").glob(f"*seed{seed}*"):
+            os.utime(file, (1e9 + (number == 1), 1e9 + (number == 1)))
+    plan = row_plan(tmp_path, ["a"], base_seed=-1, resume=True)
+    assert plan.jobs[0].seed == 12
+
+
+def test_a_video_finished_between_the_look_and_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--resume` or without, it is left as it is."""
+    for resume in (True, False):
+        folder = tmp_path / str(resume)
+        made: list[float] = []
+
+        def look_and_wait(plan: Any, progress: Any, folder: Path = folder, made: list[float] = made) -> Any:
+            found = jobs_to_do(plan, progress)
+            if not made:
+                made.append(0)
+                Outcome(make_run(folder, ["one"]))
+                made[0] = (folder / "0.mp4").stat().st_mtime_ns
+            return found
+
+        monkeypatch.setattr("wan.runner.batch.jobs_to_do", look_and_wait)
+        outcome = Outcome(make_run(folder, ["one"], resume=resume))
+        assert outcome.failed == 0
+        assert "1 being made by other processes" in outcome.said
+        assert (folder / "0.mp4").stat().st_mtime_ns == made[0]

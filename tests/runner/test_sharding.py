@@ -1,5 +1,6 @@
 """A prompt file divided over independent processes: together they make what one makes, whatever dies on the way."""
 
+import json
 import os
 import random
 import re
@@ -64,21 +65,25 @@ def test_shards_are_the_whole_file_once(count: int, copies: int) -> None:
         (("0", "4", "0", None), "1/4"),
         (("7", "4", "5", None), "3/4"),
         (("20", "3", "10", "5"), "3/3"),
-        (("3", None, "0", None), None),
-        ((None, "4", "0", None), None),
     ],
 )
 def test_the_place_in_a_slurm_array(
-    numbers: tuple[str | None, ...], shard: str | None, monkeypatch: pytest.MonkeyPatch
+    numbers: tuple[str | None, ...], shard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in zip(NUMBERS, numbers, strict=True):
         if value is not None:
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    made = outcome()
-    assert made.request.shard == shard
-    assert any(f"--shard {shard}, from the Slurm array" in warning for warning in made.warnings) == bool(shard)
+    assert outcome(shard="slurm").request.shard == shard
     assert outcome(shard="2/5").request.shard == "2/5"
-    assert outcome(prompt_file=None, prompt="a").request.shard is None, "an array of other things is left alone"
+    assert outcome().request.shard is None, "an array of other things is left alone"
+
+
+@pytest.mark.parametrize("numbers", [("3", None, "0", None), (None, "4", "0", None), (None,) * 4])
+def test_slurm_outside_of_an_array(numbers: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(NUMBERS, numbers, strict=True):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value) if value else None
+    with pytest.raises(InputError, match="--shard slurm: not a task of a Slurm array"):
+        outcome(shard="slurm")
 
 
 def test_the_whole_file_is_no_shard() -> None:
@@ -90,7 +95,7 @@ def test_the_whole_file_is_no_shard() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"shard": "0/4"}, "--shard takes I/N with I from 1 to N, such as 2/4, not '0/4'"),
+        ({"shard": "0/4"}, "--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not '0/4'"),
         ({"shard": "5/4"}, "not '5/4'"),
         ({"shard": "two"}, "not 'two'"),
         ({"shard": "1/2", "base_seed": None}, "give the same --base_seed to all of them"),
@@ -106,7 +111,7 @@ def test_an_uneven_array(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(NUMBERS, ("9", "3", "0", None), strict=True):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value) if value else None
     with pytest.raises(InputError, match="do not follow each other evenly; give --shard I/N"):
-        outcome()
+        outcome(shard="slurm")
 
 
 def test_another_shards_videos_are_in_nobodys_way() -> None:
@@ -114,7 +119,7 @@ def test_another_shards_videos_are_in_nobodys_way() -> None:
     whole = outcome().jobs
     whole[1].save_file.write_bytes(b"a video")
     assert [job.index for job in outcome(shard="1/2").jobs] == [0, 2, 4]
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         outcome(shard="2/2")
 
 
@@ -136,7 +141,11 @@ def test_two_shards_make_what_one_process_makes(capsys: pytest.CaptureFixture[st
     assert generate.main(words(3, Path("one"))) == 0
     for shard in ("2/2", "1/2"):
         assert generate.main(words(3, Path("many"), "--shard", shard)) == 0
-    assert "video 0002 (2 of 2): " in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", told.err, re.M)
+    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", told.out, re.M)
+    (record,) = Path("many").glob("t2v-A14B_0002_*.json")
+    assert json.loads(record.read_text())["job"]["index"] == 2
     assert_equal_videos(Path("many"), Path("one"), 3)
     assert generate.main(words(3, Path("many"), "--shard", "4/4")) == 0, "none falls to it"
 

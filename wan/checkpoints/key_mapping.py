@@ -1,155 +1,14 @@
-"""diffusers' and transformers' names for the parameters of the three kinds of networks, and the way back.
+"""Names of the three kinds of networks in diffusers, transformers and llama.cpp, and the way back to ours.
 
-ours -> theirs: `diffusers_name` (transformer, in names.py), `vae_name`, `text_name`; back: `original`, `original_vae`,
-`original_text`, which take all names of a file, because the two autoencoders use one name for different places.
-llama.cpp has names of its own for a text encoder's.
+ours -> theirs: `diffusers_name` (transformer), `vae_name`, `text_name`; back: `original`, `original_vae`,
+`original_text`, which take all names of a file, because the two autoencoders use one name for different parameters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-
-Spellings = Iterable[tuple[str, str]]  # ours, theirs
-MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
-RESIDUAL = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
-            ("shortcut", "conv_shortcut"))  # fmt: skip
-ENDS = (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
-TEXT = (
-    ("norm1", "layer.0.layer_norm"),
-    *((f"attn.{x}", f"layer.0.SelfAttention.{x}") for x in "qkvo"),
-    ("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"),
-    ("norm2", "layer.1.layer_norm"),
-    ("ffn.gate.0", "layer.1.DenseReluDense.wi_0"),
-    ("ffn.fc1", "layer.1.DenseReluDense.wi_1"),
-    ("ffn.fc2", "layer.1.DenseReluDense.wo"),
-)
-TEXT_ENDS = (("token_embedding", "shared"), ("norm", "encoder.final_layer_norm"))
-LLAMA_TEXT = (
-    ("norm1", "attn_norm"),
-    *((f"attn.{x}", f"attn_{x}") for x in "qkvo"),
-    ("pos_embedding.embedding", "attn_rel_b"),
-    ("norm2", "ffn_norm"),
-    ("ffn.gate.0", "ffn_gate"),
-    ("ffn.fc1", "ffn_up"),
-    ("ffn.fc2", "ffn_down"),
-)
-LLAMA_TEXT_ENDS = (("token_embedding", "token_embd"), ("norm", "enc.output_norm"))
-RESNETS = 3  # of a decoder level, after which the 2.1 autoencoder counts its upsampling on
-
-
-def original(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of a transformer's parameters -> ours."""
-    return {name: _original(name) for name in names}
-
-
-def _original(name: str) -> str:
-    for ours, theirs in reversed(DIFFUSERS):  # the more particular of the two modulations comes last there
-        if theirs in name:
-            return name.replace(theirs, ours)
-    return name
-
-
-def vae_name(name: str) -> str:
-    """What diffusers calls a parameter of either autoencoder's checkpoint."""
-    half, _, rest = name.partition(".")
-    if half in ("conv1", "conv2"):
-        return f"{'quant_conv' if half == 'conv1' else 'post_quant_conv'}.{rest}"
-    if rest.startswith("middle."):
-        rest = f"mid_block.{MIDDLE[int(rest[7])]}{rest[8:]}"
-    rest = _renamed(rest, ENDS)
-    place = re.match(r"(down|up)samples\.(\d+)\.(?:\1samples\.(\d+)\.)?", rest)
-    if not place:
-        return f"{half}.{_renamed_in(rest)}"
-    inner = rest[place.end() :]
-    layers = [int(number) for number in place.groups()[1:] if number]
-    sampler = inner.startswith(("resample.", "time_conv."))
-    return f"{half}.{_vae_place(layers, place[1], sampler)}{_renamed_in(inner)}"
-
-
-def _vae_place(numbers: list[int], way: str, sampler: bool) -> str:
-    if len(numbers) == 2:  # Wan2.2 nests a level's layers
-        level, layer = numbers
-        return f"{way}_blocks.{level}.{f'{way}sampler' if sampler else f'resnets.{layer}'}."
-    if way == "down":
-        return f"down_blocks.{numbers[0]}."
-    level, layer = divmod(numbers[0], RESNETS + 1)
-    return f"up_blocks.{level}.{'upsamplers.0' if sampler else f'resnets.{layer}'}."
-
-
-def original_vae(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of an autoencoder's parameters -> the checkpoint's."""
-    names = list(names)
-    nested = any(".down_blocks.0.resnets." in name for name in names)
-    return {name: _original_vae(name, nested) for name in names}
-
-
-def _original_vae(name: str, nested: bool) -> str:
-    half, _, rest = name.partition(".")
-    if half in ("quant_conv", "post_quant_conv"):
-        return f"{'conv1' if half == 'quant_conv' else 'conv2'}.{rest}"
-    for number, part in enumerate(MIDDLE):
-        rest = rest.replace(f"mid_block.{part}.", f"middle.{number}.")
-    if (end := _renamed(rest, _back(ENDS))) != rest:
-        return f"{half}.{end}"
-    block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?", rest)
-    if not block:
-        return f"{half}.{_renamed_in(rest, back=True)}"
-    way, level = block[1], int(block[2])
-    last = RESNETS if way == "up" else RESNETS - 1
-    layer = int(block[3]) if block[3] else last
-    flat = level if way == "down" else level * (RESNETS + 1) + layer
-    place = f"{way}samples.{level}.{way}samples.{layer}" if nested else f"{way}samples.{flat}"
-    return f"{half}.{place}.{_renamed_in(rest[block.end() :], back=True)}"
-
-
-def text_name(name: str) -> str:
-    """What transformers' UMT5EncoderModel calls a parameter of the text encoder's checkpoint."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return f"encoder.block.{block[1]}.{_renamed(name[block.end() :], TEXT)}"
-    return _renamed(name, TEXT_ENDS)
-
-
-def original_text(names: Iterable[str]) -> dict[str, str]:
-    """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`."""
-    return {
-        name: _original_text(name, r"encoder\.block\.(\d+)\.", TEXT, TEXT_ENDS)
-        for name in names
-        if not name.startswith("encoder.embed_tokens.")
-    }
-
-
-def original_llama_text(names: Iterable[str]) -> dict[str, str]:
-    """llama.cpp's names of a text encoder's parameters -> ours."""
-    return {name: _original_text(name, r"enc\.blk\.(\d+)\.", LLAMA_TEXT, LLAMA_TEXT_ENDS) for name in names}
-
-
-def _original_text(name: str, start: str, inside: Spellings, outside: Spellings) -> str:
-    """start: matches what stands before a block's own names."""
-    if block := re.match(start, name):
-        return f"blocks.{block[1]}.{_renamed(name[block.end() :], _back(inside))}"
-    return _renamed(name, _back(outside))
-
-
-def _back(table: Spellings) -> list[tuple[str, str]]:
-    return [(theirs, ours) for ours, theirs in table]
-
-
-def _renamed(name: str, table: Spellings) -> str:
-    """`name` with its beginning, up to a dot, replaced."""
-    for before, after in table:
-        if name.startswith(f"{before}."):
-            return after + name.removeprefix(before)
-    return name
-
-
-def _renamed_in(name: str, back: bool = False) -> str:
-    """The parts of a residual block, wherever they stand in the name."""
-    for ours, theirs in RESIDUAL:
-        before, after = (theirs, ours) if back else (ours, theirs)
-        name = re.sub(rf"(^|\.){re.escape(before)}\.", rf"\g<1>{after}.", name)
-    return name
-
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 # Our fragment of a name -> diffusers' (WanTransformer3DModel); each name has at most one of them.
 DIFFUSERS = (
@@ -171,11 +30,109 @@ DIFFUSERS = (
     ("head.modulation", "scale_shift_table"),
     (".modulation", ".scale_shift_table"),
 )
+MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
+RESIDUAL = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
+            ("shortcut", "conv_shortcut"))  # fmt: skip
+ENDS = (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+RESNETS = 3  # of a decoder level, after which the 2.1 autoencoder counts its upsampling on
+# a text encoder's names: ours, transformers', llama.cpp's
+TEXT_BLOCKS = ("blocks.", "encoder.block.", "enc.blk.")
+TEXT = (
+    ("norm1", "layer.0.layer_norm", "attn_norm"),
+    *((f"attn.{x}", f"layer.0.SelfAttention.{x}", f"attn_{x}") for x in "qkvo"),
+    ("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+    ("norm2", "layer.1.layer_norm", "ffn_norm"),
+    ("ffn.gate.0", "layer.1.DenseReluDense.wi_0", "ffn_gate"),
+    ("ffn.fc1", "layer.1.DenseReluDense.wi_1", "ffn_up"),
+    ("ffn.fc2", "layer.1.DenseReluDense.wo", "ffn_down"),
+)
+TEXT_ENDS = (("token_embedding", "shared", "token_embd"), ("norm", "encoder.final_layer_norm", "enc.output_norm"))
+OURS, TRANSFORMERS, LLAMA = range(3)  # columns of these tables
 
 
 def diffusers_name(name: str) -> str:
-    """What diffusers calls the parameter that the original network calls `name`."""
+    """diffusers' name of the parameter that the original network calls `name`."""
     for ours, theirs in DIFFUSERS:
         if ours in name:
             return name.replace(ours, theirs)
+    return name
+
+
+def original(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of a transformer's parameters -> ours."""
+    found = {}
+    for name in names:  # the more particular of the two modulations is at the end of the table
+        ours, theirs = next((pair for pair in reversed(DIFFUSERS) if pair[1] in name), ("", ""))
+        found[name] = name.replace(theirs, ours)
+    return found
+
+
+def vae_name(name: str) -> str:
+    """diffusers' name of a parameter of either autoencoder's checkpoint."""
+    half, _, rest = name.partition(".")
+    if half in ("conv1", "conv2"):
+        return f"{'quant_conv' if half == 'conv1' else 'post_quant_conv'}.{rest}"
+    if rest.startswith("middle."):
+        rest = f"mid_block.{MIDDLE[int(rest[7])]}{rest[8:]}"
+    rest = _renamed(rest, ENDS)
+    if level := re.match(r"(down|up)samples\.(\d+)\.(?:\1samples\.(\d+)\.)?", rest):
+        inner, way = rest[level.end() :], level[1]
+        sampler = inner.startswith(("resample.", "time_conv."))
+        if level[3]:  # Wan2.2 nests a level's layers
+            layer = f"{level[2]}.{f'{way}sampler' if sampler else f'resnets.{level[3]}'}"
+        elif way == "down":
+            layer = level[2]
+        else:
+            block, number = divmod(int(level[2]), RESNETS + 1)
+            layer = f"{block}.{'upsamplers.0' if sampler else f'resnets.{number}'}"
+        rest = f"{way}_blocks.{layer}.{inner}"
+    for ours, theirs in RESIDUAL:  # of a residual block, anywhere in the name
+        rest = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", rest)
+    return f"{half}.{rest}"
+
+
+def original_vae(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of an autoencoder's parameters -> the checkpoint's."""
+    names = list(names)
+    ours = _vae_names(48 if any(".down_blocks.0.resnets." in name for name in names) else 16)
+    return {name: ours.get(name, name) for name in names}
+
+
+@cache
+def _vae_names(channels: int) -> dict[str, str]:
+    """diffusers' name -> ours of each parameter of the autoencoder with so many latent channels."""
+    from wan.modules.released import VAES, on_meta
+    from wan.modules.vae import WanVAE
+
+    return {vae_name(name): name for name, _ in on_meta(lambda: WanVAE(*VAES[channels])).named_parameters()}
+
+
+def text_name(name: str) -> str:
+    """transformers' name (UMT5EncoderModel) of a parameter of the text encoder's checkpoint."""
+    return _text_name(name, OURS, TRANSFORMERS)
+
+
+def original_text(names: Iterable[str]) -> dict[str, str]:
+    """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`, if it is."""
+    names, repeated = list(names), "encoder.embed_tokens.weight"
+    listed = [name for name in names if name != repeated or "shared.weight" not in names]
+    return {n: _text_name(n.replace(repeated, "shared.weight"), TRANSFORMERS, OURS) for n in listed}
+
+
+def original_llama_text(names: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's names of a text encoder's parameters -> ours."""
+    return {name: _text_name(name, LLAMA, OURS) for name in names}
+
+
+def _text_name(name: str, source: int, target: int) -> str:
+    if block := re.match(re.escape(TEXT_BLOCKS[source]) + r"(\d+)\.", name):
+        return f"{TEXT_BLOCKS[target]}{block[1]}.{_renamed(name[block.end() :], TEXT, source, target)}"
+    return _renamed(name, TEXT_ENDS, source, target)
+
+
+def _renamed(name: str, table: Iterable[Sequence[str]], source: int = 0, target: int = 1) -> str:
+    """`name` with its beginning, up to a dot, replaced."""
+    for row in table:
+        if name.startswith(f"{row[source]}."):
+            return row[target] + name.removeprefix(row[source])
     return name

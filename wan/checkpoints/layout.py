@@ -6,7 +6,9 @@ index instead.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from wan import configs
@@ -49,7 +51,7 @@ def places_in(folder: Path, config: TaskConfig) -> dict[str, str]:
     return diffusers(config) if is_diffusers(folder) else released(config)
 
 
-def settings_of(weights: str) -> str:
+def config_json(weights: str) -> str:
     """The file beside an expert's weights that holds its sizes."""
     return str(PurePosixPath(weights).with_name("config.json"))
 
@@ -67,8 +69,8 @@ def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list
     for part, name in places_in(folder, config).items():
         if part in own:
             continue
-        if part in config.experts and not (folder / settings_of(name)).is_file():
-            lacking.append(settings_of(name))
+        if part in config.experts and not (folder / config_json(name)).is_file():
+            lacking.append(config_json(name))
         path = path_of(folder, config, part)
         if not path.is_file():
             in_shards = any(path.parent.glob(f"{path.stem}-*.safetensors"))
@@ -80,21 +82,19 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
     """InputError, with all missing files in one sentence; the parts in `own` come from elsewhere."""
     if lacking := missing(folder, config, own):
         get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
-        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}; get them with: {get}")
+        advice = f"; get them with: {get}"
+        with suppress(OSError):
+            near = [folder.parent, *folder.iterdir()] if os.path.isdir(folder) else []
+            if whole := next((each for each in near if each.is_dir() and not missing(each, config, own)), None):
+                advice = f", but {whole} has them all: give that folder"
+        raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}{advice}")
 
 
 def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
     """Patterns of the files to fetch from the hub, in either layout; the parts in `own` come from elsewhere."""
-    wanted = [MODEL_INDEX]
-    for files in (released(config), diffusers(config)):
-        for part, name in files.items():
-            if part in config.experts:
-                wanted.append(settings_of(name))
-            if part == "tokenizer":
-                wanted += [] if part in own else [name]
-            elif part not in own:
-                wanted.append(name.replace(".safetensors", "*"))
-    return wanted
+    files = [pair for names in (released(config), diffusers(config)) for pair in names.items()]
+    settings = [config_json(name) for part, name in files if part in config.experts]
+    return [MODEL_INDEX, *settings, *(name.replace(".safetensors", "*") for part, name in files if part not in own)]
 
 
 def _index(file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The tensors of a `.pth` file as a TensorStore. Only plain tensors are accepted: nothing in the file is ever run.
+"""The tensors of a PyTorch pickle (.pth, .pt, .bin, .ckpt) as a TensorStore. Nothing in the file is ever run.
 
 The format (torch.save): a zip of stored records, of which `data.pkl` pickles a dictionary of tensors; each refers to
 its storage, the record `data/KEY`, by `persistent_load`. Reading it here and not by torch.load needs no data: headers
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan.checkpoints.outside import error_text, misread, reading, size_of
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
@@ -30,21 +31,18 @@ STORAGES = {
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
 RECORD_HEADER = 30  # bytes before a record's name in a zip
-NESTS = (
-    "state_dict",
-    "model",
-    "generator",
-    "generator_ema",
-    "generator_lora",
-)  # in training programs' files
+# keys of dictionaries around the tensors
+NESTED = ("state_dict", "model_state_dict", "model", "module", "ema", "generator", "generator_ema", "generator_lora")
+MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor as it is pickled; offset and strides count elements."""
+class Pickled:
+    """A tensor as it is pickled; offset, strides and the storage's size count elements."""
 
     dtype: str
     key: str
+    storage: tuple[str, int]  # dtype, size
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -66,18 +64,19 @@ class PickleStore(TensorStore):
     """The tensors of a `.pth` file, read from their places in it."""
 
     def __init__(self, path: Path) -> None:
-        """TensorFileError if the file is damaged, or holds anything but one dictionary of tensors."""
-        self.path = path
+        """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
         entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
-        tensors, records = _read(path)
+        self._strided: dict[str, tuple[TensorStore, Pickled]] = {}
+        tensors, records = _read_pickle(path)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
             start, size = records.get(tensor.key, (0, 0))
-            width = DTYPES[tensor.dtype][1]
-            if (tensor.offset + tensor.extent) * width > size:
-                raise TensorFileError(f"{path}: truncated or damaged: tensor {name} is larger than its record")
+            width, (kind, count) = DTYPES[tensor.dtype][1], tensor.storage
+            needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
+            if needed > size:
+                what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
+                raise TensorFileError(f"{path}: truncated or damaged: {what}")
             offset = start + tensor.offset * width
             entries[name] = Entry(path, tensor.dtype, tensor.shape, offset)
             if tensor.extent and not tensor.contiguous:
@@ -94,7 +93,7 @@ class PickleStore(TensorStore):
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
-    """Makes dictionaries of `_Tensor` and refuses every other class and function."""
+    """Makes dictionaries of `Pickled` and refuses every other class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtypes = {kind: dtype for dtype, (kind, _) in DTYPES.items()}
@@ -104,51 +103,42 @@ class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a n
             return STORAGES.get(name, name)
         known: dict[tuple[str, str], Callable[..., object]] = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("torch._utils", "_rebuild_tensor_v3"): _rebuild,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return known[module, name]
 
-    def persistent_load(self, pid: Any) -> tuple[str, str]:
-        return str(pid[1]), str(pid[2])
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+        return str(pid[1]), str(pid[2]), int(pid[4])
 
 
-def _tensor(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> _Tensor:
+def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> Pickled:
     """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
     kind = dtype if isinstance(dtype, str) else storage[0]
-    tensor = _Tensor(kind, storage[1], offset, tuple(shape), tuple(stride))
-    numbers = (offset, *tensor.shape, *tensor.stride)
+    tensor = Pickled(kind, storage[1], (storage[0], storage[2]), offset, tuple(shape), tuple(stride))
+    numbers = (offset, storage[2], *tensor.shape, *tensor.stride)
     if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise pickle.UnpicklingError("impossible shape")
     return tensor
 
 
-def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, int]]]:
     """(tensors by name, (first byte, bytes) of each storage's record)."""
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            pickled = next(info for info in infos if info.filename.endswith("/data.pkl"))
-            if pickled.file_size > MAX_HEADER_BYTES or any(info.compress_type for info in infos):
-                raise zipfile.BadZipFile("compressed, or too large")
-            state = _Unpickler(io.BytesIO(archive.read(pickled))).load()
-    except PermissionError:
-        raise
-    except pickle.UnpicklingError as e:
-        raise TensorFileError(f"{path}: holds more than plain tensors ({e}), or is damaged; not opened") from e
-    except TensorFileError:
-        raise
-    except Exception as e:  # whatever else the libraries trip over in a damaged file
-        raise TensorFileError(f"{path}: truncated or damaged, or not a zipped .pth file") from e
-    while isinstance(state, dict) and (nests := [name for name in NESTS if isinstance(state.get(name), dict)]):
-        if len(nests) > 1:
-            raise TensorFileError(f"{path}: holds weights under {' and '.join(nests)}; save one of them alone")
-        state = state[nests[0]]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, _Tensor) for t in state.values()):
-        raise TensorFileError(f"{path}: not a dictionary of tensors, flat or under one of {', '.join(NESTS)}")
+    size_of(path)
+    with reading(path, "truncated or damaged, or not a zipped .pth file"):
+        try:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+                pickled = next(info for info in infos if info.filename.endswith("/data.pkl"))
+                if pickled.file_size > MAX_HEADER_BYTES or any(info.compress_type for info in infos):
+                    raise zipfile.BadZipFile("compressed, or too large")
+                content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
+        except pickle.UnpicklingError as e:
+            raise misread(path, f"holds more than plain tensors ({error_text(e)}), or is damaged; not opened") from e
+    state = _find_tensors(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
     stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]
@@ -158,3 +148,17 @@ def _read(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
         skipped = int.from_bytes(length[:2], "little") + int.from_bytes(length[2:], "little")
         records[info.filename.rpartition("/")[2]] = info.header_offset + RECORD_HEADER + skipped, info.file_size
     return state, records
+
+
+def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:
+    """The dictionary of tensors, itself or under one of the usual keys. TensorFileError for none, or several."""
+    if isinstance(content, dict):
+        if content and all(isinstance(value, Pickled) for value in content.values()):
+            return content
+        networks = [key for key in NESTED if isinstance(content.get(key), dict)]
+        if len(networks) > 1:
+            names = ", ".join(networks)
+            raise TensorFileError(f"{path}: holds several networks ({names}); save the one to use in a file of its own")
+        if networks and depth:
+            return _find_tensors(path, content[networks[0]], depth - 1)
+    raise TensorFileError(f"{path}: holds no dictionary of tensors, itself or under {', '.join(NESTED)}")

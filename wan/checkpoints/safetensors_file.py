@@ -11,14 +11,15 @@ import hashlib
 import json
 import math
 import re
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wan.checkpoints.outside import misread, reading, size_of
 from wan.utils.errors import TensorFileError
 from wan.utils.strict_json import parse_json
 
@@ -46,11 +47,12 @@ UPPER_HALVES = {"BF16": "f", "F8_E5M2": "e"}  # formats that are the upper half 
 INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+MAX_AXES = 32
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `offset` bytes into `file`."""
+    """One tensor of a file: it starts `offset` bytes into it."""
 
     file: Path
     dtype: str
@@ -65,41 +67,46 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
 
-    Raises TensorFileError for a file that is truncated, corrupt, of another kind or closed to us, OSError if it cannot
-    be opened for another reason.
+    TensorFileError for a file that is truncated, corrupt, of another kind or not readable, OSError for other failures.
     """
     size = size_of(path)
-    try:
+    with reading(path, "the safetensors header is corrupt"):
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise TensorFileError(f"{path}: not a safetensors file, or cut off in its header ({size:,} bytes)")
-            header = file.read(length)
-    except PermissionError:
-        raise TensorFileError(f"{path}: there is no permission to read it") from None
-    try:
-        found, metadata = _parse_header(header)
-    except ValueError as e:
-        raise TensorFileError(f"{path}: the safetensors header is corrupt ({e})") from e
-    entries: dict[str, Entry] = {}
-    end = 8 + length
-    for name, (dtype, shape, offsets) in sorted(found.items(), key=lambda item: item[1][2]):
-        if dtype not in DTYPES:
-            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {dtype!r:.40}")
-        entry = Entry(path, dtype, shape, 8 + length + offsets[0])
-        if offsets[1] - offsets[0] != entry.bytes:
-            raise TensorFileError(f"{path}: tensor {name} has a shape that does not fit its bytes")
-        if entry.offset != end:
-            raise TensorFileError(f"{path}: tensor {name} does not start where the one before it ends")
-        entries[name] = entry
-        end += entry.bytes
+                raise misread(path, f"not a safetensors file, or cut off in its header ({size:,} bytes)")
+            values = parse_json(file.read(length))
+        metadata = values.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text by name")
+        end = 8 + length
+        found = sorted((_parse_entry(path, name, end, value) for name, value in values.items()), key=itemgetter(0))
+        for (first, last), name, entry in found:
+            if last - first != entry.bytes:
+                raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
+            if entry.offset != end:
+                raise ValueError(f"tensor {name:.60} does not start where the one before it ends")
+            end += entry.bytes
     if end > size:
-        cut = next(name for name, e in entries.items() if e.offset + e.bytes > size)
-        raise TensorFileError(f"{path}: truncated, {end:,} bytes expected, {size:,} found; tensor {cut} is cut off")
+        cut = next(name for _, name, entry in found if entry.offset + entry.bytes > size)
+        sizes = f"{end:,} bytes expected, {size:,} found"
+        raise TensorFileError(f"{path}: truncated, {sizes}; tensor {cut:.100} is cut off")
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
-    return entries, metadata
+    return {name: entry for _, name, entry in found}, metadata
+
+
+def _parse_entry(path: Path, name: str, start: int, value: dict[str, Any]) -> tuple[tuple[int, int], str, Entry]:
+    """((first byte, end), name, entry). ValueError for anything that is not exactly so. start: of the data."""
+    if not name.isprintable():
+        raise ValueError(f"a tensor is named {name[:60]!r}")
+    dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+        raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
+    return (first, last), name, Entry(path, dtype, tuple(shape), start + first)
 
 
 def header_bytes(table: Mapping[str, object]) -> bytes:
@@ -107,17 +114,6 @@ def header_bytes(table: Mapping[str, object]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a regular file; of anything else (a pipe would be waited for) TensorFileError."""
-    try:
-        found = path.stat()
-    except PermissionError:
-        raise TensorFileError(f"{path}: there is no permission to reach it") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise TensorFileError(f"{path}: not a regular file")
-    return found.st_size
 
 
 def read_ranges(ranges: Iterable[tuple[Path, int, int]]) -> list[bytes]:
@@ -132,52 +128,18 @@ def read_ranges(ranges: Iterable[tuple[Path, int, int]]) -> list[bytes]:
         return list(pool.map(read, ranges))
 
 
-def _parse_header(header: bytes) -> tuple[dict[str, tuple[str, tuple[int, ...], tuple[int, int]]], dict[str, str]]:
-    """(name -> (dtype, shape, (first byte, end))), metadata. ValueError for anything that is not exactly so."""
-
-    def whole(values: object) -> bool:
-        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-    values = parse_json(header)
-    if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
-    metadata = values.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is not text by name")
-    found = {}
-    for name, entry in values.items():
-        if not name.isprintable():
-            raise ValueError(f"a tensor is named {name[:60]!r}")
-        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"tensor {name[:60]} lacks a dtype, a shape or offsets")
-        offsets = entry["data_offsets"]
-        if not (isinstance(entry["dtype"], str) and whole(entry["shape"]) and whole(offsets) and len(offsets) == 2):
-            raise ValueError(f"tensor {name[:60]} has an impossible dtype, shape or offset")
-        found[name] = entry["dtype"], tuple(entry["shape"]), (offsets[0], offsets[1])
-    return found, metadata
-
-
-def _names_a_file(name: object) -> bool:
-    """Whether it is a plain file name, without a folder, that a message can show."""
-    return isinstance(name, str) and name.isprintable() and not re.search(r"[/\\:]", name)
-
-
 def _parse_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard beside the index."""
     size_of(path)
-    try:
-        weight_map = parse_json(path.read_bytes())["weight_map"]
-        shards = set(weight_map.values())
-    except PermissionError:
-        raise TensorFileError(f"{path}: there is no permission to read it") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise TensorFileError(f"{path}: not a safetensors index") from e
-    if not shards:
-        raise TensorFileError(f"{path}: the index names no tensor; get the file again")
-    if wrong := [name for name in shards if not _names_a_file(name)]:
-        raise TensorFileError(f"{path}: not a safetensors index, {wrong[0]!r:.60} names no shard beside it")
-    if wrong := [name for name in weight_map if not name.isprintable()]:
-        raise TensorFileError(f"{path}: not a safetensors index, a tensor is named {wrong[0]!r:.60}")
+    with reading(path, "not a safetensors index"):
+        weight_map: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
+        for name, shard in weight_map.items():
+            if not name.isprintable():
+                raise ValueError(f"a tensor is named {name!r:.60}")
+            if not shard.isprintable() or re.search(r"[/\\:]", shard) or len(shard.encode()) > 255:
+                raise ValueError(f"{shard!r:.60} names no shard beside it")
+        if not weight_map:
+            raise misread(path, "the index names no tensor; get the file again")
     return weight_map
 
 
@@ -207,26 +169,33 @@ class TensorStore(Mapping[str, Entry]):
     A mapping name -> `Entry` (dtype, shape); `read` brings the data. Opened from headers alone.
     """
 
-    def __init__(self, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
+    def __init__(self, entries: dict[str, Entry], *metadata: dict[str, str]) -> None:
+        """metadata: of each file."""
         self.entries = entries
-        self.metadata = metadata or {}
+        self.metadata_by_file = metadata
+        self.source: TensorStore = self  # of the file itself, with its own names
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the one file; of several files each key's last value."""
+        return {key: value for metadata in self.metadata_by_file for key, value in metadata.items()}
 
     @classmethod
     def open(cls, path: Path) -> TensorStore:
-        """`path` is a safetensors file, or an index (`*.safetensors.index.json`) whose shards lie beside it."""
+        """`path` is a safetensors file, or an index (`*.safetensors.index.json`) of the shards beside it."""
         if not path.name.endswith(INDEX_SUFFIX):
             return cls(*read_header(path))
         weight_map = _parse_index(path)
         shards = sorted(set(weight_map.values()))
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
-        by_shard = {s: read_header(path.parent / s)[0] for s in shards}
+        by_shard = {s: read_header(path.parent / s) for s in shards}
         entries: dict[str, Entry] = {}
         for name, shard in weight_map.items():
-            if name not in by_shard[shard]:
+            if name not in by_shard[shard][0]:
                 raise TensorFileError(f"{path}: tensor {name} is not in {shard}, where the index puts it")
-            entries[name] = by_shard[shard][name]
-        return cls(entries)
+            entries[name] = by_shard[shard][0][name]
+        return cls(entries, *(metadata for _, metadata in by_shard.values()))
 
     def __getitem__(self, name: str) -> Entry:
         return self.entries[name]
@@ -249,11 +218,11 @@ class TensorStore(Mapping[str, Entry]):
         return self.entries[name].file
 
     def stored_as(self, name: str) -> str:
-        """The file's own name for what it holds the tensor as, which need not be the dtype that `read` gives."""
+        """The file's own name for the type in which it holds the tensor; `read` may give another dtype."""
         return self.entries[name].dtype
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Bytes of the tensor in the file."""
         return self.entries[name].bytes
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
@@ -261,7 +230,7 @@ class TensorStore(Mapping[str, Entry]):
         return sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].offset))
 
     def scalars(self, names: Iterable[str]) -> dict[str, float]:
-        """The values of one-element tensors, without torch. Raises TensorFileError for any other tensor."""
+        """The values of one-element tensors, without torch. TensorFileError for any other tensor."""
         entries = {name: self.entries[name] for name in names}
         for name, entry in entries.items():
             if math.prod(entry.shape) != 1 or entry.dtype not in {*SCALAR_FORMATS, *UPPER_HALVES, "F8_E4M3"}:
@@ -283,7 +252,7 @@ class TensorStore(Mapping[str, Entry]):
         return None
 
     def read(self, name: str, rows: slice | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in the file's dtype.
+        """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in its entry's dtype.
 
         buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
         """

@@ -1,13 +1,11 @@
-"""Checks of single values: each takes what was given, notes what is wrong with it, and goes on with something usable.
-
-Everything wrong with a request is shown at once, so a failed check returns a stand-in instead of raising.
-"""
+"""Checks of single values. All faults of a request are shown at once: a failed check returns a usable value."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +19,7 @@ MOST_SHOWN = 50  # problems; a file of a hundred thousand bad rows has one cause
 
 
 class Sentences(list[str]):
-    """Sentences in the order in which they came, each once; a hundred thousand are no trouble."""
+    """Sentences in the order in which they came, each once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +49,9 @@ class Check:
         self.warnings.append(sentence)
 
     def attempt(self, work: Callable[[], Found], brought: Mapping[str, str] | None = None) -> Found | None:
-        """`work()`, or None if it finds the input bad: what it says joins the problems.
+        """`work()`, or None if it raises InputError, whose problems are noted.
 
-        brought: the flag by the path that it brought; a problem that begins with one is told with its flag.
+        brought: flags by path; a problem that begins with one of these paths gets its flag.
         """
         try:
             return work()
@@ -75,7 +73,7 @@ class Check:
             raise self.error()
 
     def choice(self, flag: str, given: str | None, allowed: Sequence[str], other: str = "") -> str:
-        """`given`, or the first of `allowed` if nothing was; `other` is a pattern for further legal values."""
+        """`given`, else the first of `allowed`. other: pattern of further legal values."""
         if given is None or given in allowed or (other and re.fullmatch(other, given)):
             return given or allowed[0]
         self.problem(not_one_of(f"{flag} ", given, allowed))
@@ -139,7 +137,7 @@ class Check:
         return below
 
     def several(self, what_needs: str, frames: int) -> None:
-        """More than one frame of those that `frames` allows. what_needs: "p.txt line 3: a clip of a chain needs"."""
+        """More than one frame. what_needs: begin of the sentence, "p.txt line 3: a clip of a chain needs"."""
         if frames < 5:
             self.problem(f"{what_needs} 5 frames or more, not {frames}")
 
@@ -163,7 +161,7 @@ class Check:
         return None
 
     def _warn_of_shift(self, timesteps: tuple[float, ...]) -> None:
-        """Warns of lists that mean something else elsewhere: some programs take the list from before the shift."""
+        """Warn of lists that mean something else in programs that take the list from before the shift."""
         if timesteps[0] != 1000:
             self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")
         shift = effective_shift(timesteps)
@@ -173,17 +171,15 @@ class Check:
         if math.isclose(shift, 1.0, rel_tol=0.03):
             final = ",".join(f"{shifted(value / 1000, 5.0) * 1000:.6g}" for value in timesteps)
             self.warn(f"--timesteps {listed} looks like a list from before the shift; after shift 5 it is {final}")
-        for first in COMMON_SHIFTS:
-            for second in COMMON_SHIFTS:
-                if first <= second and math.isclose(shift, first * second, rel_tol=0.03):
-                    once = ",".join(
-                        f"{shifted(1 - i / len(timesteps), second) * 1000:.6g}" for i in range(len(timesteps))
-                    )
-                    self.warn(
-                        f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
-                        f"shifted once by {second:g} it is {once}"
-                    )
-                    return
+        for first, second in combinations_with_replacement(COMMON_SHIFTS, 2):
+            if math.isclose(shift, first * second, rel_tol=0.03):
+                even = [1 - i / len(timesteps) for i in range(len(timesteps))]
+                once = ",".join(f"{shifted(u, second) * 1000:.6g}" for u in even)
+                self.warn(
+                    f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
+                    f"shifted once by {second:g} it is {once}"
+                )
+                return
 
 
 def shifted(u: float, shift: float) -> float:
@@ -207,7 +203,7 @@ def effective_shift(timesteps: Sequence[float]) -> float | None:
 
 
 def no_file(path: Path) -> str:
-    """Why `path`, which is no file, is none."""
+    """The reason why `path` is no file."""
     return "is a folder, not a file" if path.is_dir() else "no such file"
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-from lightning.releases import Release
 from wan.cli.values import absolute, path, paths, real, text, truth, whole
 from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
@@ -121,8 +120,8 @@ class Request:
         f"the last frame ({WITH_LAST_IMAGE}), squeezed to the video's size; one serves every prompt",
         counts_with=EXTEND)
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
-        "a .txt with one prompt per line, or a .jsonl/.csv with rows of prompt, image, last_image, negative_prompt, "
-        "seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        "a .txt with one prompt per line, or a .jsonl/.csv/.tsv with rows of prompt, image, last_image, "
+        "negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
         displaces=("prompt", "image", "last_image", "negative_prompt"), counts_with=EXTEND, example="prompts.csv")
     chain: bool = option(MAKE, START, truth, "",
         "rows of --prompt_file continue each other: a row without an image starts from the last frame of the row "
@@ -178,13 +177,13 @@ class Request:
         f"euler, unipc, dpm++ or dmd; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
         displaces=("timesteps",))
     sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
-        f"{by_task(lambda task: task.sample_steps)}, with a distilled weight {Release.steps}", limits=(1, 1000),
+        f"{by_task(lambda task: task.sample_steps)}, with a distilled weight its own", limits=(1, 1000),
         displaces=("timesteps",), example="20")
     sample_shift: float | None = option(SAMPLING, VIDEO, real, "S",
-        f"timestep shift; {by_task(lambda task: f'{task.sample_shift:g}')}, with a distilled weight {Release.shift:g}",
+        f"timestep shift; {by_task(lambda task: f'{task.sample_shift:g}')}, with a distilled weight its own",
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
-        f"guidance; {by_task(_guidance)}, with a distilled weight {Release.guidance[0]:g} (none)", example="3.5")
+        f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))
@@ -242,11 +241,12 @@ class Request:
         "write the extended prompts to a .txt or .jsonl file and stop", counts_with=EXTEND)
 
     shard: str | None = option(OUTPUT, START, text, "I/N",
-        "make every N-th video of the prompt file, from the I-th on; default: this task's place in a Slurm array",
+        "make every N-th video of the prompt file, from the I-th on; slurm: this task's place in its Slurm array",
         counts_with=MODES)
     save_dir: str = option(OUTPUT, START, path, "DIR", "default outputs", default="outputs", beaten_by="save_file",
         example="fox")
-    save_file: str | None = option(OUTPUT, START, path, "FILE", "exact name of the .mp4 (one video only)",
+    save_file: str | None = option(OUTPUT, START, path, "FILE",
+        "name of the .mp4 (one video only); inside --save_dir if that is given and FILE names no folder",
         counts_with=DECODE, example="fox.mp4")
     save_latents: bool = option(OUTPUT, HOW, truth, "", "keep the final latents beside the video")
     decode_latents: str | None = option(OUTPUT, START, path, "FILE", "only decode latents that were kept",
@@ -258,6 +258,7 @@ class Request:
         "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished", example="")
+    ignore_disk: bool = option(OUTPUT, START, truth, "", "start although the disk cannot hold all videos")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",
         choices=("continue", "stop"))
     replay: str | None = option(OUTPUT, START, path, "FILE",

@@ -1,6 +1,6 @@
 """The videos to make: prompts with their images, seeds, sizes and output files, each checked.
 
-Everything wrong is noted in a `Check`; nothing is raised and nothing is loaded.
+Faults go to a `Check`; nothing is raised and nothing is loaded.
 """
 
 from __future__ import annotations
@@ -9,38 +9,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from wan.cli.checks import Check
-from wan.cli.options import LARGEST_SEED, Request
-from wan.configs import SIZE_CONFIGS, TASKS, TaskConfig
+from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, Request
+from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights
-from wan.jobs.output_paths import row_file
-from wan.jobs.prompt_files import Row, expanded, output_name, read_paths, read_rows
-from wan.media.ffmpeg import is_video
+from wan.jobs.output_paths import RowFiles
+from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
+from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.images import list_changes, open_image, video_size
 from wan.utils.argument_parser import short
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
+SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
+
 
 def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Check) -> list[Row]:
-    """The prompts, each with its image; the task's example where nothing was given."""
+    """The prompts, each with its images; the task's example if neither prompt nor image was given."""
+    pictured = request.image is not None or request.image_path_file is not None
     if request.prompt_file is not None:
         if request.prompt is not None:
             check.problem("--prompt and --prompt_file exclude each other; give one of them")
-        problems: list[str] = []
-        rows, blank = read_rows(expanded(request.prompt_file), problems)
-        check.problems.extend(f"--prompt_file {problem}" for problem in problems)
-        if blank:
-            check.warn(f"{request.prompt_file}: {blank} blank line{'s' if blank > 1 else ''} skipped")
-    elif request.prompt is not None:
-        rows = [Row(request.prompt.strip(), "--prompt")]
+        rows = read_rows(expanded(request.prompt_file), check.problems, check.warnings)
+    elif request.prompt is not None or (pictured and config.image_fit):
+        rows = [Row((request.prompt or "").strip(), "--prompt")]
     else:
-        pictured = request.image is not None or request.image_path_file is not None
-        imagined = extended and pictured and config.image_fit is not None
-        rows = [Row("" if imagined else config.example_prompt, "the example prompt")]
-        if not imagined:
-            check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
+        rows = [Row(config.example_prompt, "the example prompt")]
+        check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
     rows = _with_last_images(request, config, _with_images(request, config, rows, check), check)
     for row in rows:
         if not row.prompt and not (extended and row.image):
@@ -49,47 +46,47 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
 
 
 def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: Check) -> list[Row]:
-    if request.image_path_file is not None:
-        problems: list[str] = []
-        images = read_paths(expanded(request.image_path_file), problems)
-        check.problems.extend(f"--image_path_file {problem}" for problem in problems)
-        if request.image is not None:
-            check.problem("--image and --image_path_file exclude each other; give one of them")
-        if named := next((row for row in rows if row.image), None):
-            check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
-        if rows and images and len(rows) != len(images):
-            counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
-            check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")
-        rows = [
-            replace(row, image=image, source=f"{row.source}, {source}")
-            for row, (source, image) in zip(rows, images, strict=False)
-        ]
-    elif request.image is not None:
-        own = expanded(request.image)
-        rows = [row if row.image or _follows(request, n) else replace(row, image=own) for n, row in enumerate(rows)]
+    flag = next((name for name in ("image", "image_path_file") if getattr(request, name) is not None), None)
     if config.image_fit is None:
-        if any(row.image for row in rows):
-            able = " and ".join(name for name, other in TASKS.items() if other.image_fit)
-            check.warn(f"{config.name} takes no image; the one given is ignored ({able} take one)")
+        if where := f"--{flag}" if flag else next((row.source for row in rows if row.image), None):
+            check.problem(f"{where}: {config.name} takes no image; --task {WITH_IMAGE} take one")
         return [replace(row, image=None) for row in rows]
-    bare = [row for number, row in enumerate(rows) if row.image is None and not _follows(request, number)]
-    if bare and config.example_image and request.image_path_file is None:
-        if request.chain:
-            check.problem(f"{bare[0].source}: the first row of a chain needs an image with {config.name}; give --image")
-            return rows
-        if request.prompt_file is not None:
-            check.problem(
-                f"{config.name} needs an image for every prompt, {bare[0].source} has none: give one --image for all, "
-                "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
-            )
-            return rows
-        check.warn(f"no --image given: the example picture {config.example_image} is used")
-        rows = [replace(row, image=Path(config.example_image)) for row in rows]
+    if request.image_path_file is not None:
+        return _paired(request, rows, check)
+    if request.image is not None:
+        own = expanded(request.image)
+        return [row if row.image or _follows(request, n) else replace(row, image=own) for n, row in enumerate(rows)]
+    bare = next((row for n, row in enumerate(rows) if row.image is None and not _follows(request, n)), None)
+    if bare and config.example_image:
+        if request.prompt is None and request.prompt_file is None:
+            check.warn(f"no --image given: the example picture {config.example_image} is used")
+            return [replace(row, image=Path(config.example_image)) for row in rows]
+        every = "the first row of a chain" if request.chain else "every prompt"
+        check.problem(
+            f"{bare.source}: {config.name} needs an image for {every}: give one --image for all, --image_path_file, "
+            "or an 'image' in each row of a .jsonl or .csv file"
+        )
     return rows
 
 
+def _paired(request: Request, rows: list[Row], check: Check) -> list[Row]:
+    """The rows with the images of --image_path_file, one to one."""
+    images = read_paths(expanded(request.image_path_file or ""), check.problems)
+    if request.image is not None:
+        check.problem("--image and --image_path_file exclude each other; give one of them")
+    if named := next((row for row in rows if row.image), None):
+        check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
+    if rows and images and len(rows) != len(images):
+        counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
+        check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")
+    return [
+        replace(row, image=image, source=f"{row.source}, {source}")
+        for row, (source, image) in zip(rows, images, strict=False)
+    ]
+
+
 def _follows(request: Request, number: int) -> bool:
-    """Whether a row without an image has one from the row before it."""
+    """Whether a row without an image starts from the last frame of the row before it."""
     return request.chain and number > 0
 
 
@@ -98,73 +95,70 @@ def _with_last_images(request: Request, config: TaskConfig, rows: list[Row], che
         rows = [row if row.last_image else replace(row, last_image=expanded(request.last_image)) for row in rows]
     first = next((row for row in rows if row.last_image), None)
     if first and not config.mask_channels:
-        able = " and ".join(name for name, other in TASKS.items() if other.mask_channels)
-        beginning = f"{_named_by(request, first, 'last_image')}{first.last_image}"
-        check.problem(f"{beginning}: {config.name} takes no last image; {able} does")
+        where = _origin(request, first, "last_image")
+        check.problem(f"{where}{first.last_image}: {config.name} takes no last image; {WITH_LAST_IMAGE} does")
     return rows
 
 
 def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
     """One job for each prompt and seed."""
-    step = config.size_step
-    default_size = check.size("--size", request.size or config.sizes[0], step, config.sizes_by_name())
+    step, names = config.size_step, config.sizes_by_name()
+    default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
-    count = request.num_videos
-    if request.save_file is not None and len(rows) * count > 1 and not request.chain:
-        check.problem(f"--save_file names one video, but there are {len(rows) * count} to make; use --save_dir")
-    save_dir = expanded(request.save_dir)
+    single = len(rows) * request.num_videos == 1
+    if request.save_file is not None and not single and not request.chain:
+        count = len(rows) * request.num_videos
+        check.problem(f"--save_file names one video, but there are {count} to make; use --save_dir")
+    folder = expanded(request.save_dir)
+    row_file = RowFiles(folder, check)
     pictures = _Pictures(config, check)
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
-        if given := getattr(request, name):  # all that is not there is told at once
-            pictures.told_of(f"--{name} ", expanded(given))
+        if path := getattr(request, name):  # without rows, all missing files are still reported at once
+            pictures.open(f"--{name} ", expanded(path))
     jobs: list[Job] = []
     for row in rows:
-        size, frames = default_size, default_frames
+        area, frames = default_size, default_frames
         if row.size is not None:
-            size = check.size(f"{row.source}: size", row.size, step, config.sizes_by_name())
+            area = check.size(f"{row.source}: size", row.size, step, names)
         if row.frame_num is not None:
             frames = check.frames(f"{row.source}: frame_num", row.frame_num)
-        _warn_of_extent(size, frames, config, weights, check)
-        area = size
-        if row.image:
-            size, picture = pictures.fit(_named_by(request, row, "image"), row.image, area)
-        else:
-            picture = ""
+        _warn_of_extent(area, frames, config, weights, check)
+        size, picture = pictures.fit(_origin(request, row, "image"), row.image, area) if row.image else (area, "")
         if row.last_image:
-            picture += pictures.told_of(_named_by(request, row, "last_image"), row.last_image)
+            last = pictures.open(_origin(request, row, "last_image"), row.last_image)
+            picture += f", to {last.text}" if last else ""
             where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
             check.several(f"{where}: a first and a last frame need", frames)
-        first = _first_seed(request, row, check)
-        named = row_file(save_dir, row.save_file, row.source, check) if row.save_file is not None else None
-        if request.save_file is not None and len(rows) * count == 1 and not request.chain:
-            named = expanded(request.save_file)
-        for seed in range(first, first + count):
-            original = row.original_prompt or row.prompt
-            negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
-            negative = next(text for text in negatives if text is not None)
-            name = output_name(config.name, len(jobs), seed, original, replayed=request.replay is not None)
-            jobs.append(
-                Job(
-                    index=len(jobs),
-                    prompt=row.prompt,
-                    original_prompt=original,
-                    negative_prompt=negative,
-                    image=row.image,
-                    area=area,
-                    size=size,
-                    frame_num=frames,
-                    seed=seed,
-                    save_file=named or save_dir / name,
-                    source=row.source,
-                    picture=picture,
-                    last_image=row.last_image,
-                )
-            )
+        original = row.original_prompt or row.prompt
+        negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
+        job = Job(
+            index=len(jobs),
+            prompt=row.prompt,
+            original_prompt=original,
+            negative_prompt=next(text for text in negatives if text is not None),
+            image=row.image,
+            area=area,
+            size=size,
+            frame_num=frames,
+            seed=_first_seed(request, row, check),
+            save_file=row_file(row.save_file, row.source) if row.save_file is not None else Path(),
+            source=row.source,
+            picture=picture,
+            last_image=row.last_image,
+            named=row.save_file is not None,
+        )
+        if request.save_file is not None and single and not request.chain:
+            job = replace(job, save_file=expanded(request.save_file), named=True)
+        slugged = f"{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
+        for n in range(request.num_videos):
+            each = replace(job, index=len(jobs), seed=job.seed + n)
+            name = f"{config.name}_{each.number}_seed{each.seed}_{slugged}"
+            jobs.append(each if job.save_file.name else replace(each, save_file=folder / name))
     return jobs
 
 
 def _first_seed(request: Request, row: Row, check: Check) -> int:
-    """Of the row's videos, which have this seed and those after it."""
+    """Seed of the row's first video; the others have those after it."""
     first, where, count = request.base_seed, "--base_seed", request.num_videos
     if row.seed is not None and row.seed >= 0:
         first, where = row.seed, f"{row.source}: seed"
@@ -185,11 +179,10 @@ def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
     return check.frames(f"--seconds {short(seconds)}: frame_num", frames)
 
 
-def _named_by(request: Request, row: Row, picture: str) -> str:
-    """How a sentence about a row's picture begins, before its path: with the flag that brought it, or with the row."""
-    given = getattr(request, picture)
-    brought = given is not None and getattr(row, picture) == expanded(given)
-    return f"--{picture} " if brought else f"{row.source}: "
+def _origin(request: Request, row: Row, picture: str) -> str:
+    """The flag or the row that a picture comes from: how a sentence about it begins, before its path."""
+    path = getattr(request, picture)
+    return f"--{picture} " if path is not None and getattr(row, picture) == expanded(path) else f"{row.source}: "
 
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weights: Weights, check: Check) -> None:
@@ -207,48 +200,43 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
         )
 
 
+class _Picture(NamedTuple):
+    size: tuple[int, int]
+    text: str  # its size and how it was changed, for the plan
+
+
 class _Pictures:
     """Opens each picture once, however many prompts name it."""
 
     def __init__(self, config: TaskConfig, check: Check) -> None:
-        self.config, self.collected = config, check
-        self.sizes: dict[Path, tuple[int, int] | None] = {}
-        self.told: dict[Path, str] = {}
+        self.config, self.check = config, check
+        self.opened: dict[Path, _Picture | None] = {}
 
-    def fit(self, beginning: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
-        """The video's size for this picture and `--size`, and how it came about. beginning: of sentences about it."""
-        found = self._open(beginning, path)
-        try:
-            if found:
-                if self._goes_on(path, found, area):
-                    size = found
-                else:
-                    width, height = video_size(self.config, found, area)
-                    size = self.collected.size(f"{beginning}{path}: size", f"{width}*{height}", self.config.size_step)
-                kept = found == size == area
-                return size, f"{self.told[path]}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
-        except InputError as e:
-            self.collected.problem(f"{beginning}{path}: {e}")
-        return area, ""
+    def fit(self, origin: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
+        """The video's size for this picture and `--size`, and where it comes from."""
+        picture = self.open(origin, path)
+        if picture is None:
+            return area, ""
+        size, step = picture.size, self.config.size_step
+        # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
+        if not (is_video(path) and math.prod(size) == math.prod(area) and not any(n % step for n in size)):
+            try:
+                width, height = video_size(self.config, size, area)
+            except InputError as e:
+                self.check.problem(f"{origin}{path}: {e}")
+                return area, ""
+            size = self.check.size(f"{origin}{path}: size", f"{width}*{height}", step)
+        kept = picture.size == size == area
+        return size, f"{picture.text}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
 
-    def _goes_on(self, path: Path, found: tuple[int, int], area: tuple[int, int]) -> bool:
-        """Whether it is of a video of the size asked for; the rule for pictures would make 832x464 of 832x480."""
-        step = self.config.size_step
-        return is_video(path) and math.prod(found) == math.prod(area) and not any(n % step for n in found)
-
-    def told_of(self, beginning: str, path: Path) -> str:
-        """How the plan goes on for a last picture."""
-        return f", to {self.told[path]}" if self._open(beginning, path) else ""
-
-    def _open(self, beginning: str, path: Path) -> tuple[int, int] | None:
-        """The picture's size; None if it cannot be opened, which is a problem where it is first named."""
-        if path not in self.sizes:
-            self.sizes[path] = None
+    def open(self, origin: str, path: Path) -> _Picture | None:
+        """The picture; None if it cannot be opened, which is a problem where it is first named."""
+        if path not in self.opened:
             try:
                 image = open_image(path)
-                self.sizes[path] = image.size
-                done = "".join(f", {what}" for what in list_changes(image))
-                self.told[path] = f"{image.width}x{image.height}{done}"
+                text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)])
+                self.opened[path] = _Picture(image.size, text)
             except InputError as e:
-                self.collected.problem(f"{beginning}{e}")
-        return self.sizes[path]
+                self.opened[path] = None
+                self.check.problem(f"{origin}{e}")
+        return self.opened[path]

@@ -1,7 +1,7 @@
-"""Rows of a prompt file that follow each other: each clip starts from the last frame of the one before it.
+"""Chains: rows of a prompt file of which each clip starts from the last frame of the one before it.
 
-A row that names an image starts a chain, and so does the first row. With several seeds a row has a clip in a chain
-of each. A chain is one process's work, from its first clip to its last.
+A row with an image starts a chain, and so does the first row. With several seeds each seed has its own chain. One
+process makes all clips of a chain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wan.jobs.prompt_files import Row, expanded
 
 
 def chains(jobs: Iterable[Job]) -> list[list[Job]]:
-    """What one process makes, in this order: the clips of a chain, or one video that is in none."""
+    """Units of work in order: the clips of a chain, or one video that is in none."""
     found: dict[Path, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.joined or job.save_file, []).append(job)
@@ -31,7 +31,7 @@ def frames_joined(chain: Sequence[Job]) -> int:
 
 
 def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
-    """What keeps `--chain` from making sense."""
+    """Check the options that `--chain` excludes or needs."""
     if not request.chain:
         return
     if config.image_fit is None:
@@ -54,14 +54,11 @@ def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
 
 
 def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
-    """`jobs` with each that follows another one starting from that one's video, of the same size.
-
-    jobs: for each of `rows` as many as there are seeds, one after the other.
-    """
+    """`jobs` with the links of chains set. jobs: for each of `rows` one per seed, one after the other."""
     if not request.chain or not jobs:
         return list(jobs)
     copies, made = request.num_videos, list(jobs)
-    firsts: dict[int, Job] = {}  # of the chain that a job is in, for those of chains of several clips
+    firsts: dict[int, Job] = {}  # first clip of the chain by index of the later ones
     for index in range(copies, len(made)):
         row, before, job = rows[index // copies], made[index - copies], made[index]
         if row.image is not None:

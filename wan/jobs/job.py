@@ -67,6 +67,7 @@ class Job:
     picture: str = ""  # how an image led to `size`, for the plan: "600x400, the area of 832x480"
     last_image: Path | None = None
     follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
+    named: bool = False  # the user chose the name of `save_file`
     joined: Path | None = None  # what its chain is joined into; None: it is in none
 
     @property

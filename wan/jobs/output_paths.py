@@ -1,12 +1,14 @@
-"""Where videos and what lies beside them will be written: inside the folder meant, in nobody's way, names that work.
+"""Checks of output files: inside the right folder, with names that work, replacing nothing by accident.
 
-Everything wrong is noted in a `Check`, a sentence a kind, however many files it concerns.
+Faults go to a `Check`, one sentence for each kind, however many files it concerns.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,27 +16,52 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
-from wan.jobs.job import Job
 from wan.jobs.prompt_files import normal, text_problem
 from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
 from wan.utils.errors import InputError, TensorFileError
 from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
 
+# Windows' devices, whatever the ending of the name.
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³")}
 
-def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
-    """The file that a row's `save_file` names: inside `save_dir`, wherever links lead; `~` is no home folder here."""
-    file = save_dir / name
-    flavours = (PurePosixPath(name), PureWindowsPath(name))  # a list is to mean the same on every platform
-    if text_problem(name):
-        check.problem(f"{source}: save_file {name!r} {text_problem(name)}")
-    elif any(path.anchor or ".." in path.parts for path in flavours):
-        check.problem(f"{source}: save_file {name!r} must name a file inside --save_dir, without a root and '..'")
-    elif not _real(file).is_relative_to(_real(save_dir)):
-        check.problem(f"{source}: save_file {name!r} leads out of --save_dir {save_dir} by a symbolic link")
-    else:
+
+class RowFiles:
+    """The files that rows' `save_file` names: inside `save_dir`, wherever links lead; `~` is no home folder here."""
+
+    def __init__(self, save_dir: Path, check: Check) -> None:
+        self.save_dir, self.check = save_dir, check
+        self.real_dir = os.path.realpath(save_dir)
+        self.outside: dict[str, bool] = {}  # by folder as spelled
+
+    def __call__(self, name: str, source: str) -> Path:
+        file = self.save_dir / name
+        if problem := text_problem(name) or self._problem(name, file):
+            self.check.problem(f"{source}: save_file {name!r} {problem}")
+            return self.save_dir / "refused.mp4"
         return file
-    return save_dir / "refused.mp4"
+
+    def _problem(self, name: str, file: Path) -> str | None:
+        flavours = (PurePosixPath(name), PureWindowsPath(name))  # a list is to mean the same on every platform
+        if any(path.anchor or ".." in path.parts for path in flavours):
+            return "must name a file inside --save_dir, without a root and '..'"
+        for part in flavours[0].parts:
+            if found := re.search(r'[\x00-\x1f\x7f<>:"|?*\\]', part):
+                return f"holds {found[0]!r}, which not every platform allows in a name"
+            if part != part.rstrip(" ."):
+                return "has a part that ends with a blank or a dot, which not every platform allows"
+            if part.partition(".")[0].rstrip().upper() in RESERVED:
+                return f"has the part {part!r}, which Windows reserves for a device"
+        folder = os.path.dirname(file)
+        if folder not in self.outside:
+            self.outside[folder] = not _is_inside(folder, self.real_dir)
+        if self.outside[folder] or (os.path.islink(file) and not _is_inside(file, self.real_dir)):
+            return f"leads out of --save_dir {self.save_dir} by a symbolic link"
+        return None
+
+
+def _is_inside(path: str | Path, folder: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def check_outputs(
@@ -54,28 +81,29 @@ def check_outputs(
     flag = "--save_file " if request.save_file is not None else ""
     if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
         check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    usable = _check_names([file for file in files if file not in wrong], check)
-    mine = usable if own is None else [file for file in usable if file in own]
+    misnamed = set(wrong)
+    usable = _check_names([file for file in files if file not in misnamed], check)
     written = {file: _written(file, latents, request) for file in usable}
     place = _Places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
-    written = {file: written[file] for file in mine}
+    written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
-        check.problem(
-            f"{flag}{_shown(folders)}: is a folder, and a file is to be written there; --save_dir takes a folder"
-        )
+        check.problem(f"{flag}{_shown(folders)}: is a folder, not a file; --save_dir takes a folder")
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     if taken := [path for path in there if place(path) in read]:
         check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(paths)]
-    if not request.overwrite and (there := [path for path in there if path not in {*taken, *folders}]):
+    reported = {*taken, *folders}
+    if not request.overwrite and (there := [path for path in there if path not in reported]):
         check.problem(
-            f"{flag}{_shown(there)}: exists already; --overwrite replaces it, --resume skips what is finished, "
+            f"{flag}{_shown(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
-    check_folders({folder.absolute() for folder in {file.parent for file in written}}, check)
+    for folder in sorted({folder.absolute() for folder in {file.parent for file in written}}):
+        if problem := _folder_problem(folder):
+            check.problem(f"{problem}; choose another --save_dir")
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
@@ -162,15 +190,40 @@ def _kept_by_a_run(latents: Path) -> bool:
         return False
 
 
-def check_folders(folders: set[Path], check: Check, flag: str = "--save_dir") -> None:
-    """Problems of folders that cannot be written to; `flag` chooses another."""
-    for folder in sorted(folders):
-        nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-        if not nearest.is_dir():
-            check.problem(f"{folder}: the output folder cannot be made, {nearest} is a file")
-        elif not os.access(nearest, os.W_OK | os.X_OK):
-            where = "" if nearest == folder else f", there is no permission to write in {nearest}"
-            check.problem(f"{folder}: the output folder is not writable{where}; choose another {flag}")
+def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
+    """The one file that `flag` names can be written, and replaces nothing unless `overwrite`."""
+    if problem := _path_problem(file.parent) or _path_problem(Path(longest_name(file)), file.parent):
+        check.problem(f"{flag} {str(file)!r}: the name {problem}")
+    elif file.is_dir():
+        check.problem(f"{flag} {file}: is a folder, not a file")
+    elif os.path.lexists(file) and not overwrite:
+        check.problem(f"{flag} {file} already exists; --overwrite replaces it")
+    elif problem := _folder_problem(file.absolute().parent):
+        check.problem(f"{flag} {problem}")
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """Why no file can be written in `folder`, which may not exist yet; None if it can."""
+    for path in (folder, *folder.parents):
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            if path.is_symlink():
+                return f"{folder}: the folder cannot be made, {path} links to {os.readlink(path)}, which is not there"
+            continue
+        except PermissionError:
+            continue  # the first folder above that can be looked at tells
+        except OSError as e:
+            return f"{folder}: {path} cannot be reached ({e.strerror})"
+        if not path.is_dir():
+            return f"{folder}: the folder cannot be made, {path} is a file"
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as e:
+            where = "" if path == folder else f", no file can be made in {path}"
+            return f"{folder}: the folder is not writable{where} ({e.strerror})"
+        return None
+    return f"{folder}: the folder cannot be reached"
 
 
 class _Places:
@@ -187,27 +240,8 @@ class _Places:
         return os.path.join(self.folders[folder], name.casefold() if sys.platform in ("win32", "darwin") else name)
 
 
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
 def _shown(paths: Sequence[Path]) -> str:
     """One or two; of more the first, and how many more there are."""
     if len(paths) <= 2:
         return " and ".join(map(str, paths))
     return f"{paths[0]} and {len(paths) - 1:,} more"
-
-
-MP4_BYTES_PER_PIXEL = 0.6  # 0.3 measured on a lightly noisy 720p clip, and saving needs the file twice
-
-
-def written_bytes(jobs: Sequence[Job]) -> dict[Path, float]:
-    """What the videos need at most on the disk, by the nearest folder that is there."""
-    needed: dict[Path, float] = {}
-    for job in jobs:
-        folder = job.save_file.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        pixels = job.frame_num * job.size[0] * job.size[1] * (2 if job.joined else 1)
-        needed[folder] = needed.get(folder, 0.0) + pixels * MP4_BYTES_PER_PIXEL
-    return needed

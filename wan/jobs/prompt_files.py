@@ -9,24 +9,27 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 
-from wan.utils.files import replacing
+from wan.utils.argument_parser import SIMILARITY
+from wan.utils.files import write_file
 from wan.utils.strict_json import parse_json
 
-SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name, its longest neighbour's and a part's decorations stay within 255 bytes
-TEXT, JSON_LINES, CSV = ("", ".txt"), (".jsonl", ".json"), (".csv",)  # what the end of a prompt file's name means
-ROWS = '.jsonl, with one object such as {"prompt": "a cat"} a line'
-JSON_IN_TEXT = f"holds JSON, not a prompt a line; name it {ROWS}"
-YAML_IN_TEXT = f"holds YAML, not a prompt a line; make it a {ROWS}"
-LONGEST_NUMBER = 30  # digits; what fits is told by the checks of each number
+SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
+# What the end of a prompt file's name means; tables by separator, the usual one first.
+TEXT, JSON_LINES, TABLES = ("", ".txt"), (".jsonl", ".json"), {".csv": ",;\t", ".tsv": "\t,;"}
+EXAMPLE = '{"prompt": "a cat"}'
+LONGEST_NUMBER = 30  # digits; the checks of each number tell what fits
+LONGEST_TEXT = 20_000  # characters; a model reads 512 tokens of a prompt
+LARGEST_FILE = 256 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt as the user gave it; None where the run's own setting is meant, "" where an empty text is."""
+    """One prompt as the user gave it; None: the run's own setting, "": an empty text."""
 
     prompt: str
     source: str  # for messages: "prompts.txt line 3"
@@ -46,48 +49,48 @@ PICTURES = ("image", "last_image")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 
-def read_rows(path: Path, problems: list[str]) -> tuple[list[Row], int]:
-    """(rows, number of blank lines skipped) of a `.txt`, `.jsonl` or `.csv` file in UTF-8.
+def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]:
+    """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file in UTF-8; faults go to `problems`, with file and line.
 
-    Text files (a name without an end is one) hold a prompt a line; `.jsonl` and `.json` an object a line, or one list
-    of objects. In a CSV an empty cell is a value not given; JSON
-    tells `""` (empty) from null (not given). What is wrong is appended to `problems`, with file and line.
+    Text files (also names without an end) hold one prompt per line; `.jsonl` and `.json` one object per line, or one
+    list of objects. In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given).
     """
     kind = path.suffix.lower()
-    if kind not in TEXT + JSON_LINES + CSV:
-        problems.append(
-            f"{path}: a prompt file is a .txt (a prompt a line), .jsonl or .csv (rows), not {kind}; write it as one"
-        )
-        return [], 0
-    text = _text_of(path, "prompt file", problems)
+    if kind not in (*TEXT, *JSON_LINES, *TABLES):
+        kinds = ".txt (one prompt per line), .jsonl, .csv or .tsv (rows)"
+        problems.append(f"--prompt_file {path}: a prompt file is a {kinds}, not {kind}; write it as one")
+        return []
+    text = _read_text(path, "--prompt_file", problems)
     if text is None:
-        return [], 0
-    before = len(problems)
-    if kind in CSV:
-        rows, blank = _csv_rows(path, text, problems), 0
-    elif kind in JSON_LINES and (listed := _json_list(text)) is not None:
+        return []
+    before, lines = len(problems), text.split("\n")
+    filled = [(f"{path} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    blank = len(lines) - len(filled) - text.endswith("\n")
+    listed = _json_list(text) if kind not in TABLES else None
+    if kind in TABLES:
+        rows, blank = _table_rows(path, text, problems, warnings), 0
+    elif kind in JSON_LINES and listed is not None:
         entries = [(f"{path} entry {number}", values) for number, values in enumerate(listed, 1)]
-        rows, blank = [row for source, values in entries if (row := _json_row(path, source, values, problems))], 0
+        rows, blank = [row for source, values in entries if (row := _row(path, source, values, problems))], 0
+    elif kind in JSON_LINES:
+        rows = [row for source, line in filled if (row := _json_line(path, source, line, problems))]
     else:
-        lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-        filled = [(f"{path} line {number}", line) for number, line in lines if line]
-        blank = len(lines) - len(filled) - text.endswith("\n")
-        if kind in JSON_LINES:
-            rows = [row for source, line in filled if (row := _json_line(path, source, line, problems))]
-        else:
-            rows = [Row(line, source) for source, line in filled]
-            data = JSON_IN_TEXT if _are_rows(_json_list(text)) else None
-            if wrong := data or next((wrong for row in rows if (wrong := _no_prompt(row.prompt))), None):
-                problems.append(f"{path}: {wrong}")
+        rows = [Row(line, source) for source, line in filled]
+        problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
+        if data := "JSON" if _are_rows(listed) else next(filter(None, (_data_in(row.prompt) for row in rows)), None):
+            form = f"a .jsonl file, with one object such as {EXAMPLE} per line" if data[0] in "JY" else "a .csv file"
+            problems.append(f"--prompt_file {path}: holds {data}, not one prompt per line; write {form}")
+    if blank:
+        warnings.append(f"{path}: {blank} blank line{'s' if blank > 1 else ''} skipped")
     if not rows and len(problems) == before:
-        problems.append(f"{path}: the prompt file holds no prompt")
-    return rows, blank
+        problems.append(f"--prompt_file {path}: the prompt file holds no prompt")
+    return rows
 
 
 def _json_list(text: str) -> list[object] | None:
     """The values of a text that is one JSON list, or one object over several lines; else None."""
-    begin = text.strip()
-    if begin[:1] != "[" and not (begin[:1] == "{" and begin[1:2].isspace()):
+    begin = text.lstrip()[:2]
+    if begin[:1] != "[" and not (begin[:1] == "{" and begin[1:].isspace()):
         return None
     try:
         whole = parse_json(text)
@@ -100,25 +103,27 @@ def _are_rows(values: object) -> bool:
     return isinstance(values, list) and bool(values) and isinstance(values[0], dict | str)
 
 
-def _no_prompt(line: str) -> str | None:
-    """Why a line of a text file is data and no prompt, None if it may be one."""
+def _data_in(line: str) -> str | None:
+    """What a line of a text file holds if it is data and no prompt: "JSON", "YAML" or "a table ..."."""
     if line[0] in "{[":
         try:
             values = parse_json(line)
         except ValueError:
             return None
         if isinstance(values, dict) or _are_rows(values):
-            return JSON_IN_TEXT
+            return "JSON"
     if re.match(r"-\s+prompt\s*:", line):
-        return JSON_IN_TEXT.replace("holds JSON", "holds YAML").replace("name it", "write it as")
-    cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line)]
+        return "YAML"
+    cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line[:1000])]
     if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
-        return f"starts as a table with the columns {', '.join(cells)}, not with a prompt; name it .csv, with commas"
+        return f"a table with the columns {', '.join(cells)}"
     return None
 
 
 def text_problem(text: str) -> str | None:
-    """What keeps a text or a name from being used, encoded and written; None if nothing does."""
+    """Why a text or a name cannot be used, encoded or written; None if it can."""
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text):,} characters; at most {LONGEST_TEXT:,} are possible"
     if "\0" in text:
         return "holds a NUL character; remove it"
     try:
@@ -130,46 +135,36 @@ def text_problem(text: str) -> str | None:
 
 def read_paths(path: Path, problems: list[str]) -> list[tuple[str, Path]]:
     """(source, path) for each line of an image list; relative paths as `beside` finds them."""
-    text = _text_of(path, "image list", problems)
+    text = _read_text(path, "--image_path_file", problems)
     lines = enumerate(map(str.strip, text.split("\n")), 1) if text is not None else ()
     found = [(f"{path} line {number}", beside(path, line)) for number, line in lines if line]
     if not found and text is not None:
-        problems.append(f"{path}: the image list names no image")
+        problems.append(f"--image_path_file {path}: the image list names no image")
     return found
 
 
 def beside(file: Path, name: str) -> Path:
-    """`name` as `file` means it: relative to the file's folder if it is there, else to the working folder."""
+    """`name` as `file` means it: relative to the file's folder if it exists there, else to the working folder."""
     path = expanded(name)
     near = file.parent / path  # an absolute path stays what it is
     return near if os.path.exists(near) else path
 
 
 def expanded(name: str) -> Path:
-    """`name` with the home folder for `~`; as it is where there is no such user."""
+    """`name` with the home folder for `~`; unchanged if there is no such user."""
     return Path(os.path.expanduser(name))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
+    """Write the rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
     lines: Iterable[str]
     if path.suffix.lower() == ".jsonl":
-        given = ({key: value for key in KEYS if (value := getattr(row, key)) is not None} for row in rows)
-        lines = (json.dumps(row, ensure_ascii=False, default=_absolute) for row in given)
+        values = ({key: value for key in KEYS if (value := getattr(row, key)) is not None} for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values)
     else:
         lines = (" ".join(row.prompt.split()) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-
-
-def _absolute(path: Path) -> str:
-    return str(path.absolute())
-
-
-def output_name(task: str, index: int, seed: int, prompt: str, replayed: bool = False) -> str:
-    """File name of a video, legal on every platform; a replayed one says so, for the first may lie beside it."""
-    return f"{task}_{index:04d}_seed{seed}_{slug(prompt)}{'_replay' if replayed else ''}.mp4"
+    write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def slug(text: str) -> str:
@@ -187,25 +182,33 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _text_of(path: Path, what: str, problems: list[str]) -> str | None:
+def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     """The file's text with `\\n` line ends and no byte order mark; None, and a problem, if there is none."""
+    fault, content = "", b""
     try:
-        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISFIFO(kind):  # `<(command)` is a pipe
-            problems.append(f"{path}: the {what} cannot be read, it is no regular file")
-            return None
-        text = re.sub("\r\n?", "\n", path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        problems.append(f"{path} line {line}: the {what} is not UTF-8 text; save it as UTF-8")
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISFIFO(mode):  # `<(command)` is a pipe
+            with path.open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+        else:
+            fault = "cannot be read, it is no regular file"
     except FileNotFoundError:
-        problems.append(f"{path}: no such {what}")
+        fault = "no such file"
     except (OSError, ValueError) as e:  # ValueError: a name that cannot be one
-        problems.append(f"{path}: the {what} cannot be read ({getattr(e, 'strerror', None) or e})")
-    else:
-        if "\0" not in text:
-            return text
-        line = text[: text.index("\0")].count("\n") + 1
-        problems.append(f"{path} line {line}: the {what} holds a NUL character; save it as UTF-8 text")
+        fault = f"cannot be read ({getattr(e, 'strerror', None) or e})"
+    if len(content) > LARGEST_FILE:
+        fault = f"is larger than {LARGEST_FILE:,} bytes"
+    where = f"{flag} {path}"
+    if not fault:
+        try:
+            text = re.sub("\r\n?", "\n", content.decode("utf-8")).lstrip("\ufeff")
+            if "\0" not in text:
+                return text
+            before, fault = text[: text.index("\0")], "holds a NUL character; save it as UTF-8 text"
+        except UnicodeDecodeError as e:
+            before, fault = content[: e.start].decode("utf-8"), "is not UTF-8 text; save it as UTF-8"
+        where += f" line {len(before.split(chr(10)))}"
+    problems.append(f"{where}: {fault}")
     return None
 
 
@@ -213,88 +216,102 @@ def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row |
     try:
         values = parse_json(line)
     except ValueError as e:
-        problems.append(f'{source}: not valid JSON ({e}); a line holds one object such as {{"prompt": "a cat"}}')
-        return None
-    return _json_row(path, source, values, problems)
-
-
-def _json_row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
-    if not isinstance(values, dict):
-        problems.append(f'{source}: a prompt with its settings is one JSON object such as {{"prompt": "a cat"}}')
+        problems.append(f"{source}: not valid JSON ({e}); a line holds one object such as {EXAMPLE}")
         return None
     return _row(path, source, values, problems)
 
 
-def _csv_rows(path: Path, text: str, problems: list[str]) -> list[Row]:
-    def records() -> Iterator[tuple[str, list[str]]]:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        start = 1
-        try:
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    yield f"{path} line {start}", cells
-                start = reader.line_num + 1
-        except csv.Error as e:
-            problems.append(f"{path} line {start}: not valid CSV ({e})")
-
-    rows: list[Row] = []
+def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
+    """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
+    start, separator = 1, _separator(text, TABLES[path.suffix.lower()])
+    if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
+        start, separator, text = 2, declared[1], text[declared.end() :]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] | None = None
-    for source, cells in records():
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            if wrong := _header_problem(header):
-                problems.append(f"{source}: {wrong}")
-                break
-        elif len(cells) != len(header):
-            problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
-        else:
-            values = {key: cell.strip() for key, cell in zip(header, cells, strict=True) if cell.strip()}
-            if row := _row(path, source, values, problems):
-                rows.append(row)
+    rows, line = list[Row](), start
+    try:
+        for cells in reader:
+            source, line = f"{path} line {line}", start + reader.line_num
+            while cells and not cells[-1].strip() and (header is None or len(cells) > len(header)):
+                cells.pop()  # empty columns at the end, which spreadsheets write
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
+                if fault := _header_problem(header):
+                    problems.append(f"{source}: {fault}")
+                    return []
+                if unknown := [_shown(name) for name in dict.fromkeys(header) if name not in KEYS]:
+                    warnings.append(f"{path}: columns that mean nothing here are ignored: {', '.join(unknown)}")
+            elif len(cells) != len(header):
+                problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
+            else:
+                pairs = zip(header, cells, strict=True)
+                values = {key: cell.strip() for key, cell in pairs if cell.strip() and key in KEYS}
+                if row := _row(path, source, values, problems):
+                    rows.append(row)
+    except csv.Error as e:
+        problems.append(f"{path} line {line}: not valid CSV ({e})")
     return rows
 
 
+def _separator(text: str, candidates: str) -> str:
+    """The separator that makes a header with a prompt column of the first line; else the usual one."""
+    first = text.lstrip("\n").partition("\n")[0].lower()
+    found = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in candidates}
+    return next((sign for sign, cells in found.items() if "prompt" in cells and len(cells) > 1), candidates[0])
+
+
 def _header_problem(header: list[str]) -> str | None:
-    if len(header) == 1 and "prompt" in (names := re.split("[;\t]", header[0])) and len(names) > 1:
-        return f"the columns {', '.join(names)} have {'semicolons' if ';' in header[0] else 'tabs'} between; use commas"
-    if unknown := [name for name in header if name not in KEYS]:
-        return f"unknown column {_shown(unknown[0])}; the first line names columns among {', '.join(KEYS)}"
-    if "prompt" not in header or len(set(header)) != len(header):
+    for name in header:
+        if name not in KEYS and (close := get_close_matches(name, KEYS, 1, SIMILARITY)) and close[0] not in header:
+            return f"unknown column {_shown(name)}; did you mean {close[0]}?"
+    if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
         return "the first line must name the columns, each once, 'prompt' among them"
     return None
 
 
-def _row(path: Path, source: str, values: Mapping[str, object], problems: list[str]) -> Row | None:
-    """A row from its JSON or CSV values, or None and what is wrong with it."""
-    wrong = [f"unknown key {_shown(key)}; allowed are {', '.join(KEYS)}" for key in values if key not in KEYS]
+def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
+    """A row from its JSON or table values; None, and one problem for each fault."""
+    if not isinstance(values, dict):
+        problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
+        return None
+    faults = [f"unknown key {_shown(key)}{_meant(key)}" for key in values if key not in KEYS]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
-    if "prompt" not in given:
-        wrong.append("no 'prompt'")
+    if "prompt" not in given and not any(fault.endswith("mean prompt?") for fault in faults):
+        faults.append("no 'prompt'")
     for key, value in given.items():
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
-                wrong.append(f"{key!r} must be a whole number, not {_shown(value)}")
+                faults.append(f"{key!r} must be a whole number, not {_shown(value)}")
         elif not isinstance(value, str):
-            wrong.append(f"{key!r} must be text, not {_shown(value)}")
+            faults.append(f"{key!r} must be text, not {_shown(value)}")
         elif unusable := text_problem(value):
-            wrong.append(f"{key!r} {unusable}")
+            faults.append(f"{key!r} {unusable}")
         elif not value.strip() and key in NEVER_EMPTY:
-            wrong.append(f"{key!r} is empty; leave it out")
-    if wrong:
-        problems.extend(f"{source}: {sentence}" for sentence in wrong)
+            faults.append(f"{key!r} is empty; leave it out")
+    if faults:
+        problems.extend(f"{source}: {fault}" for fault in faults)
         return None
-    given |= {key: beside(path, str(given[key])) for key in PICTURES if key in given}
-    row = replace(Row("", source), **given)  # type: ignore[arg-type]  # each value's type was checked above
+    given |= {key: beside(path, given[key]) for key in PICTURES if key in given}
+    row = replace(Row("", source), **given)
     return replace(row, prompt=row.prompt.strip())
 
 
+def _meant(key: object) -> str:
+    close = get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)
+    return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(KEYS)}"
+
+
 def _whole(value: object) -> int | None:
-    """The whole number that a JSON value is, or a CSV cell spells; None if it is none, or absurdly long."""
-    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}", value):
-        return int(value)
+    """The whole number that a JSON value is, or a cell spells (also as `3.0`); None if it is none, or absurdly long."""
+    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}(\.0*)?", value):
+        return int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**LONGEST_NUMBER
-    return value if fits else None  # type: ignore[return-value]  # an int
+    return int(value) if fits else None  # type: ignore[call-overload]  # an int
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What an earlier run's records say to this one: --replay makes a record's video again, --resume finds drawn seeds."""
+"""Records of earlier runs: --replay makes a record's video again, --resume finds the seed that a run had drawn."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from wan.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Replayed:
-    """A record that is replayed. others: options that were given anew, or have to do with those."""
+    """A record that is replayed. others: options that were given anew, or depend on those."""
 
     path: Path
     record: Mapping[str, Any]
     others: frozenset[str]
 
 
-# What a record has for its one video.
+# Options that a record holds for its one video.
 OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
-# Told from the machine and the weights once these are open: what a run may differ in and still be gone on with.
+# Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
-    """The request that a record holds, narrowed to the record's one video, with the flags of `given` on top.
+    """The request of a record, narrowed to its one video, with the flags of `given` on top.
 
-    The record's prompt is the extended one; it is not extended again. What belongs to one start or one machine is not
+    The record's prompt is the extended one; it is not extended again. Options of one start or one machine are not
     taken over. InputError if this is no record.
     """
     try:
@@ -51,6 +51,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
         of_job |= {"last_image": job.get("last_image")}  # records of the first version have none
         earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
+        if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
+            raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e
     displaced = {other for name in given for other in OPTIONS[name].displaces}
@@ -69,9 +71,9 @@ def _is_replayed(name: str) -> bool:
 
 
 def earlier_seed(request: Request) -> int | None:
-    """The seed that the run which `--resume` goes on with had drawn, from the newest record that asks for the same.
+    """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
 
-    Until its first video is whole a run has no other record than the one in the latents that it kept.
+    Until its first video is whole, a run's only record is the one in the latents that it kept.
     """
     folder = expanded(request.save_dir)
     files = [*folder.glob("*.json"), *folder.glob("*.latents.safetensors")]
@@ -88,6 +90,6 @@ def earlier_seed(request: Request) -> int | None:
 
 
 def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a say in how the videos look, as far as the request alone tells. given: as records hold it."""
+    """Options that affect how the videos look, as far as the request alone tells. given: as records hold them."""
     names = [n for n, row in OPTIONS.items() if row.scope is VIDEO and n not in LEFT_TO_THE_PLAN]
     return {name: given.get(name, DEFAULTS[name]) for name in names}

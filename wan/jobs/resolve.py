@@ -21,11 +21,12 @@ from wan.checkpoints.layout import check_complete
 from wan.cli.checks import Check, no_file
 from wan.cli.effects import without_effect
 from wan.cli.options import DEFAULTS, OPTIONS, Request
+from wan.cli.parser import ANIMATE, S2V
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import make_jobs, prompt_rows
 from wan.jobs.chains import check_chain, linked
 from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Weights
-from wan.jobs.output_paths import check_folders, check_outputs
+from wan.jobs.output_paths import check_file, check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.replay import earlier_seed, replayed
 from wan.jobs.sharding import chosen_shard, own_jobs
@@ -35,15 +36,22 @@ from wan.utils.strict_json import parse_json
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
+FOREIGN_TASKS = {  # by the begin of their names
+    "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
+    "t2i": "for a picture take t2v-A14B with --frame_num 1", "flf2v": "take i2v-A14B with --image and --last_image",
+}  # fmt: skip
 
 
-def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
-    """Every default filled, every check made that needs no weight.
+def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
+    """Fill every default and make every check that needs no weight. InputError with all problems.
 
-    given: values by option, only those that were given. problems: those found before. InputError with all problems.
+    values: by option, only those that were given. problems: those found before.
     """
     check = Check(problems)
-    request, record = replayed(given, expanded(given["replay"])) if "replay" in given else (Request(**given), None)
+    if {"save_dir", "save_file"} <= values.keys() and not os.path.dirname(values["save_file"]):
+        values = {**values, "save_file": os.path.join(values["save_dir"], values["save_file"])}
+        values.pop("save_dir")
+    request, record = replayed(values, expanded(values["replay"])) if "replay" in values else (Request(**values), None)
     asked_task = request.task
     request = _checked(request, check)
     if request.task != asked_task:
@@ -61,14 +69,17 @@ def resolve(given: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
-    if check.problems and not isinstance(outcome, Extend):
-        _check_files(request, config, check)
+    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
+    with suppress(PermissionError):  # reported when it is opened
+        if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
+            # Without other problems the plan reports the files that are missing.
+            check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
-    return replace(outcome, warnings=(*check.warnings, *without_effect(given, request)))
+    return replace(outcome, warnings=(*check.warnings, *without_effect(values, request)))
 
 
 def _checked(request: Request, check: Check) -> Request:
-    """`request` with every value among its row's choices and within its limits; defaults where one was not."""
+    """`request` with the default in place of each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         value, default = getattr(request, name), DEFAULTS[name]
@@ -78,7 +89,10 @@ def _checked(request: Request, check: Check) -> Request:
                 changed[name] = default
         if name in changed:
             continue
-        if row.choices:
+        if name == "task" and (foreign := FOREIGN_TASKS.get(str(value).lower().partition("-")[0])):
+            check.problem(f"--task {value}: {foreign}; the tasks are {', '.join(TASKS)}")
+            changed[name] = default
+        elif row.choices:
             changed[name] = check.choice(f"--{name}", value, row.choices, row.pattern)
         elif row.limits and value is not None:
             found = check.number(f"--{name}", value, float("nan"), *row.limits)
@@ -97,9 +111,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [
-        path for job in jobs for name, path in job.pictures.items() if path and not (name == "image" and job.follows)
-    ]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
     numbers = {job.index // request.num_videos for job in own}
@@ -108,7 +120,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
 
 
 def _videos(jobs: Sequence[Job]) -> list[Path]:
-    """The files of these jobs, then what their chains are joined into."""
+    """The files of these jobs, then those that their chains are joined into."""
     return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
 
 
@@ -116,17 +128,14 @@ def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    if file.is_dir():
-        check.problem(f"--extend_only {file}: is a folder, not a file")
-    elif file.exists() and not request.overwrite:
-        check.problem(f"--extend_only {file}: exists already; --overwrite replaces it")
-    check_folders({file.parent}, check, "--extend_only")
+    else:
+        check_file("--extend_only", file, check, overwrite=request.overwrite)
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
 
 
 def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
-    """The video lies beside its latents unless --save_file says otherwise."""
+    """The video goes beside its latents unless --save_file names another place."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
         check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
@@ -140,11 +149,11 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
 
 
 def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Path | None:
-    """A folder, or a hub id whose files are fetched later; None where files stand for all of it."""
+    """A folder, or a hub id whose files are fetched later; None where single files replace all of it."""
     get = f"get it with: {download_command(config.hub_id)}"
     given = request.ckpt_dir
     if given is None:
-        own = _given_parts(request)
+        own = _replaced_parts(request)
         lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
         lacking += [f"--{part}" for part in PARTS if part not in own]
         if not lacking:
@@ -161,22 +170,14 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     return path
 
 
-def _given_parts(request: Request) -> set[str]:
-    """The parts that flags name files for, in place of the checkpoint's."""
+def _replaced_parts(request: Request) -> set[str]:
+    """The parts for which flags name files that replace the checkpoint's."""
     experts = {text.partition("=")[0] for text in request.expert or ()}
     return experts | {part for part in PARTS if getattr(request, part) is not None}
 
 
-def _check_files(request: Request, config: TaskConfig, check: Check) -> None:
-    """What a checkpoint here lacks, beside other problems; without any the plan tells it, with what headers tell."""
-    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(PermissionError):  # told once it is opened
-        if folder and folder.is_dir():
-            check.attempt(partial(check_complete, folder, config, _given_parts(request)))
-
-
 def program() -> str:
-    """What the user typed to start this, as far as it can be told, for commands in messages."""
+    """The start of the user's own command, for commands in messages."""
     name = Path(sys.argv[0]).name.removesuffix(".exe")
     if name == COMMAND:
         return COMMAND

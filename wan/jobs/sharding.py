@@ -1,7 +1,4 @@
-"""A part of a prompt file for each of several independent processes: every N-th video, or chain, of the whole file.
-
-Numbers, seeds and names are those of the whole file, so they do not depend on how many processes there are.
-"""
+"""`--shard`: every N-th video, or chain, of a prompt file. Numbers, seeds and names are those of the whole file."""
 
 from __future__ import annotations
 
@@ -21,21 +18,20 @@ WHOLE = (1, 1)
 
 
 def chosen_shard(request: Request, check: Check) -> Request:
-    """`request` with `--shard`; without it, of a prompt file, with the place of this task in a Slurm array."""
+    """`request` with `--shard` as I/N, for "slurm" from this task's place in its array; None for all videos."""
     if request.shard is not None:
         alone = [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]
         if alone:
             check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
-    elif request.prompt_file is not None and request.extend_only is None and (found := _of_slurm(check)):
-        check.warn(f"--shard {found}, from the Slurm array; --shard 1/1 makes every video")
-        request = replace(request, shard=found)
+    if request.shard == "slurm":
+        request = replace(request, shard=_slurm_shard(check))
     if request.shard is not None and _read(request.shard, check) == WHOLE:
         request = replace(request, shard=None)
     return request
 
 
 def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
-    """Those of all jobs that this process makes."""
+    """The jobs that this process makes."""
     index, count = _read(request.shard, check) if request.shard is not None else WHOLE
     if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
         check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
@@ -50,14 +46,15 @@ def _read(text: str, check: Check) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found and 1 <= int(found[1]) <= int(found[2]):
         return int(found[1]), int(found[2])
-    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, not {text!r}")
+    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}")
     return WHOLE
 
 
-def _of_slurm(check: Check) -> str | None:
-    """I/N of this task in its array, whose ids may start anywhere; None outside of an array."""
+def _slurm_shard(check: Check) -> str | None:
+    """I/N of this task in its Slurm array, whose ids may start anywhere."""
     values = {name: os.environ.get(SLURM + name) for name in ("ID", "COUNT", "MIN", "STEP")}
     if values["ID"] is None or values["COUNT"] is None:
+        check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
         return None
     try:
         task, count, first = int(values["ID"]), int(values["COUNT"]), int(values["MIN"] or 0)
@@ -67,5 +64,5 @@ def _of_slurm(check: Check) -> str | None:
     except (ValueError, ZeroDivisionError):
         pass
     shown = " ".join(f"{SLURM}{name}={value}" for name, value in values.items() if value is not None)
-    check.problem(f"{shown}: the array's ids do not follow each other evenly; give --shard I/N")
+    check.problem(f"{shown}: --shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.distilled import release_in
 from lightning.lora_args import LoraChoice, choose_loras
-from lightning.releases import Release, preset, recognise
+from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
 from wan.cli.options import Request
@@ -37,10 +37,17 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     check.warnings.extend(chosen.warnings)
     experts = expert_files(request, config, check)
     release = _release(request, config.name, chosen.loras, experts, check)
-    found = {each.name: each for each in (release, *map(recognise, experts.values())) if each}
-    for each in found.values():
+    paths = [*experts.values(), *(lora.path for lora in chosen.loras)]
+    for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
+        if each.warning:
+            check.warn(f"{each.name} ({each.source}): {each.warning}")
+        if each.text_only and request.image is not None:
+            check.warn(f"--image: {each.name} ({each.source}) was trained without images")
+    for path in paths:
+        if reason := caution(path):
+            check.warn(f"{path} {reason}")
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:

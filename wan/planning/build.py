@@ -5,7 +5,6 @@ Every problem found is reported, not the first one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import OpenCheckpoint, folder_of, open_checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
@@ -24,8 +23,7 @@ from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
-from wan.jobs.job import Decode, Generate, Job, Weights
-from wan.jobs.output_paths import written_bytes
+from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
 from wan.modules.attention import choose as choose_attention
@@ -42,12 +40,10 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     checks = Check()
     checks.attempt(check_encoder)
     generate = outcome if isinstance(outcome, Generate) else None
-    if generate:
-        _check_disk(generate.jobs, checks)
     weights, asked = outcome.weights, outcome.weights.ckpt_dir
     given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: folder_of(asked, outcome.config)))
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, outcome.config)))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
@@ -93,7 +89,7 @@ def open_plan(
     checks: Check,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Plan:
-    """The part of a plan that tells of networks and machine. InputError with all problems, those of `checks` too.
+    """A plan of networks and machine, without videos. InputError with all problems, those of `checks` too.
 
     dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
     """
@@ -147,23 +143,21 @@ def open_plan(
         coverage=coverage,
         fingerprints=_fingerprints(checkpoint, loras),
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
-        warnings=(*warnings, *chosen.warnings),
+        warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )
 
 
 def _open_loras(
     request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
-    """(LoRAs and what they do, by expert; warnings). Headers only."""
+    """(LoRAs by expert, their coverage by expert, warnings). Headers only."""
     brought = _brought(request, weights)
     loras: dict[str, list[Lora]] = {}
     coverage: dict[str, list[Coverage]] = {}
     warnings: list[str] = []
     for choice in weights.loras:
-        lora = checks.attempt(
-            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
-            brought,
-        )
+        opening = partial(Lora.open, choice.path, choice.strength, request.lora_alpha, choice.expert)
+        lora = checks.attempt(opening, brought)
         if lora is None or checkpoint is None or choice.expert not in checkpoint.experts:
             continue
         shapes = checkpoint.experts[choice.expert].weights.shapes
@@ -171,17 +165,8 @@ def _open_loras(
         twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
-        found = checks.attempt(
-            lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
-                lora,
-                shapes,
-                expert=expert,
-                allow_partial=request.lora_allow_partial,
-                as_adapter=weights.lora_mode == "adapter",
-            ),
-            brought,
-        )
-        if found:
+        settings = {"allow_partial": request.lora_allow_partial, "as_adapter": weights.lora_mode == "adapter"}
+        if found := checks.attempt(partial(check, lora, shapes, expert=choice.expert, **settings), brought):
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
@@ -189,7 +174,7 @@ def _open_loras(
 
 
 def cut_prompts(plan: Plan) -> list[str]:
-    """A warning of the prompts that are longer than what the model reads, if there are any."""
+    """A warning about prompts that are longer than the model reads."""
     tokenizer = plan.checkpoint.tokenizer
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
     for job in plan.jobs if plan.guided else ():
@@ -200,13 +185,13 @@ def cut_prompts(plan: Plan) -> list[str]:
         return []
     most = max(lost, key=lost.__getitem__)
     others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
-    read = tokenizer.text_len
     cut = "token is" if lost[most] == 1 else "tokens are"
-    return [f"{most}: the model reads {read} tokens of a prompt; the last {lost[most]} {cut} cut off{others}"]
+    read = f"the model reads {tokenizer.text_len} tokens of a prompt"
+    return [f"{most}: {read}; the last {lost[most]} {cut} cut off{others}"]
 
 
 def _brought(request: Request, weights: Weights) -> dict[str, str]:
-    """The flag that each file or folder of weights came by, by its path."""
+    """The flag of each file or folder of weights, by its path."""
     flags = {str(path): f"--{part}" for part, path in weights.files}
     flags |= {str(path): "--expert" for _, path in weights.expert_files}
     folder = str(expanded(request.lora_dir)) if request.lora_dir else None
@@ -233,10 +218,3 @@ def _weight_bytes(
     }
     sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder.module.parameters()) * dtypes[1].itemsize
     return sizes | {"VAE": sum(p.nbytes for p in checkpoint.vae.module.parameters())}
-
-
-def _check_disk(jobs: tuple[Job, ...], checks: Check) -> None:
-    for folder, size in written_bytes(jobs).items():
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            checks.problem(f"{folder}: {free / 1e6:.0f} MB free, the videos need about {size / 1e6:.0f} MB")

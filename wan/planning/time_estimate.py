@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,14 +31,15 @@ MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operatio
 COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
 EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
 NEEDED = (MATMUL, ATTENTION, VAE, DISK)
+RATES_FILE = "rates.json"
 STORED = 4  # bytes of a weight in a released expert's file: float32
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the stages of one video; a stage takes the longer of computing and reading what it needs.
+    """Seconds of one video by stage, the longer of computing and reading; `read`: bytes of the experts' files.
 
-    again: what `denoise` is in the videos after the first one, whose weights may be there. read: bytes of the experts.
+    again: `denoise` in the videos after the first one, whose weights may be there already.
     """
 
     text: float
@@ -60,10 +60,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the rates of this machine come to for a run: its longest video, and until the last one is there.
-
-    communication: whether what processes send each other is in it.
-    """
+    """Seconds of a run: its longest video, and all of it. communication: whether time to send is included."""
 
     longest: Seconds
     whole: float
@@ -71,14 +68,12 @@ class Expected:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of the longest video by stage; without those that it does not have."""
-        longest = self.longest
-        named = {"text": longest.text, "image": longest.image, "denoise": longest.denoise, "decode": longest.decode}
-        return {name: spent for name, spent in named.items() if spent}
+        """Seconds of the longest video, by the stages that it has."""
+        return {n: spent for n in ("text", "image", "denoise", "decode") if (spent := getattr(self.longest, n))}
 
 
 def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
-    """Of a run that makes these jobs; None where no rates were measured, or nothing is to be made."""
+    """Seconds of a run that makes these jobs; None without rates or jobs."""
     rates = kept_rates(plan.device)
     if rates is None or not todo:
         return None
@@ -125,7 +120,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
 
 
 def sharded_bytes(plan: Plan) -> int:
-    """Of the largest expert, if the processes that make a video together hold a part of it each, else 0."""
+    """Bytes of the largest expert, if it is sharded over processes, else 0."""
     experts = [plan.weight_bytes[f"{name} expert"] for name in plan.checkpoint.experts] if plan.request.dit_fsdp else []
     return max(experts, default=0)
 
@@ -139,7 +134,7 @@ def network_of(plan: Plan) -> Network:
 
 
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
-    """Of the expert's file in one video: what stays once, what passes through once a forward."""
+    """Bytes of the expert's file for one video: blocks that stay once, the others once in each forward."""
     part, stored = plan.checkpoint.experts[expert], float(STORED)
     numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
     if store:  # of a released checkpoint that is not here it is empty
@@ -153,30 +148,25 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
 
 def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
     """Keep what was measured for later plans. OSError or RuntimeError where there is no place for it."""
-    kept = _all_kept() | {_name_of(device): dict(rates)}
+    kept = _all_rates() | {_name_of(device): dict(rates)}
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with replacing(_rates_file()) as part:
+    with replacing(cache_folder() / RATES_FILE) as part:
         part.write_text(json.dumps(kept, indent=1), "utf-8")
 
 
 def kept_rates(device: torch.device) -> dict[str, float] | None:
     """What was measured on this device with this version of PyTorch, if everything was."""
-    found = _all_kept().get(_name_of(device))
+    found = _all_rates().get(_name_of(device))
     kept = found.items() if isinstance(found, dict) else ()
     rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
     return rates if rates.keys() >= set(NEEDED) else None
 
 
-def _all_kept() -> dict[str, Any]:
+def _all_rates() -> dict[str, Any]:
     with suppress(OSError, ValueError, RuntimeError):
-        kept = json.loads(_rates_file().read_text("utf-8"))
-        if isinstance(kept, dict):
-            return kept
+        kept = json.loads((cache_folder() / RATES_FILE).read_text("utf-8"))
+        return kept if isinstance(kept, dict) else {}
     return {}
-
-
-def _rates_file() -> Path:
-    return cache_folder() / "rates.json"
 
 
 def _name_of(device: torch.device) -> str:

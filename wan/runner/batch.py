@@ -20,7 +20,7 @@ from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
-from wan.runner.record import State, find_video, find_videos, read_latents, repair
+from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
 from wan.runner.video_job import hold_lock, make_video, reason, save_video
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
@@ -90,6 +90,8 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
     """
     todo, places, whole, problems = [], [], [], []
     for job, state in find_videos(plan):
+        if state.kind == "equal":
+            state = _copy(plan, job, state, progress)
         places.append(replace(job, save_file=state.file))
         if state.kind == "whole":
             whole.append(state.file)
@@ -106,6 +108,19 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
     if problems:
         raise InputError(problems)
     return todo, tuple(places)
+
+
+def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
+    """Give an equal video the name that the user chose; "nothing" where that fails and the video is to be made."""
+    try:
+        with ExitStack() as locks:
+            hold_lock(locks, job.save_file, progress)
+            copy_video(state.file, job.save_file, latents=plan.request.save_latents)
+    except (JobError, OSError) as error:
+        progress.say(f"{state.file} cannot be copied to {job.save_file}: {reason(error)}")
+        return State("nothing", job.save_file)
+    progress.say(f"{job.save_file} is a copy of {state.file}, which is the same video")
+    return State("whole", job.save_file)
 
 
 def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
@@ -25,8 +26,8 @@ from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
-from wan.utils.errors import InputError, TensorFileError, WanError
-from wan.utils.files import Beside, latents_elsewhere, write_file
+from wan.utils.errors import InputError, JobError, TensorFileError, WanError
+from wan.utils.files import Beside, latents_elsewhere, replacing, write_file
 from wan.utils.progress import peak_memory
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict
 class State:
     """State of the file at a job's output path.
 
-    kind: "nothing", "whole" (this very video), "damaged" (this video, cut off), "other" (another video or file), or
-    "later" (the job follows a clip that is still to be made). differing: the options that made another video, as far
-    as its record says; None where nobody asked.
+    kind: "nothing", "whole" (this very video), "equal" (nothing, but `file` is this very video under another name),
+    "damaged" (this video, cut off), "other" (another video or file), or "later" (the job follows a clip that is still
+    to be made). differing: the options that made another video, as far as its record says; None where nobody asked.
     """
 
     kind: str
@@ -103,7 +104,8 @@ class State:
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
     """Each job with the state of its file; a job that follows a whole clip starts from that clip.
 
-    With `--resume` a video also counts under another number: rows may have been inserted.
+    With `--resume` a video also counts under another number: rows may have been inserted. A name that the user chose is
+    kept: an equal video under another name is "equal".
     """
     resume, found = plan.request.resume, []
     elsewhere = _recorded(plan) if resume else {}
@@ -114,13 +116,14 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
             job = replace(job, image=before.file)
         if not resume:
             state = State("other" if job.save_file.exists() else "nothing", job.save_file)
-        elif before and before.kind != "whole":
+        elif before and before.kind not in ("whole", "equal"):
             state = State("later", job.save_file)
         else:
             state = find_video(plan, job)
             if state.kind == "nothing" and (other := elsewhere.get(key_of(plan.meaning(job)))):
                 moved = find_video(plan, replace(job, save_file=other))
-                state = moved if moved.kind == "whole" else state
+                if moved.kind == "whole":
+                    state = State("equal" if job.named else "whole", other)
         last[job.joined] = state
         found.append((job, state))
     return found
@@ -152,18 +155,39 @@ def _count_frames(path: Path, *_: int) -> int:
 
 
 def repair(plan: Plan, job: Job, video: Path) -> list[str]:
-    """Complete the files beside a whole video, as far as they can be made from it; a sentence for each thing done."""
-    beside, done = Beside.of(video), []
-    if not beside.record.exists():
-        write_file(beside.record, json.dumps(read_record(video), ensure_ascii=False, indent=2) + "\n")
-        done.append(f"{beside.record}: written again from the video")
-    if plan.request.preview and not beside.sheet.exists():
-        done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
-    kept = find_latents(plan, replace(job, save_file=video))
-    if kept and not plan.request.save_latents and not kept.record["request"].get("save_latents"):
-        kept.file.unlink()
-        done.append(f"{kept.file}: removed, the video is whole")
+    """Complete the files beside a whole video, as far as they can be made from it; a sentence for each thing done.
+
+    The files of other users that cannot be changed stay as they are.
+    """
+    request, beside, done = plan.request, Beside.of(video), list[str]()
+    try:
+        if not beside.record.exists():
+            write_file(beside.record, json.dumps(read_record(video), ensure_ascii=False, indent=2) + "\n")
+            done.append(f"{beside.record}: written again from the video")
+        if request.preview and not beside.sheet.exists():
+            done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
+        kept = find_latents(plan, replace(job, save_file=video))
+        if kept and not request.save_latents and not kept.record["request"].get("save_latents"):
+            kept.file.unlink()
+            done.append(f"{kept.file}: removed, the video is whole")
+    except (JobError, OSError) as error:
+        done.append(f"warning: the files beside {video} are left as they are ({error})")
+    wanted = {beside.latents: request.save_latents, beside.strip: request.preview_steps}
+    for file in (file for file, asked in wanted.items() if asked and not file.exists()):
+        done.append(f"warning: {file} is not there, and only making the video again gives it (--overwrite)")
     return done
+
+
+def copy_video(source: Path, target: Path, *, latents: bool) -> None:
+    """Copy a whole video and its record, and kept latents if asked for, to another name. OSError."""
+    record = read_record(source)
+    record["output"]["file"] = target.name
+    if latents and Beside.of(source).latents.exists():
+        with replacing(Beside.of(target).latents) as part:
+            shutil.copyfile(Beside.of(source).latents, part)
+    with replacing(target) as part:
+        shutil.copyfile(source, part)
+    write_file(Beside.of(target).record, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
 
 
 def _recorded(plan: Plan) -> dict[str, Path]:

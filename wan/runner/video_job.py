@@ -7,7 +7,6 @@ Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, 
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack, closing, suppress
@@ -26,7 +25,7 @@ from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import completed, describe, find_latents, find_video, save_latents
 from wan.utils.errors import JobError, WanError, first_line, out_of_memory
-from wan.utils.files import Beside, latents_elsewhere
+from wan.utils.files import Beside, latents_elsewhere, why_no_file
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
 
@@ -114,9 +113,11 @@ def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
     """
     try:
         save_file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_file.parent).close()
+        reason = why_no_file(save_file.parent)
     except OSError as e:
-        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
+        reason = e.strerror
+    if reason:
+        raise JobError(f"{save_file.parent}: no file can be written there ({reason})")
     locks.enter_context(locked(save_file, progress.say))
 
 

@@ -41,5 +41,6 @@ PARTS: dict[str, tuple[str, dict[str, str]]] = {
     "expected": ("seconds by rates that wan.doctor measured: of the longest video by stage, until all are made", {
         "stages": "object", "whole": "number", "communication": "truth"}),
     "host": ("bytes of memory, for all processes on this machine", {"needed": "number?", "available": "number"}),
-    "disk": ("bytes that may be written at most", {"folder": "text", "needed": "number", "free": "number"}),
+    "disk": ("bytes to write, an estimate with its spread", {
+        "folder": "text", "needed": "number", "least": "number", "most": "number", "free": "number?"}),
 }  # fmt: skip

@@ -44,6 +44,15 @@ def latents_elsewhere(video: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"{stem}-{digest}.latents.safetensors"
 
 
+def why_no_file(folder: Path) -> str | None:
+    """The system's reason why no file can be made in `folder`, such as /proc; None if one can."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def cache_folder() -> Path:
     """This program's: in `$XDG_CACHE_HOME`, else the platform's. Raises RuntimeError if the user has no home folder."""
     given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)

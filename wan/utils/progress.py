@@ -208,7 +208,7 @@ def _bar(stage: Stage, stream: TextIO) -> tqdm:
     tqdm.monitor_interval = 0  # no thread
     _write(stream, CLEAR)  # the bar of the stage around this one
     file = SimpleNamespace(
-        write=partial(_write, stream), flush=stream.flush, fileno=stream.fileno, encoding=stream.encoding
+        write=partial(_write, stream), flush=lambda: None, fileno=stream.fileno, encoding=stream.encoding
     )
     return tqdm(
         desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", file=file,

@@ -1,0 +1,271 @@
+"""How quantised weights become numbers: one table of formats, a row each.
+
+A file names the format of a layer X in a tensor `X.comfy_quant` (JSON), in `_quantization_metadata` of its header (JSON
+by layer; of shards in each one), or nowhere: then the dtype, and names and shapes of the scales, decide. W = q * scale,
+with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1.
+A format, flag or companion tensor that no row knows is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from wan.checkpoints.safetensors_file import Entry, TensorStore
+from wan.utils.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS = ("F32", "F16", "BF16")
+METADATA = "_quantization_metadata"
+MARKER = ".comfy_quant"
+DATA = "._data"  # optimum-quanto: the numbers of the weight before it
+SCALES = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight._scale")  # multiply the weight
+UNUSED = (".input_scale", ".scale_input", ".output_scale")  # for activations in 8 bits; no weight depends on them
+MAX_MARKER_BYTES = 1 << 16
+HARMLESS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # flags that leave the numbers alone
+WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
+    tensors: endings of names that no other format has. runs: who runs a format that is not read here.
+    """
+
+    name: str
+    dtype: str = ""
+    scales: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    runs: str = ""
+
+
+TABLE = (
+    Format("float64", "F64"),
+    Format("float8_e4m3fn", "F8_E4M3", (WHOLE, ROW, BLOCK)),
+    Format("float8_e5m2", "F8_E5M2", (WHOLE, ROW, BLOCK)),
+    Format("float8_e4m3fn_rowwise", "F8_E4M3", (ROW,), ("per_row",)),
+    Format("float8_e4m3fn_blockwise", "F8_E4M3", (BLOCK,), ("group_size",)),
+    Format("int8_tensorwise", "I8", (WHOLE, ROW), ("convrot", "convrot_groupsize", "per_row")),
+    Format("int8_blockwise", runs="ComfyUI"),
+    Format("nvfp4", tensors=(".weight_scale_2",), runs="ComfyUI and LightX2V"),
+    Format("mxfp8", runs="ComfyUI"),
+    Format("hybrid_mxfp8", runs="ComfyUI"),
+    Format("SVDQuant", tensors=(".qweight", ".wscales", ".smooth_factor"), runs="nunchaku"),
+    Format("QuIP", tensors=(".Qidxs", ".SU", ".SV"), runs="the program that wrote it"),
+    Format("bitsandbytes", tensors=(".absmax", ".quant_map", ".SCB"), runs="diffusers"),
+)
+FORMATS = {row.name: row for row in TABLE}
+UNMARKED = {row.dtype: row for row in reversed(TABLE) if row.dtype}  # the first row of a dtype is the plain one
+
+
+@dataclass
+class Layer:
+    """One weight: its tensor and scale in the file, its marker, and tensors beside them that nobody here knows."""
+
+    weight: str = ""
+    scale: str | None = None
+    marker: dict[str, Any] | None = None
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How one weight becomes float32: `rows` x `columns` numbers share a scale, `rotation` inputs are rotated together.
+
+    columns 0: all of the row; rotation 0: none.
+    """
+
+    weight: str
+    scale: str | None = None
+    rows: int = 1
+    columns: int = 0
+    rotation: int = 0
+
+    def scale_rows(self, store: TensorStore, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, scales of a row], or [1, 1] if there is one for the whole tensor."""
+        import torch
+
+        if self.scale is None:
+            return torch.ones(1, 1)
+        shape = store[self.scale].shape
+        if math.prod(shape) == 1:
+            return store.read(self.scale).float().reshape(1, 1)
+        first, last = start // self.rows, math.ceil(stop / self.rows)
+        scale = store.read(self.scale, slice(first, last)).float().view(last - first, math.prod(shape[1:]))
+        return scale.repeat_interleave(self.rows, 0)[start - first * self.rows :][: stop - start]
+
+    def numbers(self, store: TensorStore, rows: slice | None, buffer: Tensor | None) -> Tensor:
+        """The weight, or some of its rows, in float32; in `buffer` (uint8) if there is one."""
+        import torch
+
+        q = store.read(self.weight, rows)
+        memory = torch.empty(4 * q.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * q.numel()]
+        weight = memory.view(torch.float32).view(q.shape).copy_(q)
+        if self.scale is not None and q.numel():
+            start, stop, _ = (rows or slice(None)).indices(store[self.weight].shape[0]) if q.dim() else (0, 1, 1)
+            scale = self.scale_rows(store, start, stop)
+            weight.view(len(q) if q.dim() else 1, scale.shape[1], -1).mul_(scale[:, :, None])
+        if self.rotation:
+            groups = weight.view(-1, self.rotation)
+            groups.copy_(groups @ hadamard(self.rotation))
+        return weight
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """[size, size], a Kronecker power of H4, orthogonal and symmetric; size: a power of 4."""
+    import torch
+
+    h4 = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    return h4 if size == 4 else torch.kron(h4, hadamard(size // 4))
+
+
+def markers(store: TensorStore) -> dict[str, dict[str, Any]]:
+    """Layer as the file names it -> what header and tensors say about its format. ValueError if they are unreadable."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(layer: str, marker: Any) -> None:
+        if not isinstance(marker, dict) or not isinstance(marker.get("format"), str):
+            raise ValueError(f"its marker of layer {layer:.100} names no format")
+        if found.setdefault(layer, marker) != marker:
+            raise ValueError(f"its markers of layer {layer:.100} contradict each other")
+
+    for metadata in store.metadata_by_file:
+        if METADATA in metadata:
+            content = parse_json(metadata[METADATA])
+            version = content.get("format_version", "1.0") if isinstance(content, dict) else None
+            if version != "1.0" or not isinstance(content.get("layers"), dict):
+                raise ValueError(f"its {METADATA} has no layers, or another version than 1.0")
+            for layer, marker in content["layers"].items():
+                add(layer, marker)
+    for name in store:
+        if name.endswith(MARKER):
+            entry = store[name]
+            if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
+                raise ValueError(f"its marker {name:.100} is no text")
+            try:
+                marker = parse_json(store.read(name).numpy().tobytes())
+            except ValueError as e:
+                raise ValueError(f"its marker {name:.100} is no JSON: {e}") from e
+            add(name.removesuffix(MARKER), marker)
+    return found
+
+
+def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) -> dict[str, Layer]:
+    """Weights by plain name, each with its scale and marker. ValueError for a name in two spellings.
+
+    names: in the file -> plain, without prefixes. marked: by plain name of the layer.
+    """
+    layers = {f"{stem}.weight": Layer(marker=marker) for stem, marker in marked.items()}
+    by_stem: dict[str, list[str]] = {}
+    for name, plain in names.items():
+        if plain.endswith((*UNUSED, MARKER)):
+            continue
+        scale = next((ending for ending in SCALES if plain.endswith(ending)), "")
+        weight = f"{plain.removesuffix(scale)}.weight" if scale else plain.removesuffix(DATA)
+        layer = layers.setdefault(weight, Layer())
+        if layer.scale if scale else layer.weight:
+            raise ValueError(f"it has {name:.100} a second time in another spelling")
+        if scale:
+            layer.scale = name
+        else:
+            layer.weight = name
+            by_stem.setdefault(weight.rpartition(".")[0], []).append(weight)
+    for weight, layer in layers.items():
+        if layer.scale or layer.marker:
+            stem = weight.removesuffix(".weight")
+            beside = by_stem.get(stem, []) + by_stem.get(weight, [])
+            layer.others = tuple(name for name in beside if name not in (weight, f"{stem}.bias"))
+    return layers
+
+
+def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None:
+    """How the weight is read; None: as it is stored. ValueError says why it is not read, naming its format."""
+    if not layer.weight:
+        raise ValueError(f"{plain} has a scale or a marker but is missing")
+    entry, marker = store[layer.weight], layer.marker or {}
+    row = _row(plain, layer, entry)
+    if row is None:
+        return None
+    if layer.scale is None:
+        if marker or entry.dtype == "I8":
+            raise ValueError(f"{plain} is {row.name} without a scale")
+        return Decoding(layer.weight)
+    scale = store[layer.scale]
+    unit, rows, columns = _block(entry.shape, scale.shape)
+    if scale.dtype not in FLOATS or unit not in row.scales:
+        raise ValueError(f"{plain} is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
+    size, shape = marker.get("group_size", columns), marker.get("orig_shape", list(entry.shape))
+    if columns not in (0, size) or (rows not in (1, size, entry.shape[0]) and "group_size" in marker):
+        raise ValueError(f"{plain} has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
+    if shape != list(entry.shape):
+        raise ValueError(f"{plain} was {shape!r:.60}, and is {list(entry.shape)}")
+    if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
+        raise ValueError(f"{plain} is int8, and nothing in the file says how the convrot of its name was applied")
+    return Decoding(layer.weight, layer.scale, rows, columns, _rotation(plain, marker, entry))
+
+
+def _row(plain: str, layer: Layer, entry: Entry) -> Format | None:
+    """The row of the table; None for plain floats. ValueError for a format that is not read."""
+    names = (plain, *layer.others)
+    foreign = [row for row in TABLE if row.tensors and any(name.endswith(row.tensors) for name in names)]
+    row = foreign[0] if foreign else UNMARKED.get(entry.dtype)
+    if layer.marker:
+        row = FORMATS.get(layer.marker["format"])
+        if row is None:
+            raise ValueError(f"{plain} is in the format {layer.marker['format']!r:.60}, which is not known here")
+    elif row is None and entry.dtype in FLOATS and not layer.scale:
+        return None
+    if row is None:
+        raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
+    if row.runs:
+        raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
+    if flags := set(layer.marker or ()) - {*HARMLESS, *row.flags}:
+        raise ValueError(f"{plain} is {row.name} with the unknown flag {min(flags)!r:.60}")
+    if layer.others:
+        raise ValueError(f"{plain} is {row.name} with the unknown tensor {layer.others[0]:.100}")
+    if entry.dtype != row.dtype:
+        raise ValueError(f"{plain} is marked {row.name} but stored as {entry.dtype}")
+    return row
+
+
+def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, int]:
+    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it.
+
+    A block has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each
+    column is not taken: it may be meant for the rows of a transposed matrix.
+    """
+    count = shape[0] if shape else 1
+    if math.prod(scale) == 1:
+        return WHOLE, count, 0
+    if math.prod(scale) == scale[0] == count:
+        return ROW, 1, 0
+    if len(shape) != 2 or len(scale) != 2 or not all(scale):
+        return "", 0, 0
+    rows, columns = shape[0] // scale[0], shape[1] // scale[1]
+    pairs = zip(scale, shape, (rows, columns), strict=True)
+    exact = all(n == 1 or (size == n * block and block.bit_count() == 1) for n, size, block in pairs)
+    return (BLOCK, rows, 0 if scale[1] == 1 else columns) if exact and columns > 1 else ("", 0, 0)
+
+
+def _rotation(plain: str, marker: Mapping[str, Any], entry: Entry) -> int:
+    """Inputs that were rotated together, 0 for none. ValueError for what is no rotation."""
+    rotated, size = marker.get("convrot", False), marker.get("convrot_groupsize", 256)
+    if type(rotated) is not bool or ("convrot_groupsize" in marker and "convrot" not in marker):
+        raise ValueError(f"{plain} is marked with convrot {rotated!r:.40}, neither true nor false")
+    if not rotated:
+        return 0
+    power_of_4 = type(size) is int and size > 1 and size.bit_count() == 1 and size.bit_length() % 2
+    if not power_of_4 or len(entry.shape) != 2 or entry.shape[1] % size:
+        raise ValueError(
+            f"{plain} of {list(entry.shape)} has a convrot_groupsize of {size!r:.40}, not a power of 4 of it"
+        )
+    return int(size)
