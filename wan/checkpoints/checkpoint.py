@@ -16,7 +16,7 @@ from wan.checkpoints import hub, layout
 from wan.checkpoints.outside import error_text, misread, size_of
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
-from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, left_out, open_expert, open_file
+from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, download_command, task_of
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
@@ -77,9 +77,8 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
     if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
         raise InputError(problems)
     opener.check_fit(opened, text_encoder, vae)
-    return OpenCheckpoint(
-        folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"), tuple(opener.warnings(opened))
-    )
+    warnings = tuple(opener.warnings({**opened, TEXT_ENCODER: text_encoder, VAE: vae}))
+    return OpenCheckpoint(folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"), warnings)
 
 
 def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:
@@ -194,14 +193,15 @@ class _Opener:
         if problems:
             raise InputError(problems)
 
-    def warnings(self, experts: Mapping[str, Part[WanModel]]) -> Iterator[str]:
-        """Sentences on what works, but may not be meant."""
-        paths = {name: self.path(name) for name in experts}
+    def warnings(self, parts: Mapping[str, Part[Any]]) -> Iterator[str]:
+        """Sentences on files that work, but may not be meant."""
+        paths = {name: self.path(name) for name in self.config.experts}
         if len(paths) > len(set(paths.values())):
             yield f"{next(iter(paths.values()))} serves as {' and '.join(paths)} noise expert: the same weights"
-        for part, path in self.files.items():
-            if part != "tokenizer" and (others := left_out(open_file(path), EXPERT if part in experts else part)):
-                yield f"{path}: {others}"
+        for name, part in parts.items():
+            kind = name if name in (TEXT_ENCODER, VAE) else EXPERT
+            if others := [other.replace("_", " ") for other in kinds_in(part.weights.source) if other != kind]:
+                yield f"{self.path(name)}: besides, it holds the {' and '.join(others)}, left out for --{kind}"
 
     def _sized_by_weights(self, part: str, build: Callable[[Mapping[str, tuple[int, ...]]], Module]) -> Part[Module]:
         """A network whose sizes follow from the shapes of its weights."""

@@ -35,7 +35,7 @@ VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's 
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Listed:
     """As in the header: axes from the innermost, the number of the type, offset from the start of the data."""
 
     name: str
@@ -60,7 +60,12 @@ class GgufStore(TensorStore):
         self._types: dict[str, tuple[str, int]] = {}  # of quantised tensors: (type, numbers in a block)
         for tensor in tensors:
             name, offset = tensor.name, start + tensor.offset
-            stored, values, width = _type_of(gguf, path, tensor)
+            try:
+                kind = gguf.GGMLQuantizationType(tensor.type)
+                stored, (values, width) = kind.name, gguf.GGML_QUANT_SIZES[kind]
+            except (ValueError, KeyError):
+                unknown = f"of the type {tensor.type}, which the installed package gguf does not know"
+                raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
             if (row := (tensor.axes or (1,))[0]) % values:
                 raise TensorFileError(f"{path}: tensor {name} has rows of {row:,} values, {stored} blocks of {values}")
             if name in entries:
@@ -72,8 +77,7 @@ class GgufStore(TensorStore):
                 self._types[name] = stored, values
         super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
         self._blocks = TensorStore(blocks)
-        self._check_offsets()
-        self._check_types(gguf)
+        self._check(gguf)
 
     def stored_as(self, name: str) -> str:
         return self._types[name][0] if name in self._types else super().stored_as(name)
@@ -108,8 +112,10 @@ class GgufStore(TensorStore):
             numbers[max(0, position) :][: piece.numel()] = piece
         return numbers.view(last - first, *shape[1:])
 
-    def _check_offsets(self) -> None:
-        """TensorFileError if two tensors share bytes, or one ends after the file."""
+    def _check(self, gguf: ModuleType) -> None:
+        """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
+        import numpy as np
+
         end, size = 0, size_of(self.path)
         for name in self._blocks.in_file_order(self._blocks):
             entry = self._blocks[name]
@@ -119,11 +125,6 @@ class GgufStore(TensorStore):
             if end > size:
                 sizes = f"{end:,} bytes at least, {size:,} found"
                 raise TensorFileError(f"{self.path}: truncated, {sizes}; tensor {name} is cut off")
-
-    def _check_types(self, gguf: ModuleType) -> None:
-        """TensorFileError for a type that the package does not turn into numbers."""
-        import numpy as np
-
         for stored in sorted({stored for stored, _ in self._types.values()}):
             kind = gguf.GGMLQuantizationType[stored]
             try:
@@ -136,18 +137,7 @@ class GgufStore(TensorStore):
                 ) from None
 
 
-def _type_of(gguf: ModuleType, path: Path, tensor: _Tensor) -> tuple[str, int, int]:
-    """(name, values in a block, bytes of a block)."""
-    try:
-        kind = gguf.GGMLQuantizationType(tensor.type)
-        return kind.name, *gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
-        raise TensorFileError(
-            f"{path}: tensor {tensor.name} is of the type {tensor.type}, which the installed package gguf does not know"
-        ) from None
-
-
-def _shape(path: Path, tensor: _Tensor, original: Any) -> tuple[int, ...]:
+def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
     """The tensor's shape in its model. original: the one in the file's settings, if they have one."""
     shape = tuple(reversed(tensor.axes))
     if original is None:
@@ -158,7 +148,7 @@ def _shape(path: Path, tensor: _Tensor, original: Any) -> tuple[int, ...]:
     return tuple(original)
 
 
-def _read_header(path: Path) -> tuple[list[_Tensor], dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
     size = size_of(path)
     with reading(path, "the GGUF header is cut off or corrupt"), path.open("rb") as file:
@@ -218,7 +208,7 @@ class _Header:
             self.take(self.number("Q"))
         return None
 
-    def tensor(self) -> _Tensor:
+    def tensor(self) -> _Listed:
         name = self.text()
         if not name.isprintable() or not name:
             raise ValueError(f"a tensor is named {name!r:.60}")
@@ -226,4 +216,4 @@ class _Header:
         if axes > MAX_AXES:
             raise ValueError(f"tensor {name:.60} has {axes:,} axes")
         sizes = tuple(self.number("Q") for _ in range(axes))
-        return _Tensor(name, sizes, self.number("I"), self.number("Q"))
+        return _Listed(name, sizes, self.number("I"), self.number("Q"))

@@ -173,6 +173,7 @@ class TensorStore(Mapping[str, Entry]):
         """metadata: of each file."""
         self.entries = entries
         self.metadata_by_file = metadata
+        self.source: TensorStore = self  # of the file itself, with its own names
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -78,11 +78,9 @@ def _read_sizes(config: Path, keys: tuple[str, ...], max_text: int) -> dict[str,
         sizes: dict[str, Any] = {key: values[key] for key in keys}
     except (ValueError, KeyError, TypeError) as e:
         raise misread(config, f"not the configuration of a Wan transformer ({error_text(e)})") from e
-    whole = [key for key in sizes if key != "eps"]
-    wrong = [f"{key} is {sizes[key]!r:.40}" for key in whole if type(sizes[key]) is not int or sizes[key] < 1]
-    if not (isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1):
-        wrong.append(f"eps is {sizes['eps']!r:.40}")
-    if wrong:
+    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
+    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
+    if wrong := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
         raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
     return sizes
 
