@@ -14,7 +14,7 @@ from lightning.inspect_weights import examine, models_to_judge_by, settings_line
 from lightning.lora import Lora
 from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
-from wan.checkpoints.hub import located, whole
+from wan.checkpoints.hub import fetch, located
 from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
@@ -124,7 +124,7 @@ def _bake(args: argparse.Namespace) -> int:
     loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
         try:
-            path = whole(choice.path)
+            path = fetch(choice.path)
             loras[choice.expert].append(Lora.open(path, choice.strength, args.lora_alpha, choice.expert))
         except InputError as e:
             chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
