@@ -1,5 +1,6 @@
 """A prompt file divided over independent processes: together they make what one makes, whatever dies on the way."""
 
+import json
 import os
 import random
 import re
