@@ -119,7 +119,7 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
 def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.distributed.launch import interrupts_held
-    from wan.gallery import check_page, folder_of, write_page
+    from wan.gallery import check_page, page_folder, write_page
     from wan.prompt_extension.extend import check
 
     with interrupts_held():
@@ -140,7 +140,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
         team.broadcast(lambda: check_disks(outlook.disks))
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
-    page = folder_of(outcome.request) if outcome.request.gallery else None
+    page = page_folder(outcome.request) if outcome.request.gallery else None
     if page:
         team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:

@@ -57,10 +57,9 @@ class Original(Pipeline):
     ) -> None:
         """The original's arguments, then ours.
 
-        config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: experts wait in host memory and are
-        brought to the device when needed; sharded ones stay there. use_sp: all processes make one video, those of
-        `runtime` or, without it, of torch.distributed. more: options of the command line by name (`ulysses_size=2`,
-        `lora_mode="adapter"`).
+        config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
+        processes make one video, those of `runtime` or of torch.distributed. more: options of the command line by name
+        (`ulysses_size=2`, `lora_mode="adapter"`).
         InputError with all problems of arguments and files.
         """
         if not isinstance(config, TaskConfig):

@@ -91,18 +91,15 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self._text_encoder is None:
             plan, part = self.plan, self.plan.checkpoint.text_encoder
-            module, store = part.module, part.weights
             if plan.request.t5_fsdp:
-                size = sum(entry.bytes for entry in store.values())
-                with self._loading("text encoder", size, sharded=True) as report:
+                with self._loading("text encoder", [part.weights], sharded=True) as report:
                     self._text_encoder = self.load(
-                        module, store, sharded=True, home=plan.text_device, dtype=lambda _: plan.text_dtype,
-                        report=report,
+                        part.module, part.weights, sharded=True, home=plan.text_device,
+                        dtype=lambda _: plan.text_dtype, report=report,
                     )  # fmt: skip
             else:
-                source = Source(store, lambda _: plan.text_dtype)
-                slots = TEXT_SLOTS if plan.offload else None
-                self._text_encoder = text_encoder(module, source, plan.text_device, slots)
+                source, slots = Source(part.weights, lambda _: plan.text_dtype), TEXT_SLOTS if plan.offload else None
+                self._text_encoder = text_encoder(part.module, source, plan.text_device, slots)
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
@@ -135,9 +132,8 @@ class Pipeline(ABC):
             merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
             sources[name] = part.module, Source(part.weights, dtype, merge)
-        size = sum(entry.bytes for _, source in sources.values() for entry in source.store.values())
-        networks = None
-        with self._loading("experts", size, plan.request.dit_fsdp) as report:
+        networks, stores = None, [source.store for _, source in sources.values()]
+        with self._loading("experts", stores, sharded=plan.request.dit_fsdp) as report:
             if plan.request.dit_fsdp:
                 models = {
                     name: self.load(
@@ -250,10 +246,10 @@ class Pipeline(ABC):
     def load_vae(self) -> WanVAE | SplitVAE:
         """InputError for a corrupt file."""
         if self.vae is None:
-            module, store = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
-            with self._loading("VAE", sum(entry.bytes for entry in store.values())) as report:
+            module, weights = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
+            with self._loading("VAE", [weights]) as report:
                 vae = self.load(
-                    module, store, sharded=False, home=self.plan.device,
+                    module, weights, sharded=False, home=self.plan.device,
                     dtype=lambda name: module.get_parameter(name).dtype, report=report,
                 )  # fmt: skip
             vae.use_channels_last()
@@ -266,23 +262,19 @@ class Pipeline(ABC):
         self.load_vae()
 
     def decode(self, latent: Tensor, *, finer: bool = False) -> Generator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order. finer: in smaller tiles than planned, same numbers.
+        """Chunks [3, t, H, W] float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
 
-        Meanwhile the next video's first weights are read into the memory that is left.
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
         tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()
         beside = self.experts.ahead() if self.experts and self._again else nullcontext()
-        with torch.no_grad(), beside:
+        with torch.no_grad(), beside:  # the next video's first weights are read meanwhile
             yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
 
     def look(self, latent: Tensor) -> Tensor | None:
-        """The frame [3, H, W] in the middle of a latent, decoded alone: a single frame's work.
-
-        Of processes that make a video together the first gets it; all must call this.
-        """
+        """The frame [3, H, W] in the middle of a latent, on the first of the processes; all must call this."""
         middle, tiles = latent.shape[1] // 2, decode_tiles(self.plan, latent.shape)
         with torch.no_grad():
             chunks = list(self.load_vae().decode(latent[:, middle : middle + 1], tiles=tiles))
@@ -308,7 +300,8 @@ class Pipeline(ABC):
         return load_sharded(module, store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(self, name: str, size: int, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+    def _loading(self, name: str, stores: Iterable[Store], *, sharded: bool = False) -> Iterator[Callable[[int], None]]:
+        size = sum(entry.bytes for store in stores for entry in store.values())
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, name)
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
 from wan.modules.causal_conv import AverageShortcut, ClipState, RepeatShortcut
@@ -271,3 +272,19 @@ def test_released_names_follow_the_levels() -> None:
     assert widths == [48] * 6 + [24] * 3 + [12] * 3
     assert [len(level.layers) for level in flat.decoder.levels] == [4, 4, 4, 3]
     assert all(wide >= narrow for wide, narrow in pairwise(widths))
+
+
+def test_encoded_tiles_do_not_keep_their_rims(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of a tile would hold the memory of its rim, too, until the last tile is done."""
+    seen: list[StorageWeakRef] = []
+    alive: list[int] = []
+    cut = Region.cut
+
+    def watched(region: Region, x: Tensor, window: Region) -> Tensor:
+        alive.append(sum(not each.expired() for each in seen))
+        seen.append(StorageWeakRef(x.untyped_storage()))
+        return cut(region, x, window)
+
+    monkeypatch.setattr(Region, "cut", watched)
+    vae.encode_region(random_clip(1, 64, 64), tiles=(2, 2))
+    assert alive[:4] == [0] * 4

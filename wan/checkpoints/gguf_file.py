@@ -27,15 +27,15 @@ VERSIONS = (2, 3)
 # a setting's kind -> struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-MAX_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
-SHAPE = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
-ALIGNMENT = "general.alignment"
+MOST_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
+SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
+ALIGNMENT_KEY = "general.alignment"
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Listed:
     """As in the header: axes from the innermost, the number of the type, offset from the start of the data."""
 
     name: str
@@ -60,20 +60,24 @@ class GgufStore(TensorStore):
         self._types: dict[str, tuple[str, int]] = {}  # of quantised tensors: (type, numbers in a block)
         for tensor in tensors:
             name, offset = tensor.name, start + tensor.offset
-            stored, values, width = _type_of(gguf, path, tensor)
+            try:
+                kind = gguf.GGMLQuantizationType(tensor.type)
+                stored, (values, width) = kind.name, gguf.GGML_QUANT_SIZES[kind]
+            except (ValueError, KeyError):
+                unknown = f"of the type {tensor.type}, which the installed package gguf does not know"
+                raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
             if (row := (tensor.axes or (1,))[0]) % values:
                 raise TensorFileError(f"{path}: tensor {name} has rows of {row:,} values, {stored} blocks of {values}")
             if name in entries:
                 raise TensorFileError(f"{path}: the header names tensor {name} twice")
-            shape = _shape(path, tensor, settings.get(SHAPE + name))
+            shape = _shape(path, tensor, settings.get(SHAPE_KEY + name))
             entries[name] = Entry(path, stored if stored in DTYPES else "F32", shape, offset)
             blocks[name] = Entry(path, "U8", (math.prod(tensor.axes) // values, width), offset)
             if stored not in DTYPES:
                 self._types[name] = stored, values
         super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
         self._blocks = TensorStore(blocks)
-        self._check_offsets()
-        self._check_types(gguf)
+        self._check(gguf)
 
     def stored_as(self, name: str) -> str:
         return self._types[name][0] if name in self._types else super().stored_as(name)
@@ -108,8 +112,10 @@ class GgufStore(TensorStore):
             numbers[max(0, position) :][: piece.numel()] = piece
         return numbers.view(last - first, *shape[1:])
 
-    def _check_offsets(self) -> None:
-        """TensorFileError if two tensors share bytes, or one ends after the file."""
+    def _check(self, gguf: ModuleType) -> None:
+        """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
+        import numpy as np
+
         end, size = 0, size_of(self.path)
         for name in self._blocks.in_file_order(self._blocks):
             entry = self._blocks[name]
@@ -119,11 +125,6 @@ class GgufStore(TensorStore):
             if end > size:
                 sizes = f"{end:,} bytes at least, {size:,} found"
                 raise TensorFileError(f"{self.path}: truncated, {sizes}; tensor {name} is cut off")
-
-    def _check_types(self, gguf: ModuleType) -> None:
-        """TensorFileError for a type that the package does not turn into numbers."""
-        import numpy as np
-
         for stored in sorted({stored for stored, _ in self._types.values()}):
             kind = gguf.GGMLQuantizationType[stored]
             try:
@@ -136,29 +137,18 @@ class GgufStore(TensorStore):
                 ) from None
 
 
-def _type_of(gguf: ModuleType, path: Path, tensor: _Tensor) -> tuple[str, int, int]:
-    """(name, values in a block, bytes of a block)."""
-    try:
-        kind = gguf.GGMLQuantizationType(tensor.type)
-        return kind.name, *gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
-        raise TensorFileError(
-            f"{path}: tensor {tensor.name} is of the type {tensor.type}, which the installed package gguf does not know"
-        ) from None
-
-
-def _shape(path: Path, tensor: _Tensor, original: Any) -> tuple[int, ...]:
+def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
     """The tensor's shape in its model. original: the one in the file's settings, if they have one."""
     shape = tuple(reversed(tensor.axes))
     if original is None:
         return (1, *shape) if tensor.name.endswith(TABLES) and len(shape) == 2 else shape
     whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
     if not whole or not original or math.prod(original) != math.prod(shape):
-        raise TensorFileError(f"{path}: {SHAPE}{tensor.name} is not a shape of {math.prod(shape):,} values")
+        raise TensorFileError(f"{path}: {SHAPE_KEY}{tensor.name} is not a shape of {math.prod(shape):,} values")
     return tuple(original)
 
 
-def _read_header(path: Path) -> tuple[list[_Tensor], dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
     size = size_of(path)
     with reading(path, "the GGUF header is cut off or corrupt"), path.open("rb") as file:
@@ -176,9 +166,9 @@ def _read_header(path: Path) -> tuple[list[_Tensor], dict[str, Any], int]:
             settings[key] = header.value(header.number("I"))
         tensors = [header.tensor() for _ in range(tensor_count)]
         end = file.tell()
-    alignment = settings.get(ALIGNMENT, 32)
+    alignment = settings.get(ALIGNMENT_KEY, 32)
     if type(alignment) is not int or alignment < 1:
-        raise TensorFileError(f"{path}: {ALIGNMENT} must be a whole number above 0, not {alignment!r:.40}")
+        raise TensorFileError(f"{path}: {ALIGNMENT_KEY} must be a whole number above 0, not {alignment!r:.40}")
     return tensors, settings, -(-end // alignment) * alignment
 
 
@@ -211,19 +201,19 @@ class _Header:
         inner, count = self.number("I"), self.number("Q")
         if inner in NUMBERS:
             data = self.take(count * struct.calcsize(f"<{NUMBERS[inner]}"))
-            return struct.unpack(f"<{count}{NUMBERS[inner]}", data) if count <= MAX_AXES else None
+            return struct.unpack(f"<{count}{NUMBERS[inner]}", data) if count <= MOST_AXES else None
         if inner != TEXT:
             raise ValueError(f"a setting is an array of the unknown kind {inner}")
         for _ in range(count):
             self.take(self.number("Q"))
         return None
 
-    def tensor(self) -> _Tensor:
+    def tensor(self) -> _Listed:
         name = self.text()
         if not name.isprintable() or not name:
             raise ValueError(f"a tensor is named {name!r:.60}")
         axes = self.number("I")
-        if axes > MAX_AXES:
+        if axes > MOST_AXES:
             raise ValueError(f"tensor {name:.60} has {axes:,} axes")
         sizes = tuple(self.number("Q") for _ in range(axes))
-        return _Tensor(name, sizes, self.number("I"), self.number("Q"))
+        return _Listed(name, sizes, self.number("I"), self.number("Q"))

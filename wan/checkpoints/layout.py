@@ -92,16 +92,9 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
 
 def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
     """Patterns of the files to fetch from the hub, in either layout; the parts in `own` come from elsewhere."""
-    wanted = [MODEL_INDEX]
-    for files in (released(config), diffusers(config)):
-        for part, name in files.items():
-            if part in config.experts:
-                wanted.append(config_json(name))
-            if part == "tokenizer":
-                wanted += [] if part in own else [name]
-            elif part not in own:
-                wanted.append(name.replace(".safetensors", "*"))
-    return wanted
+    files = [pair for names in (released(config), diffusers(config)) for pair in names.items()]
+    settings = [config_json(name) for part, name in files if part in config.experts]
+    return [MODEL_INDEX, *settings, *(name.replace(".safetensors", "*") for part, name in files if part not in own)]
 
 
 def _index(file: Path) -> Path:

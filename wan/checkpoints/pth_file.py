@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.outside import error_text, misread, reading, size_of
+from wan.checkpoints.outside import in_one_line, misread, reading, size_of
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
@@ -37,7 +37,7 @@ MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Pickled:
     """A tensor as it is pickled; offset, strides and the storage's size count elements."""
 
     dtype: str
@@ -66,7 +66,7 @@ class PickleStore(TensorStore):
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
         entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, _Tensor]] = {}
+        self._strided: dict[str, tuple[TensorStore, Pickled]] = {}
         tensors, records = _read_pickle(path)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
@@ -93,7 +93,7 @@ class PickleStore(TensorStore):
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
-    """Makes dictionaries of `_Tensor` and refuses every other class and function."""
+    """Makes dictionaries of `Pickled` and refuses every other class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtypes = {kind: dtype for dtype, (kind, _) in DTYPES.items()}
@@ -103,8 +103,8 @@ class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a n
             return STORAGES.get(name, name)
         known: dict[tuple[str, str], Callable[..., object]] = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("torch._utils", "_rebuild_tensor_v3"): _rebuild,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
         if (module, name) not in known:
@@ -115,17 +115,17 @@ class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a n
         return str(pid[1]), str(pid[2]), int(pid[4])
 
 
-def _tensor(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> _Tensor:
+def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> Pickled:
     """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
     kind = dtype if isinstance(dtype, str) else storage[0]
-    tensor = _Tensor(kind, storage[1], (storage[0], storage[2]), offset, tuple(shape), tuple(stride))
+    tensor = Pickled(kind, storage[1], (storage[0], storage[2]), offset, tuple(shape), tuple(stride))
     numbers = (offset, storage[2], *tensor.shape, *tensor.stride)
     if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise pickle.UnpicklingError("impossible shape")
     return tensor
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, int]]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, int]]]:
     """(tensors by name, (first byte, bytes) of each storage's record)."""
     size_of(path)
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
@@ -137,8 +137,8 @@ def _read_pickle(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, i
                     raise zipfile.BadZipFile("compressed, or too large")
                 content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
-            raise misread(path, f"holds more than plain tensors ({error_text(e)}), or is damaged; not opened") from e
-    state = _tensors_in(path, content)
+            raise misread(path, f"holds more than plain tensors ({in_one_line(e)}), or is damaged; not opened") from e
+    state = _find_tensors(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
     stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]
@@ -150,15 +150,15 @@ def _read_pickle(path: Path) -> tuple[dict[str, _Tensor], dict[str, tuple[int, i
     return state, records
 
 
-def _tensors_in(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, _Tensor]:
+def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:
     """The dictionary of tensors, itself or under one of the usual keys. TensorFileError for none, or several."""
     if isinstance(content, dict):
-        if content and all(isinstance(value, _Tensor) for value in content.values()):
+        if content and all(isinstance(value, Pickled) for value in content.values()):
             return content
         networks = [key for key in NESTED if isinstance(content.get(key), dict)]
         if len(networks) > 1:
             names = ", ".join(networks)
             raise TensorFileError(f"{path}: holds several networks ({names}); save the one to use in a file of its own")
         if networks and depth:
-            return _tensors_in(path, content[networks[0]], depth - 1)
+            return _find_tensors(path, content[networks[0]], depth - 1)
     raise TensorFileError(f"{path}: holds no dictionary of tensors, itself or under {', '.join(NESTED)}")

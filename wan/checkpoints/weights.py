@@ -63,29 +63,29 @@ class NamedWeights(TensorStore):
         entries = {ours: source[theirs] for ours, theirs in names.items()}
         decoded = {n: Entry(entries[n].file, "F32", entries[n].shape, entries[n].offset) for n in decodings}
         super().__init__(entries | decoded, *source.metadata_by_file)
-        self._source, self._names, self._decodings = source, names, decodings
+        self.source, self._names, self._decodings = source, names, decodings
 
     def stored_as(self, name: str) -> str:
-        return self._source.stored_as(self._names[name])
+        return self.source.stored_as(self._names[name])
 
     def stored_bytes(self, name: str) -> int:
-        return self._source.stored_bytes(self._names[name])
+        return self.source.stored_bytes(self._names[name])
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name in self._decodings:
-            return self._decodings[name].numbers(self._source, rows, buffer)
-        return self._source.read(self._names[name], rows, buffer)
+            return self._decodings[name].numbers(self.source, rows, buffer)
+        return self.source.read(self._names[name], rows, buffer)
 
     def read_fp8(
         self, name: str, rows: slice | None = None, buffer: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """As TensorStore.read_fp8: the numbers as stored; one scale for all, or none, becomes one for each row."""
-        decoding, entry = self._decodings.get(name), self._source[self._names[name]]
+        decoding, entry = self._decodings.get(name), self.source[self._names[name]]
         if decoding is None or entry.dtype != "F8_E4M3" or decoding.columns:
             return None
-        q = self._source.read(decoding.weight, rows, buffer)
+        q = self.source.read(decoding.weight, rows, buffer)
         start, stop, _ = (rows or slice(None)).indices(entry.shape[0])
-        return q, decoding.scale_rows(self._source, start, stop).expand(len(q), 1)
+        return q, decoding.scale_rows(self.source, start, stop).expand(len(q), 1)
 
 
 def open_file(path: Path) -> TensorStore:
@@ -150,12 +150,6 @@ def kinds_in(names: Collection[str]) -> list[str]:
 def kind_of(names: Collection[str]) -> str | None:
     """The first of `kinds_in`, None if there is none."""
     return next(iter(kinds_in(names)), None)
-
-
-def left_out(names: Collection[str], kind: str) -> str:
-    """A sentence on the other networks in a file that is used for one kind; "" if there are none."""
-    others = [other.replace("_", " ") for other in kinds_in(names) if other != kind]
-    return f"its {' and '.join(others)} {'are' if len(others) > 1 else 'is'} left out" if others else ""
 
 
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:

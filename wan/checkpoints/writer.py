@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from wan.modules.quantize import FP8, quantise, scale_name
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 
-FORMATS = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
+NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Target(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,12 @@ class Shard:
     tensors: tuple[Target, ...]
 
     def header(self) -> bytes:
-        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in self.tensors:
-            start, end = end, end + tensor.bytes
-            entry = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-            table[tensor.name] = entry
-        return header_bytes(table)
+        ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
+        table: dict[str, Any] = {
+            tensor.name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(offsets)}
+            for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True)
+        }
+        return header_bytes({"__metadata__": {"format": "pt"}, **table})
 
     @property
     def bytes(self) -> int:

@@ -72,7 +72,11 @@ class SplitVAE:
         for part, count in zip(parts, counts, strict=True):
             received = self._gather(part, windows, count)
             if self.rank == 0:
-                yield assembled(received, windows, frame)
+                video = torch.empty(3, count, frame.bottom, frame.right, device=part.device, dtype=part.dtype)
+                for window, flat in zip(windows, received, strict=False):
+                    target = of_region(video, window)
+                    target.copy_(flat[: target.numel()].view(target.shape))
+                yield video
 
     @torch.no_grad()
     def _decode_region(
@@ -135,16 +139,6 @@ def decode_peak(
 def fitting(tiles: tuple[int, int], region: Region) -> tuple[int, int]:
     """At most one row and column of tiles for each of the region's cells."""
     return min(tiles[0], region.bottom - region.top), min(tiles[1], region.right - region.left)
-
-
-def assembled(parts: list[Tensor], windows: list[Region], frame: Region) -> Tensor:
-    """The frames [3, t, H, W] from one region's pixels per part."""
-    frames = parts[0].numel() // (3 * max(window.area for window in windows))
-    video = parts[0].new_empty(3, frames, frame.bottom, frame.right)
-    for window, flat in zip(windows, parts, strict=False):
-        target = of_region(video, window)
-        target.copy_(flat[: target.numel()].view(target.shape))
-    return video
 
 
 def divide(height: int, width: int, ranks: int) -> list[Region]:

@@ -5,7 +5,7 @@ Every problem found is reported, not the first one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -74,10 +74,10 @@ def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> We
     """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.whole(weights.ckpt_dir, patterns(config, given)),
-        loras=tuple(replace(lora, path=hub.whole(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.whole(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.whole(file)) for part, file in weights.files),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
+        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
     )
 
 
@@ -89,7 +89,7 @@ def open_plan(
     checks: Check,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Plan:
-    """The part of a plan that tells of networks and machine. InputError with all problems, those of `checks` too.
+    """A plan of networks and machine, without videos. InputError with all problems, those of `checks` too.
 
     dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
     """
@@ -125,6 +125,8 @@ def open_plan(
             part.module.use_fp8()
     if request.vae_dtype == "bf16":
         checkpoint.vae.module.decode_in(torch.bfloat16)
+    weight_files = [file for files in checkpoint.weight_files().values() for file in files]
+    weight_files += [file for stack in loras.values() for lora in stack for file in lora.store.files]
     return Plan(
         request=request,
         config=config,
@@ -141,7 +143,7 @@ def open_plan(
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
         room=limit_memory(device, request.vram),
         coverage=coverage,
-        fingerprints=_fingerprints(checkpoint, loras),
+        fingerprints={str(file): fingerprint(file) for file in dict.fromkeys(weight_files)},
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
         warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )
@@ -150,16 +152,14 @@ def open_plan(
 def _open_loras(
     request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
-    """(LoRAs and what they do, by expert; warnings). Headers only."""
+    """(LoRAs by expert, their coverage by expert, warnings). Headers only."""
     brought = _brought(request, weights)
     loras: dict[str, list[Lora]] = {}
     coverage: dict[str, list[Coverage]] = {}
     warnings: list[str] = []
     for choice in weights.loras:
-        lora = checks.attempt(
-            lambda choice=choice: Lora.open(choice.path, choice.strength, request.lora_alpha, choice.expert),  # type: ignore[misc]
-            brought,
-        )
+        opening = partial(Lora.open, choice.path, choice.strength, request.lora_alpha, choice.expert)
+        lora = checks.attempt(opening, brought)
         if lora is None or checkpoint is None or choice.expert not in checkpoint.experts:
             continue
         shapes = checkpoint.experts[choice.expert].weights.shapes
@@ -167,17 +167,8 @@ def _open_loras(
         twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
         if twice and not request.lora_allow_partial:
             checks.problem(f"{twice}; --lora_allow_partial does it all the same")
-        found = checks.attempt(
-            lambda lora=lora, shapes=shapes, expert=choice.expert: check(  # type: ignore[misc]
-                lora,
-                shapes,
-                expert=expert,
-                allow_partial=request.lora_allow_partial,
-                as_adapter=weights.lora_mode == "adapter",
-            ),
-            brought,
-        )
-        if found:
+        settings = {"allow_partial": request.lora_allow_partial, "as_adapter": weights.lora_mode == "adapter"}
+        if found := checks.attempt(partial(check, lora, shapes, expert=choice.expert, **settings), brought):
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
@@ -185,7 +176,7 @@ def _open_loras(
 
 
 def cut_prompts(plan: Plan) -> list[str]:
-    """A warning of the prompts that are longer than what the model reads, if there are any."""
+    """A warning about prompts that are longer than the model reads."""
     tokenizer = plan.checkpoint.tokenizer
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
     for job in plan.jobs if plan.guided else ():
@@ -196,13 +187,13 @@ def cut_prompts(plan: Plan) -> list[str]:
         return []
     most = max(lost, key=lost.__getitem__)
     others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
-    read = tokenizer.text_len
     cut = "token is" if lost[most] == 1 else "tokens are"
-    return [f"{most}: the model reads {read} tokens of a prompt; the last {lost[most]} {cut} cut off{others}"]
+    read = f"the model reads {tokenizer.text_len} tokens of a prompt"
+    return [f"{most}: {read}; the last {lost[most]} {cut} cut off{others}"]
 
 
 def _brought(request: Request, weights: Weights) -> dict[str, str]:
-    """The flag that each file or folder of weights came by, by its path."""
+    """The flag of each file or folder of weights, by its path."""
     flags = {str(path): f"--{part}" for part, path in weights.files}
     flags |= {str(path): "--expert" for _, path in weights.expert_files}
     folder = str(expanded(request.lora_dir)) if request.lora_dir else None
@@ -210,12 +201,6 @@ def _brought(request: Request, weights: Weights) -> dict[str, str]:
         path = str(choice.path)
         flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
     return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
-
-
-def _fingerprints(checkpoint: OpenCheckpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
-    files = [file for part in checkpoint.weight_files().values() for file in part]
-    files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
-    return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
 
 
 def _weight_bytes(

@@ -19,21 +19,20 @@ DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the ker
 
 
 def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
-    """One product with every weight but the table's; attention over so few tokens is left out."""
+    """One product with every weight but the table's; attention over a few hundred tokens does not count."""
     weights = sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
     return 2.0 * weights * tokens
 
 
 def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
-    """Of decoding a `latent` [C, f, h, w]: the middle of whole frames, then the regions, one after the other (None: the
-    whole frame at once)."""
+    """Decoding a `latent` [C, f, h, w]: the middle of whole frames, then each region (None: the frame is one)."""
     decoder, frames, frame = vae.decoder, latent[1], Region(0, latent[2], 0, latent[3])
     whole = _products(frames * frame.area, vae.conv2, decoder.conv1) + _middle(decoder, frames, frame.area)
     return whole + sum(_decoded(vae, frames, frame, region) for region in regions or [frame])
 
 
 def _decoded(vae: WanVAE, frames: int, frame: Region, region: Region) -> float:
-    """Of `Decoder.finish` over all frames."""
+    """`Decoder.finish` of one region over all frames."""
     total, area = 0.0, 0
     for level, rim in zip(vae.decoder.levels, DECODER_RIM, strict=True):
         area = region.grown(rim, rim, frame).area
@@ -50,16 +49,15 @@ def _decoded(vae: WanVAE, frames: int, frame: Region, region: Region) -> float:
 
 
 def encode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
-    """Of encoding a picture as the start of a clip whose `latent` is [C, f, h, w]: the regions one after the other
-    (None: the whole frame at once), then the middle of whole frames."""
+    """Encoding a picture as the start of a clip of this `latent` [C, f, h, w]; regions as for `decode_operations`."""
     encoder, frames, frame = vae.encoder, latent[1], Region(0, latent[2], 0, latent[3])
     whole = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
     return whole + sum(_encoded(vae, frames - 1, region.grown(*ENCODER_RIM, frame)) for region in regions or [frame])
 
 
 def _encoded(vae: WanVAE, chunks: int, window: Region) -> float:
-    """Of a picture's chunk of one frame, and of as many of the `chunks` of four after it as pass before a stage's
-    output is constant (see `reuse_constant_tail`)."""
+    """The picture's chunk of one frame, and the `chunks` of four after it until a stage's output is constant (see
+    `reuse_constant_tail`)."""
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
     rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
@@ -81,13 +79,13 @@ def _encoded(vae: WanVAE, chunks: int, window: Region) -> float:
 
 
 def _middle(coder: Coder, frames: int, area: int) -> float:
-    """Of the part with attention over the `area` of each frame."""
+    """The part with attention over the `area` of each frame."""
     attention = coder.middle[1]
     assert isinstance(attention, Attention)
     return _products(frames * area, coder.middle) + 4.0 * frames * area**2 * attention.proj.out_channels
 
 
 def _products(positions: int, *modules: nn.Module) -> float:
-    """Of convolutions at so many positions: one product with each weight."""
+    """Convolutions at `positions`: one product with each weight."""
     found = [part for module in modules for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
     return 2.0 * positions * sum(conv.weight.numel() for conv in found)

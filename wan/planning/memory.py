@@ -61,8 +61,12 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> Vide
         tokens=length * (rows // PATCH[1]) * (columns // PATCH[2]),
         encoded=encoded,
         tiles=decode_tiles(plan, latent),
-        encode_tiles=_encode_tiles(plan, encoded) if encoded else TILES[0],
+        encode_tiles=TILES[0],
     )
+    if encoded:
+        clip, ranks = encoded[1:], plan.layout.sequence
+        fewest = _fewest_tiles(plan, encoded, lambda tiles: encode_peak(plan.checkpoint.vae.module, clip, ranks, tiles))
+        video = replace(video, encode_tiles=fewest)
     return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
 
 
@@ -90,13 +94,6 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
     return _fewest_tiles(plan, latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
 
 
-def _encode_tiles(plan: Plan, latent: Sequence[int]) -> Tiles:
-    vae, (length, height, width) = plan.checkpoint.vae.module, latent[1:]
-    return _fewest_tiles(
-        plan, latent, lambda tiles: encode_peak(vae, (length, height, width), plan.layout.sequence, tiles)
-    )
-
-
 def _fewest_tiles(
     plan: Plan, latent: Sequence[int], peak: Callable[[Tiles], int], first: int = 0, finer: bool = False
 ) -> Tiles:
@@ -117,7 +114,8 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
     vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
     latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
-    work = _forward_bytes(plan, video)
+    tokens, width = -(-video.tokens // ranks), plan.transformer.num_heads * plan.transformer.head_width
+    work = _forward_bytes(plan, tokens, width)
     if plan.request.preview_steps:  # one frame is decoded between two steps, when a forward's activations are gone
         frame = video.latent[0], 1, *video.latent[2:]
         work = max(work, decode_peak(vae, frame, ranks, tiles=video.tiles))
@@ -136,25 +134,16 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         tiles=video.tiles,
         keep=not plan.offload or plan.room is None,
         image=image,
-        second_pass=4 * _own_tokens(plan, video) * _width(plan) if plan.guided else 0,
+        second_pass=4 * tokens * width if plan.guided else 0,
         vae=plan.weight_bytes["VAE"],
         vae_stays=plan.request.preview_steps,
     )
     return budget if plan.request.vram is None else replace(budget, source="limit")
 
 
-def _own_tokens(plan: Plan, video: VideoPlan) -> int:
-    """Tokens of one rank."""
-    return -(-video.tokens // plan.layout.sequence)
-
-
-def _width(plan: Plan) -> int:
-    return plan.transformer.num_heads * plan.transformer.head_width
-
-
-def _forward_bytes(plan: Plan, video: VideoPlan) -> int:
-    """Activations of one forward of the transformer on one rank."""
-    model, tokens, width, itemsize = plan.transformer, _own_tokens(plan, video), _width(plan), plan.dtype.itemsize
+def _forward_bytes(plan: Plan, tokens: int, width: int) -> int:
+    """Activations of one forward of the transformer on a rank with `tokens`."""
+    model, itemsize = plan.transformer, plan.dtype.itemsize
     terms = [
         tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
         tokens * width * QUANTISED.get(plan.attention, 0),
