@@ -225,10 +225,10 @@ def test_a_failed_clip_ends_its_chain_and_no_other(
     rows(TWO_CHAINS)
     make = wan.runner.batch.make_video
 
-    def fails(pipe: Pipeline, job: Job, *more: Any) -> int:
+    def fails(pipe: Pipeline, job: Job, *more: Any, **options: Any) -> int:
         if job.prompt == "the cat":
             raise JobError("step 2: NaN in the latent")
-        return make(pipe, job, *more)
+        return make(pipe, job, *more, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(wan.runner.batch, "make_video", fails)
