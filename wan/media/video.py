@@ -40,11 +40,12 @@ if TYPE_CHECKING:
     import torch
 
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
+LONGEST_RECORD = 20_000_000  # bytes of a .json; the rest of a longer file is not read, and so it is no record
 STALL_SECONDS = 600.0  # an encoder that takes no frame for this long has failed
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: convert by BT.709 and tag the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
-# Square pixels; ffmpeg's quick conversion is up to 2 of 255 too dark.
-TO_RGB = "scale=w=iw*sar:h=ih:flags=bicubic+accurate_rnd+full_chroma_int"
+EXACT = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's quick conversion to RGB is up to 3 of 255 too dark
+TO_RGB = f"scale=w=iw*sar:h=ih:flags={EXACT}"  # with square pixels
 HDR = {b"arib-std-b67": "HLG", b"smpte2084": "PQ"}
 
 Tag = Callable[[dict[str, Any]], dict[str, Any] | None]  # what the video file holds of a record
@@ -195,7 +196,7 @@ def read_record(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; {is_record}")
         with path.open("rb") as file:
-            record = parse_json(_read_comment(path) if is_video(path) else file.read())
+            record = parse_json(_read_comment(path) if is_video(path) else file.read(LONGEST_RECORD))
         if not isinstance(record, dict):
             raise ValueError("not an object")
     except PermissionError:
@@ -206,6 +207,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
+    """JSON text of the comment tag. ValueError if there is none."""
     found = run_ffmpeg(*video_input(path), "-f", "ffmetadata", "pipe:1")
     # a value runs to the first line end that no backslash precedes
     comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.M | re.S | re.I)
