@@ -79,10 +79,10 @@ def _local(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weig
     """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.whole(weights.ckpt_dir, patterns(config, given)),
-        loras=tuple(replace(lora, path=hub.whole(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.whole(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.whole(file)) for part, file in weights.files),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
+        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
     )
 
 
