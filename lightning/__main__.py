@@ -14,7 +14,7 @@ from lightning.inspect_weights import examine, models_to_judge_by, settings_line
 from lightning.lora import Lora
 from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
-from wan.checkpoints.hub import located, whole
+from wan.checkpoints.hub import fetch, located
 from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
@@ -80,14 +80,14 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    report = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
     if args.json:
-        print(json.dumps(report.files, indent=2))
+        print(json.dumps(files, indent=2))
     else:
-        known = [file for file in report.files if file["stored"] or file["release"]]  # the error describes the others
-        blocks = [*map(_text_of, known), *report.uses]
+        known = [file for file in files if file["stored"] or file["release"]]  # the error describes the others
+        blocks = [*map(_text_of, known), *uses]
         print("\n\n".join(blocks), end="\n" if blocks else "")
-    errors = [file["error"] for file in report.files if file["error"]]
+    errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
 
@@ -124,7 +124,7 @@ def _bake(args: argparse.Namespace) -> int:
     loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
         try:
-            path = whole(choice.path)
+            path = fetch(choice.path)
             loras[choice.expert].append(Lora.open(path, choice.strength, args.lora_alpha, choice.expert))
         except InputError as e:
             chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]

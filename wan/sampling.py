@@ -18,7 +18,7 @@ from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -83,14 +83,6 @@ OnStep = Callable[[Step, Tensor, Tensor], None]
 def clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
     """Prediction of the latent without noise: x - sigma v, sigma = t / 1000."""
     return sample - step.timestep / TRAIN_TIMESTEPS * velocity
-
-
-class Experts(Protocol):
-    """The denoising networks by name."""
-
-    def ready(self, name: str, lora: float) -> WanModel:
-        """Return the network on the compute device, its LoRAs at scale `lora`."""
-        ...
 
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:

@@ -19,7 +19,7 @@ from benchmarks.sparse import sparse
 from generate import main
 from lightning.__main__ import main as lightning
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
-from wan.checkpoints.hub import WEIGHTS
+from wan.checkpoints.hub import WEIGHT_SUFFIXES
 from wan.checkpoints.safetensors_file import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -44,6 +44,7 @@ class Hub(ThreadingHTTPServer):
             for name, folder in folders.items()
         }
         self.served: dict[str, int] = {}  # bytes by file
+        self.asked: dict[str, int] = {}  # requests by method and path
         super().__init__(("127.0.0.1", 0), Answer)
 
     @property
@@ -79,7 +80,20 @@ class Answer(BaseHTTPRequestHandler):
         repository = self.repository()
         if repository is None:
             return
-        if path.startswith(f"/api/models/{repository}/tree/"):
+        fault, is_file = repository.removeprefix("owner/"), "/resolve/" in path
+        request = f"{self.command} {path}"
+        asked = self.server.asked[request] = self.server.asked.get(request, 0) + 1
+        if fault == "page":
+            self.send(200, {"Content-Type": "text/html"}, b"<html>please log in</html>")
+        elif fault == "busy" and asked == 1:
+            self.send(503 if is_file else 429, {"Retry-After": "0"})
+        elif fault == "gated" and is_file:
+            self.send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+        elif fault == "commit" and path.startswith("/api/") and "/tree/" not in path:
+            self.send_json({"id": repository, "sha": "../../../../outside", "siblings": []})
+        elif fault == "names" and "/tree/" in path:
+            self.send_json([{"type": "file", "path": "../../../outside.json", "size": 2, "oid": "0" * 40}])
+        elif path.startswith(f"/api/models/{repository}/tree/"):
             inside = path.split("/tree/")[1].partition("/")[2]
             self.send_json([entry for entry in self.tree(repository) if entry["path"].startswith(inside)])
         elif path.startswith("/api/models/"):
@@ -96,15 +110,19 @@ class Answer(BaseHTTPRequestHandler):
         file = self.server.repositories[repository][name]
         size = file.stat().st_size
         etag = hashlib.sha256(f"{name} {size}".encode()).hexdigest()
+        if repository == "owner/etag":
+            etag = "../../../../outside"
+        if repository == "owner/pointer":
+            size = 100
         if not body:
             self.send(200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(size)})
             return
-        part = self.headers["Range"]
+        part = None if repository == "owner/whole" else self.headers["Range"]
         first, last = part.removeprefix("bytes=").split("-") if part else ("0", "")
         start, end = int(first), min(size, int(last) + 1) if last else size
         with file.open("rb") as opened:
             opened.seek(start)
-            data = opened.read(end - start)
+            data = opened.read(max(0, end - start))
         self.server.served[name] = self.server.served.get(name, 0) + len(data)
         self.send(206 if part else 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, data)
 
@@ -184,7 +202,7 @@ def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "settings of t2v-seko-v1.1" in run.stdout
     assert "20/20 pairs, alpha/rank 0.5" in run.stdout, run.stdout
-    assert not [file for file in (tmp_path / "hub").rglob("*") if file.suffix in WEIGHTS]  # the library's cache
+    assert not [file for file in (tmp_path / "hub").rglob("*") if file.suffix in WEIGHT_SUFFIXES]  # the library's cache
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +264,7 @@ def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from wan.checkpoints.hub import located, whole
+from wan.checkpoints.hub import fetch, located
 from lightning.lora import Lora
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import open_file
@@ -255,7 +273,7 @@ print(set(lora.alphas.values()))
 pickled = located("--vae", "owner/large/large.pth")
 theirs, ours = open_file(Path(sys.argv[1], "large.pth")), open_file(pickled)
 print([(e.shape, e.offset) for e in theirs.values()] == [(e.shape, e.offset) for e in ours.values()])
-print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
+print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
 """
     run = started(server, tmp_path, "-c", script, str(folder))
     server.shutdown()
@@ -272,8 +290,8 @@ print(fingerprint(pickled), float(open_file(whole(pickled)).read("7")[-1]))
 
 def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
     asked = {
-        "--ckpt_dir owner/other": "owner/other ",
-        "--ckpt_dir owner/name@v9": "owner/name ",
+        "--ckpt_dir owner/other": "owner/other",
+        "--ckpt_dir owner/name@v9": "owner/name@v9",
         "--vae owner/name/none.pth": "none.pth",
         "--lora owner/loras/none:0.5": "none",
         "--tokenizer owner/loras": "tokenizer.json",
@@ -286,3 +304,42 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> Non
         assert line.startswith(f"error: {flags.removesuffix(':0.5')}"), line
         assert named in line, line
     assert not hub.served.keys() - {"config.json", "tokenizer.json"}
+
+
+FAULTS = {  # by the name of the repository, see `Answer`; the words that the message holds besides it and the address
+    "page": ("http://127.0.0.1", "page"),
+    "pointer": ("pointer", "bytes"),
+    "whole": ("part", "HF_ENDPOINT"),
+    "gated": ("licence", "hf auth login"),
+    "commit": ("commit",),
+    "names": ("outside.json",),
+    "etag": ("ETag",),
+}
+
+
+def test_a_faulty_hub_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = checkpoint("ti2v-5B")
+    there = Hub(**dict.fromkeys((*FAULTS, "busy"), folder))
+    threading.Thread(target=there.serve_forever, daemon=True).start()
+    commands = [[*TI2V[:3], f"owner/{fault}", *SMALL, "--dry_run"] for fault in (*FAULTS, "busy")]
+    run = in_one_process(there, tmp_path / "home", "generate", *commands)
+    assert run.stdout.endswith(f"{[2] * len(FAULTS) + [0]}\n"), run.stdout + run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    for fault, words in FAULTS.items():
+        told = [line for line in lines if f"owner/{fault}" in line]
+        assert told, run.stderr
+        assert all(word in line for word in words for line in told), told
+    assert not list(tmp_path.rglob("outside*"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".tmp", ".incomplete")]
+    assert not [path for path in files if "models--owner--pointer/" in str(path) and ".locks" not in str(path)]
+
+
+def test_a_dead_mirror_is_named(tmp_path: Path) -> None:
+    there = Hub(name=checkpoint("ti2v-5B"))
+    there.server_close()
+    run = generate(there, tmp_path, "--dry_run")
+    assert run.returncode == 2
+    assert f"http://127.0.0.1:{there.server_port}" in run.stderr
+    assert "owner/name" in run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr

@@ -1,7 +1,10 @@
 """The text encoder against transformers' UMT5EncoderModel, the bucket table, cleaning and the tokenizer."""
 
 import copy
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,4 +154,26 @@ def test_truncation_keeps_the_end_token(tokenizer: UMT5Tokenizer) -> None:
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
+        UMT5Tokenizer(tmp_path, 512)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000},
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "aa"}] * 40},
+        {"type": "Prepend", "prepend": "x" * 100},
+    ],
+)
+def test_a_tokenizer_that_explodes_is_refused(tmp_path: Path, normalizer: dict[str, Any]) -> None:
+    settings = json.loads((checkpoint("t2v-A14B") / "google/umt5-xxl/tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": normalizer}))
+    with pytest.raises(ValueError, match="characters"):
+        UMT5Tokenizer(tmp_path, 512)
+
+
+def test_a_tokenizer_of_impossible_size_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="bytes"):
         UMT5Tokenizer(tmp_path, 512)

@@ -2,13 +2,23 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+)
 
 from tests.prompt_extension.tiny_qwen import build_text, build_vision
 from wan.prompt_extension import local_qwen
@@ -260,3 +270,98 @@ def test_unreadable_pixels_are_a_reason(vision_folder, tmp_path):
     Image.new("RGB", (3000, 10), "red").save(tmp_path / "strip.png")
     with LocalQwen(str(vision_folder), seed=0, device="cpu") as qwen, pytest.raises(AnswerError, match="aspect ratio"):
         qwen(Question("s", "t", tmp_path / "strip.png"))
+
+
+# --- models as people use them
+
+
+def changed(source, folder, **template_changes):
+    """A copy of the tiny model whose chat template has each key replaced by its value."""
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for old, new in template_changes.values():
+        assert old in tokenizer.chat_template or not old
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new) if old else new + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+THINK = ("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
+
+
+@pytest.mark.parametrize(
+    ("said", "prompt"),
+    [
+        ("Okay, the user wants a cat.\n</think>\n\nA tabby cat walks.", "A tabby cat walks."),
+        ("Okay, a cat. " * 40, None),
+    ],
+)
+def test_a_template_that_opens_the_reasoning(text_folder, tmp_path, monkeypatch, said, prompt):
+    """The answer is what follows the reasoning, for which there is room beyond the answer's own."""
+    folder = changed(text_folder, tmp_path / "thinks", think=THINK)
+    tokenizer, limits = AutoTokenizer.from_pretrained(folder), []
+
+    def says(_, input_ids, max_new_tokens, **__):
+        limits.append(max_new_tokens)
+        return torch.cat([input_ids, tokenizer(said, return_tensors="pt")["input_ids"][:, :max_new_tokens]], 1)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", says)
+    (result,) = ask(folder, "a cat", on_error="raw")
+    assert result.prompt == (prompt or "a cat")
+    assert (result.error is None) == (prompt is not None)
+    assert limits == [local_qwen.MAX_ANSWER_TOKENS + local_qwen.REASONING_TOKENS]
+
+
+def test_a_template_that_refuses_instructions_gets_them_in_the_users_turn(text_folder, tmp_path):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    folder = changed(text_folder, tmp_path / "gemma", first=("", refuses))
+    with LocalQwen(str(folder), seed=0, device="cpu") as model:
+        text = model._templated(Question("be brief", "a cat", None))
+    assert text == "<|im_start|>user\nbe brief\n\na cat<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content + 3 }}{% endfor %}", "{% for m in"])
+def test_a_broken_template_keeps_the_prompt(text_folder, tmp_path, template):
+    folder = changed(text_folder, tmp_path / "broken", first=("", template))
+    (result,) = ask(folder, "a cat", on_error="raw")
+    assert result.prompt == "a cat"
+    assert "chat template" in result.error
+
+
+def test_a_models_own_code_is_never_run(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "code")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | own))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (result,) = ask(folder, "a cat", on_error="raw")
+    assert "cannot be loaded" in result.error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_image_processor_of_another_family_keeps_the_prompt(vision_folder, pictures, monkeypatch):
+    other = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    load = LocalQwen._load
+
+    def loaded(self):
+        load(self)
+        self.image_processor = other
+
+    monkeypatch.setattr(LocalQwen, "_load", loaded)
+    (result,) = ask(vision_folder, ExtendItem("go", pictures[0]), task="i2v-A14B", on_error="raw")
+    assert result.prompt == "go"
+    assert "image processor" in result.error
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
+    script = (
+        "from wan.prompt_extension.extend import *\n"
+        "settings = ExtendSettings('t2v-A14B', model='owner/absent', language='en', use_cache=False, device='cpu')\n"
+        "extend(settings, [ExtendItem('a cat')], print)"
+    )
+    places = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | places,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert len((run.stdout + run.stderr).splitlines()) == 1, run.stdout + run.stderr
+    assert "owner/absent" in run.stdout

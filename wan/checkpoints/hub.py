@@ -1,6 +1,6 @@
 """Files on the Hugging Face hub by their place, `owner/name[@revision][/path]`, where no such file or folder is here.
 
-`located` finds a place, whose headers are read by ranges; `whole` fetches the files before a run. The commit is part
+`located` finds a place, whose headers are read by ranges; `fetch` fetches the files before a run. The commit is part
 of a found path, so that a run uses what was planned.
 """
 
@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 else:
     LocalPath = type(Path())  # before Python 3.12 only the platform's own class has children
 
-Result = TypeVar("Result")
+Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WEIGHTS = (
+WEIGHT_SUFFIXES = (
     ".safetensors",
     ".pth",
     ".pt",
@@ -37,10 +38,11 @@ WEIGHTS = (
     ".ckpt",
     ".gguf",
 )  # read by ranges; smaller files are fetched when they are opened
-BESIDE = (*WEIGHTS, ".json", ".model")  # fetched of a folder
-SERVING = (*(f"*{kind}" for kind in WEIGHTS), "tokenizer.json")  # a kept folder without any was only looked at
+BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
+SERVING = (*(f"*{kind}" for kind in WEIGHT_SUFFIXES), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 DOWNLOADS = 8  # at once
+WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
 
 
 class HubPath(LocalPath):
@@ -62,7 +64,7 @@ class HubPath(LocalPath):
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of the repository."""
-        return _sizes(HubPath(*self.parts[:2]))
+        return _file_sizes(HubPath(*self.parts[:2]))
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         if not self.exists():
@@ -97,8 +99,8 @@ class HubPath(LocalPath):
 
         self.stat()
         kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
-        if self.suffix not in WEIGHTS or isinstance(kept, str):
-            return _fetched(self).open(mode, buffering, *text, **more)
+        if self.suffix not in WEIGHT_SUFFIXES or isinstance(kept, str):
+            return _download(self).open(mode, buffering, *text, **more)
         return _RemoteFile(self) if buffering == 0 else io.BufferedReader(_RemoteFile(self), BLOCK)
 
 
@@ -123,7 +125,7 @@ class _RemoteFile(io.RawIOBase):
         if start >= end:
             return 0
         name = self.path.as_posix()  # without the library's cache of blocks: between two reads there may be gigabytes
-        data = _ask(self.path, lambda: _file_system().cat_file(name, start, end, cache_type="none"))
+        data = _ask_hub(self.path, lambda: _file_system().cat_file(name, start, end, cache_type="none"))
         if len(data) != end - start:
             raise TensorFileError(f"{name}: the hub sent {len(data):,} bytes instead of {end - start:,}; try again")
         buffer[: len(data)], self.position = data, end
@@ -133,7 +135,7 @@ class _RemoteFile(io.RawIOBase):
 def place(name: str) -> HubPath | None:
     """The place on the hub that a name means; None if it is no such name, or may mean something here."""
     match = PLACE.fullmatch(name)
-    if not match or os.path.exists(name.partition("/")[0]) or (not match[3] and match[1].endswith(WEIGHTS)):
+    if not match or os.path.exists(name.partition("/")[0]) or (not match[3] and match[1].endswith(WEIGHT_SUFFIXES)):
         return None
     return HubPath(name)
 
@@ -153,7 +155,7 @@ def located(flag: str, name: str) -> Path:
         raise InputError(f"{flag} {name}: no such file or folder here, and {e}") from e
 
 
-def whole(path: Path, patterns: Sequence[str] = ()) -> Path:
+def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
 
     patterns: of the files wanted of a folder, as `fnmatch` takes them; by default weights and settings right in it.
@@ -161,11 +163,11 @@ def whole(path: Path, patterns: Sequence[str] = ()) -> Path:
     if not isinstance(path, HubPath):
         return path
     if path.is_file():
-        return _fetched(path)
+        return _download(path)
     wanted = patterns or [f"*{kind}" for kind in BESIDE]
     names = [n for n in path.files() if (patterns or "/" not in n) and any(fnmatchcase(n, one) for one in wanted)]
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        fetched = list(pool.map(lambda name: _fetched(path / name), names))
+        fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
 
 
@@ -173,7 +175,8 @@ def _found(there: HubPath) -> Path:
     from huggingface_hub import HfApi
 
     try:
-        commit = str(_ask(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
+        _file_system()
+        commit = str(_ask_hub(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
     except InputError:
         if local := _kept_before(there):
             return local
@@ -200,11 +203,11 @@ def _kept_before(there: HubPath) -> Path | None:
     return next((path for path in places if path.is_file() or any(any(path.rglob(kind)) for kind in SERVING)), None)
 
 
-def _fetched(path: HubPath) -> Path:
+def _download(path: HubPath) -> Path:
     """The file in the library's cache; one of another size than the hub lists (a pointer, a page) is removed."""
     from huggingface_hub import hf_hub_download
 
-    local = Path(_ask(path, lambda: hf_hub_download(path.repository, path.inside, revision=path.revision)))
+    local = Path(_ask_hub(path, lambda: hf_hub_download(path.repository, path.inside, revision=path.revision)))
     size, expected = local.stat().st_size, path.stat().st_size
     if size != expected:
         local.resolve().unlink()
@@ -215,25 +218,59 @@ def _fetched(path: HubPath) -> Path:
 
 @cache
 def _file_system() -> Any:
-    from huggingface_hub import HfFileSystem
+    from huggingface_hub import HfFileSystem, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
 
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], _check_answer]}
+        return made
+
+    set_client_factory(client)
     return HfFileSystem()
 
 
+def _check_answer(response: Any) -> None:
+    """Refuse pages, a fetch file in answer to a range, and names that would lead the library out of its cache."""
+    server = f"{response.url.scheme}://{response.url.netloc.decode()}"
+    part = response.request.headers.get("Range", "-")
+    if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
+        raise InputError(f"{server} sends a page instead of data; does the network ask you to log in?")
+    if response.status_code == 200 and not part.endswith("-"):
+        raise InputError(f"{server} sends fetch files where a part is asked for; is HF_ENDPOINT a hub?")
+    for name in ("X-Repo-Commit", "X-Linked-ETag", "ETag") if "/resolve/" in response.url.path else ():
+        if re.search(r"[/\\]|\.\.", response.headers.get(name, "").removeprefix("W/")):
+            raise InputError(f"{server} sends an impossible {name}; is HF_ENDPOINT a hub?")
+
+
 @cache
-def _sizes(root: HubPath) -> dict[str, int]:
-    listed = _ask(root, lambda: _file_system().find(root.as_posix(), detail=True))
+def _file_sizes(root: HubPath) -> dict[str, int]:
+    listed = _ask_hub(root, lambda: _file_system().find(root.as_posix(), detail=True))
     sizes = {name.removeprefix(f"{root.as_posix()}/"): int(entry["size"]) for name, entry in listed.items()}
     if outside := [name for name in sizes if not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))]:
         raise InputError(f"{root.repository}: the hub lists {outside[0]!r:.60}, which is not inside the repository")
     return sizes
 
 
-def _ask(path: HubPath, work: Callable[[], Result]) -> Result:
-    """`work()`, which asks the hub; InputError with the first line of whatever it ends in."""
-    try:
-        return work()
-    except InputError:
-        raise
-    except Exception as e:  # the library lets through what its transport raises
-        raise InputError(f"{path.repository} could not be read from the hub: {first_line(e)}") from e
+def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
+    """`work()`, which asks the hub, again while it is busy. InputError with the first line of whatever it ends in."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+
+    for wait in (*WAITS, None):
+        try:
+            return work()
+        except InputError as e:  # see _check_answer
+            raise InputError(f"{path.as_posix()}: {e}") from e
+        except GatedRepoError as e:
+            page = f"{constants.ENDPOINT}/{path.repository}"
+            raise InputError(
+                f"{path.repository} is gated: accept its licence at {page}, then run `hf auth login`"
+            ) from e
+        except Exception as e:  # the library lets through what its transport raises
+            status = getattr(getattr(e, "response", None), "status_code", 0)
+            if wait is None or not (status == 429 or status >= 500):
+                place = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
+                raise InputError(f"{place}: {first_line(e)}") from e
+        time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")

@@ -5,7 +5,7 @@ Every problem found is reported, not the first one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -74,10 +74,10 @@ def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> We
     """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.whole(weights.ckpt_dir, patterns(config, given)),
-        loras=tuple(replace(lora, path=hub.whole(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.whole(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.whole(file)) for part, file in weights.files),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
+        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
+        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
     )
 
 
@@ -125,6 +125,8 @@ def open_plan(
             part.module.use_fp8()
     if request.vae_dtype == "bf16":
         checkpoint.vae.module.decode_in(torch.bfloat16)
+    weight_files = [file for files in checkpoint.weight_files().values() for file in files]
+    weight_files += [file for stack in loras.values() for lora in stack for file in lora.store.files]
     return Plan(
         request=request,
         config=config,
@@ -141,7 +143,7 @@ def open_plan(
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
         room=limit_memory(device, request.vram),
         coverage=coverage,
-        fingerprints=_fingerprints(checkpoint, loras),
+        fingerprints={str(file): fingerprint(file) for file in dict.fromkeys(weight_files)},
         weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
         warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )
@@ -199,12 +201,6 @@ def _brought(request: Request, weights: Weights) -> dict[str, str]:
         path = str(choice.path)
         flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
     return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
-
-
-def _fingerprints(checkpoint: OpenCheckpoint, loras: Mapping[str, list[Lora]]) -> dict[str, str]:
-    files = [file for part in checkpoint.weight_files().values() for file in part]
-    files += [file for chosen in loras.values() for lora in chosen for file in lora.store.files]
-    return {str(file): fingerprint(file) for file in dict.fromkeys(files)}
 
 
 def _weight_bytes(

@@ -27,9 +27,9 @@ Kind = tuple[Size, int, bool]  # size, frames, whether an image is given: decide
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """Facts of all videos of one size and length. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
+    """Facts of all videos of one kind. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
 
-    encoded: shape of the latent that an image becomes before the first step. budget: None for sharded experts.
+    encoded: the latent that an image becomes before the first step. budget: None for sharded experts.
     """
 
     latent: tuple[int, int, int, int]

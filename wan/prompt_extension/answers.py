@@ -24,7 +24,7 @@ REASONING_CLOSES = re.compile(
     rf"</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
     re.IGNORECASE,
 )
-_WRAPPERS = re.compile(r"</?(?:answer|output|prompt)>|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>", re.IGNORECASE)
+_WRAPPER_TAGS = re.compile(r"</?(?:answer|output|prompt)>|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"""(?:unfortunately,\s+|i\s+apologi[sz]e\b[^.\n]{0,60}\bi\s)?
     (?: i['’]?m\s+(?:really\s+|very\s+|so\s+)?sorry\b | i\s+am\s+(?:really\s+|very\s+|so\s+)?sorry\b | sorry,
@@ -109,7 +109,7 @@ def clean(answer: str) -> str:
     text = without_reasoning(answer).strip()
     if len(text) > MOST_TEXT:
         raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
-    text = _from_json(_unfenced(_WRAPPERS.sub("", text).strip()))
+    text = _from_json(_unfenced(_WRAPPER_TAGS.sub("", text).strip()))
     for _ in range(_ROUNDS):
         before, text = text, _peeled(text)
         if text == before:
@@ -131,7 +131,7 @@ def _peeled(text: str) -> str:
     """The text without one layer of what is around the prompt: a lead-in may be inside quotes, or above them."""
     with suppress(ValueError):  # a number of too many digits
         text = html.unescape(text)
-    lines = printable(_WRAPPERS.sub("", text)).replace("\\n", "\n").splitlines()
+    lines = printable(_WRAPPER_TAGS.sub("", text)).replace("\\n", "\n").splitlines()
     text = "\n".join(filter(None, map(str.strip, lines)))
     if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]

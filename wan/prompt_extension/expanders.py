@@ -16,7 +16,7 @@ from wan.prompt_extension import LANGUAGES
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
 from wan.prompt_extension.extend import model_for
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
-from wan.prompt_extension.services import LARGEST_SEED, ChatService, service_problems
+from wan.prompt_extension.services import SEEDS_OF_SERVICES, ChatService, service_problems
 from wan.prompt_extension.system_prompts import NO_WORDS
 from wan.prompt_extension.system_prompts import system_prompt as system_prompt_for
 from wan.utils.errors import InputError
@@ -54,7 +54,7 @@ class _Expander:
         """
         if tar_lang not in LANGUAGES:
             raise InputError(f"tar_lang {tar_lang!r} is unknown; use one of {', '.join(LANGUAGES)}")
-        seed = secrets.randbelow(LARGEST_SEED) if seed < 0 else seed
+        seed = secrets.randbelow(SEEDS_OF_SERVICES) if seed < 0 else seed
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(image) if self.is_vl and isinstance(image, (str, Path)) and image else None
             if self.is_vl and isinstance(image, Image.Image):
@@ -64,7 +64,7 @@ class _Expander:
             has_image, has_words = picture is not None, bool(prompt.strip())
             system = system_prompt or system_prompt_for(tar_lang, has_image=has_image, has_words=has_words)
             try:
-                self.answer.seed = seed % LARGEST_SEED
+                self.answer.seed = seed % SEEDS_OF_SERVICES
                 extended = clean(self.ask(Question(system, words, picture)))
             except AnswerError as error:
                 return PromptOutput(False, prompt, seed, system, str(error))

@@ -34,6 +34,7 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
+Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -81,15 +82,6 @@ class _Ask:
     key: str
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """An extended prompt, or the reason why there is none."""
-
-    prompt: str | None
-    cached: bool = False
-    error: str | None = None
-
-
 def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
     """The extended prompts, in order; `report` gets a line for each item, with both prompts, once it is settled.
 
@@ -99,26 +91,27 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     check(settings, items)
     if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
-    asks = [_ask(settings, item) for item in items]
+    asks = [_question_of(settings, item) for item in items]
     kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
-    outcomes = {key: _Outcome(prompt, cached=True) for key, prompt in kept.items() if prompt is not None}
+    outcomes: dict[str, Answered] = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
+    cached = set(outcomes)
     results: dict[int, Extended] = {}
     for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
         numbers = [number for number, ask in enumerate(asks) if ask.model == model]
         missing = {asks[number].key: asks[number] for number in numbers if asks[number].key not in outcomes}
-        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
+        with closing(_ask_model(settings, model, list(missing.values()), report)) as answers:
             for number in numbers:
                 key, item, title = asks[number].key, items[number], f"prompt {number + 1} of {len(items)}"
                 if key not in outcomes:
                     outcomes[key] = next(answers)
-                outcome = outcomes[key]
-                prompt = item.prompt if outcome.prompt is None else outcome.prompt
-                results[number] = Extended(prompt, item.prompt, item.image, model, outcome.cached, outcome.error)
-                if outcome.error is not None and settings.on_error == "fail":
+                prompt, error = outcomes[key]
+                prompt = item.prompt if prompt is None else prompt
+                results[number] = Extended(prompt, item.prompt, item.image, model, key in cached, error)
+                if error is not None and settings.on_error == "fail":
                     text = " ".join(item.prompt.split())
                     short = f"{text[:60]}..." if len(text) > 60 else text
-                    raise InputError(f'{title}, "{short}", was not extended: {outcome.error}')
-                report(_line(title, results[number]))
+                    raise InputError(f'{title}, "{short}", was not extended: {error}')
+                report(_report_line(title, results[number]))
     return [results[number] for number in range(len(items))]
 
 
@@ -141,53 +134,54 @@ def model_for(method: str, model: str | None, *, has_image: bool) -> str:
     return str(folder) if folder.exists() else SHORT_NAMES.get(model, model)
 
 
-def _ask(settings: ExtendSettings, item: ExtendItem) -> _Ask:
+def _question_of(settings: ExtendSettings, item: ExtendItem) -> _Ask:
     image = item.image if _looks(settings.task) else None
     words = item.prompt.strip()
     system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
     question = Question(system, neutralise(words) or NO_WORDS[settings.language], image)
-    method, model = settings.method, model_for(settings.method, settings.model, has_image=image is not None)
-    return _Ask(question, model, cache_key(question, method, model, settings.language, settings.seed, settings.options))
+    model = model_for(settings.method, settings.model, has_image=image is not None)
+    rest = (settings.language, settings.seed, settings.options)
+    return _Ask(question, model, cache_key(question, settings.method, model, *rest))
 
 
-def _answers(
+def _ask_model(
     settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
-) -> Generator[_Outcome]:
+) -> Generator[Answered]:
     """One outcome for each question. The model is opened at the first and freed at the end.
 
     A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
     twice in a row) ends the asking; the rest get the same reason.
     """
     answered, ended = 0, ""
+    opened: AbstractContextManager[Callable[[Question], str]]
+    if settings.method == "local_qwen":
+        opened = LocalQwen(model, settings.seed, settings.device)
+    else:
+        opened = nullcontext(ChatService(settings.method, model, settings.seed, settings.options))
     try:
-        with _open(settings, model) as answer:
+        with opened as answer:
             failed_in_row = 0
             for ask in asks:
+                prompt, reason = None, None
                 try:
-                    outcome = _Outcome(clean(answer(ask.question)))
+                    prompt = clean(answer(ask.question))
                     failed_in_row = 0
                 except AnswerError as error:
                     failed_in_row = failed_in_row + 1 if error.passing else 0
                     if error.ends_all or failed_in_row == 2:
                         raise
-                    outcome = _Outcome(None, error=str(error))
-                if settings.use_cache and outcome.prompt is not None:
+                    reason = str(error)
+                if settings.use_cache and prompt is not None:
                     try:
-                        write_cached(ask.key, outcome.prompt, ask.question, ask.model)
+                        write_cached(ask.key, prompt, ask.question, ask.model)
                     except (OSError, RuntimeError) as error:
                         report(f"warning: the extended prompt is not kept for later runs: {error}")
-                yield outcome
+                yield prompt, reason
                 answered += 1
     except AnswerError as error:
         ended = str(error)
     for _ in asks[answered:]:
-        yield _Outcome(None, error=ended)
-
-
-def _open(settings: ExtendSettings, model: str) -> AbstractContextManager[Callable[[Question], str]]:
-    if settings.method == "local_qwen":
-        return LocalQwen(model, settings.seed, settings.device)
-    return nullcontext(ChatService(settings.method, model, settings.seed, settings.options))
+        yield None, ended
 
 
 def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
@@ -213,7 +207,7 @@ def _looks(task: str) -> bool:
     return TASKS[task].image_fit is not None
 
 
-def _line(title: str, result: Extended) -> str:
+def _report_line(title: str, result: Extended) -> str:
     original = " ".join(result.original.split())
     if result.error is not None:
         return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'

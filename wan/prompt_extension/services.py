@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -34,7 +35,7 @@ from wan.utils.errors import one_line
 if TYPE_CHECKING:
     import httpx
 
-LARGEST_SEED = 2**31  # what the services document; larger seeds are reduced
+SEEDS_OF_SERVICES = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
 MOST_BYTES = 1 << 20  # of an answer, unpacked
 MOST_REASON = 300  # characters of a service's own error text
@@ -78,7 +79,7 @@ class ChatService:
 
     def __init__(self, method: str, model: str, seed: int, options: Mapping[str, Any] | None = None) -> None:
         """options: further fields of the request, or others in place of the seed; None leaves a field out."""
-        self.model, self.seed, self.options = model, seed % LARGEST_SEED, dict(options or {})
+        self.model, self.seed, self.options = model, seed % SEEDS_OF_SERVICES, dict(options or {})
         self.key = service_key(method)
         url = (os.environ.get(SERVICES[method].address) or SERVICES[method].url).rstrip("/")
         if method == "dashscope" and url.endswith("/api/v1"):  # the service's own protocol is beside the common one
@@ -97,8 +98,8 @@ class ChatService:
         try:
             client = httpx.Client(auth=self.auth, timeout=seconds, follow_redirects=True)
         except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
-            reason = f"a proxy variable of the environment cannot be used ({one_line(error)})"
-            raise AnswerError(reason, ends_all=True) from error
+            kind = type(error).__name__  # its text may hold a password
+            raise AnswerError(f"a proxy variable of the environment cannot be used ({kind})", ends_all=True) from error
         outcome: Future[str] = Future()
 
         def work() -> None:
@@ -119,13 +120,18 @@ class ChatService:
         import httpx
 
         end = time.monotonic() + seconds
-        body = {"model": self.model, "messages": _messages(question), "seed": self.seed} | self.options
+        text: Any = question.text
+        if question.image is not None:
+            picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
+            text = [picture, {"type": "text", "text": question.text}]
+        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": text}]
+        body = {"model": self.model, "messages": messages, "seed": self.seed} | self.options
         content = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             with client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
-                answer = _read(response, end, seconds)
+                answer = _bounded_body(response, end, seconds)
         except AnswerError as error:
             if response.status_code == 200:
                 raise
@@ -133,7 +139,7 @@ class ChatService:
         except httpx.TimeoutException as error:
             raise no_answer_within(seconds) from error
         except httpx.TransportError as error:
-            raise no_connection(self.url) from error
+            raise AnswerError(f"no connection to {self.url}{_by_proxy(self.url)}", passing=True) from error
         except Exception as error:
             raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
         try:
@@ -141,7 +147,7 @@ class ChatService:
         except (ValueError, RecursionError):
             values = None
         if response.status_code != 200:
-            raise refused(response.status_code, error_text(values) or response.reason_phrase, response.headers)
+            raise refused(response.status_code, _error_in(values) or response.reason_phrase, response.headers)
         if values is None:
             kind = "a stream" if answer.lstrip().startswith((b"data:", b"event:")) else "not JSON"
             raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
@@ -206,10 +212,6 @@ def no_answer_within(seconds: float) -> AnswerError:
     return AnswerError(f"no answer within {seconds:.3g} s", passing=True)
 
 
-def no_connection(url: str) -> AnswerError:
-    return AnswerError(f"no connection to {url}{_by_proxy(url)}", passing=True)
-
-
 def shown(url: str) -> str:
     """An address without user and password."""
     parts = urlsplit(url)
@@ -226,27 +228,20 @@ def _by_proxy(url: str) -> str:
 def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerError:
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
     no_credit = status == 402 or "quota" in details
+    retry_after, wait = headers.get("Retry-After", ""), 0.0
+    with suppress(ValueError, TypeError):
+        wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
+    with suppress(ValueError):
+        wait = float(retry_after)
     return AnswerError(
         f"the service answered {status} ({details})",
         passing=(status in (408, 409, 429) or status >= 500) and not no_credit,
         ends_all=status in (401, 403, 404) or no_credit,
-        wait=_seconds(headers.get("Retry-After", "")),
+        wait=wait,
     )
 
 
-def _seconds(retry_after: str) -> float:
-    """Of a header: a number, or a date; 0 for anything else."""
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def error_text(values: Any) -> str:
+def _error_in(values: Any) -> str:
     """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
     while isinstance(values, (dict, list)) and values:
         inner = [values.get(name) for name in ERROR_NAMES] if isinstance(values, dict) else values
@@ -260,12 +255,12 @@ def text_of(values: Any) -> str:
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        reason = error_text(values)
+        reason = _error_in(values)
         raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT)
     if message.get("refusal"):
-        raise AnswerError(f"the model refused ({error_text(message['refusal'])})")
+        raise AnswerError(f"the model refused ({_error_in(message['refusal'])})")
     if finish := FINISHES.get(str(choice.get("finish_reason"))):
-        raise AnswerError(" ".join(filter(None, [finish, error_text(choice.get("error"))])))
+        raise AnswerError(" ".join(filter(None, [finish, _error_in(choice.get("error"))])))
     content = message.get("content")
     if isinstance(content, list):  # a multimodal one comes in parts
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
@@ -286,7 +281,7 @@ FINISHES = {  # the reasons for which a service ends an answer that is no whole 
 }
 
 
-def _read(response: httpx.Response, end: float, seconds: float) -> bytes:
+def _bounded_body(response: httpx.Response, end: float, seconds: float) -> bytes:
     """The body, unpacked; AnswerError where it is too large, or has not ended at the time `end`."""
     packed = response.headers.get("Content-Encoding", "identity").lower()
     if packed not in ("identity", "gzip", "deflate"):
@@ -300,14 +295,6 @@ def _read(response: httpx.Response, end: float, seconds: float) -> bytes:
         if time.monotonic() > end:
             raise no_answer_within(seconds)
     return bytes(body)
-
-
-def _messages(question: Question) -> list[dict[str, Any]]:
-    content: Any = question.text
-    if question.image is not None:
-        picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
-        content = [picture, {"type": "text", "text": question.text}]
-    return [{"role": "system", "content": question.system}, {"role": "user", "content": content}]
 
 
 def data_uri(path: Path) -> str:
