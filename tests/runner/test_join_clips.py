@@ -27,6 +27,7 @@ from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
 from wan.runner.join_clips import copy_together
+from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
 from wan.utils.locks import locked
 
@@ -131,10 +132,10 @@ def dies_in_the_second(words: list[str]) -> int:
     """generate.py, killed in a step of the second clip."""
     original = Pipeline.sample
 
-    def sample(self: Pipeline, prompt: str, *arguments: Any, **more: Any) -> torch.Tensor:
-        if prompt == "the cat":
+    def sample(self: Pipeline, video: Video, *arguments: Any, **more: Any) -> torch.Tensor:
+        if video.prompt == "the cat":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, prompt, *arguments, **more)
+        return original(self, video, *arguments, **more)
 
     Pipeline.sample = sample  # type: ignore[method-assign]  # in this child process only
     return generate.main(words)
@@ -225,10 +226,10 @@ def test_a_failed_clip_ends_its_chain_and_no_other(
     rows(TWO_CHAINS)
     make = wan.runner.batch.make_video
 
-    def fails(pipe: Pipeline, job: Job, *more: Any) -> int:
+    def fails(pipe: Pipeline, job: Job, *more: Any, **options: Any) -> int:
         if job.prompt == "the cat":
             raise JobError("step 2: NaN in the latent")
-        return make(pipe, job, *more)
+        return make(pipe, job, *more, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(wan.runner.batch, "make_video", fails)
