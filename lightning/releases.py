@@ -81,13 +81,14 @@ def recognise(path: Path) -> Release | None:
 
 
 def preset(name: str) -> Release:
-    """The release or recipe called `name`. LoraError with all names, and the nearest one, if there is none."""
+    """The release or recipe called `name`. LoraError with the names that run, and the nearest one, if there is none."""
     named = {release.name: release for release in RELEASES}
     if name.lower() in named:
         return named[name.lower()]
     near = get_close_matches(name.lower(), named, 1)
     suggestion = f"; did you mean {near[0]}?" if near else ""
-    raise LoraError(f"no preset {name!r}; there are {', '.join(named)}{suggestion}")
+    usable = ", ".join(release.name for release in RELEASES if not release.refused)
+    raise LoraError(f"no preset {name!r}; there are {usable}{suggestion}")
 
 
 def caution(path: Path) -> str | None:
