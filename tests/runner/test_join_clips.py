@@ -27,6 +27,7 @@ from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
 from wan.runner.join_clips import copy_together
+from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
 from wan.utils.locks import locked
 
@@ -131,10 +132,10 @@ def dies_in_the_second(words: list[str]) -> int:
     """generate.py, killed in a step of the second clip."""
     original = Pipeline.sample
 
-    def sample(self: Pipeline, prompt: str, *arguments: Any, **more: Any) -> torch.Tensor:
-        if prompt == "the cat":
+    def sample(self: Pipeline, video: Video, *arguments: Any, **more: Any) -> torch.Tensor:
+        if video.prompt == "the cat":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, prompt, *arguments, **more)
+        return original(self, video, *arguments, **more)
 
     Pipeline.sample = sample  # type: ignore[method-assign]  # in this child process only
     return generate.main(words)
@@ -347,7 +348,7 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"prompt_file": None, "prompt": "a"}, "--chain lets the rows of a --prompt_file"),
         (
             {"task": "t2v-A14B", "image": None},
-            "t2v-A14B takes no image to continue from; i2v-A14B and ti2v-5B take one",
+            "--chain: t2v-A14B takes no image to continue from",
         ),
         ({"image": None, "image_path_file": "p.txt"}, "--chain and --image_path_file exclude each other"),
         ({"use_prompt_extend": True}, "--extend_only FILE.txt and without --chain"),

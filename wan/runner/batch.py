@@ -21,6 +21,7 @@ from wan.jobs.job import Job
 from wan.jobs.resolve import program
 from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
+from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
@@ -56,6 +57,7 @@ def run_jobs(
     InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
     world = runtime.team
+    check_ranks(world, plan)
     progress.start()
     jobs, places = world.broadcast(lambda: jobs_to_do(plan, progress))
     plan = replace(plan, jobs=places)
