@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT
 from lightning.releases import RELEASES, Release
+from wan.checkpoints.quantised_formats import TABLE
 from wan.cli.options import OPTIONS
 from wan.cli.values import paths
 from wan.utils.events import EVENTS, PARTS
@@ -63,6 +64,12 @@ def refused() -> str:
     return table(("name", "published as", "why it cannot run here"), rows)
 
 
+def quantised() -> str:
+    """Formats of quantised weights: read, or refused with the program that runs them."""
+    rows = [(f"`{row.name}`", f"no; {row.runs} runs it" if row.runs else "yes") for row in TABLE]
+    return table(("format", "read"), rows)
+
+
 def events() -> str:
     rows = [(f"`{kind}`", when, fields(types)) for kind, (when, types) in EVENTS.items()]
     return table(("event", "when", "fields"), rows)
@@ -84,7 +91,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "flags": flags, "presets": presets, "refused": refused, "events": events, "plan": plan_fields,
+    "flags": flags, "presets": presets, "refused": refused, "quantised": quantised, "events": events, "plan": plan_fields,
 }  # fmt: skip
 
 

@@ -80,14 +80,14 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    report = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
     if args.json:
-        print(json.dumps(report.files, indent=2))
+        print(json.dumps(files, indent=2))
     else:
-        known = [file for file in report.files if file["stored"] or file["release"]]  # the error describes the others
-        blocks = [*map(_text_of, known), *report.uses]
+        known = [file for file in files if file["stored"] or file["release"]]  # the error describes the others
+        blocks = [*map(_text_of, known), *uses]
         print("\n\n".join(blocks), end="\n" if blocks else "")
-    errors = [file["error"] for file in report.files if file["error"]]
+    errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
 

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lightning.diffusers_export import export_settings
-from lightning.distilled import RECORD, distilled_twice, record_of, release_in, release_record
+from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.releases import Release
@@ -74,12 +74,11 @@ class Bake:
             raise LoraError(f"--ckpt_dir {self.ckpt_dir} lacks {', '.join(lacking)}")
         sources = self._sources({name: stores[name] for name in self.config.experts})
         release = self.release or release_in(self.ckpt_dir)
-        sources["release"] = release_record(release)
+        sources["release"] = {name: getattr(release, name) for name in SETTINGS} if release else None
         settings = export_settings(stores, self.ckpt_dir, self.config, release) if self.to_diffusers else {}
         if self.to_diffusers and release and release.solver == "dmd":
             self.report(
-                f"warning: {release.name} is made for re-noising (dmd), which diffusers has no scheduler for: the "
-                "folder's is an Euler-like one, another sampler; generate.py samples the folder as it is made for"
+                f"warning: {release.name} is made for re-noising (dmd); generate.py does it, diffusers does not"
             )
         networks = [self._network(part, store) for part, store in stores.items()]
         with _locked(self.out):
@@ -123,8 +122,8 @@ class Bake:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
         before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
-        dtype = str(self.dtype).removeprefix("torch.")
-        sources: dict[str, Any] = {"task": self.task, "dtype": dtype, "base": {}, "loras": {}, "layout": self.layout}
+        sources: dict[str, Any] = {"task": self.task, "dtype": str(self.dtype).removeprefix("torch."), "base": {}}
+        sources |= {"loras": {}, "layout": self.layout}
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
@@ -155,20 +154,17 @@ class Bake:
     def _network(self, part: str, store: TensorStore) -> Network:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
         place = Path((layouts.diffusers if self.to_diffusers else layouts.released)(self.config)[part])
-        if part in OTHER_NAMES:
-            return Network(
-                part, store, place.parent, lambda name: getattr(torch, DTYPES[store[name].dtype][0]), place.stem,
-                OTHER_NAMES[part],
-            )  # fmt: skip
-        blocks = 1 + max((int(name.split(".")[1]) for name in store if name.startswith("blocks.")), default=0)
+        blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
+            if part in OTHER_NAMES:
+                return getattr(torch, DTYPES[store[name].dtype][0])
             if keeps_float32(name):
                 return torch.float32
             return self.dtype if self.dtype != FP8 or takes_fp8(name, blocks) else torch.bfloat16
 
-        rename = diffusers_name if self.to_diffusers else str
-        merge = Merge(self.loras.get(part, ()), store.shapes)
+        rename = OTHER_NAMES.get(part) or (diffusers_name if self.to_diffusers else str)
+        merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing
         return Network(part, store, place.parent, stored, place.stem, rename, merge)
 
     def _write_weights(self, networks: Sequence[Network], partial: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.lora_files import weight_file
+from lightning.lora_files import exists, weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
@@ -31,7 +31,7 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
     LoraError if the record is damaged, unfinished or of another version.
     """
     file = ckpt_dir / RECORD
-    if not _is_file(file):
+    if not exists(file):
         return None
     try:
         record: dict[str, Any] = parse_json(file.read_bytes())
@@ -75,24 +75,11 @@ def release_in(base: Path) -> Release | None:
     """
     if record := record_of(base):
         return _release_in_record(record)
-    is_file = _is_file(base)
+    is_file = exists(base) and base.is_file()
     release = recognise(base if is_file else Path(base.absolute().name))
     if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
         return None
     return release
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a file, here or on the hub; False for a path that cannot be reached."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def release_record(release: Release | None) -> dict[str, Any] | None:
-    """The settings that `bake` records for its result."""
-    return None if release is None else {name: getattr(release, name) for name in SETTINGS}
 
 
 def _release_in_record(record: Mapping[str, Any]) -> Release | None:

@@ -46,14 +46,6 @@ class Model:
     shapes: Shapes
 
 
-@dataclass(frozen=True)
-class Report:
-    """files: each file as plain data. uses: sentences on what the path as a whole is good for."""
-
-    files: list[dict[str, Any]]
-    uses: list[str]
-
-
 def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
     """The released networks of the task or of all, or the experts of a checkpoint. LoraError if that holds none."""
     if ckpt_dir is None:
@@ -71,12 +63,15 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return next(whole, None) or max((experts for _, experts in found), key=len)
 
 
-def examine(path: Path, models: list[Model], alpha: float | None = None) -> Report:
-    """A file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these."""
+def examine(path: Path, models: list[Model], alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each file as plain data, and sentences on how a run takes the path as a whole.
+
+    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
+    """
     if (path / MODEL_INDEX).is_file():
         uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
         held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
-        return Report([], uses + [f"and for {_command(task, '--ckpt_dir', path)}" for task in held if task])
+        return [], uses + [f"and for {_command(task, '--ckpt_dir', path)}" for task in held if task]
     files = [path]
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
@@ -88,7 +83,7 @@ def examine(path: Path, models: list[Model], alpha: float | None = None) -> Repo
             judged, found = {model.task for model in models}, [(task_of(own[name].shapes), name) for name in own]
             models = [Model(task, name, own[name].shapes) for task, name in found if task and task in judged] or models
     reports = [_examine(file, models, alpha) for file in files]
-    return Report(reports, _uses(path, reports))
+    return reports, _uses(path, reports)
 
 
 def _command(task: str | None, *words: object) -> str:

@@ -248,20 +248,14 @@ def _warnings(
 
 def _warnings_without_alpha(lora: Lora, ranks: set[int]) -> list[str]:
     """The first Lightning upload is the only published file that lacks the alpha it needs."""
+    start = f"LoRA {lora.path} stores no alpha"
     if lora.assumed_alpha is not None:
-        return [
-            f"LoRA {lora.path} stores no alpha; {lora.assumed_alpha:g}/rank is applied, which this release needs "
-            "(--lora_alpha overrides)"
-        ]
+        return [f"{start}; {lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"]
     looks_like_it = ranks == {64} and all(
         entry.dtype == "F32" and name.startswith("blocks.") and ".lora_" in name for name, entry in lora.store.items()
     )
-    if not looks_like_it:
-        return []
-    return [
-        f"LoRA {lora.path} stores no alpha and looks like the first Lightning upload, which needs --lora_alpha 8; "
-        "alpha/rank 1 is applied"
-    ]
+    first = f"{start} and looks like the first Lightning upload, which needs --lora_alpha 8; alpha/rank 1 is applied"
+    return [first] if looks_like_it else []
 
 
 def _some(tensors: Sequence[str], total: int) -> str:

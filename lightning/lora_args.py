@@ -19,10 +19,11 @@ from pathlib import Path
 from lightning.lora_files import PEFT_CONFIG, exists, files_of, named_expert
 from lightning.releases import recognise
 from wan.checkpoints.hub import located
+from wan.configs import download_command
 from wan.utils.argument_parser import outside, pair, real
 from wan.utils.errors import InputError
 
-WEAKEST, STRONGEST = -10.0, 10.0
+RANGE = -10.0, 10.0  # of strengths
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def choose_loras(
     """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
     out = Choices()
     if lora_dir is not None:
-        high, low = _strengths(lora_strength, experts, out.problems)
+        high, low = _strengths(lora_strength or "1", experts, out.problems)
         files = _files_of(lora_dir, experts, "--lora_dir", out.problems)
         out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
     elif lora_strength is not None:
@@ -65,7 +66,9 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
         return
     expert, (name, strength) = match[1], split_strength(match[2])
-    strength = _within_range(f"--lora {text}: strength", strength, out.problems)
+    if problem := outside(f"--lora {text}: strength", strength, *RANGE):
+        out.problems.append(problem)
+        strength = 1.0
     if expert and expert not in experts:
         out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
         return
@@ -101,26 +104,19 @@ def split_strength(text: str) -> tuple[str, float]:
     return os.path.expanduser(path), strength
 
 
-def _strengths(given: str | None, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
+def _strengths(text: str, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
     """(high, low) of `HIGH[,LOW]`."""
     try:
-        numbers = pair("--lora_strength", given or "1")
+        numbers = pair("--lora_strength", text)
     except InputError as e:
         problems += e.problems
         return 1.0, 1.0
     if len(experts) == 1 and numbers[0] != numbers[1]:
-        problems.append(f"--lora_strength {given}: one model takes one number, not HIGH,LOW")
-    high, low = (_within_range("--lora_strength", number, problems) for number in numbers)
-    return high, low
-
-
-def _within_range(what: str, strength: float, problems: list[str]) -> float:
-    problem = outside(what, strength, WEAKEST, STRONGEST)
-    if problem is None:
-        return strength
-    if problem not in problems:
-        problems.append(problem)
-    return 1.0
+        problems.append(f"--lora_strength {text}: one model takes one number, not HIGH,LOW")
+    if faults := list(dict.fromkeys(filter(None, (outside("--lora_strength", n, *RANGE) for n in numbers)))):
+        problems += faults
+        return 1.0, 1.0
+    return numbers
 
 
 def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
@@ -134,7 +130,6 @@ def _files_of(folder: str, experts: Collection[str], flag: str, problems: list[s
 def _where_to_get(folder: str) -> str:
     """The command that downloads a release whose folder is missing, for a path as the download creates it."""
     release = None if os.path.exists(folder) else recognise(Path(folder))
-    local = release.source.rpartition("/")[2] if release else ""
-    if release is None or not folder.startswith(f"{local}/"):
+    if release is None or not folder.startswith(f"{release.source.rpartition('/')[2]}/"):
         return ""
-    return f"; get it with: hf download {release.source} --local-dir {local}"
+    return f"; get it with: {download_command(release.source)}"

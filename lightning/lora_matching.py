@@ -141,10 +141,11 @@ class _Module:
         except ValueError as e:
             self.out.conflicts[placed["alpha"]] = str(e)
         magnitude = placed.get(MAGNITUDE)
-        by_rows = [(shape[0],), (shape[0], *[1] * (len(shape) - 1)), (1, shape[0], *[1] * (len(shape) - 2))]
-        if magnitude and self.entries[magnitude].shape not in by_rows[: 2 + (len(shape) > 2)]:
-            found = list(self.entries[magnitude].shape)
-            self.out.conflicts[magnitude] = f"is {found}, not one norm for each of the {shape[0]} rows of {target}"
+        norms = self.entries[magnitude].shape if magnitude else ()
+        by_column = len(shape) == len(norms) == 2 and norms[0] == 1
+        if magnitude and (math.prod(norms) != shape[0] or by_column):
+            found = f"is {list(norms)}, not one norm for each of the {shape[0]} rows of {target}"
+            self.out.conflicts[magnitude] = found
         self._add(Delta(target, kind, roles, names, scale, rank, magnitude, len(shape) == 2), fits)
         return scale
 

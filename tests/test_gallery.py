@@ -3,8 +3,11 @@
 import copy
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,13 @@ def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert entry["prompt"] == "a <b>cat</b>"
     assert (entry["seed"], entry["width"], entry["height"]) == ("7", 64, 48)
     assert entry["settings"]["steps"] == "4 euler"
-    assert entry["settings"]["LoRA"] == "lora-t2v"
+    settings = entry["settings"]
+    assert settings["LoRA"] == "high: lora-t2v at 1\nlow: lora-t2v at 1"
+    assert (settings["shift"], settings["number"], settings["length"]) == ("5.0", "0", "5 frames, 0.3 s")
+    assert settings["timesteps"] == "1000.0 high, 937.5 high, 833.3 low, 625.0 low"
+    assert settings["replay"].startswith("python generate.py --replay ")
+    again = shlex.split(settings["replay"])[2:]
+    assert generate.main([*again, "--dry_run"]) == 0
     assert "negative prompt" not in entry["settings"]  # it is the model's own
     assert all((tmp_path / entry[kind]).is_file() for kind in ("video", "record", "sheet"))
     assert generate.main([*flags, "--prompt", "a dog"]) == 0  # the page is written again
@@ -154,6 +163,57 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
     assert len(entries(write_page(tmp_path))) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "name", "shown"),
+    [
+        (lambda r: r["plan"]["loras"]["high"][0].update(strength=0.6), "LoRA", "high: Seko at 0.6"),
+        (lambda r: r["plan"].update(shift=3.0, preset="motion-8"), "preset", "motion-8"),
+        (lambda r: r["request"].update(expert=["high=/weights/own.safetensors"]), "experts", "high=own.safetensors"),
+        (lambda r: r["meaning"].update(quantize="fp8"), "quantize", "fp8"),
+        (lambda r: r["job"].update(source="prompts.csv line 3"), "row", "prompts.csv line 3"),
+    ],
+)
+def test_what_differs_is_shown(change: Callable, name: str, shown: str, tmp_path: Path) -> None:
+    made = put(tmp_path, 1, "a", name="b")
+    (plain,) = entries(write_page(tmp_path))
+    change(made)
+    (tmp_path / "b.json").write_text(json.dumps(made))
+    (changed,) = entries(write_page(tmp_path))
+    assert changed["settings"][name] == shown != plain["settings"].get(name)
+
+
+@pytest.mark.parametrize("spelled", ["1e999", "Infinity", "NaN"])
+def test_a_number_that_is_none_does_not_blank_the_page(spelled: str, tmp_path: Path) -> None:
+    put(tmp_path, 1, "a", name="whole")
+    for number, field in enumerate(('"fps": 16', '"denoise": 1.5', '"timestep": 1000.0')):
+        put(tmp_path, 2, "b", name=f"bad{number}")
+        record = tmp_path / f"bad{number}.json"
+        record.write_text(record.read_text().replace(field, f"{field.partition(':')[0]}: {spelled}"))
+    page = write_page(tmp_path)
+    assert [entry["file"] for entry in entries(page)] == ["whole.mp4"]
+    assert json.loads(re.findall(r'id="unreadable">(.*?)<', page.read_text())[0]) == [f"bad{n}.json" for n in range(3)]
+
+
+def test_a_huge_file_costs_little(tmp_path: Path) -> None:
+    """400 MB under a record's name: neither the time nor the memory to read it."""
+    put(tmp_path, 1, "a", name="whole")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.write(b'{"a": "')
+        file.truncate(400_000_000)
+    (tmp_path / "huge.mp4").write_bytes(b"")
+    code = f"""
+import resource
+from pathlib import Path
+from wan.gallery import write_page
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_page(Path({str(tmp_path)!r}))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[1], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150_000  # kB
+    assert len(entries(tmp_path / "index.html")) == 1
+
+
 # --- in a browser
 
 
@@ -209,6 +269,9 @@ def test_a_thousand_videos_in_a_browser(browser: Any, tmp_path: Path, size: tupl
     view.wait_for_selector("article video[src]", state="attached")
     view.wait_for_timeout(500)
     assert 0 < attached() < 60  # what is near the window, of a thousand
+    first = view.locator("article video").first
+    view.wait_for_function("() => document.querySelector('article video').readyState >= 2")
+    assert first.evaluate("video => video.currentTime") == pytest.approx(9 / 16 / 2, abs=0.07)  # its middle frame
     view.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     view.wait_for_timeout(1000)
     assert 0 < attached() < 60

@@ -6,6 +6,7 @@ import shlex
 import struct
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,6 +189,22 @@ def test_its_other_commands_run(desk: Path) -> None:
             doctor([*words, "--help"])
 
 
+@pytest.mark.usefixtures("desk")
+def test_the_python_of_the_docs_runs() -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL))
+    small = {
+        '"Wan2.2-T2V-A14B"': repr(str(checkpoint("t2v-A14B"))), '"LORA"': repr(str(lora_dir("t2v-A14B"))),
+        "(1280, 720)": "(64, 64)", "frame_num=81": "frame_num=5", " 81, 42": " 5, 42",
+    }  # fmt: skip
+    for word, value in small.items():
+        assert word in code
+        code = code.replace(word, value)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["frames"].shape == names["video"].shape == (3, 5, 64, 64)
+    assert Path("video.mp4").is_file()
+
+
 # --- the table of cards, by the plan of a checkpoint of full size
 
 
@@ -212,7 +229,7 @@ def test_the_table_of_cards_is_the_plan(
     for task, peak in (("t2v-A14B", a14b), ("ti2v-5B", ti2v)):
         words = ["--task", task, "--size", "720p", "--ckpt_dir", str(folder / FOLDERS[task]), "--prompt", "a cat"]
         words += ["--lora_dir", str(release)] if task == "t2v-A14B" else []
-        words += ["--vram", str(float(card) - 0.5), "--dtype", "bf16", "--dry_run", "--json"]
+        words += ["--vram", str(float(card) - 0.5), "--dry_run", "--json"]
         assert generate.main(words) == 0
         plan = json.loads(capsys.readouterr().out.splitlines()[0])
         if peak:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
 from wan.cli.options import Request
 from wan.configs import TASKS
+from wan.media.ffmpeg import CONTAINERS
 from wan.media.video import read_record
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, WanError, print_errors
@@ -35,7 +37,7 @@ MARK = '<meta name="generator" content="wan.gallery">'  # in every page of ours,
 HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
-def folder_of(request: Request) -> Path:
+def page_folder(request: Request) -> Path:
     """The folder that the page of a run covers."""
     named = Path(request.save_file).parent if request.save_file is not None else Path(request.save_dir)
     return named.expanduser()
@@ -51,20 +53,27 @@ def check_page(folder: Path) -> None:
 def write_page(folder: Path) -> Path:
     """Write the page over the videos in `folder` and below it; return its path. InputError, WanError."""
     check_page(folder)
-    entries = sorted(find_entries(folder), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
-    data = json.dumps(entries, ensure_ascii=False).translate(HARMLESS)
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("[/* entries */]")
+    unread: list[str] = []
+    entries = sorted(find_entries(folder, unread), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for name, data in (("entries", entries), ("unread", sorted(unread))):
+        text = text.replace(
+            f"[/* {name} */]", json.dumps(data, ensure_ascii=False, allow_nan=False).translate(HARMLESS)
+        )
     page = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(page, (before + data + after).encode("utf-8", "replace"))
+        write_file(page, text.encode("utf-8", "replace"))
     except OSError as e:
         raise WanError(f"{page}: the gallery page cannot be written ({e.strerror})") from e
     return page
 
 
-def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The page's data of each record in `folder` and below whose video is there; other files are passed over."""
+def find_entries(folder: Path, unread: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The page's data of each record in `folder` and below whose video is there; other files are passed over.
+
+    unread: gets the .json files beside videos that are no records.
+    """
     for file in folder.rglob("*.json"):
         try:
             record = read_record(file)
@@ -72,7 +81,8 @@ def find_entries(folder: Path) -> Iterator[dict[str, Any]]:
             if video.record == file and video.video.is_file():
                 yield _entry(folder, record, video)
         except (InputError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-            continue  # another program's file
+            if unread is not None and any(file.with_suffix(end).is_file() for end in CONTAINERS):
+                unread.append(file.relative_to(folder).as_posix())
 
 
 def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
 
     output = record["output"]
-    width, height, frames, fps = (_number(output[name]) for name in ("width", "height", "frames", "fps"))
+    width, height, frames, fps = (_finite(output[name]) for name in ("width", "height", "frames", "fps"))
     entry = {
         "file": beside.video.relative_to(folder).as_posix(),
         "video": address(beside.video),
@@ -89,36 +99,51 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
         "width": width,
         "height": height,
+        "middle": _finite(frames / fps / 2),  # seconds
         "finished": str(record["finished"]),
         **(_chain_entry(record) if "clips" in record else _video_entry(record)),
     }
     length = f"{frames:g} frames, {frames / fps:.1f} s"
     settings = {"task": entry.pop("task"), "size": f"{width:g}×{height:g}", "length": length, **entry["settings"]}
+    if "clips" not in record:
+        settings["replay"] = shlex.join(["python", "generate.py", "--replay", str(beside.video)])
     return {**entry, "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)}}
 
 
 def _video_entry(record: dict[str, Any]) -> dict[str, Any]:
-    job, meaning = record["job"], record["meaning"]
+    job, meaning, plan, request = (record[name] for name in ("job", "meaning", "plan", "request"))
     steps, usual = meaning["sample_steps"], TASKS[meaning["task"]].sample_neg_prompt
-    scales = dict.fromkeys(f"{_number(step['guidance']):g}" for step in steps)
-    loras = dict.fromkeys(
-        _lora_name(Path(lora["path"])) for files in record["plan"]["loras"].values() for lora in files
-    )
+    times = [f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps]
+    loras = [
+        f"{expert}: {_lora_name(Path(lora['path']))} at {_finite(lora.get('strength', 1)):g}"
+        for expert, files in plan["loras"].items()
+        for lora in files
+    ]
     return {
         "task": meaning["task"],
         "prompt": str(job["prompt"]),
         "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
-        "seconds": sum(map(_number, record["seconds"].values())),
+        "seconds": _finite(sum(map(_finite, record["seconds"].values()))),
         "settings": {
             "steps": f"{len(steps)} {meaning['sample_solver']}",
-            "guidance": ", ".join(scales),
-            "weights": Path(record["request"]["ckpt_dir"]).name,
-            "LoRA": ", ".join(loras),
+            "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
+            "shift": plan.get("shift"),
+            "timesteps": ", ".join(times),
+            "preset": plan.get("preset"),
+            "weights": Path(request.get("ckpt_dir") or "").name,
+            "experts": "\n".join(
+                f"{name}={Path(file).name}"
+                for name, _, file in (str(each).partition("=") for each in request.get("expert", ()))
+            ),
+            "LoRA": "\n".join(loras),
+            "quantize": "" if meaning.get("quantize") == "none" else meaning.get("quantize"),
             "dtype": meaning["dtype"],
             "device": record["pipeline"]["device"],
             "image": Path(job["image"]).name if job["image"] else "",
             "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
             "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
+            "number": job.get("index"),
+            "row": "" if str(job.get("source")).startswith("--") else job.get("source"),
         },
     }
 
@@ -137,7 +162,7 @@ def _lora_name(path: Path) -> str:
     return path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
 
 
-def _number(value: Any) -> float:
+def _finite(value: Any) -> float:
     """The value if it is a finite number, else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(value)

@@ -333,6 +333,19 @@ def test_contact_sheet(tmp_path: Path, frames: int, columns: int, rows: int) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.mp4", "a.png"]
 
 
+def test_the_sheet_is_as_bright_as_the_video(tmp_path: Path) -> None:
+    colours = [(200, 120, 90), (30, 144, 255), (255, 255, 255), (64, 64, 64), (255, 165, 0), (0, 0, 0)]
+    frame = torch.tensor(colours, dtype=torch.float32).T.repeat_interleave(32, 1) / 127.5 - 1
+    save(tmp_path / "a.mp4", frame[:, None, None].expand(3, 5, 64, len(colours) * 32))
+    last = np.asarray(open_image(tmp_path / "a.mp4")).astype(int)
+    with Image.open(save_contact_sheet(tmp_path / "a.mp4", 5)) as image:
+        sheet = np.asarray(image.convert("RGB")).astype(int)
+    for place in range(len(colours)):
+        shown = sheet[4 + 20, 4 + place * 32 + 16]
+        assert np.abs(shown - last[20, place * 32 + 16]).max() <= 1
+        assert np.abs(shown - colours[place]).max() <= 2
+
+
 def test_wide_videos_shrink_on_the_sheet(tmp_path: Path) -> None:
     save(tmp_path / "a.mp4", smooth(5, 360, 640))
     with Image.open(save_contact_sheet(tmp_path / "a.mp4", 5)) as image:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wan.checkpoints import hub, layout
-from wan.checkpoints.outside import error_text, misread, size_of
+from wan.checkpoints.outside import in_one_line, misread, size_of
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
@@ -76,7 +76,12 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
     opened = {name: part for name, part in experts.items() if part is not None}
     if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
         raise InputError(problems)
-    opener.check_fit(opened, text_encoder, vae)
+    text_width = text_encoder.weights["token_embedding.weight"].shape[1]
+    for name, part in opened.items():
+        if (width := part.weights["text_embedding.0.weight"].shape[1]) != text_width:
+            problems.append(f"{opener.place(name)}: reads text of width {width}, the encoder has {text_width}")
+    if problems:
+        raise InputError(problems)
     warnings = tuple(opener.warnings({**opened, TEXT_ENCODER: text_encoder, VAE: vae}))
     return OpenCheckpoint(folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"), warnings)
 
@@ -132,10 +137,11 @@ class _Opener:
         path, where = self.path(name), str(self.place(name))
         store = open_expert(path) if name in self.files else as_ours(open_file(path), EXPERT, where)
         shapes = store.shapes
-        if len(shapes.get("patch_embedding.weight", ())) > 1 and task_of(shapes) not in (None, self.config.name):
-            channels = shapes["patch_embedding.weight"][1]
-            belongs = f"it belongs to {task_of(shapes)}, not to --task {self.config.name}"
-            raise InputError(f"{where} has {channels} input channels: {belongs}")
+        channels = (*shapes.get("patch_embedding.weight", ()), 0, 0)[1]
+        if channels not in (0, self.config.in_dim):
+            belongs = f"it belongs to {task_of(shapes)}, " if task_of(shapes) else ""
+            needed = f"--task {self.config.name} needs {self.config.in_dim}"
+            raise InputError(f"{where} has {channels} input channels: {belongs}{needed}")
         config = layout.path_of(self.folder, self.config, name).with_name("config.json") if self.folder else None
         if name in self.files and config and not config.is_file():
             config = None
@@ -163,35 +169,18 @@ class _Opener:
             if len(tokenizer("a cat")) < 2:
                 raise ValueError("it makes no tokens of a text")
         except Exception as e:  # the library raises nothing more special
-            raise misread(file, f"not a tokenizer ({error_text(e)}); get the file again") from e
+            raise misread(file, f"not a tokenizer ({in_one_line(e)}); get the file again") from e
         rows = text_encoder.weights["token_embedding.weight"].shape[0] if text_encoder else len(tokenizer)
         if len(tokenizer) > rows:
             raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
         return tokenizer
 
     def vae(self) -> Part[WanVAE]:
-        return self._sized_by_weights(VAE, WanVAE.from_shapes)
-
-    def check_fit(
-        self, experts: Mapping[str, Part[WanModel]], text_encoder: Part[UMT5Encoder], vae: Part[WanVAE]
-    ) -> None:
-        """InputError if the parts do not belong to one model, or not to the task."""
-        config, stride = self.config, vae.module.stride
-        if stride != config.vae_stride:
-            raise InputError(f"{self.path(VAE)}: has stride {stride}, --task {config.name} needs another VAE")
-        problems = []
-        text_dim = text_encoder.weights["token_embedding.weight"].shape[1]
-        z_dim, mask = vae.module.z_dim, config.mask_channels
-        expected = z_dim + (mask + z_dim if mask else 0)
-        for name, part in experts.items():
-            where, shapes = self.place(name), part.weights.shapes
-            channels, width = shapes["patch_embedding.weight"][1], shapes["text_embedding.0.weight"][1]
-            if channels != expected:
-                problems.append(f"{where} has {channels} input channels, --task {config.name} needs {expected}")
-            if width != text_dim:
-                problems.append(f"{where}: reads text of width {width}, the encoder has {text_dim}")
-        if problems:
-            raise InputError(problems)
+        part, config = self._sized_by_weights(VAE, WanVAE.from_shapes), self.config
+        if part.module.stride != config.vae_stride:
+            stride = f"has stride {part.module.stride}"
+            raise InputError(f"{self.path(VAE)}: {stride}, --task {config.name} needs another VAE")
+        return part
 
     def warnings(self, parts: Mapping[str, Part[Any]]) -> Iterator[str]:
         """Sentences on files that work, but may not be meant."""
@@ -212,7 +201,7 @@ class _Opener:
             with torch.device("meta"):
                 module = build(store.shapes)
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
-            raise InputError(f"{path}: {error_text(e)}") from e
+            raise InputError(f"{path}: {in_one_line(e)}") from e
         _check_names_and_shapes(module, store, str(path))
         return Part(module, store)
 

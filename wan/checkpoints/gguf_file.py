@@ -27,9 +27,9 @@ VERSIONS = (2, 3)
 # a setting's kind -> struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-MAX_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
-SHAPE = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
-ALIGNMENT = "general.alignment"
+MOST_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
+SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
+ALIGNMENT_KEY = "general.alignment"
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
 
@@ -70,7 +70,7 @@ class GgufStore(TensorStore):
                 raise TensorFileError(f"{path}: tensor {name} has rows of {row:,} values, {stored} blocks of {values}")
             if name in entries:
                 raise TensorFileError(f"{path}: the header names tensor {name} twice")
-            shape = _shape(path, tensor, settings.get(SHAPE + name))
+            shape = _shape(path, tensor, settings.get(SHAPE_KEY + name))
             entries[name] = Entry(path, stored if stored in DTYPES else "F32", shape, offset)
             blocks[name] = Entry(path, "U8", (math.prod(tensor.axes) // values, width), offset)
             if stored not in DTYPES:
@@ -144,7 +144,7 @@ def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
         return (1, *shape) if tensor.name.endswith(TABLES) and len(shape) == 2 else shape
     whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
     if not whole or not original or math.prod(original) != math.prod(shape):
-        raise TensorFileError(f"{path}: {SHAPE}{tensor.name} is not a shape of {math.prod(shape):,} values")
+        raise TensorFileError(f"{path}: {SHAPE_KEY}{tensor.name} is not a shape of {math.prod(shape):,} values")
     return tuple(original)
 
 
@@ -166,9 +166,9 @@ def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
             settings[key] = header.value(header.number("I"))
         tensors = [header.tensor() for _ in range(tensor_count)]
         end = file.tell()
-    alignment = settings.get(ALIGNMENT, 32)
+    alignment = settings.get(ALIGNMENT_KEY, 32)
     if type(alignment) is not int or alignment < 1:
-        raise TensorFileError(f"{path}: {ALIGNMENT} must be a whole number above 0, not {alignment!r:.40}")
+        raise TensorFileError(f"{path}: {ALIGNMENT_KEY} must be a whole number above 0, not {alignment!r:.40}")
     return tensors, settings, -(-end // alignment) * alignment
 
 
@@ -201,7 +201,7 @@ class _Header:
         inner, count = self.number("I"), self.number("Q")
         if inner in NUMBERS:
             data = self.take(count * struct.calcsize(f"<{NUMBERS[inner]}"))
-            return struct.unpack(f"<{count}{NUMBERS[inner]}", data) if count <= MAX_AXES else None
+            return struct.unpack(f"<{count}{NUMBERS[inner]}", data) if count <= MOST_AXES else None
         if inner != TEXT:
             raise ValueError(f"a setting is an array of the unknown kind {inner}")
         for _ in range(count):
@@ -213,7 +213,7 @@ class _Header:
         if not name.isprintable() or not name:
             raise ValueError(f"a tensor is named {name!r:.60}")
         axes = self.number("I")
-        if axes > MAX_AXES:
+        if axes > MOST_AXES:
             raise ValueError(f"tensor {name:.60} has {axes:,} axes")
         sizes = tuple(self.number("Q") for _ in range(axes))
         return _Listed(name, sizes, self.number("I"), self.number("Q"))

@@ -35,7 +35,7 @@ def reading(path: Path, problem: str) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, OSError) and e.errno is not None:  # from the file system; a library's own has no number
             raise
-        raise misread(path, f"{problem} ({error_text(e)})") from e
+        raise misread(path, f"{problem} ({in_one_line(e)})") from e
 
 
 def misread(path: Path, problem: str) -> TensorFileError:
@@ -53,7 +53,7 @@ def stand_in(path: Path) -> str | None:
     return next((meaning for sign, meaning in STAND_INS if re.match(sign, start, re.IGNORECASE)), None)
 
 
-def error_text(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """An error's text in one line of at most 200 characters."""
     text = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
     return (text or type(error).__name__)[:200]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.outside import error_text, misread, reading, size_of
+from wan.checkpoints.outside import in_one_line, misread, reading, size_of
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
 from wan.utils.errors import TensorFileError
 
@@ -137,7 +137,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, i
                     raise zipfile.BadZipFile("compressed, or too large")
                 content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
-            raise misread(path, f"holds more than plain tensors ({error_text(e)}), or is damaged; not opened") from e
+            raise misread(path, f"holds more than plain tensors ({in_one_line(e)}), or is damaged; not opened") from e
     state = _find_tensors(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")

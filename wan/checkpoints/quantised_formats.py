@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = ("F32", "F16", "BF16")
-METADATA = "_quantization_metadata"
+METADATA_KEY = "_quantization_metadata"
 MARKER = ".comfy_quant"
 DATA = "._data"  # optimum-quanto: the numbers of the weight before it
 SCALES = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight._scale")  # multiply the weight
 UNUSED = (".input_scale", ".scale_input", ".output_scale")  # for activations in 8 bits; no weight depends on them
 MAX_MARKER_BYTES = 1 << 16
-HARMLESS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # flags that leave the numbers alone
+KNOWN_FLAGS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # flags that leave the numbers alone
 WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
 
@@ -139,11 +139,11 @@ def markers(store: TensorStore) -> dict[str, dict[str, Any]]:
             raise ValueError(f"its markers of layer {layer:.100} contradict each other")
 
     for metadata in store.metadata_by_file:
-        if METADATA in metadata:
-            content = parse_json(metadata[METADATA])
+        if METADATA_KEY in metadata:
+            content = parse_json(metadata[METADATA_KEY])
             version = content.get("format_version", "1.0") if isinstance(content, dict) else None
             if version != "1.0" or not isinstance(content.get("layers"), dict):
-                raise ValueError(f"its {METADATA} has no layers, or another version than 1.0")
+                raise ValueError(f"its {METADATA_KEY} has no layers, or another version than 1.0")
             for layer, marker in content["layers"].items():
                 add(layer, marker)
     for name in store:
@@ -192,7 +192,7 @@ def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None
     if not layer.weight:
         raise ValueError(f"{plain} has a scale or a marker but is missing")
     entry, marker = store[layer.weight], layer.marker or {}
-    row = _row(plain, layer, entry)
+    row = _format_of(plain, layer, entry)
     if row is None:
         return None
     if layer.scale is None:
@@ -213,7 +213,7 @@ def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None
     return Decoding(layer.weight, layer.scale, rows, columns, _rotation(plain, marker, entry))
 
 
-def _row(plain: str, layer: Layer, entry: Entry) -> Format | None:
+def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
     """The row of the table; None for plain floats. ValueError for a format that is not read."""
     names = (plain, *layer.others)
     foreign = [row for row in TABLE if row.tensors and any(name.endswith(row.tensors) for name in names)]
@@ -228,7 +228,7 @@ def _row(plain: str, layer: Layer, entry: Entry) -> Format | None:
         raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
         raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
-    if flags := set(layer.marker or ()) - {*HARMLESS, *row.flags}:
+    if flags := set(layer.marker or ()) - {*KNOWN_FLAGS, *row.flags}:
         raise ValueError(f"{plain} is {row.name} with the unknown flag {min(flags)!r:.60}")
     if layer.others:
         raise ValueError(f"{plain} is {row.name} with the unknown tensor {layer.others[0]:.100}")

@@ -152,7 +152,7 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
 
 
-def _number(dtype: str, raw: bytes) -> float:
+def _scalar(dtype: str, raw: bytes) -> float:
     """The value of a tensor of one element, from its bytes."""
     if dtype in UPPER_HALVES:
         return float(struct.unpack(f"<{UPPER_HALVES[dtype]}", b"\0" * len(raw) + raw)[0])
@@ -236,7 +236,7 @@ class TensorStore(Mapping[str, Entry]):
             if math.prod(entry.shape) != 1 or entry.dtype not in {*SCALAR_FORMATS, *UPPER_HALVES, "F8_E4M3"}:
                 raise TensorFileError(f"{entry.file}: tensor {name} is not a single number ({entry.dtype})")
         found = read_ranges((entry.file, entry.offset, entry.bytes) for entry in entries.values())
-        return {name: _number(entry.dtype, raw) for (name, entry), raw in zip(entries.items(), found, strict=True)}
+        return {name: _scalar(entry.dtype, raw) for (name, entry), raw in zip(entries.items(), found, strict=True)}
 
     def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
         """Size of the buffer that `read` needs."""

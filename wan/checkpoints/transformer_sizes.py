@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoints.outside import error_text, misread, size_of
+from wan.checkpoints.outside import in_one_line, misread, size_of
 from wan.configs.task import PATCH
 from wan.utils.errors import InputError
 from wan.utils.strict_json import parse_json
@@ -77,7 +77,7 @@ def _read_sizes(config: Path, keys: tuple[str, ...], max_text: int) -> dict[str,
             values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
         sizes: dict[str, Any] = {key: values[key] for key in keys}
     except (ValueError, KeyError, TypeError) as e:
-        raise misread(config, f"not the configuration of a Wan transformer ({error_text(e)})") from e
+        raise misread(config, f"not the configuration of a Wan transformer ({in_one_line(e)})") from e
     right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
     right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
     if wrong := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:

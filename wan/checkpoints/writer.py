@@ -20,7 +20,7 @@ from wan.modules.quantize import FP8, quantise, scale_name
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 
-FORMATS = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
+NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Shard:
     def header(self) -> bytes:
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
         table: dict[str, Any] = {
-            tensor.name: {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(offsets)}
+            tensor.name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(offsets)}
             for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True)
         }
         return header_bytes({"__metadata__": {"format": "pt"}, **table})

@@ -12,7 +12,6 @@ import re
 import stat
 import struct
 import warnings
-from functools import lru_cache
 from io import BytesIO
 from itertools import chain, product
 from pathlib import Path
@@ -41,6 +40,7 @@ MISTAKEN = {
 EXIF_ORIENTATION = 0x0112
 TURNS = range(2, 9)  # its values that are not upright
 CHANGES = "changes"
+DIGESTS: dict[tuple[Path, int, int], str] = {}  # by path, time and size
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
 
@@ -92,29 +92,23 @@ def open_image(path: Path) -> Image:
             raise InputError(f"{path}: an address, not a file; download the picture and give its file")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path}: the image cannot be read, it is no regular file")
-        source: Path | BytesIO = path
-        formats = FORMATS
-        if is_video(path):
-            source = BytesIO(last_frame(path, changes))
-        else:
-            formats += _check_kind(path)
+        source = BytesIO(last_frame(path, changes)) if is_video(path) else path
+        formats = FORMATS + (() if is_video(path) else _check_kind(path))
         with warnings.catch_warnings():  # Pillow warns from 89 megapixels on; the limit here is our own
             warnings.simplefilter("ignore")
             with Image.open(source, formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                     raise Image.DecompressionBombError
                 picture = _as_rgb(image, changes)
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such image file") from e
-    except PermissionError as e:
-        raise InputError(f"{path}: there is no permission to read the image") from e
-    except Image.DecompressionBombError as e:
+    except (*DAMAGED, Image.DecompressionBombError) as e:
         most = f"{MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
-        raise InputError(f"{path}: the image is too large; at most {most} are read: make it smaller") from e
-    except UnidentifiedImageError as e:
-        raise InputError(f"{path}: not an image, or of a kind that is not read ({', '.join(FORMATS)} are)") from e
-    except DAMAGED as e:
-        raise InputError(f"{path}: the image cannot be read ({e})") from e
+        reasons = {
+            FileNotFoundError: "no such image file",
+            PermissionError: "there is no permission to read the image",
+            Image.DecompressionBombError: f"the image is too large; at most {most} are read",
+            UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(FORMATS)} are)",
+        }
+        raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
     picture.info = {CHANGES: changes}
     return picture
 
@@ -146,13 +140,10 @@ def digest(path: Path) -> str:
 
     So a clip that was made again, with other times in its record, still gives the same picture.
     """
-    state = path.stat()
-    return _digest(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=1024)
-def _digest(path: Path, _written: int, _size: int) -> str:
-    return hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
+    key = path, path.stat().st_mtime_ns, path.stat().st_size
+    if key not in DIGESTS:
+        DIGESTS[key] = hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
+    return DIGESTS[key]
 
 
 def _as_rgb(image: Image, changes: list[str]) -> Image:
@@ -234,8 +225,7 @@ def i2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
     """
     from torch.nn.functional import interpolate
 
-    width, height = size
-    return interpolate(_normalised(image)[None], size=(height, width), mode="bicubic")[0]
+    return interpolate(_normalised(image)[None], size=size[::-1], mode="bicubic")[0]
 
 
 def ti2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
@@ -251,9 +241,8 @@ def ti2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
 
 def _normalised(image: Image) -> Tensor:
     """float32 [3, H, W] in [-1, 1]."""
-    import numpy as np
+    import numpy
     import torch
-    from einops import rearrange
 
-    pixels = torch.from_numpy(np.array(image))
-    return (rearrange(pixels, "h w c -> c h w").contiguous().float() / 255 - 0.5) / 0.5
+    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+    return (pixels.contiguous().float() / 255 - 0.5) / 0.5

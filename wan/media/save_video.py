@@ -9,7 +9,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from wan.media.ffmpeg import CONTAINERS, file_argument, messages, run_ffmpeg
 from wan.media.video import VideoWriter
@@ -63,11 +66,8 @@ def merge_video_audio(video_path: str | Path, audio_path: str | Path) -> None:
 
 def _grid(videos: Tensor, columns: int) -> Tensor:
     """[B, 3, T, H, W] -> [3, T, rows, columns]: a grid with black borders."""
-    count, channels, frames, height, width = videos.shape
-    columns = min(columns, count)
-    down, across = height + BORDER, width + BORDER
-    grid = videos.new_full((channels, frames, -(-count // columns) * down + BORDER, columns * across + BORDER), -1.0)
-    for place, video in enumerate(videos):
-        top, left = BORDER + place // columns * down, BORDER + place % columns * across
-        grid[:, :, top : top + height, left : left + width] = video
-    return grid
+    columns = min(columns, len(videos))
+    framed = pad(videos, (BORDER, 0, BORDER, 0), value=-1.0)
+    blanks = framed.new_full((-len(videos) % columns, *framed.shape[1:]), -1.0)
+    grid = rearrange(torch.cat([framed, blanks]), "(r c) k t h w -> k t (r h) (c w)", c=columns)
+    return pad(grid, (0, BORDER, 0, BORDER), value=-1.0)
