@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_process()
     try:
         values, problems = parse(words)
-        return launch(lambda runtime: _start(values, problems, words, runtime))
+        return launch(lambda runtime: _run(values, problems, words, runtime))
     except InputError as e:  # found before the processes are connected
         return _report(e, BAD_INPUT, words, shown=speaks_alone())
     except WanError as e:
@@ -59,26 +59,22 @@ def _prepare_process() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _start(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
+def _run(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
     """Run one process's part. All processes find the same input bad; rank 0 alone reports it."""
-    try:
-        return _run(values, problems, runtime)
-    except InputError as e:
-        return _report(e, BAD_INPUT, words, shown=runtime.team.is_rank0)
-
-
-def _run(values: dict[str, Any], problems: list[str], runtime: Runtime) -> int:
     from wan.jobs.job import Decode, Extend
     from wan.jobs.resolve import resolve
 
     team = runtime.team
-    outcome = team.broadcast(lambda: resolve(values, problems))  # also for a seed that all agree on
-    progress = Progress(json=outcome.request.json, quiet=not team.is_rank0)
-    if isinstance(outcome, Extend):
-        return team.broadcast(lambda: _extend(outcome, progress))
-    if isinstance(outcome, Decode):
-        return _decode(outcome, progress, runtime)
-    return _generate(outcome, progress, runtime)
+    try:
+        outcome = team.broadcast(lambda: resolve(values, problems))  # also for a seed that all agree on
+        progress = Progress(json=outcome.request.json, quiet=not team.is_rank0)
+        if isinstance(outcome, Extend):
+            return team.broadcast(lambda: _extend(outcome, progress))
+        if isinstance(outcome, Decode):
+            return _decode(outcome, progress, runtime)
+        return _generate(outcome, progress, runtime)
+    except InputError as e:
+        return _report(e, BAD_INPUT, words, shown=team.is_rank0)
 
 
 def _extend(outcome: Extend, progress: Progress) -> int:

@@ -140,7 +140,7 @@ TASKS: dict[str, list[Step]] = {
     ],
     "6 a batch, interrupted": [
         Step(f"python generate.py {BATCH}", 2, ("five.jsonl line 3: size 100*64",), before=write_bad_prompts),
-        Step(f"python generate.py {BATCH}", 130, ("1 saved, 4 not tried", "with --resume goes on"),
+        Step(f"python generate.py {BATCH}", 130, ("1 saved, 4 not tried", "--resume"),
              ("batch/*_0000_*.mp4",), mend_prompts, at="video 0001 (2 of 5)", do=interrupt),
         Step(f"python generate.py {BATCH} --resume", told=("4 saved, 1 there already", "video 0004 (5 of 5)"),
              files=("batch/*_0000_*.mp4", "batch/*_0004_*.mp4")),

@@ -130,7 +130,7 @@ def test_sharded_weights_on_four_gpus(task: str, tmp_path: Path) -> None:
             "auto",
             "this machine has an NVIDIA driver, but PyTorch cannot use a GPU: its driver is too old for this PyTorch, "
             "made for CUDA 13.0, which needs driver 580 or newer: update it, or install a PyTorch made for an older "
-            "CUDA; mend that, or give --device cpu (slow)",
+            "CUDA; repair that, or give --device cpu (slow)",
         ),
         ({"FAKE_GPU_ERROR": 35}, "cuda", "--device cuda: there is no such device here (its driver is too old"),
         ({"FAKE_GPU_ERROR": 803}, "auto", "but PyTorch cannot use a GPU: Unexpected error from cudaGetDeviceCount"),
@@ -142,6 +142,7 @@ def test_sharded_weights_on_four_gpus(task: str, tmp_path: Path) -> None:
         ),
         ({}, "cuda:7", "--device cuda:7: there is no such GPU here; there is cuda:0 ("),
         ({"FAKE_GPU_GB": 0.05}, "cuda", "0.0 GB are free"),
+        ({"FAKE_GPU_CC": 75}, "auto", "use --dtype fp32"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_told_in_one_line(settings: dict[str, Any], device: str, sentence: str) -> None:

@@ -32,8 +32,8 @@ from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, Store, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
-from wan.planning.plan import Plan, dtype_name, kind_of
-from wan.sampling import Conditioning, OnStep, Step, Video, clean, denoise, make_schedule
+from wan.planning.plan import Plan, dtype_name, video_kind
+from wan.sampling import Conditioning, OnStep, Step, Video, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import out_of_memory
 from wan.utils.files import Beside
@@ -164,7 +164,7 @@ class Pipeline(ABC):
 
         After out of memory once more with fewer slots; the numbers do not depend on them.
         """
-        team, kind = self.mesh.team, kind_of(video)
+        team, kind = self.mesh.team, video_kind(video)
 
         def attempt(fewer: bool) -> Tensor:
             if self.plan.room is not None:
@@ -234,7 +234,7 @@ class Pipeline(ABC):
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
             if self.plan.request.preview_steps:
-                frame = self.look(clean(step, sample, velocity))
+                frame = self.look(predict_clean(step, sample, velocity))
                 if frame is not None:
                     strip.add(frame)
             self.progress.advance(1, str(step))

@@ -80,7 +80,7 @@ class Conditioning:
 OnStep = Callable[[Step, Tensor, Tensor], None]
 
 
-def clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
+def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
     """Prediction of the latent without noise: x - sigma v, sigma = t / 1000."""
     return sample - step.timestep / TRAIN_TIMESTEPS * velocity
 

@@ -259,6 +259,14 @@ def array(key: bytes, kind: int, count: int) -> bytes:
                    tensors=1, settings=1),
             "comfy.gguf.orig_shape.a is not a shape of 4 values",
         ),
+        *(
+            (
+                header(array(b"comfy.gguf.orig_shape.a", kind, count) + data, tensor(b"a", (4,), 0), b"\0" * 99,
+                       tensors=1, settings=1),
+                "comfy.gguf.orig_shape.a is not a shape of 4 values",
+            )
+            for kind, count, data in ((5, 0, b""), (6, 2, struct.pack("<ff", 2, 2)), (7, 1, b"\1"))
+        ),
         (
             header(array(b"comfy.gguf.orig_shape.a", 5, 2) + struct.pack("<ii", -2, -2), tensor(b"a", (4,), 0),
                    b"\0" * 99, tensors=1, settings=1),

@@ -18,7 +18,7 @@ from wan.jobs.resolve import resolve
 from wan.media.previews import GAP, LINE, Strip
 from wan.planning.build import make_plan
 from wan.runner.batch import open_pipeline, run_jobs
-from wan.sampling import Step, clean
+from wan.sampling import Step, predict_clean
 from wan.utils.progress import Progress
 
 
@@ -65,7 +65,7 @@ def test_the_prediction_of_a_straight_path_is_its_end() -> None:
     end, noise = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     for timestep in (1000.0, 937.5, 20.0):
         sample = end + timestep / 1000 * (noise - end)
-        assert torch.allclose(clean(Step(timestep, "low", 1.0, 1.0), sample, noise - end), end, atol=1e-6)
+        assert torch.allclose(predict_clean(Step(timestep, "low", 1.0, 1.0), sample, noise - end), end, atol=1e-6)
 
 
 def test_the_strip_grows(tmp_path: Path) -> None:

@@ -403,11 +403,11 @@ def test_no_room_for_the_latents_either(tmp_path: Path, monkeypatch: pytest.Monk
     """First the folder of the video, then the one for temporary files; then it is said."""
     spare = tmp_path / "spare"
     spare.mkdir()
-    monkeypatch.setattr("wan.utils.files.tempfile.gettempdir", lambda: str(spare))
+    monkeypatch.setattr("wan.utils.files.tempfile.tempdir", str(spare))
     real, full = wan.runner.video_job.save_latents, [tmp_path / "out"]
 
     def save(path: Path, latent: Tensor, record: dict) -> None:
-        if path.parent in full:
+        if path.parent in full or path.parent.parent in full:
             raise OSError(28, "No space left on device")
         real(path, latent, record)
 
@@ -590,3 +590,59 @@ def test_json_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (failed["index"], failed["reason"].startswith("prompts.txt line 1: step 2")) == (0, True)
     (saved,) = [e for e in events if e["event"] == "saved"]
     assert saved == {"event": "saved", "index": 1, "file": str(tmp_path / "1.mp4"), "frames": 13}
+
+
+def test_the_end_of_a_run_says_where_and_how_to_go_on(tmp_path: Path) -> None:
+    """The command goes on with the drawn seed; a run that was resumed needs no other command."""
+    run = make_run(tmp_path, base_seed=7)
+    lines = Outcome(run, broken_steps={1}).said.splitlines()
+    assert f"2 saved, 1 failed in {tmp_path}" in lines
+    assert any(line.startswith("start-up ") for line in lines)
+    assert lines[-2].startswith("  prompts.txt line 2: step 2")
+    values, problems = parse(shlex.split(lines[-1].partition(": ")[2])[2:])
+    assert (values["resume"], values["base_seed"], problems) == (True, 7, [])
+    lines = Outcome(make_run(tmp_path, resume=True), broken_steps={1}).said.splitlines()
+    assert "generate.py" not in lines[-1]
+    assert "to go on" not in Outcome(make_run(tmp_path, resume=True)).said
+
+
+@pytest.mark.parametrize("how", ["portable", "none"])
+def test_a_video_that_is_handed_on_holds_no_path_of_this_machine(tmp_path: Path, how: str) -> None:
+    """The record beside it is whole, and `--resume` knows the video, also without that one where the video has it."""
+    Outcome(make_run(tmp_path, ["/one/prompt"], record=how))
+    data, beside = (tmp_path / "0.mp4").read_bytes(), Beside.of(tmp_path / "0.mp4").record
+    for path in (tmp_path, checkpoint("t2v-A14B").parent, lora_dir("t2v-A14B").parent, Path.home()):
+        assert str(path).encode() not in data
+    record = json.loads(beside.read_text())
+    assert record["request"]["ckpt_dir"] == str(checkpoint("t2v-A14B"))
+    assert Outcome(make_run(tmp_path, ["/one/prompt"], resume=True)).models is None
+    if how == "none":
+        with pytest.raises(InputError):
+            read_record(tmp_path / "0.mp4")
+        return
+    inside = read_record(tmp_path / "0.mp4")
+    assert inside["meaning"] == record["meaning"]
+    assert inside["job"]["prompt"] == "/one/prompt"
+    assert inside["request"]["ckpt_dir"] == checkpoint("t2v-A14B").name
+    assert sorted(inside["plan"]["fingerprints"].values()) == sorted(record["plan"]["fingerprints"].values())
+    beside.unlink()
+    assert Outcome(make_run(tmp_path, ["/one/prompt"], resume=True)).models is None
+
+
+def test_a_record_is_never_without_its_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever dies between the two names leaves the video, of which `--resume` writes the record again."""
+    rename = Path.replace
+
+    def die(part: Path, target: Path) -> Path:
+        if target.name == "0.json":
+            raise KeyboardInterrupt
+        return rename(part, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            Outcome(make_run(tmp_path, ["one"]))
+    assert "0.mp4" in names(tmp_path)
+    assert "0.json" not in names(tmp_path)
+    assert Outcome(make_run(tmp_path, ["one"], resume=True)).models is None
+    assert names(tmp_path) == ["0.json", "0.mp4"]

@@ -27,6 +27,7 @@ from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
 from wan.runner.join_clips import copy_together
+from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
 from wan.utils.locks import locked
 
@@ -131,10 +132,10 @@ def dies_in_the_second(words: list[str]) -> int:
     """generate.py, killed in a step of the second clip."""
     original = Pipeline.sample
 
-    def sample(self: Pipeline, prompt: str, *arguments: Any, **more: Any) -> torch.Tensor:
-        if prompt == "the cat":
+    def sample(self: Pipeline, video: Video, *arguments: Any, **more: Any) -> torch.Tensor:
+        if video.prompt == "the cat":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, prompt, *arguments, **more)
+        return original(self, video, *arguments, **more)
 
     Pipeline.sample = sample  # type: ignore[method-assign]  # in this child process only
     return generate.main(words)
@@ -225,10 +226,10 @@ def test_a_failed_clip_ends_its_chain_and_no_other(
     rows(TWO_CHAINS)
     make = wan.runner.batch.make_video
 
-    def fails(pipe: Pipeline, job: Job, *more: Any) -> int:
+    def fails(pipe: Pipeline, job: Job, *more: Any, **options: Any) -> int:
         if job.prompt == "the cat":
             raise JobError("step 2: NaN in the latent")
-        return make(pipe, job, *more)
+        return make(pipe, job, *more, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(wan.runner.batch, "make_video", fails)
@@ -344,14 +345,17 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"prompt_file": None, "prompt": "a"}, "--chain lets the rows of a --prompt_file follow each other; give one"),
-        ({"task": "t2v-A14B", "image": None}, "t2v-A14B takes no image to go on from; i2v-A14B and ti2v-5B take one"),
+        ({"prompt_file": None, "prompt": "a"}, "--chain lets the rows of a --prompt_file"),
+        (
+            {"task": "t2v-A14B", "image": None},
+            "--chain: t2v-A14B takes no image to continue from",
+        ),
         ({"image": None, "image_path_file": "p.txt"}, "--chain and --image_path_file exclude each other"),
-        ({"use_prompt_extend": True}, "write them out first, with --extend_only FILE.txt and without --chain"),
-        ({"extend_only": "x.txt"}, "write them out first"),
+        ({"use_prompt_extend": True}, "--extend_only FILE.txt and without --chain"),
+        ({"extend_only": "x.txt"}, "--extend_only FILE.txt and without --chain"),
         ({"decode_latents": "x.safetensors"}, "--chain is of prompts; leave it out with --decode_latents"),
         ({"image": None}, "needs an image for the first row of a chain"),
-        ({"given": ROWS[:1]}, "no row of rows.jsonl follows another"),
+        ({"given": ROWS[:1]}, "--chain: no row of rows.jsonl "),
         ({"given": [{"prompt": "a"}, {"prompt": "b", "size": "32*32"}]}, "a chain has the size of its first clip"),
         ({"frame_num": 1}, "line 1: a clip of a chain needs 5 frames or more, not 1"),
         ({"num_videos": 2, "given": [{"prompt": "a"}, {"prompt": "b"}], "save_file": "x.mp4"}, "2 chains are joined"),

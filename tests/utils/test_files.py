@@ -94,6 +94,24 @@ def test_names_beside_a_video() -> None:
                                                                "a.b.png", "a.b.steps.png"]  # fmt: skip
 
 
+def test_latents_in_the_temporary_folder_are_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that others can enter or that belongs to another user, and a link, are no place for them."""
+    monkeypatch.setattr("wan.utils.files.tempfile.tempdir", str(tmp_path))
+    (tmp_path / "wan-lightning-0").mkdir(mode=0o755)
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "wan-lightning-1").symlink_to(tmp_path / "private")
+    (tmp_path / "wan-lightning-2").write_text("no folder")
+    video = tmp_path / "x.mp4"
+    assert not latents_elsewhere(video).parent.exists()
+    made = latents_elsewhere(video, make=True)
+    assert made.parent.stat().st_mode & 0o777 == 0o700
+    assert made.parent.name not in ("wan-lightning-0", "wan-lightning-1", "wan-lightning-2")
+    assert latents_elsewhere(video) == latents_elsewhere(video, make=True) == made
+    if os.geteuid() == 0:
+        os.chown(made.parent, 12345, 12345)
+        assert not latents_elsewhere(video).parent.exists()
+
+
 def test_kept_latents_of_equal_names_do_not_meet() -> None:
     first, second = (latents_elsewhere(Path(folder) / "x.mp4") for folder in ("one", "two"))
     assert first != second

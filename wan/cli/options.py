@@ -257,6 +257,9 @@ class Request:
     preview_steps: bool = option(OUTPUT, HOW, truth, "",
         "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
+    record: str = option(OUTPUT, HOW, text, "WHAT",
+        "in the video file: full (default), portable (names and hashes, no path of this machine) or none; the .json "
+        "beside it is always full", choices=("full", "portable", "none"), counts_with=DECODE)
     resume: bool = option(OUTPUT, START, truth, "", "skip videos that are finished", example="")
     ignore_disk: bool = option(OUTPUT, START, truth, "", "start although the disk cannot hold all videos")
     on_error: str = option(OUTPUT, START, text, "WHAT", "continue (default) with the other videos, or stop",

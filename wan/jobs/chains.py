@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from wan.cli.checks import Check
-from wan.cli.options import Request
-from wan.configs import TASKS, TaskConfig
+from wan.cli.options import WITH_IMAGE, Request
+from wan.configs import TaskConfig
 from wan.jobs.job import Job
 from wan.jobs.prompt_files import Row, expanded
 
@@ -35,22 +35,15 @@ def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
     if not request.chain:
         return
     if config.image_fit is None:
-        able = " and ".join(name for name, other in TASKS.items() if other.image_fit)
-        check.problem(f"--chain: {config.name} takes no image to go on from; {able} take one")
+        check.problem(f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one")
     if request.decode_latents is not None:
         check.problem("--chain is of prompts; leave it out with --decode_latents")
     elif request.prompt_file is None:
-        check.problem("--chain lets the rows of a --prompt_file follow each other; give one")
+        check.problem("--chain lets the rows of a --prompt_file continue each other; give one")
     if request.image_path_file is not None:
-        check.problem(
-            "--chain and --image_path_file exclude each other: rows go on from the row before; give --image for the "
-            "first one"
-        )
+        check.problem("--chain and --image_path_file exclude each other; give --image for the first row")
     if request.use_prompt_extend or request.extend_only is not None:
-        check.problem(
-            "--chain: prompts are written out before there is a frame to go on from; write them out first, with "
-            "--extend_only FILE.txt and without --chain"
-        )
+        check.problem("--chain: extend the prompts first, with --extend_only FILE.txt and without --chain")
 
 
 def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
@@ -73,15 +66,11 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
             picture=f"the last frame of job {before.number}{job.picture}",
         )  # fmt: skip
     if not firsts:
-        check.problem(f"--chain: no row of {request.prompt_file} follows another; those with an image start anew")
-    named = {first.save_file: _joined(request, first) for first in firsts.values()}
-    if request.save_file is not None and len(named) > 1:
-        check.problem(f"--save_file names one video, but {len(named)} chains are joined; use --save_dir")
-    return [replace(job, joined=named[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
-
-
-def _joined(request: Request, first: Job) -> Path:
-    """The video that the chain of this clip is joined into."""
+        check.problem(f"--chain: no row of {request.prompt_file} continues another; those with an image start anew")
+    files = {first.save_file for first in firsts.values()}
+    joined = {file: file.with_name(f"{file.stem}_chain{file.suffix}") for file in files}
     if request.save_file is not None:
-        return expanded(request.save_file)
-    return first.save_file.with_name(f"{first.save_file.stem}_chain{first.save_file.suffix}")
+        joined = dict.fromkeys(files, expanded(request.save_file))
+        if len(files) > 1:
+            check.problem(f"--save_file names one video, but {len(files)} chains are joined; use --save_dir")
+    return [replace(job, joined=joined[firsts[job.index].save_file]) if job.index in firsts else job for job in made]

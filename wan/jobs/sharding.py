@@ -52,17 +52,15 @@ def _read(text: str, check: Check) -> tuple[int, int]:
 
 def _slurm_shard(check: Check) -> str | None:
     """I/N of this task in its Slurm array, whose ids may start anywhere."""
-    values = {name: os.environ.get(SLURM + name) for name in ("ID", "COUNT", "MIN", "STEP")}
-    if values["ID"] is None or values["COUNT"] is None:
+    task, count, first, step = (os.environ.get(SLURM + name, "") for name in ("ID", "COUNT", "MIN", "STEP"))
+    if not (task and count):
         check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
         return None
     try:
-        task, count, first = int(values["ID"]), int(values["COUNT"]), int(values["MIN"] or 0)
-        place, rest = divmod(task - first, int(values["STEP"] or 1))
-        if not rest and 0 <= place < count:
-            return f"{place + 1}/{count}"
+        place, rest = divmod(int(task) - int(first or 0), int(step or 1))
+        if not rest and 0 <= place < int(count):
+            return f"{place + 1}/{int(count)}"
     except (ValueError, ZeroDivisionError):
         pass
-    shown = " ".join(f"{SLURM}{name}={value}" for name, value in values.items() if value is not None)
-    check.problem(f"{shown}: --shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
+    check.problem("--shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
     return None

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -47,6 +47,8 @@ TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt
 EXACT = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's quick conversion to RGB is up to 3 of 255 too dark
 TO_RGB = f"scale=w=iw*sar:h=ih:flags={EXACT}"  # with square pixels
 HDR = {b"arib-std-b67": "HLG", b"smpte2084": "PQ"}
+
+Tag = Callable[[dict[str, Any]], dict[str, Any] | None]  # what the video file holds of a record
 
 
 class VideoWriter:
@@ -83,8 +85,8 @@ class VideoWriter:
         self._waiting.append(self._feeder.submit(self._pipe.write, frames.data))
         self.frames += count
 
-    def finish(self, record: dict[str, Any] | None) -> None:
-        """Complete the video, with `record` in its comment tag and beside it as .json; then both files appear."""
+    def finish(self, record: dict[str, Any] | None, tag: Tag = dict) -> None:
+        """Complete the video, with `tag(record)` in its comment tag and `record` beside it; then both files appear."""
         if self._encoder is None or self._pipe is None:
             raise JobError(f"{self.path}: no frames were decoded, so there is no video to save")
         self._waiting.append(self._feeder.submit(self._pipe.close))
@@ -94,7 +96,7 @@ class VideoWriter:
         if self._encoder.returncode != 0:
             raise self._failure()
         assert self._encoded is not None, "the encoder has started"
-        publish(self.path, ["-i", file_argument(self._encoded)], self.frames, record)
+        publish(self.path, ["-i", file_argument(self._encoded)], self.frames, record, tag)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -146,17 +148,18 @@ class VideoWriter:
         return JobError(f"{self.path}: the video encoder failed: {reason}{messages(self._messages.read())}")
 
 
-def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, Any] | None) -> None:
+def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, Any] | None, tag: Tag = dict) -> None:
     """The second pass: the packets of `source` (an input in ffmpeg's words) become the video `path`, flushed to disk.
 
-    record: goes into the comment tag and beside the video as .json. frames: how many there must be.
+    record: goes beside the video as .json, and `tag(record)` into the comment tag. frames: how many there must be.
     JobError, OSError; then neither file appears.
     """
     container = CONTAINERS[path.suffix.lower()]
     with ExitStack() as files:
         beside = None if record is None else files.enter_context(replacing(Beside.of(path).record))
         whole = files.enter_context(replacing(path))  # appears first: no record is without its video
-        comment = "" if record is None else json.dumps(record, ensure_ascii=False)
+        inside = None if record is None else tag(record)
+        comment = "" if inside is None else json.dumps(inside, ensure_ascii=False)
         escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
         tags = ["-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v", "-map_metadata", "1"]
         target = ["-c", "copy", *container.complete, "-f", container.muxer, file_argument(whole)]

@@ -5,9 +5,12 @@ Every problem found is reported, not the first one.
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -23,9 +26,11 @@ from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
+from wan.distributed.process_group import Team
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder
+from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.device import compute_device, device_warnings, held_by_others, limit_memory, precision_problems
@@ -47,7 +52,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
-    if not outcome.request.dry_run and (fetched := _fetched(weights, outcome.config, given)) != weights:
+    if not outcome.request.dry_run and (fetched := _local(weights, outcome.config, given)) != weights:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
     place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
@@ -70,7 +75,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-def _fetched(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
+def _local(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
     """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
     return replace(
         weights,
@@ -173,6 +178,25 @@ def _open_loras(
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
     return loras, coverage, warnings
+
+
+def check_ranks(team: Team, plan: Plan) -> None:
+    """InputError if a rank has other weights, LoRAs, images or code than the first behind the same names."""
+    if team.size == 1:
+        return
+    root = Path(__file__).parents[1]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
+    images = {path for job in plan.jobs if not job.follows for path in job.pictures.values() if path}
+    own = {**plan.fingerprints, **{str(path): digest(path) for path in images}, "the program's code": code}
+    (first, want), *others = team.gather((socket.gethostname(), own))
+    problems = [
+        f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"
+        for rank, (host, found) in enumerate(others, 1)
+        for name in found
+        if found[name] != want.get(name)
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def cut_prompts(plan: Plan) -> list[str]:

@@ -20,7 +20,7 @@ from wan.modules.fp8 import working_bytes
 from wan.offload.budget import Budget, Sizes, fit, usable_bytes
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
-from wan.planning.plan import Kind, Plan, Size, VideoPlan, kind_of
+from wan.planning.plan import Kind, Plan, Size, VideoPlan, video_kind
 from wan.sampling import Video, make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 
@@ -36,7 +36,7 @@ def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -
     """`plan` with the steps of `sampling` and the memory of each kind of video among `videos`."""
     steps = plan_steps(make_schedule(sampling).timesteps, sampling, plan.config.boundary)
     plan = replace(plan, sampling=sampling, steps=tuple(steps))
-    kinds = dict.fromkeys(map(kind_of, videos))
+    kinds = dict.fromkeys(map(video_kind, videos))
     return replace(plan, videos={kind: plan_video(plan, *kind) for kind in kinds})
 
 

@@ -79,7 +79,7 @@ class Plan:
         return next(iter(self.checkpoint.experts.values())).module
 
     def video(self, job: Job | Video) -> VideoPlan:
-        return self.videos[kind_of(job)]
+        return self.videos[video_kind(job)]
 
     def largest(self) -> VideoPlan:
         return max(self.videos.values(), key=lambda video: (video.tokens, video.encoded is not None))
@@ -124,7 +124,7 @@ def is_absent(request: Request, device: torch.device) -> bool:
     return request.vram is not None and request.dry_run and device.type == "cpu"
 
 
-def kind_of(video: Job | Video) -> Kind:
+def video_kind(video: Job | Video) -> Kind:
     return video.size, video.frame_num, video.image is not None
 
 

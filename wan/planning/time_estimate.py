@@ -23,7 +23,7 @@ from wan.jobs.job import Job
 from wan.offload.budget import Budget
 from wan.planning.communication import Network, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
-from wan.planning.plan import Plan, VideoPlan, kind_of
+from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, replacing
 
@@ -79,7 +79,7 @@ def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
         return None
     found = {kind: seconds(plan, video, rates) for kind, video in plan.videos.items()}
     shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
-    spent = [[found[kind_of(job)] for chain in share for job in chain] for share in shares]
+    spent = [[found[video_kind(job)] for chain in share for job in chain] for share in shares]
     wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
     longest = max((one for made in spent for one in made), key=lambda one: one.first)
     return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)

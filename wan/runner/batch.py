@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wan
+from wan.cli.parser import words_of
 from wan.distributed.launch import Runtime
 from wan.distributed.process_group import origin_of
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
+from wan.jobs.resolve import program
 from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
+from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
@@ -53,6 +57,8 @@ def run_jobs(
     InputError, before anything is made: a file is in the way, or the models cannot be loaded.
     """
     world = runtime.team
+    check_ranks(world, plan)
+    progress.start()
     jobs, places = world.broadcast(lambda: jobs_to_do(plan, progress))
     plan = replace(plan, jobs=places)
     joined = world.broadcast(lambda: _join_whole_chains(plan, jobs, progress))
@@ -68,8 +74,7 @@ def run_jobs(
         try:
             _make_all(pipe, mine, progress, runtime, events)
         except KeyboardInterrupt:
-            _sum_up(len(plan.jobs), len(jobs), events, progress)
-            progress.say("the same command with --resume goes on from here")
+            _sum_up(plan, len(jobs), events, progress)
             raise
         by_group = world.gather(events if team.is_rank0 else [])  # the processes of a group have seen the same events
         for kind, facts in (event for group in by_group[1:] for event in group):
@@ -79,7 +84,7 @@ def run_jobs(
             waited, read = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
             progress.say(f"computation waited {waited} for weights, of which {read} were read")
     events = joined + events
-    _sum_up(len(plan.jobs), len(jobs), events, progress)
+    _sum_up(plan, len(jobs), events, progress)
     return sum(kind in FAILURES for kind, _ in events)
 
 
@@ -262,8 +267,9 @@ def _within_memory(work: Callable[[], Result]) -> Result:
         raise JobError(reason(e)) from e
 
 
-def _sum_up(jobs: int, tried: int, events: list[Event], progress: Progress) -> None:
-    kinds = [kind for kind, _ in events]
+def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> None:
+    """Say how many videos were made, where they are, why others failed, and how to go on."""
+    kinds, jobs = [kind for kind, _ in events], len(plan.jobs)
     counts = {
         "saved": kinds.count("saved"),
         "there already": jobs - tried + kinds.count("there"),
@@ -275,7 +281,14 @@ def _sum_up(jobs: int, tried: int, events: list[Event], progress: Progress) -> N
     }
     progress.event("summary", counts)
     progress.say(progress.table())
-    progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count))
+    folders = dict.fromkeys(str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined"))
+    more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
+    where = f" in {next(iter(folders))}{more}" if folders else ""
+    progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count) + where)
     if jobs > 1:
         for facts in (facts for kind, facts in events if kind in FAILURES):
             progress.say(f"  {facts['reason']}")
+    if counts["failed"] or counts["not tried"] or counts["not joined"]:
+        command = shlex.join(words_of(replace(plan.request, resume=True, overwrite=False)))
+        again = "the same command" if plan.request.resume else f"{program()} {command}"
+        progress.say(f"to go on from here: {again}")

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from wan.media.ffmpeg import file_argument
 from wan.media.previews import save_contact_sheet
 from wan.media.video import count_frames, publish, read_record
 from wan.planning.plan import Plan
-from wan.runner.record import key_of, outcome, versions
+from wan.runner.record import in_video, key_of, outcome, versions
 from wan.runner.video_job import hold_lock
 from wan.utils.errors import InputError
 from wan.utils.files import make_part
@@ -44,7 +45,7 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
     }
     with ExitStack() as locks, progress.stage("join"):
         hold_lock(locks, joined, progress)
-        copy_together([clip.save_file for clip in clips], joined, fps, frames, record)
+        copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
     written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
     progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
 
@@ -67,7 +68,7 @@ def clips_of(joined: Path) -> list[dict[str, Any]] | None:
 
 
 def copy_together(
-    clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None
+    clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None, how: str = "full"
 ) -> None:
     """Copy `clips`, which follow each other, into `joined`, of `frames` frames. JobError if one does not follow."""
     listing = make_part(joined)
@@ -78,7 +79,13 @@ def copy_together(
             for number, clip in enumerate(clips):
                 escaped = file_argument(clip.absolute()).replace("'", r"'\''")
                 file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
-        publish(joined, ["-f", "concat", "-safe", "0", "-i", file_argument(listing)], frames, record)
+        publish(
+            joined,
+            ["-f", "concat", "-safe", "0", "-i", file_argument(listing)],
+            frames,
+            record,
+            partial(in_video, how=how),
+        )
     finally:
         listing.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
@@ -33,6 +34,8 @@ from wan.utils.progress import peak_memory
 if TYPE_CHECKING:
     import torch
 
+PROMPTS = ("prompt", "original_prompt", "negative_prompt")
+ABSOLUTE = re.compile(r"^(\w+=)?(?:[/~\\]|[A-Za-z]:[/\\]).*[/\\]", re.DOTALL)  # the folders of a path, after `high=`
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 
@@ -78,6 +81,31 @@ def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict
     """The end of every record: contents of the file, and the time when it was finished."""
     output = {"file": video.name, "frames": frames, "width": size[0], "height": size[1], "fps": fps}
     return {"output": output, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def in_video(record: dict[str, Any], how: str) -> dict[str, Any] | None:
+    """The part of `record` that the video file holds, by `--record`: "portable" has names in place of paths."""
+    if how != "portable":
+        return record if how == "full" else None
+    return {name: value if name == "meaning" else _without_paths(value) for name, value in record.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    """`value` with file names in place of absolute paths; prompts stay, warnings (sentences with paths) go."""
+    if isinstance(value, str):
+        return ABSOLUTE.sub(lambda found: found[1] or "", value)
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    shorter: dict[str, Any] = {}
+    for name, each in value.items():
+        if name != "warnings":
+            bare = ABSOLUTE.sub("", name)
+            while bare in shorter:  # files of one name in two folders
+                bare += "'"
+            shorter[bare] = each if name in PROMPTS else _without_paths(each)
+    return shorter
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, 
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
-from wan.runner.record import completed, describe, find_latents, find_video, save_latents
+from wan.runner.record import completed, describe, find_latents, find_video, in_video, save_latents
 from wan.utils.errors import JobError, WanError, first_line, out_of_memory
-from wan.utils.files import Beside, latents_elsewhere, why_no_file
+from wan.utils.files import Beside, latents_elsewhere
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
 
@@ -100,7 +102,9 @@ def save_video(
             team.barrier()  # the file appears when nobody has failed
             with progress.stage("save"):
                 spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
-                video.finish(completed(record, video, {name: s for name, s in spent.items() if s > 0}))
+                how = pipe.plan.request.record
+                whole = completed(record, video, {name: s for name, s in spent.items() if s > 0})
+                video.finish(whole, partial(in_video, how=how))
         return video.frames
 
     return retry_smaller(progress, FINER, lambda finer: team.all_or_none(lambda: attempt(finer)))
@@ -113,11 +117,9 @@ def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
     """
     try:
         save_file.parent.mkdir(parents=True, exist_ok=True)
-        reason = why_no_file(save_file.parent)
+        tempfile.TemporaryFile(dir=save_file.parent).close()
     except OSError as e:
-        reason = e.strerror
-    if reason:
-        raise JobError(f"{save_file.parent}: no file can be written there ({reason})")
+        raise JobError(f"{save_file.parent}: no file can be written there ({e.strerror})") from e
     locks.enter_context(locked(save_file, progress.say))
 
 
@@ -154,11 +156,12 @@ def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
     """Save the latents beside the video to come, or in the folder for temporary files; None, and a warning, if neither
     takes them."""
-    for path in (Beside.of(save_file).latents, latents_elsewhere(save_file)):
+    for place in (lambda: Beside.of(save_file).latents, lambda: latents_elsewhere(save_file, make=True)):
         try:
+            path = place()
             save_latents(path, latent, record)
         except OSError as e:
-            progress.say(f"warning: the latents cannot be kept as {path} ({e.strerror})")
+            progress.say(f"warning: the latents cannot be kept as {e.filename or path} ({e.strerror})")
         else:
             return path
     return None

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
+PRIVATE = "wan-lightning-"  # begin of the name of a folder for temporary files
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 
 
@@ -37,20 +39,22 @@ class Beside(NamedTuple):
         return cls(video, folder / f"{stem}.json", latents, folder / f"{stem}.png", strip)
 
 
-def latents_elsewhere(video: Path) -> Path:
-    """Where latents are kept if there is no room beside the video: videos of one name in two folders do not meet."""
+def latents_elsewhere(video: Path, *, make: bool = False) -> Path:
+    """The file for latents that the video's folder does not take: in the folder for temporary files, in a folder that
+    only this user can enter, under a name that nobody guesses. OSError.
+
+    make: make such a folder where there is none. Without one the path is that of no file. Videos of one name in two
+    folders have two files.
+    """
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
-    stem = os.fsencode(video.stem)[:100].decode("utf-8", "ignore")
-    return Path(tempfile.gettempdir()) / f"{stem}-{digest}.latents.safetensors"
-
-
-def why_no_file(folder: Path) -> str | None:
-    """The system's reason why no file can be made in `folder`, such as /proc; None if one can."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+    name = f"{os.fsencode(video.stem)[:100].decode('utf-8', 'ignore')}-{digest}.latents.safetensors"
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PRIVATE}*")):
+        with suppress(OSError):
+            state = folder.lstat()
+            private = os.name == "nt" or (state.st_uid == os.geteuid() and not state.st_mode & 0o077)
+            if stat.S_ISDIR(state.st_mode) and private:
+                return folder / name
+    return Path(tempfile.mkdtemp(prefix=PRIVATE)) / name if make else Path(tempfile.gettempdir()) / PRIVATE / name
 
 
 def cache_folder() -> Path:

@@ -111,6 +111,11 @@ class Progress:
         self._terminal = not json and not quiet and clearing(self.stream) != ""
         self._open: list[Stage] = []
         self._began = time.perf_counter()
+        self._start_up = 0.0  # seconds before the work
+
+    def start(self) -> None:
+        """The work begins: the time until now, spent on checks and the plan, counts as start-up."""
+        self._start_up = time.perf_counter() - self._began - sum(self.seconds.values())
 
     @contextmanager
     def stage(self, name: str, total: float | None = None, unit: str = "") -> Iterator[None]:
@@ -189,7 +194,9 @@ class Progress:
     def table(self) -> str:
         """Seconds and share by stage since this object was made, and the peak memory."""
         whole = time.perf_counter() - self._began
-        rows = {**self.seconds, "other": max(0.0, whole - sum(self.seconds.values())), "total": whole}
+        rows = {"start-up": self._start_up} if self._start_up else {}
+        rows |= self.seconds
+        rows |= {"other": max(0.0, whole - sum(rows.values())), "total": whole}
         wide = max(map(len, rows))
         lines = [f"{name:<{wide}}  {seconds:9.2f} s  {seconds / whole:6.1%}" for name, seconds in rows.items()]
         peaks = ", ".join(f"{name} {quantity(count, 'B')}" for name, count in peak_memory().items())
