@@ -348,7 +348,7 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"prompt_file": None, "prompt": "a"}, "--chain lets the rows of a --prompt_file"),
         (
             {"task": "t2v-A14B", "image": None},
-            "t2v-A14B takes no image to continue from; i2v-A14B and ti2v-5B take one",
+            "--chain: t2v-A14B takes no image to continue from",
         ),
         ({"image": None, "image_path_file": "p.txt"}, "--chain and --image_path_file exclude each other"),
         ({"use_prompt_extend": True}, "--extend_only FILE.txt and without --chain"),

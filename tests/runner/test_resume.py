@@ -206,6 +206,8 @@ def test_the_newest_drawn_seed_counts(tmp_path: Path) -> None:
         assert Outcome(row_plan(tmp_path, ["a"], base_seed=seed, save_dir=str(tmp_path / "out"))).failed == 0
         for file in (tmp_path / "out").glob(f"*seed{seed}*"):
             os.utime(file, (1e9 + (number == 1), 1e9 + (number == 1)))
+    for name in ("x.json", "x.latents.safetensors"):  # as if it had vanished since the folder was listed
+        (tmp_path / "out" / name).symlink_to("nowhere")
     plan = row_plan(tmp_path, ["a"], base_seed=-1, resume=True)
     assert plan.jobs[0].seed == 12
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,11 @@ def earlier_seed(request: Request) -> int | None:
     Until its first video is whole, a run's only record is the one in the latents that it kept.
     """
     folder = expanded(request.save_dir)
-    files = [*folder.glob("*.json"), *folder.glob("*.latents.safetensors")]
-    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+    written: dict[Path, float] = {}
+    for file in (*folder.glob("*.json"), *folder.glob("*.latents.safetensors")):
+        with suppress(OSError):  # another process has just removed it, or a link that leads nowhere
+            written[file] = file.stat().st_mtime
+    for file in sorted(written, key=lambda file: written[file], reverse=True):
         try:
             kept = file.suffix == ".safetensors"
             record = json.loads(read_header(file)[1]["record"]) if kept else read_record(file)
