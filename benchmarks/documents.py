@@ -91,7 +91,8 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "flags": flags, "presets": presets, "refused": refused, "quantised": quantised, "events": events, "plan": plan_fields,
+    "flags": flags, "presets": presets, "refused": refused, "quantised": quantised, "events": events,
+    "plan": plan_fields,
 }  # fmt: skip
 
 

@@ -48,8 +48,9 @@ def test_a_picture_a_step_and_the_same_video(task: str, tmp_path: Path) -> None:
     assert len(shown) == 3
     assert not np.array_equal(shown[0], shown[-1])
 
-    outcome = resolve({"task": task, "ckpt_dir": str(checkpoint(task)), "prompt": "a",
-                       "image": None if task == "t2v-A14B" else str(TINY / "input.png"), "size": "64*64", "frame_num": 9, "device": "cpu", "save_dir": str(tmp_path)})  # fmt: skip
+    image = None if task == "t2v-A14B" else str(TINY / "input.png")
+    outcome = resolve({"task": task, "ckpt_dir": str(checkpoint(task)), "prompt": "a", "image": image,
+                       "size": "64*64", "frame_num": 9, "device": "cpu", "save_dir": str(tmp_path)})  # fmt: skip
     pipe = open_pipeline(make_plan(outcome, Runtime()), Progress(quiet=True), Runtime())
     # Euler's last step goes down to sigma 0: what it predicts is the final latent itself
     wanted = Strip(tmp_path / "final.png")

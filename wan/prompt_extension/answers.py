@@ -24,11 +24,14 @@ REASONING_CLOSES = re.compile(
     rf"</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
     re.IGNORECASE,
 )
-_WRAPPER_TAGS = re.compile(r"</?(?:answer|output|prompt)>|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>", re.IGNORECASE)
+_WRAPPER_TAGS = re.compile(
+    r"</?(?:answer|output|prompt|start_of_turn|end_of_turn|s)>|\[/?INST\]|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>",
+    re.IGNORECASE,
+)
 _REFUSAL = re.compile(
     r"""(?:unfortunately,\s+|i\s+apologi[sz]e\b[^.\n]{0,60}\bi\s)?
     (?: i['’]?m\s+(?:really\s+|very\s+|so\s+)?sorry\b | i\s+am\s+(?:really\s+|very\s+|so\s+)?sorry\b | sorry,
-      | (?:i\s+)?(?:can['’]?t|cannot|can\snot|won['’]?t)\s+(?:assist|help|create|write|provide|fulfil|comply|do\s)
+      | (?:i\s+)?(?:can['’]?t|cannot|can\snot|won['’]?t)\s+(?:assist|help|create|write|provide|fulfil|comply|be\s|do\s)
       | i['’]?(?:\s+a)?m\s+(?:unable|not\s+able)\s+to | as\s+an\s+ai\b
       | (?:很|非常)?(?:抱歉|对不起) | 我(?:无法|不能|没有办法) | 作为(?:一个|一名)?(?:AI|人工智能)
     )""",
@@ -38,7 +41,7 @@ _NAMED = r"(?:prompt|description|version|caption|rewrite)"
 _LEAD_IN = re.compile(
     rf"""(?:\#+\s*|\*+\s*)?
     (?: (?:(?:sure|certainly|of\s+course|okay|ok)\b[^:\n]{{0,40}}?[,.!]\s*)?
-        here(?:'s|’s|\s+is|\s+are)\b[^:\n]{{0,80}}?\b{_NAMED}\b[^:\n]{{0,40}}:
+        (?:here(?:'s|’s|\s+is|\s+are)|below\s+is)\b[^:\n]{{0,80}}?\b{_NAMED}\b[^:\n]{{0,40}}:
       | (?:sure|certainly|of\s+course|okay)\s*[!:.]
       | (?:the\s+)?(?:(?:rewritten|extended|expanded|enhanced|improved|revised|final|video)\s+){{0,2}}
         (?:{_NAMED}|output|answer)\s*\**\s*:
@@ -57,7 +60,7 @@ _CUTS = tuple(
         rf"\A{_OPTION}(?:1|one|a|一)\b ?(?:\([^)\n]{{0,40}}\))?[ *]{{0,4}}[:：.–-][\s*]{{0,4}}",
         r"\A(?:#{1,6} [^\n]{1,100}|\*\*[^*\n]{1,80}\*\*)\n",  # a heading above the prompt
         # notes below it
-        r"\n[*_(（\[]{0,3}(?:note ?[:：]|word count|let me know|feel free|i hope|would you like|"
+        r"\n[*_(（\[]{0,3}(?:notes? ?[*_]{0,2}[:：]|word count|let me know|feel free|i hope|would you like|"
         r"key (?:changes|elements)|this (?:prompt|version|rewrite)|explanation|[注说]明?[:：]|字数|如需)[\s\S]*",
         r"^(?:-{3,}|\*{3,}|_{3,}|={3,})$",  # rules
         r"^(?:\d{1,2}[.)]|[-*•]|#{1,6})\s+",  # numbers, bullets and signs of headings
@@ -173,12 +176,13 @@ def _from_json(text: str) -> str:
         if re.match(r'[{\[]\s*["{\[]', text):
             raise AnswerError("the answer is damaged JSON") from None
         return text
-    while isinstance(values, list) and values:
-        values = values[0]
-    if isinstance(values, dict):
-        texts = {str(key).lower(): value for key, value in values.items() if isinstance(value, str)}
-        named = [value for key, value in texts.items() if any(name in key for name in _JSON_NAMES)]
-        values = next(iter([*named, *texts.values()]), None)
+    while isinstance(values, (dict, list)):
+        items = values if isinstance(values, list) else list(values.values())
+        texts = [value for value in items if isinstance(value, str)]
+        if isinstance(values, dict):  # a text with a fitting name before others, texts before what holds some
+            named = [key for key in values if any(name in key.lower() for name in _JSON_NAMES)]
+            texts = [values[key] for key in named if isinstance(values[key], str)] or texts
+        values = next(iter([*texts, *(item for item in items if isinstance(item, (dict, list)))]), None)
     if not isinstance(values, str):
         raise AnswerError("the answer is JSON without a prompt")
     return values
