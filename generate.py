@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_process()
     try:
         values, problems = parse(words)
-        return launch(lambda runtime: _run(values, problems, words, runtime))
+        return launch(lambda runtime: _run_request(values, problems, words, runtime))
     except InputError as e:  # found before the processes are connected
         return _report(e, BAD_INPUT, words, shown=speaks_alone())
     except WanError as e:
@@ -59,7 +59,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _run(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
+def _run_request(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
     """Run one process's part. All processes find the same input bad; rank 0 alone reports it."""
     from wan.jobs.job import Decode, Extend
     from wan.jobs.resolve import resolve
@@ -71,20 +71,20 @@ def _run(values: dict[str, Any], problems: list[str], words: Sequence[str], runt
         if isinstance(outcome, Extend):
             return team.broadcast(lambda: _extend(outcome, progress))
         if isinstance(outcome, Decode):
-            return _decode(outcome, progress, runtime)
-        return _generate(outcome, progress, runtime)
+            return _run_decode(outcome, progress, runtime)
+        return _run_generate(outcome, progress, runtime)
     except InputError as e:
         return _report(e, BAD_INPUT, words, shown=team.is_rank0)
 
 
 def _extend(outcome: Extend, progress: Progress) -> int:
     from wan.jobs.prompt_files import write_rows
-    from wan.prompt_extension.extend import check
+    from wan.prompt_extension.extend import check_extension
 
-    check(outcome.extend, _questions(outcome.rows))
+    check_extension(outcome.extend, _questions(outcome.rows))
     _warn(outcome, progress)
     if outcome.request.dry_run:
-        return _checked(progress)
+        return _end_dry_run(progress)
     answers = _answers(outcome.extend, outcome.rows, progress)
     if all(answer.error for answer in answers.values()):
         raise JobError(f"--extend_only {outcome.file}: not written, no prompt could be extended")
@@ -100,7 +100,7 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     return 0
 
 
-def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
+def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     from wan.distributed.launch import interrupts_held
 
     with interrupts_held():
@@ -112,15 +112,15 @@ def _decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     runtime.team.all_or_none(lambda: read_latents(outcome.latents, outcome.config))
     _warn(plan, progress)
     if outcome.request.dry_run:
-        return _checked(progress)
+        return _end_dry_run(progress)
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
     return 0
 
 
-def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
+def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.distributed.launch import interrupts_held
     from wan.gallery import check_page, page_folder, write_page
-    from wan.prompt_extension.extend import check
+    from wan.prompt_extension.extend import check_extension
 
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
@@ -130,7 +130,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
 
     team, extend = runtime.team, outcome.extend
     if extend:
-        team.broadcast(lambda: check(extend, _questions(outcome.rows)))
+        team.broadcast(lambda: check_extension(extend, _questions(outcome.rows)))
     plan = team.all_or_none(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
@@ -144,7 +144,7 @@ def _generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     if page:
         team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
-        return _checked(progress)
+        return _end_dry_run(progress)
 
     with interrupts_held():
         from wan.runner.batch import run_jobs
@@ -182,7 +182,7 @@ def _warn(outcome: Extend | Plan, progress: Progress) -> None:
         progress.say(f"warning: {warning}")
 
 
-def _checked(progress: Progress) -> int:
+def _end_dry_run(progress: Progress) -> int:
     _show(progress, "checked", {}, "dry run: nothing was made")
     return 0
 

@@ -30,7 +30,7 @@ from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.modules.context import Prompt
 from wan.modules.model import WanModel
-from wan.planning.communication import Network, sent_bytes
+from wan.planning.communication import NetworkSizes, sent_bytes
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]
 LIMIT = timedelta(minutes=5)
@@ -58,7 +58,7 @@ class SentBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(layout: Layout, rank: int, network: Network, tokens: int, file: Path | None) -> Counter[str]:
+def count(layout: Layout, rank: int, network: NetworkSizes, tokens: int, file: Path | None) -> Counter[str]:
     """What `rank` sends in one forward of a network of zeros; sharded if its weights are in a `file`."""
     device = torch.device("cpu")
     mesh = make_mesh(layout, "cpu", rank)
@@ -75,19 +75,21 @@ def count(layout: Layout, rank: int, network: Network, tokens: int, file: Path |
     return sent.counts
 
 
-def model_of(network: Network) -> WanModel:
+def model_of(network: NetworkSizes) -> WanModel:
     sizes = {name: getattr(network, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
     return WanModel(**sizes, in_dim=16, out_dim=16, text_dim=32, text_len=32)
 
 
-def count_everywhere(layout: Layout, network: Network, tokens: int, file: Path | None = None) -> list[Counter[str]]:
+def count_everywhere(
+    layout: Layout, network: NetworkSizes, tokens: int, file: Path | None = None
+) -> list[Counter[str]]:
     """`count` of every rank, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (Path(folder), layout, network, tokens, file), nprocs=layout.world)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(layout.world)]
 
 
-def _rank(rank: int, folder: Path, layout: Layout, network: Network, tokens: int, file: Path | None) -> None:
+def _rank(rank: int, folder: Path, layout: Layout, network: NetworkSizes, tokens: int, file: Path | None) -> None:
     torch.set_num_threads(1)
     meet = (folder / "store").as_uri()
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=layout.world, timeout=LIMIT)
@@ -105,7 +107,7 @@ def main() -> None:
 
 
 def rows(tokens: int = 512, dim: int = 1024, layers: int = 2) -> list[Row]:
-    network = Network(dim, 2 * dim, 8, layers)
+    network = NetworkSizes(dim, 2 * dim, 8, layers)
     where = f"MB a rank sends in a forward of {tokens} tokens, width {dim}, {layers} blocks, bf16: "
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from lightning.releases import RELEASES, Release
 from wan.checkpoints.quantised_formats import TABLE
 from wan.cli.options import OPTIONS
 from wan.cli.values import paths
-from wan.utils.events import EVENTS, PARTS
+from wan.utils.events import EVENT_PARTS, EVENTS
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -76,7 +76,7 @@ def events() -> str:
 
 
 def plan_fields() -> str:
-    rows = [(f"`{name}`", what, fields(types)) for name, (what, types) in PARTS.items()]
+    rows = [(f"`{name}`", what, fields(types)) for name, (what, types) in EVENT_PARTS.items()]
     return table(("field", "what", "of each"), rows)
 
 

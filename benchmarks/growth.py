@@ -23,12 +23,12 @@ from benchmarks.transformer import copy_rate, matmul_rate, static_block
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
 from wan.modules.released import released_text_encoder, released_vae
-from wan.planning.communication import Network, sent_bytes
+from wan.planning.communication import NetworkSizes, sent_bytes
 from wan.planning.flops import decode_operations, text_operations
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100
 CONFIG = TASKS[TASK]
-NETWORK = Network(CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, CONFIG.num_layers)
+NETWORK = NetworkSizes(CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, CONFIG.num_layers)
 VAE, ENCODER = released_vae(TASK), released_text_encoder()
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import examine, models_to_judge_by, settings_line
+from lightning.inspect_weights import inspect_path, models_to_judge_by, settings_line
 from lightning.lora import Lora
 from lightning.lora_args import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
@@ -20,13 +20,13 @@ from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
+BAKED_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted. Errors are one line on stderr."""
     try:
-        args = _parser().read(sys.argv[1:] if arguments is None else arguments)
+        args = _build_parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
     except InputError as e:
         return print_errors(e.problems)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> Parser:
+def _build_parser() -> Parser:
     description = "LoRAs and distilled weights for Wan2.2."
     parser = Parser(prog="python -m lightning", description=description, elsewhere=ELSEWHERE)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
@@ -71,7 +71,7 @@ def _parser() -> Parser:
     layouts, help_text = ("released", "diffusers"), "names of the result's files: released (default) or diffusers"
     add("--layout", metavar="LAYOUT", choices=layouts, default="released", help=help_text)
     help_text = "precision of the weights: bf16 (default), fp32 or fp8"
-    add("--dtype", metavar="DTYPE", choices=tuple(DTYPES), default="bf16", help=help_text)
+    add("--dtype", metavar="DTYPE", choices=tuple(BAKED_DTYPES), default="bf16", help=help_text)
     bake.set_defaults(command=_bake)
     return parser
 
@@ -80,7 +80,7 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = examine(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = inspect_path(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
     if args.json:
         print(json.dumps(files, indent=2))
     else:
@@ -138,7 +138,7 @@ def _bake(args: argparse.Namespace) -> int:
         ckpt_dir=args.ckpt_dir,
         loras=loras,
         out=args.out,
-        dtype=getattr(torch, DTYPES[args.dtype]),
+        dtype=getattr(torch, BAKED_DTYPES[args.dtype]),
         allow_partial=args.lora_allow_partial,
         release=release,
         layout=args.layout,

@@ -31,7 +31,7 @@ from wan.checkpoints import layout as layouts
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint, read_header
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
-from wan.checkpoints.writer import Network, plan_shards, sha256, write_index, write_json, write_shard
+from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
@@ -151,7 +151,7 @@ class Bake:
         (file,) = lora.store.files
         return {**coverage.as_dict(), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
-    def _network(self, part: str, store: TensorStore) -> Network:
+    def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
         place = Path((layouts.diffusers if self.to_diffusers else layouts.released)(self.config)[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
@@ -165,9 +165,9 @@ class Bake:
 
         rename = OTHER_NAMES.get(part) or (diffusers_name if self.to_diffusers else str)
         merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing
-        return Network(part, store, place.parent, stored, place.stem, rename, merge)
+        return NetworkToWrite(part, store, place.parent, stored, place.stem, rename, merge)
 
-    def _write_weights(self, networks: Sequence[Network], partial: Path) -> dict[str, str]:
+    def _write_weights(self, networks: Sequence[NetworkToWrite], partial: Path) -> dict[str, str]:
         """Write all weights into `partial`; the sha256 by place. LoraError if the disk is too full."""
         plans = [(network, plan_shards(network, self.shard_bytes)) for network in networks]
         needed = sum(shard.bytes for _, plan in plans for shard in plan if not (partial / shard.file).exists())

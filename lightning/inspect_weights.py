@@ -34,7 +34,7 @@ from wan.utils.errors import InputError, LoraError
 
 Shapes = dict[str, tuple[int, ...]]
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
-SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
+SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return next(whole, None) or max((experts for _, experts in found), key=len)
 
 
-def examine(path: Path, models: list[Model], alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def inspect_path(path: Path, models: list[Model], alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
     path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
@@ -103,7 +103,7 @@ def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, 
         "kind": "LoRA",
         "release": release.name if release else None,
         "source": release.source if release else None,
-        "settings": settings_of(release) if release else None,
+        "settings": release_settings(release) if release else None,
         "note": (release.note if release else "") or caution(file) or "",
         "licence": release.licence if release else "",
         "use": None,
@@ -205,7 +205,7 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
             merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
             uses.append(f"merged into it: {', '.join(merged)}")
         if release := release_in(path):
-            uses.append(f"it is sampled as {release.name}: {settings_line(settings_of(release))}")
+            uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
         return uses
     if "LoRA" not in kinds:
         return _as_files(path, tasks, reports)
@@ -239,9 +239,9 @@ def _storage(store: TensorStore) -> dict[str, Any]:
     return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
 
 
-def settings_of(release: Release) -> dict[str, Any]:
+def release_settings(release: Release) -> dict[str, Any]:
     """The settings that a release is sampled with, by name."""
-    return {name: value for name, value in asdict(release).items() if name in SETTINGS and value is not None}
+    return {name: value for name, value in asdict(release).items() if name in SHOWN_SETTINGS and value is not None}
 
 
 def settings_line(settings: dict[str, Any]) -> str:
@@ -252,4 +252,6 @@ def settings_line(settings: dict[str, Any]) -> str:
             return "/".join(map(text, value))
         return value if isinstance(value, str) else f"{value:g}"
 
-    return ", ".join(f"{name} {text(settings[name])}" for name in SETTINGS if name in settings and name != "sizes")
+    return ", ".join(
+        f"{name} {text(settings[name])}" for name in SHOWN_SETTINGS if name in settings and name != "sizes"
+    )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning import lora_keys
 from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file
 from lightning.lora_kinds import KINDS, PAIR
-from lightning.lora_matching import Delta, Resolved, resolve
+from lightning.lora_matching import Delta, Resolved, resolve_names
 from lightning.peft_settings import METADATA, AdapterSettings, settings_of
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
@@ -62,7 +62,7 @@ class Lora:
             raise LoraError(f"LoRA {file}: no such file")
         try:
             store = open_file(file)
-            keys = {name: key for name in store if (key := lora_keys.parse(name))}
+            keys = {name: key for name in store if (key := lora_keys.parse_key(name))}
             alphas = store.scalars(name for name, key in keys.items() if key.role == "alpha")
         except (TensorFileError, OSError) as e:
             raise LoraError(f"LoRA {e}") from e
@@ -97,7 +97,7 @@ class Lora:
 
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
         """The place of every tensor in a model with these parameters."""
-        return resolve(self.store, self.keys, self.scale, shapes, self.expert)
+        return resolve_names(self.store, self.keys, self.scale, shapes, self.expert)
 
     def deltas(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
         """The changes of a model with these parameters; LoraError if something in the file does not fit."""

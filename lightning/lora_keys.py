@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning.lora_kinds import SUFFIXES
+from lightning.lora_kinds import TENSOR_SUFFIXES
 from wan.checkpoints.key_mapping import diffusers_name
 
 # Parts of Wan2.1's image branch, which Wan2.2 does not have: original and diffusers names, dotted or flattened.
@@ -22,7 +22,7 @@ _PREFIX = re.compile(
 )
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FLAT = re.compile(r"(?:lora_unet_{1,2}|lycoris_)")
-_KEY = re.compile("(?P<stem>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in SUFFIXES.items()) + ")")
+_KEY = re.compile("(?P<stem>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in TENSOR_SUFFIXES.items()) + ")")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Key:
     expert: str | None
 
 
-def parse(raw: str) -> Key | None:
+def parse_key(raw: str) -> Key | None:
     """The parts of a LoRA tensor's name; None for a name that no LoRA family uses."""
     name = _WRAPPERS.sub("", raw)
     prefix = _PREFIX.match(name)

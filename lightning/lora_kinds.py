@@ -132,7 +132,7 @@ KINDS = (PAIR, LOKR, LOHA)
 MAGNITUDE = "magnitude"  # of DoRA: the norm that each row of the changed weight has in the end
 _ADAPTER = r"(?:\.[^.]+)?"  # PEFT may put the adapter's name here
 # role -> the end of a tensor's name. All other roles are spelled `.role`.
-SUFFIXES = {
+TENSOR_SUFFIXES = {
     "down": rf"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A{_ADAPTER})\.weight|\.lora_A",
     "up": rf"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B{_ADAPTER})\.weight|\.lora_B",
     "up_bias": rf"\.lora_B{_ADAPTER}\.bias",

@@ -10,7 +10,7 @@ from lightning import lora_keys
 from lightning.lora_kinds import KINDS, MAGNITUDE, PAIR, Kind, Shape
 from wan.checkpoints.safetensors_file import Entry
 
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+LORA_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 PATCH_EMBEDDING = "patch_embedding.weight"
 Scale = Callable[[str, str | None, int], float]  # module, alpha tensor, rank -> alpha / rank
 
@@ -50,7 +50,7 @@ class Resolved:
     is_full_weights: bool = False
 
 
-def resolve(
+def resolve_names(
     entries: Mapping[str, Entry],
     keys: Mapping[str, lora_keys.Key],
     scale: Scale,
@@ -152,7 +152,7 @@ class _Module:
     def _add(self, delta: Delta, fits: bool) -> None:
         """Take a delta whose shapes and dtypes fit its parameter; note it as a conflict otherwise."""
         names = [*delta.tensors, *filter(None, [delta.magnitude])]
-        if odd := [name for name in names if self.entries[name].dtype not in FLOATS]:
+        if odd := [name for name in names if self.entries[name].dtype not in LORA_FLOATS]:
             self.out.conflicts[odd[0]] = f"is stored as {self.entries[odd[0]].dtype}, not as floating point"
         elif not fits:
             found = " x ".join(str(list(self.entries[name].shape)) for name in delta.tensors)

@@ -18,7 +18,11 @@ from wan.utils.errors import LoraError
 from wan.utils.strict_json import parse_json
 
 METADATA = "lora_adapter_metadata"
-KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds that are read -> the setting of their alpha
+PEFT_KINDS = {
+    "LORA": "lora_alpha",
+    "LOKR": "alpha",
+    "LOHA": "alpha",
+}  # kinds that are read -> the setting of their alpha
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
 NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
     "use_bdlora": "BD-LoRA",
@@ -100,11 +104,11 @@ def _component(file: Path, content: dict[str, Any], expert: str | None) -> dict[
 def _read(file: Path, settings: Mapping[str, Any]) -> AdapterSettings:
     kind = str(settings.get("peft_type") or "LORA")
     kind = next((kind for name, kind in NOT_PLAIN.items() if settings.get(name)), kind)
-    if kind not in KINDS:
-        raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only {', '.join(KINDS)}")
+    if kind not in PEFT_KINDS:
+        raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
         raise LoraError(f"LoRA {file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
-    name = KINDS[kind]
+    name = PEFT_KINDS[kind]
     try:
         found = [
             {"": float(settings.get(common, 8.0))} | {key: float(n) for key, n in (settings.get(pattern) or {}).items()}

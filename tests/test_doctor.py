@@ -18,7 +18,7 @@ from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Finding, Machine, Outcome, examine, table
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine, table
 from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
@@ -47,7 +47,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
     return list(doctor.findings_of("cpu", ROOT, tmp_path_factory.mktemp("disk"), small=True))
 
 
-def run(checks: list[Check], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def run(checks: list[DoctorCheck], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(doctor, "checks_of", lambda _: checks)
     return doctor.main(["--device", "cpu", "--root", str(ROOT), *words])
 
@@ -116,11 +116,11 @@ def test_attention_in_8_bits_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(_: Machine) -> Outcome:
+    def broken(_: Machine) -> CheckOutcome:
         raise RuntimeError("no kernel image is available")
 
-    fine = Check("another", lambda _: Outcome(GOOD, "is fine"))
-    assert run([Check("a kernel", broken), fine], monkeypatch) == 1
+    fine = DoctorCheck("another", lambda _: CheckOutcome(GOOD, "is fine"))
+    assert run([DoctorCheck("a kernel", broken), fine], monkeypatch) == 1
     said = re.sub(r"\(\d+ ms\)", "(soon)", capsys.readouterr().out)
     assert "WRONG    a kernel (soon): fails with RuntimeError: no kernel image is available; put this report" in said
     assert "good     another (soon): is fine" in said
@@ -191,7 +191,7 @@ def test_processes_exchange() -> None:
 
 
 def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = [Check("x", lambda _: Outcome(WRONG, "is off", "mend it", {"error": 1.0}))]
+    checks = [DoctorCheck("x", lambda _: CheckOutcome(WRONG, "is off", "mend it", {"error": 1.0}))]
     assert run(checks, monkeypatch, "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert report["wrong"] == 1
@@ -247,11 +247,11 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
     advice = "use --vae_tiling, a smaller --size or fewer frames"
     rows = [row, replace(row, mode="one at a time", vram=None), replace(row, fits=False, advice=advice)]
     below = [*table([HEADING, *(each.row() for each in rows)]), *notes(rows)]
-    long = Outcome(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
-    assert run([Check("forecast", lambda _: long)], monkeypatch) == 1
+    long = CheckOutcome(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
+    assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     piped = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert run([Check("forecast", lambda _: long)], monkeypatch) == 1
+    assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     shown = capsys.readouterr().out
     assert max(map(len, piped.splitlines())) > COLUMNS >= max(map(len, shown.splitlines()))
     for text in (piped, shown):

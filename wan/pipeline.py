@@ -26,7 +26,7 @@ from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
 from wan.modules.context import Prompt
-from wan.modules.fused import choose as choose_passes
+from wan.modules.fused import choose_fused as choose_passes
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder

@@ -79,14 +79,14 @@ def test_task_of_reads_the_channels() -> None:
     ],
 )
 def test_parse(raw: str, stem: str, kind: str, expert: str | None) -> None:
-    assert lora_keys.parse(raw) == lora_keys.Key(raw, stem, kind, expert)
+    assert lora_keys.parse_key(raw) == lora_keys.Key(raw, stem, kind, expert)
 
 
 @pytest.mark.parametrize(
     "raw", ["blocks.0.self_attn.q.weight", "alpha", "diffusion_model.blocks.0.q.lora_mid.weight", ""]
 )
 def test_parse_knows_what_is_no_lora_tensor(raw: str) -> None:
-    assert lora_keys.parse(raw) is None
+    assert lora_keys.parse_key(raw) is None
 
 
 def test_parameters_kept_in_float32() -> None:

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def has_the_product() -> bool:
     """PyTorch multiplies fp8 on a CPU too, since some release."""
     try:
-        return product_error(torch.randn(16, 32).bfloat16(), torch.randn(48, 32)) < fp8.RIGHT
+        return product_error(torch.randn(16, 32).bfloat16(), torch.randn(48, 32)) < fp8.RIGHT_PRODUCT
     except (RuntimeError, NotImplementedError):
         return False
 
@@ -109,7 +109,7 @@ def test_what_cuda_does_not_take_is_refused_without_it() -> None:
 def test_an_input_of_several_layers_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same products, to the bit; and for each layer where one of them takes it in bf16."""
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: True)
-    monkeypatch.setattr(fp8, "ROWS", 16)
+    monkeypatch.setattr(fp8, "QUANTISED_ROWS", 16)
     torch.manual_seed(0)
     layers, x = [layer_of(torch.randn(48, 32), torch.bfloat16) for _ in range(3)], torch.randn(40, 32).bfloat16()
     given = shared(x, *layers)
@@ -133,7 +133,7 @@ def test_the_fp8_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same fp8 numbers in float64, in shares of 16 rows; tokens of very different size do not disturb
     each other."""
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: True)
-    monkeypatch.setattr(fp8, "ROWS", 16)
+    monkeypatch.setattr(fp8, "QUANTISED_ROWS", 16)
     torch.manual_seed(0)
     x = (torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]).bfloat16()
     layer = layer_of(torch.randn(48, 64) * torch.logspace(-2, 2, 48)[:, None], torch.bfloat16)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
 from wan.modules.causal_conv import AverageShortcut, ClipState, RepeatShortcut
 from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, Region, Stage, reuse_constant_tail
+from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, CoderStage, Region, reuse_constant_tail
 
 ROUNDING = 1e-6  # of the largest value: the last bit of float32 and a little more
 
@@ -118,7 +118,7 @@ def test_the_grey_tail_is_not_computed(kind: str) -> None:
 def test_constant_tail_is_counted_from_the_layers() -> None:
     frame = 1  # an image, then constant
     for stage, expected in zip(random_vae("2.1").encoder.stages(None), (3, 11, 11, 11, 19), strict=True):
-        assert isinstance(stage, Stage)
+        assert isinstance(stage, CoderStage)
         frame = stage.constant_after(frame)
         assert frame == expected
     chunks = [torch.full((2,), float(i)) for i in range(5)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from wan.prompt_extension.answers import LONGEST_ANSWER, AnswerError, Question, clean, neutralise
 from wan.prompt_extension.cache import cache_key, prompts_folder, read_cached, write_cached
-from wan.prompt_extension.extend import DEFAULT_MODELS, ExtendItem, ExtendSettings, check, extend, model_for
+from wan.prompt_extension.extend import DEFAULT_MODELS, ExtendItem, ExtendSettings, check_extension, extend, model_for
 from wan.utils.errors import InputError
 
 
@@ -34,7 +34,7 @@ def picture(tmp_path):
 def problems(*items: ExtendItem, **settings) -> list[str]:
     settings = {"task": "t2v-A14B", "method": "local_qwen"} | settings
     with pytest.raises(InputError) as refusal:
-        check(ExtendSettings(**settings), items or [ExtendItem("a cat")])
+        check_extension(ExtendSettings(**settings), items or [ExtendItem("a cat")])
     return refusal.value.problems
 
 
@@ -44,7 +44,7 @@ def test_good_settings_pass(method, picture, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     for task in ("t2v-A14B", "i2v-A14B", "ti2v-5B"):
         items = [ExtendItem("a cat", picture), *([] if task == "t2v-A14B" else [ExtendItem("", picture)])]
-        assert check(ExtendSettings(task, method, "some-model"), items) is None
+        assert check_extension(ExtendSettings(task, method, "some-model"), items) is None
 
 
 @pytest.mark.parametrize(

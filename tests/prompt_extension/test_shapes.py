@@ -14,7 +14,7 @@ from tests.prompt_extension.fake_services import FakeService
 from tests.prompt_extension.shapes import BAD_BODIES, BAD_TEXTS, GOOD, GOOD_TEXTS, REASONING, STATUSES, choice
 from wan.prompt_extension import services
 from wan.prompt_extension.answers import AnswerError, clean
-from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings, check, extend
+from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings, check_extension, extend
 from wan.prompt_extension.services import Patience
 from wan.utils.errors import InputError
 
@@ -191,7 +191,7 @@ def test_both_names_of_dashscopes_key(service, monkeypatch):
     monkeypatch.setenv("DASH_API_URL", service.url)
     settings = ExtendSettings("t2v-A14B", "dashscope", language="en", use_cache=False)
     with pytest.raises(InputError, match="DASH_API_KEY or DASHSCOPE_API_KEY"):
-        check(settings, [ExtendItem("a cat")])
+        check_extension(settings, [ExtendItem("a cat")])
     monkeypatch.setenv("DASHSCOPE_API_KEY", KEY)
     assert extend(settings, [ExtendItem("a cat")], print)[0].error is None
     assert service.requests[0].headers["authorization"] == f"Bearer {KEY}"
@@ -215,7 +215,7 @@ def test_options_name_another_answer_in_the_cache(service):
 @pytest.mark.parametrize(("method", "options"), [("openai", {"model": "x"}), ("local_qwen", {"seed": 1})])
 def test_options_that_cannot_be(method, options):
     with pytest.raises(InputError, match="--prompt_extend_options"):
-        check(ExtendSettings("t2v-A14B", method, "m", options=options), [ExtendItem("a cat")])
+        check_extension(ExtendSettings("t2v-A14B", method, "m", options=options), [ExtendItem("a cat")])
 
 
 def test_user_and_password_of_an_address_are_never_shown(service, monkeypatch):

@@ -12,7 +12,7 @@ import generate
 from tests.prompt_extension.fake_services import FakeService
 from tests.support import checkpoint, lora_dir
 from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates
-from wan.utils.events import EVENTS, PARTS
+from wan.utils.events import EVENT_PARTS, EVENTS
 
 T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
        "--frame_num", "5", "--device", "cpu", "--json"]  # fmt: skip
@@ -28,11 +28,11 @@ def described(lines: Iterable[str]) -> list[dict[str, Any]]:
         assert event.keys() - {"event", "index"} == fields.keys() - {"index"}, kind
         assert "index" in event or "index" not in fields, kind
         typed(event, {"event": "text", "index": "number", **fields}, kind)
-        for name in PARTS.keys() & event.keys() if kind == "plan" else ():
+        for name in EVENT_PARTS.keys() & event.keys() if kind == "plan" else ():
             entries = event[name] if isinstance(event[name], list) else [event[name]]
             for entry in filter(None, entries):
-                assert entry.keys() == PARTS[name][1].keys(), name
-                typed(entry, PARTS[name][1], name)
+                assert entry.keys() == EVENT_PARTS[name][1].keys(), name
+                typed(entry, EVENT_PARTS[name][1], name)
     return events
 
 

@@ -20,11 +20,11 @@ from wan.modules.quantize import FP8, quantise, scale_name
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 
-NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
+STORED_NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkToWrite:
     """One network to write.
 
     folder: relative to the checkpoint. stored: dtype by our name; fp8 adds a tensor with a scale for each row.
@@ -64,7 +64,11 @@ class Shard:
     def header(self) -> bytes:
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
         table: dict[str, Any] = {
-            tensor.name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(offsets)}
+            tensor.name: {
+                "dtype": STORED_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": list(offsets),
+            }
             for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True)
         }
         return header_bytes({"__metadata__": {"format": "pt"}, **table})
@@ -74,7 +78,7 @@ class Shard:
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
+def plan_shards(network: NetworkToWrite, shard_bytes: int) -> list[Shard]:
     """Split a network's tensors into files, in the order of the base's; the widest dtype first within a file."""
     groups: list[list[Target]] = [[]]
     left = shard_bytes
@@ -98,7 +102,7 @@ def plan_shards(network: Network, shard_bytes: int) -> list[Shard]:
     ]
 
 
-def write_shard(path: Path, shard: Shard, network: Network) -> str:
+def write_shard(path: Path, shard: Shard, network: NetworkToWrite) -> str:
     """Write one file, or keep it if an earlier run wrote it whole; its sha256."""
     header = shard.header()
     if path.is_file() and path.stat().st_size == len(header) + shard.bytes:
@@ -116,7 +120,7 @@ def write_shard(path: Path, shard: Shard, network: Network) -> str:
     return digest.hexdigest()
 
 
-def write_index(root: Path, network: Network, shards: Sequence[Shard]) -> None:
+def write_index(root: Path, network: NetworkToWrite, shards: Sequence[Shard]) -> None:
     """Write which file holds which tensor."""
     index = {
         "metadata": {"total_size": sum(shard.bytes for shard in shards)},
@@ -136,7 +140,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _converted(target: Target, network: Network) -> Tensor:
+def _converted(target: Target, network: NetworkToWrite) -> Tensor:
     """The tensor as it is written. An fp8 weight and its scales are apart in the file, so both are computed twice."""
     tensor = _changed(target.source, network)
     if target.dtype != FP8 and not target.scales:
@@ -146,7 +150,7 @@ def _converted(target: Target, network: Network) -> Tensor:
     return scale if target.scales else q
 
 
-def _changed(name: str, network: Network) -> Tensor:
+def _changed(name: str, network: NetworkToWrite) -> Tensor:
     """The source's tensor after the network's change. TensorFileError if it holds NaN or Inf."""
     tensor = network.store.read(name)
     if not tensor.isfinite().all():

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wan.distributed.process_group import PATIENCE, Broken, Team, origin_of, patience
+from wan.distributed.process_group import PATIENCE_VARIABLE, Broken, Team, origin_of, patience
 from wan.utils.errors import InputError, WanError, first_line
 from wan.utils.progress import tell
 
@@ -278,7 +278,7 @@ def _how_lost(error: BaseException) -> str:
     reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file and the advice
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         minutes = patience().total_seconds() / 60
-        return f"waited {minutes:g} minutes for another process, which hangs ({reason}; {PATIENCE} sets the minutes)"
+        return f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
     return f"lost another process, which was killed or crashed ({reason})"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
-PATIENCE = "WAN_PATIENCE"
+PATIENCE_VARIABLE = "WAN_PATIENCE"
 PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
 ORIGIN = "origin"  # attribute of an exception that came from another process
 
@@ -38,13 +38,13 @@ class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may ca
 
 def patience() -> timedelta:
     """How long a process waits for another one before it counts as lost: WAN_PATIENCE, in minutes. InputError."""
-    text = os.environ.get(PATIENCE, str(PATIENCE_MINUTES))
+    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_MINUTES))
     try:
         limit = timedelta(minutes=float(text))
     except (ValueError, OverflowError):
         limit = timedelta()
     if not timedelta() < limit < timedelta(days=20):  # gloo counts milliseconds in 32 bits
-        raise InputError(f"{PATIENCE}={text}: must be minutes, above 0 and below 28800 (20 days)")
+        raise InputError(f"{PATIENCE_VARIABLE}={text}: must be minutes, above 0 and below 28800 (20 days)")
     return limit
 
 

@@ -24,9 +24,9 @@ if __name__ == "__main__":
 
 import torch
 
-from wan.doctor.findings import WRONG, Check, Finding, Machine, Outcome, examine
+from wan.doctor.findings import WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine
 from wan.doctor.forecast import forecast
-from wan.doctor.machine import choose_device, exchange, packages, versions, video_encoder
+from wan.doctor.machine import choose_device, exchange, packages, versions_check, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
 from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
@@ -84,28 +84,32 @@ def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Ite
     """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
 
-    def devices(machine: Machine) -> Outcome:
+    def devices(machine: Machine) -> CheckOutcome:
         machine.device, outcome = choose_device(device)
         return outcome
 
-    first = [Check("versions", versions), Check("packages", packages), Check("ffmpeg", video_encoder)]
-    for check in [*first, Check("devices", devices)]:
+    first = [
+        DoctorCheck("versions", versions_check),
+        DoctorCheck("packages", packages),
+        DoctorCheck("ffmpeg", video_encoder),
+    ]
+    for check in [*first, DoctorCheck("devices", devices)]:
         yield examine(check, machine)
     for check in checks_of(machine):
         yield examine(check, machine)
 
 
-def checks_of(machine: Machine) -> list[Check]:
+def checks_of(machine: Machine) -> list[DoctorCheck]:
     """The checks of a known device; the forecast needs the rates before it."""
     return [
         *attention_checks(machine),
-        Check("LoRA merge", lora_merge),
-        Check("weights in fp8", fp8_layer),
-        Check("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
+        DoctorCheck("LoRA merge", lora_merge),
+        DoctorCheck("weights in fp8", fp8_layer),
+        DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
-        Check("exchange between GPUs", exchange),
+        DoctorCheck("exchange between GPUs", exchange),
         *rate_checks(),
-        Check("forecast", forecast),
+        DoctorCheck("forecast", forecast),
     ]
 
 

@@ -17,7 +17,7 @@ GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`."""
 
     verdict: str
@@ -46,11 +46,11 @@ class Machine:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
 
-class Check(NamedTuple):
+class DoctorCheck(NamedTuple):
     """advice: what to do if `run` raises."""
 
     name: str
-    run: Callable[[Machine], Outcome]
+    run: Callable[[Machine], CheckOutcome]
     advice: str = "put this report into a bug report"
 
 
@@ -70,23 +70,25 @@ class Finding:
         return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {sentence}{advice}{newline}{below}"
 
 
-def examine(check: Check, machine: Machine) -> Finding:
+def examine(check: DoctorCheck, machine: Machine) -> Finding:
     """Run the check; whatever it raises is a finding."""
     began = time.perf_counter()
     try:
         outcome = check.run(machine)
     except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
-        outcome = Outcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
+        outcome = CheckOutcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
     spent = time.perf_counter() - began
     return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
 
 
-def within(name: str, error: float, limit: float, advice: str, least: float = 0.0) -> Outcome:
+def within(name: str, error: float, limit: float, advice: str, least: float = 0.0) -> CheckOutcome:
     """The verdict on an error that must be between `least` and `limit`; NaN is wrong."""
     good = least <= error <= limit
     allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
     values = {"error": error, "least": least, "limit": limit}
-    return Outcome(GOOD if good else WRONG, f"{name} {error:.1e}, allowed {allowed}", "" if good else advice, values)
+    return CheckOutcome(
+        GOOD if good else WRONG, f"{name} {error:.1e}, allowed {allowed}", "" if good else advice, values
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

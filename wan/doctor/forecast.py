@@ -21,13 +21,13 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome, short, table
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short, table
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
 from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
-from wan.planning.time_estimate import NEEDED, keep_rates, seconds
+from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds
 from wan.sampling import make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
@@ -72,11 +72,11 @@ class Estimate:
         return [self.task, f"{self.size}x{self.frames}", str(self.steps), *times]
 
 
-def forecast(machine: Machine) -> Outcome:
+def forecast(machine: Machine) -> CheckOutcome:
     """The table, as lines under its sentence."""
-    missing = [name for name in NEEDED if name not in machine.rates]
+    missing = [name for name in NEEDED_RATES if name not in machine.rates]
     if missing:
-        return Outcome(SKIPPED, f"not measured: {', '.join(missing)}")
+        return CheckOutcome(SKIPPED, f"not measured: {', '.join(missing)}")
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
@@ -100,7 +100,7 @@ def forecast(machine: Machine) -> Outcome:
     lines = [sentence, *table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
     advice = "" if fits else "free memory of the device"
-    return Outcome(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
+    return CheckOutcome(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
 
 
 def notes(estimates: Sequence[Estimate]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import wan
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Machine, Outcome
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, Machine
 from wan.doctor.measure import interleaved
 from wan.media.ffmpeg import check_encoder, ffmpeg_command
 from wan.planning.device import compute_device
@@ -29,7 +29,7 @@ DISTRIBUTION = "wan-lightning"
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)")
 
 
-def versions(machine: Machine) -> Outcome:
+def versions_check(machine: Machine) -> CheckOutcome:
     """The versions that a bug report needs; none is wrong by itself."""
     driver = next((match[0] for line in _lines("/proc/driver/nvidia/version")
                    if (match := re.search(r"\d{3,}\.\d[\d.]*", line))), "none")  # fmt: skip
@@ -44,10 +44,10 @@ def versions(machine: Machine) -> Outcome:
         "torch": torch.__version__, "cuda": torch.version.cuda or "none", "driver": driver,
         "cudnn": str(torch.backends.cudnn.version() or "none"), "system": platform.platform(),
     }  # fmt: skip
-    return Outcome(GOOD, ", ".join(f"{name} {value}" for name, value in found.items()), values=found)
+    return CheckOutcome(GOOD, ", ".join(f"{name} {value}" for name, value in found.items()), values=found)
 
 
-def packages(machine: Machine) -> Outcome:
+def packages(machine: Machine) -> CheckOutcome:
     """Each package that the program declares, against the lowest version that it declares."""
     project = machine.root / "pyproject.toml"
     try:
@@ -57,7 +57,7 @@ def packages(machine: Machine) -> Outcome:
             else [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
         )
     except (PackageNotFoundError, KeyError):
-        return Outcome(SKIPPED, f"neither pyproject.toml nor an installed {DISTRIBUTION} declares any")
+        return CheckOutcome(SKIPPED, f"neither pyproject.toml nor an installed {DISTRIBUTION} declares any")
     found, wrong, needed = dict[str, str](), list[str](), list[str]()
     for name, least in (match.groups() for line in declared if (match := REQUIREMENT.match(line))):
         try:
@@ -70,32 +70,32 @@ def packages(machine: Machine) -> Outcome:
             wrong.append(f"{name} is {found[name]}, at least {least} is needed")
         needed.append(f"'{name}>={least}'")
     if wrong:
-        return Outcome(WRONG, "; ".join(wrong), f"pip install {' '.join(needed)}", values=found)
-    return Outcome(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
+        return CheckOutcome(WRONG, "; ".join(wrong), f"pip install {' '.join(needed)}", values=found)
+    return CheckOutcome(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
-def video_encoder(_: Machine) -> Outcome:
+def video_encoder(_: Machine) -> CheckOutcome:
     """Encode a frame with the ffmpeg that writes the videos."""
     try:
         check_encoder()
     except InputError as e:
         problem, advice = str(e).rsplit("; ", 1)
-        return Outcome(WRONG, problem, advice)
+        return CheckOutcome(WRONG, problem, advice)
     ffmpeg = ffmpeg_command()[0]
     words = subprocess.run([ffmpeg, "-version"], capture_output=True, text=True, timeout=30).stdout.split()
-    return Outcome(GOOD, f"ffmpeg {' '.join(words[2:3])} encodes H.264", values={"ffmpeg": ffmpeg})
+    return CheckOutcome(GOOD, f"ffmpeg {' '.join(words[2:3])} encodes H.264", values={"ffmpeg": ffmpeg})
 
 
-def choose_device(name: str) -> tuple[torch.device, Outcome]:
+def choose_device(name: str) -> tuple[torch.device, CheckOutcome]:
     """The device to examine (the CPU if `name` cannot be used), and a list of the machine's devices."""
     try:
         device = compute_device(name)
     except InputError as e:
-        return torch.device("cpu"), Outcome(WRONG, str(e), "the checks below examine the CPU")
+        return torch.device("cpu"), CheckOutcome(WRONG, str(e), "the checks below examine the CPU")
     memory = host_bytes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -107,24 +107,24 @@ def choose_device(name: str) -> tuple[torch.device, Outcome]:
         compute = f" (compute {capability[0]}.{capability[1]})" if capability else ""
         parts.append(f"{gpu.device} {gpu.name}{compute}, {free / 1e9:.1f} of {whole / 1e9:.1f} GB free")
         values[str(gpu.device)] = {"free": free, "total": whole, "capability": capability}
-    return device, Outcome(GOOD, "; ".join(parts), values=values)
+    return device, CheckOutcome(GOOD, "; ".join(parts), values=values)
 
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def exchange(machine: Machine) -> Outcome:
+def exchange(machine: Machine) -> CheckOutcome:
     """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
     count = len(gpus()) if Accelerator(machine.device).has_memory else 0
     if count < 2:
-        return Outcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
+        return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
     outcome = exchange_between(count, machine.device.type)
     machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
     return outcome
 
 
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Outcome:
+def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome:
     """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
     from torch.multiprocessing.spawn import spawn
 
@@ -137,16 +137,16 @@ def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Outcome:
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
                     advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
-                    return Outcome(WRONG, f"{count} processes by {backend} hang", advice)
+                    return CheckOutcome(WRONG, f"{count} processes by {backend} hang", advice)
         except Exception as e:  # noqa: BLE001 - a process's own words
             last = str(e).strip().splitlines()[-1]
-            return Outcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
+            return CheckOutcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
         finally:
             for process in context.processes:
                 process.kill()
         rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
     sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
-    return Outcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
+    return CheckOutcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
 
 
 def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:

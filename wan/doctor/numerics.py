@@ -23,7 +23,7 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, Check, Machine, Outcome, short, within
+from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short, within
 from wan.doctor.measure import relative_error, rms_error
 from wan.doctor.rates import VAE_ROOM, random_vae
 from wan.jobs.job import Sampling
@@ -38,7 +38,7 @@ from wan.sampling import Video
 from wan.utils.accelerator import Accelerator, peak_gpu_bytes
 from wan.utils.progress import quantity
 
-DTYPES = torch.float32, torch.bfloat16
+DTYPE_NAMES = torch.float32, torch.bfloat16
 REPORT = "do not trust videos made here; put this report into a bug report"
 LEFT_OUT = "runs leave this back end out; reinstall its package for this PyTorch, or remove it"
 # Root mean square errors of attention against float32: bf16 rounds inputs' products and the result to 2^-9 at most.
@@ -46,7 +46,7 @@ ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # SageAttention's scheme (queries and keys int8; the rest 16 bits, or e4m3) written out on a CPU: 1.2e-2 to 3.9e-2.
 IN_8_BITS = 6e-2
 # A product whose weights are e4m3, against float32: 2.6e-2; with the activations in e4m3 too 3.7e-2.
-FP8 = (2e-2, 5e-2)
+FP8_ERRORS = (2e-2, 5e-2)
 END_TO_END = 1e-4  # float32: largest error over the largest magnitude, from prompt to latent and to pixels
 BF16 = (1e-3, 1.5e-2)  # root mean square of the final latent; below the first it would not be bf16
 VAE_BF16 = (1e-4, 2e-2)  # root mean square; on a CPU 3e-3 to 8e-3
@@ -57,18 +57,19 @@ TF32 = 5e-3
 FEWEST = 1_000_000  # bytes of room, planned and not enforced: two slots, whatever the network
 
 
-def attention_checks(machine: Machine) -> list[Check]:
+def attention_checks(machine: Machine) -> list[DoctorCheck]:
     """One for each back end that is installed, in each precision that it supports."""
-    ours = [(name, dtype) for dtype in DTYPES for name in available(machine.device, dtype)]
+    ours = [(name, dtype) for dtype in DTYPE_NAMES for name in available(machine.device, dtype)]
     checks = [
-        Check(f"attention {name} {short(dtype)}", partial(attention, name, dtype), LEFT_OUT) for name, dtype in ours
+        DoctorCheck(f"attention {name} {short(dtype)}", partial(attention, name, dtype), LEFT_OUT)
+        for name, dtype in ours
     ]
-    skipped = Outcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
+    skipped = CheckOutcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
-    return [*checks, *(Check(f"attention {name}", lambda _: skipped) for name in absent)]
+    return [*checks, *(DoctorCheck(f"attention {name}", lambda _: skipped) for name in absent)]
 
 
-def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
+def attention(name: str, dtype: torch.dtype, machine: Machine) -> CheckOutcome:
     """The back end against the formula in float32, with many keys and with a text's few."""
     length, heads, width = (256, 2, 64) if machine.small else (1024, 8, 128)
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +85,7 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> Outcome:
     return within("error against float32", error, limit, f"use --attention {other}; {REPORT}")
 
 
-def fp8_layer(machine: Machine) -> Outcome:
+def fp8_layer(machine: Machine) -> CheckOutcome:
     """A linear layer of `--quantize fp8` on the device, against float32."""
     rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
     generator = torch.Generator().manual_seed(0)
@@ -92,13 +93,13 @@ def fp8_layer(machine: Machine) -> Outcome:
     x = torch.randn(rows, inputs, generator=generator).to(machine.usual)
     layer = in_fp8(weight.to(machine.device), torch.zeros(outputs, device=machine.device, dtype=machine.usual))
     error = rms_error(layer(x.to(machine.device)).cpu(), x.float() @ weight.t())
-    least, limit = FP8
+    least, limit = FP8_ERRORS
     outcome = within("root mean square error", error, limit, f"leave --quantize out; {REPORT}", least)
     how = "multiplied in fp8" if multiplies_fp8(machine.device, machine.usual) else "no fp8 product here: unpacked"
-    return Outcome(outcome.verdict, f"{how}, {outcome.sentence}", outcome.advice, outcome.values)
+    return CheckOutcome(outcome.verdict, f"{how}, {outcome.sentence}", outcome.advice, outcome.values)
 
 
-def lora_merge(machine: Machine) -> Outcome:
+def lora_merge(machine: Machine) -> CheckOutcome:
     """The merge on the device against the plain expression on the CPU, both in float32, then rounded to bf16."""
     size, rank, alpha = (128, 8, 4.0) if machine.small else (1024, 64, 8.0)
     generator = torch.Generator().manual_seed(0)
@@ -115,12 +116,12 @@ def lora_merge(machine: Machine) -> Outcome:
     rounded = (found.bfloat16() != expected.bfloat16()).double().mean().item()
     outcome = within("largest error against the CPU", relative_error(found, expected), 1e-6, REPORT)
     equal = "bit-equal" if torch.equal(found, expected) else f"{rounded:.1e} of the numbers differ once rounded to bf16"
-    return Outcome(
+    return CheckOutcome(
         outcome.verdict, f"{equal}, {outcome.sentence}", outcome.advice, outcome.values | {"rounded_apart": rounded}
     )
 
 
-def vae_in_bf16(machine: Machine) -> Outcome:
+def vae_in_bf16(machine: Machine) -> CheckOutcome:
     """`--vae_dtype bf16` at the released width, with random weights: its error, and on a GPU the memory it takes."""
     accelerator, kind, shape = Accelerator(machine.device), VAES[16], (16, 2, 6, 8)
     if machine.small:
@@ -141,14 +142,14 @@ def vae_in_bf16(machine: Machine) -> Outcome:
     peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak(shape)
     memory = f"{outcome.sentence}; at its peak {quantity(peak, 'B')}, planned {quantity(planned, 'B')}"
     if peak > VAE_PEAK * planned:
-        return Outcome(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
-    return Outcome(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
+        return CheckOutcome(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
+    return CheckOutcome(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
 
 
 # -- with the small checkpoints
 
 
-def golden_checks(machine: Machine) -> list[Check]:
+def golden_checks(machine: Machine) -> list[DoctorCheck]:
     """Every golden case in both precisions, and the other checks of a checkpoint; skipped by name without a clone."""
     folders = machine.root / "examples" / "tiny", machine.root / "tests" / "golden"
     absent = [str(folder) for folder in folders if not folder.is_dir()]
@@ -158,17 +159,17 @@ def golden_checks(machine: Machine) -> list[Check]:
     }  # fmt: skip
     if absent:
         reason = f"{' and '.join(absent)} not found: run it in a clone of the repository, or with --root CLONE"
-        return [Check(name, lambda _: Outcome(SKIPPED, reason)) for name in ("golden cases", *others)]
+        return [DoctorCheck(name, lambda _: CheckOutcome(SKIPPED, reason)) for name in ("golden cases", *others)]
     cases = json.loads((folders[1] / "cases.json").read_text())
     checks = [
-        Check(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
+        DoctorCheck(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
         for case in cases[: 1 if machine.small else None]
-        for dtype in DTYPES
+        for dtype in DTYPE_NAMES
     ]
-    return [*checks, *(Check(name, partial(check, cases[0])) for name, check in others.items())]
+    return [*checks, *(DoctorCheck(name, partial(check, cases[0])) for name, check in others.items())]
 
 
-def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> Outcome:
+def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> CheckOutcome:
     """Prompt to latent, and in float32 to pixels, against the results of the original on a CPU in float32."""
     expected = expectation(machine)
     task = open_task(case, dtype, machine)
@@ -184,7 +185,7 @@ def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> O
     return within("largest error of latent and video", error, END_TO_END, REPORT)
 
 
-def memory_modes(case: dict[str, Any], machine: Machine) -> Outcome:
+def memory_modes(case: dict[str, Any], machine: Machine) -> CheckOutcome:
     """The final latent must be the same with everything resident and with blocks through two slots, bit for bit."""
     modes = {"all that fits": None, "blocks through two slots": FEWEST}
     resident = sample(open_task(case, machine.usual, machine, init_on_cpu=False), case, machine)
@@ -195,34 +196,36 @@ def memory_modes(case: dict[str, Any], machine: Machine) -> Outcome:
             task.plan = replace(task.plan, room=room)
             budget = plan_video(task.plan, tuple(case["args"]["size"]), case["args"]["frame_num"]).budget
             if budget is None or budget.resident:
-                return Outcome(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
+                return CheckOutcome(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
         found = sample(task, case, machine)
         if not torch.equal(found, resident):
             wrong[mode] = relative_error(found, resident)
     if wrong:
         errors = ", ".join(f"{mode} by {error:.1e}" for mode, error in wrong.items())
-        return Outcome(WRONG, f"differs from everything resident: {errors}", f"--offload_model False; {REPORT}", wrong)
-    return Outcome(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
+        return CheckOutcome(
+            WRONG, f"differs from everything resident: {errors}", f"--offload_model False; {REPORT}", wrong
+        )
+    return CheckOutcome(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
 
 
-def vae_decode(case: dict[str, Any], machine: Machine) -> Outcome:
+def vae_decode(case: dict[str, Any], machine: Machine) -> CheckOutcome:
     with tf32(False):
         error = relative_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
     return within("float32 without TF32, largest error", error, END_TO_END, REPORT)
 
 
-def vae_tiles(case: dict[str, Any], machine: Machine) -> Outcome:
+def vae_tiles(case: dict[str, Any], machine: Machine) -> CheckOutcome:
     with tf32(False):
         error = relative_error(decode(case, machine, tiled=True), decode(case, machine))
     if error == 0:
-        return Outcome(GOOD, "equal to the whole frame, bit for bit")
+        return CheckOutcome(GOOD, "equal to the whole frame, bit for bit")
     return within("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
 
 
-def vae_tf32(case: dict[str, Any], machine: Machine) -> Outcome:
+def vae_tf32(case: dict[str, Any], machine: Machine) -> CheckOutcome:
     """Convolutions as PyTorch has them by default on a GPU."""
     if not Accelerator(machine.device).has_memory:
-        return Outcome(SKIPPED, f"{machine.device} has no TF32")
+        return CheckOutcome(SKIPPED, f"{machine.device} has no TF32")
     with tf32(True):
         error = rms_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
     return within("root mean square error", error, TF32, REPORT)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from wan.doctor.findings import GOOD, SKIPPED, Check, Machine, Outcome, short
+from wan.doctor.findings import GOOD, SKIPPED, CheckOutcome, DoctorCheck, Machine, short
 from wan.doctor.measure import interleaved
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.released import VAES, on_meta
@@ -23,18 +23,18 @@ PIECE = 8 << 20  # bytes of one read, about as large as those of the loading cod
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
 
 
-def rate_checks() -> list[Check]:
+def rate_checks() -> list[DoctorCheck]:
     return [
-        Check("rate: matmul", matmul),
-        Check("rate: attention", attention),
-        Check("rate: VAE", vae),
-        Check("rate: device copy", device_copy),
-        Check("rate: host to device", host_to_device),
-        Check("rate: disk read", disk_read, "give --disk FOLDER where 300 MB can be written"),
+        DoctorCheck("rate: matmul", matmul),
+        DoctorCheck("rate: attention", attention_rate),
+        DoctorCheck("rate: VAE", vae),
+        DoctorCheck("rate: device copy", device_copy),
+        DoctorCheck("rate: host to device", host_to_device),
+        DoctorCheck("rate: disk read", disk_read, "give --disk FOLDER where 300 MB can be written"),
     ]
 
 
-def matmul(machine: Machine) -> Outcome:
+def matmul(machine: Machine) -> CheckOutcome:
     """Square matrices in the transformer's usual precision."""
     size = 64 if machine.small else 8192 if _is_gpu(machine) else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
@@ -42,7 +42,7 @@ def matmul(machine: Machine) -> Outcome:
     return _operations(machine, MATMUL, rate, f"{short(machine.usual)} {size}x{size}")
 
 
-def attention(machine: Machine) -> Outcome:
+def attention_rate(machine: Machine) -> CheckOutcome:
     """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
     tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if _is_gpu(machine) else (1024, 8, 128)
     name = choose("auto", machine.device, machine.usual, heads, width).name
@@ -51,7 +51,7 @@ def attention(machine: Machine) -> Outcome:
     return _operations(machine, ATTENTION, rate, f"{name}, {tokens:,} tokens, {heads} heads of {width}")
 
 
-def vae(machine: Machine) -> Outcome:
+def vae(machine: Machine) -> CheckOutcome:
     """A decode by Wan2.1's VAE at its released width, with random weights."""
     kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
@@ -75,7 +75,7 @@ def random_vae(kind: tuple[int, int, int, bool], device: torch.device) -> WanVAE
     return module
 
 
-def device_copy(machine: Machine) -> Outcome:
+def device_copy(machine: Machine) -> CheckOutcome:
     """Bytes read and bytes written count."""
     size = 1 << 20 if machine.small else 1 << 27
     if _is_gpu(machine):
@@ -84,9 +84,9 @@ def device_copy(machine: Machine) -> Outcome:
     return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
 
 
-def host_to_device(machine: Machine) -> Outcome:
+def host_to_device(machine: Machine) -> CheckOutcome:
     if not _is_gpu(machine):
-        return Outcome(SKIPPED, f"{machine.device} computes in the host's memory")
+        return CheckOutcome(SKIPPED, f"{machine.device} computes in the host's memory")
     size = 1 << 28
     target = torch.empty(size, dtype=torch.uint8, device=machine.device)
     pageable = torch.ones(size, dtype=torch.uint8)
@@ -97,7 +97,7 @@ def host_to_device(machine: Machine) -> Outcome:
     })  # fmt: skip
 
 
-def disk_read(machine: Machine) -> Outcome:
+def disk_read(machine: Machine) -> CheckOutcome:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
     block = os.urandom(min(size, PIECE))
@@ -132,12 +132,12 @@ def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     return seconds / calls
 
 
-def _operations(machine: Machine, name: str, rate: float, details: str) -> Outcome:
+def _operations(machine: Machine, name: str, rate: float, details: str) -> CheckOutcome:
     machine.rates[name] = rate
-    return Outcome(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
+    return CheckOutcome(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
 
 
-def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Outcome:
+def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> CheckOutcome:
     machine.rates |= rates
     parts = [f"{name} {quantity(rate, 'B')}/s" for name, rate in rates.items()]
-    return Outcome(GOOD, ", ".join(parts) + details, values=dict(rates))
+    return CheckOutcome(GOOD, ", ".join(parts) + details, values=dict(rates))

@@ -80,7 +80,9 @@ def check_outputs(
     """
     flag = "--save_file " if request.save_file is not None else ""
     if wrong := [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]:
-        check.problem(f"{flag}{_shown(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
+        check.problem(
+            f"{flag}{_shown_paths(wrong)}: videos are written as {' or '.join(CONTAINERS)}; give it that extension"
+        )
     misnamed = set(wrong)
     usable = _check_names([file for file in files if file not in misnamed], check)
     written = {file: _written(file, latents, request) for file in usable}
@@ -89,16 +91,18 @@ def check_outputs(
     written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     if folders := [path for path in there if path.is_dir()]:
-        check.problem(f"{flag}{_shown(folders)}: is a folder, not a file; --save_dir takes a folder")
+        check.problem(f"{flag}{_shown_paths(folders)}: is a folder, not a file; --save_dir takes a folder")
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     if taken := [path for path in there if place(path) in read]:
-        check.problem(f"{flag}{_shown(taken)}: is read by this run and would be replaced by it; choose another name")
+        check.problem(
+            f"{flag}{_shown_paths(taken)}: is read by this run and would be replaced by it; choose another name"
+        )
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(paths)]
     reported = {*taken, *folders}
     if not request.overwrite and (there := [path for path in there if path not in reported]):
         check.problem(
-            f"{flag}{_shown(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
+            f"{flag}{_shown_paths(there)} already exists; --overwrite replaces it, --resume skips what is finished, "
             f"or choose another {flag.strip() or '--save_dir'}"
         )
     for folder in sorted({folder.absolute() for folder in {file.parent for file in written}}):
@@ -127,7 +131,7 @@ def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
         else:
             usable.append(file)
     for problem, named in problems.items():
-        check.problem(f"{_shown(named)!r}: the name of the video {problem}")
+        check.problem(f"{_shown_paths(named)!r}: the name of the video {problem}")
     return usable
 
 
@@ -240,7 +244,7 @@ class _Places:
         return os.path.join(self.folders[folder], name.casefold() if sys.platform in ("win32", "darwin") else name)
 
 
-def _shown(paths: Sequence[Path]) -> str:
+def _shown_paths(paths: Sequence[Path]) -> str:
     """One or two; of more the first, and how many more there are."""
     if len(paths) <= 2:
         return " and ".join(map(str, paths))

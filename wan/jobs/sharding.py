@@ -25,14 +25,14 @@ def chosen_shard(request: Request, check: Check) -> Request:
             check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
     if request.shard == "slurm":
         request = replace(request, shard=_slurm_shard(check))
-    if request.shard is not None and _read(request.shard, check) == WHOLE:
+    if request.shard is not None and _read_shard(request.shard, check) == WHOLE:
         request = replace(request, shard=None)
     return request
 
 
 def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
     """The jobs that this process makes."""
-    index, count = _read(request.shard, check) if request.shard is not None else WHOLE
+    index, count = _read_shard(request.shard, check) if request.shard is not None else WHOLE
     if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
         check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
     own = [job for number, chain in enumerate(chains(jobs)) if number % count == index - 1 for job in chain]
@@ -42,7 +42,7 @@ def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: 
     return own
 
 
-def _read(text: str, check: Check) -> tuple[int, int]:
+def _read_shard(text: str, check: Check) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found and 1 <= int(found[1]) <= int(found[2]):
         return int(found[1]), int(found[2])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS, MAX_SIDE = 100_000_000, 50_000
 # Pillow's formats that are read; others may start programs (EPS) or are no pictures.
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
+PICTURE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
 HEIC = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 # How files begin that are often taken for pictures, in lower case.
 MISTAKEN = {
@@ -93,7 +93,7 @@ def open_image(path: Path) -> Image:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path}: the image cannot be read, it is no regular file")
         source = BytesIO(last_frame(path, changes)) if is_video(path) else path
-        formats = FORMATS + (() if is_video(path) else _check_kind(path))
+        formats = PICTURE_FORMATS + (() if is_video(path) else _check_kind(path))
         with warnings.catch_warnings():  # Pillow warns from 89 megapixels on; the limit here is our own
             warnings.simplefilter("ignore")
             with Image.open(source, formats=formats) as image:
@@ -106,7 +106,7 @@ def open_image(path: Path) -> Image:
             FileNotFoundError: "no such image file",
             PermissionError: "there is no permission to read the image",
             Image.DecompressionBombError: f"the image is too large; at most {most} are read",
-            UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(FORMATS)} are)",
+            UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
         }
         raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
     picture.info = {CHANGES: changes}

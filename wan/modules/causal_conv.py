@@ -144,7 +144,7 @@ class ResidualBlock(nn.Module):
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
 
-class Attention(nn.Module):
+class FrameAttention(nn.Module):
     """One head as wide as the channels, over the pixels of each frame by itself, plus the block's input."""
 
     def __init__(self, channels: int) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from wan.modules.fused import EAGER
 from wan.modules.quantize import FP8, quantise
 
-ROWS = 2048  # quantised at a time: eager, that takes their float32
+QUANTISED_ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such
 # Of products in fp8 against the same numbers in float32: a result in bf16 is off by 2^-9 at most.
-RIGHT = 1e-2
+RIGHT_PRODUCT = 1e-2
 
 
 class Quantised(NamedTuple):
@@ -65,7 +65,7 @@ class Fp8Linear(nn.Linear):
     def quantised(self, x: Tensor) -> Quantised:
         """Each row of x [R, I] with a scale of its own."""
         q, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
-        for share in zip(x.split(ROWS), q.split(ROWS), scale.split(ROWS), strict=True):
+        for share in zip(x.split(QUANTISED_ROWS), q.split(QUANTISED_ROWS), scale.split(QUANTISED_ROWS), strict=True):
             self.passes.quantise(*share)
         return Quantised(q, scale, x.dtype)
 
@@ -91,7 +91,7 @@ def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     unpacked = (layer.in_features * layer.out_features * dtype.itemsize for layer in layers)
-    quantised = (layer.in_features * ROWS * torch.float32.itemsize for layer in layers)
+    quantised = (layer.in_features * QUANTISED_ROWS * torch.float32.itemsize for layer in layers)
     return max((*unpacked, *quantised), default=0)
 
 
@@ -121,7 +121,7 @@ def why_unpacked(device: torch.device, dtype: torch.dtype) -> str:
         error = product_error(x.to(device, dtype), weight.to(device))
     except Exception as e:  # noqa: BLE001 - what a kernel that is missing fails with depends on the release
         return f"PyTorch {torch.__version__} has no such product for this GPU: {' '.join(str(e).split())[:100]}"
-    return "" if error < RIGHT else f"the product of PyTorch {torch.__version__} is wrong on this GPU"
+    return "" if error < RIGHT_PRODUCT else f"the product of PyTorch {torch.__version__} is wrong on this GPU"
 
 
 def in_fp8(weight: Tensor, bias: Tensor) -> Fp8Linear:

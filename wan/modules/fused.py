@@ -100,7 +100,7 @@ def compiled() -> Passes:
     return Passes(*(torch.compile(each, dynamic=False) for each in EAGER))
 
 
-def choose(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
+def choose_fused(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
     """Compiled passes where a run of so many forwards gains more than compiling takes, and a sentence if they are
     (or, where the compiler fails, why not). A CPU computes for minutes what it would gain seconds on."""
     gain = SAVED * tokens * width * layers * forwards / RATE

@@ -115,7 +115,7 @@ class WanModel(nn.Module):
 
     def _text(self, prompt: Prompt) -> Tensor:
         """[text_len, D]."""
-        return _run(self.text_embedding, prompt.padded(self.text_len))
+        return _run_blocks(self.text_embedding, prompt.padded(self.text_len))
 
     @staticmethod
     def _latent(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -202,7 +202,7 @@ def _in_float32(layers: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
+def _run_blocks(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Apply `layers` in the dtype of their weights."""
     weight = next(layers.parameters())
     return layers(x.to(weight.dtype))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from wan.modules.causal_conv import (
-    Attention,
     AverageShortcut,
     ClipState,
     Downsample,
+    FrameAttention,
     Level,
     RepeatShortcut,
     ResidualBlock,
@@ -42,7 +42,9 @@ class Coder(nn.Module):
     def __init__(self, channels: int, first: int, middle: int, last: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
-        self.middle = nn.ModuleList([ResidualBlock(middle, middle), Attention(middle), ResidualBlock(middle, middle)])
+        self.middle = nn.ModuleList(
+            [ResidualBlock(middle, middle), FrameAttention(middle), ResidualBlock(middle, middle)]
+        )
         self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
@@ -74,11 +76,11 @@ class Encoder(Coder):
             self.levels.append(Level(layers, shortcut))
         self.downsamples = register(self.levels, "downsamples", nested)
 
-    def stages(self, state: ClipState) -> list[Stage]:
+    def stages(self, state: ClipState) -> list[CoderStage]:
         """All that comes before the middle."""
-        stages = [Stage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
+        stages = [CoderStage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
         for index, level in enumerate(self.levels):
-            stages.append(Stage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
+            stages.append(CoderStage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
         return stages
 
     def finish(self, x: Tensor, state: ClipState) -> Tensor:
@@ -150,7 +152,7 @@ class Decoder(Coder):
         return max(transient) + kept + area * 2 * width
 
 
-class Stage(NamedTuple):
+class CoderStage(NamedTuple):
     """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
 
     run: Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.copy_stream import CopyStream
-from wan.offload.prefetcher import Block, Prefetcher, aligned
+from wan.offload.prefetcher import BlockWeights, Prefetcher, aligned
 from wan.offload.reader import Source, fill
 from wan.utils.accelerator import free_memory
 
@@ -49,7 +49,7 @@ class Networks(Generic[Network]):
     ) -> None:
         self.models: dict[str, Network] = {}
         self._block_of: dict[str, list[int]] = {}
-        blocks: list[Block] = []
+        blocks: list[BlockWeights] = []
         for name, (blueprint, source) in modules.items():
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
@@ -57,7 +57,7 @@ class Networks(Generic[Network]):
             found = group(model, source.dtype)
             fill(model, source, found.resident, device, report)
             self._block_of[name] = [len(blocks) + block for block in found.block_of]
-            blocks += [Block(model, source, names) for names in found.blocks]
+            blocks += [BlockWeights(model, source, names) for names in found.blocks]
         self.prefetcher = Prefetcher(blocks, device, stream)
         for name, model in self.models.items():
             model.residency = Streamed(self.prefetcher, self._block_of[name])

@@ -23,7 +23,7 @@ from wan.offload.reader import PIECE_BYTES, Piece, Source, allocate, read_ahead,
 ALIGNMENT = 256  # bytes, of each tensor in a slot: the widest loads of a GPU ask for it
 
 
-class Block:
+class BlockWeights:
     """Parameters of a network that are used together: on the meta device, or as views of a slot."""
 
     def __init__(self, module: nn.Module, source: Source, names: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class Prefetcher:
     brought: bytes read so far; copies: blocks brought so far.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, stream: CopyStream | None = None) -> None:
+    def __init__(self, blocks: Sequence[BlockWeights], device: torch.device, stream: CopyStream | None = None) -> None:
         self.blocks, self.device, self.stream = list(blocks), device, stream or copy_stream(device)
         self.slot_bytes = max((block.bytes for block in blocks), default=0)
         self.slots: list[Slot] = []

@@ -14,7 +14,7 @@ MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSizes:
     """The sizes of a transformer that decide its cost."""
 
     dim: int
@@ -37,7 +37,7 @@ class Network:
 
 
 def sent_bytes(
-    layout: Layout, network: Network, tokens: int, element_bytes: int, sharded_bytes: int = 0
+    layout: Layout, network: NetworkSizes, tokens: int, element_bytes: int, sharded_bytes: int = 0
 ) -> dict[str, float]:
     """Bytes that one rank sends in one forward, by purpose.
 
@@ -54,7 +54,7 @@ def sent_bytes(
 
 def plan_lines(
     layout: Layout,
-    network: Network,
+    network: NetworkSizes,
     *,
     tokens: int,
     jobs: int,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from wan.modules.causal_conv import Attention, ClipState, Downsample, Upsample
+from wan.modules.causal_conv import ClipState, Downsample, FrameAttention, Upsample
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, Coder, Region
@@ -81,7 +81,7 @@ def _encoded(vae: WanVAE, chunks: int, window: Region) -> float:
 def _middle(coder: Coder, frames: int, area: int) -> float:
     """The part with attention over the `area` of each frame."""
     attention = coder.middle[1]
-    assert isinstance(attention, Attention)
+    assert isinstance(attention, FrameAttention)
     return _products(frames * area, coder.middle) + 4.0 * frames * area**2 * attention.proj.out_channels
 
 

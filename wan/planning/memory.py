@@ -20,7 +20,7 @@ from wan.modules.fp8 import working_bytes
 from wan.offload.budget import Budget, Sizes, fit, usable_bytes
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
-from wan.planning.plan import Kind, Plan, Size, VideoPlan, video_kind
+from wan.planning.plan import Plan, Size, VideoKind, VideoPlan, video_kind
 from wan.sampling import Video, make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 
@@ -70,7 +70,7 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> Vide
     return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
 
 
-def what_fits(plan: Plan, kind: Kind) -> str:
+def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
     size, frames, image = kind
     step = plan.config.vae_stride[0]

@@ -22,7 +22,7 @@ from wan.offload.budget import Budget
 from wan.sampling import Step, Video
 
 Size = tuple[int, int]  # width, height
-Kind = tuple[Size, int, bool]  # size, frames, whether an image is given: decides memory and time of a video
+VideoKind = tuple[Size, int, bool]  # size, frames, whether an image is given: decides memory and time of a video
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Plan:
     weight_bytes: dict[str, int] = field(default_factory=dict)  # in memory, by network
     sampling: Sampling | None = None
     steps: tuple[Step, ...] = ()
-    videos: Mapping[Kind, VideoPlan] = field(default_factory=dict)
+    videos: Mapping[VideoKind, VideoPlan] = field(default_factory=dict)
     jobs: tuple[Job, ...] = ()
     preset: str | None = None
     warnings: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ def is_absent(request: Request, device: torch.device) -> bool:
     return request.vram is not None and request.dry_run and device.type == "cpu"
 
 
-def video_kind(video: Job | Video) -> Kind:
+def video_kind(video: Job | Video) -> VideoKind:
     return video.size, video.frame_num, video.image is not None
 
 

@@ -21,7 +21,7 @@ from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.chains import chains
 from wan.jobs.job import Job
 from wan.offload.budget import Budget
-from wan.planning.communication import Network, sent_bytes
+from wan.planning.communication import NetworkSizes, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
@@ -30,7 +30,7 @@ from wan.utils.files import cache_folder, replacing
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
 COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
 EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
-NEEDED = (MATMUL, ATTENTION, VAE, DISK)
+NEEDED_RATES = (MATMUL, ATTENTION, VAE, DISK)
 RATES_FILE = "rates.json"
 STORED = 4  # bytes of a weight in a released expert's file: float32
 
@@ -125,12 +125,12 @@ def sharded_bytes(plan: Plan) -> int:
     return max(experts, default=0)
 
 
-def network_of(plan: Plan) -> Network:
+def network_of(plan: Plan) -> NetworkSizes:
     """The sizes of the plan's transformer."""
     model = plan.transformer
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
-    return Network(dim, ffn_dim, model.num_heads, len(model.blocks))
+    return NetworkSizes(dim, ffn_dim, model.num_heads, len(model.blocks))
 
 
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
@@ -159,7 +159,7 @@ def kept_rates(device: torch.device) -> dict[str, float] | None:
     found = _all_rates().get(_name_of(device))
     kept = found.items() if isinstance(found, dict) else ()
     rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
-    return rates if rates.keys() >= set(NEEDED) else None
+    return rates if rates.keys() >= set(NEEDED_RATES) else None
 
 
 def _all_rates() -> dict[str, Any]:

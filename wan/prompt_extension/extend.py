@@ -88,7 +88,7 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     Equal questions are asked once. Raises InputError: what `check` finds, and with on_error "fail" the first item
     that gets no answer.
     """
-    check(settings, items)
+    check_extension(settings, items)
     if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
     asks = [_question_of(settings, item) for item in items]
@@ -115,7 +115,7 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     return [results[number] for number in range(len(items))]
 
 
-def check(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
+def check_extension(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
     """Raise InputError with everything that is wrong before a model is loaded or a service asked."""
     local = settings.method == "local_qwen"
     of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)

@@ -25,7 +25,7 @@ from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
 from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
-from wan.runner.video_job import hold_lock, make_video, reason, save_video
+from wan.runner.video_job import decode_and_save, hold_lock, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
@@ -245,7 +245,7 @@ def decode_only(
         team = pipe.mesh.team
         team.all_or_none(lambda: _within_memory(pipe.load_vae))
         try:
-            frames = save_video(pipe, latent, save_file, record, progress, {})
+            frames = decode_and_save(pipe, latent, save_file, record, progress, {})
             if request.preview:
                 team.broadcast(lambda: save_contact_sheet(save_file, frames))
         except Exception as e:

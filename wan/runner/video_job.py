@@ -57,7 +57,7 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:
-            frames = save_video(pipe, latent, job.save_file, record, progress, earlier)
+            frames = decode_and_save(pipe, latent, job.save_file, record, progress, earlier)
         except BaseException as error:
             hint = _how_to_finish(plan.request, job.save_file, kept, error)
             error.add_note(hint)
@@ -68,7 +68,7 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
     return frames
 
 
-def save_video(
+def decode_and_save(
     pipe: Pipeline,
     latent: torch.Tensor,
     path: Path,

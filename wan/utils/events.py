@@ -33,7 +33,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
     "error": ("the run ends with this exit code", {"code": "number", "problems": "list"}),
 }  # fmt: skip
 # What the lists and objects of a plan hold, by their field: those of each entry.
-PARTS: dict[str, tuple[str, dict[str, str]]] = {
+EVENT_PARTS: dict[str, tuple[str, dict[str, str]]] = {
     "steps": ("guidance 1: none", {"timestep": "number", "expert": "text", "guidance": "number", "lora": "number"}),
     "jobs": ("the videos; done: --resume has found it", {
         "index": "number", "prompt": "text", "size": "list", "image": "text?", "frames": "number", "tokens": "number",
