@@ -18,7 +18,7 @@ from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available
 from wan.modules.block import spans_of
 from wan.modules.context import Prompt
 from wan.modules.fused import EAGER, SHAPES, compiled
-from wan.modules.fused import choose as choose_passes
+from wan.modules.fused import choose_fused as choose_passes
 from wan.modules.model import WanModel, sinusoid
 from wan.modules.rope import rotary_table, rotate
 from wan.modules.t5 import T5Norm
