@@ -18,6 +18,7 @@ from wan.checkpoints.hub import fetch, located
 from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, print_errors
+from wan.utils.progress import tell
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
 BAKED_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as e:
         return print_errors([str(e)])
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        tell(sys.stderr, "interrupted; the same command goes on where this one stopped\n")
         return 130
 
 
@@ -82,11 +83,11 @@ def _inspect(args: argparse.Namespace) -> int:
         raise LoraError(f"{path}: no such file or folder")
     files, uses = inspect_path(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
     if args.json:
-        print(json.dumps(files, indent=2))
+        tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:
         known = [file for file in files if file["stored"] or file["release"]]  # the error describes the others
         blocks = [*map(_text_of, known), *uses]
-        print("\n\n".join(blocks), end="\n" if blocks else "")
+        tell(sys.stdout, "\n\n".join(blocks) + ("\n" if blocks else ""))
     errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
@@ -132,7 +133,7 @@ def _bake(args: argparse.Namespace) -> int:
     if chosen.problems:
         raise LoraError(chosen.problems)
     for warning in chosen.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(sys.stderr, f"warning: {warning}\n")
     Bake(
         task=args.task,
         ckpt_dir=args.ckpt_dir,
@@ -142,7 +143,7 @@ def _bake(args: argparse.Namespace) -> int:
         allow_partial=args.lora_allow_partial,
         release=release,
         layout=args.layout,
-        report=lambda line: print(line, file=sys.stderr),
+        report=lambda line: tell(sys.stderr, f"{line}\n"),
     ).write()
     return 0
 

@@ -31,6 +31,7 @@ from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora
 from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
+from wan.utils.progress import tell
 
 ROOT = Path(__file__).parents[2]  # of a clone; an installed package has no examples there
 SENTENCE, INDENT = 9, 6  # columns that indent the further lines of a finding, and of a line of its table
@@ -59,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
     seconds, wrong = time.perf_counter() - began, [finding for finding in findings if finding.verdict == WRONG]
     if args.json:
         report = {"wrong": len(wrong), "seconds": seconds, "findings": [vars(finding) for finding in findings]}
-        print(json.dumps(report, indent=2, default=str))
+        tell(sys.stdout, json.dumps(report, indent=2, default=str) + "\n")
     else:
         _print(f"\n{len(findings)} checks in {seconds:.0f} s, {len(wrong) or 'nothing'} wrong")
         for finding in wrong:
@@ -77,7 +78,7 @@ def _print(text: str) -> None:
                  break_on_hyphens=False)
             for line in text.splitlines()
         )  # fmt: skip
-    print(text, flush=True)
+    tell(sys.stdout, f"{text}\n")
 
 
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
