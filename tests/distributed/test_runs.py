@@ -89,7 +89,7 @@ def test_a_batch(ranks: int, more: list[str], alone: dict[str, torch.Tensor], tm
     [
         (["--ulysses_size", "3"], "--ulysses_size 3"),
         (["--size", "79*48"], "79"),
-        (["--dit_fsdp"], "give --ulysses_size 2"),
+        (["--dit_fsdp"], "--ulysses_size 2"),
         (["--no_such_flag"], "no flag --no_such_flag"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_device_that_is_not_there_is_a_sentence(device: str, tmp_path: Path) -
 
 
 def test_help_is_printed_once(tmp_path: Path) -> None:
-    codes, said = launched(partial(generate.main, ["--help"]), 2, tmp_path)
+    codes, said = launched(partial(generate.main, ["--help", "all"]), 2, tmp_path)
     assert (codes, said) == ([0, 0], ["", ""])
     first, second = ((tmp_path / f"{rank}.out").read_text() for rank in range(2))
     assert "--ulysses_size" in first

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -187,7 +188,11 @@ def check_ranks(team: Team, plan: Plan) -> None:
     root = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
     images = {path for job in plan.jobs if not job.follows for path in job.pictures.values() if path}
-    own = {**plan.fingerprints, **{str(path): digest(path) for path in images}, "the program's code": code}
+    own = {**plan.fingerprints, "the program's code": code}
+    for path in images:
+        own[str(path)] = "unreadable"  # on all ranks: that job alone fails
+        with suppress(OSError, InputError):
+            own[str(path)] = digest(path)
     (first, want), *others = team.gather((socket.gethostname(), own))
     problems = [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"

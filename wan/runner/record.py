@@ -84,14 +84,14 @@ def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict
 
 
 def in_video(record: dict[str, Any], how: str) -> dict[str, Any] | None:
-    """The part of `record` that the video file holds, by `--record`: "portable" has names in place of paths."""
+    """The part of `record` that the video file holds, by `--record`: "portable" has names instead of paths."""
     if how != "portable":
         return record if how == "full" else None
     return {name: value if name == "meaning" else _without_paths(value) for name, value in record.items()}
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with file names in place of absolute paths; prompts stay, warnings (sentences with paths) go."""
+    """`value` with file names instead of absolute paths; prompts stay, warnings (sentences with paths) go."""
     if isinstance(value, str):
         return ABSOLUTE.sub(lambda found: found[1] or "", value)
     if isinstance(value, list):
