@@ -252,7 +252,7 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
     piped = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().out.replace(CLEAR, "")
     assert max(map(len, piped.splitlines())) > COLUMNS >= max(map(len, shown.splitlines()))
     for text in (piped, shown):
         assert set(below[: 1 + len(rows)]) <= {line.strip() for line in text.splitlines()}
