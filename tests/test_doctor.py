@@ -30,6 +30,7 @@ from wan.planning.communication import sent_bytes
 from wan.planning.flops import decode_operations, encode_operations
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.time_estimate import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
+from wan.utils.progress import CLEAR
 
 ROOT = TESTS.parent
 CPU = torch.device("cpu")
