@@ -177,10 +177,10 @@ def test_dashscope_expander(service: Any) -> None:
     assert found.seed == 7
     body = service.requests[0].json
     assert body["model"] == "qwen-vl-max"
-    assert body["seed"] == 7
-    system, user = body["messages"]
-    assert system["content"] == found.system_prompt
-    assert user["content"][0]["image_url"]["url"].startswith("data:image/png")
+    assert body["parameters"]["seed"] == 7
+    system, user = body["input"]["messages"]
+    assert system["content"] == [{"text": found.system_prompt}]
+    assert user["content"][0]["image"].startswith("data:image/png")
 
 
 def test_a_refusal_leaves_the_users_prompt(service: Any) -> None:

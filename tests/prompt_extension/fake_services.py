@@ -22,6 +22,8 @@ from PIL import Image
 
 DASHSCOPE_CHAT = "/compatible-mode/v1/chat/completions"
 OPENAI_CHAT = "/api/v1/chat/completions"
+DASHSCOPE_TEXT = "/api/v1/services/aigc/text-generation/generation"
+DASHSCOPE_IMAGE = "/api/v1/services/aigc/multimodal-generation/generation"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class FakeService:
     def __enter__(self) -> Self:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}/api/v1"
+        self.chat_url = f"http://127.0.0.1:{self.server.server_port}/compatible-mode/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -56,6 +59,10 @@ class FakeService:
 
     def usual(self, request: Request) -> dict[str, Any]:
         text = self.answer if isinstance(self.answer, str) else self.answer(request.json)
+        if request.path in (DASHSCOPE_TEXT, DASHSCOPE_IMAGE):
+            content = [{"text": text}] if request.path == DASHSCOPE_IMAGE else text
+            choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+            return {"request_id": "r-1", "usage": {}, "output": {"choices": [choice]}}
         choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
         return {"id": "c-1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
 
@@ -83,7 +90,7 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
                 time.sleep(step)
             if isinstance(step, tuple):
                 return self.reply(*step)
-            if request.path not in (DASHSCOPE_CHAT, OPENAI_CHAT):
+            if request.path not in (DASHSCOPE_CHAT, OPENAI_CHAT, DASHSCOPE_TEXT, DASHSCOPE_IMAGE):
                 return self.reply(404, {"code": "NotFound", "message": self.path})
             return self.reply(200, service.usual(request))
 

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.prompt_extension.fake_services import DASHSCOPE_CHAT, OPENAI_CHAT, FakeService, sent_image
+from tests.prompt_extension.fake_services import (
+    DASHSCOPE_CHAT,
+    DASHSCOPE_IMAGE,
+    DASHSCOPE_TEXT,
+    OPENAI_CHAT,
+    FakeService,
+    sent_image,
+)
 from wan.prompt_extension import services as extend_services
 from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings, extend
 from wan.prompt_extension.services import Patience
@@ -38,8 +45,8 @@ def service(monkeypatch):
     with FakeService() as running:
         for name in ("DASH_API_KEY", "OPENAI_API_KEY"):
             monkeypatch.setenv(name, KEY)
-        for name in ("DASH_API_URL", "OPENAI_BASE_URL"):
-            monkeypatch.setenv(name, running.url)
+        monkeypatch.setenv("DASH_API_URL", running.chat_url)
+        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
         yield running
 
 
@@ -141,6 +148,29 @@ def test_a_prompt_that_names_a_file_uploads_nothing(service, pictures, tmp_path,
     assert "SECRET" not in json.dumps(service.requests[0].json)
     content = messages(service.requests[0])[1]["content"]
     assert (content if isinstance(content, str) else content[1]["text"]) == prompt.strip()
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_dashscopes_own_protocol(service, monkeypatch, pictures, with_image):
+    """An address that ends with /api/v1 is the original's: messages inside `input`, options inside `parameters`."""
+    monkeypatch.setenv("DASH_API_URL", service.url)
+    task = "i2v-A14B" if with_image else "t2v-A14B"
+    item = ExtendItem("a cat", pictures[0] if with_image else None)
+    (result,) = ask("dashscope", item, task=task, use_cache=False, options={"temperature": 0.5})
+    assert (result.error, result.prompt) == (None, "An extended prompt.")
+    (request,) = service.requests
+    assert request.path == (DASHSCOPE_IMAGE if with_image else DASHSCOPE_TEXT)
+    assert request.json["parameters"] == {"result_format": "message", "seed": 7, "temperature": 0.5}
+    content = request.json["input"]["messages"][1]["content"]
+    assert (content[1]["text"] if with_image else content) == "a cat"
+    assert not with_image or content[0]["image"].startswith("data:image/png;base64,")
+
+
+def test_an_error_in_dashscopes_own_protocol(service, monkeypatch):
+    monkeypatch.setenv("DASH_API_URL", service.url)
+    service.plan = [(401, {"code": "InvalidApiKey", "message": "no such key", "request_id": "r"})]
+    (result,) = ask("dashscope", "a cat")
+    assert "401 (no such key)" in result.error
 
 
 # --- what comes back

@@ -195,7 +195,7 @@ def test_both_names_of_dashscopes_key(service, monkeypatch):
     monkeypatch.setenv("DASHSCOPE_API_KEY", KEY)
     assert extend(settings, [ExtendItem("a cat")], print)[0].error is None
     assert service.requests[0].headers["authorization"] == f"Bearer {KEY}"
-    assert service.requests[0].path == "/compatible-mode/v1/chat/completions"
+    assert service.requests[0].path.startswith("/api/v1/services/aigc/")
 
 
 def test_options_are_fields_of_the_request(service):

@@ -1,7 +1,8 @@
-"""Prompt extension by a service that speaks OpenAI's chat protocol: DashScope, OpenAI, or a server of one's own.
+"""Prompt extension by a service: DashScope, OpenAI, or a server of one's own that speaks OpenAI's chat protocol.
 
-One POST a question, without the services' own packages: those read an answer of any size, and follow a file's name in
-a prompt. Keys and addresses come from the environment.
+DashScope's own protocol is used where DASH_API_URL ends with /api/v1, as in the original. One POST per question,
+without the services' own packages: those read an answer of any size, and follow a file's name in a prompt. Keys and
+addresses come from the environment.
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ class ChatService:
         self.model, self.seed, self.options = model, seed % SEEDS_OF_SERVICES, dict(options or {})
         self.key = service_key(method)
         url = (os.environ.get(SERVICES[method].address) or SERVICES[method].url).rstrip("/")
-        if method == "dashscope" and url.endswith("/api/v1"):  # the service's own protocol is beside the common one
-            url = url.removesuffix("/api/v1") + "/compatible-mode/v1"
+        self.native = method == "dashscope" and url.endswith("/api/v1")
         parts = urlsplit(url)
         self.url = shown(url)
         self.auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
@@ -120,17 +120,12 @@ class ChatService:
         import httpx
 
         end = time.monotonic() + seconds
-        text: Any = question.text
-        if question.image is not None:
-            picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
-            text = [picture, {"type": "text", "text": question.text}]
-        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": text}]
-        body = {"model": self.model, "messages": messages, "seed": self.seed} | self.options
-        content = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        path, body = self._native_request(question) if self.native else self._chat_request(question)
+        content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            with client.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers) as response:
+            with client.stream("POST", self.url + path, content=content, headers=headers) as response:
                 answer = _bounded_body(response, end, seconds)
         except AnswerError as error:
             if response.status_code == 200:
@@ -151,7 +146,32 @@ class ChatService:
         if values is None:
             kind = "a stream" if answer.lstrip().startswith((b"data:", b"event:")) else "not JSON"
             raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
-        return text_of(values)
+        return text_of(values.get("output") or values if self.native and isinstance(values, dict) else values)
+
+    def _fields(self) -> dict[str, Any]:
+        values = {"seed": self.seed} | self.options
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _chat_request(self, question: Question) -> tuple[str, dict[str, Any]]:
+        """Path and body in OpenAI's protocol."""
+        text: Any = question.text
+        if question.image is not None:
+            picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
+            text = [picture, {"type": "text", "text": question.text}]
+        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": text}]
+        return "/chat/completions", {"model": self.model, "messages": messages} | self._fields()
+
+    def _native_request(self, question: Question) -> tuple[str, dict[str, Any]]:
+        """Path and body in DashScope's own protocol."""
+        kind, system, text = "text-generation", question.system, question.text
+        contents: list[Any] = [system, text]
+        if question.image is not None:
+            kind = "multimodal-generation"
+            contents = [[{"text": system}], [{"image": data_uri(question.image)}, {"text": text}]]
+        messages = [{"role": role, "content": part} for role, part in zip(("system", "user"), contents, strict=True)]
+        parameters = {"result_format": "message"} | self._fields()
+        body = {"model": self.model, "input": {"messages": messages}, "parameters": parameters}
+        return f"/services/aigc/{kind}/generation", body
 
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
