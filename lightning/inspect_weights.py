@@ -211,7 +211,7 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         return _as_files(path, tasks, reports)
     uses = []
     for task in tasks:
-        with suppress(LoraError):
+        with suppress(LoraError):  # no file for some expert: not a release of this task
             files_of(path, TASKS[task].experts)
             uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
     return uses

@@ -77,6 +77,7 @@ def test_the_program_has_fewer_and_fewer() -> None:
 
 def test_the_habits_are_recognised(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
+    # one sentence with several habits, to see the list find them
     page.write_text("What is left is told.\n\nThere is no room for so many, a scale a row.")
     found = [habit for habit in HABITS for _ in re.finditer(habit, texts(page)[0], re.MULTILINE)]
     assert len(found) >= 5

@@ -287,7 +287,7 @@ for name in sys.argv[2:]:
 folder.parent.chmod(0)
 try:
     checkpoint_folder(folder, config_of("t2v-A14B"))
-except Exception as e:
+except Exception as e:  # printed, and compared by the test
     print(type(e).__name__, e)
 folder.parent.chmod(0o755)
 for locked in (folder, folder.parent):
@@ -382,7 +382,7 @@ def test_malformed_pickles_are_refused_in_one_sentence(tmp_path: Path) -> None:
             tensors = [store.read(name) for name in store]
         except InputError as e:
             refused += 1
-            assert "\n" not in str(e)  # noqa: PT017
+            assert "\n" not in str(e)  # noqa: PT017 - some of the files are read, so `raises` does not fit
         else:
             assert len(tensors) == 2
     assert refused > 100

@@ -1,4 +1,4 @@
-"""A file that is not what it should be is blamed itself, by what it is."""
+"""The error names the file at fault and says what it really is."""
 
 import json
 import shutil

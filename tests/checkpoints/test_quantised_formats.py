@@ -37,7 +37,7 @@ FP8 = {"float8_e4m3fn": (torch.float8_e4m3fn, 4, 7), "float8_e5m2": (torch.float
 
 
 def fp8_numbers(data: np.ndarray, exponents: int, bias: int) -> np.ndarray:
-    """float32 of bytes of a float with so many bits of exponent."""
+    """Decode 8-bit floats with the given number of exponent bits to float32."""
     mantissas = 7 - exponents
     exponent = (data >> mantissas & (1 << exponents) - 1).astype(int)
     mantissa = (data & (1 << mantissas) - 1) / (1 << mantissas)
@@ -185,7 +185,7 @@ def test_formats_that_are_not_read_are_refused_by_name(form: str, tmp_path: Path
 
 
 def refused(tmp_path: Path, change: Callable[[Case], object]) -> str:
-    """What a file with plain int8 is refused for after the change."""
+    """Return the error for a plain int8 file after the change."""
     case = Case("x")
     case.quantised("blocks.0.ffn.0.weight", "int8_tensorwise")
     case.rest()

@@ -399,7 +399,7 @@ def test_a_full_host_is_one_sentence() -> None:
 
 def test_what_was_not_planned_is_a_bug(file: Path) -> None:
     networks = networks_of(TensorStore.open(file), 2)
-    with pytest.raises(AssertionError, match="block 0 is used, 1 was planned"), networks.prefetcher.job([1, 2]):  # noqa: SIM117
+    with pytest.raises(AssertionError, match="block 0 is used, 1 was planned"), networks.prefetcher.job([1, 2]):  # noqa: SIM117 - the inner `with` must run inside the job
         with networks.prefetcher.use(0):
             pass
 

@@ -1,4 +1,4 @@
-"""What `--device` answers where a GPU cannot be used, whatever words PyTorch has for it; how much of a GPU is used."""
+"""`--device` explains in a line why a GPU cannot be used; `--vram` limits the memory of one."""
 
 import warnings
 from dataclasses import replace

@@ -145,13 +145,13 @@ def test_an_image_of_ti2v_may_be_encoded_in_tiles() -> None:
 
 
 def on_device() -> int:
-    """Tensors on the meta device, which stands for a GPU."""
+    """Count live tensors on the meta device, used here as the GPU."""
     gc.collect()
     return sum(isinstance(each, torch.Tensor) and each.device == META for each in gc.get_objects())
 
 
 def test_encoded_prompts_wait_on_the_host() -> None:
-    """What is on the device after encoding does not depend on the number of prompts."""
+    """Encoding leaves the same bytes on the device for any number of prompts."""
     pipe, counts = open_on_meta("t2v-A14B", torch.float32, None, True, None), []
     with OneDevice(), AllIsWell():
         for prompts in (["one"], [f"prompt {number}" for number in range(70)]):

@@ -1,4 +1,4 @@
-"""Ranks that would run different things are told apart before the first step."""
+"""Ranks with different weights, images or code stop before the first step."""
 
 import socket
 from dataclasses import replace

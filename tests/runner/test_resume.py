@@ -65,7 +65,7 @@ def test_latents_left_between_saving_and_tidying_go(tmp_path: Path, monkeypatch:
 
 
 def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
-    """Of a video that is made now, and of one that is there; not of one of another run."""
+    """Parts of this run's videos go, finished ones included; another run's stay."""
     for _ in range(2):
         for name in ("0.mp4", "0.json", "0.latents.safetensors"):
             make_part(tmp_path / name)

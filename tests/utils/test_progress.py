@@ -129,7 +129,7 @@ def last_drawn(stream: Terminal) -> str:
 
 
 def in_a_terminal(code: str, columns: int) -> str:
-    """What a terminal of that width gets from `code`."""
+    """Return the text that `code` writes to a terminal of this width."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", code])

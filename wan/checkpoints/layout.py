@@ -83,7 +83,7 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
     if lacking := missing(folder, config, own):
         get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
         advice = f"; get them with: {get}"
-        with suppress(OSError):
+        with suppress(OSError):  # a folder that cannot be listed gives no advice; the error stays
             near = [folder.parent, *folder.iterdir()] if os.path.isdir(folder) else []
             if whole := next((each for each in near if each.is_dir() and not missing(each, config, own)), None):
                 advice = f", but {whole} has them all: give that folder"

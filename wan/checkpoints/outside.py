@@ -32,7 +32,7 @@ def reading(path: Path, problem: str) -> Iterator[None]:
         raise
     except PermissionError:
         raise TensorFileError(f"{path}: {PERMISSION}") from None
-    except Exception as e:
+    except Exception as e:  # parsers raise anything on a damaged file; each becomes one error that names the file
         if isinstance(e, OSError) and e.errno is not None:  # from the file system; a library's own has no number
             raise
         raise misread(path, f"{problem} ({in_one_line(e)})") from e

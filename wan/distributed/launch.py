@@ -198,7 +198,7 @@ def tell_launcher(sentence: str) -> None:
     """Write why this process failed where torchrun's own report, the last lines of a run, takes it from."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(OSError):
+        with suppress(OSError):  # the run prints the reason itself; torchrun's report only repeats it
             Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
 
 

@@ -208,7 +208,7 @@ def _check_processes(request: Request, check: Check) -> None:
 def _extension(request: Request, check: Check) -> ExtendSettings:
     options = None
     if request.prompt_extend_options is not None:
-        with suppress(ValueError):
+        with suppress(ValueError):  # no JSON leaves None, which is refused below
             options = parse_json(request.prompt_extend_options)
         if not isinstance(options, dict):
             check.problem(f"--prompt_extend_options takes a JSON object, not {request.prompt_extend_options!r:.80}")

@@ -107,7 +107,7 @@ class VideoWriter:
                 self._encoder.kill()
                 self._encoder.wait()
                 self._feeder.shutdown(cancel_futures=True)
-                with suppress(OSError):
+                with suppress(OSError):  # the encoder was killed; its pipe may be broken
                     self._pipe.close()
             self._messages.close()
         finally:
@@ -142,7 +142,7 @@ class VideoWriter:
         """Why the encoder failed. It gets a second to end, so that its messages are complete."""
         assert self._encoder is not None
         reason = f"it took no frames for {STALL_SECONDS:.0f} s"
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):  # it still runs: the reason above holds
             reason = how_it_ended(self._encoder.wait(1.0))
         self._messages.seek(0)
         return JobError(f"{self.path}: the video encoder failed: {reason}{messages(self._messages.read())}")

@@ -163,7 +163,7 @@ def kept_rates(device: torch.device) -> dict[str, float] | None:
 
 
 def _all_rates() -> dict[str, Any]:
-    with suppress(OSError, ValueError, RuntimeError):
+    with suppress(OSError, ValueError, RuntimeError):  # no home, no file or a damaged one: time is unknown
         kept = json.loads((cache_folder() / RATES_FILE).read_text("utf-8"))
         return kept if isinstance(kept, dict) else {}
     return {}

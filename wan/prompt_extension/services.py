@@ -135,7 +135,7 @@ class ChatService:
             raise no_answer_within(seconds) from error
         except httpx.TransportError as error:
             raise AnswerError(f"no connection to {self.url}{_by_proxy(self.url)}", passing=True) from error
-        except Exception as error:
+        except Exception as error:  # the client and zlib raise many kinds on a malformed answer
             raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
         try:
             values = json.loads(answer)
@@ -249,9 +249,9 @@ def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerErro
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
     no_credit = status == 402 or "quota" in details
     retry_after, wait = headers.get("Retry-After", ""), 0.0
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError):  # Retry-After may be a date, seconds or missing
         wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
-    with suppress(ValueError):
+    with suppress(ValueError):  # it was a date, or nothing
         wait = float(retry_after)
     return AnswerError(
         f"the service answered {status} ({details})",

@@ -248,7 +248,7 @@ def decode_only(
             frames = decode_and_save(pipe, latent, save_file, record, progress, {})
             if request.preview:
                 team.broadcast(lambda: save_contact_sheet(save_file, frames))
-        except Exception as e:
+        except Exception as e:  # all others are raised again
             if not isinstance(e, OSError) and not out_of_memory(e):
                 raise
             raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
@@ -261,7 +261,7 @@ def _within_memory(work: Callable[[], Result]) -> Result:
     """`work()`, which loads something. JobError if the device's memory does not suffice."""
     try:
         return work()
-    except Exception as e:
+    except Exception as e:  # memory errors come as many kinds; all others are raised again
         if not out_of_memory(e):
             raise
         raise JobError(reason(e)) from e

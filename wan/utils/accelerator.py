@@ -182,7 +182,7 @@ def free_memory() -> None:
 
 def host_bytes() -> int:
     """Host memory available without swapping, the page cache included; 0 if unknown."""
-    with suppress(OSError):
+    with suppress(OSError):  # not Linux: asked below
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024

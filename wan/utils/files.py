@@ -49,7 +49,7 @@ def latents_elsewhere(video: Path, *, make: bool = False) -> Path:
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
     name = f"{os.fsencode(video.stem)[:100].decode('utf-8', 'ignore')}-{digest}.latents.safetensors"
     for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PRIVATE}*")):
-        with suppress(OSError):
+        with suppress(OSError):  # removed meanwhile, or another user's: not ours
             state = folder.lstat()
             private = os.name == "nt" or (state.st_uid == os.geteuid() and not state.st_mode & 0o077)
             if stat.S_ISDIR(state.st_mode) and private:

@@ -48,7 +48,7 @@ def locked(video: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"{video}: removed {removed} unfinished file{'s' if removed > 1 else ''} of a run that was killed")
         yield
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # a lock file that stays is harmless
             _lock_file(video).unlink(missing_ok=True)
         with suppress(OSError):  # the video is whole, whatever the file server says to this
             lock.release()
@@ -62,6 +62,7 @@ def clean_up(videos: Iterable[Path], say: Callable[[str], None]) -> None:
         with suppress(OSError):  # no such folder yet
             names = [found[1] for entry in os.scandir(folder) if (found := LEFT_OVER.fullmatch(entry.name))]
         for video in {video_of[folder, name] for name in names if (folder, name) in video_of}:
+            # another process holds the video: its parts stay
             with suppress(JobError), locked(video, say):
                 pass
 
@@ -70,7 +71,7 @@ def _acquire(video: Path, say: Callable[[str], None]) -> BaseFileLock:
     path, attempts = _lock_file(video), 0
     while True:
         try:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # absent, as it should be
                 if not stat.S_ISREG(os.lstat(path).st_mode):
                     raise JobError(f"{path} is in the way: it must be a file or absent; remove it")
             lock: BaseFileLock
