@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
-from wan.jobs.chains import chains, frames_joined
-from wan.jobs.job import Job
+from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
 from wan.planning.communication import plan_lines
 from wan.planning.disk import disks

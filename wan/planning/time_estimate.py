@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from wan.distributed.vae_parallel import divide, fitting
-from wan.jobs.chains import chains
-from wan.jobs.job import Job
+from wan.jobs.job import Job, chains
 from wan.offload.budget import Budget
 from wan.planning.communication import NetworkSizes, sent_bytes
 from wan.planning.flops import decode_operations, encode_operations, text_operations
