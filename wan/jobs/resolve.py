@@ -32,7 +32,7 @@ from wan.jobs.replay import earlier_seed, replayed
 from wan.jobs.sharding import chosen_shard, own_jobs
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
 from wan.prompt_extension.extend import ExtendSettings
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
