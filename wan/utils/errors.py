@@ -1,4 +1,4 @@
-"""Expected failures, each with a message for the user, the one printer of `error:` lines, and what Python must have.
+"""Expected failures, each with a message for the user; the one printer of `error:` lines; the packages that are needed.
 
 Anything that is not a `WanError` is a bug and keeps its traceback.
 """
