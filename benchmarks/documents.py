@@ -13,7 +13,7 @@ from benchmarks.measure import ROOT
 from lightning.releases import RELEASES, Release
 from wan.checkpoints.quantised_formats import TABLE
 from wan.cli.options import OPTIONS, paths
-from wan.utils.events import EVENT_PARTS, EVENTS
+from wan.utils.progress import EVENT_PARTS, EVENTS
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

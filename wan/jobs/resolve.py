@@ -30,7 +30,7 @@ from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_file
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
 from wan.utils.errors import InputError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 # Options that a record holds for its one video.
 OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")

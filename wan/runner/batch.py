@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import wan
 from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
-from wan.distributed.process_group import origin_of
+from wan.distributed.mesh import origin_of
 from wan.jobs.job import Job, chains
 from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
