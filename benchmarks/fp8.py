@@ -34,7 +34,7 @@ from wan.modules import fp8
 from wan.modules.fp8 import in_fp8
 from wan.modules.model import WanModel
 from wan.modules.quantize import FP8
-from wan.offload.eviction import schedule
+from wan.offload.budget import schedule
 from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes
 from wan.planning.memory import plan_video

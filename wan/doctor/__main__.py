@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 
-from wan.utils.requirements import need_packages
+from wan.utils.errors import need_packages
 
 if __name__ == "__main__":
     need_packages()

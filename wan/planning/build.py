@@ -24,12 +24,10 @@ from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_c
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
-from wan.cli.effects import idle_on
-from wan.cli.options import Request
+from wan.cli.options import Request, idle_on
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
-from wan.distributed.process_group import Team
+from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.media.ffmpeg import check_encoder

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.distributed.mesh import Layout, divisors
-from wan.jobs.chains import chains, frames_joined
-from wan.jobs.job import Job
+from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.planning.time_estimate import NetworkSizes, expect, network_of, sent_bytes, sharded_bytes

@@ -20,8 +20,7 @@ from torch import nn
 
 from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
-from wan.jobs.chains import chains
-from wan.jobs.job import Job
+from wan.jobs.job import Job, chains
 from wan.modules.causal_conv import ClipState, Downsample, FrameAttention, Upsample
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
