@@ -266,17 +266,17 @@ def _error_in(values: Any) -> str:
 
 def text_of(values: Any) -> str:
     """The text of the first choice. AnswerError for one that is cut, refused, filtered or not there."""
-    choices = values.get("choices") if isinstance(values, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    try:
+        choice = values["choices"][0]
+        message, finish = choice["message"], FINISHES.get(str(choice.get("finish_reason")))
+        refusal, content = message.get("refusal"), message.get("content")
+    except (TypeError, LookupError, AttributeError):  # of another layout
         reason = _error_in(values)
-        raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT)
-    if message.get("refusal"):
-        raise AnswerError(f"the model refused ({_error_in(message['refusal'])})")
-    if finish := FINISHES.get(str(choice.get("finish_reason"))):
+        raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT) from None
+    if refusal:
+        raise AnswerError(f"the model refused ({_error_in(refusal)})")
+    if finish:
         raise AnswerError(" ".join(filter(None, [finish, _error_in(choice.get("error"))])))
-    content = message.get("content")
     if isinstance(content, list):  # a multimodal one comes in parts
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
         content = "".join(text for text in texts if isinstance(text, str))
