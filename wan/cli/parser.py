@@ -121,23 +121,19 @@ def _parser(problems: list[str], *, short: bool = True) -> Parser:
         add_help=False, description="Make videos with Wan2.2 and Wan2.2-Lightning. README.md has a command for each "
         "task; with --dry_run it is checked, and its plan is printed.",
     )  # fmt: skip
-    parser.add_argument(
-        "-h", "--help", action=_Help, nargs="?", metavar="all", help="this text; --help all: every flag"
-    )
+    more = "this text; --help all: every flag"
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="all", help=more)
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
     for name, row in OPTIONS.items():
         example = f"; example: --{name} {row.example}" if short and row.example else ""
-        shown = argparse.SUPPRESS if short and row.example is None else f"{row.help}{example}".replace("%", "%%")
-        settings: dict[str, Any] = {"help": shown}
-        read_it = partial(read, name, problems=problems)
+        kind: dict[str, Any] = {"type": partial(read, name, problems=problems), "metavar": row.takes}
         if not row.takes:
-            settings |= {"action": "store_const", "const": True}
+            kind = {"action": "store_const", "const": True}
         elif row.read is paths:
-            settings |= {"action": "append", "metavar": row.takes}
+            kind = {"action": "append", "metavar": row.takes}
         elif row.takes.startswith("["):
-            settings |= {"type": read_it, "metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
-        else:
-            settings |= {"type": read_it, "metavar": row.takes}
-        groups[row.group].add_argument(f"--{name}", **settings)
+            kind |= {"metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
+        shown = argparse.SUPPRESS if short and row.example is None else f"{row.help}{example}".replace("%", "%%")
+        groups[row.group].add_argument(f"--{name}", help=shown, **kind)
     return parser
