@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from wan.distributed.launch import Runtime
     from wan.jobs.job import Decode, Extend, Generate
     from wan.jobs.prompt_files import Row
-    from wan.planning.plan import Plan
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
 
@@ -82,7 +81,8 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     from wan.prompt_extension.extend import check_extension
 
     check_extension(outcome.extend, _questions(outcome.rows))
-    _warn(outcome, progress)
+    for warning in outcome.warnings:
+        progress.say(f"warning: {warning}")
     if outcome.request.dry_run:
         return _end_dry_run(progress)
     answers = _answers(outcome.extend, outcome.rows, progress)
@@ -106,15 +106,10 @@ def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     with interrupts_held():
         from wan.planning.build import make_plan
         from wan.runner.batch import decode_only
-        from wan.runner.record import read_latents
 
     plan = runtime.team.all_or_none(lambda: make_plan(outcome, runtime))
-    runtime.team.all_or_none(lambda: read_latents(outcome.latents, outcome.config))
-    _warn(plan, progress)
-    if outcome.request.dry_run:
-        return _end_dry_run(progress)
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
-    return 0
+    return _end_dry_run(progress) if outcome.request.dry_run else 0
 
 
 def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
@@ -175,11 +170,6 @@ def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
     from wan.prompt_extension.extend import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
-
-
-def _warn(outcome: Extend | Plan, progress: Progress) -> None:
-    for warning in outcome.warnings:
-        progress.say(f"warning: {warning}")
 
 
 def _end_dry_run(progress: Progress) -> int:

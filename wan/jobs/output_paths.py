@@ -72,9 +72,10 @@ def check_outputs(
         if paths:
             check.problem(f"{flag}{_shown_paths(paths)}{why}")
 
-    wrong = {file: None for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()}
-    refuse(list(wrong), f": videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    usable = _check_names([file for file in files if file not in wrong], check)
+    wrong = [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]
+    misnamed = set(wrong)
+    refuse(wrong, f": videos are written as {' or '.join(CONTAINERS)}; give it that extension")
+    usable = _check_names([file for file in files if file not in misnamed], check)
     written = {file: _written(file, latents, request) for file in usable}
     place = _places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)

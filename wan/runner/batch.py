@@ -95,12 +95,12 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
         if state.kind == "equal":
             state = _copy(plan, job, state, progress)
         places.append(replace(job, save_file=state.file))
-        if state.kind == "whole":
-            whole.append(state.file)
-            _report_whole(plan, job, state, progress)
-            continue
-        if state.kind == "other" and not plan.request.overwrite:
-            problems.append(f"{job.save_file} {state.trouble}; --overwrite replaces it")
+        try:
+            if _is_there(plan, job, state, progress):
+                whole.append(state.file)
+                continue
+        except JobError as error:
+            problems.append(str(error))
         todo.append(job)
     all_joined = sorted({job.joined for job in plan.jobs if job.joined})
     clean_up([*whole, *all_joined], progress.say)
@@ -160,8 +160,12 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
     facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
+
+    def is_there() -> bool:
+        return _is_there(plan, job, find_video(plan, job), progress)
+
     try:
-        if job.follows and plan.request.resume and team.broadcast(lambda: _is_whole(plan, job, progress)):
+        if job.follows and plan.request.resume and team.broadcast(is_there):
             return "there", facts
         with progress.batch.video(plan.video(job).tokens):
             facts["frames"] = make_video(pipe, job, progress, shared, again=again)
@@ -179,21 +183,15 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
         return "failed", facts
 
 
-def _is_whole(plan: Plan, job: Job, progress: Progress) -> bool:
-    """Whether `--resume` finds this clip done, now that the one before it is. JobError for another file there."""
-    state = find_video(plan, job)
+def _is_there(plan: Plan, job: Job, state: State, progress: Progress) -> bool:
+    """Whether the video is whole; then the files beside it are repaired. JobError if another file is in the way."""
     if state.kind == "other" and not plan.request.overwrite:
         raise JobError(f"{job.save_file} {state.trouble}; --overwrite replaces it")
     if state.kind == "whole":
-        _report_whole(plan, job, state, progress)
+        for sentence in repair(plan, job, state.file):
+            progress.say(sentence)
+        progress.say(f"video {plan.place(job)} is there already: {state.file}")
     return state.kind == "whole"
-
-
-def _report_whole(plan: Plan, job: Job, state: State, progress: Progress) -> None:
-    """Repair the files beside a whole video, and say that it is there."""
-    for sentence in repair(plan, job, state.file):
-        progress.say(sentence)
-    progress.say(f"video {plan.place(job)} is there already: {state.file}")
 
 
 def _join_whole_chains(plan: Plan, todo: list[Job], progress: Progress) -> list[Event]:
@@ -206,17 +204,17 @@ def _join_whole_chains(plan: Plan, todo: list[Job], progress: Progress) -> list[
 def _join(plan: Plan, chain: Sequence[Job], progress: Progress) -> list[Event]:
     """Join a chain whose clips are all there, and return the outcome; empty if another process joins it."""
     joined = chain[0].joined
-    facts: dict[str, Any] = {"file": str(joined)}
+    assert joined is not None, "these clips are in a chain"
+    kind, facts = "joined", {"file": str(joined)}
     try:
-        join(plan, chain, progress)
-        kind = "joined"
+        join(plan, chain, joined, progress)
     except LockedElsewhere as error:
         progress.say(str(error))
         return []
     except (JobError, OSError) as error:
+        kind = "not joined"
         facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
         progress.say(f"failed: {facts['reason']}")
-        kind = "not joined"
     progress.event(kind, facts)
     return [(kind, facts)]
 
@@ -232,6 +230,10 @@ def decode_only(
     """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
     world, request = runtime.team, plan.request
     latent, record = world.all_or_none(lambda: read_latents(latents_file, plan.config))
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
+    if request.dry_run:
+        return
     if world.broadcast(save_file.exists) and not request.overwrite:
         raise InputError(f"--save_file {save_file} already exists; --overwrite replaces it")
     with ExitStack() as locks:

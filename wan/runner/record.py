@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -23,12 +24,11 @@ from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
 from wan.jobs.job import Job, Replayed
 from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, read_record
+from wan.media.video import count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.utils.errors import InputError, JobError, TensorFileError, WanError
 from wan.utils.files import Beside, latents_elsewhere, replacing, write_file
-from wan.utils.progress import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +66,6 @@ def differences(plan: Plan, replayed: Replayed) -> list[str]:
     ]
 
 
-def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, float]) -> dict[str, Any]:
-    """`record` completed at the end of the job. seconds: by stage, up to the saving of the file."""
-    return {
-        **record,
-        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-        "peak_memory_bytes": peak_memory(),
-        **outcome(video.path, video.frames, video.size or (0, 0), video.fps),
-    }
-
-
 def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict[str, Any]:
     """The end of every record: contents of the file, and the time when it was finished."""
     output = {"file": video.name, "frames": frames, "width": size[0], "height": size[1], "fps": fps}
@@ -95,16 +85,14 @@ def _without_paths(value: Any) -> Any:
         return ABSOLUTE.sub(lambda found: found[1] or "", value)
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
-    if not isinstance(value, dict):
-        return value
     shorter: dict[str, Any] = {}
-    for name, each in value.items():
+    for name, each in value.items() if isinstance(value, dict) else ():
         if name != "warnings":
             bare = ABSOLUTE.sub("", name)
             while bare in shorter:  # files of one name in two folders
                 bare += "'"
             shorter[bare] = each if name in PROMPTS else _without_paths(each)
-    return shorter
+    return shorter if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -189,19 +177,19 @@ def repair(plan: Plan, job: Job, video: Path) -> list[str]:
     request, beside, done = plan.request, Beside.of(video), list[str]()
     try:
         if not beside.record.exists():
-            write_file(beside.record, json.dumps(read_record(video), ensure_ascii=False, indent=2) + "\n")
+            _write_record(beside.record, read_record(video))
             done.append(f"{beside.record}: written again from the video")
         if request.preview and not beside.sheet.exists():
             done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
         kept = find_latents(plan, replace(job, save_file=video))
-        if kept and not request.save_latents and not kept.record["request"].get("save_latents"):
-            kept.file.unlink()
-            done.append(f"{kept.file}: removed, the video is whole")
+        if kept and not request.save_latents and not kept[2]["request"].get("save_latents"):
+            kept[0].unlink()
+            done.append(f"{kept[0]}: removed, the video is whole")
     except (JobError, OSError) as error:
         done.append(f"warning: the files beside {video} are left as they are ({error})")
-    wanted = {beside.latents: request.save_latents, beside.strip: request.preview_steps}
-    for file in (file for file, asked in wanted.items() if asked and not file.exists()):
-        done.append(f"warning: {file} is not there, and only making the video again gives it (--overwrite)")
+    for file, asked in ((beside.latents, request.save_latents), (beside.strip, request.preview_steps)):
+        if asked and not file.exists():
+            done.append(f"warning: {file} is not there, and only making the video again gives it (--overwrite)")
     return done
 
 
@@ -209,12 +197,17 @@ def copy_video(source: Path, target: Path, *, latents: bool) -> None:
     """Copy a whole video and its record, and kept latents if asked for, to another name. OSError."""
     record = read_record(source)
     record["output"]["file"] = target.name
+    copies = {source: target}
     if latents and Beside.of(source).latents.exists():
-        with replacing(Beside.of(target).latents) as part:
-            shutil.copyfile(Beside.of(source).latents, part)
-    with replacing(target) as part:
-        shutil.copyfile(source, part)
-    write_file(Beside.of(target).record, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+        copies = {Beside.of(source).latents: Beside.of(target).latents} | copies
+    for file, copy in copies.items():
+        with replacing(copy) as part:
+            shutil.copyfile(file, part)
+    _write_record(Beside.of(target).record, record)
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
 
 
 def _recorded(plan: Plan) -> dict[str, Path]:
@@ -235,24 +228,13 @@ def key_of(meaning: Mapping[str, Any]) -> str:
     return json.dumps(plain(meaning), sort_keys=True)
 
 
-@dataclass(frozen=True)
-class KeptLatents:
-    """Final latents [C, T, h, w] that a run kept, with the record of their job."""
-
-    file: Path
-    latent: torch.Tensor
-    record: dict[str, Any]
-
-
-def find_latents(plan: Plan, job: Job) -> KeptLatents | None:
-    """The latents of this very video that a run kept; None if there are none."""
+def find_latents(plan: Plan, job: Job) -> tuple[Path, torch.Tensor, dict[str, Any]] | None:
+    """(file, latent, record) of this very video's final latents that a run kept; None if there are none."""
     for path in (Beside.of(job.save_file).latents, latents_elsewhere(job.save_file)):
-        try:
+        with suppress(InputError):  # none, half a file, or another's: the steps are done again
             latent, record = read_latents(path, plan.config)
-        except InputError:
-            continue  # none, half a file, or another's: the steps are done again
-        if record["meaning"] == plain(plan.meaning(job)):
-            return KeptLatents(path, latent, record)
+            if record["meaning"] == plain(plan.meaning(job)):
+                return path, latent, record
     return None
 
 

@@ -34,7 +34,6 @@ from wan.media.video import VideoWriter, count_frames, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import (
-    completed,
     describe,
     find_latents,
     find_video,
@@ -47,7 +46,7 @@ from wan.runner.record import (
 from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.locks import LockedElsewhere, locked
-from wan.utils.progress import STAGE, Progress, quantity
+from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
 MICROSECONDS = 1_000_000
 # Flags that lower the memory of a stage.
@@ -110,7 +109,8 @@ def decode_and_save(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps, follows=bool(record["job"].get("follows"))) as video:
+        fps, how = pipe.plan.config.sample_fps, pipe.plan.request.record
+        with VideoWriter(path, fps, follows=bool(record["job"].get("follows"))) as video:
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
@@ -121,8 +121,9 @@ def decode_and_save(
             team.barrier()  # the file appears when nobody has failed
             with progress.stage("save"):
                 spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
-                how = pipe.plan.request.record
-                whole = completed(record, video, {name: s for name, s in spent.items() if s > 0})
+                spent = {name: round(seconds, 3) for name, seconds in spent.items() if seconds > 0}
+                whole = record | {"seconds": spent, "peak_memory_bytes": peak_memory()}
+                whole |= outcome(path, video.frames, video.size or (0, 0), fps)
                 video.finish(whole, partial(in_video, how=how))
         return video.frames
 
@@ -159,17 +160,14 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
     """The latents that an earlier try at this video left, and their file, with `--resume`. LockedElsewhere if another
     process has finished the video since this run looked at the folder."""
-    if not plan.request.overwrite and not plan.request.resume and job.save_file.exists():
+    resume, overwrite = plan.request.resume, plan.request.overwrite
+    if find_video(plan, job).kind == "whole" if resume else job.save_file.exists() and not overwrite:
         raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    if not plan.request.resume:
+    if not resume or (kept := find_latents(plan, job)) is None:
         return None, None
-    if find_video(plan, job).kind == "whole":
-        raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    kept = find_latents(plan, job)
-    if kept is None:
-        return None, None
-    progress.say(f"the latents of an earlier try are used: {kept.file}")
-    return kept.latent, kept.file
+    file, latent, _ = kept
+    progress.say(f"the latents of an earlier try are used: {file}")
+    return latent, file
 
 
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
@@ -211,18 +209,11 @@ def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: 
     return f"the finished latents are kept; to make the video of them: {program()} {command}"
 
 
-def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
+def join(plan: Plan, clips: Sequence[Job], joined: Path, progress: Progress) -> None:
     """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process joins them."""
-    joined = clips[0].joined
-    assert joined is not None, "these clips are in a chain"
     frames, fps = frames_joined(clips), plan.config.sample_fps
-    record = {
-        "schema": SCHEMA,
-        "task": plan.request.task,
-        "clips": _entries(plan, clips),
-        "versions": versions(),
-        **outcome(joined, frames, clips[0].size, fps),
-    }
+    record = {"schema": SCHEMA, "task": plan.request.task, "clips": _entries(plan, clips), "versions": versions()}
+    record |= outcome(joined, frames, clips[0].size, fps)
     with ExitStack() as locks, progress.stage("join"):
         hold_lock(locks, joined, progress)
         copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
@@ -233,9 +224,9 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
 def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
     """Whether the joined video of these whole clips is there, or they are no chain."""
     joined = clips[0].joined
-    return joined is None or (
-        clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
-    )
+    if joined is None:
+        return True
+    return clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
 
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
@@ -259,13 +250,8 @@ def copy_together(
             for number, clip in enumerate(clips):
                 escaped = file_argument(clip.absolute()).replace("'", r"'\''")
                 file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
-        publish(
-            joined,
-            ["-f", "concat", "-safe", "0", "-i", file_argument(listing)],
-            frames,
-            record,
-            partial(in_video, how=how),
-        )
+        source = ["-f", "concat", "-safe", "0", "-i", file_argument(listing)]
+        publish(joined, source, frames, record, partial(in_video, how=how))
     finally:
         listing.unlink(missing_ok=True)
 
