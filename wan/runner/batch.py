@@ -34,6 +34,7 @@ Result = TypeVar("Result")
 # The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
 Event = tuple[str, dict[str, Any]]
 FAILURES = ("failed", "not joined")
+Load = Callable[[Plan, Progress, Runtime], Pipeline]
 
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
@@ -42,12 +43,7 @@ def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     return public.of_plan(plan, progress, runtime)
 
 
-def run_jobs(
-    plan: Plan,
-    progress: Progress,
-    runtime: Runtime = ALONE,
-    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
-) -> int:
+def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline) -> int:
     """Make every video of `plan` that is not there yet, and return the number of failed jobs of all processes.
 
     A failed job is reported and the others go on, unless `on_error` is "stop". load: makes the pipeline.
@@ -69,7 +65,7 @@ def run_jobs(
         pipe.release_text_encoder()
         world.all_or_none(lambda: _within_memory(pipe.load_networks) if mine else None)
         try:
-            _make_all(pipe, mine, progress, runtime, events)
+            _make_all(pipe, mine, runtime, events)
         except KeyboardInterrupt:
             _sum_up(plan, len(jobs), events, progress)
             raise
@@ -125,16 +121,17 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
     return State("whole", job.save_file)
 
 
-def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
+def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
     """Make this group's jobs one after the other, and append the outcome of each to `events`."""
-    shared, team, plan = dict(progress.seconds), pipe.mesh.team, pipe.plan
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
+    shared = dict(progress.seconds)
     progress.batch = Batch([plan.video(job).tokens for job in jobs])
     for chain in chains(jobs):
         for number, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
                 return
             with progress.about(index=job.index):
-                kind, facts = _attempt(pipe, job, progress, shared, again=job is not jobs[-1])
+                kind, facts = _attempt(pipe, job, shared, again=job is not jobs[-1])
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed":
@@ -154,21 +151,18 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
                 events += team.broadcast(partial(_join, plan, whole, progress))
 
 
-def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> Event:
+def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
     """Make one video and return the outcome. again: another video follows."""
-    plan, team = pipe.plan, pipe.mesh.team
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
     facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
-
-    def is_there() -> bool:
-        return _is_there(plan, job, find_video(plan, job), progress)
-
+    resumed = job.follows and plan.request.resume  # the clip before it is there now
     try:
-        if job.follows and plan.request.resume and team.broadcast(is_there):
+        if resumed and team.broadcast(lambda: _is_there(plan, job, find_video(plan, job), progress)):
             return "there", facts
         with progress.batch.video(plan.video(job).tokens):
-            facts["frames"] = make_video(pipe, job, progress, shared, again=again)
+            facts["frames"] = make_video(pipe, job, shared, again=again)
         return "saved", facts
     except LockedElsewhere as error:
         progress.say(str(error))
@@ -220,16 +214,11 @@ def _join(plan: Plan, chain: Sequence[Job], progress: Progress) -> list[Event]:
 
 
 def decode_only(
-    plan: Plan,
-    latents_file: Path,
-    save_file: Path,
-    progress: Progress,
-    runtime: Runtime = ALONE,
-    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
+    plan: Plan, file: Path, save_file: Path, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline
 ) -> None:
     """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
     world, request = runtime.team, plan.request
-    latent, record = world.all_or_none(lambda: read_latents(latents_file, plan.config))
+    latent, record = world.all_or_none(lambda: read_latents(file, plan.config))
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     if request.dry_run:
@@ -244,13 +233,13 @@ def decode_only(
         team = pipe.mesh.team
         team.all_or_none(lambda: _within_memory(pipe.load_vae))
         try:
-            frames = decode_and_save(pipe, latent, save_file, record, progress, {})
+            frames = decode_and_save(pipe, latent, save_file, record, {})
             if request.preview:
                 team.broadcast(lambda: save_contact_sheet(save_file, frames))
         except Exception as e:  # all others are raised again
             if not isinstance(e, OSError) and not out_of_memory(e):
                 raise
-            raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
+            raise JobError(f"{save_file}: {reason(e)}; {file} is as it was") from e
     progress.event("saved", {"index": 0, "file": str(save_file), "frames": frames})
     progress.say(f"saved {save_file}")
     progress.say(progress.table())

@@ -81,18 +81,18 @@ def in_video(record: dict[str, Any], how: str) -> dict[str, Any] | None:
 
 def _without_paths(value: Any) -> Any:
     """`value` with file names instead of absolute paths; prompts stay, warnings (sentences with paths) go."""
-    if isinstance(value, str):
-        return ABSOLUTE.sub(lambda found: found[1] or "", value)
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
+    if not isinstance(value, dict):
+        return ABSOLUTE.sub(lambda found: found[1] or "", value) if isinstance(value, str) else value
     shorter: dict[str, Any] = {}
-    for name, each in value.items() if isinstance(value, dict) else ():
+    for name, each in value.items():
+        bare = ABSOLUTE.sub("", name)
+        while bare in shorter:  # files of one name in two folders
+            bare += "'"
         if name != "warnings":
-            bare = ABSOLUTE.sub("", name)
-            while bare in shorter:  # files of one name in two folders
-                bare += "'"
             shorter[bare] = each if name in PROMPTS else _without_paths(each)
-    return shorter if isinstance(value, dict) else value
+    return shorter
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,12 @@ class State:
 
     kind: "nothing", "whole" (this very video), "equal" (nothing, but `file` is this very video under another name),
     "damaged" (this video, cut off), "other" (another video or file), or "later" (the job follows a clip that is still
-    to be made). differing: the options that made another video, as far as its record says; None where nobody asked.
+    to be made). trouble: the reason why "other" is in the way, as the end of a sentence.
     """
 
     kind: str
     file: Path
-    differing: tuple[str, ...] | None = None
-
-    @property
-    def trouble(self) -> str:
-        """The reason why "other" is in the way, as the end of a sentence."""
-        if self.differing is None:
-            return "already exists"
-        return "was made with other settings" + (f" ({', '.join(self.differing)})" if self.differing else "")
+    trouble: str = "already exists"
 
 
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
@@ -148,19 +141,20 @@ def find_video(plan: Plan, job: Job) -> State:
     """State of the file at `job.save_file`."""
     if not job.save_file.exists():
         return State("nothing", job.save_file)
+    trouble = "was made with other settings"
     # a video that was cut off in its index may still have its record beside it
     for source in (job.save_file, Beside.of(job.save_file).record):
         try:
             found = read_record(source)["meaning"]
-            differing = tuple(f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v))
+            differing = [f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v)]
         except (WanError, KeyError, TypeError, AttributeError):
             continue  # not a record of ours
         if differing:
-            return State("other", job.save_file, differing)
+            return State("other", job.save_file, f"{trouble} ({', '.join(differing)})")
         stat = job.save_file.stat()
         whole = _count_frames(job.save_file, stat.st_mtime_ns, stat.st_size) == job.frame_num
         return State("whole" if whole else "damaged", job.save_file)
-    return State("other", job.save_file, ())
+    return State("other", job.save_file, trouble)
 
 
 @cache

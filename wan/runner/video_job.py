@@ -33,16 +33,7 @@ from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
-from wan.runner.record import (
-    describe,
-    find_latents,
-    find_video,
-    in_video,
-    key_of,
-    outcome,
-    save_latents,
-    versions,
-)  # fmt: skip
+from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
 from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.locks import LockedElsewhere, locked
@@ -58,13 +49,13 @@ LESS_MEMORY = {
 }
 
 
-def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> int:
+def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
     """Make the video of `job` and return the number of its frames. shared: seconds by stage that all jobs share.
 
     again: another video follows.
     JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
     """
-    plan, team = pipe.plan, pipe.mesh.team
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     with ExitStack() as locks:
         team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
         earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
@@ -75,7 +66,7 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:
-            frames = decode_and_save(pipe, latent, job.save_file, record, progress, earlier)
+            frames = decode_and_save(pipe, latent, job.save_file, record, earlier)
         except BaseException as error:
             hint = _how_to_finish(plan.request, job.save_file, kept, error)
             error.add_note(hint)
@@ -87,18 +78,13 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
 
 
 def decode_and_save(
-    pipe: Pipeline,
-    latent: torch.Tensor,
-    path: Path,
-    record: dict[str, Any],
-    progress: Progress,
-    earlier: dict[str, float],
+    pipe: Pipeline, latent: torch.Tensor, path: Path, record: dict[str, Any], earlier: dict[str, float]
 ) -> int:
     """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
 
     earlier: seconds by stage that are not this video's.
     """
-    team = pipe.mesh.team
+    team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
         with closing(pipe.decode(latent, finer=finer)) as chunks:
@@ -163,10 +149,9 @@ def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.
     resume, overwrite = plan.request.resume, plan.request.overwrite
     if find_video(plan, job).kind == "whole" if resume else job.save_file.exists() and not overwrite:
         raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    if not resume or (kept := find_latents(plan, job)) is None:
-        return None, None
-    file, latent, _ = kept
-    progress.say(f"the latents of an earlier try are used: {file}")
+    file, latent, _ = (find_latents(plan, job) if resume else None) or (None, None, None)
+    if file:
+        progress.say(f"the latents of an earlier try are used: {file}")
     return latent, file
 
 
@@ -177,10 +162,9 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
         try:
             path = place()
             save_latents(path, latent, record)
+            return path
         except OSError as e:
             progress.say(f"warning: the latents cannot be kept as {e.filename or path} ({e.strerror})")
-        else:
-            return path
     return None
 
 
@@ -192,9 +176,7 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
             kept.unlink()
     if request.save_latents and kept != beside.latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
-    written = [beside.record]
-    if request.preview:
-        written.append(save_contact_sheet(job.save_file, frames))
+    written = [beside.record, *([save_contact_sheet(job.save_file, frames)] if request.preview else [])]
     endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
     progress.say(f"saved {job.save_file} with {endings} beside it")
 
@@ -231,11 +213,10 @@ def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
     """The clips in the record of a joined video; None if there is no such video."""
-    try:
+    with suppress(InputError):  # no such record
         clips = read_record(joined).get("clips") if joined.exists() else None
-    except InputError:
-        return None
-    return clips if isinstance(clips, list) else None
+        return clips if isinstance(clips, list) else None
+    return None
 
 
 def copy_together(
