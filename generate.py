@@ -31,13 +31,19 @@ if TYPE_CHECKING:
     from wan.jobs.prompt_files import Row
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
+    Prompt = tuple[str, Path | None]  # with its image
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     from wan.distributed.launch import Stopped, launch, speaks_alone
 
     words = sys.argv[1:] if argv is None else list(argv)
-    _prepare_process()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
+    # torch's C++ code warns of memory that it then finds elsewhere; what fails is an exception
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values, problems = parse(words)
         return launch(lambda runtime: _run_request(values, problems, words, runtime))
@@ -47,15 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(e, FAILED, words)
     except KeyboardInterrupt as e:
         return _report(WanError("interrupted"), e.code if isinstance(e, Stopped) else 128 + signal.SIGINT, words)
-
-
-def _prepare_process() -> None:
-    """Set up the streams before anything is printed, and the logging of torch before it is imported."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
-    # torch's C++ code warns of memory that it then finds elsewhere; what fails is an exception
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _run_request(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
@@ -156,9 +153,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     return FAILED if failed else 0
 
 
-def _answers(
-    settings: ExtendSettings, rows: Sequence[Row], progress: Progress
-) -> dict[tuple[str, Path | None], Extended]:
+def _answers(settings: ExtendSettings, rows: Sequence[Row], progress: Progress) -> dict[Prompt, Extended]:
     """The extended prompts by prompt and image."""
     from wan.prompt_extension.extend import extend
 

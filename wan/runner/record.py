@@ -116,7 +116,12 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
     kept: an equal video under another name is "equal".
     """
     resume, found = plan.request.resume, []
-    elsewhere = _recorded(plan) if resume else {}
+    elsewhere: dict[str, Path] = {}  # videos with a record in the folders of the jobs, by the key of their meaning
+    folders = {job.save_file.parent for job in plan.jobs} if resume else ()
+    for file in (file for folder in folders for file in folder.glob("*.json")):
+        with suppress(WanError, KeyError, TypeError, AttributeError):  # another program's file
+            record = read_record(file)
+            elsewhere[key_of(record["meaning"])] = file.parent / record["output"]["file"]
     last: dict[Path | None, State] = {}  # by chain
     for job in plan.jobs:
         before = last.get(job.joined) if job.follows else None
@@ -202,19 +207,6 @@ def copy_video(source: Path, target: Path, *, latents: bool) -> None:
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
     write_file(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
-
-
-def _recorded(plan: Plan) -> dict[str, Path]:
-    """Every video with a record in the folders of the jobs, by the key of its meaning."""
-    videos = {}
-    for folder in {job.save_file.parent for job in plan.jobs}:
-        for file in folder.glob("*.json"):
-            try:
-                record = read_record(file)
-                videos[key_of(record["meaning"])] = folder / record["output"]["file"]
-            except (WanError, KeyError, TypeError, AttributeError):
-                continue  # another program's file
-    return videos
 
 
 def key_of(meaning: Mapping[str, Any]) -> str:

@@ -68,7 +68,12 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
         try:
             frames = decode_and_save(pipe, latent, job.save_file, record, earlier)
         except BaseException as error:
-            hint = _how_to_finish(plan.request, job.save_file, kept, error)
+            hint = "and the finished latents could not be kept"
+            if kept:  # on the CPU if the device had no memory for tiles
+                changes = {"device": "cpu", "vram": None} if out_of_memory(error) else {}
+                decode = to_decode(plan.request, decode_latents=str(kept), save_file=str(job.save_file), **changes)
+                hint = "the finished latents are kept; to make the video of them: "
+                hint += f"{program()} {shlex.join(words_of(decode))}"
             error.add_note(hint)
             if not isinstance(error, Exception):  # interrupted: nobody reports it later
                 progress.say(hint)
@@ -179,16 +184,6 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
     written = [beside.record, *([save_contact_sheet(job.save_file, frames)] if request.preview else [])]
     endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
     progress.say(f"saved {job.save_file} with {endings} beside it")
-
-
-def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
-    """The command that decodes the kept latents: on the CPU if the device had no memory for tiles."""
-    if kept is None:
-        return "and the finished latents could not be kept"
-    changes: dict[str, Any] = {"decode_latents": str(kept), "save_file": str(save_file)}
-    changes |= {"device": "cpu", "vram": None} if out_of_memory(error) else {}
-    command = shlex.join(words_of(to_decode(request, **changes)))
-    return f"the finished latents are kept; to make the video of them: {program()} {command}"
 
 
 def join(plan: Plan, clips: Sequence[Job], joined: Path, progress: Progress) -> None:
