@@ -89,25 +89,18 @@ def check_outputs(
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(*paths)]
     if not request.overwrite:
+        again = f"or choose another {flag.strip() or '--save_dir'}"
         refused = {*taken, *folders}
-        refuse(
-            [path for path in there if path not in refused],
-            " already exists; --overwrite replaces it, --resume skips what is finished, "
-            f"or choose another {flag.strip() or '--save_dir'}",
-        )
+        there = [path for path in there if path not in refused]
+        refuse(there, f" already exists; --overwrite replaces it, --resume skips what is finished, {again}")
     for folder in sorted({file.parent.absolute() for file in written}):
         if problem := _folder_problem(folder):
             check.problem(f"{problem}; choose another --save_dir")
 
 
 def _written(video: Path, latents: bool, request: Request) -> list[Path]:
-    beside = Beside.of(video)
-    maybe = {
-        beside.latents: latents,
-        beside.sheet: request.preview,
-        beside.strip: request.preview_steps and request.decode_latents is None,
-    }
-    return [beside.video, beside.record, *(path for path, wanted in maybe.items() if wanted)]
+    asked = (True, True, latents, request.preview, request.preview_steps and request.decode_latents is None)
+    return [path for path, wanted in zip(Beside.of(video), asked, strict=True) if wanted]
 
 
 def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
@@ -121,14 +114,11 @@ def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
 
 def _name_problem(file: Path) -> str | None:
     """The reason why no video of this name can be made, whatever is on the disk; None if one can."""
-    return _path_problem(file.parent) or _path_problem(Path(longest_name(file)), file.parent)
-
-
-def _path_problem(path: Path, above: Path = Path()) -> str | None:
+    path = file.parent / longest_name(file)
     if unusable := text_problem(str(path)):
         return unusable
     try:
-        names, whole = [os.fsencode(part) for part in path.parts], os.fsencode(above / path)
+        names, whole = [os.fsencode(part) for part in path.parts], os.fsencode(path)
     except UnicodeEncodeError:
         return "cannot be written in this system's encoding; set PYTHONUTF8=1, or name it otherwise"
     if max(map(len, names), default=0) > LONGEST_NAME:

@@ -23,7 +23,7 @@ from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, wi
 from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
-from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Replayed, Weights
+from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_file, check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
@@ -111,15 +111,14 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
-    check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
+    # each job's file, then those that chains are joined into
+    files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
+    check_outputs(
+        request, files, check, read, own={file for job in own for file in (job.save_file, job.joined) if file}
+    )
     numbers = {job.index // request.num_videos for job in own}
     rows = [row for number, row in enumerate(rows) if number in numbers]
     return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
-
-
-def _videos(jobs: Sequence[Job]) -> list[Path]:
-    """The files of these jobs, then those that their chains are joined into."""
-    return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
@@ -232,9 +231,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e
-    displaced = {other for name in given for other in OPTIONS[name].displaces}
+    problems, displaced = list[str](), {other for name in given for other in OPTIONS[name].displaces}
     earlier = {name: value for name, value in earlier.items() if name not in displaced}
-    problems: list[str] = []
     request = Request.from_dict({**earlier, **given}, problems)
     if problems:
         raise InputError([f"--replay {path}: {problem}" for problem in problems])
@@ -247,23 +245,20 @@ def earlier_seed(request: Request) -> int | None:
 
     Until its first video is whole, a run's only record is the one in the latents that it kept.
     """
-    folder, wanted = expanded(request.save_dir), _asked_for(request.recorded())
+    named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
+
+    def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: recorded.get(name, DEFAULTS[name]) for name in named}
+
+    folder, wanted = expanded(request.save_dir), asked_for(request.recorded())
     written: dict[Path, float] = {}
     for file in (*folder.glob("*.json"), *folder.glob("*.latents.safetensors")):
         with suppress(OSError):  # another process has just removed it, or a link that leads nowhere
             written[file] = file.stat().st_mtime
     for file in sorted(written, key=lambda file: written[file], reverse=True):
-        try:
+        with suppress(InputError, OSError, KeyError, TypeError, AttributeError, ValueError):  # another program's file
             kept = file.suffix == ".safetensors"
             recorded = (json.loads(read_header(file)[1]["record"]) if kept else read_record(file))["request"]
-            if _asked_for(recorded) == wanted:
+            if asked_for(recorded) == wanted:
                 return int(recorded["base_seed"])
-        except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
-            continue  # another program's file
     return None
-
-
-def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that affect how the videos look, as far as the request alone tells. given: as records hold them."""
-    names = [n for n, row in OPTIONS.items() if row.scope is VIDEO and n not in LEFT_TO_THE_PLAN]
-    return {name: given.get(name, DEFAULTS[name]) for name in names}
