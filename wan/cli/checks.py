@@ -31,8 +31,10 @@ class Check:
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)
 
-    def attempt(self, work: Callable[[], Found], brought: Mapping[str, str] | None = None) -> Found | None:
-        """`work()`, or None if it raises InputError, whose problems are noted.
+    def attempt(
+        self, work: Callable[[], Found], brought: Mapping[str, str] | None = None, begin: str = ""
+    ) -> Found | None:
+        """`work()`, or None if it raises InputError, whose problems are noted, with `begin` in front of each.
 
         brought: flags by path; a problem that begins with one of these paths gets its flag.
         """
@@ -42,7 +44,7 @@ class Check:
             for problem in e.problems:
                 named = problem.removeprefix("LoRA ")
                 flag = next((flag for path, flag in (brought or {}).items() if named.startswith(path)), None)
-                self.problem(f"{flag} {named}" if flag else problem)
+                self.problem(f"{flag} {named}" if flag else f"{begin}{problem}")
         return None
 
     def error(self) -> InputError:

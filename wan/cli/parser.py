@@ -29,9 +29,10 @@ OTHER_NAMES: dict[str, str] = {
     "--sample_solver": "solver sampler scheduler", "--sample_steps": "steps num_inference_steps infer_steps num_steps",
     "--sample_guide_scale": "cfg cfg_scale guidance guidance_scale",
     "--sample_shift": "shift flow_shift timestep_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
-    "--offload_model": "offload cpu_offload low_vram lowvram", "--vram": "max_memory gpu_memory memory", "--overwrite": "force f y yes",
+    "--offload_model": "offload cpu_offload low_vram lowvram", "--vram": "max_memory gpu_memory memory",
     "--save_dir or --save_file": "output out o output_dir output_path save_path filename",
-    "--resume": "skip_existing continue", "--replay": "from_record recipe config", "--debug": "verbose v traceback",
+    "--overwrite": "force f y yes", "--resume": "skip_existing continue", "--replay": "from_record recipe config",
+    "--debug": "verbose v traceback",
 }  # fmt: skip
 S2V, ANIMATE = "speech to video (S2V) is not part of this toolkit", "Wan-Animate is not part of this toolkit"
 # Why there is no such flag.

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.images import list_changes, open_image, video_size
 from wan.utils.argument_parser import short
-from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
 SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
@@ -166,17 +166,15 @@ def _origin(request: Request, row: Row, picture: str) -> str:
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weights: Weights, check: Check) -> None:
     """Warns of sizes and lengths that the weights in use were not trained for."""
-    trained = [SIZE_CONFIGS[text] for text in config.sizes]
-    name = config.name
+    name, trained = config.name, [SIZE_CONFIGS[text] for text in config.sizes]
     if weights.release and weights.release.kind != "recipe":
-        trained, name = list(weights.release.sizes), weights.release.name
+        name, trained = weights.release.name, list(weights.release.sizes)
     if size not in trained:
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
         check.warn(f"size {size[0]}*{size[1]} is none of those that {name!r} was trained for ({listed})")
     if frames > config.frame_num:
-        check.warn(
-            f"{frames} frames are more than the {config.frame_num} {config.name} was trained for; motion may repeat"
-        )
+        more = f"{frames} frames are more than the {config.frame_num} {config.name} was trained for"
+        check.warn(f"{more}; motion may repeat")
 
 
 class _Picture(NamedTuple):
@@ -199,25 +197,19 @@ class _Pictures:
         size, step = picture.size, self.config.size_step
         # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
         if not (is_video(path) and math.prod(size) == math.prod(area) and not any(n % step for n in size)):
-            try:
-                width, height = video_size(self.config, size, area)
-            except InputError as e:
-                self.check.problem(f"{origin}{path}: {e}")
+            fitted = self.check.attempt(partial(video_size, self.config, size, area), begin=f"{origin}{path}: ")
+            if fitted is None:
                 return area, ""
-            size = self.check.size(f"{origin}{path}: size", f"{width}*{height}", step)
+            size = self.check.size(f"{origin}{path}: size", f"{fitted[0]}*{fitted[1]}", step)
         kept = picture.size == size == area
         return size, f"{picture.text}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
 
     def open(self, origin: str, path: Path) -> _Picture | None:
         """The picture; None if it cannot be opened, which is a problem where it is first named."""
         if path not in self.opened:
-            try:
-                image = open_image(path)
-                text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)])
-                self.opened[path] = _Picture(image.size, text)
-            except InputError as e:
-                self.opened[path] = None
-                self.check.problem(f"{origin}{e}")
+            image = self.check.attempt(partial(open_image, path), begin=origin)
+            text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+            self.opened[path] = _Picture(image.size, text) if image else None
         return self.opened[path]
 
 

@@ -20,7 +20,6 @@ from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
 from wan.utils.argument_parser import short
-from wan.utils.errors import LoraError
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
@@ -140,10 +139,8 @@ def _release(
 ) -> Release | None:
     """--preset's, else the first recognised by a folder's or file's name, else the one baked into the checkpoint."""
     if request.preset is not None:
-        try:
-            release = preset(request.preset)
-        except LoraError as e:
-            check.problem(f"--preset: {e}")
+        release = check.attempt(partial(preset, request.preset), begin="--preset: ")
+        if release is None:
             return None
         if task not in release.tasks:
             check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
