@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
-from wan.runner.video_job import clips_of, decode_and_save, hold_lock, is_joined, join, make_video, reason
+from wan.runner.video_job import Event, clips_of, decode_and_save, hold_lock, join, join_chains, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
@@ -31,8 +31,6 @@ from wan.utils.progress import Batch, Progress, duration, quantity, tell
 ALONE = Runtime()
 LONG_WAIT = 0.5  # seconds of computation spent waiting for weights that are worth a line
 Result = TypeVar("Result")
-# The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
-Event = tuple[str, dict[str, Any]]
 FAILURES = ("failed", "not joined")
 Load = Callable[[Plan, Progress, Runtime], Pipeline]
 
@@ -54,7 +52,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
     progress.start()
     jobs, places = world.broadcast(lambda: jobs_to_do(plan, progress))
     plan = replace(plan, jobs=places)
-    joined = world.broadcast(lambda: _join_whole_chains(plan, jobs, progress))
+    joined = world.broadcast(lambda: join_chains(plan, jobs, progress))
     events: list[Event] = []
     if jobs:
         pipe = world.all_or_none(lambda: load(plan, progress, runtime))
@@ -148,7 +146,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
         else:
             if joined := chain[0].joined:  # with the clips that were there before
                 whole = [job for job in plan.jobs if job.joined == joined]
-                events += team.broadcast(partial(_join, plan, whole, progress))
+                events += team.broadcast(partial(join, plan, whole, progress))
 
 
 def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
@@ -186,31 +184,6 @@ def _is_there(plan: Plan, job: Job, state: State, progress: Progress) -> bool:
             progress.say(sentence)
         progress.say(f"video {plan.place(job)} is there already: {state.file}")
     return state.kind == "whole"
-
-
-def _join_whole_chains(plan: Plan, todo: list[Job], progress: Progress) -> list[Event]:
-    """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
-    unfinished = {job.joined for job in todo}
-    whole = [chain for chain in chains(plan.jobs) if chain[0].joined not in unfinished]
-    return [event for chain in whole if not is_joined(plan, chain) for event in _join(plan, chain, progress)]
-
-
-def _join(plan: Plan, chain: Sequence[Job], progress: Progress) -> list[Event]:
-    """Join a chain whose clips are all there, and return the outcome; empty if another process joins it."""
-    joined = chain[0].joined
-    assert joined is not None, "these clips are in a chain"
-    kind, facts = "joined", {"file": str(joined)}
-    try:
-        join(plan, chain, joined, progress)
-    except LockedElsewhere as error:
-        progress.say(str(error))
-        return []
-    except (JobError, OSError) as error:
-        kind = "not joined"
-        facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
-        progress.say(f"failed: {facts['reason']}")
-    progress.event(kind, facts)
-    return [(kind, facts)]
 
 
 def decode_only(
@@ -258,15 +231,12 @@ def _within_memory(work: Callable[[], Result]) -> Result:
 def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> None:
     """Say how many videos were made, where they are, why others failed, and how to go on."""
     kinds, jobs = [kind for kind, _ in events], len(plan.jobs)
+    saved, there, failed, elsewhere = map(kinds.count, ("saved", "there", "failed", "elsewhere"))
     counts = {
-        "saved": kinds.count("saved"),
-        "there already": jobs - tried + kinds.count("there"),
-        "failed": kinds.count("failed"),
-        "being made by other processes": kinds.count("elsewhere"),
-        "not tried": tried - sum(kinds.count(kind) for kind in ("saved", "there", "failed", "elsewhere")),
-        "joined": kinds.count("joined"),
-        "not joined": kinds.count("not joined"),
-    }
+        "saved": saved, "there already": jobs - tried + there, "failed": failed,
+        "being made by other processes": elsewhere, "not tried": tried - saved - there - failed - elsewhere,
+        "joined": kinds.count("joined"), "not joined": kinds.count("not joined"),
+    }  # fmt: skip
     progress.event("summary", counts)
     progress.say(progress.table())
     folders = dict.fromkeys(str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined"))

@@ -27,7 +27,7 @@ import torch
 
 from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
-from wan.jobs.job import Job, frames_joined
+from wan.jobs.job import Job, chains, frames_joined
 from wan.media.ffmpeg import file_argument
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, publish, read_record
@@ -40,6 +40,8 @@ from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
 MICROSECONDS = 1_000_000
+# The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
+Event = tuple[str, dict[str, Any]]
 # Flags that lower the memory of a stage.
 LESS_MEMORY = {
     "text": "--t5_cpu encodes the prompts on the CPU",
@@ -186,24 +188,40 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
     progress.say(f"saved {job.save_file} with {endings} beside it")
 
 
-def join(plan: Plan, clips: Sequence[Job], joined: Path, progress: Progress) -> None:
-    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process joins them."""
-    frames, fps = frames_joined(clips), plan.config.sample_fps
+def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
+    """Join the whole videos of a chain, and return the outcome; empty if another process joins them."""
+    joined, frames, fps = clips[0].joined, frames_joined(clips), plan.config.sample_fps
+    assert joined is not None, "these clips are in a chain"
     record = {"schema": SCHEMA, "task": plan.request.task, "clips": _entries(plan, clips), "versions": versions()}
     record |= outcome(joined, frames, clips[0].size, fps)
-    with ExitStack() as locks, progress.stage("join"):
-        hold_lock(locks, joined, progress)
-        copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
-    written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
-    progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+    kind, facts = "joined", {"file": str(joined)}
+    try:
+        with ExitStack() as locks, progress.stage("join"):
+            hold_lock(locks, joined, progress)
+            copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
+        written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
+        progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+    except LockedElsewhere as error:
+        progress.say(str(error))
+        return []
+    except (JobError, OSError) as error:
+        kind = "not joined"
+        facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
+        progress.say(f"failed: {facts['reason']}")
+    progress.event(kind, facts)
+    return [(kind, facts)]
 
 
-def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
-    """Whether the joined video of these whole clips is there, or they are no chain."""
-    joined = clips[0].joined
-    if joined is None:
-        return True
-    return clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
+def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Event]:
+    """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
+    unfinished, events = {job.joined for job in todo}, list[Event]()
+    for chain in chains(plan.jobs):
+        joined = chain[0].joined
+        if joined is None or joined in unfinished:
+            continue
+        if clips_of(joined) != _entries(plan, chain) or count_frames(joined) != frames_joined(chain):
+            events += join(plan, chain, progress)
+    return events
 
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
