@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.inspect_weights import inspect_path, models_to_judge_by, settings_line
 from lightning.lora import Lora
-from lightning.lora_args import Choices, choose_loras
+from lightning.lora_files import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.hub import fetch, located
 from wan.configs import TASKS

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning.lora import Lora
-from lightning.lora_kinds import PAIR, Rows
-from lightning.lora_matching import Delta
+from lightning.lora_matching import PAIR, Delta, Rows
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
@@ -110,7 +109,7 @@ class Merge:
             by_rows = role in BY_ROWS
             tensors[role] = _matrix(self._read(lora, name, rows)) if by_rows else self._read_once(lora, name)
         kind = delta.kind
-        change = kind.change(kind.factors, tensors) if kind and kind is not PAIR else None
+        change = kind.change(tensors) if kind and kind is not PAIR else None
         norms = self._read_once(lora, delta.magnitude).flatten()[rows, None] if delta.magnitude else None
         return _Term(tensors, change, rows.start, delta.scale, norms, lora.strength)
 
