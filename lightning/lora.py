@@ -27,7 +27,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import kind_of, open_file
 from wan.configs import task_of
 from wan.utils.errors import LoraError, TensorFileError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
