@@ -12,8 +12,7 @@ from pathlib import Path
 from benchmarks.measure import ROOT
 from lightning.releases import RELEASES, Release
 from wan.checkpoints.quantised_formats import TABLE
-from wan.cli.options import OPTIONS
-from wan.cli.values import paths
+from wan.cli.options import OPTIONS, paths
 from wan.utils.progress import EVENT_PARTS, EVENTS
 
 DOCS = ROOT / "docs"
