@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file, weights_in
 from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, parse_key, resolve_names
@@ -48,11 +48,11 @@ NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
 class AdapterSettings:
     """alpha and rank of each module: the first of the patterns that fits its name, else the common one."""
 
-    alpha: float = 8.0  # PEFT's own default, as the rank
-    patterns: Mapping[str, float] = field(default_factory=dict)
-    rslora: bool = False  # alpha / sqrt(rank)
-    rank: float = 8.0
-    ranks: Mapping[str, float] = field(default_factory=dict)
+    alpha: float  # 8 where the settings name none, as in PEFT; the rank too
+    patterns: Mapping[str, float]
+    rslora: bool  # alpha / sqrt(rank)
+    rank: float
+    ranks: Mapping[str, float]
 
     def scale(self, module: str, rank: int) -> float:
         """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
@@ -106,9 +106,8 @@ class Lora:
     @property
     def assumed_alpha(self) -> float | None:
         """The alpha of modules that store none, None for alpha = rank."""
-        if self.default_alpha is not None:
-            return self.default_alpha
-        return self.release.default_alpha if self.release else None
+        of_release = self.release.default_alpha if self.release else None
+        return of_release if self.default_alpha is None else self.default_alpha
 
     def scale(self, stem: str, alpha_name: str | None, rank: int) -> float:
         """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank.
@@ -299,57 +298,50 @@ def settings_of(
     `adapter_config.json` belongs to `adapter_model.*`, else to the only file of weights beside it; of several it must
     be known which, except for a file that stores its own alphas. expert: "low" reads the settings of `transformer_2`.
     """
-    beside = file.parent / PEFT_CONFIG
+    beside, text = file.parent / PEFT_CONFIG, metadata.get(METADATA)
     if beside.is_file():
         weights = weights_in(file.parent)
         own = [each for each in weights if each.stem == PEFT_STEM] or weights
         if own == [file]:
-            return _parse_settings(beside, _parse_object(beside, beside.read_bytes()))
-        if file in own and METADATA not in metadata and not has_alphas:
+            return _parse_settings(f"LoRA {beside}", beside.read_bytes(), expert)
+        if file in own and text is None and not has_alphas:
             raise LoraError(
                 f"LoRA {file}: {PEFT_CONFIG} beside it may belong to any of {len(own)} files; give the file a folder "
                 "of its own, with the settings if they are its own"
             )
-    if METADATA not in metadata:
-        return None
-    content = _parse_object(file, metadata[METADATA])
-    if components := {name.partition(".")[0] for name in content if "." in name}:  # none in a model's own settings
-        ours = components & {"transformer", "transformer_2"}
-        if not ours:
-            found = ", ".join(sorted(components))
-            raise LoraError(f"LoRA {file}: the adapter settings are those of {found}, not a transformer")
-        start = f"{max(ours) if expert == 'low' else min(ours)}."
-        content = {name.removeprefix(start): value for name, value in content.items() if name.startswith(start)}
-    return _parse_settings(file, content)
+    return None if text is None else _parse_settings(f"LoRA {file}", text, expert)
 
 
-def _parse_object(file: Path, text: str | bytes) -> dict[str, Any]:
+def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
     try:
-        content = parse_json(text)
+        settings = parse_json(text)
     except ValueError as e:
-        raise LoraError(f"LoRA {file}: the adapter settings are not JSON") from e
-    if not isinstance(content, dict):
-        raise LoraError(f"LoRA {file}: the adapter settings are not a JSON object")
-    return content
-
-
-def _parse_settings(file: Path, settings: Mapping[str, Any]) -> AdapterSettings:
+        raise LoraError(f"{file}: the adapter settings are not JSON") from e
+    if not isinstance(settings, dict):
+        raise LoraError(f"{file}: the adapter settings are not a JSON object")
+    if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
+        transformers = sorted(components & {"transformer", "transformer_2"}, reverse=expert == "low")
+        if not transformers:
+            found = ", ".join(sorted(components))
+            raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
+        start = f"{transformers[0]}."
+        settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     kind = str(settings.get("peft_type") or "LORA")
     kind = next((kind for name, kind in NOT_PLAIN.items() if settings.get(name)), kind)
     if kind not in PEFT_KINDS:
-        raise LoraError(f"LoRA {file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
+        raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
-        raise LoraError(f"LoRA {file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
+        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
     name = PEFT_KINDS[kind]
     try:
         alphas, ranks = (
-            {"": float(settings.get(common, 8.0))} | {key: float(n) for key, n in (settings.get(pattern) or {}).items()}
-            for common, pattern in ((name, "alpha_pattern"), ("r", "rank_pattern"))
+            {key: float(n) for key, n in ({"": settings.get(common, 8.0)} | (settings.get(patterns) or {})).items()}
+            for common, patterns in ((name, "alpha_pattern"), ("r", "rank_pattern"))
         )
         for pattern, value in (*alphas.items(), *ranks.items()):
             re.compile(pattern)
             if not math.isfinite(value) or value == 0:
                 raise ValueError(value)
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as e:
-        raise LoraError(f"LoRA {file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
+        raise LoraError(f"{file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
     return AdapterSettings(alphas.pop(""), alphas, bool(settings.get("use_rslora")), ranks.pop(""), ranks)
