@@ -225,11 +225,7 @@ class Resolved:
 
 
 def resolve_names(
-    entries: Mapping[str, Entry],
-    keys: Mapping[str, Key],
-    scale: Scale,
-    shapes: Mapping[str, Shape],
-    expert: str | None,
+    entries: Mapping[str, Entry], keys: Mapping[str, Key], scale: Scale, shapes: Mapping[str, Shape], expert: str | None
 ) -> Resolved:
     """Match tensors (`entries`, with their names taken apart in `keys`) with the parameters in `shapes`.
 
