@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
+from lightning.lora_matching import Shapes
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
@@ -23,7 +25,6 @@ from wan.configs.task import PATCH
 from wan.modules.released import released_shapes
 from wan.utils.errors import InputError, LoraError
 
-Shapes = dict[str, tuple[int, ...]]
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
 SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
@@ -32,7 +33,7 @@ SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_ste
 class Models:
     """The networks that files are judged by: shapes by task and expert. hint: follows a refusal."""
 
-    shapes: dict[str, dict[str, Shapes]]
+    shapes: Mapping[str, Mapping[str, Shapes]]
     hint: str = ""
 
     @classmethod
@@ -55,7 +56,7 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return next(whole, None) or max((experts for _, experts in found), key=len)
 
 
-def inspect_path(path: Path, models: Models, alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def inspect_path(path: Path, models: Models, alpha: float | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
     path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.

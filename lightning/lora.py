@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file, weights_in
-from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, parse_key, resolve_names
+from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, Shapes, parse_key, resolve_names
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import kind_of, open_file
@@ -124,11 +124,11 @@ class Lora:
             return self.settings.scale(stem, rank)
         return 1.0 if self.assumed_alpha is None or not rank else self.assumed_alpha / rank
 
-    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
+    def resolve(self, shapes: Shapes) -> Resolved:
         """The place of every tensor in a model with these parameters."""
         return resolve_names(self.store, self.keys, self.scale, shapes, self.expert)
 
-    def deltas(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
+    def deltas(self, shapes: Shapes) -> list[Delta]:
         """The changes of a model with these parameters; LoraError if something in the file does not fit."""
         found = self.resolve(shapes)
         if found.conflicts:
@@ -187,12 +187,7 @@ class Coverage:
 
 
 def check(
-    lora: Lora,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    expert: str | None = None,
-    allow_partial: bool = False,
-    as_adapter: bool = False,
+    lora: Lora, shapes: Shapes, *, expert: str | None = None, allow_partial: bool = False, as_adapter: bool = False
 ) -> Coverage:
     """The effect of `lora` on the model whose parameters are `shapes`; from headers, in milliseconds.
 
@@ -220,7 +215,7 @@ def check(
         ignored=found.ignored,
         skipped=found.skipped,
         unmatched=found.unmatched,
-        warnings=_warnings(lora, found, shapes, expert or lora.expert, as_adapter),
+        warnings=list(_warnings(lora, found, shapes, expert or lora.expert, as_adapter)),
         kinds=tuple(sorted(names)),
     )
 
@@ -247,38 +242,35 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool
     return problems
 
 
-def _warnings(
-    lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None, as_adapter: bool
-) -> list[str]:
-    warnings, name = [], f"LoRA {lora.path}"
+def _warnings(lora: Lora, found: Resolved, shapes: Shapes, expert: str | None, as_adapter: bool) -> Iterator[str]:
+    name, release = f"LoRA {lora.path}", lora.release
     halves = {key.expert for key in lora.keys.values()}
     named = "low" if halves == {"low"} else expert_of(lora.path) or expert_of(lora.path.absolute().parent)
     if {named, expert} == {"high", "low"}:
-        warnings.append(f"{name} is named after the {named}-noise expert but used for the {expert}-noise one")
+        yield f"{name} is named after the {named}-noise expert but used for the {expert}-noise one"
     task = task_of(shapes)
-    if lora.release and task and task not in lora.release.tasks:
-        warnings.append(f"{name} was published for {' and '.join(lora.release.tasks)}, this is {task}")
+    if release and task and task not in release.tasks:
+        yield f"{name} was published for {' and '.join(release.tasks)}, this is {task}"
     layers = {parameter for parameter, shape in shapes.items() if parameter.startswith("blocks.") and len(shape) == 2}
     reached = layers & {delta.target for delta in found.deltas}
-    if lora.release and lora.release.kind == "lora" and len(reached) < len(layers):
-        warnings.append(f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes")
+    if release and release.kind == "lora" and len(reached) < len(layers):
+        yield f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes"
     if found.unmatched:
-        warnings.append(f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model")
+        yield f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model"
     kinds = {delta.kind.name for delta in found.deltas if delta.kind and delta.kind is not PAIR}
     if as_adapter and kinds:
-        warnings.append(f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged")
+        yield f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged"
     if lora.settings and lora.store.files[0].stem != PEFT_STEM and METADATA not in lora.store.metadata:
-        warnings.append(f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it")
+        yield f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it"
     if not lora.alphas and lora.settings is None and lora.default_alpha is None:
         if lora.assumed_alpha is not None:
             what = f"{lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"
-            warnings.append(f"{name} stores no alpha; {what}")
+            yield f"{name} stores no alpha; {what}"
         elif {delta.rank for delta in found.deltas if delta.rank} == {64} and all(
             e.dtype == "F32" and tensor.startswith("blocks.") and ".lora_" in tensor for tensor, e in lora.store.items()
         ):  # the only published file that lacks the alpha it needs
             what = "looks like the first Lightning upload, which needs --lora_alpha 8; alpha/rank 1 is applied"
-            warnings.append(f"{name} stores no alpha and {what}")
-    return warnings
+            yield f"{name} stores no alpha and {what}"
 
 
 def _some(tensors: Sequence[str], total: int) -> str:
