@@ -32,10 +32,30 @@ def export_settings(
     stores: the networks by part, under our names. release: gives the scheduler its solver and shift.
     """
     places, sources = layout.diffusers(config), layout.places_in(ckpt_dir, config)
-    found = {
-        layout.MODEL_INDEX: _model_index(config),
-        "scheduler/scheduler_config.json": _scheduler_config(config, release),
+    transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
+    index: dict[str, Any] = {  # library and class of each folder; the tokenizer's class reads tokenizer.json as it is
+        "_class_name": config.pipeline,
+        "boundary_ratio": config.boundary,
+        "expand_timesteps": bool(config.image_fit and not config.mask_channels),  # the first frame's own timestep is 0
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": transformer,
+        "transformer_2": transformer if config.boundary else none,
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        **({"image_encoder": none, "image_processor": none} if config.mask_channels else {}),
     }
+    # UniPC, as in diffusers' own folders; with one order and no corrector it is the Euler step of distilled models.
+    # Its grid of levels ends at 0.001 before the shift where ours ends at 0: the levels differ by 1e-3 at most.
+    scheduler: dict[str, Any] = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": config.num_train_timesteps,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": release.shift if release else config.sample_shift,
+        **({"solver_order": 1, "disable_corrector": list(range(release.steps))} if release else {}),
+    }
+    found = {layout.MODEL_INDEX: index, "scheduler/scheduler_config.json": scheduler}
     for part, store in stores.items():
         try:
             if part == VAE:
@@ -104,35 +124,3 @@ def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "is_encoder_decoder": False, "use_cache": False, "tie_word_embeddings": False,
         "pad_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
-
-
-def _scheduler_config(config: TaskConfig, release: Release | None) -> dict[str, Any]:
-    """UniPC, as in diffusers' own folders; with one order and no corrector it is the Euler step of distilled models.
-
-    Its grid of levels ends at 0.001 before the shift where ours ends at 0: the levels differ by 1e-3 at most.
-    """
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": release.shift if release else config.sample_shift,
-        **({"solver_order": 1, "disable_corrector": list(range(release.steps))} if release else {}),
-    }
-
-
-def _model_index(config: TaskConfig) -> dict[str, Any]:
-    """Library and class of each folder. The tokenizer's class reads tokenizer.json as it is."""
-    transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
-    return {
-        "_class_name": config.pipeline,
-        "boundary_ratio": config.boundary,
-        "expand_timesteps": bool(config.image_fit and not config.mask_channels),  # the first frame's own timestep is 0
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": transformer,
-        "transformer_2": transformer if config.boundary else none,
-        "vae": ["diffusers", "AutoencoderKLWan"],
-        **({"image_encoder": none, "image_processor": none} if config.mask_channels else {}),
-    }
