@@ -116,8 +116,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
 
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
-        from wan.planning.disk import check_disks
-        from wan.planning.report import Outlook
+        from wan.planning.report import Outlook, check_disks
         from wan.runner.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend

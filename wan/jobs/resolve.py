@@ -75,7 +75,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
             # Without other problems the plan reports the files that are missing.
             check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
-    return replace(outcome, warnings=(*check.warnings, *without_effect(values, request)))
+    return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
 
 def _checked(request: Request, check: Check) -> Request:
