@@ -103,9 +103,8 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
-    checkpoint = checks.attempt(
-        lambda: open_checkpoint(weights.ckpt_dir, config, weights.files), _brought(request, weights)
-    )
+    opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
+    checkpoint = checks.attempt(opening, _brought(request, weights))
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
