@@ -83,33 +83,23 @@ def truth(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Option:
-    """One row, besides its name and default.
-
-    takes: the placeholder in the help; "" for a switch, "[...]" where the value may be left out.
-    example: a value for the short help, "" for a switch; None: the option is in `--help all` only.
-    pattern: further legal values beside `choices`.
-    into: the option that this one ends in (a prompt file is compared by the prompt).
-    displaces: options of a record that no longer count once this one is given beside --replay.
-    needs: without any of these it has no effect; beaten_by: nor beside this one.
-    idle_on: nor on this device, or in this dtype.
-    counts_with: which of MODES, starts that make no video from a prompt, it affects.
-    """
+    """One row, besides its name and default."""
 
     group: str
     scope: Scope
     read: Callable[[Any], Any]
-    takes: str
+    takes: str  # the placeholder in the help; "" for a switch, "[...]" where the value may be left out
     help: str
-    example: str | None = None
+    example: str | None = None  # a value for the short help, "" for a switch; None: it is in `--help all` only
     choices: tuple[str, ...] = ()
-    pattern: str = ""
+    pattern: str = ""  # further legal values beside `choices`
     limits: tuple[float, float] | None = None
-    into: str = ""
-    displaces: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    beaten_by: str = ""
-    idle_on: str = ""
-    counts_with: tuple[str, ...] = ()
+    into: str = ""  # the option that this one ends in (a prompt file is compared by the prompt)
+    displaces: tuple[str, ...] = ()  # options of a record that no longer count once this one is beside --replay
+    needs: tuple[str, ...] = ()  # without any of these it has no effect
+    beaten_by: str = ""  # beside this one it has no effect
+    idle_on: str = ""  # on this device, or in this dtype, it has no effect
+    counts_with: tuple[str, ...] = ()  # which of MODES, starts that make no video from a prompt, it affects
 
 
 def option(

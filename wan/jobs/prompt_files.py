@@ -219,7 +219,9 @@ def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row |
 
 def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
-    start, separator = 1, _separator(text, TABLES[path.suffix.lower()])
+    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0].lower()
+    columns = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in signs}
+    start, separator = 1, next((s for s, names in columns.items() if "prompt" in names and len(names) > 1), signs[0])
     if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
         start, separator, text = 2, declared[1], text[declared.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -234,11 +236,17 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
                 continue
             if header is None:
                 header = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
-                if fault := _header_problem(header):
-                    problems.append(f"{source}: {fault}")
+                unknown = {name: _close_to(name) for name in header if name not in KEYS}
+                faults = [f"unknown column {_shown(name)}; did you mean {close}?" for name, close in unknown.items()
+                          if close and close not in header]  # fmt: skip
+                if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
+                    faults.append("the first line must name the columns, each once, 'prompt' among them")
+                if faults:
+                    problems.append(f"{source}: {faults[0]}")
                     return []
-                if unknown := [_shown(name) for name in dict.fromkeys(header) if name not in KEYS]:
-                    warnings.append(f"{path}: columns that mean nothing here are ignored: {', '.join(unknown)}")
+                if unknown:
+                    ignored = ", ".join(map(_shown, unknown))
+                    warnings.append(f"{path}: columns that mean nothing here are ignored: {ignored}")
             elif len(cells) != len(header):
                 problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
             else:
@@ -251,20 +259,8 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
     return rows
 
 
-def _separator(text: str, candidates: str) -> str:
-    """The separator that makes a header with a prompt column of the first line; else the usual one."""
-    first = text.lstrip("\n").partition("\n")[0].lower()
-    found = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in candidates}
-    return next((sign for sign, cells in found.items() if "prompt" in cells and len(cells) > 1), candidates[0])
-
-
-def _header_problem(header: list[str]) -> str | None:
-    for name in header:
-        if name not in KEYS and (close := _close_to(name)) and close not in header:
-            return f"unknown column {_shown(name)}; did you mean {close}?"
-    if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
-        return "the first line must name the columns, each once, 'prompt' among them"
-    return None
+def _close_to(name: str) -> str:
+    return next(iter(get_close_matches(name, KEYS, 1, SIMILARITY)), "")
 
 
 def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
@@ -272,7 +268,7 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     if not isinstance(values, dict):
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
-    meant = {key: _close_to(key) for key in values if key not in KEYS}
+    meant = {key: _close_to(str(key)[:100].lower()) for key in values if key not in KEYS}
     hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
     faults = [f"unknown key {_shown(key)}; {hint}" for key, hint in zip(meant, hints, strict=True)]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
@@ -297,17 +293,13 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     return replace(row, prompt=row.prompt.strip())
 
 
-def _close_to(key: object) -> str:
-    return next(iter(get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)), "")
-
-
 def _whole(value: object) -> int | None:
     """The whole number that a JSON value is, or a cell spells (also as `3.0`); None if it is none, or absurdly long."""
-    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}(\.0*)?", value):
-        return int(value.partition(".")[0])
-    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-        return None
-    return int(value) if abs(value) < 10**LONGEST_NUMBER else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
+    found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
+    return int(found[1]) if found else None
 
 
 def _shown(value: object) -> str:
