@@ -34,7 +34,7 @@ from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
-from wan.modules.quantize import FP8
+from wan.modules.fused import FP8
 from wan.utils.errors import LoraError
 from wan.utils.strict_json import parse_json
 

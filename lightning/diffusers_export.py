@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning.releases import Release
 from wan.checkpoints import layout
 from wan.checkpoints.safetensors_file import TensorStore
@@ -18,7 +20,6 @@ from wan.checkpoints.transformer_sizes import transformer_sizes
 from wan.checkpoints.weights import TEXT_ENCODER, VAE
 from wan.configs import TaskConfig
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.modules.released import on_meta
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
@@ -77,7 +78,8 @@ def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """AutoencoderKLWan's settings. ValueError for another network."""
-    vae = on_meta(lambda: WanVAE.from_shapes(shapes))
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(shapes)
     return {
         "_class_name": "AutoencoderKLWan",
         "base_dim": shapes["encoder.conv1.weight"][0],
@@ -101,7 +103,8 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """UMT5EncoderModel's settings. ValueError for another network."""
-    encoder = on_meta(lambda: UMT5Encoder.from_shapes(shapes))
+    with torch.device("meta"):
+        encoder = UMT5Encoder.from_shapes(shapes)
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     return {
         "architectures": ["UMT5EncoderModel"],

@@ -29,7 +29,7 @@ from wan.checkpoints.weights import (
 )  # fmt: skip
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.utils.errors import InputError, LoraError
 
 Shapes = dict[str, tuple[int, ...]]

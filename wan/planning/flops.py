@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from wan.modules.causal_conv import ClipState, Downsample, FrameAttention, Upsample
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, Coder, Region
+from wan.modules.vae import DECODER_RIM, ENCODER_RIM, Coder, WanVAE
+from wan.modules.vae_layers import ClipState, Downsample, FrameAttention, Region, Upsample
 
 DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the kernel it is made of
 
