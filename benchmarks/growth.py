@@ -24,8 +24,7 @@ from wan.configs import TASKS
 from wan.distributed.mesh import Layout
 from wan.modules.t5 import released_text_encoder
 from wan.modules.vae import released_vae
-from wan.planning.communication import NetworkSizes, sent_bytes
-from wan.planning.flops import decode_operations, text_operations
+from wan.planning.time_estimate import NetworkSizes, decode_operations, sent_bytes, text_operations
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100
 CONFIG = TASKS[TASK]

@@ -13,14 +13,13 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from lightning.diffusers_export import export_settings
 from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
@@ -29,16 +28,16 @@ from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints import layout as layouts
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint, read_header
+from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.fused import FP8
 from wan.utils.errors import LoraError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
+from wan.utils.locks import LockedElsewhere, locked
 
-SHARD_BYTES = 10_000_000_000
 OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
 
 
@@ -58,82 +57,83 @@ class Bake:
     allow_partial: bool = False
     release: Release | None = None
     layout: str = "released"
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = 10_000_000_000
     report: Callable[[str], None] = print
-
-    def write(self) -> None:
-        """Write the folder. Everything is checked before: one InputError with all faults."""
-        self._check_request()
-        places = layouts.places_in(self.ckpt_dir, self.config)
-        parts = list(self.config.experts)
-        if self.to_diffusers:
-            layouts.check_complete(self.ckpt_dir, self.config, ())
-            parts += [TEXT_ENCODER, VAE]
-        stores = open_parts(self.ckpt_dir, self.config, parts)
-        if lacking := [places[part] for part in parts if part not in stores]:
-            raise LoraError(f"--ckpt_dir {self.ckpt_dir} lacks {', '.join(lacking)}")
-        sources = self._sources({name: stores[name] for name in self.config.experts})
-        release = self.release or release_in(self.ckpt_dir)
-        sources["release"] = {name: getattr(release, name) for name in SETTINGS} if release else None
-        settings = export_settings(stores, self.ckpt_dir, self.config, release) if self.to_diffusers else {}
-        if self.to_diffusers and release and release.solver == "dmd":
-            self.report(
-                f"warning: {release.name} is made for re-noising (dmd); generate.py does it, diffusers does not"
-            )
-        networks = [self._network(part, store) for part, store in stores.items()]
-        with _locked(self.out):
-            partial = _prepare(self.out, sources)
-            digests = self._write_weights(networks, partial)
-            if self.to_diffusers:
-                shutil.copytree((self.ckpt_dir / places["tokenizer"]).parent, partial / "tokenizer", dirs_exist_ok=True)
-            else:
-                _bring_others(self.ckpt_dir, partial, self.config)
-            for place, content in settings.items():
-                write_json(partial / place, content)
-            write_json(partial / RECORD, {**sources, "shards": digests})
-            os.replace(partial, self.out)
-        self.report(f"baked: {self.out}")
-
-    @property
-    def config(self) -> TaskConfig:
-        return TASKS[self.task]
 
     @property
     def to_diffusers(self) -> bool:
         return self.layout == "diffusers"
 
+    def write(self) -> None:
+        """Write the folder. Everything is checked before: one InputError with all faults."""
+        self._check_request()
+        out, config, ckpt_dir = self.out, TASKS[self.task], self.ckpt_dir
+        places, parts = layouts.places_in(ckpt_dir, config), list(config.experts)
+        if self.to_diffusers:
+            layouts.check_complete(ckpt_dir, config)
+            parts += [TEXT_ENCODER, VAE]
+        stores = open_parts(ckpt_dir, config, parts)
+        if lacking := [places[part] for part in parts if part not in stores]:
+            raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(lacking)}")
+        sources = self._sources({name: stores[name] for name in config.experts})
+        release = self.release or release_in(ckpt_dir)
+        sources["release"] = release and {name: getattr(release, name) for name in SETTINGS}
+        settings = export_settings(stores, ckpt_dir, config, release) if self.to_diffusers else {}
+        if self.to_diffusers and release and release.solver == "dmd":
+            why = "is made for re-noising (dmd); generate.py does it, diffusers does not"
+            self.report(f"warning: {release.name} {why}")
+        networks = [self._network(part, store) for part, store in stores.items()]
+        try:
+            with locked(out, self.report):
+                self._check_request()  # another bake may have written it meanwhile
+                partial = _prepare(out, sources)
+                digests = self._write_weights(networks, partial)
+                if self.to_diffusers:
+                    tokenizer = (ckpt_dir / places["tokenizer"]).parent
+                    shutil.copytree(tokenizer, partial / "tokenizer", dirs_exist_ok=True)
+                else:
+                    _bring_others(ckpt_dir, partial, config)
+                for place, content in settings.items():
+                    write_json(partial / place, content)
+                write_json(partial / RECORD, {**sources, "shards": digests})
+                os.replace(partial, out)
+        except LockedElsewhere:
+            advice = "wait for it, or give another name"
+            raise LoraError(f"--out {out}: another bake is writing it; {advice}") from None
+        self.report(f"baked: {out}")
+
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out = self.ckpt_dir, self.out
+        ckpt_dir, out, fp8 = self.ckpt_dir, self.out, self.dtype == FP8
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
         if out.exists():
             raise LoraError(f"--out {out} already exists; give another name or remove it")
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
+        if self.to_diffusers and fp8:
+            raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
         if not self.to_diffusers and layouts.is_diffusers(ckpt_dir):
             raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if not self.to_diffusers and self.dtype != FP8 and not any(self.loras.values()):
+        if not (self.to_diffusers or fp8 or any(self.loras.values())):
             raise LoraError("nothing to bake: give --lora_dir or --lora")
-        if self.to_diffusers and self.dtype == FP8:
-            raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
         before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
-        sources: dict[str, Any] = {"task": self.task, "dtype": str(self.dtype).removeprefix("torch."), "base": {}}
-        sources |= {"loras": {}, "layout": self.layout}
+        dtype = str(self.dtype).removeprefix("torch.")
+        sources: dict[str, Any] = {"task": self.task, "dtype": dtype, "base": {}, "loras": {}, "layout": self.layout}
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
-            if odd := next(((name, entry) for name, entry in store.items() if entry.dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {odd[1].file}: tensor {odd[0]} is {odd[1].dtype}, not a float")
+            if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
+                problems.append(f"--ckpt_dir: {store.file(odd)}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
-            sources["loras"][expert] = list(before.get(expert, ()))
+            sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):
                 try:
-                    sources["loras"][expert].append(self._source_of(lora, expert, store))
+                    merged.append(self._source_of(lora, expert, store))
                 except LoraError as e:
                     problems += [problem for problem in e.problems if problem not in problems]
         if problems:
@@ -148,12 +148,13 @@ class Bake:
         self.report(f"{expert}: {lora.path}: {coverage.summary()}")
         for warning in coverage.warnings:
             self.report(f"warning: {warning}")
-        (file,) = lora.store.files
-        return {**coverage.as_dict(), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
+        file = lora.store.files[0]
+        return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
-        place = Path((layouts.diffusers if self.to_diffusers else layouts.released)(self.config)[part])
+        place_of = layouts.diffusers if self.to_diffusers else layouts.released
+        place = Path(place_of(TASKS[self.task])[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
@@ -184,43 +185,23 @@ class Bake:
 
 
 def _identity(file: Path) -> dict[str, Any]:
-    """Identifies a base file without reading all of it."""
-    read_header(file)  # refuses a length that is too large to read
+    """Identifies a base file, which was opened before, without reading all of it."""
     with file.open("rb") as stream:
         start = stream.read(8)
-        header = stream.read(struct.unpack("<Q", start)[0])
+        digest = hashlib.sha256(start + stream.read(struct.unpack("<Q", start)[0])).hexdigest()
     state = file.stat()
-    digest = hashlib.sha256(start + header).hexdigest()
     return {"file": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "header_sha256": digest}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Context manager: this process alone writes `out`. LoraError while another one does, or if it has."""
-    lock = FileLock(out.with_name(f"{out.name}.partial.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LoraError(f"--out {out}: another bake is writing it; wait for it, or give another name") from None
-    try:
-        if out.exists():
-            raise LoraError(f"--out {out} already exists; give another name or remove it")
-        yield
-        with suppress(OSError):  # Windows removes no open file
-            Path(lock.lock_file).unlink()  # only now: a bake that comes later finds `out`
-    finally:
-        lock.release()
 
 
 def _prepare(out: Path, sources: dict[str, Any]) -> Path:
     """`OUT.partial`, empty or left by an earlier run of the same command; never one of another bake."""
     partial = out.with_name(out.name + ".partial")
     if (partial / RECORD).is_file():
-        try:
-            before = parse_json((partial / RECORD).read_bytes())
-        except ValueError:
-            before = None
-        if not isinstance(before, dict) or {**before, "shards": 0} != json.loads(json.dumps({**sources, "shards": 0})):
+        same = False
+        with suppress(ValueError, TypeError):  # not JSON, or no object
+            before = {**parse_json((partial / RECORD).read_bytes()), "shards": 0}
+            same = before == json.loads(json.dumps({**sources, "shards": 0}))
+        if not same:
             raise LoraError(f"{partial} was left by a bake from other sources or settings; remove it and run again")
     elif partial.exists() and any(partial.iterdir()):
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")

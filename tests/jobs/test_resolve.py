@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from wan.cli.checks import effective_shift, shifted
-from wan.cli.options import OPTIONS, Request
-from wan.cli.values import path, paths, real, text, truth, whole
+from wan.cli.options import OPTIONS, Request, path, paths, real, text, truth, whole
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime, Team
 from wan.jobs.job import Decode, Extend, Generate
@@ -212,7 +211,7 @@ def test_lora_folder(tmp_path):
 def test_expert_files(tmp_path):
     file = lora_file(tmp_path, "full.safetensors")
     s = settled(run(expert=(f"high={file}",)))
-    assert dict(s.expert_files) == {"high": Path(file)}
+    assert s.files == {"high": Path(file)}
     assert (s.steps, s.solver, s.guidance) == (4, "euler", (1.0, 1.0))
     assert "t2v-A14B takes high=FILE or low=FILE" in problem(expert=(file,))
     assert "ti2v-5B takes model=FILE" in problem("ti2v-5B", expert=(f"high={file}",))

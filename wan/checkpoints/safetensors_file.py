@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints.outside import misread, reading, size_of
 from wan.utils.errors import TensorFileError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     import torch

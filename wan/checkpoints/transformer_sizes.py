@@ -11,7 +11,7 @@ from typing import Any
 from wan.checkpoints.outside import in_one_line, misread, size_of
 from wan.configs.task import PATCH
 from wan.utils.errors import InputError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 HEAD_WIDTH = 128  # of every published Wan transformer; it does not follow from the weights
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is

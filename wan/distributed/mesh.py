@@ -1,17 +1,26 @@
-"""How processes are divided, data x ring x ulysses: which divisions are legal, and their groups.
+"""Processes that work together: their division data x ring x ulysses, how they exchange values and fail together.
 
 Ulysses is the innermost axis, then the ring; together they form a sequence group, whose ranks make one video. Sequence
-groups take different jobs. A sequence group has neighbouring ranks: on one machine wherever it fits. The arithmetic
-imports no torch.
+groups take different jobs. A sequence group has neighbouring ranks: on one machine wherever it fits. Imports torch only
+for many processes.
+
+An exchange is collective: all ranks enter it, or none does. A barrier before it says whether one has failed; if so, all
+leave the common work there and learn why. So no rank waits for an exchange that never comes, and a job that fails on
+one rank fails on all. A barrier is an all-reduce of one number between the CPUs: it waits for no GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from wan.distributed.process_group import Team, patience
+from wan.utils.errors import InputError, JobError, WanError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +29,150 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+PATIENCE_VARIABLE = "WAN_PATIENCE"
+PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
+ORIGIN = "origin"  # attribute of an exception that came from another process
+
+
+class Broken(BaseException):  # no Exception: nobody may go on after it
+    """An exchange failed, for the reason given as its cause: the processes are no longer in step."""
+
+
+class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may catch it, and knows why
+    """Another process has left the common work."""
+
+
+def patience() -> timedelta:
+    """How long a process waits for another one before it counts as lost: WAN_PATIENCE, in minutes. InputError."""
+    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_MINUTES))
+    try:
+        limit = timedelta(minutes=float(text))
+    except (ValueError, OverflowError):
+        limit = timedelta()
+    if not timedelta() < limit < timedelta(days=20):  # gloo counts milliseconds in 32 bits
+        raise InputError(f"{PATIENCE_VARIABLE}={text}: must be minutes, above 0 and below 28800 (20 days)")
+    return limit
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that work together; rank 0 prints and writes for all. group: on the CPUs, by gloo."""
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+
+    @property
+    def is_rank0(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self, failed: bool = False) -> None:
+        """Wait until all are here. `PeerFailed` on all if one of them is here because it failed."""
+        if self.group is None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        failures = torch.tensor(int(failed))
+        with unbroken():
+            dist.all_reduce(failures, group=self.group)
+        if failures.item():
+            raise PeerFailed
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Context manager for a collective of all ranks and little else: an error inside ends the run."""
+        self.barrier()
+        with unbroken():
+            yield
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all ranks, on all ranks."""
+        self.barrier()
+        return self._gather(value)
+
+    def all_or_none(self, work: Callable[[], Result]) -> Result:
+        """`work()` on every rank; if it fails on one, all ranks raise the error of the lowest rank that failed.
+
+        Inside it, all ranks make the same exchanges, and with no other process.
+        """
+        if self.group is None:
+            return work()
+        error: Exception | None = None
+        try:
+            done = work()
+            self.barrier()
+            return done
+        except PeerFailed:
+            pass
+        except Exception as e:  # noqa: BLE001 - raised below, on all ranks
+            error = e
+            with suppress(PeerFailed):
+                self.barrier(failed=True)
+        try:
+            for rank, reported in enumerate(self._gather(error and _portable(error))):
+                if reported is not None:
+                    raise error if error and rank == self.rank else reported
+        finally:
+            error = None  # else it and this frame keep each other alive, with all tensors of the failed work
+        raise AssertionError("one rank failed, or all would have passed the barrier")
+
+    def broadcast(self, make: Callable[[], Result]) -> Result:
+        """`make()` of rank 0, on all ranks; if it fails, all raise its error."""
+        made = self.all_or_none(lambda: [make()] if self.is_rank0 else [])
+        return self.gather(made)[0][0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with unbroken():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Turn an error into `Broken`: the other processes are in the same exchange and cannot learn of it."""
+    try:
+        yield
+    except Exception as error:
+        raise Broken from error
+
+
+class Origin(NamedTuple):
+    """The process that raised an exception, and its traceback; "" where the message is enough."""
+
+    process: int
+    traceback: str
+
+
+def origin_of(error: BaseException) -> Origin:
+    """From an exception of another process its own, else this process."""
+    import torch
+    import torch.distributed as dist
+
+    if hasattr(error, ORIGIN):
+        return getattr(error, ORIGIN)
+    many = dist.is_available() and dist.is_initialized()
+    process = dist.get_rank() if many else 0
+    if isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
+        return Origin(process, "")
+    place = f"in process {process}:\n" if many else ""
+    return Origin(process, place + "".join(traceback.format_exception(error)).rstrip())
+
+
+def _portable(error: Exception) -> Exception:
+    """A copy of `error` for other processes, with its origin."""
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever its constructor needs
+        copy = JobError(f"{type(error).__name__}: {error}")
+    setattr(copy, ORIGIN, origin_of(error))
+    return copy
 
 
 @dataclass(frozen=True)
@@ -47,9 +200,7 @@ class Layout:
 
 def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     """Why this layout is illegal for a model with `heads` attention heads, with the legal values.
-
-    sharded: over the ranks of a sequence group, which must then be at least two.
-    """
+    sharded: over the ranks of a sequence group, which must then be at least two."""
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
         return [f"--ring_size {ring}: must divide the {world} processes; legal here: {_listed(divisors(world))}"]
@@ -85,18 +236,16 @@ def flag_conflicts(
     *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
 ) -> list[str]:
     """The settings that exclude each other."""
-    problems = []
-    if ring > 1 and attention not in ("auto", "sdpa"):
-        problems.append(
-            f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"
-        )
-    if t5_fsdp and t5_cpu:
-        problems.append("--t5_fsdp and --t5_cpu exclude each other; give one of them")
-    if dit_fsdp and quantize != "none":
-        problems.append(f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out")
-    if dit_fsdp and lora_mode == "adapter":
-        problems.append("--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge")
-    return problems
+    rules = [
+        (ring > 1 and attention not in ("auto", "sdpa"),
+         f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
+        (t5_fsdp and t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
+        (dit_fsdp and quantize != "none",
+         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
+        (dit_fsdp and lora_mode == "adapter",
+         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
+    ]  # fmt: skip
+    return [problem for broken, problem in rules if broken]
 
 
 def divisors(number: int) -> list[int]:
@@ -155,15 +304,9 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
 
     sequences = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
     team = Team(sequence_rank, layout.sequence, mine(sequences, "gloo"))
-    sequence = mine(sequences)
-    ulysses: ProcessGroup | None = sequence
-    ring: ProcessGroup | None = sequence
-    if layout.ring == 1:
-        ring = None
-    elif layout.ulysses == 1:
-        ulysses = None
-    else:
-        heads = layout.ulysses
+    sequence, heads = mine(sequences), layout.ulysses
+    ulysses, ring = sequence if heads > 1 else None, sequence if layout.ring > 1 else None
+    if ulysses and ring:
         ulysses = mine([range(first, first + heads) for first in range(0, layout.world, heads)])
         ring = mine([group[index::heads] for group in sequences for index in range(heads)])
     shards = DeviceMesh.from_group(sequence, device)

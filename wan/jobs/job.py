@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.lora_args import LoraChoice
+from lightning.lora_files import LoraChoice
 from lightning.releases import Release
 from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.jobs.prompt_files import Row
 
 if TYPE_CHECKING:
-    from wan.jobs.replay import Replayed
     from wan.prompt_extension.extend import ExtendSettings
 
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 class Weights:
     """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
 
-    loras: in the order given; --lora_dir's first. expert_files: full (distilled) files that replace an expert's.
-    files: what serves in place of the folder's "vae", "text_encoder" and "tokenizer" (its tokenizer.json).
+    loras: in the order given; --lora_dir's first. files: by part, what serves in place of the folder's: a full
+    (distilled) expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json).
     lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
     """
 
     ckpt_dir: Path | None
     loras: tuple[LoraChoice, ...] = ()
-    expert_files: tuple[tuple[str, Path], ...] = ()
-    files: tuple[tuple[str, Path], ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
     lora_mode: str = "merge"
     release: Release | None = None
     distilled: bool = False
@@ -79,6 +78,28 @@ class Job:
     def pictures(self) -> dict[str, Path | None]:
         """Every picture that the video may be made from, by the name of its option."""
         return {"image": self.image, "last_image": self.last_image}
+
+
+def chains(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Units of work in order: the clips of a chain, or one video that is in none."""
+    found: dict[Path, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.joined or job.save_file, []).append(job)
+    return list(found.values())
+
+
+def frames_joined(chain: Sequence[Job]) -> int:
+    """Frames of the video that a chain is joined into: two neighbours share one."""
+    return sum(job.frame_num for job in chain) - (len(chain) - 1)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A record that is replayed. others: options that were given anew, or depend on those."""
+
+    path: Path
+    record: Mapping[str, Any]
+    others: frozenset[str]
 
 
 @dataclass(frozen=True)

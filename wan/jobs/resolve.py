@@ -5,10 +5,9 @@ Everything here needs no weight and no torch. All problems are collected into on
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,23 +17,25 @@ from typing import Any
 
 from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
+from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
-from wan.cli.effects import without_effect
-from wan.cli.options import DEFAULTS, OPTIONS, Request
-from wan.cli.parser import ANIMATE, S2V
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, without_effect
+from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import make_jobs, prompt_rows
-from wan.jobs.chains import check_chain, linked
-from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Weights
+from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_file, check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
-from wan.jobs.replay import earlier_seed, replayed
-from wan.jobs.sharding import chosen_shard, own_jobs
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
-from wan.utils.strict_json import parse_json
+from wan.utils.errors import InputError
+from wan.utils.files import parse_json
 
-COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
+# Options that a record holds for its one video.
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+# Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 FOREIGN_TASKS = {  # by the begin of their names
     "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
@@ -49,12 +50,11 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     """
     check = Check(problems)
     if {"save_dir", "save_file"} <= values.keys() and not os.path.dirname(values["save_file"]):
-        values = {**values, "save_file": os.path.join(values["save_dir"], values["save_file"])}
-        values.pop("save_dir")
-    request, record = replayed(values, expanded(values["replay"])) if "replay" in values else (Request(**values), None)
-    asked_task = request.task
-    request = _checked(request, check)
-    if request.task != asked_task:
+        inside = os.path.join(values["save_dir"], values["save_file"])
+        values = {name: value for name, value in values.items() if name != "save_dir"} | {"save_file": inside}
+    asked, record = replayed(values, expanded(values["replay"])) if "replay" in values else (Request(**values), None)
+    request = _checked(asked, check)
+    if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
     request = chosen_shard(request, check)
@@ -75,28 +75,26 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
             # Without other problems the plan reports the files that are missing.
             check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
-    return replace(outcome, warnings=(*check.warnings, *without_effect(values, request)))
+    return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
 
 def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
-        value, default = getattr(request, name), DEFAULTS[name]
-        for text in value if isinstance(value, tuple) else [value]:
-            if isinstance(text, str) and (wrong := text_problem(text)):
-                check.problem(f"--{name} {wrong}")
-                changed[name] = default
-        if name in changed:
-            continue
-        if name == "task" and (foreign := FOREIGN_TASKS.get(str(value).lower().partition("-")[0])):
-            check.problem(f"--task {value}: {foreign}; the tasks are {', '.join(TASKS)}")
+        flag, value, default = f"--{name}", getattr(request, name), DEFAULTS[name]
+        texts = [text for text in (value if isinstance(value, tuple) else [value]) if isinstance(text, str)]
+        faults = [f"{flag} {fault}" for text in texts if (fault := text_problem(text))]
+        foreign = FOREIGN_TASKS.get(str(value).lower().partition("-")[0]) if name == "task" else None
+        if foreign and not faults:
+            faults = [f"{flag} {value}: {foreign}; the tasks are {', '.join(TASKS)}"]
+        if faults:
+            check.problems += faults
             changed[name] = default
         elif row.choices:
-            changed[name] = check.choice(f"--{name}", value, row.choices, row.pattern)
-        elif row.limits and value is not None:
-            found = check.number(f"--{name}", value, float("nan"), *row.limits)
-            changed[name] = value if found == value else default
+            changed[name] = check.choice(flag, value, row.choices, row.pattern)
+        elif row.limits and value is not None and check.number(flag, value, float("nan"), *row.limits) != value:
+            changed[name] = default
     return replace(request, **changed)
 
 
@@ -113,15 +111,14 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
-    check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
+    # each job's file, then those that chains are joined into
+    files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
+    check_outputs(
+        request, files, check, read, own={file for job in own for file in (job.save_file, job.joined) if file}
+    )
     numbers = {job.index // request.num_videos for job in own}
     rows = [row for number, row in enumerate(rows) if number in numbers]
     return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
-
-
-def _videos(jobs: Sequence[Job]) -> list[Path]:
-    """The files of these jobs, then those that their chains are joined into."""
-    return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
@@ -142,9 +139,7 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents], latents=False)
-    experts = expert_files(request, config, check)
-    folder = _checkpoint_folder(request, config, check)
-    weights = Weights(folder, expert_files=tuple(experts.items()), files=part_files(request, check))
+    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, config, check))
     return Decode(request, config, weights, latents, video)
 
 
@@ -153,12 +148,12 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     get = f"get it with: {download_command(config.hub_id)}"
     given = request.ckpt_dir
     if given is None:
-        own = _replaced_parts(request)
-        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
-        lacking += [f"--{part}" for part in PARTS if part not in own]
+        own, parts = _replaced_parts(request), {name: f"--expert {name}=FILE" for name in config.experts}
+        parts |= {part: f"--{part}" for part in PARTS}
+        lacking = [flag for part, flag in parts.items() if part not in own]
         if not lacking:
             return None
-        alone = "" if len(lacking) == len(config.experts) + len(PARTS) else f", or give {', '.join(lacking)} too"
+        alone = "" if len(lacking) == len(parts) else f", or give {', '.join(lacking)} too"
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
@@ -174,17 +169,6 @@ def _replaced_parts(request: Request) -> set[str]:
     """The parts for which flags name files that replace the checkpoint's."""
     experts = {text.partition("=")[0] for text in request.expert or ()}
     return experts | {part for part in PARTS if getattr(request, part) is not None}
-
-
-def program() -> str:
-    """The start of the user's own command, for commands in messages."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe")
-    if name == COMMAND:
-        return COMMAND
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.name == "generate":
-        return "python -m generate"
-    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
 
 
 def _check_processes(request: Request, check: Check) -> None:
@@ -213,13 +197,68 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
         if not isinstance(options, dict):
             check.problem(f"--prompt_extend_options takes a JSON object, not {request.prompt_extend_options!r:.80}")
     return ExtendSettings(
-        task=request.task,
-        method=request.prompt_extend_method,
-        model=request.prompt_extend_model,
-        language=request.prompt_extend_target_lang,
-        seed=request.base_seed,
-        on_error=request.prompt_extend_on_error,
-        use_cache=not request.no_extend_cache,
-        device=request.device,
-        options=options,
-    )
+        task=request.task, method=request.prompt_extend_method, model=request.prompt_extend_model,
+        language=request.prompt_extend_target_lang, seed=request.base_seed, on_error=request.prompt_extend_on_error,
+        use_cache=not request.no_extend_cache, device=request.device, options=options,
+    )  # fmt: skip
+
+
+def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
+    """The request of a record, narrowed to its one video, with the flags of `given` on top.
+
+    The record's prompt is the extended one; it is not extended again. Options of one start or one machine are not
+    taken over. InputError if this is no record.
+    """
+    try:
+        record = read_record(path)
+    except InputError as e:
+        raise InputError(f"--replay {e}") from e
+    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
+        raise InputError(f"--replay {path}: written by another version of this program (schema {schema}, not {SCHEMA})")
+    if "clips" in record:
+        raise InputError(f"--replay {path}: is joined of several clips; replay one of those")
+    try:
+        job = record["job"]
+        width, height = job["area"]
+        earlier = {
+            name: value for name, value in record["request"].items()
+            if not (row := OPTIONS.get(name)) or (row.scope is not START and row.into not in OF_A_JOB)
+        }  # fmt: skip
+        earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
+        earlier |= {"last_image": job.get("last_image")}  # records of the first version have none
+        if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"--replay {path}: not the record of a video") from e
+    problems, displaced = list[str](), {other for name in given for other in OPTIONS[name].displaces}
+    earlier = {name: value for name, value in earlier.items() if name not in displaced}
+    request = Request.from_dict({**earlier, **given}, problems)
+    if problems:
+        raise InputError([f"--replay {path}: {problem}" for problem in problems])
+    others = {name for name in OPTIONS if name in given or name in displaced or OPTIONS[name].into in given}
+    return request, Replayed(path, record, frozenset(others | {OPTIONS[name].into for name in given}))
+
+
+def earlier_seed(request: Request) -> int | None:
+    """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
+
+    Until its first video is whole, a run's only record is the one in the latents that it kept.
+    """
+    named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
+
+    def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: recorded.get(name, DEFAULTS[name]) for name in named}
+
+    folder, wanted = expanded(request.save_dir), asked_for(request.recorded())
+    written: dict[Path, float] = {}
+    for file in (*folder.glob("*.json"), *folder.glob("*.latents.safetensors")):
+        with suppress(OSError):  # another process has just removed it, or a link that leads nowhere
+            written[file] = file.stat().st_mtime
+    for file in sorted(written, key=lambda file: written[file], reverse=True):
+        with suppress(InputError, OSError, KeyError, TypeError, AttributeError, ValueError):  # another program's file
+            kept = file.suffix == ".safetensors"
+            recorded = (json.loads(read_header(file)[1]["record"]) if kept else read_record(file))["request"]
+            if asked_for(recorded) == wanted:
+                return int(recorded["base_seed"])
+    return None

@@ -282,7 +282,7 @@ class WanVAE(nn.Module):
 def released_vae(task: str) -> WanVAE:
     """The autoencoder of `task` on the meta device."""
     with torch.device("meta"):
-        return WanVAE(*VAES[TASKS[task].latent_channels])
+        return WanVAE(*VAES[TASKS[task].out_dim])
 
 
 class Coder(nn.Module):

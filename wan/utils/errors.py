@@ -1,4 +1,4 @@
-"""Expected failures, each with a message for the user, and the one printer of `error:` lines.
+"""Expected failures, each with a message for the user; the one printer of `error:` lines; the packages that are needed.
 
 Anything that is not a `WanError` is a bug and keeps its traceback.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from wan.utils.progress import tell
 
 FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
+NEEDED = ("torch", "easydict")  # of all that requirements.txt brings, what nothing starts without
 # How PyTorch and CUDA's libraries report that they get no memory.
 NO_MEMORY = (
     "out of memory",
@@ -24,28 +26,18 @@ NO_MEMORY = (
 
 
 class WanError(Exception):
-    """An expected failure whose message is one sentence for the user."""
+    """An expected failure, with one sentence for the user for each fault."""
 
-    @property
-    def problems(self) -> list[str]:
-        """One sentence for each fault."""
-        return [str(self)]
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(self.problems)  # from which pickle makes it anew in another process
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class InputError(WanError):
     """Bad input, found before any work: nothing was started. All faults are collected, to be shown at once."""
-
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self._problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self._problems))
-
-    @property
-    def problems(self) -> list[str]:
-        return self._problems
-
-    def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
-        """Keep the list when one process sends the error to another."""
-        return type(self), (self._problems,)
 
 
 class JobError(WanError):
@@ -82,3 +74,17 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def need_packages() -> None:
+    """SystemExit with code 2 and a sentence if this Python, which may be any, is too old or lacks the packages."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if sys.version_info < (3, 11):  # noqa: UP036 - that is what an installation forbids, and a clone cannot
+        lack = f"Python 3.11 or newer is needed, and {sys.executable} is {version}; start it with such a one"
+    elif missing:
+        advice = "after make demo: source .venv/bin/activate; else: pip install -r requirements.txt"
+        lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"
+    else:
+        return
+    sys.exit(print_errors([lack]))

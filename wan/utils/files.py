@@ -1,4 +1,4 @@
-"""Files that a run writes: their names beside a video, and writing each whole or not at all.
+"""Files that a run writes: their names beside a video, and writing each whole or not at all. JSON that others wrote.
 
 A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for two processes.
 """
@@ -6,6 +6,7 @@ A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
@@ -34,17 +35,15 @@ class Beside(NamedTuple):
 
     @classmethod
     def of(cls, video: Path) -> Beside:
-        folder, stem = video.parent, video.stem
-        latents, strip = folder / f"{stem}.latents.safetensors", folder / f"{stem}.steps.png"
-        return cls(video, folder / f"{stem}.json", latents, folder / f"{stem}.png", strip)
+        endings = ".json", ".latents.safetensors", ".png", ".steps.png"
+        return cls(video, *(video.parent / f"{video.stem}{ending}" for ending in endings))
 
 
 def latents_elsewhere(video: Path, *, make: bool = False) -> Path:
-    """The file for latents that the video's folder does not take: in the folder for temporary files, in a folder that
-    only this user can enter, under a name that nobody guesses. OSError.
+    """The file for latents that the video's folder does not take: in a temporary folder that only this user can enter,
+    under a name that nobody guesses. Videos of one name in two folders have two files. OSError.
 
-    make: make such a folder where there is none. Without one the path is that of no file. Videos of one name in two
-    folders have two files.
+    make: make such a folder where there is none. Without one the path is that of no file.
     """
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
     name = f"{os.fsencode(video.stem)[:100].decode('utf-8', 'ignore')}-{digest}.latents.safetensors"
@@ -61,10 +60,8 @@ def cache_folder() -> Path:
     """This program's: in `$XDG_CACHE_HOME`, else the platform's. Raises RuntimeError if the user has no home folder."""
     given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     if given and Path(given).is_absolute():  # the XDG standard has relative ones ignored
-        base = Path(given)
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "wan-lightning"
+        return Path(given, "wan-lightning")
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan-lightning"
 
 
 def make_part(path: Path) -> Path:
@@ -112,3 +109,31 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def _part(path: Path, token: str) -> Path:
     return path.parent / f".{path.name}.{token}.part"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` spells, strictly: no NaN, no key twice, no number or nesting that Python gives up on.
+    ValueError says in a few words what is wrong, and of a syntax error where."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except ValueError as e:
+        if "integer string conversion" in str(e):
+            raise ValueError("a number of thousands of digits") from None
+        raise
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key!r} stands twice")
+        values[key] = value
+    return values
