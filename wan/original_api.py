@@ -100,7 +100,7 @@ class Original(Pipeline):
             check.several("frame_num: a first and a last frame need", frame_num)
         sampling = Sampling(
             check.choice("sample_solver", solver, SOLVERS),
-            check.whole("sampling_steps", steps, 1, 1, 1000),
+            int(check.number("sampling_steps", steps, 1, 1, 1000)),
             check.number("shift", shift, 1.0, 0.01, 100),
             both(guidance),
         )
