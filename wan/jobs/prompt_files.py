@@ -12,10 +12,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from wan.utils.argument_parser import SIMILARITY
+from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
@@ -236,8 +235,8 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
                 continue
             if header is None:
                 header = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
-                unknown = {name: _close_to(name) for name in header if name not in KEYS}
-                faults = [f"unknown column {_shown(name)}; did you mean {close}?" for name, close in unknown.items()
+                unknown = {name: closest(name, KEYS) for name in header if name not in KEYS}
+                faults = [f"unknown column {cut(repr(name))}; did you mean {close}?" for name, close in unknown.items()
                           if close and close not in header]  # fmt: skip
                 if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
                     faults.append("the first line must name the columns, each once, 'prompt' among them")
@@ -245,7 +244,7 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
                     problems.append(f"{source}: {faults[0]}")
                     return []
                 if unknown:
-                    ignored = ", ".join(map(_shown, unknown))
+                    ignored = ", ".join(cut(repr(name)) for name in unknown)
                     warnings.append(f"{path}: columns that mean nothing here are ignored: {ignored}")
             elif len(cells) != len(header):
                 problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
@@ -259,18 +258,14 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
     return rows
 
 
-def _close_to(name: str) -> str:
-    return next(iter(get_close_matches(name, KEYS, 1, SIMILARITY)), "")
-
-
 def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
     """A row from its JSON or table values; None, and one problem for each fault."""
     if not isinstance(values, dict):
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
-    meant = {key: _close_to(str(key)[:100].lower()) for key in values if key not in KEYS}
+    meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
     hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
-    faults = [f"unknown key {_shown(key)}; {hint}" for key, hint in zip(meant, hints, strict=True)]
+    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in zip(meant, hints, strict=True)]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
@@ -278,9 +273,9 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
-                faults.append(f"{key!r} must be a whole number, not {_shown(value)}")
+                faults.append(f"{key!r} must be a whole number, not {cut(repr(value))}")
         elif not isinstance(value, str):
-            faults.append(f"{key!r} must be text, not {_shown(value)}")
+            faults.append(f"{key!r} must be text, not {cut(repr(value))}")
         elif unusable := text_problem(value):
             faults.append(f"{key!r} {unusable}")
         elif not value.strip() and key in NEVER_EMPTY:
@@ -300,9 +295,3 @@ def _whole(value: object) -> int | None:
     text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
     found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
     return int(found[1]) if found else None
-
-
-def _shown(value: object) -> str:
-    """A value of any size as part of a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -19,7 +19,7 @@ from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
-from wan.utils.argument_parser import short
+from wan.utils.argument_parser import pair, short
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
@@ -99,9 +99,11 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
     solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
-    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, usual.guidance, *GUIDANCES)
-    if single and guidance[0] != guidance[1]:
-        check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
+    flag, scale = "--sample_guide_scale", request.sample_guide_scale
+    given = check.attempt(partial(pair, flag, scale)) if scale is not None else None
+    low, high = (check.number(flag, number, usual.guidance[0], *GUIDANCES) for number in given or usual.guidance)
+    if single and low != high:
+        check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
     if timesteps is not None and not free:  # which excludes other flags
         if request.sample_solver not in (None, *EXPLICIT):
             check.problem(
@@ -117,13 +119,13 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     elif high_steps is not None:
         check.number("--high_steps", high_steps, 0, 0, steps)
     lora_steps = release.lora_steps if free else None
-    guidance_steps = release.guidance_steps if free and request.sample_guide_scale is None else None
+    guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
         check.problem(
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
     shift = request.sample_shift or usual.shift
-    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
