@@ -6,12 +6,12 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from lightning.distilled import release_in
-from lightning.lora_files import LoraChoice, choose_loras
+from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
@@ -36,8 +36,8 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     check.warnings.extend(chosen.warnings)
     files = part_files(request, config, check)
     experts = {part: file for part, file in files.items() if part in config.experts}
-    release = _release(request, config.name, chosen.loras, experts, check)
     paths = [*experts.values(), *(lora.path for lora in chosen.loras)]
+    release = _release(request, config.name, paths, check)
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
@@ -45,9 +45,7 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.warn(f"{each.name} ({each.source}): {each.warning}")
         if each.text_only and request.image is not None:
             check.warn(f"--image: {each.name} ({each.source}) was trained without images")
-    for path in paths:
-        if reason := caution(path):
-            check.warn(f"{path} {reason}")
+    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
@@ -136,9 +134,7 @@ def both(guidance: float | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _release(
-    request: Request, task: str, loras: Sequence[LoraChoice], experts: Mapping[str, Path], check: Check
-) -> Release | None:
+def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -> Release | None:
     """--preset's, else the first recognised by a folder's or file's name, else the one baked into the checkpoint."""
     if request.preset is not None:
         release = check.attempt(partial(preset, request.preset), begin="--preset: ")
@@ -146,11 +142,10 @@ def _release(
             return None
         if task not in release.tasks:
             check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
-        if release.kind == "recipe" and not (loras or experts):
+        if release.kind == "recipe" and not paths:
             check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
         return release
-    paths = [expanded(request.lora_dir)] if request.lora_dir else []
-    for path in [*paths, *experts.values(), *(lora.path for lora in loras)]:
+    for path in [expanded(request.lora_dir), *paths] if request.lora_dir else paths:
         if found := recognise(path):
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
