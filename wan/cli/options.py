@@ -304,14 +304,12 @@ class Request:
     debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors", counts_with=MODES)
     # fmt: on
 
-    def as_dict(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON takes them."""
-        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
     def recorded(self) -> dict[str, Any]:
-        """`as_dict` for a record: absolute paths for files that exist here, so that it can be read elsewhere."""
-        return {n: absolute(v) if OPTIONS[n].read in (path, paths) else v for n, v in self.as_dict().items()}
+        """The values that differ from the defaults, as JSON takes them; with absolute paths of files that exist here,
+        so that a record can be read elsewhere."""
+        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
