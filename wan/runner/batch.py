@@ -84,7 +84,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
     InputError naming every file that is in the way.
     """
-    todo, places, whole, problems = [], [], [], []
+    todo, whole, places, problems = list[Job](), list[Job](), list[Job](), list[str]()
     for job, state in find_videos(plan):
         if state.kind == "equal":
             state = _copy(plan, job, state, progress)
