@@ -37,8 +37,7 @@ from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_in
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.modules.quantize import FP8
-from wan.modules.released import on_meta
+from wan.modules.fused import FP8
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, LoraError
@@ -301,7 +300,8 @@ def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """ValueError for another network."""
-    vae = on_meta(lambda: WanVAE.from_shapes(shapes))
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(shapes)
     channels = 3 * vae.patch**2
     return {
         "_class_name": "AutoencoderKLWan",
@@ -320,7 +320,8 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """ValueError for another network."""
-    encoder = on_meta(lambda: UMT5Encoder.from_shapes(shapes))
+    with torch.device("meta"):
+        encoder = UMT5Encoder.from_shapes(shapes)
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     vocabulary, width = shapes["token_embedding.weight"]
     return {
