@@ -90,21 +90,12 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
     """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release and release.name,
-        "source": release and release.source,
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
         "settings": release and release_settings(release),
-        "note": (release and release.note) or caution(file) or "",
-        "licence": (release and release.licence) or "",
-        "use": None,
-        "stored": {},
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))
