@@ -181,7 +181,7 @@ def check(
     last = {role for kind in KINDS for role in (kind.factors[-1].b, kind.factors[-1].whole)}  # one per change
     names = {delta.kind.name for delta in changes if delta.kind} | {"DoRA" for delta in changes if delta.magnitude}
     return Coverage(
-        path=str(lora.path), release=lora.release and lora.release.name, strength=lora.strength,
+        path=str(lora.path), release=lora.release.name if lora.release else None, strength=lora.strength,
         tensors=len(lora.store),
         pairs=(len(changes), len(changes) + sum(key.role in last for key in unmatched)),
         differences=(differences, differences + sum(key.role.startswith("diff") for key in unmatched)),
