@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning.releases import Release
 from wan.checkpoints import layout
+from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.transformer_sizes import transformer_sizes
 from wan.checkpoints.weights import TEXT_ENCODER, VAE
 from wan.configs import TaskConfig
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD

@@ -234,8 +234,8 @@ def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> li
 
 def _storage(store: TensorStore) -> dict[str, Any]:
     """stored: how many tensors are of which type."""
-    kinds = Counter(store.stored_as(name) for name in store)
-    size = sum(store.stored_bytes(name) for name in store)
+    kinds = Counter(store.stored(name)[0] for name in store)
+    size = sum(store.stored(name)[1] for name in store)
     return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
 
 

@@ -82,7 +82,7 @@ class Source:
 
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
-        file = self.store.file(piece.name)
+        file = self.store[piece.name].file
         key = piece.name, piece.rows.start if piece.rows else 0
         try:
             if _stamp(file) != self._stamps[file]:
