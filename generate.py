@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.utils.requirements import need_packages
+from wan.utils.errors import need_packages
 
 if __name__ == "__main__":
     need_packages()
@@ -124,8 +124,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
 
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
-        from wan.planning.disk import check_disks
-        from wan.planning.report import Outlook
+        from wan.planning.report import Outlook, check_disks
         from wan.runner.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend

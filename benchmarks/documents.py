@@ -12,9 +12,8 @@ from pathlib import Path
 from benchmarks.measure import ROOT
 from lightning.releases import RELEASES, Release
 from wan.checkpoints.quantised_formats import TABLE
-from wan.cli.options import OPTIONS
-from wan.cli.values import paths
-from wan.utils.events import EVENT_PARTS, EVENTS
+from wan.cli.options import OPTIONS, paths
+from wan.utils.progress import EVENT_PARTS, EVENTS
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

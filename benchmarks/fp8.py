@@ -27,14 +27,14 @@ from benchmarks.transformer import static_block
 from examples.shapes.detector import judge
 from examples.shapes.world import held_out, trained
 from wan.configs.precision import keeps_float32
-from wan.doctor.findings import Machine
 from wan.doctor.forecast import released_plan
+from wan.doctor.machine import Machine
 from wan.doctor.numerics import expectation, open_task, sample
 from wan.modules import fp8
 from wan.modules.fp8 import in_fp8
 from wan.modules.model import WanModel
 from wan.modules.quantize import FP8
-from wan.offload.eviction import schedule
+from wan.offload.budget import schedule
 from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes
 from wan.planning.memory import plan_video

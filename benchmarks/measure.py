@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from wan.doctor.measure import interleaved as interleaved
-from wan.doctor.measure import rms_error as rms_error
+from wan.doctor.numerics import rms_error as rms_error
+from wan.doctor.rates import interleaved as interleaved
 from wan.utils.accelerator import free_memory
 from wan.utils.accelerator import synchronize as synchronize
 

@@ -36,7 +36,7 @@ from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
 from wan.utils.errors import LoraError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 SHARD_BYTES = 10_000_000_000
 OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts

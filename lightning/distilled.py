@@ -11,7 +11,7 @@ from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
 from wan.utils.errors import LoraError, TensorFileError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
 SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licence")  # of the release, in the record

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, weights_in
 from wan.utils.errors import LoraError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 METADATA = "lora_adapter_metadata"
 PEFT_KINDS = {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import wan
 from wan.configs import TASKS, TaskConfig
-from wan.doctor.measure import relative_error as relative_error
+from wan.doctor.numerics import relative_error as relative_error
 from wan.modules.vae import WanVAE
 from wan.original_api import Original
 

@@ -18,18 +18,27 @@ from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine, table
-from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan
+from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan, table
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
 from wan.modules.released import released_vae
 from wan.modules.vae import WanVAE
 from wan.modules.vae_coders import Region
-from wan.planning.communication import sent_bytes
-from wan.planning.flops import decode_operations, encode_operations
 from wan.planning.memory import plan_video, plan_videos
-from wan.planning.time_estimate import DISK, EXCHANGE, PINNED, expect, keep_rates, network_of, seconds
+from wan.planning.time_estimate import (
+    DISK,
+    EXCHANGE,
+    PINNED,
+    decode_operations,
+    encode_operations,
+    expect,
+    keep_rates,
+    network_of,
+    seconds,
+    sent_bytes,
+)
 from wan.utils.progress import CLEAR
 
 ROOT = TESTS.parent
@@ -186,7 +195,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
 
 
 def test_processes_exchange() -> None:
-    outcome = things.exchange_between(2, "cpu", 1 << 20)
+    outcome = rates.exchange_between(2, "cpu", 1 << 20)
     assert outcome.verdict == GOOD
     assert outcome.values[EXCHANGE] > 0
 

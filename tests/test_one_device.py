@@ -25,7 +25,7 @@ from wan.jobs.job import Sampling
 from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear
 from wan.modules.model import WanModel
-from wan.offload.copy_stream import CopyStream, Slot
+from wan.offload.prefetcher import CopyStream, Slot
 from wan.original_api import Original
 from wan.sampling import Video
 from wan.utils.progress import Progress

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import generate
 from tests.support import TINY, checkpoint, lora_dir
-from wan.cli.options import OPTIONS
+from wan.cli.options import OPTIONS, real, whole
 from wan.cli.parser import OTHER_NAMES, REASONS
-from wan.cli.values import real, whole
 
 LONGEST = 700  # characters of a line; paths and the names that are allowed take room
 Named = tuple[str, ...]

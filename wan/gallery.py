@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wan.utils.requirements import need_packages
+from wan.utils.errors import need_packages
 
 if __name__ == "__main__":
     need_packages()

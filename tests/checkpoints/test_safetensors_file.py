@@ -13,7 +13,7 @@ from safetensors.torch import save
 from tests.unprivileged import run_unprivileged
 from wan.checkpoints.safetensors_file import TensorStore, read_header
 from wan.utils.errors import TensorFileError
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -17,10 +17,8 @@ import generate
 from tests.checkpoints.test_forms import wide_folder
 from tests.prompt_extension.fake_services import FakeService
 from wan import __version__
-from wan.cli.options import DECODE, OPTIONS, Request, Scope
-from wan.cli.parser import parse, to_decode, words_of
-from wan.cli.values import path, paths, real, text, truth, whole
-from wan.jobs.resolve import program
+from wan.cli.options import DECODE, OPTIONS, Request, Scope, path, paths, real, text, truth, whole
+from wan.cli.parser import parse, program, to_decode, words_of
 from wan.media.video import VideoWriter
 
 ROOT = Path(__file__).parents[2]

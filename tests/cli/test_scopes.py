@@ -14,8 +14,7 @@ from tests.support import TINY, checkpoint, lora_dir
 from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
-from wan.jobs.replay import earlier_seed
-from wan.jobs.resolve import resolve
+from wan.jobs.resolve import earlier_seed, resolve
 from wan.planning.build import make_plan
 from wan.planning.plan import Plan
 from wan.runner.record import plain

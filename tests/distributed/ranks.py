@@ -20,8 +20,7 @@ import torch.multiprocessing as mp
 
 import wan.distributed.fsdp  # noqa: F401 - imported once here, not in every rank
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, Mesh, make_mesh
-from wan.distributed.process_group import Team
+from wan.distributed.mesh import Layout, Mesh, Team, make_mesh
 
 # seconds: what is not done by then hangs, also on a busy machine; and far less than the hour of the program's patience
 LIMIT = 300.0

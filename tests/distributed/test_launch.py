@@ -14,7 +14,7 @@ import torch.distributed as dist
 import generate
 from tests.distributed.ranks import launched, run_ranks
 from wan.distributed.launch import Runtime, _take_gpu, interrupts_held, launch
-from wan.distributed.process_group import Team, patience
+from wan.distributed.mesh import Team, patience
 from wan.utils.errors import InputError, JobError
 
 Work = Callable[[Runtime], int]

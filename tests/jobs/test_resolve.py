@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from wan.cli.checks import effective_shift, shifted
-from wan.cli.options import OPTIONS, Request
-from wan.cli.values import path, paths, real, text, truth, whole
+from wan.cli.options import OPTIONS, Request, path, paths, real, text, truth, whole
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime, Team
 from wan.jobs.job import Decode, Extend, Generate

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.modules.test_model import random_model
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.doctor.measure import rms_error
+from wan.doctor.numerics import rms_error
 from wan.modules import fp8
 from wan.modules.context import Prompt
 from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes

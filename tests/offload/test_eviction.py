@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wan.offload.eviction import Move, schedule
+from wan.offload.budget import Move, schedule
 
 USES = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 SLOTS = st.integers(1, 7)

@@ -33,8 +33,8 @@ from wan.jobs.job import Sampling
 from wan.modules.context import Prompt
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
-from wan.offload.copy_stream import CopyStream, GpuCopyStream, Slot
 from wan.offload.networks import Networks, text_encoder
+from wan.offload.prefetcher import CopyStream, GpuCopyStream, Slot
 from wan.offload.reader import PIECE_BYTES, READERS, ReadError, Source, allocate, load
 from wan.original_api import Original
 from wan.planning import memory as planned_memory

@@ -11,7 +11,8 @@ from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import manifest
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
-from wan.planning.communication import NetworkSizes, plan_lines, sent_bytes
+from wan.planning.report import plan_lines
+from wan.planning.time_estimate import NetworkSizes, sent_bytes
 
 A14B = NetworkSizes(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 SMALL = NetworkSizes(dim=64, ffn_dim=96, num_heads=8, num_layers=3)

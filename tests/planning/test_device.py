@@ -13,7 +13,7 @@ from tests.cli.test_command_line import SMALL, T2V
 from wan.distributed.launch import Runtime
 from wan.jobs.resolve import resolve
 from wan.planning import build
-from wan.planning.device import compute_device, held_by_others, limit_memory, precision_problems
+from wan.planning.build import compute_device, held_by_others, limit_memory, precision_problems
 from wan.planning.report import Outlook
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError

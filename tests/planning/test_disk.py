@@ -10,8 +10,8 @@ import pytest
 
 import generate
 from tests.support import command
-from wan.planning import disk as module
-from wan.planning.disk import RECORD
+from wan.planning import report as module
+from wan.planning.report import RECORD
 
 GB = 1e9
 

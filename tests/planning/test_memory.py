@@ -11,8 +11,8 @@ from PIL import Image
 from tests.support import TINY, open_task
 from tests.test_one_device import META, AllIsWell, OneDevice, open_on_meta
 from wan.distributed.mesh import Layout
-from wan.doctor.findings import Machine
 from wan.doctor.forecast import released_plan
+from wan.doctor.machine import Machine
 from wan.jobs.job import Sampling
 from wan.modules.model import WanModel
 from wan.offload.budget import Budget

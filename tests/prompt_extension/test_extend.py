@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wan.prompt_extension.answers import LONGEST_ANSWER, AnswerError, Question, clean, neutralise
-from wan.prompt_extension.cache import cache_key, prompts_folder, read_cached, write_cached
-from wan.prompt_extension.extend import DEFAULT_MODELS, ExtendItem, ExtendSettings, check_extension, extend, model_for
+from wan.prompt_extension.extend import (
+    DEFAULT_MODELS,
+    ExtendItem,
+    ExtendSettings,
+    cache_key,
+    check_extension,
+    extend,
+    model_for,
+    prompts_folder,
+    read_cached,
+    write_cached,
+)
 from wan.utils.errors import InputError
 
 
@@ -281,7 +291,7 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.prompt_extension.cache.json.dumps", interrupted)
+    monkeypatch.setattr("wan.prompt_extension.extend.json.dumps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_cached("k", "half", question, "m")
     assert read_cached("k") == "whole"

@@ -19,9 +19,8 @@ from tests.prompt_extension.fake_services import (
     sent_image,
 )
 from wan.prompt_extension import services as extend_services
-from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings, extend
+from wan.prompt_extension.extend import NO_WORDS, Extended, ExtendItem, ExtendSettings, extend, system_prompt
 from wan.prompt_extension.services import Patience
-from wan.prompt_extension.system_prompts import NO_WORDS, system_prompt
 from wan.utils.errors import InputError
 
 KEY = "sk-0123456789abcdef"

@@ -7,13 +7,15 @@ from PIL import Image
 
 from wan.prompt_extension import LANGUAGES
 from wan.prompt_extension.answers import Question, clean
-from wan.prompt_extension.extend import ExtendItem, ExtendSettings, extend
-from wan.prompt_extension.system_prompts import (
+from wan.prompt_extension.extend import (
     MOTION_EXAMPLES,
     MOTION_LENGTH,
     NO_WORDS,
     TEXT_EXAMPLES,
     TEXT_LENGTH,
+    ExtendItem,
+    ExtendSettings,
+    extend,
     system_prompt,
 )
 

@@ -26,7 +26,7 @@ from wan.jobs.resolve import resolve
 from wan.media.images import video_size
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.pipeline import Pipeline
-from wan.runner.join_clips import copy_together
+from wan.runner.video_job import copy_together
 from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
 from wan.utils.locks import locked

@@ -24,7 +24,7 @@ from wan.modules.t5 import UMT5Encoder
 from wan.modules.tokenizers import UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, in_one_line
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")

@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints.safetensors_file import Entry, TensorStore
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

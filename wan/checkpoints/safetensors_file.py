@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.utils.errors import InputError, TensorFileError, in_one_line
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

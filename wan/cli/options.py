@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
-from wan.cli.values import absolute, path, paths, real, text, truth, whole
 from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
 
@@ -30,6 +30,61 @@ class Scope(Enum):
 VIDEO, HOW, START = Scope
 LARGEST_SEED = 2**63 - 1
 SCHEMA = 2  # of records, which hold requests
+LONGEST_PATH = 4096
+
+
+# Readers of a value, from a word or from what JSON makes of it. They raise TypeError, ValueError or OverflowError;
+# their docstrings say what they take.
+
+
+def text(value: object) -> str:
+    """text"""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def path(value: object) -> str:
+    """a path"""
+    return text(value)
+
+
+def paths(value: object) -> tuple[str, ...]:
+    """a list of texts"""
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    return tuple(map(text, value))
+
+
+def whole(value: object) -> int:
+    """a whole number"""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError
+    return int(_plain(value))
+
+
+def real(value: object) -> float:
+    """a number"""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    return float(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Not `1_0`, which Python reads as 10: it is a slip."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError
+    return value
+
+
+def truth(value: object) -> bool:
+    """True or False"""
+    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
+    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+    key = str(value).lower()
+    if key not in words:
+        raise ValueError
+    return words[key]
 
 
 @dataclass(frozen=True)
@@ -304,3 +359,56 @@ def read(name: str, value: object, problems: list[str]) -> Any:
         shown = f"{value!r}"[:80]
         problems.append(f"--{name} takes {row.read.__doc__}, not {shown}")
         return None
+
+
+def absolute(value: Any) -> Any:
+    """A text that names something here as an absolute path, in lists and after `high=` too; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [absolute(part) for part in value]
+    if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_PATH:
+        return value
+    expert, _, rest = value.rpartition("=")
+    for named, before in ((value, ""), (rest, f"{expert}=")):
+        for end in {len(named), named.rfind(":")} - {-1}:
+            path = Path(named[:end]).expanduser()
+            if end and _exists(path):
+                return f"{before}{path.absolute()}{named[end:]}"
+    return value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a name, or its folder may not be read
+        return False
+
+
+def without_effect(values: Mapping[str, Any], request: Request) -> list[str]:
+    """Warnings about flags in `values` that this start, whose request is `request`, ignores: one for each reason."""
+    active = {name for name in OPTIONS if getattr(request, name) != DEFAULTS[name]}
+    flags = [name for name in values if name in active]
+    warnings = []
+    for mode in MODES:
+        if mode in active and (idle := [name for name in flags if mode not in OPTIONS[name].counts_with]):
+            has = "has" if len(idle) == 1 else "have"
+            warnings.append(f"{_list(idle, 'and')} {has} no effect beside --{mode}: {OPTIONS[mode].help}")
+            flags = [name for name in flags if name not in idle]
+    for name in flags:
+        row = OPTIONS[name]
+        if row.needs and not active.intersection(row.needs):
+            warnings.append(f"--{name} has no effect without {_list(row.needs, 'or')}")
+        elif row.beaten_by in active:
+            warnings.append(f"--{name} has no effect beside --{row.beaten_by}")
+    return warnings
+
+
+def idle_on(request: Request, device: str, dtype: str) -> list[str]:
+    """Warnings about flags that have no effect on this device ("cpu") or in this dtype ("float32")."""
+    rows = {name: row for name, row in OPTIONS.items() if row.idle_on and getattr(request, name) != DEFAULTS[name]}
+    places = {device: "the CPU", dtype: f"a run in {dtype}"}
+    return [f"--{n} has no effect on {places[row.idle_on]}" for n, row in rows.items() if row.idle_on in places]
+
+
+def _list(names: Collection[str], joint: str) -> str:
+    *first, last = [f"--{name}" for name in names]
+    return f"{', '.join(first)} {joint} {last}" if first else last

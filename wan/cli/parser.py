@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from wan import __version__
-from wan.cli.options import DECODE, DEFAULTS, OPTIONS, Request, Scope, read
-from wan.cli.values import paths
+from wan.cli.options import DECODE, DEFAULTS, OPTIONS, Request, Scope, paths, read
 from wan.utils.argument_parser import Parser
 
+COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 # What other programs call a flag of ours.
 OTHER_NAMES: dict[str, str] = {
     "--task": "t task_name model_type",
@@ -90,6 +93,17 @@ def words_of(request: Request) -> list[str]:
             words += [f"--{name}={each}"] if str(each).startswith("-") else [f"--{name}", str(each)]
         words += [] if row.takes else [f"--{name}"]
     return words
+
+
+def program() -> str:
+    """The start of the user's own command, for commands in messages."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    if name == COMMAND:
+        return COMMAND
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "generate":
+        return "python -m generate"
+    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
 
 
 def to_decode(request: Request, **changes: Any) -> Request:

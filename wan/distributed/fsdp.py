@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning.merge import Merge
-from wan.distributed.mesh import Mesh
-from wan.distributed.process_group import Team
+from wan.distributed.mesh import Mesh, Team
 from wan.offload.reader import Source, Store, read_ahead
 from wan.utils.errors import InputError
 

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wan.distributed.process_group import PATIENCE_VARIABLE, Broken, Team, origin_of, patience
+from wan.distributed.mesh import PATIENCE_VARIABLE, Broken, Team, origin_of, patience
 from wan.utils.errors import InputError, WanError, first_line
 from wan.utils.progress import tell
 

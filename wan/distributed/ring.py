@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wan.distributed.mesh import Mesh
-from wan.distributed.process_group import unbroken
+from wan.distributed.mesh import Mesh, unbroken
 
 aten = torch.ops.aten
 

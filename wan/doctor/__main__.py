@@ -17,18 +17,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 
-from wan.utils.requirements import need_packages
+from wan.utils.errors import need_packages
 
 if __name__ == "__main__":
     need_packages()
 
 import torch
 
-from wan.doctor.findings import WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine
 from wan.doctor.forecast import forecast
-from wan.doctor.machine import choose_device, exchange, packages, versions_check, video_encoder
+from wan.doctor.machine import (
+    WRONG,
+    CheckOutcome,
+    DoctorCheck,
+    Finding,
+    Machine,
+    choose_device,
+    examine,
+    packages,
+    versions_check,
+    video_encoder,
+)
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
-from wan.doctor.rates import rate_checks
+from wan.doctor.rates import exchange, rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell

@@ -21,7 +21,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short, table
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.released import released_text_encoder, released_transformer, released_vae
@@ -165,3 +165,9 @@ def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
         tiles=budget.tiles, peak=budget.peak, read=found.read, text=found.text, denoise=found.denoise,
         decode=found.decode, first=found.first, next=found.next,
     )  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -6,25 +6,95 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 import time
 import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 import wan
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, Machine
-from wan.doctor.measure import interleaved
 from wan.media.ffmpeg import check_encoder, ffmpeg_command
-from wan.planning.device import compute_device
-from wan.planning.time_estimate import EXCHANGE
-from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, host_bytes
-from wan.utils.errors import InputError
-from wan.utils.progress import quantity
+from wan.planning.build import compute_device
+from wan.utils.accelerator import gpus, host_bytes
+from wan.utils.errors import InputError, one_line
+from wan.utils.progress import duration, quantity
 
-EXCHANGE_SECONDS = 90.0
+GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
+
+
+@dataclass(frozen=True)
+class CheckOutcome:
+    """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`."""
+
+    verdict: str
+    sentence: str
+    advice: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Machine:
+    """The machine that the checks examine.
+
+    root: of the repository, with `examples` and `tests`. disk: the folder whose disk is measured. small: sizes that
+    take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units per second.
+    """
+
+    device: torch.device
+    root: Path
+    disk: Path
+    small: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def usual(self) -> torch.dtype:
+        """The transformer's dtype with `--dtype auto`."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+
+class DoctorCheck(NamedTuple):
+    """advice: what to do if `run` raises."""
+
+    name: str
+    run: Callable[[Machine], CheckOutcome]
+    advice: str = "put this report into a bug report"
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    verdict: str
+    sentence: str
+    seconds: float
+    advice: str
+    values: dict[str, Any]
+
+    def line(self) -> str:
+        """The finding, with the lines of its table below it."""
+        sentence, newline, below = self.sentence.partition("\n")
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {sentence}{advice}{newline}{below}"
+
+
+def examine(check: DoctorCheck, machine: Machine) -> Finding:
+    """Run the check; whatever it raises is a finding."""
+    began = time.perf_counter()
+    try:
+        outcome = check.run(machine)
+    except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
+        outcome = CheckOutcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
+    spent = time.perf_counter() - began
+    return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
+
+
 DISTRIBUTION = "wan-lightning"
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)")
 
@@ -112,61 +182,3 @@ def choose_device(name: str) -> tuple[torch.device, CheckOutcome]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def exchange(machine: Machine) -> CheckOutcome:
-    """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
-    count = len(gpus()) if Accelerator(machine.device).has_memory else 0
-    if count < 2:
-        return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
-    outcome = exchange_between(count, machine.device.type)
-    machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
-    return outcome
-
-
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome:
-    """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
-    from torch.multiprocessing.spawn import spawn
-
-    backend = COLLECTIVES.get(kind, "gloo")
-    with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_exchange, (count, kind, folder, size), nprocs=count, join=False)
-        assert context is not None, "not joined"
-        end = time.monotonic() + EXCHANGE_SECONDS
-        try:
-            while not context.join(timeout=1.0):
-                if time.monotonic() > end:
-                    advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
-                    return CheckOutcome(WRONG, f"{count} processes by {backend} hang", advice)
-        except Exception as e:  # noqa: BLE001 - a process's own words
-            last = str(e).strip().splitlines()[-1]
-            return CheckOutcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
-        finally:
-            for process in context.processes:
-                process.kill()
-        rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
-    sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
-    return CheckOutcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
-
-
-def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
-    import torch.distributed as dist
-
-    device = torch.device(kind)
-    if kind in COLLECTIVES:
-        device = torch.device(kind, rank)
-        Accelerator(device).api.set_device(device)
-    backend = COLLECTIVES.get(kind, "gloo")
-    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    block = 1024
-    mine = torch.arange(count, device=device).repeat_interleave(block) + 1000 * rank  # to each rank, its number
-    got = torch.empty_like(mine)
-    dist.all_to_all_single(got, mine)
-    expected = 1000 * torch.arange(count, device=device).repeat_interleave(block) + rank
-    if not torch.equal(got, expected):
-        raise ValueError(f"process {rank} has received other numbers than were sent")
-    mine, got = (torch.ones(count, size // count // 4, device=device) for _ in range(2))
-    (seconds,) = interleaved([lambda: dist.all_to_all_single(got, mine)], repeats=3)
-    if rank == 0:
-        Path(folder, "seconds").write_text(str(seconds))
-    dist.destroy_process_group()

@@ -23,8 +23,7 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.findings import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short, within
-from wan.doctor.measure import relative_error, rms_error
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
 from wan.doctor.rates import VAE_ROOM, random_vae
 from wan.jobs.job import Sampling
 from wan.jobs.weights import both
@@ -275,3 +274,26 @@ def tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def within(name: str, error: float, limit: float, advice: str, least: float = 0.0) -> CheckOutcome:
+    """The verdict on an error that must be between `least` and `limit`; NaN is wrong."""
+    good = least <= error <= limit
+    allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
+    values = {"error": error, "least": least, "limit": limit}
+    return CheckOutcome(
+        GOOD if good else WRONG, f"{name} {error:.1e}, allowed {allowed}", "" if good else advice, values
+    )
+
+
+def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square error over the reference's root mean square."""
+    difference = found.double() - reference.double()
+    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error over the stage's largest magnitude."""
+    if found.shape != expected.shape:
+        raise ValueError(f"{list(found.shape)} is compared with {list(expected.shape)}")
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from wan.doctor.findings import GOOD, SKIPPED, CheckOutcome, DoctorCheck, Machine, short
-from wan.doctor.measure import interleaved
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.released import VAES, on_meta
 from wan.modules.vae import WanVAE
-from wan.planning.flops import decode_operations
-from wan.planning.time_estimate import ATTENTION, COPY, DISK, MATMUL, PAGEABLE, PINNED, VAE
-from wan.utils.accelerator import Accelerator
+from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
+from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
 
+
+def interleaved(
+    candidates: Sequence[Callable[[], object]],
+    repeats: int = 5,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
+    for candidate in candidates:
+        for _ in range(warm_up):
+            candidate()
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(repeats):
+        for candidate, series in zip(candidates, times, strict=True):
+            synchronize()
+            start = clock()
+            candidate()
+            synchronize()
+            series.append(clock() - start)
+    return [statistics.median(series) for series in times]
+
+
 REPEATS = 3
+EXCHANGE_SECONDS = 90.0
 PIECE = 8 << 20  # bytes of one read, about as large as those of the loading code
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
 
@@ -141,3 +165,61 @@ def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Chec
     machine.rates |= rates
     parts = [f"{name} {quantity(rate, 'B')}/s" for name, rate in rates.items()]
     return CheckOutcome(GOOD, ", ".join(parts) + details, values=dict(rates))
+
+
+def exchange(machine: Machine) -> CheckOutcome:
+    """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
+    count = len(gpus()) if Accelerator(machine.device).has_memory else 0
+    if count < 2:
+        return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
+    outcome = exchange_between(count, machine.device.type)
+    machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
+    return outcome
+
+
+def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome:
+    """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
+    from torch.multiprocessing.spawn import spawn
+
+    backend = COLLECTIVES.get(kind, "gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        context = spawn(_exchange, (count, kind, folder, size), nprocs=count, join=False)
+        assert context is not None, "not joined"
+        end = time.monotonic() + EXCHANGE_SECONDS
+        try:
+            while not context.join(timeout=1.0):
+                if time.monotonic() > end:
+                    advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
+                    return CheckOutcome(WRONG, f"{count} processes by {backend} hang", advice)
+        except Exception as e:  # noqa: BLE001 - a process's own words
+            last = str(e).strip().splitlines()[-1]
+            return CheckOutcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
+        finally:
+            for process in context.processes:
+                process.kill()
+        rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
+    sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
+    return CheckOutcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
+
+
+def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
+    import torch.distributed as dist
+
+    device = torch.device(kind)
+    if kind in COLLECTIVES:
+        device = torch.device(kind, rank)
+        Accelerator(device).api.set_device(device)
+    backend = COLLECTIVES.get(kind, "gloo")
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    block = 1024
+    mine = torch.arange(count, device=device).repeat_interleave(block) + 1000 * rank  # to each rank, its number
+    got = torch.empty_like(mine)
+    dist.all_to_all_single(got, mine)
+    expected = 1000 * torch.arange(count, device=device).repeat_interleave(block) + rank
+    if not torch.equal(got, expected):
+        raise ValueError(f"process {rank} has received other numbers than were sent")
+    mine, got = (torch.ones(count, size // count // 4, device=device) for _ in range(2))
+    (seconds,) = interleaved([lambda: dist.all_to_all_single(got, mine)], repeats=3)
+    if rank == 0:
+        Path(folder, "seconds").write_text(str(seconds))
+    dist.destroy_process_group()

@@ -6,6 +6,8 @@ Faults go to a `Check`; nothing is raised and nothing is loaded.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import NamedTuple
 from wan.cli.checks import Check
 from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
-from wan.jobs.job import Job, Weights
+from wan.jobs.job import Job, Weights, chains
 from wan.jobs.output_paths import RowFiles
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.ffmpeg import CONTAINERS, is_video
@@ -24,6 +26,8 @@ from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
 SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
+SLURM = "SLURM_ARRAY_TASK_"
+WHOLE = (1, 1)
 
 
 def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Check) -> list[Row]:
@@ -240,3 +244,98 @@ class _Pictures:
                 self.opened[path] = None
                 self.check.problem(f"{origin}{e}")
         return self.opened[path]
+
+
+def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
+    """Check the options that `--chain` excludes or needs."""
+    if not request.chain:
+        return
+    if config.image_fit is None:
+        check.problem(f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one")
+    if request.decode_latents is not None:
+        check.problem("--chain is of prompts; leave it out with --decode_latents")
+    elif request.prompt_file is None:
+        check.problem("--chain lets the rows of a --prompt_file continue each other; give one")
+    if request.image_path_file is not None:
+        check.problem("--chain and --image_path_file exclude each other; give --image for the first row")
+    if request.use_prompt_extend or request.extend_only is not None:
+        check.problem("--chain: extend the prompts first, with --extend_only FILE.txt and without --chain")
+
+
+def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
+    """`jobs` with the links of chains set. jobs: for each of `rows` one per seed, one after the other."""
+    if not request.chain or not jobs:
+        return list(jobs)
+    copies, made = request.num_videos, list(jobs)
+    firsts: dict[int, Job] = {}  # first clip of the chain by index of the later ones
+    for index in range(copies, len(made)):
+        row, before, job = rows[index // copies], made[index - copies], made[index]
+        if row.image is not None:
+            continue
+        first = firsts[index] = firsts.setdefault(index - copies, before)
+        if row.size is not None and job.area != first.area:
+            check.problem(f"{row.source}: a chain has the size of its first clip; leave 'size' out")
+        for each, frames in ((rows[index // copies - 1], before.frame_num), (row, job.frame_num)):
+            check.several(f"{each.source}: a clip of a chain needs", frames)
+        made[index] = replace(
+            job, image=before.save_file, follows=True, area=first.size, size=first.size,
+            picture=f"the last frame of job {before.number}{job.picture}",
+        )  # fmt: skip
+    if not firsts:
+        check.problem(f"--chain: no row of {request.prompt_file} continues another; those with an image start anew")
+    files = {first.save_file for first in firsts.values()}
+    joined = {file: file.with_name(f"{file.stem}_chain{file.suffix}") for file in files}
+    if request.save_file is not None:
+        joined = dict.fromkeys(files, expanded(request.save_file))
+        if len(files) > 1:
+            check.problem(f"--save_file names one video, but {len(files)} chains are joined; use --save_dir")
+    return [replace(job, joined=joined[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
+
+
+def chosen_shard(request: Request, check: Check) -> Request:
+    """`request` with `--shard` as I/N, for "slurm" from this task's place in its array; None for all videos."""
+    if request.shard is not None:
+        alone = [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]
+        if alone:
+            check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
+    if request.shard == "slurm":
+        request = replace(request, shard=_slurm_shard(check))
+    if request.shard is not None and _read_shard(request.shard, check) == WHOLE:
+        request = replace(request, shard=None)
+    return request
+
+
+def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
+    """The jobs that this process makes."""
+    index, count = _read_shard(request.shard, check) if request.shard is not None else WHOLE
+    if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
+        check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
+    own = [job for number, chain in enumerate(chains(jobs)) if number % count == index - 1 for job in chain]
+    own.sort(key=lambda job: job.index)
+    if jobs and not own:
+        check.warn(f"--shard {index}/{count}: there are only {len(jobs)} videos, none of them falls to this process")
+    return own
+
+
+def _read_shard(text: str, check: Check) -> tuple[int, int]:
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
+    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}")
+    return WHOLE
+
+
+def _slurm_shard(check: Check) -> str | None:
+    """I/N of this task in its Slurm array, whose ids may start anywhere."""
+    task, count, first, step = (os.environ.get(SLURM + name, "") for name in ("ID", "COUNT", "MIN", "STEP"))
+    if not (task and count):
+        check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
+        return None
+    try:
+        place, rest = divmod(int(task) - int(first or 0), int(step or 1))
+        if not rest and 0 <= place < int(count):
+            return f"{place + 1}/{int(count)}"
+    except (ValueError, ZeroDivisionError):
+        pass
+    check.problem("--shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
+    return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.lora_args import LoraChoice
 from lightning.releases import Release
@@ -13,7 +14,6 @@ from wan.configs import TaskConfig
 from wan.jobs.prompt_files import Row
 
 if TYPE_CHECKING:
-    from wan.jobs.replay import Replayed
     from wan.prompt_extension.extend import ExtendSettings
 
 
@@ -79,6 +79,28 @@ class Job:
     def pictures(self) -> dict[str, Path | None]:
         """Every picture that the video may be made from, by the name of its option."""
         return {"image": self.image, "last_image": self.last_image}
+
+
+def chains(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Units of work in order: the clips of a chain, or one video that is in none."""
+    found: dict[Path, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.joined or job.save_file, []).append(job)
+    return list(found.values())
+
+
+def frames_joined(chain: Sequence[Job]) -> int:
+    """Frames of the video that a chain is joined into: two neighbours share one."""
+    return sum(job.frame_num for job in chain) - (len(chain) - 1)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A record that is replayed. others: options that were given anew, or depend on those."""
+
+    path: Path
+    record: Mapping[str, Any]
+    others: frozenset[str]
 
 
 @dataclass(frozen=True)

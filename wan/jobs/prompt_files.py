@@ -15,8 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from wan.utils.argument_parser import SIMILARITY
-from wan.utils.files import write_file
-from wan.utils.strict_json import parse_json
+from wan.utils.files import parse_json, write_file
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
 # What the end of a prompt file's name means; tables by separator, the usual one first.

@@ -5,10 +5,9 @@ Everything here needs no weight and no torch. All problems are collected into on
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,23 +17,25 @@ from typing import Any
 
 from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
+from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
-from wan.cli.effects import without_effect
-from wan.cli.options import DEFAULTS, OPTIONS, Request
-from wan.cli.parser import ANIMATE, S2V
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope, without_effect
+from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import make_jobs, prompt_rows
-from wan.jobs.chains import check_chain, linked
-from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Weights
+from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_file, check_outputs
 from wan.jobs.prompt_files import expanded, text_problem
-from wan.jobs.replay import earlier_seed, replayed
-from wan.jobs.sharding import chosen_shard, own_jobs
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
+from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
-from wan.utils.strict_json import parse_json
+from wan.utils.errors import InputError
+from wan.utils.files import parse_json
 
-COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
+# Options that a record holds for its one video.
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+# Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 FOREIGN_TASKS = {  # by the begin of their names
     "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
@@ -176,17 +177,6 @@ def _replaced_parts(request: Request) -> set[str]:
     return experts | {part for part in PARTS if getattr(request, part) is not None}
 
 
-def program() -> str:
-    """The start of the user's own command, for commands in messages."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe")
-    if name == COMMAND:
-        return COMMAND
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.name == "generate":
-        return "python -m generate"
-    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
-
-
 def _check_processes(request: Request, check: Check) -> None:
     """Whether the flags fit the number of processes that torchrun started (1 without it)."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -223,3 +213,71 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
         device=request.device,
         options=options,
     )
+
+
+def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
+    """The request of a record, narrowed to its one video, with the flags of `given` on top.
+
+    The record's prompt is the extended one; it is not extended again. Options of one start or one machine are not
+    taken over. InputError if this is no record.
+    """
+    try:
+        record = read_record(path)
+    except InputError as e:
+        raise InputError(f"--replay {e}") from e
+    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
+        raise InputError(f"--replay {path}: written by another version of this program (schema {schema}, not {SCHEMA})")
+    if "clips" in record:
+        raise InputError(f"--replay {path}: is joined of several clips; replay one of those")
+    try:
+        job = record["job"]
+        width, height = job["area"]
+        of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
+        of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        of_job |= {"last_image": job.get("last_image")}  # records of the first version have none
+        earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
+        if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"--replay {path}: not the record of a video") from e
+    displaced = {other for name in given for other in OPTIONS[name].displaces}
+    earlier = {name: value for name, value in earlier.items() if name not in displaced}
+    problems: list[str] = []
+    request = Request.from_dict({**earlier, **given}, problems)
+    if problems:
+        raise InputError([f"--replay {path}: {problem}" for problem in problems])
+    others = {name for name in OPTIONS if name in given or name in displaced or OPTIONS[name].into in given}
+    return request, Replayed(path, record, frozenset(others | {OPTIONS[name].into for name in given}))
+
+
+def _is_replayed(name: str) -> bool:
+    row = OPTIONS.get(name)
+    return row is None or (row.scope is not Scope.START and row.into not in OF_A_JOB)
+
+
+def earlier_seed(request: Request) -> int | None:
+    """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
+
+    Until its first video is whole, a run's only record is the one in the latents that it kept.
+    """
+    folder = expanded(request.save_dir)
+    written: dict[Path, float] = {}
+    for file in (*folder.glob("*.json"), *folder.glob("*.latents.safetensors")):
+        with suppress(OSError):  # another process has just removed it, or a link that leads nowhere
+            written[file] = file.stat().st_mtime
+    for file in sorted(written, key=lambda file: written[file], reverse=True):
+        try:
+            kept = file.suffix == ".safetensors"
+            record = json.loads(read_header(file)[1]["record"]) if kept else read_record(file)
+            recorded = record["request"]
+            if _asked_for(recorded) == _asked_for(request.recorded()):
+                return int(recorded["base_seed"])
+        except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
+            continue  # another program's file
+    return None
+
+
+def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that affect how the videos look, as far as the request alone tells. given: as records hold them."""
+    names = [n for n, row in OPTIONS.items() if row.scope is VIDEO and n not in LEFT_TO_THE_PLAN]
+    return {name: given.get(name, DEFAULTS[name]) for name in names}

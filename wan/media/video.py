@@ -32,8 +32,7 @@ from wan.media.ffmpeg import (
     video_input,
 )  # fmt: skip
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, make_part, replacing
-from wan.utils.strict_json import parse_json
+from wan.utils.files import Beside, make_part, parse_json, replacing
 
 if TYPE_CHECKING:
     import numpy

@@ -14,8 +14,7 @@ from wan.modules.hooks import Residency
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
-from wan.offload.copy_stream import CopyStream
-from wan.offload.prefetcher import BlockWeights, Prefetcher, aligned
+from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
 from wan.offload.reader import Source, fill
 from wan.utils.accelerator import free_memory
 

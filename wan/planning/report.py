@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from dataclasses import asdict, replace
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from wan.jobs.chains import chains, frames_joined
-from wan.jobs.job import Job
+from wan.distributed.mesh import Layout, divisors
+from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
-from wan.planning.communication import plan_lines
-from wan.planning.disk import disks
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.planning.time_estimate import expect, network_of, sharded_bytes
+from wan.planning.time_estimate import NetworkSizes, expect, network_of, sent_bytes, sharded_bytes
 from wan.sampling import Step
 from wan.utils.accelerator import Accelerator, host_bytes
+from wan.utils.errors import InputError
 from wan.utils.progress import duration, quantity
 
 MOST_STEPS_SHOWN = 12
@@ -200,4 +201,105 @@ def _step_lines(steps: tuple[Step, ...]) -> list[str]:
         if after is None or replace(after, timestep=step.timestep) != step:
             lines.append(f"steps {first + 1} to {last + 1} t={steps[first].timestep:.1f} to {step}")
             first = last + 1
+    return lines
+
+
+# Bytes of an mp4 for each pixel of each frame. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain
+# 0.71, pure noise 0.97.
+LEAST, LIKELY, MOST = 0.01, 0.25, 1.0
+LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
+RECORD = 20_000  # bytes in the mp4 and beside it
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes to write to one file system, an estimate with its spread, and bytes free (None: it does not say)."""
+
+    folder: Path
+    least: float
+    likely: float
+    most: float
+    free: int | None
+
+    def line(self) -> str:
+        spread = f"{quantity(self.least, 'B')} to {quantity(self.most, 'B')}, by content"
+        free = "free space unknown" if self.free is None else f"{quantity(self.free, 'B')} free"
+        return f"disk: about {quantity(self.likely, 'B')} to write in {self.folder} ({spread}), {free}"
+
+    @property
+    def warning(self) -> str | None:
+        if self.free is None or self.likely <= self.free:
+            return None
+        return f"warning: {self.folder} may be full before the last video; a video that does not fit fails alone"
+
+
+def disks(jobs: Sequence[Job], *, latents: bool) -> list[Disk]:
+    """The space that `jobs` need, by file system. latents: they are kept for good."""
+    jobs_in: dict[Path, list[Job]] = {}
+    for job in jobs:
+        jobs_in.setdefault(job.save_file.parent, []).append(job)
+    groups: dict[int, tuple[Path, list[Job]]] = {}  # by file system
+    for parent, some in jobs_in.items():
+        folder = parent.absolute()
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        groups.setdefault(nearest.stat().st_dev, (nearest, []))[1].extend(some)
+    found = []
+    for folder, here in groups.values():
+        pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
+        joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
+        videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
+        beside = RECORD * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
+        usage = shutil.disk_usage(folder)
+        least, likely, most = (rate * videos + beside for rate in (LEAST, LIKELY, MOST))
+        found.append(Disk(folder, least, likely, most, usage.free if usage.total else None))
+    return found
+
+
+def check_disks(found: Sequence[Disk]) -> None:
+    """InputError where the videos cannot fit, whatever they show."""
+    if full := [disk for disk in found if disk.free is not None and disk.least > disk.free]:
+        raise InputError(
+            f"--save_dir: {quantity(disk.free or 0, 'B')} free in {disk.folder}, the videos need at least "
+            f"{quantity(disk.least, 'B')}; free some, choose another --save_dir, or make what fits with --ignore_disk"
+            for disk in full
+        )
+
+
+# What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
+# H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
+MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
+
+
+def plan_lines(
+    layout: Layout,
+    network: NetworkSizes,
+    *,
+    tokens: int,
+    jobs: int,
+    element_bytes: int,
+    weights: Mapping[str, int],
+    sharded_bytes: int,
+) -> list[str]:
+    """What `--dry_run` says of many processes. tokens: of the largest job. weights: bytes in each process, by network.
+
+    sharded_bytes: see `sent_bytes`.
+    """
+    groups, each = layout.data, layout.sequence
+    at_once = f"{groups} videos at a time" if groups > 1 else "one video at a time"
+    held = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in weights.items())
+    lines = [f"{layout}: {at_once}, {each} process{'es' if each > 1 else ''} each; weights in each: {held}"]
+    sent = sent_bytes(layout, network, tokens, element_bytes, sharded_bytes)
+    if any(sent.values()):
+        parts = " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size)
+        shares = []
+        for link, (rate, speed) in MACHINES.items():
+            sending, computing = sum(sent.values()) / rate, network.operations(tokens) / each / speed
+            shares.append(f"{sending / (sending + computing):.0%} over {link}")
+        lines.append(f"a forward sends from each: {parts}; estimated share of its time at most {', '.join(shares)}")
+    if jobs < groups:
+        legal = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0]
+        hint = f"; --ulysses_size {legal[-1]} puts more of them on one video" if legal[-1] > layout.ulysses else ""
+        lines.append(
+            f"warning: {jobs} video{'s' if jobs > 1 else ''} for {groups} groups: some have nothing to do{hint}"
+        )
     return lines

@@ -14,11 +14,10 @@ from PIL import Image
 
 from wan.prompt_extension import LANGUAGES
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
-from wan.prompt_extension.extend import model_for
+from wan.prompt_extension.extend import NO_WORDS, model_for
+from wan.prompt_extension.extend import system_prompt as system_prompt_for
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
 from wan.prompt_extension.services import SEEDS_OF_SERVICES, ChatService, service_problems
-from wan.prompt_extension.system_prompts import NO_WORDS
-from wan.prompt_extension.system_prompts import system_prompt as system_prompt_for
 from wan.utils.errors import InputError
 
 

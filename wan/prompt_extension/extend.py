@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import tomllib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -15,11 +18,10 @@ from typing import Any
 from wan.configs import TASKS
 from wan.media.images import open_image
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
-from wan.prompt_extension.cache import cache_key, read_cached, write_cached
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
 from wan.prompt_extension.services import ChatService, option_problems, service_problems
-from wan.prompt_extension.system_prompts import NO_WORDS, system_prompt
 from wan.utils.errors import InputError
+from wan.utils.files import cache_folder, replacing
 
 DEFAULT_MODELS = {  # (method, with an image)
     ("dashscope", False): "qwen-plus",
@@ -212,3 +214,57 @@ def _report_line(title: str, result: Extended) -> str:
     if result.error is not None:
         return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'
     return f'{title} ({result.model}{", cached" if result.cached else ""}): "{original}" -> "{result.prompt}"'
+
+
+def prompts_folder() -> Path:
+    """RuntimeError if the user has no home folder."""
+    return cache_folder() / "prompts"
+
+
+def cache_key(
+    question: Question, method: str, model: str, language: str, seed: int, options: Mapping[str, Any] | None = None
+) -> str:
+    """One name for everything that decides the answer."""
+    image = hashlib.sha256(question.image.read_bytes()).hexdigest() if question.image else None
+    parts = [question.system, question.text, image, method, model, language, seed, *([options] if options else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_cached(key: str) -> str | None:
+    """The kept prompt; None if there is none, its file is damaged, or it is no clean prompt."""
+    try:
+        kept = json.loads((prompts_folder() / f"{key}.json").read_text("utf-8"))
+        prompt = kept["prompt"]
+        return prompt if clean(prompt) == prompt else None
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AnswerError):
+        return None
+
+
+def write_cached(key: str, prompt: str, question: Question, model: str) -> None:
+    """Keep a prompt, whole or not at all. OSError, or RuntimeError if the user has no home folder."""
+    folder = prompts_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private to the user
+    kept = {"prompt": prompt, "original": question.text, "model": model}
+    with replacing(folder / f"{key}.json") as part:
+        part.write_text(json.dumps(kept), "utf-8")
+
+
+INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
+# (fewest, most) of the answer: characters in Chinese, words in English
+TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
+TEXT_EXAMPLES = {language: texts["text_examples"] for language, texts in INSTRUCTIONS.items()}
+MOTION_EXAMPLES = {language: texts["motion_examples"] for language, texts in INSTRUCTIONS.items()}
+# In place of the user's text when there is only an image: chat models want some text in the turn.
+NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
+
+
+def system_prompt(language: str, *, has_image: bool, has_words: bool) -> str:
+    """The instructions for one item; with an image its motion is asked for, without one the whole scene."""
+    texts = INSTRUCTIONS[language]
+    if has_image:
+        (fewest, most), examples = MOTION_LENGTH, MOTION_EXAMPLES[language]
+        text = texts["image" if has_words else "image_only"] + texts["motion_rules"]
+    else:
+        (fewest, most), examples, text = TEXT_LENGTH, TEXT_EXAMPLES[language], texts["text"]
+    filled: str = text.format(fewest=fewest, most=most, examples="\n".join(examples))
+    return filled

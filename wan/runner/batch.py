@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wan
-from wan.cli.parser import words_of
+from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
-from wan.distributed.process_group import origin_of
-from wan.jobs.chains import chains
-from wan.jobs.job import Job
-from wan.jobs.resolve import program
+from wan.distributed.mesh import origin_of
+from wan.jobs.job import Job, chains
 from wan.media.previews import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
-from wan.runner.join_clips import clips_of, is_joined, join
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
-from wan.runner.video_job import decode_and_save, hold_lock, make_video, reason
+from wan.runner.video_job import clips_of, decode_and_save, hold_lock, is_joined, join, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up

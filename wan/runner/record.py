@@ -21,8 +21,7 @@ from wan import __version__
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
-from wan.jobs.job import Job
-from wan.jobs.replay import Replayed
+from wan.jobs.job import Job, Replayed
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, read_record
 from wan.planning.plan import Plan

@@ -1,15 +1,23 @@
-"""One video from start to end: lock, sample, keep the latents, decode, write. Nothing finished is lost.
+"""One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
 
-Of the processes that make it together only the first writes files; all of them see the same errors.
+Nothing finished is lost. Of the processes that make a video together only the first writes files; all of them see the
+same errors.
+
+A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the packets, so
+every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made of the
+frame before; decoding can start at its second frame (`VideoWriter.follows`).
+
 Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import shlex
 import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -17,20 +25,31 @@ from typing import Any
 
 import torch
 
-from wan.cli.options import Request
-from wan.cli.parser import to_decode, words_of
-from wan.jobs.job import Job
-from wan.jobs.resolve import program
+from wan.cli.options import SCHEMA, Request
+from wan.cli.parser import program, to_decode, words_of
+from wan.jobs.job import Job, frames_joined
+from wan.media.ffmpeg import file_argument
 from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter
+from wan.media.video import VideoWriter, count_frames, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
-from wan.runner.record import completed, describe, find_latents, find_video, in_video, save_latents
-from wan.utils.errors import JobError, WanError, first_line, out_of_memory
-from wan.utils.files import Beside, latents_elsewhere
+from wan.runner.record import (
+    completed,
+    describe,
+    find_latents,
+    find_video,
+    in_video,
+    key_of,
+    outcome,
+    save_latents,
+    versions,
+)  # fmt: skip
+from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_memory
+from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, quantity
 
+MICROSECONDS = 1_000_000
 # Flags that lower the memory of a stage.
 LESS_MEMORY = {
     "text": "--t5_cpu encodes the prompts on the CPU",
@@ -190,3 +209,73 @@ def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: 
     changes |= {"device": "cpu", "vram": None} if out_of_memory(error) else {}
     command = shlex.join(words_of(to_decode(request, **changes)))
     return f"the finished latents are kept; to make the video of them: {program()} {command}"
+
+
+def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
+    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process joins them."""
+    joined = clips[0].joined
+    assert joined is not None, "these clips are in a chain"
+    frames, fps = frames_joined(clips), plan.config.sample_fps
+    record = {
+        "schema": SCHEMA,
+        "task": plan.request.task,
+        "clips": _entries(plan, clips),
+        "versions": versions(),
+        **outcome(joined, frames, clips[0].size, fps),
+    }
+    with ExitStack() as locks, progress.stage("join"):
+        hold_lock(locks, joined, progress)
+        copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
+    written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
+    progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+
+
+def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
+    """Whether the joined video of these whole clips is there, or they are no chain."""
+    joined = clips[0].joined
+    return joined is None or (
+        clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
+    )
+
+
+def clips_of(joined: Path) -> list[dict[str, Any]] | None:
+    """The clips in the record of a joined video; None if there is no such video."""
+    try:
+        clips = read_record(joined).get("clips") if joined.exists() else None
+    except InputError:
+        return None
+    return clips if isinstance(clips, list) else None
+
+
+def copy_together(
+    clips: Sequence[Path], joined: Path, fps: int, frames: int, record: dict[str, Any] | None = None, how: str = "full"
+) -> None:
+    """Copy `clips`, which follow each other, into `joined`, of `frames` frames. JobError if one does not follow."""
+    listing = make_part(joined)
+    second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
+    try:
+        with listing.open("w", encoding="utf-8") as file:
+            file.write("ffconcat version 1.0\n")
+            for number, clip in enumerate(clips):
+                escaped = file_argument(clip.absolute()).replace("'", r"'\''")
+                file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
+        publish(
+            joined,
+            ["-f", "concat", "-safe", "0", "-i", file_argument(listing)],
+            frames,
+            record,
+            partial(in_video, how=how),
+        )
+    finally:
+        listing.unlink(missing_ok=True)
+
+
+def _entries(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
+    """The clips in the record of the joined video."""
+    return [
+        {
+            "file": clip.save_file.name, "prompt": clip.prompt, "seed": clip.seed, "frames": clip.frame_num,
+            "meaning": hashlib.sha256(key_of(plan.meaning(clip)).encode()).hexdigest(),
+        }
+        for clip in clips
+    ]  # fmt: skip

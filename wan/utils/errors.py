@@ -1,4 +1,4 @@
-"""Expected failures, each with a message for the user, and the one printer of `error:` lines.
+"""Expected failures, each with a message for the user; the one printer of `error:` lines; the packages that are needed.
 
 Anything that is not a `WanError` is a bug and keeps its traceback.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from wan.utils.progress import tell
 
 FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
+NEEDED = ("torch", "easydict")  # of all that requirements.txt brings, what nothing starts without
 # How PyTorch and CUDA's libraries report that they get no memory.
 NO_MEMORY = (
     "out of memory",
@@ -88,3 +90,18 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def need_packages() -> None:
+    """SystemExit with code 2 and a sentence if this Python, which may be any, is too old or lacks the packages."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if sys.version_info < (3, 11):  # noqa: UP036 - that is what an installation forbids, and a clone cannot
+        lack = f"Python 3.11 or newer is needed, and {sys.executable} is {version}; start it with such a one"
+    elif missing:
+        advice = "after make demo: source .venv/bin/activate; else: pip install -r requirements.txt"
+        lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"
+    else:
+        return
+    print(f"error: {lack}", file=sys.stderr)
+    sys.exit(2)

@@ -1,4 +1,4 @@
-"""Files that a run writes: their names beside a video, and writing each whole or not at all.
+"""Files that a run writes: their names beside a video, and writing each whole or not at all. JSON that others wrote.
 
 A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for two processes.
 """
@@ -6,16 +6,18 @@ A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
@@ -112,3 +114,34 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def _part(path: Path, token: str) -> Path:
     return path.parent / f".{path.name}.{token}.part"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` spells, strictly: no NaN, no key twice, no number or nesting that Python gives up on.
+
+    ValueError says in a few words what is wrong, and of a syntax error where.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as e:
+        if "integer string conversion" in str(e):
+            raise ValueError("a number of thousands of digits") from None
+        raise
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return values
