@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
 from wan.checkpoints.gguf_file import GgufStore
-from wan.checkpoints.key_mapping import original, original_llama_text, original_text, original_vae
+from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.quantised_formats import DATA, Decoding, decoding_of, layers_of, markers
 from wan.checkpoints.quantised_formats import FLOATS as FLOATS
@@ -46,7 +47,7 @@ SIGNS = {EXPERT: "blocks.0.self_attn.q.weight", TEXT_ENCODER: "blocks.0.attn.q.w
 # how other programs' names of a network begin, and what renames them; other names stay
 SPELLINGS: dict[str, dict[str, Callable[[Iterable[str]], dict[str, str]]]] = {
     EXPERT: {"condition_embedder.": original},
-    TEXT_ENCODER: {"encoder.block.": original_text, "enc.blk.": original_llama_text},
+    TEXT_ENCODER: {"encoder.block.": original_text, "enc.blk.": partial(original_text, spelling=LLAMA)},
     VAE: {"quant_conv.": original_vae},
 }
 WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")  # anywhere in a name
