@@ -187,8 +187,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("_prepare", 1), ("_converted", 1), ("_converted", 30), ("_converted", 100), ("write_shard", 3), ("write_index", 1),
-     ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
+    [("_prepare", 1), ("_converted", 1), ("_converted", 30), ("_converted", 100), ("write_shard", 3),
+     ("write_index", 1), ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
 )  # fmt: skip
 def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole")
@@ -202,9 +202,9 @@ def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatc
     merged: list[str] = []
     original = writer._converted
 
-    def count(name: str, *arguments):
-        merged.append(name)
-        return original(name, *arguments)
+    def count(target: writer.Target, *arguments):
+        merged.append(target.source)
+        return original(target, *arguments)
 
     monkeypatch.setattr(writer, "_converted", count)
     run(tmp_path / "out")

@@ -61,10 +61,6 @@ class Shard:
     file: Path
     tensors: tuple[Target, ...]
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors)
-
     def header(self) -> bytes:
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
@@ -72,6 +68,10 @@ class Shard:
             dtype = STORED_NAMES[tensor.dtype]
             table[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets}
         return header_bytes(table)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
 
 
 def plan_shards(network: NetworkToWrite, shard_bytes: int) -> list[Shard]:
