@@ -7,7 +7,6 @@ of a found path, so that a run uses what was planned.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import stat
@@ -72,7 +71,7 @@ class HubPath(LocalPath):
         return self.inside in self.sizes
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        return any(True for _ in self.files())
+        return any(self.files())
 
     def files(self) -> Iterator[str]:
         """Paths of the files below this folder, relative to it."""
@@ -94,35 +93,24 @@ class HubPath(LocalPath):
         kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
         if self.suffix not in WEIGHT_SUFFIXES or isinstance(kept, str):
             return _download(self).open(mode, buffering, *text, **more)
-        return _RemoteFile(self) if buffering == 0 else io.BufferedReader(_RemoteFile(self), BLOCK)
+        return _open_remote(self, "none" if buffering == 0 else "readahead")
 
 
-class _RemoteFile(io.RawIOBase):
-    """The bytes of a file on the hub. InputError for what the hub does not give."""
+def _open_remote(path: HubPath, cache_type: str) -> Any:
+    """A file on the hub, read by ranges; reading raises InputError for what the hub does not give."""
+    file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))
+    fetch = file.cache.fetcher
 
-    def __init__(self, path: HubPath) -> None:
-        self.path, self.size, self.position = path, path.stat().st_size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = (0, self.position, self.size)[whence] + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        start, end = self.position, min(self.size, self.position + len(buffer))
-        if start >= end:
-            return 0
-        name = self.path.as_posix()  # without the library's cache of blocks: between two reads there may be gigabytes
-        data = _ask_hub(self.path, lambda: _file_system().cat_file(name, start, end, cache_type="none"))
+    def fetch_whole(start: int, end: int) -> bytes:
+        end = min(end, file.size)
+        data: bytes = _ask_hub(path, lambda: fetch(start, end))
         if len(data) != end - start:
-            raise TensorFileError(f"{name}: the hub sent {len(data):,} bytes instead of {end - start:,}; try again")
-        buffer[: len(data)], self.position = data, end
-        return len(data)
+            sent = f"{len(data):,} bytes instead of {end - start:,}"
+            raise TensorFileError(f"{path.as_posix()}: the hub sent {sent}; try again")
+        return data
+
+    file.cache.fetcher = fetch_whole
+    return file
 
 
 def place(name: str) -> HubPath | None:

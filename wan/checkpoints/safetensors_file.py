@@ -238,7 +238,7 @@ def fingerprint(path: Path) -> str:
         start = file.read(1 << 20)
         size = file.seek(0, 2)
         file.seek(max(0, size - (1 << 20)))
-        return hashlib.sha256(size.to_bytes(8) + start + file.read()).hexdigest()
+        return hashlib.sha256(size.to_bytes(8) + start + file.read(1 << 20)).hexdigest()
 
 
 @contextmanager
