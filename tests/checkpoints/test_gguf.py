@@ -61,7 +61,7 @@ def test_every_quantised_type_is_the_packages_numbers(kind: str, tmp_path: Path)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     for rows in (slice(5, 21), slice(0, 1), slice(23, 99), slice(7, 7)):
-        buffer = torch.full((store.buffer_bytes("a", rows) + 8,), 7, dtype=torch.uint8)
+        buffer = torch.full((store["a"].rows(rows).bytes + 8,), 7, dtype=torch.uint8)
         part = store.read("a", rows, buffer)
         assert torch.equal(part, expected[rows])
         assert part.numel() == 0 or part.data_ptr() == buffer.data_ptr()

@@ -3,7 +3,6 @@
 The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
 until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
 The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
-At the end stands what all readers share: one boundary around files from outside that cannot be understood.
 """
 
 from __future__ import annotations
@@ -104,7 +103,15 @@ class TensorStore(dict[str, Entry]):
         """`path` is a safetensors file, or an index (`*.safetensors.index.json`) of the shards beside it."""
         if not path.name.endswith(INDEX_SUFFIX):
             return cls(*read_header(path))
-        weight_map = _parse_index(path)
+        with reading(path, "not a safetensors index"):
+            weight_map: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
+            for name, shard in weight_map.items():
+                if not name.isprintable():
+                    raise ValueError(f"a tensor is named {name!r:.60}")
+                if not shard.isprintable() or re.search(r"[/\\:]", shard) or len(shard.encode()) > 255:
+                    raise ValueError(f"{shard!r:.60} names no shard beside it")
+            if not weight_map:
+                raise misread(path, "the index names no tensor; get the file again")
         shards = sorted(set(weight_map.values()))
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
@@ -147,10 +154,6 @@ class TensorStore(dict[str, Entry]):
         names = list(names)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(names, pool.map(value, names), strict=True))
-
-    def buffer_bytes(self, name: str, rows: slice | None = None) -> int:
-        """Size of the buffer that `read` needs."""
-        return self[name].rows(rows).bytes
 
     def read_fp8(
         self, name: str, rows: slice | None = None, buffer: Tensor | None = None
@@ -209,20 +212,6 @@ def _parse_entry(path: Path, name: str, start: int, value: dict[str, Any]) -> En
     if last - first != entry.bytes:
         raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
     return entry
-
-
-def _parse_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard beside the index."""
-    with reading(path, "not a safetensors index"):
-        weight_map: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
-        for name, shard in weight_map.items():
-            if not name.isprintable():
-                raise ValueError(f"a tensor is named {name!r:.60}")
-            if not shard.isprintable() or re.search(r"[/\\:]", shard) or len(shard.encode()) > 255:
-                raise ValueError(f"{shard!r:.60} names no shard beside it")
-        if not weight_map:
-            raise misread(path, "the index names no tensor; get the file again")
-    return weight_map
 
 
 def header_bytes(table: Mapping[str, object]) -> bytes:
