@@ -163,8 +163,8 @@ def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
             arrived.synchronize()
         if not finite:
             raise JobError(
-                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel does "
-                "this: on a GPU try --attention flash, or cudnn where flash was used"
+                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
+                "does this: on a GPU try --attention flash, or cudnn where flash was used"
             )
 
     if arrived is None:
