@@ -67,7 +67,7 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
         sparse(folder / where / WEIGHTS, {n: ("F32", tuple(p.shape)) for n, p in model.named_parameters()})
-    z_dim, encoder, decoder, nested = VAES[config.latent_channels]
+    z_dim, encoder, decoder, nested = VAES[config.out_dim]
     if width:
         encoder, decoder = 16, 16
     parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5).bfloat16(),

@@ -14,7 +14,8 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints import layout as layouts
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint, read_header
+from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
@@ -59,10 +60,14 @@ class Bake:
     shard_bytes: int = 10_000_000_000
     report: Callable[[str], None] = print
 
+    @property
+    def to_diffusers(self) -> bool:
+        return self.layout == "diffusers"
+
     def write(self) -> None:
         """Write the folder. Everything is checked before: one InputError with all faults."""
         self._check_request()
-        config, ckpt_dir = self.config, self.ckpt_dir
+        out, config, ckpt_dir = self.out, TASKS[self.task], self.ckpt_dir
         places, parts = layouts.places_in(ckpt_dir, config), list(config.experts)
         if self.to_diffusers:
             layouts.check_complete(ckpt_dir, config)
@@ -75,14 +80,13 @@ class Bake:
         sources["release"] = release and {name: getattr(release, name) for name in SETTINGS}
         settings = export_settings(stores, ckpt_dir, config, release) if self.to_diffusers else {}
         if self.to_diffusers and release and release.solver == "dmd":
-            self.report(
-                f"warning: {release.name} is made for re-noising (dmd); generate.py does it, diffusers does not"
-            )
+            why = "is made for re-noising (dmd); generate.py does it, diffusers does not"
+            self.report(f"warning: {release.name} {why}")
         networks = [self._network(part, store) for part, store in stores.items()]
         try:
-            with locked(self.out, self.report):
-                self._check_out()  # another bake may have finished it
-                partial = _prepare(self.out, sources)
+            with locked(out, self.report):
+                self._check_request()  # another bake may have written it meanwhile
+                partial = _prepare(out, sources)
                 digests = self._write_weights(networks, partial)
                 if self.to_diffusers:
                     tokenizer = (ckpt_dir / places["tokenizer"]).parent
@@ -92,38 +96,27 @@ class Bake:
                 for place, content in settings.items():
                     write_json(partial / place, content)
                 write_json(partial / RECORD, {**sources, "shards": digests})
-                os.replace(partial, self.out)
+                os.replace(partial, out)
         except LockedElsewhere:
-            problem = f"--out {self.out}: another bake is writing it; wait for it, or give another name"
-            raise LoraError(problem) from None
-        self.report(f"baked: {self.out}")
-
-    @property
-    def config(self) -> TaskConfig:
-        return TASKS[self.task]
-
-    @property
-    def to_diffusers(self) -> bool:
-        return self.layout == "diffusers"
+            advice = "wait for it, or give another name"
+            raise LoraError(f"--out {out}: another bake is writing it; {advice}") from None
+        self.report(f"baked: {out}")
 
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out, released = self.ckpt_dir, self.out, not self.to_diffusers
+        ckpt_dir, out, fp8 = self.ckpt_dir, self.out, self.dtype == FP8
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
-        self._check_out()
+        if out.exists():
+            raise LoraError(f"--out {out} already exists; give another name or remove it")
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
-        if released and layouts.is_diffusers(ckpt_dir):
-            raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if released and self.dtype != FP8 and not any(self.loras.values()):
-            raise LoraError("nothing to bake: give --lora_dir or --lora")
-        if not released and self.dtype == FP8:
+        if self.to_diffusers and fp8:
             raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
-
-    def _check_out(self) -> None:
-        if self.out.exists():
-            raise LoraError(f"--out {self.out} already exists; give another name or remove it")
+        if not self.to_diffusers and layouts.is_diffusers(ckpt_dir):
+            raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
+        if not (self.to_diffusers or fp8 or any(self.loras.values())):
+            raise LoraError("nothing to bake: give --lora_dir or --lora")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
@@ -134,13 +127,13 @@ class Bake:
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
-            if odd := next(((name, entry) for name, entry in store.items() if entry.dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {odd[1].file}: tensor {odd[0]} is {odd[1].dtype}, not a float")
+            if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
+                problems.append(f"--ckpt_dir: {store.file(odd)}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
-            sources["loras"][expert] = list(before.get(expert, ()))
+            sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):
                 try:
-                    sources["loras"][expert].append(self._source_of(lora, expert, store))
+                    merged.append(self._source_of(lora, expert, store))
                 except LoraError as e:
                     problems += [problem for problem in e.problems if problem not in problems]
         if problems:
@@ -155,12 +148,13 @@ class Bake:
         self.report(f"{expert}: {lora.path}: {coverage.summary()}")
         for warning in coverage.warnings:
             self.report(f"warning: {warning}")
-        (file,) = lora.store.files
-        return {**coverage.as_dict(), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
+        file = lora.store.files[0]
+        return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
-        place = Path((layouts.diffusers if self.to_diffusers else layouts.released)(self.config)[part])
+        place_of = layouts.diffusers if self.to_diffusers else layouts.released
+        place = Path(place_of(TASKS[self.task])[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
@@ -191,13 +185,11 @@ class Bake:
 
 
 def _identity(file: Path) -> dict[str, Any]:
-    """Identifies a base file without reading all of it."""
-    read_header(file)  # refuses a length that is too large to read
+    """Identifies a base file, which was opened before, without reading all of it."""
     with file.open("rb") as stream:
         start = stream.read(8)
-        header = stream.read(struct.unpack("<Q", start)[0])
+        digest = hashlib.sha256(start + stream.read(struct.unpack("<Q", start)[0])).hexdigest()
     state = file.stat()
-    digest = hashlib.sha256(start + header).hexdigest()
     return {"file": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "header_sha256": digest}
 
 
@@ -205,11 +197,11 @@ def _prepare(out: Path, sources: dict[str, Any]) -> Path:
     """`OUT.partial`, empty or left by an earlier run of the same command; never one of another bake."""
     partial = out.with_name(out.name + ".partial")
     if (partial / RECORD).is_file():
-        try:
-            before = parse_json((partial / RECORD).read_bytes())
-        except ValueError:
-            before = None
-        if not isinstance(before, dict) or {**before, "shards": 0} != json.loads(json.dumps({**sources, "shards": 0})):
+        same = False
+        with suppress(ValueError, TypeError):  # not JSON, or no object
+            before = {**parse_json((partial / RECORD).read_bytes()), "shards": 0}
+            same = before == json.loads(json.dumps({**sources, "shards": 0}))
+        if not same:
             raise LoraError(f"{partial} was left by a bake from other sources or settings; remove it and run again")
     elif partial.exists() and any(partial.iterdir()):
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")

@@ -62,8 +62,9 @@ class Original(Pipeline):
         (`ulysses_size=2`, `lora_mode="adapter"`).
         InputError with all problems of arguments and files.
         """
-        if not isinstance(config, TaskConfig):
-            config = TASKS[self.task].with_values(config)
+        if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
+            own = vars(TASKS[self.task])
+            config = replace(TASKS[self.task], **{name: value for name, value in config.items() if name in own})
         runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
         check = Check()
         values = {

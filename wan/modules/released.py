@@ -39,4 +39,4 @@ def released_text_encoder() -> UMT5Encoder:
 
 
 def released_vae(task: str) -> WanVAE:
-    return on_meta(lambda: WanVAE(*VAES[TASKS[task].latent_channels]))
+    return on_meta(lambda: WanVAE(*VAES[TASKS[task].out_dim]))
