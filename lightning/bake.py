@@ -128,7 +128,7 @@ class Bake:
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
             if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {store.file(odd)}: tensor {odd} is {store[odd].dtype}, not a float")
+                problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
             sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):
