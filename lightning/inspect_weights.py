@@ -22,7 +22,7 @@ from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
 from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.utils.errors import InputError, LoraError
 
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}

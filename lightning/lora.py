@@ -36,32 +36,9 @@ METADATA = "lora_adapter_metadata"
 PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds read -> the setting of their alpha
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
 NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
-    "use_bdlora": "BD-LoRA",
-    "use_qalora": "QA-LoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA", "use_qalora": "QA-LoRA", "alora_invocation_tokens": "aLoRA", "kasa_config": "KaSA",
     "layer_replication": "layer replication",
-}
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """alpha and rank of each module: the first of the patterns that fits its name, else the common one."""
-
-    alpha: float  # 8 where the settings name none, as in PEFT; the rank too
-    patterns: Mapping[str, float]
-    rslora: bool  # alpha / sqrt(rank)
-    rank: float
-    ranks: Mapping[str, float]
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
-
-        def first_fitting(patterns: Mapping[str, float], otherwise: float) -> float:  # the whole name or its last parts
-            return next((n for p, n in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), otherwise)
-
-        rank_used = rank or first_fitting(self.ranks, self.rank)
-        return first_fitting(self.patterns, self.alpha) / (math.sqrt(rank_used) if self.rslora else rank_used)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -280,6 +257,26 @@ def _some(tensors: Sequence[str], total: int) -> str:
 def _first(tensors: Sequence[str]) -> str:
     more = ", ..." if len(tensors) > 3 else ""
     return f" (first: {', '.join(tensors[:3])}{more})" if tensors else ""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """alpha and rank of each module: the first of the patterns that fits its name, else the common one."""
+
+    alpha: float  # 8 where the settings name none, as in PEFT; the rank too
+    patterns: Mapping[str, float]
+    rslora: bool  # alpha / sqrt(rank)
+    rank: float
+    ranks: Mapping[str, float]
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
+
+        def first_fitting(patterns: Mapping[str, float], otherwise: float) -> float:  # the whole name or its last parts
+            return next((n for p, n in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), otherwise)
+
+        rank_used = rank or first_fitting(self.ranks, self.rank)
+        return first_fitting(self.patterns, self.alpha) / (math.sqrt(rank_used) if self.rslora else rank_used)
 
 
 def settings_of(

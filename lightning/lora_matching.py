@@ -68,7 +68,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of LoRA: its change is the product of its factors, element by element or, if `kronecker`, theirs."""
+    """A kind of LoRA: its change is the product of its factors, element by element, or their Kronecker product."""
 
     name: str
     factors: tuple[Factor, ...]

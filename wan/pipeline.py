@@ -25,9 +25,8 @@ from wan.jobs.job import Job
 from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
-from wan.modules.context import Prompt
-from wan.modules.fused import choose_fused
-from wan.modules.model import WanModel
+from wan.modules.fused import choose_passes
+from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
@@ -193,7 +192,7 @@ class Pipeline(ABC):
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it
-        fused, note = choose_fused(plan.device, facts.tokens, width, len(model.blocks), count)
+        fused, note = choose_passes(plan.device, facts.tokens, width, len(model.blocks), count)
         for each in experts.models.values():
             each.use_passes(fused)
         if note:

@@ -20,8 +20,7 @@ from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in
 from wan.configs import TaskConfig, download_command, task_of
 from wan.configs.task import PATCH
 from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, in_one_line
 from wan.utils.files import parse_json

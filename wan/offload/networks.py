@@ -10,8 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wan.modules.hooks import Residency
-from wan.modules.model import WanModel
+from wan.modules.model import Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
