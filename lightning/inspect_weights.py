@@ -109,8 +109,8 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
             judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
-    stored = Counter(store.stored_as(name) for name in store)  # how many tensors are of which type
-    gigabytes = round(sum(store.stored_bytes(name) for name in store) / 1e9, 6)
+    stored = Counter(store.stored(name)[0] for name in store)  # how many tensors are of which type
+    gigabytes = round(sum(store.stored(name)[1] for name in store) / 1e9, 6)
     return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
 
 
