@@ -8,10 +8,9 @@ from typing import Any
 
 from lightning.lora_files import exists, weight_file
 from lightning.releases import Release, preset, recognise
-from wan.checkpoints.outside import in_one_line
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
-from wan.utils.errors import LoraError, TensorFileError
+from wan.utils.errors import LoraError, TensorFileError, in_one_line
 from wan.utils.files import parse_json
 
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
