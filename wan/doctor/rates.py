@@ -13,8 +13,7 @@ import torch
 
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
 from wan.modules.attention import BACKENDS, choose
-from wan.modules.released import VAES, on_meta
-from wan.modules.vae import WanVAE
+from wan.modules.vae import VAES, WanVAE
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
@@ -71,7 +70,9 @@ def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
     elif _is_gpu(machine):
         shape = (16, 3, 60, 104) if Accelerator(machine.device).free_bytes > VAE_ROOM else (16, 3, 20, 36)
-    module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=machine.device)
+    with torch.device("meta"):
+        module = WanVAE(*kind)
+    module.requires_grad_(False).to_empty(device=machine.device)
     for parameter in module.parameters():
         parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
     module.use_channels_last()

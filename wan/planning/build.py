@@ -29,13 +29,14 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
+from wan.jobs.weights import PARTS
 from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, has_mps
+from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, gpus
 from wan.utils.errors import InputError, first_line
 from wan.utils.progress import quantity
 
@@ -85,14 +86,12 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
 
 
 def _local(weights: Weights, config: TaskConfig) -> Weights:
-    """The same weights as local files; of the checkpoint, those that no flag replaces."""
-    given = [part for part, _ in (*weights.expert_files, *weights.files)]
+    """The same weights as local files."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.files)),
         loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
+        files={part: hub.fetch(file) for part, file in weights.files.items()},
     )
 
 
@@ -113,8 +112,8 @@ def open_plan(
         on_cpu = device.type == "cpu" and not is_absent(request, device)
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
-    files, brought = {**dict(weights.expert_files), **dict(weights.files)}, _brought(request, weights)
-    checkpoint = checks.attempt(lambda: open_checkpoint(weights.ckpt_dir, config, files), brought)
+    brought = _brought(request, weights)
+    checkpoint = checks.attempt(partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought)
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -123,7 +122,7 @@ def open_plan(
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
     loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks, brought)
-    if request.device == "auto" and device.type == "cpu" and has_mps():
+    if request.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
         warnings.append(MPS_UNUSED)
     chosen = None
     if checkpoint is not None:
@@ -157,8 +156,7 @@ def open_plan(
 
 def _brought(request: Request, weights: Weights) -> dict[str, str]:
     """The flag of each file or folder of weights, by its path."""
-    flags = {str(path): f"--{part}" for part, path in weights.files}
-    flags |= {str(path): "--expert" for _, path in weights.expert_files}
+    flags = {str(path): f"--{part}" if part in PARTS else "--expert" for part, path in weights.files.items()}
     folder = str(expanded(request.lora_dir)) if request.lora_dir else None
     for choice in weights.loras:
         path = str(choice.path)
@@ -254,7 +252,7 @@ def compute_device(name: str) -> torch.device:
         simplefilter("ignore")  # the messages below say what PyTorch warns of
         gpu = gpu_kind()
         api = torch.get_device_module(gpu)
-        usable = {gpu: api.is_available() and api.device_count() > 0, "mps": has_mps(), "cpu": True}
+        usable = {gpu: bool(gpus()), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         reason = "" if usable[gpu] else _why_no_cuda()
         driver = Path("/proc/driver/nvidia/version").exists()  # absent on Windows: PyTorch's words must do
@@ -274,8 +272,8 @@ def compute_device(name: str) -> torch.device:
     count = api.device_count()
     device = torch.device(gpu, api.current_device() if device.index is None else device.index)
     if device.index >= count:
-        gpus = ", ".join(f"{gpu}:{index} ({api.get_device_name(index)})" for index in range(count))
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {gpus}")
+        there = ", ".join(f"{each.device} ({each.name})" for each in gpus())
+        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
