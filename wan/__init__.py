@@ -4,14 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wan.image2video import WanI2V as WanI2V
+    from wan.runner.session import Session as open
     from wan.text2video import WanT2V as WanT2V
     from wan.textimage2video import WanTI2V as WanTI2V
 
 __version__ = "0.2.0"
-__all__ = ["WanI2V", "WanT2V", "WanTI2V"]
+__all__ = ["WanI2V", "WanT2V", "WanTI2V", "open"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "open":
+        from wan.runner.session import Session
+
+        return Session
     if name in __all__:
         from importlib import import_module
 

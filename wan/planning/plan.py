@@ -107,16 +107,20 @@ class Plan:
         }  # fmt: skip
         return {name: value for name, value in values.items() if not OPTIONS[name].into}
 
-    def _weights(self) -> dict[str, Any]:
-        """Fingerprints of the weights by part; paths do not count."""
-        files = self.checkpoint.weight_files()
-        parts: dict[str, Any] = {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
-        for expert, loras in self.loras.items():
-            parts[f"{expert} LoRAs"] = [
+    def lora_stacks(self) -> dict[str, list[list[Any]]]:
+        """By expert, for each of its LoRAs: fingerprints of its files, strength, alpha."""
+        return {
+            f"{expert} LoRAs": [
                 [*(self.fingerprints[str(file)] for file in lora.store.files), lora.strength, lora.assumed_alpha]
                 for lora in loras
             ]
-        return parts
+            for expert, loras in self.loras.items()
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        """Fingerprints of the weights by part; paths do not count."""
+        files = self.checkpoint.weight_files()
+        return {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()} | self.lora_stacks()
 
 
 def is_absent(request: Request, device: torch.device) -> bool:
