@@ -13,14 +13,12 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from lightning.diffusers_export import export_settings
 from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
@@ -37,8 +35,8 @@ from wan.configs.precision import keeps_float32, takes_fp8
 from wan.modules.quantize import FP8
 from wan.utils.errors import LoraError
 from wan.utils.files import parse_json
+from wan.utils.locks import LockedElsewhere, locked
 
-SHARD_BYTES = 10_000_000_000
 OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
 
 
@@ -58,40 +56,46 @@ class Bake:
     allow_partial: bool = False
     release: Release | None = None
     layout: str = "released"
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = 10_000_000_000
     report: Callable[[str], None] = print
 
     def write(self) -> None:
         """Write the folder. Everything is checked before: one InputError with all faults."""
         self._check_request()
-        places = layouts.places_in(self.ckpt_dir, self.config)
-        parts = list(self.config.experts)
+        config, ckpt_dir = self.config, self.ckpt_dir
+        places, parts = layouts.places_in(ckpt_dir, config), list(config.experts)
         if self.to_diffusers:
-            layouts.check_complete(self.ckpt_dir, self.config, ())
+            layouts.check_complete(ckpt_dir, config)
             parts += [TEXT_ENCODER, VAE]
-        stores = open_parts(self.ckpt_dir, self.config, parts)
+        stores = open_parts(ckpt_dir, config, parts)
         if lacking := [places[part] for part in parts if part not in stores]:
-            raise LoraError(f"--ckpt_dir {self.ckpt_dir} lacks {', '.join(lacking)}")
-        sources = self._sources({name: stores[name] for name in self.config.experts})
-        release = self.release or release_in(self.ckpt_dir)
-        sources["release"] = {name: getattr(release, name) for name in SETTINGS} if release else None
-        settings = export_settings(stores, self.ckpt_dir, self.config, release) if self.to_diffusers else {}
+            raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(lacking)}")
+        sources = self._sources({name: stores[name] for name in config.experts})
+        release = self.release or release_in(ckpt_dir)
+        sources["release"] = release and {name: getattr(release, name) for name in SETTINGS}
+        settings = export_settings(stores, ckpt_dir, config, release) if self.to_diffusers else {}
         if self.to_diffusers and release and release.solver == "dmd":
             self.report(
                 f"warning: {release.name} is made for re-noising (dmd); generate.py does it, diffusers does not"
             )
         networks = [self._network(part, store) for part, store in stores.items()]
-        with _locked(self.out):
-            partial = _prepare(self.out, sources)
-            digests = self._write_weights(networks, partial)
-            if self.to_diffusers:
-                shutil.copytree((self.ckpt_dir / places["tokenizer"]).parent, partial / "tokenizer", dirs_exist_ok=True)
-            else:
-                _bring_others(self.ckpt_dir, partial, self.config)
-            for place, content in settings.items():
-                write_json(partial / place, content)
-            write_json(partial / RECORD, {**sources, "shards": digests})
-            os.replace(partial, self.out)
+        try:
+            with locked(self.out, self.report):
+                self._check_out()  # another bake may have finished it
+                partial = _prepare(self.out, sources)
+                digests = self._write_weights(networks, partial)
+                if self.to_diffusers:
+                    tokenizer = (ckpt_dir / places["tokenizer"]).parent
+                    shutil.copytree(tokenizer, partial / "tokenizer", dirs_exist_ok=True)
+                else:
+                    _bring_others(ckpt_dir, partial, config)
+                for place, content in settings.items():
+                    write_json(partial / place, content)
+                write_json(partial / RECORD, {**sources, "shards": digests})
+                os.replace(partial, self.out)
+        except LockedElsewhere:
+            problem = f"--out {self.out}: another bake is writing it; wait for it, or give another name"
+            raise LoraError(problem) from None
         self.report(f"baked: {self.out}")
 
     @property
@@ -104,26 +108,29 @@ class Bake:
 
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out = self.ckpt_dir, self.out
+        ckpt_dir, out, released = self.ckpt_dir, self.out, not self.to_diffusers
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
-        if out.exists():
-            raise LoraError(f"--out {out} already exists; give another name or remove it")
+        self._check_out()
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
-        if not self.to_diffusers and layouts.is_diffusers(ckpt_dir):
+        if released and layouts.is_diffusers(ckpt_dir):
             raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if not self.to_diffusers and self.dtype != FP8 and not any(self.loras.values()):
+        if released and self.dtype != FP8 and not any(self.loras.values()):
             raise LoraError("nothing to bake: give --lora_dir or --lora")
-        if self.to_diffusers and self.dtype == FP8:
+        if not released and self.dtype == FP8:
             raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
+
+    def _check_out(self) -> None:
+        if self.out.exists():
+            raise LoraError(f"--out {self.out} already exists; give another name or remove it")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
         before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
-        sources: dict[str, Any] = {"task": self.task, "dtype": str(self.dtype).removeprefix("torch."), "base": {}}
-        sources |= {"loras": {}, "layout": self.layout}
+        dtype = str(self.dtype).removeprefix("torch.")
+        sources: dict[str, Any] = {"task": self.task, "dtype": dtype, "base": {}, "loras": {}, "layout": self.layout}
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
@@ -192,24 +199,6 @@ def _identity(file: Path) -> dict[str, Any]:
     state = file.stat()
     digest = hashlib.sha256(start + header).hexdigest()
     return {"file": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "header_sha256": digest}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Context manager: this process alone writes `out`. LoraError while another one does, or if it has."""
-    lock = FileLock(out.with_name(f"{out.name}.partial.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LoraError(f"--out {out}: another bake is writing it; wait for it, or give another name") from None
-    try:
-        if out.exists():
-            raise LoraError(f"--out {out} already exists; give another name or remove it")
-        yield
-        with suppress(OSError):  # Windows removes no open file
-            Path(lock.lock_file).unlink()  # only now: a bake that comes later finds `out`
-    finally:
-        lock.release()
 
 
 def _prepare(out: Path, sources: dict[str, Any]) -> Path:

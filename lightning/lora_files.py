@@ -1,21 +1,33 @@
-"""Which file of weights is meant: the one of a PEFT folder, those of a release folder, the expert in a name."""
+"""Which LoRA files are meant: by the flags of `generate.py` and `bake` alike, by a folder, by the words of a name.
+
+--lora PATH[:S]           a file or PEFT folder, for every expert or the one that its name says;
+                          a release folder: each expert gets its file
+--lora EXPERT=PATH[:S]    for one expert: high, low, or model where a task has only one
+--lora_dir DIR            a release folder, with --lora_strength HIGH[,LOW]
+
+S is a strength. PATH and DIR may be on the hub: owner/name[@revision]/folder/file.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from wan.checkpoints.layout import STEM
-from wan.utils.errors import LoraError
+from lightning.releases import recognise
+from wan.checkpoints.hub import located
+from wan.checkpoints.layout import WEIGHTS
+from wan.checkpoints.weights import GGUF, PICKLED
+from wan.configs import download_command
+from wan.utils.argument_parser import outside, pair, real
+from wan.utils.errors import InputError, LoraError
 
+RANGE = -10.0, 10.0  # of strengths
 PEFT_CONFIG, PEFT_STEM = "adapter_config.json", "adapter_model"
-SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
-RELEASED_FILES = {
-    "high": "high_noise_model.safetensors",
-    "low": "low_noise_model.safetensors",
-    "model": f"{STEM}.safetensors",
-}
+SUFFIXES = (".safetensors", GGUF, *PICKLED)
+RELEASED_FILES = {"high": "high_noise_model.safetensors", "low": "low_noise_model.safetensors", "model": WEIGHTS}
 SIDES = {"high": "low", "hn": "ln", "h": "l"}  # words that name an expert: those of the high-noise one, of the other
 OTHERS = SIDES | {low: high for high, low in SIDES.items()}
 _WORD = re.compile(r"(?i:noise)|(?i:high|low)(?=(?i:noise))|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -26,6 +38,108 @@ DESCRIBES = {  # words that high and low describe
     *("fps", "frequency", "key", "light", "motion", "poly", "quality", "res", "resolution", "saturation", "speed"),
     *("school", "tech", "vram"),
 }
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """One LoRA file for one expert ("high", "low" or "model"), at a strength."""
+
+    expert: str
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass
+class Choices:
+    """The LoRAs that the flags choose; problems and warnings are sentences about the flags."""
+
+    loras: list[LoraChoice] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def choose_loras(
+    experts: Collection[str], lora_dir: str | None = None, lora_strength: str | None = None, loras: Sequence[str] = ()
+) -> Choices:
+    """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
+    out = Choices()
+    if lora_dir is not None:
+        high, low = _strengths(lora_strength or "1", experts, out.problems)
+        files = _files_of_flag(lora_dir, experts, "--lora_dir", out.problems)
+        out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
+    elif lora_strength is not None:
+        out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
+    for text in loras:
+        _add_lora(out, text, experts)
+    return out
+
+
+def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
+    match = re.fullmatch(r"(?:(high|low|model)=)?(.+)", text, re.DOTALL)
+    if not match:
+        out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
+        return
+    expert, (name, strength) = match[1], split_strength(match[2])
+    if problem := outside(f"--lora {text}: strength", strength, *RANGE):
+        out.problems.append(problem)
+        strength = 1.0
+    if expert and expert not in experts:
+        out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+        return
+    try:
+        path = located("--lora", name)
+    except InputError as e:
+        out.problems += e.problems
+        return
+    if not exists(path):
+        among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
+        out.problems.append(f"--lora {path}: no such file{among}")
+    elif path.is_dir() and not (path / PEFT_CONFIG).is_file():
+        files = _files_of_flag(str(path), [expert] if expert else experts, "--lora", out.problems)
+        out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
+    else:
+        if not expert and (named := named_expert(path)) in experts:
+            expert = named
+            out.warnings.append(
+                f"--lora {path} goes to the {named}-noise expert only, as its name says; "
+                "write high=PATH and low=PATH to choose yourself"
+            )
+        out.loras += [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Cut off `:STRENGTH`; a drive letter's colon, or one in an existing name, stays."""
+    path, colon, tail = text.rpartition(":")
+    strength = real(tail)
+    if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
+        path, strength = text, 1.0
+    return os.path.expanduser(path), strength
+
+
+def _strengths(text: str, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
+    """(high, low) of `HIGH[,LOW]`."""
+    try:
+        numbers = pair("--lora_strength", text)
+    except InputError as e:
+        problems += e.problems
+        return 1.0, 1.0
+    if len(experts) == 1 and numbers[0] != numbers[1]:
+        problems.append(f"--lora_strength {text}: one model takes one number, not HIGH,LOW")
+    faults = dict.fromkeys(fault for n in numbers if (fault := outside("--lora_strength", n, *RANGE)))
+    problems += faults
+    return (1.0, 1.0) if faults else numbers
+
+
+def _files_of_flag(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
+    """`files_of`; of a missing folder that a download would create, with the command."""
+    try:
+        return files_of(located(flag, folder), experts, flag)
+    except InputError as e:
+        release, advice = None if os.path.exists(folder) else recognise(Path(folder)), ""
+        if release and folder.startswith(f"{release.source.rpartition('/')[2]}/"):
+            advice = f"; get it with: {download_command(release.source)}"
+        problems += [f"{problem}{advice}" for problem in e.problems]
+        return {}
 
 
 def exists(path: Path) -> bool:
@@ -66,10 +180,9 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
     here = weights_in(lora_dir)
     files: dict[str, Path] = {}
     for expert in experts:
-        named = [file for file in here if expert_of(file) == expert]
-        if (lora_dir / RELEASED_FILES[expert]) in here:
-            files[expert] = lora_dir / RELEASED_FILES[expert]
-        elif len(named) == 1:
+        released = lora_dir / RELEASED_FILES[expert]
+        named = [released] if released in here else [file for file in here if expert_of(file) == expert]
+        if len(named) == 1:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
         found = ", ".join(file.name for file in here) or "no file of weights"
@@ -85,9 +198,9 @@ def expert_of(path: Path | str) -> str | None:
     path = Path(path)
     name = path.stem if path.suffix.lower() in SUFFIXES else path.name
     words = list(_WORD.finditer(name))
-    named = set()
+    near_wan, named = _WAN.search(name), set()
     for word, follower in zip(words, [*(each[0].lower() for each in words[1:]), ""], strict=True):
-        side, near_wan = word[0].lower(), _WAN.search(name)
+        side = word[0].lower()
         if len(side) == 1:
             sure = near_wan and not follower
         else:

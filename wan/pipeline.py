@@ -36,7 +36,7 @@ from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
-from wan.utils.errors import out_of_memory
+from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
 from wan.utils.progress import Progress
 
@@ -172,11 +172,13 @@ class Pipeline(ABC):
 
     def follow(self, plan: Plan) -> None:
         """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
-        before, self.plan, self.offload = self.plan, plan, plan.offload
+        before, self.offload = self.plan, plan.offload
         self.attention = self.mesh.team.broadcast(lambda: plan.attention)
-        if plan.checkpoint is not before.checkpoint:
+        if plan.networks() == before.networks():
+            self.plan = replace(plan, checkpoint=before.checkpoint)
+        else:
+            self.plan, self._contexts = plan, {}
             self.experts = self.vae = self._text_encoder = None
-            self._contexts = {}
             free_memory()
         if self.experts is None:
             return
@@ -199,7 +201,7 @@ class Pipeline(ABC):
             free_memory()
 
     def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
-        """`sample(video, on_step, **how)` by all of the team, in the memory that is free now: other programs come and go between videos.
+        """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
 
         After out of memory once more with fewer slots; the numbers do not depend on them.
         """

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -48,12 +49,16 @@ class Runtime:
 
     @classmethod
     def start(cls) -> Runtime:
-        """Connect to the other processes that the environment names. InputError if the environment is incomplete,
-        WanError if the others do not come."""
+        """Connect to the processes that the environment names. InputError: it is incomplete; WanError: none come."""
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
-        _check_environment(size)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise InputError(
+                f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
+                "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
+            )
         # torch's C++ code warns of each closed connection; our own line says what matters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch.distributed as dist
@@ -94,42 +99,23 @@ class Runtime:
     def has_stopped(self) -> bool:
         return self.store is not None and self.store.add("stop", 0) > 0
 
-    def finish(self, code: int) -> int:
-        """Leave together; return the worst exit code of all."""
-        code = max(self.team.gather(code))
-        if self.team.group is not None:
-            import torch.distributed as dist
-
-            time.sleep(GLOO_REST)
-            dist.destroy_process_group()
-        return code
-
     def give_up(self, error: BaseException) -> NoReturn:
         """End this process now. The others notice and follow; only the first one to fail says why."""
         tell(sys.stdout, "")  # flushes it
-        first = self._fails_first()
-        if first or (first is None and self.team.rank == 1 and _is_connection(_cause(error))):
-            words = _last_words(self.team.rank, error) if first else KEEPER_LOST
+        assert self.store is not None, "there are others"
+        error = (error.__cause__ or error) if isinstance(error, Broken) else error
+        first = ThreadPoolExecutor(1).submit(self.store.add, "failed", 1)
+        try:
+            words = _last_words(self.team.rank, error) if first.result(LAST_QUESTION) == 1 else ""
+        except TimeoutError:  # two messages are better than none
+            words = _last_words(self.team.rank, error)
+        except RuntimeError:  # the store is gone with the process that kept it
+            words = KEEPER_LOST if self.team.rank == 1 and _is_connection(error) else ""
+        if words:
             tell(sys.stderr, words)
             tell_launcher(words.splitlines()[-1])
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
-
-    def _fails_first(self) -> bool | None:
-        """Whether no other process has failed before; None if the store is gone with the process that kept it."""
-        assert self.store is not None, "there are others"
-        answers: list[bool | None] = []
-
-        def ask(store: Store) -> None:
-            try:
-                answers.append(store.add("failed", 1) == 1)
-            except RuntimeError:
-                answers.append(None)
-
-        asking = threading.Thread(target=ask, args=(self.store,), daemon=True)
-        asking.start()
-        asking.join(LAST_QUESTION)
-        return answers[0] if answers else True  # no answer: two messages are better than none
 
 
 class Stopped(KeyboardInterrupt):
@@ -149,8 +135,13 @@ def launch(work: Callable[[Runtime], int]) -> int:
         runtime = Runtime.start()
         if runtime.team.group is None:
             return work(runtime)
+        import torch.distributed as dist
+
         try:
-            return runtime.finish(work(runtime))
+            code = max(runtime.team.gather(work(runtime)))
+            time.sleep(GLOO_REST)
+            dist.destroy_process_group()
+            return code
         except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
             runtime.give_up(error)
 
@@ -195,7 +186,7 @@ def _signals(*names: str) -> list[int]:
 
 
 def tell_launcher(sentence: str) -> None:
-    """Write why this process failed where torchrun's own report, the last lines of a run, takes it from."""
+    """Write why this process failed where torchrun's report takes it from."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the run prints the reason itself; torchrun's report only repeats it
@@ -219,15 +210,6 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise InputError(f"{name}={text} in the environment: must be a whole number")
     return int(text)
-
-
-def _check_environment(size: int) -> None:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
-            "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
-        )
 
 
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
@@ -258,28 +240,20 @@ def _last_words(rank: int, error: BaseException) -> str:
     """Why the run ends: one line, after the traceback if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
-    error = _cause(error)
-    if _is_connection(error):
-        return f"error: process {rank} {_how_lost(error)}\n"
+    if _is_connection(error):  # all messages of gloo and NCCL about a time limit hold "time"
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[
+            0
+        ]  # without the C++ file and the advice
+        lost = f"lost another process, which was killed or crashed ({reason})"
+        if "timed out" in reason.lower() or "timeout" in reason.lower():
+            minutes = patience().total_seconds() / 60
+            lost = f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
+        return f"error: process {rank} {lost}\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
     origin = origin_of(error)
     line = f"error: process {origin.process}: {type(error).__name__}: {first_line(error)}\n"
     return f"{origin.traceback}\n{line}".lstrip()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Why an exchange failed; any other error is its own cause."""
-    return (error.__cause__ or error) if isinstance(error, Broken) else error
-
-
-def _how_lost(error: BaseException) -> str:
-    """The lost connection in plain words. All messages of gloo and NCCL about a time limit hold "time"."""
-    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file and the advice
-    if "timed out" in reason.lower() or "timeout" in reason.lower():
-        minutes = patience().total_seconds() / 60
-        return f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
-    return f"lost another process, which was killed or crashed ({reason})"
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.lora_args import LoraChoice
+from lightning.lora_files import LoraChoice
 from lightning.releases import Release
 from wan.cli.options import Request
 from wan.configs import TaskConfig

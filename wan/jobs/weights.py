@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning.distilled import release_in
-from lightning.lora_args import LoraChoice, choose_loras
+from lightning.lora_files import LoraChoice, choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file

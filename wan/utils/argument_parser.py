@@ -27,19 +27,32 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Values of the flags in `words`. InputError with a sentence for each fault."""
-        flags, rest, missing = self._flags(), list(words), ""
+        flags, rest, fault = self._flags(), list(words), ""
         try:
             values, rest = self.parse_known_args(words)
         except argparse.ArgumentError as e:
-            if e.argument_name:
-                raise InputError(_fault(e.argument_name.rpartition("/")[2], e.message)) from e
-            missing = f"{e.message} (see --help)"
+            flag, fault = (e.argument_name or "").rpartition("/")[2], f"{e.message} (see --help)"
+            if flag and fault.startswith("expected"):
+                raise InputError(f"{flag} needs a value; one that begins with a dash is written {flag}=VALUE") from e
+            if flag:
+                fault = e.message.replace("ignored explicit argument", "takes no value, not")
+                raise InputError(f"{flag}: {fault}") from e
         dashed = [word.partition("=")[0] for word in rest if re.match(rf"[{DASHES}]+[^\W\d]", word)]
         if unknown := [name for name in dashed if name not in flags and " " not in name]:
             raise InputError(f"there is no flag {name}{self._suggestion(name, flags)}" for name in unknown)
-        if missing or rest:
-            raise InputError(missing or _unexpected(rest, words, flags))
-        return values
+        if fault:
+            raise InputError(fault)
+        if not rest:
+            return values
+        shown = repr(" ".join(rest))
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        before = [word for word in words[: words.index(rest[0])] if word in flags]
+        if not before:
+            raise InputError(f"unexpected {shown}; a value follows its flag")
+        one = 'one value; put a text with spaces in straight quotes: "a cat"'
+        raise InputError(
+            f"unexpected {shown}: {before[-1]} takes {one if flags[before[-1]].nargs != 0 else 'no value'}"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)  # as newer Pythons do
@@ -62,26 +75,6 @@ class Parser(argparse.ArgumentParser):
         close = [plain] if plain in answers else get_close_matches(plain, answers, 1, SIMILARITY)
         answer = answers[close[0]] if close else ""
         return f"; did you mean {answer}?" if answer.startswith("--") else answer and f": {answer}"
-
-
-def _fault(flag: str, message: str) -> str:
-    """A sentence about the value of one flag."""
-    if message.startswith("expected"):
-        return f"{flag} needs a value; one that begins with a dash is written {flag}=VALUE"
-    return f"{flag}: {message.replace('ignored explicit argument', 'takes no value, not')}"
-
-
-def _unexpected(rest: Sequence[str], words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
-    """A sentence about words that belong to no flag."""
-    shown = repr(" ".join(rest))
-    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-    before = [word for word in words[: words.index(rest[0])] if word in flags]
-    if not before:
-        return f"unexpected {shown}; a value follows its flag"
-    takes = (
-        "no value" if flags[before[-1]].nargs == 0 else 'one value; put a text with spaces in straight quotes: "a cat"'
-    )
-    return f"unexpected {shown}: {before[-1]} takes {takes}"
 
 
 def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:

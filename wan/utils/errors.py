@@ -26,28 +26,18 @@ NO_MEMORY = (
 
 
 class WanError(Exception):
-    """An expected failure whose message is one sentence for the user."""
+    """An expected failure, with one sentence for the user for each fault."""
 
-    @property
-    def problems(self) -> list[str]:
-        """One sentence for each fault."""
-        return [str(self)]
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(self.problems)  # from which pickle makes it anew in another process
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class InputError(WanError):
     """Bad input, found before any work: nothing was started. All faults are collected, to be shown at once."""
-
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self._problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self._problems))
-
-    @property
-    def problems(self) -> list[str]:
-        return self._problems
-
-    def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
-        """Keep the list when one process sends the error to another."""
-        return type(self), (self._problems,)
 
 
 class JobError(WanError):
@@ -97,5 +87,4 @@ def need_packages() -> None:
         lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"
     else:
         return
-    print(f"error: {lack}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(print_errors([lack]))
