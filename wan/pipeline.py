@@ -6,8 +6,8 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

@@ -36,7 +36,7 @@ from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype, parameter_dtypes
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, has_mps
+from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, gpus
 from wan.utils.errors import InputError, first_line
 from wan.utils.progress import quantity
 
@@ -262,7 +262,7 @@ def compute_device(name: str) -> torch.device:
         warnings.simplefilter("ignore")  # the messages below say what PyTorch warns of
         gpu = gpu_kind()
         api = torch.get_device_module(gpu)
-        usable = {gpu: api.is_available() and api.device_count() > 0, "mps": has_mps(), "cpu": True}
+        usable = {gpu: bool(gpus()), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         reason = "" if usable[gpu] else _why_no_cuda()
         driver = Path("/proc/driver/nvidia/version").exists()  # absent on Windows: PyTorch's words must do
@@ -282,8 +282,8 @@ def compute_device(name: str) -> torch.device:
     count = api.device_count()
     device = torch.device(gpu, api.current_device() if device.index is None else device.index)
     if device.index >= count:
-        gpus = ", ".join(f"{gpu}:{index} ({api.get_device_name(index)})" for index in range(count))
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {gpus}")
+        there = ", ".join(f"{each.device} ({each.name})" for each in gpus())
+        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
@@ -297,7 +297,7 @@ def compute_device(name: str) -> torch.device:
 
 def device_warnings(name: str, device: torch.device) -> list[str]:
     """Sentences about a device that `--device auto` leaves unused."""
-    if name == "auto" and device.type == "cpu" and has_mps():
+    if name == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
         return [
             "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
             "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
