@@ -93,24 +93,24 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _text_of(report: dict[str, Any]) -> str:
     """One file's report as text."""
-    coverage, settings = report["coverage"], report["settings"]
-    gigabytes, stored = report["gigabytes"], report["stored"]
+    coverage, settings, stored = report["coverage"] or {}, report["settings"] or {}, report["stored"]
+    gigabytes = report["gigabytes"]
     size = f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.3g} MB"
-    rows = {"kind": ", ".join(filter(None, [report["kind"], "/".join(stored), size if gigabytes else ""]))}
-    if report["kind"] != "LoRA" and len(stored) > 1:
-        rows["tensors"] = ", ".join(f"{count} {kind}" for kind, count in stored.items())
-    rows["release"] = f"{report['release']} ({report['source']})" if report["release"] else "not recognised"
-    rows["fits"] = ", ".join(report["fits"]) or "none of the tasks"
-    if coverage:
-        rows["coverage"] = coverage["summary"]
-        rows["rank"] = ", ".join(map(str, coverage["ranks"])) or "-"
-        rows["alpha"] = ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"
-    if settings:
-        rows["settings"] = settings_line(settings)
-        rows["sizes"] = ", ".join(f"{width}*{height}" for width, height in settings["sizes"])
-    rows |= {name: report[name] for name in ("note", "licence", "use") if report[name]}
-    lines = [*rows.items(), *(("warning", warning) for warning in (coverage or {}).get("warnings", ()))]
-    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines)])
+    counts = [f"{count} {kind}" for kind, count in stored.items()]
+    rows = {
+        "kind": ", ".join(filter(None, [report["kind"], "/".join(stored), size if gigabytes else ""])),
+        "tensors": ", ".join(counts) if report["kind"] != "LoRA" and len(counts) > 1 else "",
+        "release": f"{report['release']} ({report['source']})" if report["release"] else "not recognised",
+        "fits": ", ".join(report["fits"]) or "none of the tasks",
+        "coverage": coverage.get("summary"),
+        "rank": coverage and (", ".join(map(str, coverage["ranks"])) or "-"),
+        "alpha": coverage and (", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"),
+        "settings": settings and settings_line(settings),
+        "sizes": ", ".join(f"{width}*{height}" for width, height in settings.get("sizes", ())),
+        **{name: report[name] for name in ("note", "licence", "use")},
+    }
+    lines = [*rows.items(), *(("warning", warning) for warning in coverage.get("warnings", ()))]
+    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
 
 
 def _bake(args: argparse.Namespace) -> int:

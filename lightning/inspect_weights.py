@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,26 +14,17 @@ from typing import Any
 from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
+from lightning.lora_matching import Shapes
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
-from wan.checkpoints.weights import (
-    EXPERT,
-    PICKLED,
-    TEXT_ENCODER,
-    VAE,
-    kind_of,
-    open_expert,
-    open_file,
-    open_parts,
-)  # fmt: skip
+from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.utils.errors import InputError, LoraError
 
-Shapes = dict[str, tuple[int, ...]]
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
 SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
@@ -41,7 +33,7 @@ SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_ste
 class Models:
     """The networks that files are judged by: shapes by task and expert. hint: follows a refusal."""
 
-    shapes: dict[str, dict[str, Shapes]]
+    shapes: Mapping[str, Mapping[str, Shapes]]
     hint: str = ""
 
     @classmethod
@@ -64,7 +56,7 @@ def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     return next(whole, None) or max((experts for _, experts in found), key=len)
 
 
-def inspect_path(path: Path, models: Models, alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def inspect_path(path: Path, models: Models, alpha: float | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
     path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
@@ -118,14 +110,18 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
         if release:
             release.check_supported(str(file))
         if file.is_file() and (kind := kind_of(store := open_file(file))):
-            return report | _judge_network(file, kind, models) | {"kind": NAMES[kind], **_storage(store)}
-        lora = Lora.open(file, default_alpha=alpha)
-        if not lora.keys:
-            raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
+            judged = _judge_network(file, kind, models) | {"kind": NAMES[kind]}
+        else:
+            lora = Lora.open(file, default_alpha=alpha)
+            if not lora.keys:
+                raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
+            store = lora.store
+            judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
-    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
-    return report | _judge_lora(file, models, alpha, release)
+    stored = Counter(store.stored_as(name) for name in store)  # how many tensors are of which type
+    gigabytes = round(sum(store.stored_bytes(name) for name in store) / 1e9, 6)
+    return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
 
 
 def _judge_lora(file: Path, models: Models, alpha: float | None, release: Release | None) -> dict[str, Any]:
@@ -154,7 +150,16 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     """The tasks that a file with one network's own weights fits, and its flags."""
     opened = open_expert(file) if kind == EXPERT else open_single(kind, file, next(iter(TASKS.values()))).weights
     shapes = opened.shapes
-    fits = [task for task, own in models.shapes.items() if any(_belongs(kind, shapes, each) for each in own.values())]
+
+    def belongs_to(expert: Shapes) -> bool:
+        """Whether it is that expert, or goes with it: the same text width, the same channels."""
+        if kind == TEXT_ENCODER:
+            return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
+        if kind == VAE:
+            return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
+        return shapes == expert
+
+    fits = [task for task, experts in models.shapes.items() if any(map(belongs_to, experts.values()))]
     if not fits:
         return {"error": f"{file}: names or shapes are not those of {' or '.join(models.shapes)}{models.hint}"}
     if file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
@@ -165,15 +170,6 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     single = all(list(models.shapes[task]) == ["model"] for task in fits)
     experts = ["model"] if single else [named] if named else ["high", "low"]
     return {"fits": fits, "use": " or ".join(shlex.join(["--expert", f"{expert}={file}"]) for expert in experts)}
-
-
-def _belongs(kind: str, shapes: Shapes, expert: Shapes) -> bool:
-    """Whether a network of these shapes is that expert's, or goes with it: the same text width, the same channels."""
-    if kind == TEXT_ENCODER:
-        return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
-    if kind == VAE:
-        return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
-    return shapes == expert
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
@@ -217,13 +213,6 @@ def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> li
             rest = "--tokenizer" if len(others) == 2 else "--ckpt_dir"
             lines.append(f"{path} holds weights in single files: {_command(task, *words, rest, 'DIR')}")
     return lines
-
-
-def _storage(store: TensorStore) -> dict[str, Any]:
-    """stored: how many tensors are of which type."""
-    kinds = Counter(store.stored_as(name) for name in store)
-    size = sum(store.stored_bytes(name) for name in store)
-    return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
 
 
 def release_settings(release: Release) -> dict[str, Any]:

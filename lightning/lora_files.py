@@ -64,7 +64,16 @@ def choose_loras(
     """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
     out = Choices()
     if lora_dir is not None:
-        high, low = _strengths(lora_strength or "1", experts, out.problems)
+        try:
+            high, low = pair("--lora_strength", lora_strength or "1")
+        except InputError as e:
+            out.problems += e.problems
+            high = low = 1.0
+        if len(experts) == 1 and high != low:
+            out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
+        if faults := list(filter(None, (outside("--lora_strength", n, *RANGE) for n in (high, low)))):
+            out.problems += dict.fromkeys(faults)
+            high = low = 1.0
         files = _files_of_flag(lora_dir, experts, "--lora_dir", out.problems)
         out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
     elif lora_strength is not None:
@@ -80,8 +89,8 @@ def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
         out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
         return
     expert, (name, strength) = match[1], split_strength(match[2])
-    if problem := outside(f"--lora {text}: strength", strength, *RANGE):
-        out.problems.append(problem)
+    if fault := outside(f"--lora {text}: strength", strength, *RANGE):
+        out.problems.append(fault)
         strength = 1.0
     if expert and expert not in experts:
         out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
@@ -112,22 +121,8 @@ def split_strength(text: str) -> tuple[str, float]:
     path, colon, tail = text.rpartition(":")
     strength = real(tail)
     if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
-        path, strength = text, 1.0
+        return os.path.expanduser(text), 1.0
     return os.path.expanduser(path), strength
-
-
-def _strengths(text: str, experts: Collection[str], problems: list[str]) -> tuple[float, float]:
-    """(high, low) of `HIGH[,LOW]`."""
-    try:
-        numbers = pair("--lora_strength", text)
-    except InputError as e:
-        problems += e.problems
-        return 1.0, 1.0
-    if len(experts) == 1 and numbers[0] != numbers[1]:
-        problems.append(f"--lora_strength {text}: one model takes one number, not HIGH,LOW")
-    faults = dict.fromkeys(fault for n in numbers if (fault := outside("--lora_strength", n, *RANGE)))
-    problems += faults
-    return (1.0, 1.0) if faults else numbers
 
 
 def _files_of_flag(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
@@ -170,10 +165,9 @@ def weight_file(path: Path) -> Path:
 
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
-    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing, and the flag.
+    """The LoRA file of each expert in a release folder. LoraError naming what is missing, and the flag.
 
-    A released folder has one file of a fixed name per expert. In other folders exactly one file must be named after
-    the expert (`..._high_noise_...`, `..._LOW_...`).
+    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`).
     """
     if not lora_dir.is_dir():
         raise LoraError(f"{flag} {lora_dir}: no such folder")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 Rows = Callable[[slice], "Tensor"]  # rows of a weight -> its change there, float32 [rows, I]
 Scale = Callable[[str, str | None, int], float]  # module, alpha tensor, rank -> alpha / rank
 LORA_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -40,11 +41,7 @@ class Factor:
     core: str = ""
     whole: str = ""
 
-    def lacks(self, shapes: Mapping[str, Shape]) -> str | None:
-        """The role of a tensor that is missing beside the others."""
-        return None if self.whole in shapes else next((role for role in (self.a, self.b) if role not in shapes), None)
-
-    def sizes(self, shapes: Mapping[str, Shape]) -> tuple[int, int, int] | None:
+    def sizes(self, shapes: Shapes) -> tuple[int, int, int] | None:
         """Rows, columns and rank (0 for a whole matrix); None if the tensors do not fit together."""
         if self.whole in shapes:
             shape, alone = shapes[self.whole], shapes.keys().isdisjoint((self.a, self.b, self.core))
@@ -71,7 +68,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of LoRA: its change is the product of its factors, element by element or, if `kronecker`, theirs."""
+    """A kind of LoRA: its change is the product of its factors, element by element, or their Kronecker product."""
 
     name: str
     factors: tuple[Factor, ...]
@@ -81,7 +78,7 @@ class Kind:
     def roles(self) -> tuple[str, ...]:
         return tuple(role for f in self.factors for role in (f.whole, f.a, f.b, f.core) if role)
 
-    def sizes(self, shapes: Mapping[str, Shape]) -> tuple[int, int, int] | None:
+    def sizes(self, shapes: Shapes) -> tuple[int, int, int] | None:
         """Rows, columns and rank of the change (rank 0: no factor is a product); None if the tensors do not fit."""
         sizes = [size for factor in self.factors if (size := factor.sizes(shapes))]
         if len(sizes) < len(self.factors):
@@ -225,11 +222,7 @@ class Resolved:
 
 
 def resolve_names(
-    entries: Mapping[str, Entry],
-    keys: Mapping[str, Key],
-    scale: Scale,
-    shapes: Mapping[str, Shape],
-    expert: str | None,
+    entries: Mapping[str, Entry], keys: Mapping[str, Key], scale: Scale, shapes: Shapes, expert: str | None
 ) -> Resolved:
     """Match tensors (`entries`, with their names taken apart in `keys`) with the parameters in `shapes`.
 
@@ -268,7 +261,7 @@ class _Module:
 
     out: Resolved
     entries: Mapping[str, Entry]
-    shapes: Mapping[str, Shape]
+    shapes: Shapes
     stem: str
     scale: Scale
     names: Mapping[str, str]
@@ -301,8 +294,9 @@ class _Module:
         roles = tuple(role for role in kind.roles if role in self.names)
         names = tuple(self.names[role] for role in roles)
         own = {role: self.entries[self.names[role]].shape for role in roles}
-        if missing := next(filter(None, (factor.lacks(own) for factor in kind.factors)), None):
-            self.out.conflicts[names[0]] = f"has no {missing} matrix beside it"
+        products = [factor for factor in kind.factors if factor.whole not in own]
+        if missing := [role for factor in products for role in (factor.a, factor.b) if role not in own]:
+            self.out.conflicts[names[0]] = f"has no {missing[0]} matrix beside it"
             return 1.0
         if any(0 in shape for shape in own.values()):
             self.out.ignored += names  # a rank of 0 changes nothing

@@ -32,8 +32,7 @@ class Merge:
 
     Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used, and one with
     NaN or Inf is found when it is read (LoraError). The order of the LoRAs does not matter, to the bit.
-    device: where to compute and to leave the results (default: the CPU).
-    linear_pairs=False leaves the pairs on 2-D weights out, for a model that carries them as adapters.
+    device: of computation and results. linear_pairs=False leaves out the pairs on 2-D weights, for adapters.
     """
 
     def __init__(

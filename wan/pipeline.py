@@ -26,9 +26,8 @@ from wan.jobs.job import Job
 from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
-from wan.modules.context import Prompt
-from wan.modules.fused import choose_fused as choose_passes
-from wan.modules.model import WanModel
+from wan.modules.fused import choose_passes
+from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, Store, load, parameter_dtypes

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
+from wan.modules.model import Prompt
 from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError

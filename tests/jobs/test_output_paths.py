@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.unprivileged import run_unprivileged
 from wan.cli.checks import Check
 from wan.jobs.job import Request
-from wan.jobs.output_paths import RowFiles, check_outputs
+from wan.jobs.output_paths import check_outputs, row_file
 from wan.utils.files import longest_name
 
 
@@ -37,7 +37,7 @@ def problem(*files: str, **flags) -> str:
 
 def row(name: str, save_dir: str = "out") -> tuple[Path, list[str]]:
     check = Check()
-    return RowFiles(Path(save_dir), check)(name, "p.jsonl line 3"), list(check.problems)
+    return row_file(Path(save_dir), name, "p.jsonl line 3", check), list(check.problems)
 
 
 OUTSIDE = ["/abs.mp4", "../x.mp4", "a/../../x.mp4", "a/../x.mp4"]

@@ -211,7 +211,7 @@ def test_lora_folder(tmp_path):
 def test_expert_files(tmp_path):
     file = lora_file(tmp_path, "full.safetensors")
     s = settled(run(expert=(f"high={file}",)))
-    assert dict(s.expert_files) == {"high": Path(file)}
+    assert s.files == {"high": Path(file)}
     assert (s.steps, s.solver, s.guidance) == (4, "euler", (1.0, 1.0))
     assert "t2v-A14B takes high=FILE or low=FILE" in problem(expert=(file,))
     assert "ti2v-5B takes model=FILE" in problem("ti2v-5B", expert=(f"high={file}",))

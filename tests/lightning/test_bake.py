@@ -28,8 +28,8 @@ from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs import TASKS
 from wan.configs.precision import keeps_float32
 from wan.jobs.resolve import resolve
+from wan.modules.fused import FP8
 from wan.modules.model import WanModel
-from wan.modules.quantize import FP8
 from wan.offload.reader import load, parameter_dtypes
 from wan.utils.errors import InputError, LoraError, TensorFileError
 

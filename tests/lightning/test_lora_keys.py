@@ -8,7 +8,7 @@ from tests.support import manifest
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.configs import TASKS, task_of
 from wan.configs.precision import keeps_float32
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 
 MANIFESTS = {"t2v-A14B": "dit_t2v_a14b", "i2v-A14B": "dit_i2v_a14b", "ti2v-5B": "dit_ti2v_5b"}
 

@@ -30,8 +30,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.networks import Networks, text_encoder
 from wan.offload.prefetcher import CopyStream, GpuCopyStream, Slot

@@ -19,8 +19,7 @@ from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, download_command, task_of
 from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
 

@@ -101,10 +101,12 @@ def original_vae(names: Iterable[str]) -> dict[str, str]:
 @cache
 def _vae_names(channels: int) -> dict[str, str]:
     """diffusers' name -> ours of each parameter of the autoencoder with so many latent channels."""
-    from wan.modules.released import VAES, on_meta
-    from wan.modules.vae import WanVAE
+    import torch
 
-    return {vae_name(name): name for name, _ in on_meta(lambda: WanVAE(*VAES[channels])).named_parameters()}
+    from wan.modules.vae import VAES, WanVAE
+
+    with torch.device("meta"):
+        return {vae_name(name): name for name, _ in WanVAE(*VAES[channels]).named_parameters()}
 
 
 def text_name(name: str) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wan.checkpoints.layout import STEM
 from wan.checkpoints.safetensors_file import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
-from wan.modules.quantize import FP8, quantise, scale_name
+from wan.modules.fp8 import scale_name
+from wan.modules.fused import FP8, quantise
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 

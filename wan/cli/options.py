@@ -6,6 +6,7 @@ A `Request` holds one value for each row, as given; the row's default where none
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
 
-Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
 
 class Scope(Enum):
@@ -30,7 +31,6 @@ class Scope(Enum):
 VIDEO, HOW, START = Scope
 LARGEST_SEED = 2**63 - 1
 SCHEMA = 2  # of records, which hold requests
-LONGEST_PATH = 4096
 
 
 # Readers of a value, from a word or from what JSON makes of it. They raise TypeError, ValueError or OverflowError;
@@ -58,33 +58,27 @@ def paths(value: object) -> tuple[str, ...]:
 
 def whole(value: object) -> int:
     """a whole number"""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise TypeError
-    return int(_plain(value))
+    return _number(value, int)
 
 
 def real(value: object) -> float:
     """a number"""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    return _number(value, float)
+
+
+def _number(value: Any, kind: type[Number]) -> Number:
+    # `1_0`, which Python reads as 10, is a slip
+    if isinstance(value, bool) or not isinstance(value, str | int | kind) or (isinstance(value, str) and "_" in value):
         raise TypeError
-    return float(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """Not `1_0`, which Python reads as 10: it is a slip."""
-    if isinstance(value, str) and "_" in value:
-        raise ValueError
-    return value
+    return kind(value)
 
 
 def truth(value: object) -> bool:
     """True or False"""
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
-    key = str(value).lower()
-    if key not in words:
+    word = str(value).lower()
+    if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
         raise ValueError
-    return words[key]
+    return word in ("true", "yes", "t", "y", "1")
 
 
 @dataclass(frozen=True)
@@ -119,20 +113,12 @@ class Option:
 
 
 def option(
-    group: str,
-    scope: Scope,
-    read: Callable[[Any], Value],
-    takes: str,
-    help: str,
-    default: Any = None,
-    **more: Any,
+    group: str, scope: Scope, read: Callable[[Any], Any], takes: str, help: str, default: Any = None, **more: Any
 ) -> Any:
     """A row of the table. The default of a choice is its first value, of a switch False."""
     row = Option(group, scope, read, takes, help, **more)
-    if default is None and row.choices:
-        default = row.choices[0]
-    if default is None and not takes:
-        default = False
+    if default is None:
+        default = row.choices[0] if row.choices else None if takes else False
     return dataclasses.field(default=default, metadata={"option": row})
 
 
@@ -363,24 +349,17 @@ def read(name: str, value: object, problems: list[str]) -> Any:
 
 def absolute(value: Any) -> Any:
     """A text that names something here as an absolute path, in lists and after `high=` too; anything else as it is."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [absolute(part) for part in value]
-    if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_PATH:
+    if not isinstance(value, str):
         return value
     expert, _, rest = value.rpartition("=")
     for named, before in ((value, ""), (rest, f"{expert}=")):
         for end in {len(named), named.rfind(":")} - {-1}:
-            path = Path(named[:end]).expanduser()
-            if end and _exists(path):
-                return f"{before}{path.absolute()}{named[end:]}"
+            path = os.path.expanduser(named[:end])
+            if end and os.path.exists(path):
+                return f"{before}{Path(path).absolute()}{named[end:]}"
     return value
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a name, or its folder may not be read
-        return False
 
 
 def without_effect(values: Mapping[str, Any], request: Request) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 class Weights:
     """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
 
-    loras: in the order given; --lora_dir's first. expert_files: full (distilled) files that replace an expert's.
-    files: what serves in place of the folder's "vae", "text_encoder" and "tokenizer" (its tokenizer.json).
+    loras: in the order given; --lora_dir's first. files: by part, what serves in place of the folder's: a full
+    (distilled) expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json).
     lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
     """
 
     ckpt_dir: Path | None
     loras: tuple[LoraChoice, ...] = ()
-    expert_files: tuple[tuple[str, Path], ...] = ()
-    files: tuple[tuple[str, Path], ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
     lora_mode: str = "merge"
     release: Release | None = None
     distilled: bool = False

@@ -10,6 +10,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,10 +70,10 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
     if kind in TABLES:
         rows, blank = _table_rows(path, text, problems, warnings), 0
     elif kind in JSON_LINES and listed is not None:
-        entries = [(f"{path} entry {number}", values) for number, values in enumerate(listed, 1)]
-        rows, blank = [row for source, values in entries if (row := _row(path, source, values, problems))], 0
+        found = [_row(path, f"{path} entry {number}", values, problems) for number, values in enumerate(listed, 1)]
+        rows, blank = list(filter(None, found)), 0
     elif kind in JSON_LINES:
-        rows = [row for source, line in filled if (row := _json_line(path, source, line, problems))]
+        rows = list(filter(None, (_json_line(path, source, line, problems) for source, line in filled)))
     else:
         rows = [Row(line, source) for source, line in filled]
         problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
@@ -88,14 +89,11 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
 
 def _json_list(text: str) -> list[object] | None:
     """The values of a text that is one JSON list, or one object over several lines; else None."""
-    begin = text.lstrip()[:2]
-    if begin[:1] != "[" and not (begin[:1] == "{" and begin[1:].isspace()):
-        return None
-    try:
-        whole = parse_json(text)
-    except ValueError:
-        return None
-    return whole if isinstance(whole, list) else [whole]
+    if re.match(r"\s*(\[|\{\s)", text):
+        with suppress(ValueError):  # no JSON: read line by line
+            whole = parse_json(text)
+            return whole if isinstance(whole, list) else [whole]
+    return None
 
 
 def _are_rows(values: object) -> bool:
@@ -105,12 +103,11 @@ def _are_rows(values: object) -> bool:
 def _data_in(line: str) -> str | None:
     """What a line of a text file holds if it is data and no prompt: "JSON", "YAML" or "a table ..."."""
     if line[0] in "{[":
-        try:
+        with suppress(ValueError):  # a prompt
             values = parse_json(line)
-        except ValueError:
-            return None
-        if isinstance(values, dict) or _are_rows(values):
-            return "JSON"
+            if isinstance(values, dict) or _are_rows(values):
+                return "JSON"
+        return None
     if re.match(r"-\s+prompt\s*:", line):
         return "YAML"
     cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line[:1000])]
@@ -263,8 +260,8 @@ def _separator(text: str, candidates: str) -> str:
 
 def _header_problem(header: list[str]) -> str | None:
     for name in header:
-        if name not in KEYS and (close := get_close_matches(name, KEYS, 1, SIMILARITY)) and close[0] not in header:
-            return f"unknown column {_shown(name)}; did you mean {close[0]}?"
+        if name not in KEYS and (close := _close_to(name)) and close not in header:
+            return f"unknown column {_shown(name)}; did you mean {close}?"
     if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
         return "the first line must name the columns, each once, 'prompt' among them"
     return None
@@ -275,9 +272,11 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     if not isinstance(values, dict):
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
-    faults = [f"unknown key {_shown(key)}{_meant(key)}" for key in values if key not in KEYS]
+    meant = {key: _close_to(key) for key in values if key not in KEYS}
+    hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
+    faults = [f"unknown key {_shown(key)}; {hint}" for key, hint in zip(meant, hints, strict=True)]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
-    if "prompt" not in given and not any(fault.endswith("mean prompt?") for fault in faults):
+    if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
     for key, value in given.items():
         if key in WHOLE_NUMBERS:
@@ -298,19 +297,17 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     return replace(row, prompt=row.prompt.strip())
 
 
-def _meant(key: object) -> str:
-    close = get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)
-    return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(KEYS)}"
+def _close_to(key: object) -> str:
+    return next(iter(get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)), "")
 
 
 def _whole(value: object) -> int | None:
     """The whole number that a JSON value is, or a cell spells (also as `3.0`); None if it is none, or absurdly long."""
     if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}(\.0*)?", value):
         return int(value.partition(".")[0])
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**LONGEST_NUMBER
-    return int(value) if fits else None  # type: ignore[call-overload]  # an int
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return None
+    return int(value) if abs(value) < 10**LONGEST_NUMBER else None
 
 
 def _shown(value: object) -> str:

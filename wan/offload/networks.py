@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.modules.hooks import Residency
-from wan.modules.model import WanModel
+from wan.modules.model import Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lightning.merge import Merge
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
-from wan.modules.fp8 import Fp8Linear
-from wan.modules.quantize import FP8, is_finite, quantise, scale_name
+from wan.modules.fp8 import Fp8Linear, is_finite, scale_name
+from wan.modules.fused import FP8, quantise
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
