@@ -33,7 +33,8 @@ def test_another_strength_equals_a_session_of_its_own(mode: str) -> None:
     found = {s: one.generate("a cat", lora_strength=s).latent for s in ("1", "0.25", "0.5,1", "1")}
     networks = one.pipe.experts  # type: ignore[union-attr]
     for strength, latent in found.items():
-        assert torch.equal(latent, open_session(**LORA, lora_mode=mode).generate("a cat", lora_strength=strength).latent)
+        alone = open_session(**LORA, lora_mode=mode)
+        assert torch.equal(latent, alone.generate("a cat", lora_strength=strength).latent)
     assert len({latent.sum().item() for latent in found.values()}) == 3
     assert one.pipe.experts is networks  # type: ignore[union-attr]
 
@@ -60,7 +61,7 @@ def test_other_weights_are_loaded_anew() -> None:
 def test_a_hook_sees_each_step_and_may_replace_the_velocity() -> None:
     session, seen = open_session(**LORA), list[float]()
 
-    def at_rest(step: Step, sample: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+    def at_rest(step: Step, _: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
         seen.append(step.timestep)
         return torch.zeros_like(velocity)
 
@@ -75,8 +76,10 @@ def test_a_schedule_of_ones_own() -> None:
     class TwoSteps:
         """Euler at two noise levels."""
 
-        timesteps = [1000.0, 500.0]
         noise_scale = 1.0
+
+        def __init__(self) -> None:
+            self.timesteps = [1000.0, 500.0]
 
         def step(self, velocity: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
             return sample - 0.5 * velocity
