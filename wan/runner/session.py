@@ -22,7 +22,7 @@ from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.build import make_plan
 from wan.planning.plan import Plan
 from wan.runner.batch import open_pipeline
-from wan.runner.record import completed, describe
+from wan.runner.record import describe, outcome
 from wan.sampling import OnStep, Schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError
@@ -42,7 +42,8 @@ class Result:
         """Write the H.264 file that the command line writes, with the record in it and beside it."""
         with VideoWriter(Path(path), self.fps) as writer:
             writer.write(self.video)
-            writer.finish(completed(dict(self.record), writer, {}))
+            size = writer.size or (0, 0)
+            writer.finish({**self.record, "seconds": {}, **outcome(writer.path, writer.frames, size, self.fps)})
 
 
 class Session:
