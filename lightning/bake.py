@@ -29,9 +29,9 @@ from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints import layout as layouts
+from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
-from wan.checkpoints.transformer_sizes import transformer_sizes
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
@@ -134,7 +134,7 @@ class Bake:
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
             if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {store.file(odd)}: tensor {odd} is {store[odd].dtype}, not a float")
+                problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
             sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):

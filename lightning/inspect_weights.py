@@ -52,8 +52,7 @@ class Models:
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
-    whole = (experts for config, experts in found if len(experts) == len(config.experts))
-    return next(whole, None) or max((experts for _, experts in found), key=len)
+    return max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))[1]
 
 
 def inspect_path(path: Path, models: Models, alpha: float | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -91,21 +90,12 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
     """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release and release.name,
-        "source": release and release.source,
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
         "settings": release and release_settings(release),
-        "note": (release and release.note) or caution(file) or "",
-        "licence": (release and release.licence) or "",
-        "use": None,
-        "stored": {},
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))
@@ -119,8 +109,8 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
             judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
-    stored = Counter(store.stored_as(name) for name in store)  # how many tensors are of which type
-    gigabytes = round(sum(store.stored_bytes(name) for name in store) / 1e9, 6)
+    stored = Counter(store.stored(name)[0] for name in store)  # how many tensors are of which type
+    gigabytes = round(sum(store.stored(name)[1] for name in store) / 1e9, 6)
     return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
 
 

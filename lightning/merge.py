@@ -142,7 +142,7 @@ class Merge:
         """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
         buffer = None
         if Accelerator(self.device).has_memory:
-            size = lora.store.buffer_bytes(name, rows)
+            size = lora.store[name].rows(rows).bytes
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging

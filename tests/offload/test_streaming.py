@@ -197,7 +197,7 @@ class Slow(TensorStore):
     """A disk that takes `seconds` for each unit, wherever it is read from; `on_read` may do worse."""
 
     def __init__(self, path: Path, seconds: float = 0.0, on_read: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(TensorStore.open(path).entries)
+        super().__init__(TensorStore.open(path))
         self.seconds, self.on_read = seconds, on_read
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:

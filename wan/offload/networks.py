@@ -154,7 +154,7 @@ class FileTable(nn.Module):
         rows, row_of = ids.cpu().unique(return_inverse=True)
         shape = (len(rows), *self.source.store[self.name].shape[1:])
         found = torch.empty(shape, dtype=self.source.dtype(self.name), device=self.device)
-        buffer = torch.empty(self.source.store.buffer_bytes(self.name, slice(0, 1)), dtype=torch.uint8)
+        buffer = torch.empty(self.source.store[self.name].rows(slice(0, 1)).bytes, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
             target = {self.name: found[number : number + 1]}

@@ -140,7 +140,7 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
     part, stored = plan.checkpoint.experts[expert], float(STORED)
     numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
     if store:  # of a released checkpoint that is not here it is empty
-        stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
+        stored = sum(store.stored(name)[1] for name in store) / sum(math.prod(entry.shape) for entry in store.values())
     if budget is None or budget.resident:
         return int(stored * numbers)
     sizes = budget.experts[expert]
