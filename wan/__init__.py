@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wan.image2video import WanI2V as WanI2V
-    from wan.runner.session import Session as open
     from wan.text2video import WanT2V as WanT2V
     from wan.textimage2video import WanTI2V as WanTI2V
 
@@ -13,13 +12,11 @@ __all__ = ["WanI2V", "WanT2V", "WanTI2V", "open"]
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name == "open":
-        from wan.runner.session import Session
-
-        return Session
+        return import_module("wan.runner.session").Session
     if name in __all__:
-        from importlib import import_module
-
         from wan.configs import TASKS
 
         homes = dict(config.public_class.split(":")[::-1] for config in TASKS.values())
