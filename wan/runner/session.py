@@ -78,8 +78,8 @@ class Session:
     ) -> Result:
         """Make one video. Of the networks only what these options change is read again.
 
-        on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, in place of the seed's.
-        schedule: a solver with its timesteps, in place of --sample_solver and what belongs to it.
+        on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
+        schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it.
         InputError with all problems; JobError.
         """
         plan = self.plan(prompt, **options)
