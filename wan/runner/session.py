@@ -64,7 +64,7 @@ class Session:
         """The plan of one video, from headers alone. InputError with all problems."""
         outcome = resolve({**self._values, **_read({"prompt": prompt, **options})})
         if not isinstance(outcome, Generate) or len(outcome.jobs) != 1:
-            raise InputError("a session makes one video at a time: leave out options that make several, or none")
+            raise InputError("only one video is made at a time: leave out options that make several, or none")
         return make_plan(outcome, self.runtime)
 
     def generate(
@@ -76,7 +76,7 @@ class Session:
         schedule: Schedule | None = None,
         **options: object,
     ) -> Result:
-        """Make one video. Of the networks only what these options change is read again.
+        """Make one video. Only the weights that these options change are read again.
 
         on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
         schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it.
