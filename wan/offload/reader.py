@@ -87,10 +87,9 @@ class Source:
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
-            stored = None
-            if self.dtype(piece.name) == FP8 and not self._merged(piece):
-                stored = self.store.read_fp8(piece.name, piece.rows, buffer)  # None if the file has another dtype
-            if stored:
+            in_fp8 = self.dtype(piece.name) == FP8 and not self._merged(piece)
+            # None if the file has another dtype
+            if stored := self.store.read_fp8(piece.name, piece.rows, buffer) if in_fp8 else None:
                 tensor, self._scales[key] = stored
             else:
                 tensor = self.store.read(piece.name, piece.rows, buffer)
