@@ -40,14 +40,14 @@ class EulerSchedule:
 
     def __init__(self, sigmas: np.ndarray) -> None:
         self.sigmas = sigmas.astype(np.float32)
-        self.timesteps = _timesteps(self.sigmas)
+        self.timesteps: list[float] = (self.sigmas[:-1] * np.float32(TRAIN_TIMESTEPS)).tolist()
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """From level `index` to the next: float32 tensors of one shape."""
         return sample + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
 
-class RenoisingSchedule:
+class RenoisingSchedule(EulerSchedule):
     """Each step goes all the way to the predicted clean latent and comes back with fresh noise ("dmd").
 
         x0 = x - sigma v;   x_next = (1 - sigma_next) x0 + sigma_next eps;   the last step ends at x0
@@ -58,21 +58,13 @@ class RenoisingSchedule:
 
     def __init__(self, sigmas: np.ndarray, draw: Draw | None) -> None:
         """draw may be None where only the timesteps are wanted."""
-        self.sigmas = sigmas.astype(np.float32)
-        self.timesteps = _timesteps(self.sigmas)
+        super().__init__(sigmas)
         self.noise_scale = float(self.sigmas[0])
         self.draw = draw
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        """From level `index` to the next: float32 tensors of one shape."""
-        clean = sample - float(self.sigmas[index]) * velocity
-        after = float(self.sigmas[index + 1])
+        clean, after = sample - float(self.sigmas[index]) * velocity, float(self.sigmas[index + 1])
         if not after:
             return clean
         assert self.draw is not None, "a schedule made without a source of noise cannot take steps"
         return (1 - after) * clean + after * self.draw(clean.shape)
-
-
-def _timesteps(sigmas: np.ndarray) -> list[float]:
-    timesteps: list[float] = (sigmas[:-1] * np.float32(TRAIN_TIMESTEPS)).tolist()
-    return timesteps

@@ -23,9 +23,8 @@ from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, 
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
-from wan.modules.released import released_vae
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae import WanVAE, released_vae
+from wan.modules.vae_layers import Region
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.time_estimate import (
     DISK,
@@ -303,7 +302,7 @@ def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
 def test_operations_are_those_that_are_counted(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan.modules.causal_conv.norm_silu", lambda *_: None)  # no products, but most of the calls
+    monkeypatch.setattr("wan.modules.vae_layers.RMSNorm.activate", lambda *_: None)  # no products, many calls
     vae = released_vae(task)
     _, rows, columns = vae.stride
 
@@ -313,12 +312,12 @@ def test_operations_are_those_that_are_counted(task: str, monkeypatch: pytest.Mo
 
     def encoded(shape: tuple[int, ...], tiles: tuple[int, int] = (1, 1)) -> int:
         image = torch.empty(3, shape[1] * rows, shape[2] * columns, device="meta")
-        return counted(lambda: vae.encode_first_frame(image, 4 * shape[0] - 3, tiles=tiles))
+        return counted(lambda: vae.encode(image[:, None], tiles=tiles, frames=4 * shape[0] - 3))
 
     assert decode_operations(vae, (vae.z_dim, 3, 5, 6)) == decoded((3, 5, 6))
     for length in (1, 7, 21):  # at 21 the last of the encoder's stages has become constant
         assert encode_operations(vae, (vae.z_dim, length, 5, 4)) == encoded((length, 5, 4))
-    whole, regions = (2, 40, 36), Region.tiles(40, 36, 2, 1)
+    whole, regions = (2, 40, 36), Region(0, 40, 0, 36).divided(2, 1)
     assert decode_operations(vae, (vae.z_dim, *whole), regions) == decoded(whole, (2, 1))
     assert encode_operations(vae, (vae.z_dim, *whole), regions) == encoded(whole, (2, 1))
 

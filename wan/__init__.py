@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
 
         from wan.configs import TASKS
 
-        module = next(c.public_class.partition(":")[0] for c in TASKS.values() if c.public_class.endswith(f":{name}"))
-        return getattr(import_module(module), name)
+        homes = dict(config.public_class.split(":")[::-1] for config in TASKS.values())
+        return getattr(import_module(homes[name]), name)
     raise AttributeError(f"module 'wan' has no attribute {name!r}")

@@ -24,7 +24,7 @@ class WanI2V(Original):
         with self.progress.stage("image"), torch.no_grad():
             first, vae, tiles = i2v_tensor(video.image, video.size), self.load_vae(), facts.encode_tiles
             if video.last_image is None:
-                latent = vae.encode_first_frame(first.to(device), video.frame_num, tiles=tiles)
+                latent = vae.encode(first[:, None].to(device), tiles=tiles, frames=video.frame_num)
             else:  # stays on the CPU: the encoder takes it piece by piece
                 clip = torch.zeros(3, video.frame_num, *first.shape[1:])
                 clip[:, 0], clip[:, -1] = first, i2v_tensor(video.last_image, video.size)

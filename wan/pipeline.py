@@ -25,12 +25,11 @@ from wan.jobs.job import Job
 from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.modules.attention import BACKENDS
-from wan.modules.context import Prompt
-from wan.modules.fused import choose_fused as choose_passes
-from wan.modules.model import WanModel
+from wan.modules.fused import choose_passes
+from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
-from wan.offload.reader import Source, Store, load, parameter_dtypes
+from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Step, Video, denoise, make_schedule, predict_clean
@@ -90,16 +89,13 @@ class Pipeline(ABC):
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
         if self._text_encoder is None:
-            plan, part = self.plan, self.plan.checkpoint.text_encoder
+            plan, part, home = self.plan, self.plan.checkpoint.text_encoder, self.plan.text_device
+            source = Source(part.weights, lambda _: plan.text_dtype)
             if plan.request.t5_fsdp:
-                with self._loading("text encoder", [part.weights], sharded=True) as report:
-                    self._text_encoder = self.load(
-                        part.module, part.weights, sharded=True, home=plan.text_device,
-                        dtype=lambda _: plan.text_dtype, report=report,
-                    )  # fmt: skip
+                with self._loading("text encoder", [source], sharded=True) as report:
+                    self._text_encoder = self.load(part.module, source, home, report, sharded=True)
             else:
-                source, slots = Source(part.weights, lambda _: plan.text_dtype), TEXT_SLOTS if plan.offload else None
-                self._text_encoder = text_encoder(part.module, source, plan.text_device, slots)
+                self._text_encoder = text_encoder(part.module, source, home, TEXT_SLOTS if plan.offload else None)
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
@@ -132,16 +128,10 @@ class Pipeline(ABC):
             merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
             sources[name] = part.module, Source(part.weights, dtype, merge)
-        networks, stores = None, [source.store for _, source in sources.values()]
-        with self._loading("experts", stores, sharded=plan.request.dit_fsdp) as report:
-            if plan.request.dit_fsdp:
-                models = {
-                    name: self.load(
-                        module, source.store, sharded=True, home=plan.device, dtype=source.dtype, merge=source.merge,
-                        report=report,
-                    )
-                    for name, (module, source) in sources.items()
-                }  # fmt: skip
+        networks, sharded = None, plan.request.dit_fsdp
+        with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
+            if sharded:
+                models = {name: self.load(*each, plan.device, report, sharded=True) for name, each in sources.items()}
             else:
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
@@ -198,31 +188,28 @@ class Pipeline(ABC):
         conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
         experts, facts = self.load_experts(), plan.video(video)
         noise, budget = draw(facts.latent), facts.budget
-        passes = [(step.expert, 1 + step.guided) for step in plan.steps]
-        self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
+        forwards = [(step.expert, 1 + step.guided) for step in plan.steps]
+        model, count = plan.transformer, sum(count for _, count in forwards)
+        width = model.num_heads * model.head_width
+        # the passes between the matrix products are compiled if the run is long enough to gain from it
+        fused, note = choose_passes(plan.device, facts.tokens, width, len(model.blocks), count)
+        for each in experts.models.values():
+            each.use_passes(fused)
+        if note:
+            self.progress.say(note)
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
         batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(passes, slots, batch_guidance, again=again or not self.offload)
+        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
         with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
             latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
         return latent
-
-    def _choose_passes(self, experts: Experts, tokens: int, forwards: int) -> None:
-        """Compile the passes between the matrix products, if a run of `forwards` is long enough to gain from it."""
-        model = self.plan.transformer
-        width = model.num_heads * model.head_width
-        passes, note = choose_passes(self.plan.device, tokens, width, len(model.blocks), forwards)
-        for each in experts.models.values():
-            each.use_passes(passes)
-        if note:
-            self.progress.say(note)
 
     def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
         """The planned job's final latent. JobError if it stops being finite. again: see `sample`."""
@@ -233,10 +220,9 @@ class Pipeline(ABC):
         strip = Strip(Beside.of(job.save_file).strip)
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
-            if self.plan.request.preview_steps:
-                frame = self.look(predict_clean(step, sample, velocity))
-                if frame is not None:
-                    strip.add(frame)
+            wanted = self.plan.request.preview_steps
+            if wanted and (frame := self.look(predict_clean(step, sample, velocity))) is not None:
+                strip.add(frame)
             self.progress.advance(1, str(step))
 
         return self.sample_or_retry(video, show, again=again)
@@ -247,11 +233,9 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.vae is None:
             module, weights = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
-            with self._loading("VAE", [weights]) as report:
-                vae = self.load(
-                    module, weights, sharded=False, home=self.plan.device,
-                    dtype=lambda name: module.get_parameter(name).dtype, report=report,
-                )  # fmt: skip
+            source = Source(weights, lambda name: module.get_parameter(name).dtype)
+            with self._loading("VAE", [source]) as report:
+                vae = self.load(module, source, self.plan.device, report, sharded=False)
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
@@ -282,26 +266,28 @@ class Pipeline(ABC):
 
     def info(self) -> dict[str, str]:
         """Machine and numerics, for the record."""
-        device = self.plan.device
-        return {
-            "device": f"{device} ({Accelerator(device).name})",
-            "dtype": dtype_name(self.plan.dtype),
-            "attention": self.attention,
-            "processes": str(self.plan.layout),
-            "diffusers": version("diffusers"),
-        }
+        plan = self.plan
+        machine = {"device": f"{plan.device} ({Accelerator(plan.device).name})", "dtype": dtype_name(plan.dtype)}
+        return machine | {
+            "attention": self.attention, "processes": str(plan.layout), "diffusers": version("diffusers"),
+        }  # fmt: skip
 
-    def load(self, module: Module, store: Store, *, sharded: bool, **how: Any) -> Module:
-        """`module` with its weights, or with this process's shards of them. how: see `wan.offload.reader.load`."""
+    def load(
+        self, module: Module, source: Source, home: torch.device, report: Callable[[int], None], *, sharded: bool
+    ) -> Module:
+        """`module` with its weights on `home`, or with this process's shards of them."""
+        how: dict[str, Any] = {"home": home, "dtype": source.dtype, "merge": source.merge, "report": report}
         if not sharded or self.mesh.shards is None:
-            return load(module, store, **how)
+            return load(module, source.store, **how)
         from wan.distributed.fsdp import load_sharded  # takes seconds to import
 
-        return load_sharded(module, store, mesh=self.mesh, **how)
+        return load_sharded(module, source.store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(self, name: str, stores: Iterable[Store], *, sharded: bool = False) -> Iterator[Callable[[int], None]]:
-        size = sum(entry.bytes for store in stores for entry in store.values())
+    def _loading(
+        self, name: str, sources: Iterable[Source], *, sharded: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        size = sum(entry.bytes for source in sources for entry in source.store.values())
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, name)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
+from wan.modules.model import Prompt
 from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
@@ -120,43 +120,35 @@ def denoise(
     has its next step to do while the host waits.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
+    frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
-    before = steps[0]
     check: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
         if (step.expert, step.lora) != (before.expert, before.lora):
             before = step  # the kept keys and values of the texts come from other weights, and take memory
-            for prompt in (text, negative):
-                if prompt is not None:
-                    prompt.forget()
-
+            text.forget()
+            if negative is not None:
+                negative.forget()
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
-        frames = 0 if pinned is None else pinned.shape[1]
         if step.guided:
             assert negative is not None, "a guided step needs the negative prompt's encoding"
             velocity, free = model(latent, step.timestep, (text, negative), frames)
             velocity = free + step.guidance * (velocity - free)
         else:
             velocity = model(latent, step.timestep, text, frames)
-
         if check:
             check()
         before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
-        check = _check_finite(
-            sample,
-            f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
-            "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
-            "or cudnn where flash was used",
-        )
+        check = _check_finite(sample, f"step {index + 1} of {len(steps)} ({step})")
         on_step(step, before_step, velocity)
     assert check, "a plan has steps"
     check()
     return sample
 
 
-def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
-    """JobError(problem) if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
+def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
+    """JobError if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
 
     That function waits for the work issued up to here, and for nothing later.
     """
@@ -170,7 +162,10 @@ def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
-            raise JobError(problem)
+            raise JobError(
+                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
+                "does this: on a GPU try --attention flash, or cudnn where flash was used"
+            )
 
     if arrived is None:
         check()
@@ -189,11 +184,9 @@ def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
         return EulerSchedule(sigmas) if sampling.solver == "euler" else RenoisingSchedule(sigmas, draw)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
-    elif sampling.solver == "unipc":
-        # the original's grid starts at the largest training level, 0.999 in float32
-        levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
-    else:
-        levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
+    else:  # the original's grid for UniPC starts at the largest training level, 0.999 in float32
+        first = float(np.float32(0.999)) if sampling.solver == "unipc" else 1.0
+        levels = np.linspace(first, 0.0, steps + 1)[:-1]
     return _LibrarySchedule(sampling.solver, levels, shift)
 
 

@@ -18,11 +18,9 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs.precision import takes_fp8
 from wan.doctor.forecast import released_plan
-from wan.modules.context import Prompt
-from wan.modules.fp8 import Fp8Linear
-from wan.modules.model import WanModel
-from wan.modules.quantize import FP8, LARGEST, quantise, scale_name
-from wan.modules.released import released_shapes, released_transformer
+from wan.modules.fp8 import Fp8Linear, scale_name
+from wan.modules.fused import FP8, LARGEST, quantise
+from wan.modules.model import Prompt, WanModel, released_shapes, released_transformer
 from wan.offload.budget import Sizes
 from wan.offload.networks import Networks, sizes_of
 from wan.offload.reader import Source, load, parameter_dtypes

@@ -30,8 +30,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.networks import Networks, text_encoder
 from wan.offload.prefetcher import CopyStream, GpuCopyStream, Slot
@@ -198,7 +197,7 @@ class Slow(TensorStore):
     """A disk that takes `seconds` for each unit, wherever it is read from; `on_read` may do worse."""
 
     def __init__(self, path: Path, seconds: float = 0.0, on_read: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(TensorStore.open(path).entries)
+        super().__init__(TensorStore.open(path))
         self.seconds, self.on_read = seconds, on_read
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:

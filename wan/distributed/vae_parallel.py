@@ -17,8 +17,8 @@ from torch import Tensor
 
 from wan.distributed.mesh import Mesh
 from wan.distributed.ulysses import all_gather
-from wan.modules.vae import WanVAE, waiting_room
-from wan.modules.vae_coders import Region
+from wan.modules.vae import WanVAE
+from wan.modules.vae_layers import Region
 
 
 class SplitVAE:
@@ -30,15 +30,10 @@ class SplitVAE:
         self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
-    def encode(self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
-        """[3, T, H, W] -> [z, L, h, w], on every rank."""
-        return self._encode(video, video.shape[1], chunk, tiles)
-
-    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
-        """The clip that begins with `image` [3, H, W] and goes on in grey -> [z, L, h, w], on every rank."""
-        return self._encode(image[:, None], frames, chunk, tiles)
-
-    def _encode(self, video: Tensor, frames: int, chunk: int, tiles: tuple[int, int]) -> Tensor:
+    def encode(
+        self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1), frames: int | None = None
+    ) -> Tensor:
+        """[3, T, H, W], followed by grey up to `frames` -> [z, L, h, w], on every rank."""
         height, width = video.shape[-2] // self.stride[1], video.shape[-1] // self.stride[2]
         regions = divide(height, width, self.size)
         # a rank without a region computes the first one: it needs the features' shape to take part
@@ -87,16 +82,7 @@ class SplitVAE:
         if tiles == (1, 1):
             yield from self.vae.decode_region(features, region, chunk)
             return
-        rows, columns = region.bottom - region.top, region.right - region.left
-        size = sum(counts), rows * self.stride[1], columns * self.stride[2]
-        pixels = torch.empty(3, *size, device=waiting_room(self.device))
-        for tile in region.divided(*fitting(tiles, region)):
-            origin = region.top, region.top, region.left, region.left
-            inside = Region(*(edge - start for edge, start in zip(tile, origin, strict=True)))
-            targets = of_region(pixels, inside.scaled(self.stride[1])).split(counts, 1)
-            for part, target in zip(self.vae.decode_region(features, tile, chunk), targets, strict=True):
-                target.copy_(part)
-        for part in pixels.split(counts, 1):
+        for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
             yield part.to(self.device)
 
     def _gather(self, part: Tensor, windows: list[Region], frames: int) -> list[Tensor]:
@@ -148,11 +134,11 @@ def divide(height: int, width: int, ranks: int) -> list[Region]:
     """
 
     def work(shape: tuple[int, int]) -> int:
-        regions = Region.tiles(height, width, *shape)
+        regions = Region(0, height, 0, width).divided(*shape)
         return max(region.grown(3, 3, Region(0, height, 0, width)).area for region in regions)
 
     shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
-    return Region.tiles(height, width, *min(shapes, key=work))
+    return Region(0, height, 0, width).divided(*min(shapes, key=work))
 
 
 def of_region(video: Tensor, region: Region) -> Tensor:

@@ -24,7 +24,9 @@ from wan.distributed.mesh import Layout
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
-from wan.modules.released import released_text_encoder, released_transformer, released_vae
+from wan.modules.model import released_transformer
+from wan.modules.t5 import released_text_encoder
+from wan.modules.vae import released_vae
 from wan.planning.memory import plan_video
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds

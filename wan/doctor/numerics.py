@@ -30,7 +30,7 @@ from wan.jobs.weights import both
 from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
-from wan.modules.released import VAES
+from wan.modules.vae import VAES
 from wan.original_api import Original
 from wan.planning.memory import plan_video
 from wan.sampling import Video

@@ -13,8 +13,7 @@ import torch
 
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
 from wan.modules.attention import BACKENDS, choose
-from wan.modules.released import VAES, on_meta
-from wan.modules.vae import WanVAE
+from wan.modules.vae import VAES, WanVAE
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
@@ -86,13 +85,15 @@ def vae(machine: Machine) -> CheckOutcome:
     latent = torch.randn(shape, device=machine.device)
     with torch.inference_mode():
         (seconds,) = interleaved([lambda: [None for _ in module.decode(latent)]], repeats=1)
-    rate = decode_operations(on_meta(lambda: WanVAE(*kind)), shape) / seconds
+    rate = decode_operations(module, shape) / seconds
     return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
 
 
 def random_vae(kind: tuple[int, int, int, bool], device: torch.device) -> WanVAE:
     """An autoencoder of this size with random weights that keep activations near 1."""
-    module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=device)
+    with torch.device("meta"):
+        module = WanVAE(*kind)
+    module.requires_grad_(False).to_empty(device=device)
     for parameter in module.parameters():
         parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
     module.use_channels_last()

@@ -10,8 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wan.modules.hooks import Residency
-from wan.modules.model import WanModel
+from wan.modules.model import Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
@@ -137,7 +136,7 @@ class FileTable(nn.Module):
         rows, row_of = ids.cpu().unique(return_inverse=True)
         shape = (len(rows), *self.source.store[self.name].shape[1:])
         found = torch.empty(shape, dtype=self.source.dtype(self.name), device=self.device)
-        buffer = torch.empty(self.source.store.buffer_bytes(self.name, slice(0, 1)), dtype=torch.uint8)
+        buffer = torch.empty(self.source.store[self.name].rows(slice(0, 1)).bytes, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
             target = {self.name: found[number : number + 1]}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lightning.merge import Merge
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
-from wan.modules.fp8 import Fp8Linear
-from wan.modules.quantize import FP8, is_finite, quantise, scale_name
+from wan.modules.fp8 import Fp8Linear, is_finite, scale_name
+from wan.modules.fused import FP8, quantise
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
@@ -49,7 +49,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return self.source.store.buffer_bytes(self.name, self.rows)
+        return self.source.store[self.name].rows(self.rows).bytes
 
 
 class Source:
@@ -75,14 +75,14 @@ class Source:
                 yield Piece(self, name, None)
                 continue
             start, stop, _ = rows(name).indices(entry.shape[0])
-            count = max(1, math.ceil(self.store.buffer_bytes(name, slice(start, stop)) / PIECE_BYTES))
+            count = max(1, math.ceil(self.store[name].rows(slice(start, stop)).bytes / PIECE_BYTES))
             step = max(1, math.ceil((stop - start) / count))
             for first in range(start, stop, step):
                 yield Piece(self, name, slice(first, min(first + step, stop)))
 
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
-        file = self.store.file(piece.name)
+        file = self.store[piece.name].file
         key = piece.name, piece.rows.start if piece.rows else 0
         try:
             if _stamp(file) != self._stamps[file]:

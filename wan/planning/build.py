@@ -9,7 +9,6 @@ import hashlib
 import os
 import socket
 import warnings
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
+from wan.jobs.weights import PARTS
 from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
@@ -47,13 +47,12 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     checks.attempt(check_encoder)
     generate = outcome if isinstance(outcome, Generate) else None
     weights, asked = outcome.weights, outcome.weights.ckpt_dir
-    given = [part for part, _ in (*weights.expert_files, *weights.files)]
     if asked is not None:
         weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, outcome.config)))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
-    if not outcome.request.dry_run and (fetched := _local(weights, outcome.config, given)) != weights:
+    if not outcome.request.dry_run and (fetched := _local(weights, outcome.config)) != weights:
         weights = fetched
         plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
     place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
@@ -76,14 +75,13 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-def _local(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
-    """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
+def _local(weights: Weights, config: TaskConfig) -> Weights:
+    """The same weights as local files."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.files)),
         loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
+        files={part: hub.fetch(file) for part, file in weights.files.items()},
     )
 
 
@@ -105,8 +103,8 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
         dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
-    files = {**dict(weights.expert_files), **dict(weights.files)}
-    checkpoint = checks.attempt(lambda: open_checkpoint(weights.ckpt_dir, config, files), _brought(request, weights))
+    opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
+    checkpoint = checks.attempt(opening, _brought(request, weights))
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -223,8 +221,7 @@ def cut_prompts(plan: Plan) -> list[str]:
 
 def _brought(request: Request, weights: Weights) -> dict[str, str]:
     """The flag of each file or folder of weights, by its path."""
-    flags = {str(path): f"--{part}" for part, path in weights.files}
-    flags |= {str(path): "--expert" for _, path in weights.expert_files}
+    flags = {str(path): f"--{part}" if part in PARTS else "--expert" for part, path in weights.files.items()}
     folder = str(expanded(request.lora_dir)) if request.lora_dir else None
     for choice in weights.loras:
         path = str(choice.path)

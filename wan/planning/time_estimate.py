@@ -21,10 +21,9 @@ from torch import nn
 from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
-from wan.modules.causal_conv import ClipState, Downsample, FrameAttention, Upsample
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, Coder, Region
+from wan.modules.vae import DECODER_RIM, ENCODER_RIM, Coder, WanVAE
+from wan.modules.vae_layers import ClipState, Downsample, FrameAttention, Region, Upsample
 from wan.offload.budget import Budget
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
@@ -141,7 +140,7 @@ def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -
     part, stored = plan.checkpoint.experts[expert], float(STORED)
     numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
     if store:  # of a released checkpoint that is not here it is empty
-        stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
+        stored = sum(store.stored(name)[1] for name in store) / sum(math.prod(entry.shape) for entry in store.values())
     if budget is None or budget.resident:
         return int(stored * numbers)
     sizes = budget.experts[expert]
