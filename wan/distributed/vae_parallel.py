@@ -64,12 +64,7 @@ class SplitVAE:
         if self.rank < len(regions):
             parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
         for part, count in zip(parts, counts, strict=True):
-            sent = padded(part, 3 * count * max(window.area for window in windows))
-            received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
-            group = self.mesh.sequence
-            assert group is not None
-            with self.mesh.team.exchange():
-                dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
+            received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
                 video = part.new_empty(3, count, *frame.sides)
                 for window, flat in zip(windows, received, strict=False):
@@ -88,6 +83,15 @@ class SplitVAE:
             return
         for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
             yield part.to(self.device)
+
+    def _gather(self, sent: Tensor) -> list[Tensor]:
+        """Every rank's tensor on rank 0."""
+        received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
+        group = self.mesh.sequence
+        assert group is not None
+        with self.mesh.team.exchange():
+            dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
+        return received
 
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
