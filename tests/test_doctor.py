@@ -186,9 +186,10 @@ def test_a_package_too_old_or_absent_is_found(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_found() -> None:
-    device, outcome = things.choose_device("cuda:77")
+    here = machine()
+    outcome = things.devices("cuda:77", here)
     if not torch.cuda.is_available():
-        assert device == CPU
+        assert here.device == CPU
     assert outcome.verdict == WRONG
     assert "--device cuda:77" in outcome.sentence
 

@@ -18,36 +18,16 @@ from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, 
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
 
-
-def interleaved(
-    candidates: Sequence[Callable[[], object]],
-    repeats: int = 5,
-    warm_up: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
-    for candidate in candidates:
-        for _ in range(warm_up):
-            candidate()
-    times: list[list[float]] = [[] for _ in candidates]
-    for _ in range(repeats):
-        for candidate, series in zip(candidates, times, strict=True):
-            synchronize()
-            start = clock()
-            candidate()
-            synchronize()
-            series.append(clock() - start)
-    return [statistics.median(series) for series in times]
-
-
 REPEATS = 3
-EXCHANGE_SECONDS = 90.0
 PIECE = 8 << 20  # bytes of one read, about as large as those of the loading code
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
+EXCHANGE_SECONDS = 90.0
 
 
 def rate_checks() -> list[DoctorCheck]:
+    """In the order in which they are made; the exchange is by all GPUs."""
     return [
+        DoctorCheck("exchange between GPUs", exchange),
         DoctorCheck("rate: matmul", matmul),
         DoctorCheck("rate: attention", attention_rate),
         DoctorCheck("rate: VAE", vae),
@@ -75,29 +55,28 @@ def attention_rate(machine: Machine) -> CheckOutcome:
 
 
 def vae(machine: Machine) -> CheckOutcome:
-    """A decode by Wan2.1's VAE at its released width, with random weights."""
+    """A decode by Wan2.1's VAE."""
+    module, latent = random_vae(machine)
+    with torch.inference_mode():
+        (seconds,) = interleaved([lambda: [None for _ in module.decode(latent)]], repeats=1)
+    rate = decode_operations(module, latent.shape) / seconds
+    return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, latent.shape))}")
+
+
+def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
+    """Wan2.1's VAE at its released width, with random weights that keep activations near 1, and a latent to decode."""
     kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
     elif _is_gpu(machine):
         shape = (16, 3, 60, 104) if Accelerator(machine.device).free_bytes > VAE_ROOM else (16, 3, 20, 36)
-    module = random_vae(kind, machine.device)
-    latent = torch.randn(shape, device=machine.device)
-    with torch.inference_mode():
-        (seconds,) = interleaved([lambda: [None for _ in module.decode(latent)]], repeats=1)
-    rate = decode_operations(module, shape) / seconds
-    return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
-
-
-def random_vae(kind: tuple[int, int, int, bool], device: torch.device) -> WanVAE:
-    """An autoencoder of this size with random weights that keep activations near 1."""
     with torch.device("meta"):
         module = WanVAE(*kind)
-    module.requires_grad_(False).to_empty(device=device)
+    module.requires_grad_(False).to_empty(device=machine.device)
     for parameter in module.parameters():
         parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
     module.use_channels_last()
-    return module
+    return module, torch.randn(shape, device=machine.device)
 
 
 def device_copy(machine: Machine) -> CheckOutcome:
@@ -125,25 +104,42 @@ def host_to_device(machine: Machine) -> CheckOutcome:
 def disk_read(machine: Machine) -> CheckOutcome:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
-    block = os.urandom(min(size, PIECE))
+    block, buffer = os.urandom(min(size, PIECE)), bytearray(PIECE)
     with tempfile.NamedTemporaryFile(dir=machine.disk) as file:
         for _ in range(size // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        dropped = hasattr(os, "posix_fadvise")
-        if dropped:
+        if dropped := hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(PIECE)
         with open(file.name, "rb", buffering=0) as reader:
-
-            def read() -> None:
-                while reader.readinto(buffer):
-                    pass
-
-            (seconds,) = interleaved([read], repeats=1, warm_up=0)
+            began = time.perf_counter()
+            while reader.readinto(buffer):
+                pass
+            seconds = time.perf_counter() - began
     cache = "dropped from the page cache first" if dropped else "perhaps from the page cache"
     return _bytes(machine, {DISK: size / seconds}, f" ({machine.disk}; {cache})")
+
+
+def interleaved(
+    candidates: Sequence[Callable[[], object]],
+    repeats: int = 5,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
+    times: list[list[float]] = [[] for _ in candidates]
+    for candidate in candidates:
+        for _ in range(warm_up):
+            candidate()
+    for _ in range(repeats):
+        for candidate, series in zip(candidates, times, strict=True):
+            synchronize()
+            start = clock()
+            candidate()
+            synchronize()
+            series.append(clock() - start)
+    return [statistics.median(series) for series in times]
 
 
 def _is_gpu(machine: Machine) -> bool:
@@ -170,7 +166,7 @@ def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Chec
 
 def exchange(machine: Machine) -> CheckOutcome:
     """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
-    count = len(gpus()) if Accelerator(machine.device).has_memory else 0
+    count = len(gpus()) if _is_gpu(machine) else 0
     if count < 2:
         return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
     outcome = exchange_between(count, machine.device.type)
@@ -212,12 +208,10 @@ def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
         Accelerator(device).api.set_device(device)
     backend = COLLECTIVES.get(kind, "gloo")
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    block = 1024
-    mine = torch.arange(count, device=device).repeat_interleave(block) + 1000 * rank  # to each rank, its number
-    got = torch.empty_like(mine)
-    dist.all_to_all_single(got, mine)
-    expected = 1000 * torch.arange(count, device=device).repeat_interleave(block) + rank
-    if not torch.equal(got, expected):
+    numbers = torch.arange(count, device=device).repeat_interleave(1024)
+    got = torch.empty_like(numbers)
+    dist.all_to_all_single(got, numbers + 1000 * rank)  # to each rank, its number
+    if not torch.equal(got, 1000 * numbers + rank):
         raise ValueError(f"process {rank} has received other numbers than were sent")
     mine, got = (torch.ones(count, size // count // 4, device=device) for _ in range(2))
     (seconds,) = interleaved([lambda: dist.all_to_all_single(got, mine)], repeats=3)

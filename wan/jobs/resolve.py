@@ -116,9 +116,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     check_outputs(
         request, files, check, read, own={file for job in own for file in (job.save_file, job.joined) if file}
     )
-    numbers = {job.index // request.num_videos for job in own}
-    rows = [row for number, row in enumerate(rows) if number in numbers]
-    return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
+    return Generate(request, config, weights, sampling, tuple(own), extend)
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,9 @@ from wan.distributed.mesh import Layout
 from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
 from wan.modules.model import WanModel
-from wan.offload.budget import Budget
+from wan.offload.budget import Budget, Sizes
+from wan.offload.networks import sizes_of
+from wan.offload.reader import parameter_dtypes
 from wan.sampling import Step, Video
 
 Size = tuple[int, int]  # width, height
@@ -72,6 +75,30 @@ class Plan:
     def guided(self) -> bool:
         """Whether any step has an unconditional pass."""
         return any(step.guided for step in self.steps)
+
+    @cached_property
+    def expert_sizes(self) -> dict[str, Sizes]:
+        """Each expert's weights on the device, with the LoRA adapters kept beside them."""
+        found = {}
+        for name, part in self.checkpoint.experts.items():
+            sizes = sizes_of(part.module, parameter_dtypes(self.dtype, self.request.convert_model_dtype, part.module))
+            adapters = [
+                lora.store[tensor]
+                for lora in (self.loras.get(name, []) if self.lora_mode != "merge" else [])
+                for delta in lora.deltas(part.weights.shapes)
+                if delta.is_adapter
+                for tensor in delta.tensors
+            ]
+            numbers = sum(math.prod(entry.shape) for entry in adapters)
+            found[name] = replace(sizes, resident=sizes.resident + numbers * self.dtype.itemsize)
+        return found
+
+    @cached_property
+    def text_sizes(self) -> Sizes | None:
+        """The text encoder's weights on the device; None if it runs elsewhere, or sharded."""
+        if self.text_device != self.device or self.request.t5_fsdp:
+            return None
+        return sizes_of(self.checkpoint.text_encoder.module, lambda _: self.text_dtype)
 
     @property
     def transformer(self) -> WanModel:
