@@ -20,6 +20,7 @@ from wan.offload.reader import Source, fill
 from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
+TABLE = "token_embedding.weight"  # of the text encoder
 SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
 
 
@@ -34,10 +35,10 @@ class Streamed(Residency):
 
 
 class Networks(Generic[Network]):
-    """Networks by name, on `device`, their blocks in slots that all of them share.
+    """Networks by name, on `device`, their blocks in slots that all of them share; no slots before `resize`.
 
     modules: (module on the meta device, its weights); the module stays as it is, `models` are copies. Weights that are
-    in no block are loaded at once and stay. There are no slots before `resize`.
+    in no block are loaded at once and stay.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Networks(Generic[Network]):
         for name, (blueprint, source) in modules.items():
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
-                model.token_embedding = FileTable(source, "token_embedding.weight", device)
+                model.token_embedding = FileTable(source, TABLE, device)
             found = group(model, source.dtype)
             fill(model, source, found.resident, device, report)
             self._resident[name] = found.resident
@@ -101,21 +102,23 @@ class Grouping(NamedTuple):
     """Names of a network's parameters by when they are on the device.
 
     resident: always. blocks: each in one slot, in the order of use. block_of: the number of each unit's block.
+    sizes: bytes of each parameter in a slot.
     """
 
     resident: list[str]
     blocks: list[list[str]]
     block_of: list[int]
+    sizes: dict[str, int]
 
 
 def group(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Grouping:
     """A block is a unit, or neighbours that are no larger together than the largest unit: with fp8, the first and the
     last unit are in bf16, and the others go in pairs."""
-    size = _sizes(model, dtype)
+    size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
     for name in size:
         units.setdefault(model.unit_of(name), []).append(name)
-    found = Grouping(units.pop(None, []), [], [])
+    found = Grouping(units.pop(None, []), [], [], size)
     need = {number: sum(size[name] for name in names) for number, names in units.items()}
     limit = taken = max(need.values()) * (1 + SPARE)
     for number in range(len(units)):
@@ -130,16 +133,10 @@ def group(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) ->
 
 def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
     """The bytes that a network built on the meta device takes as one of `Networks`."""
-    size = _sizes(model, dtype)
-    resident, blocks, _ = group(model, dtype)
-    gathered = {"token_embedding.weight"} if isinstance(model, UMT5Encoder) else set()
+    resident, blocks, _, size = group(model, dtype)
+    read_by_row = TABLE if isinstance(model, UMT5Encoder) else ""
     largest = max(sum(size[name] for name in names) for names in blocks)
-    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name not in gathered))
-
-
-def _sizes(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> dict[str, int]:
-    """Bytes of each parameter in a slot."""
-    return {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
+    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != read_by_row))
 
 
 class FileTable(nn.Module):
@@ -207,8 +204,8 @@ class Experts:
     ) -> Iterator[None]:
         """Context manager: runs the passes of each step, given as (network's name, passes).
 
-        slots: of the blocks; None: one for each block. batch_guidance: the passes of a step go through the blocks
-        together. again: a job with the same steps follows.
+        slots: None: one for each block. batch_guidance: the passes of a step go through the blocks together.
+        again: a job with the same steps follows.
         """
         for model in self.models.values():
             model.residency.batch_guidance = batch_guidance
@@ -246,7 +243,7 @@ class Experts:
     @property
     def waited(self) -> float:
         """Seconds in which computation waited for weights, so far."""
-        return 0.0 if self.networks is None else self.networks.prefetcher.waited
+        return 0.0 if self.networks is None else self.networks.prefetcher.stream.waited
 
     @property
     def brought(self) -> int:
