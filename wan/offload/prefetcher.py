@@ -194,7 +194,7 @@ class Prefetcher:
     def forget(self) -> None:
         """Empty the slots: weights have changed."""
         for slot in self.slots:
-            self._remove(slot)
+            self._empty(slot)
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Fill the empty slots with the blocks that come first. Errors as from `Source.read`."""
