@@ -139,23 +139,36 @@ class Plan:
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
             **{name: path and digest(path) for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
-            "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
+            "ckpt_dir": self._files() | self.lora_stacks(),
+            "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": self.sampling.solver, "sample_steps": [asdict(step) for step in self.steps],
             "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
             "noise_device": self.noise_device.type, "device": self.device.type, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
         return {name: value for name, value in values.items() if not OPTIONS[name].into}
 
-    def _weights(self) -> dict[str, Any]:
-        """Fingerprints of the weights by part; paths do not count."""
-        files = self.checkpoint.weight_files()
-        parts: dict[str, Any] = {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
-        for expert, loras in self.loras.items():
-            parts[f"{expert} LoRAs"] = [
+    def lora_stacks(self) -> dict[str, list[list[Any]]]:
+        """By expert, for each of its LoRAs: fingerprints of its files, strength, alpha."""
+        return {
+            f"{expert} LoRAs": [
                 [*(self.fingerprints[str(file)] for file in lora.store.files), lora.strength, lora.assumed_alpha]
                 for lora in loras
             ]
-        return parts
+            for expert, loras in self.loras.items()
+        }
+
+    def networks(self) -> tuple[Any, ...]:
+        """Equal for plans that load the same networks in the same way, LoRAs aside."""
+        request = self.request
+        return (
+            self._files(), self.device, self.text_device, self.dtype, self.text_dtype, self.lora_mode, self.layout,
+            request.quantize, request.vae_dtype, request.convert_model_dtype, request.dit_fsdp, request.t5_fsdp,
+        )  # fmt: skip
+
+    def _files(self) -> dict[str, Any]:
+        """Fingerprints of the checkpoint's files by part; paths do not count."""
+        files = self.checkpoint.weight_files()
+        return {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
 
 
 def is_absent(request: Request, device: torch.device) -> bool:
