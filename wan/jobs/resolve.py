@@ -113,9 +113,8 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
-    check_outputs(
-        request, files, check, read, own={file for job in own for file in (job.save_file, job.joined) if file}
-    )
+    own_files = {file for job in own for file in (job.save_file, job.joined) if file}
+    check_outputs(request, files, check, read, own=own_files)
     return Generate(request, config, weights, sampling, tuple(own), extend)
 
 
@@ -182,9 +181,8 @@ def _check_processes(request: Request, check: Check) -> None:
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        check.problem(
-            f"--ulysses_size {ulysses} (x --ring_size {ring}) must divide the {processes} processes; legal are {legal}"
-        )
+        sizes = f"--ulysses_size {ulysses} (x --ring_size {ring})"
+        check.problem(f"{sizes} must divide the {processes} processes; legal are {legal}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:
