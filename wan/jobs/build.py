@@ -241,12 +241,11 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
         )  # fmt: skip
     if not firsts:
         check.problem(f"--chain: no row of {request.prompt_file} continues another; those with an image start anew")
-    files = {first.save_file for first in firsts.values()}
-    joined = {file: file.with_name(f"{file.stem}_chain{file.suffix}") for file in files}
+    joined = {first.save_file: first.save_file.with_stem(f"{first.save_file.stem}_chain") for first in firsts.values()}
     if request.save_file is not None:
-        joined = dict.fromkeys(files, expanded(request.save_file))
-        if len(files) > 1:
-            check.problem(f"--save_file names one video, but {len(files)} chains are joined; use --save_dir")
+        if len(joined) > 1:
+            check.problem(f"--save_file names one video, but {len(joined)} chains are joined; use --save_dir")
+        joined = dict.fromkeys(joined, expanded(request.save_file))
     return [replace(job, joined=joined[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
 
 

@@ -24,7 +24,7 @@ from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
-from wan.jobs.output_paths import check_file, check_outputs
+from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
 from wan.media.video import read_record
@@ -122,8 +122,14 @@ def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    else:
-        check_file("--extend_only", file, check, overwrite=request.overwrite)
+    elif problem := name_problem(file):
+        check.problem(f"--extend_only {str(file)!r}: the name {problem}")
+    elif file.is_dir():
+        check.problem(f"--extend_only {file}: is a folder, not a file")
+    elif os.path.lexists(file) and not request.overwrite:
+        check.problem(f"--extend_only {file} already exists; --overwrite replaces it")
+    elif problem := folder_problem(file.absolute().parent):
+        check.problem(f"--extend_only {problem}")
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
 
