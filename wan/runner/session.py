@@ -43,7 +43,7 @@ class Result:
         with VideoWriter(Path(path), self.fps) as writer:
             writer.write(self.video)
             size = writer.size or (0, 0)
-            writer.finish({**self.record, "seconds": {}, **outcome(writer.path, writer.frames, size, self.fps)})
+            writer.finish({**self.record, **outcome(writer.path, writer.frames, size, self.fps)})
 
 
 class Session:
@@ -88,12 +88,15 @@ class Session:
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
-        job, pipe = plan.jobs[0], self._follow(plan)
+        job, pipe, before = plan.jobs[0], self._follow(plan), dict(self.progress.seconds)
         with Accelerator(plan.device).current():  # the caller's thread may be another one than before
             pipe.encode(pipe.texts(job))
             pipe.release_text_encoder()
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
-            return Result(self.decode(latent), latent, describe(plan, job, pipe.info()), plan.config.sample_fps)
+            video = self.decode(latent)
+        spent = {name: round(whole - before.get(name, 0.0), 3) for name, whole in self.progress.seconds.items()}
+        record = {**describe(plan, job, pipe.info()), "seconds": spent}
+        return Result(video, latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
