@@ -110,10 +110,10 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
         swept = _with_options(request, values, check, "--sweep: ")
         own_rows = dict(enumerate(prompt_rows(swept, config, extend is not None, check), len(rows)))
         rows += own_rows.values()
-        for options in dict.fromkeys(row.options for row in own_rows.values()):
+        for options in dict.fromkeys(row.options for row in own_rows.values()) or [()]:  # no rows have faults too
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
-            source = next(iter(some.values())).source
-            asked = _with_options(swept, dict(options), check, f"{source}: ") if options else swept
+            source = next((f"{row.source}: " for row in some.values()), "")
+            asked = _with_options(swept, dict(options), check, source) if options else swept
             variants.append(_variant(asked, config, some, Variant(len(variants), label_of(values)), check))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
     if request.save_file is not None and not request.chain and len(jobs) > 1:
