@@ -31,12 +31,10 @@ Result = TypeVar("Result")
 HEAD_WIDTH = 128  # of every published Wan transformer; it does not follow from the weights
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
 SIZED_BY = {
-    "dim": ("text_embedding.0.weight", 0, 1),
-    "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
-    "in_dim": ("patch_embedding.weight", 1, 1),
-    "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
+    "dim": ("text_embedding.0.weight", 0, 1), "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
+    "in_dim": ("patch_embedding.weight", 1, 1), "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
     "freq_dim": ("time_embedding.0.weight", 1, 1),
-}
+}  # fmt: skip
 DIFFUSERS_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 
 
@@ -236,20 +234,19 @@ def transformer_sizes(
 
     where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit.
     """
-    for name, axis, _ in SIZED_BY.values():
+    found: dict[str, float] = {}
+    for key, (name, axis, times) in SIZED_BY.items():
         if len(shapes.get(name, ())) <= max(axis, 1):
             raise InputError(f"{where}: not a Wan transformer: tensor {name} is missing, or has too few axes")
-    found = {key: shapes[name][axis] / times for key, (name, axis, times) in SIZED_BY.items()}
+        found[key] = shapes[name][axis] / times
     try:
         found["num_layers"] = _count_blocks(shapes)
     except ValueError as e:
         raise InputError(f"{where}: not a Wan transformer: {e}") from e
     if config is None:
         if found["dim"] % HEAD_WIDTH or not found["dim"] or not found["out_dim"].is_integer():
-            raise InputError(
-                f"{where}: the weights do not tell their heads, and a width of {found['dim']:g} is no multiple of "
-                f"{HEAD_WIDTH}; give the folder with their config.json as --ckpt_dir"
-            )
+            odd = f"the weights do not tell their heads, and a width of {found['dim']:g} is no multiple of {HEAD_WIDTH}"
+            raise InputError(f"{where}: {odd}; give the folder with their config.json as --ckpt_dir")
         sizes: dict[str, Any] = {key: int(size) for key, size in found.items()}
         return sizes | {"num_heads": sizes["dim"] // HEAD_WIDTH, "text_len": max_text, "eps": 1e-6}
     sizes = _read_sizes(config, (*found, "num_heads", "text_len", "eps"), max_text)

@@ -30,16 +30,14 @@ from wan.utils.errors import LoraError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wan.checkpoints.safetensors_file import Fp8
+
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
 GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")  # suffixes; all other files are safetensors
 ZIP_MAGIC = b"PK\x03\x04"  # of a pickle
 # a checkpoint in one file: prefix -> the kind of network behind it
-ALL_IN_ONE = {
-    "model.diffusion_model.": EXPERT,
-    "text_encoders.umt5xxl.": TEXT_ENCODER,
-    "vae.": VAE,
-    "first_stage_model.": VAE,
-}
+ALL_IN_ONE = {"model.diffusion_model.": EXPERT, "text_encoders.umt5xxl.": TEXT_ENCODER, "vae.": VAE,
+              "first_stage_model.": VAE}  # fmt: skip
 PREFIXES = ("diffusion_model.", "model.", "module.", "pipe.", "dit.", "generator.", "generator_ema.", "transformer.",
             "transformer_2.")  # fmt: skip
 # a parameter that each network of the kind has, and no other
@@ -70,9 +68,7 @@ class NamedWeights(TensorStore):
             return self._decodings[name].numbers(self.source, rows, buffer)
         return self.source.read(self._names[name], rows, buffer)
 
-    def read_fp8(
-        self, name: str, rows: slice | None = None, buffer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
+    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
         """As TensorStore.read_fp8: the numbers as stored; one scale for all, or none, becomes one for each row."""
         decoding, entry = self._decodings.get(name), self.source[self._names[name]]
         if decoding is None or entry.dtype != "F8_E4M3" or decoding.columns:
