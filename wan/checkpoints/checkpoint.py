@@ -48,13 +48,10 @@ class Part(Generic[Module]):
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A whole checkpoint, known from its headers.
+    """A whole checkpoint, known from its headers."""
 
-    folder: None where files alone serve. files: by part, those that serve in place of the folder's.
-    """
-
-    folder: Path | None
-    files: Mapping[str, Path]
+    folder: Path | None  # None where files alone serve
+    files: Mapping[str, Path]  # by part, those that serve in place of the folder's
     experts: Mapping[str, Part[WanModel]]
     text_encoder: Part[UMT5Encoder]
     vae: Part[WanVAE]

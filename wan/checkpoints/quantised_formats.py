@@ -34,17 +34,14 @@ WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
 @dataclass(frozen=True)
 class Format:
-    """scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
-
-    tensors: endings of names that no other format has. runs: who runs a format that is not read here.
-    """
+    """One row of the table."""
 
     name: str
     dtype: str = ""
-    scales: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    runs: str = ""
+    scales: tuple[str, ...] = ()  # what one scale may be for; none: the numbers are the weight
+    flags: tuple[str, ...] = ()  # further ones of its markers
+    tensors: tuple[str, ...] = ()  # endings of names that no other format has
+    runs: str = ""  # who runs a format that is not read here
 
 
 TABLE = (
@@ -78,16 +75,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one weight becomes float32: `rows` x `columns` numbers share a scale, `rotation` inputs are rotated together.
-
-    columns 0: all of the row; rotation 0: none.
-    """
+    """A weight as float32: `rows` x `columns` numbers share a scale, `rotation` inputs were rotated together."""
 
     weight: str
     scale: str | None = None
     rows: int = 1
-    columns: int = 0
-    rotation: int = 0
+    columns: int = 0  # 0: all of the row
+    rotation: int = 0  # 0: none
 
     def scale_rows(self, store: TensorStore, start: int, stop: int) -> Tensor:
         """float32 [stop - start, scales of a row], or [1, 1] if there is one for the whole tensor."""

@@ -50,16 +50,13 @@ STAND_INS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: it starts `offset` bytes into it.
-
-    stored: (type by the file's own name, bytes) where reading gives another dtype.
-    """
+    """One tensor of a file: it starts `offset` bytes into it."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    stored: tuple[str, int] | None = None
+    stored: tuple[str, int] | None = None  # (type by the file's own name, bytes) where reading gives another dtype
 
     @property
     def bytes(self) -> int:
@@ -90,15 +87,11 @@ class Entry:
 
 
 class TensorStore(dict[str, Entry]):
-    """The tensors of one safetensors file, or of the shards that a folder's index names, by name.
+    """The tensors of one safetensors file, or of an index's shards: name -> `Entry`, from headers alone."""
 
-    A dictionary name -> `Entry` (dtype, shape); `read` brings the data. Opened from headers alone.
-    """
-
-    def __init__(self, entries: Mapping[str, Entry], *metadata: dict[str, str]) -> None:
-        """metadata: of each file."""
+    def __init__(self, entries: Mapping[str, Entry], *metadata_by_file: dict[str, str]) -> None:
         super().__init__(entries)
-        self.metadata_by_file = metadata
+        self.metadata_by_file = metadata_by_file
         self.source: TensorStore = self  # of the file itself, with its own names
 
     @classmethod

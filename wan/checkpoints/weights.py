@@ -79,11 +79,8 @@ class NamedWeights(TensorStore):
 
 
 def open_file(path: Path) -> TensorStore:
-    """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one.
-
-    The suffix decides, in any case; the first bytes where it says nothing.
-    """
-    start, suffix = b"", path.suffix.lower()
+    """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one."""
+    start, suffix = b"", path.suffix.lower()  # the first bytes decide where the suffix says nothing
     if suffix not in (GGUF, *PICKLED, ".safetensors", ".json") and size_of(path):
         with path.open("rb") as file:
             start = file.read(4)
@@ -155,10 +152,7 @@ def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict
 
 
 def open_expert(path: Path) -> TensorStore:
-    """One file as the replacement of an expert, under the base's names.
-
-    TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
-    """
+    """One file as the replacement of an expert, under our names. LoraError for one that is no full expert."""
     source = open_file(path)
     if any(".proj_l." in name for name in source):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
