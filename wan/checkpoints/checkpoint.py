@@ -246,7 +246,17 @@ def transformer_sizes(
             raise InputError(f"{where}: {odd}; give the folder with their config.json as --ckpt_dir")
         sizes: dict[str, Any] = {key: int(size) for key, size in found.items()}
         return sizes | {"num_heads": sizes["dim"] // HEAD_WIDTH, "text_len": max_text, "eps": 1e-6}
-    sizes = _read_sizes(config, (*found, "num_heads", "text_len", "eps"), max_text)
+    with reading(config, "not the configuration of a Wan transformer"):
+        values = parse_json(config.read_bytes())
+        if "num_attention_heads" in values:
+            values |= {ours: values[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": max_text}
+            widths = values["num_heads"], values["attention_head_dim"]
+            values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
+        sizes = {key: values[key] for key in (*found, "num_heads", "text_len", "eps")}
+    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
+    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
+    if bad := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
+        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(bad)}")
     differ = [(key, size) for key, size in found.items() if size != sizes[key]]
     wrong = [f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}" for key, size in differ]
     if wrong and where != str(config.parent):  # the weights are a file of their own, which is to blame
@@ -257,22 +267,6 @@ def transformer_sizes(
         wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {max_text} is possible")
     if wrong:
         raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
-    return sizes
-
-
-def _read_sizes(config: Path, keys: tuple[str, ...], max_text: int) -> dict[str, Any]:
-    """The sizes `keys` of a config.json, the original's or diffusers'. InputError for anything else."""
-    with reading(config, "not the configuration of a Wan transformer"):
-        values = parse_json(config.read_bytes())
-        if "num_attention_heads" in values:
-            values |= {ours: values[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": max_text}
-            widths = values["num_heads"], values["attention_head_dim"]
-            values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
-        sizes: dict[str, Any] = {key: values[key] for key in keys}
-    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
-    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
-    if wrong := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
-        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
     return sizes
 
 
