@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", elsewhere=ELSEWHERE
-    )
+    text = "LoRAs and distilled weights for Wan2.2."
+    parser = Parser(prog="python -m lightning", description=text, elsewhere=ELSEWHERE)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     text = "describe a weight file, or each file of a folder, and its use in a run"
     inspect = commands.add_parser("inspect", help=text, description=f"{text.capitalize()}. Reads headers only.")
@@ -134,16 +133,10 @@ def _bake(args: argparse.Namespace) -> int:
     for warning in chosen.warnings:
         tell(sys.stderr, f"warning: {warning}\n")
     Bake(
-        task=args.task,
-        ckpt_dir=args.ckpt_dir,
-        loras=loras,
-        out=args.out,
-        dtype=getattr(torch, BAKED_DTYPES[args.dtype]),
-        allow_partial=args.lora_allow_partial,
-        release=release,
-        layout=args.layout,
+        task=args.task, ckpt_dir=args.ckpt_dir, loras=loras, out=args.out, layout=args.layout, release=release,
+        dtype=getattr(torch, BAKED_DTYPES[args.dtype]), allow_partial=args.lora_allow_partial,
         report=lambda line: tell(sys.stderr, f"{line}\n"),
-    ).write()
+    ).write()  # fmt: skip
     return 0
 
 

@@ -52,8 +52,7 @@ class Models:
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
-    whole = (experts for config, experts in found if len(experts) == len(config.experts))
-    return next(whole, None) or max((experts for _, experts in found), key=len)
+    return max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))[1]
 
 
 def inspect_path(path: Path, models: Models, alpha: float | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -91,21 +90,12 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
     """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release and release.name,
-        "source": release and release.source,
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
         "settings": release and release_settings(release),
-        "note": (release and release.note) or caution(file) or "",
-        "licence": (release and release.licence) or "",
-        "use": None,
-        "stored": {},
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))

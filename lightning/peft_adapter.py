@@ -36,12 +36,9 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
         modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
         alphas = {module: delta.scale * lora.strength * delta.rank for module, delta in modules.items()}
         config = LoraConfig(
-            r=deltas[0].rank,
-            lora_alpha=next(iter(alphas.values())),
-            rank_pattern={module: delta.rank for module, delta in modules.items()},
-            alpha_pattern=alphas,
-            target_modules=list(modules),
-        )
+            r=deltas[0].rank, rank_pattern={module: delta.rank for module, delta in modules.items()},
+            lora_alpha=next(iter(alphas.values())), alpha_pattern=alphas, target_modules=list(modules),
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
