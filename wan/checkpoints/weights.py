@@ -98,8 +98,15 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     wanted = kind if kind in parts.values() else None
     plain = {name: strip_prefixes(name) for name, part in parts.items() if part == wanted}
     plain = {name: each for name, each in plain.items() if each not in NO_WEIGHTS}
+    here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
+    marked: dict[str, Any] = {}  # by plain name of a layer of this part, or of one that the file does not have
     try:
-        layers = layers_of(plain, _markers(source, plain, kind))
+        for layer, marker in markers(source):
+            name = strip_prefixes(layer)
+            elsewhere = f"{name}.weight" in everywhere and f"{name}.weight" not in here
+            if _part_of(layer) in (None, kind) and not elsewhere and marked.setdefault(name, marker) != marker:
+                raise ValueError(f"its markers of layer {layer:.100} contradict each other")
+        layers = layers_of(plain, marked)
     except ValueError as e:
         raise LoraError(f"{where}: {e}") from e
     names: dict[str, str] = {}
@@ -180,18 +187,6 @@ def _our_names(kind: str, names: Collection[str]) -> dict[str, str]:
         if any(name.startswith(sign) for name in names):
             return rename(names)
     return {name: name for name in names}
-
-
-def _markers(source: TensorStore, plain: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """Plain name of a layer of this part -> its marker. One of a layer that the file does not have is kept."""
-    here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
-    found: dict[str, Any] = {}
-    for layer, marker in markers(source):
-        name = strip_prefixes(layer)
-        elsewhere = f"{name}.weight" in everywhere and f"{name}.weight" not in here
-        if _part_of(layer) in (None, kind) and not elsewhere and found.setdefault(name, marker) != marker:
-            raise ValueError(f"its markers of layer {layer:.100} contradict each other")
-    return found
 
 
 def _restore_axes(source: TensorStore, names: Mapping[str, str]) -> None:
