@@ -12,7 +12,7 @@ import math
 import struct
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
 from wan.utils.errors import TensorFileError
@@ -29,15 +29,7 @@ SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter mad
 ALIGNMENT_KEY = "general.alignment"
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
-
-
-class _Listed(NamedTuple):
-    """As in the header: axes from the innermost, the number of the type, offset from the start of the data."""
-
-    name: str
-    axes: tuple[int, ...]
-    type: int
-    offset: int
+Listed = tuple[str, tuple[int, ...], int, int]  # name, axes from the innermost, number of the type, offset in the data
 
 
 class GgufStore(TensorStore):
@@ -51,25 +43,28 @@ class GgufStore(TensorStore):
         except ImportError as e:
             raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
         entries: dict[str, Entry] = {}
-        for tensor in tensors:
-            name, offset = tensor.name, start + tensor.offset
+        for name, axes, number, offset in tensors:
             try:
-                kind = gguf.GGMLQuantizationType(tensor.type)
+                kind = gguf.GGMLQuantizationType(number)
                 values, width = gguf.GGML_QUANT_SIZES[kind]
             except (ValueError, KeyError):
-                unknown = f"of the type {tensor.type}, which the installed package gguf does not know"
+                unknown = f"of the type {number}, which the installed package gguf does not know"
                 raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
-            if (row := (tensor.axes or (1,))[0]) % values:
+            if (row := (axes or (1,))[0]) % values:
                 rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
                 raise TensorFileError(f"{path}: tensor {name} has {rows}")
             if name in entries:
                 raise TensorFileError(f"{path}: the header names tensor {name} twice")
-            shape = _shape(path, tensor, settings.get(SHAPE_KEY + name))
-            if kind.name in DTYPES:
-                entries[name] = Entry(path, kind.name, shape, offset)
-            else:
-                stored = kind.name, math.prod(shape) // values * width
-                entries[name] = Entry(path, "F32", shape, offset, stored)
+            shape = tuple(reversed(axes))
+            if (original := settings.get(SHAPE_KEY + name)) is not None:
+                whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
+                if not whole or not original or math.prod(original) != math.prod(shape):
+                    raise TensorFileError(f"{path}: {SHAPE_KEY}{name} is not a shape of {math.prod(shape):,} values")
+                shape = original
+            elif name.endswith(TABLES) and len(shape) == 2:
+                shape = 1, *shape
+            stored = None if kind.name in DTYPES else (kind.name, math.prod(shape) // values * width)
+            entries[name] = Entry(path, "F32" if stored else kind.name, shape, start + offset, stored)
         super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
         self._check(path, gguf)
 
@@ -124,18 +119,7 @@ class GgufStore(TensorStore):
                 ) from None
 
 
-def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
-    """The tensor's shape in its model. original: the one in the file's settings, if they have one."""
-    shape = tuple(reversed(tensor.axes))
-    if original is None:
-        return (1, *shape) if tensor.name.endswith(TABLES) and len(shape) == 2 else shape
-    whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
-    if not whole or not original or math.prod(original) != math.prod(shape):
-        raise TensorFileError(f"{path}: {SHAPE_KEY}{tensor.name} is not a shape of {math.prod(shape):,} values")
-    return tuple(original)
-
-
-def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
     with reading(path, "the GGUF header is cut off or corrupt") as size, path.open("rb") as file:
         header = _Header(file, min(size, MAX_HEADER_BYTES))
@@ -194,7 +178,7 @@ class _Header:
             self.take(self.number("Q"))
         return None
 
-    def tensor(self) -> _Listed:
+    def tensor(self) -> Listed:
         name = self.text()
         if not name.isprintable() or not name:
             raise ValueError(f"a tensor is named {name!r:.60}")
@@ -202,4 +186,4 @@ class _Header:
         if axes > MOST_AXES:
             raise ValueError(f"tensor {name:.60} has {axes:,} axes")
         sizes = tuple(self.number("Q") for _ in range(axes))
-        return _Listed(name, sizes, self.number("I"), self.number("Q"))
+        return name, sizes, self.number("I"), self.number("Q")
