@@ -32,6 +32,34 @@ VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's 
 Listed = tuple[str, tuple[int, ...], int, int]  # name, axes from the innermost, number of the type, offset in the data
 
 
+class Blocks(Entry):
+    """A quantised tensor: float32 as `gguf.quants.dequantize` computes it, for the rows that are read."""
+
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        import numpy as np
+        import torch
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        assert self.stored is not None
+        part, kind = self.rows(rows), GGMLQuantizationType[self.stored[0]]
+        count, (values, width) = math.prod(part.shape), GGML_QUANT_SIZES[kind]
+        start = (part.offset - self.offset) // 4  # numbers before the first row
+        begin = start // values  # rows need not begin where blocks do, if a converter reshaped the tensor
+        blocks = Entry(self.file, "U8", (self.stored[1] // width, width), self.offset)
+        data = blocks.read(name, slice(begin, math.ceil((start + count) / values))).numpy()
+        memory = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
+        numbers = memory.view(torch.float32)
+        at_once = max(1, VALUES_AT_ONCE // values)
+        for block in range(0, len(data), at_once):
+            with np.errstate(all="ignore"):  # a damaged scale gives NaN or Inf, which loading looks for
+                some = dequantize(data[block : block + at_once].reshape(1, -1), kind)[0]
+            position = (begin + block) * values - start
+            piece = torch.from_numpy(some[max(0, -position) : count - position])
+            numbers[max(0, position) :][: piece.numel()] = piece
+        return numbers.view(part.shape)
+
+
 class GgufStore(TensorStore):
     """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types."""
 
@@ -63,37 +91,11 @@ class GgufStore(TensorStore):
                 shape = original
             elif name.endswith(TABLES) and len(shape) == 2:
                 shape = 1, *shape
-            stored = None if kind.name in DTYPES else (kind.name, math.prod(shape) // values * width)
-            entries[name] = Entry(path, "F32" if stored else kind.name, shape, start + offset, stored)
+            stored = kind.name, math.prod(shape) // values * width
+            plain = Entry(path, kind.name, shape, start + offset)
+            entries[name] = plain if kind.name in DTYPES else Blocks(path, "F32", shape, start + offset, stored)
         super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
         self._check(path, gguf)
-
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        """As TensorStore.read; quantised tensors as `gguf.quants.dequantize` computes them, float32."""
-        entry, part = self[name], self[name].rows(rows)
-        if entry.stored is None:
-            return super().read(name, rows, buffer)
-        import numpy as np
-        import torch
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        kind, count = GGMLQuantizationType[entry.stored[0]], math.prod(part.shape)
-        values, width = GGML_QUANT_SIZES[kind]
-        start = (part.offset - entry.offset) // 4  # numbers before the first row
-        begin = start // values  # rows need not begin where blocks do, if a converter reshaped the tensor
-        blocks = Entry(entry.file, "U8", (entry.stored[1] // width, width), entry.offset)
-        data = blocks.rows(slice(begin, math.ceil((start + count) / values))).read(name).numpy()
-        memory = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
-        numbers = memory.view(torch.float32)
-        at_once = max(1, VALUES_AT_ONCE // values)
-        for block in range(0, len(data), at_once):
-            with np.errstate(all="ignore"):  # a damaged scale gives NaN or Inf, which loading looks for
-                some = dequantize(data[block : block + at_once].reshape(1, -1), kind)[0]
-            position = (begin + block) * values - start
-            piece = torch.from_numpy(some[max(0, -position) : count - position])
-            numbers[max(0, position) :][: piece.numel()] = piece
-        return numbers.view(part.shape)
 
     def _check(self, path: Path, gguf: ModuleType) -> None:
         """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""

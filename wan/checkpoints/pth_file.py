@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +59,24 @@ class Pickled:
         return all(n < 2 or step == own for n, step, own in zip(self.shape, steps, self.stride, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Strided(Entry):
+    """A tensor whose elements are apart, among `extent` of its storage."""
+
+    extent: int
+    stride: tuple[int, ...]
+
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        flat = Entry(self.file, self.dtype, (self.extent,), self.offset).read(name)
+        return flat.as_strided(self.shape, self.stride)[rows or ...].contiguous()
+
+
 class PickleStore(TensorStore):
     """The tensors of a `.pth` file, read from their places in it."""
 
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
-        entries: dict[str, Entry] = {}
+        super().__init__({})
         tensors, records = _read_pickle(path)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
@@ -76,16 +88,9 @@ class PickleStore(TensorStore):
             if needed > size:
                 what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
                 raise TensorFileError(f"{path}: truncated or damaged: {what}")
-            entries[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
-        super().__init__(entries)
-        self._strided = {name: each for name, each in tensors.items() if each.extent and not each.contiguous}
-
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        if name not in self._strided:
-            return super().read(name, rows, buffer)
-        tensor = self._strided[name]
-        flat = replace(self[name], shape=(tensor.extent,)).read(name)
-        return flat.as_strided(tensor.shape, tensor.stride)[rows or ...].contiguous()
+            self[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
+            if tensor.extent and not tensor.contiguous:
+                self[name] = Strided(**vars(self[name]), extent=tensor.extent, stride=tensor.stride)
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says

@@ -50,7 +50,7 @@ STAND_INS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: it starts `offset` bytes into it."""
+    """One tensor of a file: it starts `offset` bytes into it. Other readers' entries compute as they read."""
 
     file: Path
     dtype: str
@@ -70,20 +70,25 @@ class Entry:
         row = self.bytes // max(1, self.shape[0])
         return replace(self, shape=(max(0, stop - start), *self.shape[1:]), offset=self.offset + start * row)
 
-    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Its data, in `buffer` (uint8) if there is one. name: in messages."""
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        """As `TensorStore.read`. name: in messages."""
         import torch
 
-        data = torch.empty(self.bytes, dtype=torch.uint8) if buffer is None else buffer[: self.bytes]
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
+        part = self.rows(rows)
+        data = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
+        with part.file.open("rb", buffering=0) as file:
+            file.seek(part.offset)
             view, done = data.numpy().data, 0
-            while done < self.bytes:
+            while done < part.bytes:
                 got = file.readinto(view[done:])
                 if not got:
-                    raise TensorFileError(f"{self.file}: ended inside tensor {name}")
+                    raise TensorFileError(f"{part.file}: ended inside tensor {name}")
                 done += got
-        return data.view(getattr(torch, DTYPES[self.dtype][0])).reshape(self.shape)
+        return data.view(getattr(torch, DTYPES[part.dtype][0])).reshape(part.shape)
+
+    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
+        """A matrix that is stored in e4m3, as it is; None for any other tensor."""
+        return None
 
 
 class TensorStore(dict[str, Entry]):
@@ -151,16 +156,12 @@ class TensorStore(dict[str, Entry]):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(names, pool.map(value, names), strict=True))
 
-    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
-        """A matrix that is stored in e4m3, as it is; None for any other tensor."""
-        return None
-
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in its entry's dtype.
 
         buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
         """
-        return self[name].rows(rows).read(name, buffer)
+        return self[name].read(name, rows, buffer)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

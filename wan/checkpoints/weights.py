@@ -13,24 +13,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
 from wan.checkpoints.gguf_file import GgufStore
 from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
 from wan.checkpoints.pth_file import PickleStore
-from wan.checkpoints.quantised_formats import DATA, Decoding, decoding_of, layers_of, markers
+from wan.checkpoints.quantised_formats import DATA, entry_of, layers_of, markers
 from wan.checkpoints.quantised_formats import FLOATS as FLOATS
 from wan.checkpoints.safetensors_file import TensorStore, size_of
 from wan.configs import TaskConfig
 from wan.configs.task import PATCH
 from wan.utils.errors import LoraError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from wan.checkpoints.safetensors_file import Fp8
 
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
 GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")  # suffixes; all other files are safetensors
@@ -51,31 +46,6 @@ SPELLINGS: dict[str, dict[str, Callable[[Iterable[str]], dict[str, str]]]] = {
 WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")  # anywhere in a name
 NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in ComfyUI's files
 SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
-
-
-class NamedWeights(TensorStore):
-    """Tensors of another store by our names, quantised ones as float32. Entries have the dtype that `read` gives."""
-
-    def __init__(self, source: TensorStore, names: Mapping[str, str], decodings: Mapping[str, Decoding]) -> None:
-        """names: ours -> the tensor in `source`. decodings: by our name, of those that are not given as stored."""
-        entries = {ours: source[theirs] for ours, theirs in names.items()}
-        decoded = {n: replace(entries[n], dtype="F32", stored=source.stored(names[n])) for n in decodings}
-        super().__init__(entries | decoded, *source.metadata_by_file)
-        self.source, self._names, self._decodings = source, names, decodings
-
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        if name in self._decodings:
-            return self._decodings[name].numbers(self.source, rows, buffer)
-        return self.source.read(self._names[name], rows, buffer)
-
-    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
-        """As TensorStore.read_fp8: the numbers as stored; one scale for all, or none, becomes one for each row."""
-        decoding, entry = self._decodings.get(name), self.source[self._names[name]]
-        if decoding is None or entry.dtype != "F8_E4M3" or decoding.columns:
-            return None
-        q = self.source.read(decoding.weight, rows, buffer)
-        start, stop, _ = (rows or slice(None)).indices(entry.shape[0])
-        return q, decoding.scale_rows(self.source, start, stop).expand(len(q), 1)
 
 
 def open_file(path: Path) -> TensorStore:
@@ -110,25 +80,23 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     except ValueError as e:
         raise LoraError(f"{where}: {e}") from e
     names: dict[str, str] = {}
-    decodings: dict[str, Decoding] = {}
-    problems = []
     for name, own in _our_names(kind, layers).items():
         if own in names:
             raise LoraError(f"{where}: it has {own} a second time in another spelling")
-        names[own] = layers[name].weight
+        names[own] = name
+    if kind == EXPERT:
+        _restore_axes(source, {own: layers[name].weight for own, name in names.items()})
+    ours, problems = TensorStore({}, *source.metadata_by_file), []
+    ours.source = source
+    for own, name in names.items():
         try:
-            if decoding := decoding_of(own, layers[name], source):
-                decodings[own] = decoding
+            ours[own] = entry_of(own, layers[name], source)
         except ValueError as e:
             problems.append(f"{own} {e}")
     if problems:
         count = f"{len(problems)} tensors are stored in a form that is not read here"
         raise LoraError(f"{where}: {count} (first: {min(problems)})")
-    if kind == EXPERT:
-        _restore_axes(source, names)
-    if not decodings and list(names) == list(source):
-        return source
-    return NamedWeights(source, names, decodings)
+    return ours
 
 
 def kinds_in(names: Collection[str]) -> list[str]:
@@ -192,7 +160,7 @@ def _our_names(kind: str, names: Collection[str]) -> dict[str, str]:
 def _restore_axes(source: TensorStore, names: Mapping[str, str]) -> None:
     """Give the patch embedding its five axes [D, C, 1, 2, 2] where a writer of at most four joined or dropped some."""
     weight, bias = names.get("patch_embedding.weight"), names.get("patch_embedding.bias")
-    if weight is None or bias is None or len(source[bias].shape) != 1 or len(source[weight].shape) == len(PATCH) + 2:
+    if not weight or not bias or len(source[bias].shape) != 1 or len(source[weight].shape) == len(PATCH) + 2:
         return
     entry, width = source[weight], source[bias].shape[0]
     channels, rest = divmod(math.prod(entry.shape), width * math.prod(PATCH)) if width else (0, 1)

@@ -89,7 +89,7 @@ class Source:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
             stored = None
             if self.dtype(piece.name) == FP8 and not self._merged(piece):
-                stored = self.store.read_fp8(piece.name, piece.rows, buffer)  # None if the file has another dtype
+                stored = self.store[piece.name].read_fp8(piece.name, piece.rows, buffer)  # None for another dtype
             if stored:
                 tensor, self._scales[key] = stored
             else:
