@@ -60,65 +60,67 @@ class Blocks(Entry):
         return numbers.view(part.shape)
 
 
-class GgufStore(TensorStore):
-    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types."""
+def open_gguf(path: Path) -> TensorStore:
+    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types.
 
-    def __init__(self, path: Path) -> None:
-        """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
-        tensors, settings, start = _read_header(path)
+    TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing.
+    """
+    tensors, settings, start = _read_header(path)
+    try:
+        import gguf
+    except ImportError as e:
+        raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
+    entries: dict[str, Entry] = {}
+    for name, axes, number, offset in tensors:
         try:
-            import gguf
-        except ImportError as e:
-            raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
-        entries: dict[str, Entry] = {}
-        for name, axes, number, offset in tensors:
-            try:
-                kind = gguf.GGMLQuantizationType(number)
-                values, width = gguf.GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError):
-                unknown = f"of the type {number}, which the installed package gguf does not know"
-                raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
-            if (row := (axes or (1,))[0]) % values:
-                rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
-                raise TensorFileError(f"{path}: tensor {name} has {rows}")
-            if name in entries:
-                raise TensorFileError(f"{path}: the header names tensor {name} twice")
-            shape = tuple(reversed(axes))
-            if (original := settings.get(SHAPE_KEY + name)) is not None:
-                whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
-                if not whole or not original or math.prod(original) != math.prod(shape):
-                    raise TensorFileError(f"{path}: {SHAPE_KEY}{name} is not a shape of {math.prod(shape):,} values")
-                shape = original
-            elif name.endswith(TABLES) and len(shape) == 2:
-                shape = 1, *shape
-            stored = kind.name, math.prod(shape) // values * width
-            plain = Entry(path, kind.name, shape, start + offset)
-            entries[name] = plain if kind.name in DTYPES else Blocks(path, "F32", shape, start + offset, stored)
-        super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
-        self._check(path, gguf)
+            kind = gguf.GGMLQuantizationType(number)
+            values, width = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            unknown = f"of the type {number}, which the installed package gguf does not know"
+            raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
+        if (row := (axes or (1,))[0]) % values:
+            rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
+            raise TensorFileError(f"{path}: tensor {name} has {rows}")
+        if name in entries:
+            raise TensorFileError(f"{path}: the header names tensor {name} twice")
+        shape = tuple(reversed(axes))
+        if (original := settings.get(SHAPE_KEY + name)) is not None:
+            whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
+            if not whole or not original or math.prod(original) != math.prod(shape):
+                raise TensorFileError(f"{path}: {SHAPE_KEY}{name} is not a shape of {math.prod(shape):,} values")
+            shape = original
+        elif name.endswith(TABLES) and len(shape) == 2:
+            shape = 1, *shape
+        stored = kind.name, math.prod(shape) // values * width
+        plain = Entry(path, kind.name, shape, start + offset)
+        entries[name] = plain if kind.name in DTYPES else Blocks(path, "F32", shape, start + offset, stored)
+    store = TensorStore(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
+    _check(store, path, gguf)
+    return store
 
-    def _check(self, path: Path, gguf: ModuleType) -> None:
-        """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
-        import numpy as np
 
-        end, size = 0, path.stat().st_size
-        for name in self.in_file_order(self):
-            if self[name].offset < end:
-                raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
-            end = self[name].offset + self.stored(name)[1]
-            if end > size:
-                sizes = f"{end:,} bytes at least, {size:,} found"
-                raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
-        for stored in sorted({entry.stored[0] for entry in self.values() if entry.stored}):
-            kind = gguf.GGMLQuantizationType[stored]
-            try:
-                gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-            except NotImplementedError:
-                names = [name for name in self if self.stored(name)[0] == stored]
-                raise TensorFileError(
-                    f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
-                    "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
-                ) from None
+def _check(store: TensorStore, path: Path, gguf: ModuleType) -> None:
+    """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
+    import numpy as np
+
+    end, size = 0, path.stat().st_size
+    for name in store.in_file_order(store):
+        if store[name].offset < end:
+            raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
+        end = store[name].offset + store.stored(name)[1]
+        if end > size:
+            sizes = f"{end:,} bytes at least, {size:,} found"
+            raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
+    for stored in sorted({entry.stored[0] for entry in store.values() if entry.stored}):
+        kind = gguf.GGMLQuantizationType[stored]
+        try:
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            names = [name for name in store if store.stored(name)[0] == stored]
+            raise TensorFileError(
+                f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
+                "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
+            ) from None
 
 
 def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:

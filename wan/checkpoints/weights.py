@@ -2,7 +2,7 @@
 
 Files: safetensors (whole or shards by their index), PyTorch pickles, GGUF. Names: the released ones, behind the
 prefixes that other programs add, diffusers', transformers' and llama.cpp's. Quantised weights are given as float32 (see
-`quantised_formats`; GGUF's by its own store), e4m3 also as it is stored. All else is refused.
+`quantised_formats` and `gguf_file`), e4m3 also as it is stored. All else is refused.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
-from wan.checkpoints.gguf_file import GgufStore
+from wan.checkpoints.gguf_file import open_gguf
 from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.checkpoints.quantised_formats import DATA, entry_of, layers_of, markers
 from wan.checkpoints.quantised_formats import FLOATS as FLOATS
 from wan.checkpoints.safetensors_file import TensorStore, size_of
@@ -55,8 +55,8 @@ def open_file(path: Path) -> TensorStore:
         with path.open("rb") as file:
             start = file.read(4)
     if suffix == GGUF or start == GGUF_MAGIC:
-        return GgufStore(path)
-    return PickleStore(path) if suffix in PICKLED or start == ZIP_MAGIC else TensorStore.open(path)
+        return open_gguf(path)
+    return open_pickle(path) if suffix in PICKLED or start == ZIP_MAGIC else TensorStore.open(path)
 
 
 def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
