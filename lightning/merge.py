@@ -12,14 +12,14 @@ Shapes: O rows of the weight, I columns (all further axes of a convolution flatt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning.lora import Lora
-from lightning.lora_matching import PAIR, Delta
+from lightning.lora_matching import PAIR, Delta, Shapes
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
@@ -36,12 +36,7 @@ class Merge:
     """
 
     def __init__(
-        self,
-        loras: Sequence[Lora],
-        shapes: Mapping[str, tuple[int, ...]],
-        device: torch.device | None = None,
-        *,
-        linear_pairs: bool = True,
+        self, loras: Sequence[Lora], shapes: Shapes, device: torch.device | None = None, *, linear_pairs: bool = True
     ) -> None:
         self.shapes = shapes
         self.device = device or torch.device("cpu")

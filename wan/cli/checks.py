@@ -9,7 +9,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TypeVar
 
-from wan.utils.argument_parser import not_one_of, outside, pair, real, short
+from wan.utils.argument_parser import not_one_of, outside, real, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
@@ -71,14 +71,6 @@ class Check:
             self.problem(problem)
             return default
         return default if given is None else given
-
-    def pair(
-        self, flag: str, given: str | None, default: tuple[float, float], low: float, high: float
-    ) -> tuple[float, float]:
-        """`A` (twice the same) or `A,B`."""
-        numbers = self.attempt(lambda: pair(flag, given)) if given is not None else None
-        first, last = (self.number(flag, number, default[0], low, high) for number in numbers or default)
-        return first, last
 
     def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
         """(width, height) of `W*H` or `WxH`, multiples of `step`, or of one of the `named` sizes."""

@@ -67,9 +67,8 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     InputError naming every flag that does not exist, with one suggestion for each.
     """
     problems: list[str] = []
-    known = vars(_parser(problems).read(words))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return {name: value for name, value in values.items() if value is not None}, problems
+    given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems
 
 
 def words_of(request: Request) -> list[str]:

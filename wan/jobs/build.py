@@ -159,7 +159,7 @@ def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
 
 
 def _origin(request: Request, row: Row, picture: str) -> str:
-    """The flag or the row that a picture comes from: how a sentence about it begins, before its path."""
+    """The flag or the row that a picture comes from, before its path."""
     path = getattr(request, picture)
     return f"--{picture} " if path is not None and getattr(row, picture) == expanded(path) else f"{row.source}: "
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -53,17 +53,11 @@ def _row_problem(save_dir: Path, name: str) -> str | None:
 
 
 def check_outputs(
-    request: Request,
-    files: Sequence[Path],
-    check: Check,
-    inputs: Iterable[Path] = (),
-    latents: bool = True,
-    own: Collection[Path] | None = None,
+    request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), own: set[Path] | None = None
 ) -> None:
     """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
 
-    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. latents:
-    whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
+    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced.
     own: those of the videos that this process makes, None: all; others' may be there already.
     """
     flag = "--save_file " if request.save_file is not None else ""
@@ -76,7 +70,7 @@ def check_outputs(
     misnamed = set(wrong)
     refuse(wrong, f": videos are written as {' or '.join(CONTAINERS)}; give it that extension")
     usable = _check_names([file for file in files if file not in misnamed], check)
-    written = {file: _written(file, latents, request) for file in usable}
+    written = {file: _written(file, request) for file in usable}
     place = _places()
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
     written = {file: paths for file, paths in written.items() if own is None or file in own}
@@ -98,8 +92,9 @@ def check_outputs(
             check.problem(f"{problem}; choose another --save_dir")
 
 
-def _written(video: Path, latents: bool, request: Request) -> list[Path]:
-    asked = (True, True, latents, request.preview, request.preview_steps and request.decode_latents is None)
+def _written(video: Path, request: Request) -> list[Path]:
+    samples = request.decode_latents is None  # then latents are kept, until the video is whole
+    asked = (True, True, samples, request.preview, request.preview_steps and samples)
     return [path for path, wanted in zip(Beside.of(video), asked, strict=True) if wanted]
 
 

@@ -138,7 +138,7 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
         check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
-    check_outputs(request, [video], check, [latents], latents=False)
+    check_outputs(request, [video], check, [latents])
     weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, config, check))
     return Decode(request, config, weights, latents, video)
 
