@@ -55,12 +55,12 @@ class Finding:
     name, seconds: of the check, added by `examine`.
     """
 
+    name: str = field(default="", kw_only=True)
     verdict: str
     sentence: str
+    seconds: float = field(default=0.0, kw_only=True)
     advice: str = ""
     values: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    seconds: float = 0.0
 
     def line(self) -> str:
         """The finding, with the lines of its table below it."""
