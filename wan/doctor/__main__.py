@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -25,20 +26,9 @@ if __name__ == "__main__":
 import torch
 
 from wan.doctor.forecast import forecast
-from wan.doctor.machine import (
-    WRONG,
-    CheckOutcome,
-    DoctorCheck,
-    Finding,
-    Machine,
-    choose_device,
-    examine,
-    packages,
-    versions_check,
-    video_encoder,
-)
+from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
-from wan.doctor.rates import exchange, rate_checks
+from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell
@@ -81,30 +71,23 @@ def main(words: Sequence[str] | None = None) -> int:
 def _print(text: str) -> None:
     """Print; a terminal gets lines no longer than it is wide, their further lines indented."""
     if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
+        wrap = partial(fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
         indents = {True: " " * INDENT, False: " " * SENTENCE}
-        text = "\n".join(
-            fill(line, columns, subsequent_indent=indents[line.startswith(" ")], break_long_words=False,
-                 break_on_hyphens=False)
-            for line in text.splitlines()
-        )  # fmt: skip
+        lines = text.splitlines()
+        text = "\n".join(wrap(line, subsequent_indent=indents[line.startswith(" ")]) for line in lines)
     tell(sys.stdout, f"{text}\n")
 
 
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
     """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
-
-    def devices(machine: Machine) -> CheckOutcome:
-        machine.device, outcome = choose_device(device)
-        return outcome
-
     first = [
-        DoctorCheck("versions", versions_check),
+        DoctorCheck("versions", versions),
         DoctorCheck("packages", packages),
         DoctorCheck("ffmpeg", video_encoder),
+        DoctorCheck("devices", partial(devices, device)),
     ]
-    for check in [*first, DoctorCheck("devices", devices)]:
+    for check in first:
         yield examine(check, machine)
     for check in checks_of(machine):
         yield examine(check, machine)
@@ -118,7 +101,6 @@ def checks_of(machine: Machine) -> list[DoctorCheck]:
         DoctorCheck("weights in fp8", fp8_layer),
         DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
-        DoctorCheck("exchange between GPUs", exchange),
         *rate_checks(),
         DoctorCheck("forecast", forecast),
     ]

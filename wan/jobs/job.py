@@ -106,7 +106,6 @@ class Generate:
     config: TaskConfig
     weights: Weights
     sampling: Sampling
-    rows: tuple[Row, ...]  # the prompts that the jobs come from
     jobs: tuple[Job, ...]
     extend: ExtendSettings | None = None  # None: prompts are used as they are
     warnings: tuple[str, ...] = ()
