@@ -20,7 +20,7 @@ from wan.utils.errors import TensorFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 # a setting's kind -> struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
@@ -61,10 +61,7 @@ class Blocks(Entry):
 
 
 def open_gguf(path: Path) -> TensorStore:
-    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types.
-
-    TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing.
-    """
+    """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
     tensors, settings, start = _read_header(path)
     try:
         import gguf
@@ -127,7 +124,7 @@ def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
     with reading(path, "the GGUF header is cut off or corrupt") as size, path.open("rb") as file:
         header = _Header(file, min(size, MAX_HEADER_BYTES))
-        if header.take(4) != MAGIC:
+        if header.take(4) != GGUF_MAGIC:
             raise misread(path, "not a GGUF file")
         if (version := header.number("I")) not in (2, 3):
             raise TensorFileError(f"{path}: a GGUF file of version {version:#x}, not of 2 or 3 (little-endian)")

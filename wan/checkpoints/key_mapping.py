@@ -117,11 +117,8 @@ def text_name(name: str, source: int = OURS, target: int = TRANSFORMERS) -> str:
 
 
 def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[str, str]:
-    """transformers' or llama.cpp's names of a text encoder's parameters -> ours.
-
-    transformers' `encoder.embed_tokens` repeats `shared`, if there is one.
-    """
-    names, repeated = list(names), "encoder.embed_tokens.weight"
+    """transformers' or llama.cpp's names of a text encoder's parameters -> ours."""
+    names, repeated = list(names), "encoder.embed_tokens.weight"  # transformers' repeats `shared`, if there is one
     listed = [name for name in names if name != repeated or "shared.weight" not in names]
     return {name: text_name(name.replace(repeated, "shared.weight"), spelling, OURS) for name in listed}
 

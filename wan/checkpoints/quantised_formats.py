@@ -154,10 +154,7 @@ def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) -> dict[str, Layer]:
-    """Weights by plain name, each with its scale and marker. ValueError for a name in two spellings.
-
-    names: in the file -> plain, without prefixes. marked: by plain name of the layer.
-    """
+    """Weights by plain name, from names in the file -> plain and markers by plain name of the layer. ValueError."""
     layers = {f"{stem}.weight": Layer(marker=marker) for stem, marker in marked.items()}
     by_stem = defaultdict[str, list[str]](list)
     for name, plain in names.items():

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from wan.checkpoints import layout
-from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
-from wan.checkpoints.gguf_file import open_gguf
+from wan.checkpoints.gguf_file import GGUF_MAGIC, open_gguf
 from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
 from wan.checkpoints.pth_file import open_pickle
 from wan.checkpoints.quantised_formats import DATA, entry_of, layers_of, markers
-from wan.checkpoints.quantised_formats import FLOATS as FLOATS
 from wan.checkpoints.safetensors_file import TensorStore, size_of
 from wan.configs import TaskConfig
 from wan.configs.task import PATCH
