@@ -63,19 +63,11 @@ class Networks(Generic[Network]):
 
     def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
         """Context manager: runs forwards of the networks named, in this order. again: the same ones follow after it."""
-        return self.prefetcher.job(self._uses(forwards), again)
+        return self.prefetcher.job(self.uses(forwards), again)
 
-    def ahead(self, forwards: Sequence[str]) -> AbstractContextManager[None]:
-        """Context manager: meanwhile the first blocks of such a job come into the slots there are."""
-        return self.prefetcher.ahead(self._uses(forwards))
-
-    def _uses(self, forwards: Sequence[str]) -> list[int]:
+    def uses(self, forwards: Sequence[str]) -> list[int]:
+        """The blocks that these forwards use, in turn."""
         return [block for name in forwards for block in self._block_of[name]]
-
-    def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
-        """Bring all blocks, to stay."""
-        self.prefetcher.resize(len(self.prefetcher.blocks))
-        self.prefetcher.preload(report)
 
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
@@ -205,7 +197,8 @@ class Experts:
 
     def ahead(self) -> AbstractContextManager[None]:
         """Context manager: meanwhile the first blocks of another job like the last one come into the slots left."""
-        return self.networks.ahead(self._forwards) if self.networks else nullcontext()
+        networks = self.networks
+        return networks.prefetcher.ahead(networks.uses(self._forwards)) if networks else nullcontext()
 
     def ready(self, name: str, lora: float) -> WanModel:
         """The network, its LoRAs at scale `lora`."""

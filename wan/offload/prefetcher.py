@@ -192,10 +192,10 @@ class Prefetcher:
             self.slots.append(slot)
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
-        """Fill the empty slots with the blocks that come first. Errors as from `Source.read`."""
-        moves = self._schedule(range(len(self.blocks)), again=True)
+        """Bring all blocks, to stay. Errors as from `Source.read`."""
+        self.resize(len(self.blocks))
         self._stopped.clear()
-        self._bring([move for move in moves if not move.after], report)
+        self._bring(self._schedule(range(len(self.blocks)), again=True), report)
 
     @contextmanager
     def job(self, uses: Sequence[int], again: bool = True) -> Iterator[None]:
