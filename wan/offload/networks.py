@@ -144,7 +144,7 @@ def text_encoder(
     Blocks that have a slot stay for the next call, until the function is dropped.
     """
     networks = Networks({"text": (blueprint, source)}, device)
-    networks.prefetcher.resize(len(networks.prefetcher.blocks) if slots is None else slots)
+    networks.prefetcher.resize(slots)
 
     def encode(texts: Sequence[Tensor]) -> list[Tensor]:
         with networks.job(["text"], again=True):
@@ -190,8 +190,7 @@ class Experts:
         if self.networks is None:
             yield
             return
-        prefetcher = self.networks.prefetcher
-        prefetcher.resize(len(prefetcher.blocks) if slots is None else slots)
+        self.networks.prefetcher.resize(slots)
         with self.networks.job(self._forwards, again):
             yield
 
