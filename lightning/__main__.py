@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import Models, inspect_path, settings_line
+from lightning.inspect_weights import inspect_path, settings_line
 from lightning.lora import Lora
 from lightning.lora_files import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = inspect_path(path, Models.of(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
     if args.json:
         tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:

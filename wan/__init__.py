@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from wan.textimage2video import WanTI2V as WanTI2V
 
 __version__ = "0.2.0"
-__all__ = ["WanI2V", "WanT2V", "WanTI2V"]
+__all__ = ["WanI2V", "WanT2V", "WanTI2V", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "open":
+        return import_module("wan.runner.session").Session
+    if name in __all__:
         from wan.configs import TASKS
 
         homes = dict(config.public_class.split(":")[::-1] for config in TASKS.values())

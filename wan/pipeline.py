@@ -6,6 +6,7 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,9 +33,9 @@ from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Step, Video, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
-from wan.utils.errors import out_of_memory
+from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
 from wan.utils.progress import Progress
 
@@ -121,13 +122,11 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
-        plan, merged = self.plan, self.plan.lora_mode == "merge"
+        plan, merges = self.plan, self._merges()
         sources: dict[str, tuple[WanModel, Source]] = {}
         for name, part in plan.checkpoint.experts.items():
-            loras = plan.loras.get(name)
-            merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
-            sources[name] = part.module, Source(part.weights, dtype, merge)
+            sources[name] = part.module, Source(part.weights, dtype, merges.get(name))
         networks, sharded = None, plan.request.dit_fsdp
         with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
             if sharded:
@@ -137,19 +136,61 @@ class Pipeline(ABC):
                 models = networks.models
                 if not plan.offload or plan.room is None:
                     networks.prefetcher.preload(report)
-        set_scale: Callable[[WanModel, float], None] | None = None
-        for name, model in models.items():
+        set_lora: Callable[[str, float], None] | None = None
+        for model in models.values():
             model.use_attention(BACKENDS[self.attention])
             split_tokens(model, self.mesh)
-            if not merged:
-                from lightning import peft_adapter  # takes seconds to import
+        if plan.lora_mode == "adapter":
+            from lightning.peft_adapter import add_adapters, set_scale  # takes seconds to import
 
-                set_scale = peft_adapter.set_scale
-                peft_adapter.add_adapters(model, plan.loras.get(name, []), plan.device)
-        self.experts = Experts(models, networks, set_scale)
+            for name, model in models.items():
+                add_adapters(model, plan.loras.get(name, []), plan.device)
+
+            def set_lora(name: str, scale: float) -> None:
+                set_scale(models[name], scale, self.plan.loras.get(name, []))
+
+        self.experts = Experts(models, networks, set_lora)
         return self.experts
 
-    def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+    def _merges(self) -> dict[str, Merge]:
+        """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
+        plan, merged = self.plan, self.plan.lora_mode == "merge"
+        shapes = {name: part.weights.shapes for name, part in plan.checkpoint.experts.items()}
+        return {
+            name: Merge(loras, shapes[name], plan.device, linear_pairs=merged) for name, loras in plan.loras.items()
+        }
+
+    def follow(self, plan: Plan) -> None:
+        """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
+        before, self.offload = self.plan, plan.offload
+        self.attention = self.mesh.team.broadcast(lambda: plan.attention)
+        if plan.networks() == before.networks():
+            self.plan = replace(plan, checkpoint=before.checkpoint)
+        else:
+            self.plan, self._contexts = plan, {}
+            self.experts = self.vae = self._text_encoder = None
+            free_memory()
+        if self.experts is None:
+            return
+        for model in self.experts.models.values():
+            model.use_attention(BACKENDS[self.attention])
+        now, then = (each.lora_stacks() for each in (plan, before))
+        if now == then:
+            return
+        merges = self._merges()
+        files, files_before = (
+            {expert: [(*files, alpha) for *files, _, alpha in stack] for expert, stack in stacks.items()}
+            for stacks in (now, then)
+        )
+        if plan.lora_mode == "merge" and self.experts.networks:
+            self.experts.networks.change_loras(merges)
+        elif plan.lora_mode == "adapter" and files == files_before and not any(m.deltas for m in merges.values()):
+            self.experts.forget_scales()
+        else:
+            self.experts = None
+            free_memory()
+
+    def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
 
         After out of memory once more with fewer slots; the numbers do not depend on them.
@@ -163,16 +204,25 @@ class Pipeline(ABC):
                 self.plan = replace(plan, videos={**plan.videos, kind: plan_video(plan, *kind)})
             if fewer and self.experts:
                 self.experts.leave()
-            return team.all_or_none(lambda: self.sample(video, on_step, again=again))
+            return team.all_or_none(lambda: self.sample(video, on_step, **how))
 
         if self.plan.room is None or not self.plan.offload:
             return attempt(False)
         return retry_smaller(self.progress, "denoise: once more, with fewer blocks on the device", attempt)
 
-    def sample(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+    def sample(
+        self,
+        video: Video,
+        on_step: OnStep = lambda *_: None,
+        *,
+        again: bool = False,
+        noise: Tensor | None = None,
+        schedule: Schedule | None = None,
+    ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
 
-        again: another video follows, whose first weights are read while this one is decoded.
+        again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
+        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's.
         """
         plan, self._again = self.plan, again
         assert plan.sampling is not None, "a plan with videos has a sampling"
@@ -182,12 +232,16 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
+        texts = self.texts(video)
+        schedule = make_schedule(plan.sampling, draw) if schedule is None else copy.deepcopy(schedule)  # it keeps state
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
         conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
         experts, facts = self.load_experts(), plan.video(video)
-        noise, budget = draw(facts.latent), facts.budget
+        budget = facts.budget
+        noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
+        if noise.shape != facts.latent:
+            raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
         forwards = [(step.expert, 1 + step.guided) for step in plan.steps]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
@@ -211,21 +265,24 @@ class Pipeline(ABC):
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
         return latent
 
-    def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
-        """The planned job's final latent. JobError if it stops being finite. again: see `sample`."""
+    def sample_job(self, job: Job, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
+        """The planned job's final latent. JobError if it stops being finite. how: see `sample`."""
         pictures = self.mesh.team.all_or_none(
             lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
         )
         video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **pictures)
         strip = Strip(Beside.of(job.save_file).strip)
 
-        def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
+        def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
+            changed = on_step(step, sample, velocity)
+            now = velocity if changed is None else changed
             wanted = self.plan.request.preview_steps
-            if wanted and (frame := self.look(predict_clean(step, sample, velocity))) is not None:
+            if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
             self.progress.advance(1, str(step))
+            return changed
 
-        return self.sample_or_retry(video, show, again=again)
+        return self.sample_or_retry(video, show, **how)
 
     # -- pixels
 

@@ -79,8 +79,9 @@ class Conditioning:
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
 
 
-# Called after each step with the sample before it and the velocity there, guidance included, both [C, f, h, w].
-OnStep = Callable[[Step, Tensor, Tensor], None]
+# Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
+# returns takes the velocity's place; the sample may be changed where it is.
+OnStep = Callable[[Step, Tensor, Tensor], Tensor | None]
 
 
 def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
@@ -142,9 +143,10 @@ def denoise(
             velocity = model(latent, step.timestep, text, frames)
         if check:
             check()
-        before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
+        if (changed := on_step(step, sample, velocity)) is not None:
+            velocity = changed
+        sample = _pin(schedule.step(velocity, index, sample), pinned)
         check = _check_finite(sample, f"step {index + 1} of {len(steps)} ({step})")
-        on_step(step, before_step, velocity)
     assert check, "a plan has steps"
     check()
     return sample

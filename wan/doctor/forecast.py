@@ -19,7 +19,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.modules.model import released_transformer
@@ -71,10 +71,10 @@ class Estimate:
         return [self.task, f"{self.size}x{self.frames}", str(self.steps), *times]
 
 
-def forecast(machine: Machine) -> CheckOutcome:
+def forecast(machine: Machine) -> Finding:
     """The table, as lines under its sentence."""
     if missing := [name for name in NEEDED_RATES if name not in machine.rates]:
-        return CheckOutcome(SKIPPED, f"not measured: {', '.join(missing)}")
+        return Finding(SKIPPED, f"not measured: {', '.join(missing)}")
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
@@ -98,7 +98,7 @@ def forecast(machine: Machine) -> CheckOutcome:
     lines = [sentence, *table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
     advice = "" if fits else "free memory of the device"
-    return CheckOutcome(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
+    return Finding(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
 
 
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
@@ -106,17 +106,16 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
     config, device, dtype = TASKS[task], machine.device, machine.usual
     request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
     no_weights = TensorStore({})  # nothing is read
-    vae = released_vae(task)
     checkpoint = OpenCheckpoint(
         folder=nowhere, files={},
         experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
-        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(vae, no_weights),
+        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
         tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
     )  # fmt: skip
     plan = Plan(
         request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
         dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",
-        offload=True, room=room, weight_bytes={"VAE": sum(p.nbytes for p in vae.parameters())},
+        offload=True, room=room,
     )  # fmt: skip
     return plan_videos(plan, choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check()), [])
 

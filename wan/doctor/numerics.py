@@ -23,7 +23,7 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
 from wan.doctor.rates import random_vae
 from wan.jobs.job import Sampling
 from wan.jobs.weights import both
@@ -58,7 +58,7 @@ FEWEST = 1_000_000  # bytes of room, planned and not enforced: two slots, whatev
 def attention_checks(machine: Machine) -> list[DoctorCheck]:
     """One for each back end that is installed, in each precision that it supports."""
     ours = [(name, dtype) for dtype in DTYPE_NAMES for name in available(machine.device, dtype)]
-    skipped = CheckOutcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
+    skipped = Finding(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
     return [
         *(DoctorCheck(f"attention {n} {short(dtype)}", partial(attention, n, dtype), LEFT_OUT) for n, dtype in ours),
@@ -66,7 +66,7 @@ def attention_checks(machine: Machine) -> list[DoctorCheck]:
     ]
 
 
-def attention(name: str, dtype: torch.dtype, machine: Machine) -> CheckOutcome:
+def attention(name: str, dtype: torch.dtype, machine: Machine) -> Finding:
     """The back end against the formula in float32, with many keys and with a text's few."""
     length, heads, width = (256, 2, 64) if machine.small else (1024, 8, 128)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> CheckOutcome:
     return judge("error against float32", error, limit, f"use --attention {other}; {REPORT}")
 
 
-def fp8_layer(machine: Machine) -> CheckOutcome:
+def fp8_layer(machine: Machine) -> Finding:
     """A linear layer of `--quantize fp8` on the device, against float32."""
     rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def fp8_layer(machine: Machine) -> CheckOutcome:
     return replace(outcome, sentence=f"{how}, {outcome.sentence}")
 
 
-def lora_merge(machine: Machine) -> CheckOutcome:
+def lora_merge(machine: Machine) -> Finding:
     """The merge on the device against the plain expression on the CPU, both in float32, then rounded to bf16."""
     size, rank, alpha = (128, 8, 4.0) if machine.small else (1024, 64, 8.0)
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ def lora_merge(machine: Machine) -> CheckOutcome:
     return replace(outcome, sentence=f"{equal}, {outcome.sentence}", values=values)
 
 
-def vae_in_bf16(machine: Machine) -> CheckOutcome:
+def vae_in_bf16(machine: Machine) -> Finding:
     """`--vae_dtype bf16` at the released width, with random weights: its error, and on a GPU the memory it takes."""
     accelerator, (vae, latent) = Accelerator(machine.device), random_vae(machine)
     with torch.inference_mode(), tf32(False):
@@ -131,8 +131,8 @@ def vae_in_bf16(machine: Machine) -> CheckOutcome:
     peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak((channels, frames, rows, columns))
     memory = f"{outcome.sentence}; at its peak {quantity(peak, 'B')}, planned {quantity(planned, 'B')}"
     if peak > VAE_PEAK * planned:
-        return CheckOutcome(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
-    return CheckOutcome(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
+        return Finding(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
+    return Finding(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
 
 
 # -- with the small checkpoints
@@ -148,7 +148,7 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
     }  # fmt: skip
     if absent:
         reason = f"{' and '.join(absent)} not found: run it in a clone of the repository, or with --root CLONE"
-        return [DoctorCheck(name, lambda _: CheckOutcome(SKIPPED, reason)) for name in ("golden cases", *others)]
+        return [DoctorCheck(name, lambda _: Finding(SKIPPED, reason)) for name in ("golden cases", *others)]
     cases = json.loads((folders[1] / "cases.json").read_text())
     checks = [
         DoctorCheck(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
@@ -158,7 +158,7 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
     return [*checks, *(DoctorCheck(name, partial(check, cases[0])) for name, check in others.items())]
 
 
-def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> CheckOutcome:
+def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> Finding:
     """Prompt to latent, and in float32 to pixels, against the results of the original on a CPU in float32."""
     expected, task = expectation(machine), open_task(case, dtype, machine)
     with tf32(False):
@@ -171,7 +171,7 @@ def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> C
     return judge("largest error of latent and video", error, END_TO_END, REPORT)
 
 
-def memory_modes(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def memory_modes(case: dict[str, Any], machine: Machine) -> Finding:
     """The final latent must be the same with everything resident and with blocks through two slots, bit for bit."""
     modes = {"all that fits": None, "blocks through two slots": FEWEST}
     resident = sample(open_task(case, machine.usual, machine, init_on_cpu=False), case, machine)
@@ -182,33 +182,33 @@ def memory_modes(case: dict[str, Any], machine: Machine) -> CheckOutcome:
             task.plan = replace(task.plan, room=room)
             budget = plan_video(task.plan, tuple(case["args"]["size"]), case["args"]["frame_num"]).budget
             if budget is None or budget.resident:
-                return CheckOutcome(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
+                return Finding(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
         found = sample(task, case, machine)
         if not torch.equal(found, resident):
             wrong[mode] = relative_error(found, resident)
     if wrong:
         errors = ", ".join(f"{mode} by {error:.1e}" for mode, error in wrong.items())
         advice = f"--offload_model False; {REPORT}"
-        return CheckOutcome(WRONG, f"differs from everything resident: {errors}", advice, wrong)
-    return CheckOutcome(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
+        return Finding(WRONG, f"differs from everything resident: {errors}", advice, wrong)
+    return Finding(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
 
 
-def vae_decode(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def vae_decode(case: dict[str, Any], machine: Machine) -> Finding:
     error = relative_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
     return judge("float32 without TF32, largest error", error, END_TO_END, REPORT)
 
 
-def vae_tiles(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def vae_tiles(case: dict[str, Any], machine: Machine) -> Finding:
     error = relative_error(decode(case, machine, tiled=True), decode(case, machine))
     if error == 0:
-        return CheckOutcome(GOOD, "equal to the whole frame, bit for bit")
+        return Finding(GOOD, "equal to the whole frame, bit for bit")
     return judge("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
 
 
-def vae_tf32(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def vae_tf32(case: dict[str, Any], machine: Machine) -> Finding:
     """Convolutions as PyTorch has them by default on a GPU."""
     if not Accelerator(machine.device).has_memory:
-        return CheckOutcome(SKIPPED, f"{machine.device} has no TF32")
+        return Finding(SKIPPED, f"{machine.device} has no TF32")
     error = rms_error(decode(case, machine, in_tf32=True), expectation(machine)[f"{case['name']}.video"])
     return judge("root mean square error", error, TF32, REPORT)
 
@@ -264,13 +264,13 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def judge(name: str, error: float, limits: float | tuple[float, float], advice: str) -> CheckOutcome:
+def judge(name: str, error: float, limits: float | tuple[float, float], advice: str) -> Finding:
     """The verdict on an error with a limit, or with two; NaN is wrong."""
     least, limit = limits if isinstance(limits, tuple) else (0.0, limits)
     good = least <= error <= limit
     allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
     sentence, values = f"{name} {error:.1e}, allowed {allowed}", {"error": error, "least": least, "limit": limit}
-    return CheckOutcome(GOOD if good else WRONG, sentence, "" if good else advice, values)
+    return Finding(GOOD if good else WRONG, sentence, "" if good else advice, values)
 
 
 def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:

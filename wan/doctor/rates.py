@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.vae import VAES, WanVAE
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
@@ -37,7 +37,7 @@ def rate_checks() -> list[DoctorCheck]:
     ]
 
 
-def matmul(machine: Machine) -> CheckOutcome:
+def matmul(machine: Machine) -> Finding:
     """Square matrices in the transformer's usual precision."""
     size = 64 if machine.small else 8192 if _is_gpu(machine) else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
@@ -45,7 +45,7 @@ def matmul(machine: Machine) -> CheckOutcome:
     return _operations(machine, MATMUL, rate, f"{short(machine.usual)} {size}x{size}")
 
 
-def attention_rate(machine: Machine) -> CheckOutcome:
+def attention_rate(machine: Machine) -> Finding:
     """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
     tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if _is_gpu(machine) else (1024, 8, 128)
     name = choose("auto", machine.device, machine.usual, heads, width).name
@@ -54,7 +54,7 @@ def attention_rate(machine: Machine) -> CheckOutcome:
     return _operations(machine, ATTENTION, rate, f"{name}, {tokens:,} tokens, {heads} heads of {width}")
 
 
-def vae(machine: Machine) -> CheckOutcome:
+def vae(machine: Machine) -> Finding:
     """A decode by Wan2.1's VAE."""
     module, latent = random_vae(machine)
     with torch.inference_mode():
@@ -79,7 +79,7 @@ def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
     return module, torch.randn(shape, device=machine.device)
 
 
-def device_copy(machine: Machine) -> CheckOutcome:
+def device_copy(machine: Machine) -> Finding:
     """Bytes read and bytes written count."""
     size = 1 << 20 if machine.small else 1 << 27
     if _is_gpu(machine):
@@ -88,9 +88,9 @@ def device_copy(machine: Machine) -> CheckOutcome:
     return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
 
 
-def host_to_device(machine: Machine) -> CheckOutcome:
+def host_to_device(machine: Machine) -> Finding:
     if not _is_gpu(machine):
-        return CheckOutcome(SKIPPED, f"{machine.device} computes in the host's memory")
+        return Finding(SKIPPED, f"{machine.device} computes in the host's memory")
     size = 1 << 28
     target = torch.empty(size, dtype=torch.uint8, device=machine.device)
     pageable = torch.ones(size, dtype=torch.uint8)
@@ -101,7 +101,7 @@ def host_to_device(machine: Machine) -> CheckOutcome:
     })  # fmt: skip
 
 
-def disk_read(machine: Machine) -> CheckOutcome:
+def disk_read(machine: Machine) -> Finding:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
     block, buffer = os.urandom(min(size, PIECE)), bytearray(PIECE)
@@ -153,28 +153,28 @@ def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     return seconds / calls
 
 
-def _operations(machine: Machine, name: str, rate: float, details: str) -> CheckOutcome:
+def _operations(machine: Machine, name: str, rate: float, details: str) -> Finding:
     machine.rates[name] = rate
-    return CheckOutcome(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
+    return Finding(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
 
 
-def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> CheckOutcome:
+def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Finding:
     machine.rates |= rates
     parts = [f"{name} {quantity(rate, 'B')}/s" for name, rate in rates.items()]
-    return CheckOutcome(GOOD, ", ".join(parts) + details, values=dict(rates))
+    return Finding(GOOD, ", ".join(parts) + details, values=dict(rates))
 
 
-def exchange(machine: Machine) -> CheckOutcome:
+def exchange(machine: Machine) -> Finding:
     """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
     count = len(gpus()) if _is_gpu(machine) else 0
     if count < 2:
-        return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
+        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
     outcome = exchange_between(count, machine.device.type)
     machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
     return outcome
 
 
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome:
+def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Finding:
     """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
     from torch.multiprocessing.spawn import spawn
 
@@ -187,16 +187,16 @@ def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
                     advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
-                    return CheckOutcome(WRONG, f"{count} processes by {backend} hang", advice)
+                    return Finding(WRONG, f"{count} processes by {backend} hang", advice)
         except Exception as e:  # noqa: BLE001 - a process's own words
             last = str(e).strip().splitlines()[-1]
-            return CheckOutcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
+            return Finding(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
         finally:
             for process in context.processes:
                 process.kill()
         rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
     sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
-    return CheckOutcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
+    return Finding(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
 
 
 def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, NamedTuple, TypeVar
@@ -10,6 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning.merge import Merge
 from wan.modules.model import Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
@@ -47,6 +49,8 @@ class Networks(Generic[Network]):
         stream: CopyStream | None = None,
     ) -> None:
         self.models: dict[str, Network] = {}
+        self._sources = {name: source for name, (_, source) in modules.items()}
+        self._resident: dict[str, list[str]] = {}
         self._block_of: dict[str, list[int]] = {}
         blocks: list[BlockWeights] = []
         for name, (blueprint, source) in modules.items():
@@ -55,6 +59,7 @@ class Networks(Generic[Network]):
                 model.token_embedding = FileTable(source, TABLE, device)
             found = group(model, source.dtype)
             fill(model, source, found.resident, device, report)
+            self._resident[name] = found.resident
             self._block_of[name] = [len(blocks) + block for block in found.block_of]
             blocks += [BlockWeights(model, source, names) for names in found.blocks]
         self.prefetcher = Prefetcher(blocks, device, stream)
@@ -68,6 +73,16 @@ class Networks(Generic[Network]):
     def uses(self, forwards: Sequence[str]) -> list[int]:
         """The blocks that these forwards use, in turn."""
         return [block for name in forwards for block in self._block_of[name]]
+
+    def change_loras(self, merges: Mapping[str, Merge]) -> None:
+        """Merge other LoRAs from now on: the weights that they or those before them touch are read again."""
+        for name, merge in merges.items():
+            source, model = self._sources[name], self.models[name]
+            merges_of_both = [each for each in (source.merge, merge) if each]
+            source.merge = merge
+            touched = [p for p in self._resident[name] if any(each.touches(p) for each in merges_of_both)]
+            fill(model, source, touched, self.prefetcher.device, lambda _: None)
+        self.prefetcher.forget()
 
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
@@ -164,11 +179,11 @@ class Experts:
         self,
         models: Mapping[str, WanModel],
         networks: Networks[WanModel] | None = None,
-        set_lora: Callable[[WanModel, float], None] | None = None,
+        set_lora: Callable[[str, float], None] | None = None,
     ) -> None:
         self.models, self.networks = dict(models), networks
         self._set_lora = set_lora
-        self._lora_scale = dict.fromkeys(models, 1.0)
+        self._lora_scale: dict[str, float] = dict.fromkeys(models, 1.0)
         self._forwards: list[str] = []  # of the last job
 
     @contextmanager
@@ -204,9 +219,13 @@ class Experts:
         model = self.models[name]
         if lora != self._lora_scale[name]:
             assert self._set_lora is not None, "a LoRA merged into the weights has one strength"
-            self._set_lora(model, lora)
+            self._set_lora(name, lora)
             self._lora_scale[name] = lora
         return model
+
+    def forget_scales(self) -> None:
+        """Set the scale of every adapter at the next step: strengths have changed."""
+        self._lora_scale = dict.fromkeys(self.models, math.nan)
 
     def leave(self, slots: int = 0) -> None:
         """Free the device for other stages, except for `slots` slots. On a CPU no stage needs it."""

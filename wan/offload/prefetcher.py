@@ -191,6 +191,11 @@ class Prefetcher:
             self.stream.leave(slot)  # other work may have used its memory a moment ago
             self.slots.append(slot)
 
+    def forget(self) -> None:
+        """Empty the slots: weights have changed."""
+        for slot in self.slots:
+            self._empty(slot)
+
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Bring all blocks, to stay. Errors as from `Source.read`."""
         self.resize(None)

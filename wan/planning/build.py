@@ -33,7 +33,7 @@ from wan.jobs.weights import PARTS
 from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
-from wan.offload.reader import as_dtype, parameter_dtypes
+from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, gpus
@@ -149,7 +149,6 @@ def open_plan(
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
         room=limit_memory(device, request.vram),
         fingerprints={str(file): fingerprint(file) for file in dict.fromkeys(weight_files)},
-        weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
         warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
     )  # fmt: skip
 
@@ -187,19 +186,6 @@ def _open_loras(
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
     return loras, coverage, warnings
-
-
-def _weight_bytes(
-    checkpoint: OpenCheckpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool
-) -> dict[str, int]:
-    """By part; dtypes: the transformer's and the text encoder's."""
-    sizes = {
-        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in part.module.named_parameters())
-        for name, part in checkpoint.experts.items()
-        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, part.module)]
-    }
-    sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder.module.parameters()) * dtypes[1].itemsize
-    return sizes | {"VAE": sum(p.nbytes for p in checkpoint.vae.module.parameters())}
 
 
 def check_ranks(team: Team, plan: Plan) -> None:

@@ -102,12 +102,8 @@ def _fewest_tiles(
 
 def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
-    vae, ranks, model, itemsize = (
-        plan.checkpoint.vae.module,
-        plan.layout.sequence,
-        plan.transformer,
-        plan.dtype.itemsize,
-    )
+    vae, model = plan.checkpoint.vae.module, plan.transformer
+    ranks, itemsize = plan.layout.sequence, plan.dtype.itemsize
     latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
     tokens, width = -(-video.tokens // ranks), model.num_heads * model.head_width
     work = sum([  # activations of one forward on a rank with `tokens`

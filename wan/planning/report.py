@@ -132,19 +132,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     sampling = plan.sampling
     budget = plan.largest().budget if plan.jobs else None
     return {
-        "task": plan.request.task,
-        "solver": sampling.solver if sampling else None,
-        "shift": sampling.shift if sampling else None,
-        "preset": plan.preset,
+        "task": plan.request.task, "solver": sampling.solver if sampling else None,
+        "shift": sampling.shift if sampling else None, "preset": plan.preset,
         "steps": [asdict(step) for step in plan.steps],
         "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in plan.coverage.items()},
         "fingerprints": plan.fingerprints,
-        "device": str(plan.device),
-        "dtype": dtype_name(plan.dtype),
-        "attention": plan.attention,
-        "layout": str(plan.layout),
-        "weight_bytes": plan.weight_bytes,
-        "peak_bytes": budget.peaks if budget else None,
+        "device": str(plan.device), "dtype": dtype_name(plan.dtype), "attention": plan.attention,
+        "layout": str(plan.layout), "weight_bytes": plan.weight_bytes, "peak_bytes": budget.peaks if budget else None,
         "jobs": [
             {
                 "index": job.index, "prompt": job.prompt, "size": list(job.size), "image": job.picture or None,

@@ -11,7 +11,6 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,32 +217,31 @@ def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Regi
 
 
 def encode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
-    """Encoding a picture as the start of a clip of this `latent` [C, f, h, w]; regions as for `decode_operations`."""
-    encoder, frames, frame = vae.encoder, latent[1], Region(0, latent[2], 0, latent[3])
-    whole = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
-    return whole + sum(_encoded(vae, frames - 1, region.grown(*ENCODER_RIM, frame)) for region in regions or [frame])
+    """Encoding a picture as the start of a clip of this `latent` [C, f, h, w]; regions as for `decode_operations`.
 
-
-def _encoded(vae: WanVAE, chunks: int, window: Region) -> float:
-    """The picture's chunk of one frame, and the `chunks` of four after it until a stage's output is constant (see
-    `reuse_constant_tail`)."""
+    The picture's chunk of one frame, and those of four after it until a stage's output is constant (see
+    `reuse_constant_tail`).
+    """
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
-    rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
+    frames, frame = latent[1], Region(0, latent[2], 0, latent[3])
+    total = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
-    total, constant, length = 0.0, 1, 4  # length: of a chunk where the stage begins
-    for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
-        constant = stage.constant_after(constant)
-        shorter = length // 2 if stage.halves_time else length  # where it ends
-        running = min(chunks, 1 - (1 - constant) // shorter)
-        for layer in inside:
-            if not isinstance(layer, Downsample):
-                total += _products((1 + running * length) * rows * columns, layer)
-                continue
-            rows, columns = rows // 2, columns // 2
-            total += _products((1 + running * length) * (rows + 1) * (columns + 1), layer.resample)
-            if layer.time_conv:
-                total += _products(running * shorter * rows * columns, layer.time_conv)
-        length = shorter
+    for window in [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]:
+        rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
+        constant, length = 1, 4  # length: of a chunk where the stage begins
+        for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
+            constant = stage.constant_after(constant)
+            shorter = length // 2 if stage.halves_time else length  # where it ends
+            running = min(frames - 1, 1 - (1 - constant) // shorter)
+            for layer in inside:
+                if not isinstance(layer, Downsample):
+                    total += _products((1 + running * length) * rows * columns, layer)
+                    continue
+                rows, columns = rows // 2, columns // 2
+                total += _products((1 + running * length) * (rows + 1) * (columns + 1), layer.resample)
+                if layer.time_conv:
+                    total += _products(running * shorter * rows * columns, layer.time_conv)
+            length = shorter
     return total
 
 
@@ -279,10 +277,10 @@ def kept_rates(device: torch.device) -> dict[str, float] | None:
 
 
 def _all_rates() -> dict[str, Any]:
-    with suppress(OSError, ValueError, RuntimeError):  # no home, no file or a damaged one: time is unknown
-        kept = json.loads((cache_folder() / RATES_FILE).read_text("utf-8"))
-        return kept if isinstance(kept, dict) else {}
-    return {}
+    try:
+        return dict(json.loads((cache_folder() / RATES_FILE).read_text("utf-8")))
+    except (OSError, ValueError, RuntimeError, TypeError):  # no home, no file or a damaged one: time is unknown
+        return {}
 
 
 def _name_of(device: torch.device) -> str:
