@@ -76,7 +76,7 @@ def check_outputs(
     wrong = [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]
     misnamed = set(wrong)
     refuse(wrong, f"{flag}{{}}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    names = {file: _name_problem(file) for file in dict.fromkeys(files) if file not in misnamed}
+    names = {file: name_problem(file) for file in dict.fromkeys(files) if file not in misnamed}
     for problem in filter(None, dict.fromkeys(names.values())):
         refuse([file for file in names if names[file] == problem], f"{{!r}}: the name of the video {problem}")
     written = {file: _written(file, request) for file, problem in names.items() if problem is None}
@@ -95,7 +95,7 @@ def check_outputs(
         ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
         refuse([path for path in there if path not in refused], f"{flag}{{}} already exists; {ways}")
     for folder in sorted({file.parent.absolute() for file in written}):
-        if trouble := _folder_problem(folder):
+        if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")
 
 
@@ -105,7 +105,7 @@ def _written(video: Path, request: Request) -> list[Path]:
     return [path for path, wanted in zip(Beside.of(video), asked, strict=True) if wanted]
 
 
-def _name_problem(file: Path) -> str | None:
+def name_problem(file: Path) -> str | None:
     """The reason why no video of this name can be made, whatever is on the disk; None if one can."""
     path = file.parent / longest_name(file)
     if unusable := text_problem(str(path)):
@@ -153,19 +153,7 @@ def _foreign(video: Path, *beside: Path) -> list[Path]:
     return there
 
 
-def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
-    """The one file that `flag` names can be written, and replaces nothing unless `overwrite`."""
-    if problem := _name_problem(file):
-        check.problem(f"{flag} {str(file)!r}: the name {problem}")
-    elif file.is_dir():
-        check.problem(f"{flag} {file}: is a folder, not a file")
-    elif os.path.lexists(file) and not overwrite:
-        check.problem(f"{flag} {file} already exists; --overwrite replaces it")
-    elif problem := _folder_problem(file.absolute().parent):
-        check.problem(f"{flag} {problem}")
-
-
-def _folder_problem(folder: Path) -> str | None:
+def folder_problem(folder: Path) -> str | None:
     """Why no file can be written in `folder`, which may not exist yet; None if it can."""
     for path in (folder, *folder.parents):
         try:

@@ -104,9 +104,8 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
         check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
     if timesteps is not None and not free:  # which excludes other flags
         if request.sample_solver not in (None, *EXPLICIT):
-            check.problem(
-                f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}"
-            )
+            solvers = " or ".join(EXPLICIT)
+            check.problem(f"--timesteps works with --sample_solver {solvers}, not {request.sample_solver}")
         if request.sample_steps not in (None, len(timesteps)):
             check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
         if request.sample_shift is not None:
@@ -119,9 +118,8 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     lora_steps = release.lora_steps if free else None
     guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        check.problem(
-            f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
-        )
+        says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
+        check.problem(f"{says}; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
     _warn_of_mismatch(recipe, weights, release, check)
@@ -158,7 +156,6 @@ def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -
 
 
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
-    """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")

@@ -177,8 +177,7 @@ def _is_there(plan: Plan, job: Job, state: State, progress: Progress) -> bool:
     if state.kind == "other" and not plan.request.overwrite:
         raise JobError(f"{job.save_file} {state.trouble}; --overwrite replaces it")
     if state.kind == "whole":
-        for sentence in repair(plan, job, state.file):
-            progress.say(sentence)
+        repair(plan, job, state.file, progress.say)
         progress.say(f"video {plan.place(job)} is there already: {state.file}")
     return state.kind == "whole"
 
