@@ -181,7 +181,7 @@ class Prefetcher:
         self._changed = threading.Condition()
 
     def resize(self, count: int | None) -> None:
-        """Have `count` slots; at most one for each block, with None just so many. JobError if host memory is full."""
+        """Have `count` slots, at most and with None one for each block. JobError if host memory is full."""
         count = len(self.blocks) if count is None else min(count, len(self.blocks))
         while len(self.slots) > count:
             self._empty(self.slots[-1])
