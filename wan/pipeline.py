@@ -136,7 +136,7 @@ class Pipeline(ABC):
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:
-                    networks.preload(report)
+                    networks.prefetcher.preload(report)
         set_lora: Callable[[str, float], None] | None = None
         for model in models.values():
             model.use_attention(BACKENDS[self.attention])
