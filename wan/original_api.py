@@ -20,7 +20,7 @@ from wan.configs import TASKS, TaskConfig
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
-from wan.jobs.weights import SOLVERS, both, choose_weights
+from wan.jobs.weights import SOLVERS, both, check_choices, choose_weights
 from wan.media.images import video_size
 from wan.offload.reader import as_dtype
 from wan.pipeline import FINER, Pipeline, retry_smaller
@@ -109,6 +109,7 @@ class Original(Pipeline):
             check.number("shift", shift, 1.0, 0.01, 100),
             both(guide_scale),
         )
+        check_choices(self.plan.request, sampling, check)
         check.stop()
         seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
         negative = video.negative_prompt or config.sample_neg_prompt

@@ -84,8 +84,8 @@ class Pipeline(ABC):
     # -- text
 
     def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.guided else [video.prompt]
+        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
+        return [video.prompt, video.negative_prompt] if self.plan.uses_negative else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -194,8 +194,10 @@ class Pipeline(ABC):
 
         schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
         self.encode(texts)
-        text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
+        rows, *others = (self._contexts[text].to(plan.device) for text in texts)
+        negative = Prompt(others[0]) if others else None
+        text = Prompt(rows) if plan.request.nag == 1 else Prompt(rows, negative, plan.request.nag)
+        conditioning = Conditioning(text, negative, *self.start(video))
         experts, facts = self.load_experts(), plan.video(video)
         noise, budget = draw(facts.latent), facts.budget
         passes = [(step.expert, 1 + step.guided) for step in plan.steps]

@@ -71,7 +71,7 @@ class Conditioning:
     """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None if no step is guided
+    negative: Prompt | None = None  # of guided steps, or for NAG
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
 

@@ -239,6 +239,9 @@ class Request:
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
         f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
+    nag: float = option(SAMPLING, VIDEO, real, "SCALE",
+        "without guidance, attention leads away from the negative prompt at this scale, published: 11; default 1: off",
+        default=1.0, limits=(1, 100))
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))

@@ -133,8 +133,15 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
     recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    check_choices(request, recipe, check)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
+
+
+def check_choices(request: Request, sampling: Sampling, check: Check) -> None:
+    """Options that do not go together with these steps."""
+    if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
+        check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
 
 
 def both(guidance: float | Sequence[float]) -> tuple[float, float]:

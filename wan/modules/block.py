@@ -5,7 +5,7 @@ Shapes: L tokens, D width, N heads, d = D / N, T rows of the time embedding. Pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +40,26 @@ class Block(nn.Module):
         rotary: Tensor,
         total: int,
         prompts: Sequence[Prompt],
-        texts: Sequence[Tensor],
+        texts: Mapping[Prompt, Tensor],
     ) -> list[Tensor]:
-        """One pass after the other, each with its residual stream, its prompt and that prompt's text.
+        """One pass after the other, each with its residual stream and its prompt.
 
-        streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
-        [L, D], in the same list: nobody keeps a stream that has been converted.
+        streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts: [text_len, D] of each
+        prompt attended -> float32 [L, D], in the same list: nobody keeps a stream that has been converted.
         """
-        for prompt, text in zip(prompts, texts, strict=True):
-            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
+        for prompt in prompts:
+            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, texts))
         return streams
 
     def _pass(
-        self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
+        self,
+        x: Tensor,
+        rows: Tensor,
+        spans: Spans,
+        rotary: Tensor,
+        total: int,
+        prompt: Prompt,
+        texts: Mapping[Prompt, Tensor],
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
@@ -63,7 +70,7 @@ class Block(nn.Module):
         x = x.float()
         for row, span in spans:
             self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
-        y = self.cross_attn.forward(y, prompt, text, spans)
+        y = self.cross_attn.forward(y, prompt, texts, spans)
         for row, span in spans:
             self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
             self.passes.add(x[span], self.ffn(y[span]), gate2[row])
@@ -118,14 +125,23 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, all `text_len` rows of it: the padding is attended, as in training."""
 
-    def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
-        """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
-        k, v = prompt.once(self, lambda: self.keys_values(text))
+    def forward(self, x: Tensor, prompt: Prompt, texts: Mapping[Prompt, Tensor], spans: Spans) -> Tensor:
+        """x [L, D], texts [text_len, D] -> [L, D]. Keys and values depend on a prompt alone and are made once."""
         x = self.q(x)
         for _, span in spans:
             self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
-        x = self.backend(self.heads(x), k, v).flatten(1)
+        q = self.heads(x)
+        x, *away = (self.attend(q, each, texts[each]) for each in prompt.attended)
+        del q
+        for y in away:
+            for _, span in spans:
+                self.passes.guide(x[span], y[span], prompt.nag)
         return self.o(x)
+
+    def attend(self, q: Tensor, prompt: Prompt, text: Tensor) -> Tensor:
+        """q [L, N, d] -> [L, D]."""
+        k, v = prompt.once(self, lambda: self.keys_values(text))
+        return self.backend(q, k, v).flatten(1)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         k = self.k(text)

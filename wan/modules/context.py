@@ -15,12 +15,18 @@ Made = TypeVar("Made")
 class Prompt:
     """One encoded prompt, and what each layer has made of it so far: both depend on nothing else.
 
-    rows: [n, text_dim] encoder output, n at most the model's `text_len`.
+    rows: [n, text_dim] encoder output, n at most the model's `text_len`. negative: the prompt that attention leads
+    away from at scale `nag` (see `guide`), in the same pass.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, negative: Prompt | None = None, nag: float = 1.0) -> None:
+        self.rows, self.negative, self.nag = rows, negative, nag
         self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+    @property
+    def attended(self) -> list[Prompt]:
+        """This prompt, then its negative one."""
+        return [self] if self.negative is None else [self, self.negative]
 
     def padded(self, length: int) -> Tensor:
         return F.pad(self.rows, (0, 0, 0, length - self.rows.shape[0]))

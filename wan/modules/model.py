@@ -105,7 +105,8 @@ class WanModel(nn.Module):
             rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
         spans = spans_of(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
 
-        texts = [each.once(self, lambda each=each: self._text(each)) for each in prompts]  # type: ignore[misc]
+        attended = [each for prompt in prompts for each in prompt.attended]
+        texts = {each: each.once(self, lambda each=each: self._text(each)) for each in attended}  # type: ignore[misc]
         streams = [x, *(x.clone() for _ in prompts[1:])]
         del x
         for unit, block in enumerate(self.blocks, 1):

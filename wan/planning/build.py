@@ -64,8 +64,10 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     plan = plan_videos(plan, generate.sampling, generate.jobs)
     plan = replace(plan, jobs=generate.jobs, preset=weights.release.name if weights.release else None)
     warnings = [] if generate.extend else cut_prompts(plan)
-    if not plan.guided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
-        warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    if not plan.uses_negative and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+        warnings.append(
+            "a negative prompt has no effect here: no step is guided (--sample_guide_scale 1); --nag makes it count"
+        )
     if plan.room is not None and plan.jobs:
         for kind, video in plan.videos.items():
             if video.budget and video.budget.problem:
@@ -208,7 +210,7 @@ def cut_prompts(plan: Plan) -> list[str]:
     """A warning about prompts that are longer than the model reads."""
     tokenizer = plan.checkpoint.tokenizer
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
-    for job in plan.jobs if plan.guided else ():
+    for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
     lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}

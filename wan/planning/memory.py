@@ -149,7 +149,10 @@ def _forward_bytes(plan: Plan, tokens: int, width: int) -> int:
         tokens * width * QUANTISED.get(plan.attention, 0),
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
-        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
+        # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        # keys and values of the texts
+        (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,
         exchange_bytes(plan.layout, tokens, width, itemsize),
         working_bytes(model, plan.dtype),
     ]

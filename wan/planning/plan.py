@@ -74,6 +74,11 @@ class Plan:
         return any(step.guided for step in self.steps)
 
     @property
+    def uses_negative(self) -> bool:
+        """Whether the negative prompt is encoded."""
+        return self.guided or self.request.nag != 1
+
+    @property
     def transformer(self) -> WanModel:
         """An expert, on the meta device; all have the same sizes."""
         return next(iter(self.checkpoint.experts.values())).module

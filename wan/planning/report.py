@@ -146,6 +146,8 @@ def _settings_lines(plan: Plan) -> list[str]:
         where = request.ckpt_dir or "files"
         lines.append(f"{request.task} from {where}, {sampling.solver}, shift {sampling.shift:g}, {steps}{preset}")
         lines.append(" | ".join(_step_lines(plan.steps)))
+    if request.nag != 1:
+        lines.append(f"NAG {request.nag:g}: in each block a second attention to the text, the negative prompt's")
     for expert, loras in plan.coverage.items():
         lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():

@@ -104,7 +104,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     encoder, vae = plan.checkpoint.text_encoder.module, plan.checkpoint.vae.module
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
-    thinking = (1 + plan.guided) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
+    thinking = (1 + plan.uses_negative) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
 
     def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:
