@@ -23,7 +23,7 @@ from wan.jobs.job import Generate, Sampling
 from wan.jobs.resolve import resolve
 from wan.media.images import i2v_tensor
 from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae_layers import Region
 from wan.pipeline import Start
 from wan.planning.memory import plan_videos
 from wan.sampling import Video

@@ -12,10 +12,8 @@ from benchmarks.transformer import A14B, attention, bf16
 from tests.modules.test_model import random_model
 from tests.support import command, open_task, relative_error
 from wan.jobs.job import Sampling
-from wan.modules.block import CrossAttention
-from wan.modules.context import Prompt
 from wan.modules.fused import EAGER
-from wan.modules.model import WanModel
+from wan.modules.model import CrossAttention, Prompt, WanModel
 from wan.sampling import Video
 from wan.utils.errors import InputError
 
