@@ -34,6 +34,7 @@ from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.step_cache import StepCache
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -66,6 +67,7 @@ class Pipeline(ABC):
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self.offload = plan.offload  # the experts give their memory back for decoding
+        self._made: list[bool] = []  # with the step cache: of each step of the last video, whether it was computed
         self._again = False  # whether another video follows
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
@@ -259,9 +261,12 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
+        threshold = plan.request.cache
+        cache = StepCache(experts, plan.steps, threshold, self.mesh.same) if threshold else None
+        self._made = cache.made if cache else []
+        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=not threshold)
         with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
+            latent = denoise(cache or experts, noise, conditioning, schedule, plan.steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -281,10 +286,15 @@ class Pipeline(ABC):
             wanted = self.plan.request.preview_steps
             if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
-            self.progress.advance(1, str(step))
+            self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
 
         return self.sample_or_retry(video, show, **how)
+
+    def computed(self) -> dict[str, list[int]]:
+        """For the record of the last video: numbers of the steps that were computed, if some were left out."""
+        numbers = [number for number, made in enumerate(self._made, 1) if made]
+        return {"computed_steps": numbers} if numbers else {}
 
     # -- pixels
 

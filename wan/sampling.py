@@ -20,7 +20,6 @@ from torch import Tensor
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.model import Prompt
-from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -69,6 +68,12 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Denoisers(Protocol):
+    """The networks of a video's steps: `Experts`, or what stands before them."""
+
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
@@ -111,7 +116,7 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Experts,
+    experts: Denoisers,
     noise: Tensor,
     conditioning: Conditioning,
     schedule: Schedule,

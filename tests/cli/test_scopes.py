@@ -53,6 +53,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sample_steps": {"sample_steps": 5},
     "sample_shift": {"sample_shift": 3.0},
     "sample_guide_scale": {"sample_guide_scale": "2"},
+    "cache": {"lora_dir": None, "cache": 0.1},
     "nag": {"nag": 11.0},
     "timesteps": {"timesteps": "1000,500"},
     "high_steps": {"high_steps": 1},

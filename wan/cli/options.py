@@ -218,6 +218,9 @@ class Request:
     nag: float = option(SAMPLING, VIDEO, real, "SCALE",
         "without guidance, attention leads away from the negative prompt at this scale, published: 11; default 1: off",
         default=1.0, limits=(1, 100))
+    cache: float = option(SAMPLING, VIDEO, real, "T",
+        "leave out steps while the velocity's predicted change stays below T, published: 0.05; default 0: off",
+        default=0.0, limits=(0, 1))
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))

@@ -24,6 +24,7 @@ from wan.utils.argument_parser import pair, short
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
+LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
 GUIDANCES = (0.0, 100.0)
 BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
@@ -123,6 +124,8 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     shift = request.sample_shift or usual.shift
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
     check_choices(request, recipe, check)
+    if request.cache and weights.distilled:
+        check.problem(f"--cache {request.cache:g}: the steps of a distilled weight are too few to leave one out")
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
@@ -131,6 +134,8 @@ def check_choices(request: Request, sampling: Sampling, check: Check) -> None:
     """Options that do not go together with these steps."""
     if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
         check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
+    if request.cache and (sampling.steps < LEAST_CACHED or sampling.solver == "dmd"):
+        check.problem(f"--cache {request.cache:g} needs {LEAST_CACHED} steps or more, and a solver other than dmd")
 
 
 def both(guidance: float | Sequence[float]) -> tuple[float, float]:

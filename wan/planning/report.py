@@ -164,6 +164,8 @@ def _settings_lines(plan: Plan) -> list[str]:
             runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
             steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
         lines.append(" | ".join(steps))
+    if request.cache:
+        lines.append(f"step cache {request.cache:g}: steps that would change little are left out; times are for all")
     if request.nag != 1:
         lines.append(f"NAG {request.nag:g}: in each block a second attention to the text, the negative prompt's")
     for expert, loras in plan.coverage.items():

@@ -93,7 +93,8 @@ class Session:
             pipe.encode(pipe.texts(job))
             pipe.release_text_encoder()
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
-            return Result(self.decode(latent), latent, describe(plan, job, pipe.info()), plan.config.sample_fps)
+            record = describe(plan, job, pipe.info()) | pipe.computed()
+            return Result(self.decode(latent), latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
