@@ -153,7 +153,6 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
 
 
 def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Prompt, Extended]:
-    """The extended prompts by prompt and image."""
     from wan.prompt_extension.extend import extend
 
     return {(a.original, a.image): a for a in extend(settings, _questions(asked), progress.say)}

@@ -141,7 +141,10 @@ def _bake(args: argparse.Namespace) -> int:
 
 
 def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
-    """The settings to sample the result with: its release's, changed by the flags."""
+    """The settings to sample the result with, changed by the flags: --preset's, else of the first path that names some.
+
+    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
+    """
     numbers: list[tuple[str, Any, float, float]]
     numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
     changes = {name: value for name, value, *_ in numbers if value is not None}
@@ -154,26 +157,17 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
             chosen.problems += e.problems
     faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
     chosen.problems += filter(None, faults)
-    release = _release_merged(args, chosen, bool(changes))
-    return replace(release, **changes) if release else None
-
-
-def _release_merged(args: argparse.Namespace, chosen: Choices, has_settings: bool) -> Release | None:
-    """The release of --preset, else of the first path that names one.
-
-    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
-    """
+    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:
         release = preset(args.preset)
         release.check_supported(f"--preset {args.preset}")
         if args.task not in release.tasks or release.kind == "recipe":
             chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
-        return release
-    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
-    if found := next(filter(None, map(recognise, paths)), None):
-        return found
-    distilled = paths and (has_settings or args.lora_dir)
-    return Release(paths[0].absolute().stem, (args.task,), "lora", "") if distilled else None
+        return replace(release, **changes)
+    found = next(filter(None, map(recognise, paths)), None)
+    if found is None and paths and (changes or args.lora_dir):
+        found = Release(paths[0].absolute().stem, (args.task,), "lora", "")
+    return replace(found, **changes) if found else None
 
 
 if __name__ == "__main__":

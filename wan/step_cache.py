@@ -50,10 +50,11 @@ class StepCache:
         return bool(self._change < self.threshold)
 
     def _keep(self, x: Tensor, v: Tensor) -> None:
+        """x is copied: `OnStep` may change it."""
         if self.made:
             self._slope = _size(v - self._last_v) / _size(x - self._last_x)
         self.made.append(True)
-        self._x, self._last_x, self._last_v, self._change = x, x, v, x.new_zeros(())
+        self._x, self._last_x, self._last_v, self._change = x, x.clone(), v, x.new_zeros(())
 
 
 def always_computed(steps: Sequence[Step]) -> set[int]:

@@ -168,7 +168,6 @@ def _origin(request: Request, row: Row, picture: str) -> str:
 
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weights: Weights, check: Check) -> None:
-    """Warns of sizes and lengths that the weights in use were not trained for."""
     name, trained = config.name, [SIZE_CONFIGS[text] for text in config.sizes]
     if weights.release and weights.release.kind != "recipe":
         name, trained = weights.release.name, list(weights.release.sizes)

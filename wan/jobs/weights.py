@@ -168,7 +168,6 @@ def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -
 
 
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
-    """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")

@@ -26,7 +26,7 @@ Tiles = tuple[int, int]  # rows and columns in which a frame is coded
 
 TILES: tuple[Tiles, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))
 LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
-CACHED = 4  # more with the step cache: a computed step's input and both passes, and their difference
+CACHED = 4  # more with the step cache: a computed step's input and both passes, and the input before
 DECODING = 1.1  # times the predicted peak: allocations of many sizes leave gaps
 UNLIMITED = 1 << 60
 

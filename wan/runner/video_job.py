@@ -173,7 +173,6 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    """Clean up after a finished video."""
     beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
         with suppress(OSError):  # the video is whole, whatever the file server says to this
@@ -248,7 +247,6 @@ def copy_together(
 
 
 def _entries(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
-    """The clips in the record of the joined video."""
     return [
         {
             "file": clip.save_file.name, "prompt": clip.prompt, "seed": clip.seed, "frames": clip.frame_num,
