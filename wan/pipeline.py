@@ -262,10 +262,9 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        threshold = plan.request.cache
-        cache = StepCache(experts, plan.steps, threshold, self.mesh.same) if threshold else None
+        cache = StepCache(experts, plan.steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
         self._made = cache.made if cache else []
-        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=not threshold)
+        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=cache is None)
         with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
             latent = denoise(cache or experts, noise, conditioning, schedule, plan.steps, on_step)
         if self.offload:
@@ -294,8 +293,7 @@ class Pipeline(ABC):
 
     def computed(self) -> dict[str, list[int]]:
         """For the record of the last video: numbers of the steps that were computed, if some were left out."""
-        numbers = [number for number, made in enumerate(self._made, 1) if made]
-        return {"computed_steps": numbers} if numbers else {}
+        return {"computed_steps": [n for n, made in enumerate(self._made, 1) if made]} if self._made else {}
 
     # -- pixels
 

@@ -68,9 +68,7 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
-class Denoisers(Protocol):
-    """The networks of a video's steps: `Experts`, or what stands before them."""
-
+class Denoisers(Protocol):  # `Experts`, or what stands before them
     def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
 
 

@@ -18,14 +18,12 @@ class StepCache:
     """Stands before the networks of one video and is asked once a step (EasyCache, arXiv 2507.02860).
 
     A skipped step's v is x + (v_last - x_last) of the last computed one. Steps are skipped while the sum of
-    k |x - x_before| / |v_last| over them is below `threshold`; k = |v - v'| / |x - x'| of the last two computed steps,
+    k |x - x_before| / |v_last| over them is below `limit`; k = |v - v'| / |x - x'| of the last two computed steps,
     v of the first pass, |.| a mean of magnitudes. same: gives all ranks rank 0's tensor, so that they decide alike.
     """
 
-    def __init__(
-        self, networks: Denoisers, steps: Sequence[Step], threshold: float, same: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.networks, self.threshold, self.same = networks, threshold, same
+    def __init__(self, inner: Denoisers, steps: Sequence[Step], limit: float, same: Callable[[Tensor], Tensor]) -> None:
+        self.inner, self.limit, self.same = inner, limit, same
         self.made: list[bool] = []  # of each step so far, whether it was computed
         self._always = always_computed(steps)
         self._x = self._last_x = self._last_v = self._slope = self._change = Tensor()
@@ -34,11 +32,10 @@ class StepCache:
         """The network of the next step, or what stands for it."""
 
         def forward(latent: Tensor, *inputs: object) -> Tensor:
-            number = len(self.made) + 1
-            if number not in self._always and self._skips(latent[: self._x.shape[0]]):
+            if len(self.made) + 1 not in self._always and self._skips(latent[: self._x.shape[0]]):
                 self.made.append(False)
                 return self._x + (self._last_v - self._last_x)
-            velocity = self.networks.ready(name, lora)(latent, *inputs)
+            velocity = self.inner.ready(name, lora)(latent, *inputs)
             self._keep(latent[: velocity.shape[-4]], velocity)
             return velocity
 
@@ -47,22 +44,20 @@ class StepCache:
     def _skips(self, x: Tensor) -> bool:
         change = self._slope * _size(x - self._x) / _size(self._last_v)
         self._x, self._change = x, self.same(self._change + change)
-        return bool(self._change < self.threshold)
+        return bool(self._change < self.limit)
 
     def _keep(self, x: Tensor, v: Tensor) -> None:
-        """x is copied: `OnStep` may change it."""
         if self.made:
             self._slope = _size(v - self._last_v) / _size(x - self._last_x)
         self.made.append(True)
-        self._x, self._last_x, self._last_v, self._change = x, x.clone(), v, x.new_zeros(())
+        self._x, self._last_x, self._last_v, self._change = x, x.clone(), v, x.new_zeros(())  # OnStep may change x
 
 
 def always_computed(steps: Sequence[Step]) -> set[int]:
     """Numbers of the steps that are never skipped: the first ones, the last, and those after a change of network."""
     networks = [(step.expert, step.lora, step.guided) for step in steps]
     changes = [index for index in range(1, len(steps)) if networks[index] != networks[index - 1]]
-    after = {index + n for index in changes for n in range(1, 1 + AFTER_CHANGE)}
-    return {*range(1, 1 + FIRST), *after, len(steps)}
+    return {*range(1, 1 + FIRST), *(index + n for index in changes for n in range(1, 1 + AFTER_CHANGE)), len(steps)}
 
 
 def _size(x: Tensor) -> Tensor:

@@ -131,6 +131,9 @@ DECODE, EXTEND = ("decode_latents",), ("extend_only",)
 MODES = DECODE + EXTEND
 EXTENDS = ("use_prompt_extend", "extend_only")  # options that extend prompts
 LORAS = ("lora_dir", "lora")
+QUALITIES: dict[str, dict[str, Any]] = {  # what --quality sets of the options that are not given
+    "exact": {}, "high": {"vae_dtype": "bf16"}, "fast": {"vae_dtype": "bf16", "quantize": "auto", "cache": 0.05},
+}  # fmt: skip
 WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image_fit)
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
 SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
@@ -234,8 +237,11 @@ class Request:
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), or fp8: the experts' weights in 8 bits, except in the first and last blocks",
-        choices=("none", "fp8"))
+        "none (default), fp8 (the experts' inner blocks in 8 bits), or auto: fp8 where the GPU multiplies it",
+        choices=("none", "fp8", "auto"))
+    quality: str = option(MACHINE, START, text, "NAME",
+        "exact (default); high: --vae_dtype bf16; fast: also --quantize auto and, for base weights, --cache 0.05",
+        choices=tuple(QUALITIES), displaces=("vae_dtype", "quantize", "cache"), counts_with=DECODE)
     attention: str = option(MACHINE, VIDEO, text, "NAME",
         "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))

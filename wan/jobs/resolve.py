@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_job
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import expanded, text_problem
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files, takes_cache, with_quality
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
 from wan.utils.errors import InputError
@@ -35,7 +35,7 @@ from wan.utils.files import parse_json
 # Options that a record holds for its one video.
 OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
-LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention", "quantize")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 FOREIGN_TASKS = {  # by the begin of their names
     "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
@@ -57,7 +57,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
-    request = chosen_shard(request, check)
+    request = with_quality(chosen_shard(request, check), values)
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
@@ -68,7 +68,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     elif request.extend_only is not None:
         outcome = _extend_only(request, config, check)
     else:
-        outcome = replace(_generate(request, config, check), replayed=record)
+        outcome = replace(_generate(request, config, values, check), replayed=record)
     folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
     with suppress(PermissionError):  # reported when it is opened
         if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
@@ -98,9 +98,10 @@ def _checked(request: Request, check: Check) -> Request:
     return replace(request, **changed)
 
 
-def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
+def _generate(request: Request, config: TaskConfig, given: Collection[str], check: Check) -> Generate:
     weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
     sampling = choose_sampling(request, config, weights, check)
+    request = with_quality(request, given, cached=takes_cache(sampling, weights.distilled))
     if sampling.lora_steps and request.lora_mode == "merge":
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")

@@ -6,7 +6,8 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
-from wan.cli.options import Request
+from wan.cli.options import QUALITIES, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
@@ -123,19 +124,28 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
         check.problem(f"{says}; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
-    check_choices(request, recipe, check)
-    if request.cache and weights.distilled:
-        check.problem(f"--cache {request.cache:g}: the steps of a distilled weight are too few to leave one out")
+    check_choices(request, recipe, check, distilled=weights.distilled)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
 
-def check_choices(request: Request, sampling: Sampling, check: Check) -> None:
+def check_choices(request: Request, sampling: Sampling, check: Check, *, distilled: bool = False) -> None:
     """Options that do not go together with these steps."""
     if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
         check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
-    if request.cache and (sampling.steps < LEAST_CACHED or sampling.solver == "dmd"):
-        check.problem(f"--cache {request.cache:g} needs {LEAST_CACHED} steps or more, and a solver other than dmd")
+    if request.cache and not takes_cache(sampling, distilled):
+        check.problem(f"--cache {request.cache:g} takes base weights, {LEAST_CACHED} steps or more, and not dmd")
+
+
+def takes_cache(sampling: Sampling, distilled: bool) -> bool:
+    """Whether steps may be left out: not of a few, nor where each draws fresh noise."""
+    return not distilled and sampling.steps >= LEAST_CACHED and sampling.solver != "dmd"
+
+
+def with_quality(request: Request, given: Collection[str], *, cached: bool = False) -> Request:
+    """`request` with the options that `--quality` sets, but those `given`; the step cache only if `cached`."""
+    chosen = {name: value for name, value in QUALITIES[request.quality].items() if name not in given}
+    return replace(request, **{name: value for name, value in chosen.items() if name != "cache" or cached})
 
 
 def both(guidance: float | Sequence[float]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -310,17 +310,13 @@ class CrossAttention(Attention):
         for _, span in spans:
             self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
         q = self.heads(x)
-        x, *away = (self._attend(q, each, texts[each]) for each in prompt.attended)
+        made = [each.once(self, partial(self._keys_values, texts[each])) for each in prompt.attended]
+        x, *away = (self.backend(q, k, v).flatten(1) for k, v in made)
         del q
         for y in away:
             for _, span in spans:
                 self.passes.guide(x[span], y[span], prompt.nag)
         return self.o(x)
-
-    def _attend(self, q: Tensor, prompt: Prompt, text: Tensor) -> Tensor:
-        """q [L, N, d] -> [L, D]."""
-        k, v = prompt.once(self, lambda: self._keys_values(text))
-        return self.backend(q, k, v).flatten(1)
 
     def _keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         k = self.k(text)

@@ -33,6 +33,7 @@ from wan.jobs.weights import PARTS
 from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
+from wan.modules.fp8 import multiplies_fp8
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
@@ -79,8 +80,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     if not outcome.extend:
         warnings += cut_prompts(plan)
     if not plan.uses_negative and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
-        idle = "a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)"
-        warnings.append(f"{idle}; --nag makes it count")
+        warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1, no --nag)")
     return replace(plan, warnings=tuple(warnings))
 
 
@@ -111,6 +111,9 @@ def open_plan(
         on_cpu = device.type == "cpu" and not is_absent(request, device)
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
+    if request.quantize == "auto":
+        fp8 = multiplies_fp8(device, dtypes[0]) and not request.dit_fsdp
+        request = replace(request, quantize="fp8" if fp8 else "none")
     brought = _brought(request, weights)
     checkpoint = checks.attempt(partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought)
     conflicts = flag_conflicts(
