@@ -88,7 +88,7 @@ class Pipeline(ABC):
 
     def texts(self, video: Video | Job) -> list[str]:
         """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
-        return [video.prompt, video.negative_prompt] if self.plan.uses_negative else [video.prompt]
+        return [video.prompt, video.negative_prompt] if self.plan.of(video).uses_negative else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
