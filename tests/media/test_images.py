@@ -14,9 +14,8 @@ from PIL import Image
 
 from tests.unprivileged import run_unprivileged
 from wan.configs import TASKS
-from wan.media.ffmpeg import ffmpeg_command
 from wan.media.images import i2v_tensor, list_changes, open_image, ti2v_tensor, video_size
-from wan.media.video import VideoWriter, count_frames
+from wan.media.video import VideoWriter, count_frames, ffmpeg_command
 from wan.utils.errors import InputError
 
 I2V, TI2V = TASKS["i2v-A14B"], TASKS["ti2v-5B"]
@@ -334,8 +333,6 @@ def test_no_permission_is_said(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from wan.media.images import open_image
-from wan.media.video import read_record
 root = Path(sys.argv[1])
 (root / "a.json").write_text("{}")
 (root / "below").mkdir()

@@ -21,8 +21,8 @@ from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
-from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.images import list_changes, open_image, video_size
+from wan.media.video import CONTAINERS, is_video
 from wan.utils.argument_parser import short
 from wan.utils.progress import quantity
 
