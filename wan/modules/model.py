@@ -134,10 +134,8 @@ class WanModel(nn.Module):
 
         Unit 0 is the time projection, nearly a block in size because it is float32; then come the blocks.
         """
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return 0 if part == "time_projection" else None
+        part, number, *_ = name.split(".")
+        return 1 + int(number) if part == "blocks" else 0 if part == "time_projection" else None
 
     def use_attention(self, attend: Attend) -> None:
         """Let every attention of the model run through this back end."""
@@ -231,27 +229,23 @@ class Block(nn.Module):
         streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
         [L, D], in the same list: nobody keeps a stream that has been converted.
         """
-        for prompt, text in zip(prompts, texts, strict=True):
-            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
-        return streams
-
-    def _pass(
-        self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
-    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
-
-        # attentions run by `forward`: a module called as such keeps what it was given until it returns
-        y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
-        # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
-        x = x.float()
-        for row, span in spans:
-            self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
-        y = self.cross_attn.forward(y, prompt, text, spans)
-        for row, span in spans:
-            self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
-            self.passes.add(x[span], self.ffn(y[span]), gate2[row])
-        return x
+        for prompt, text in zip(prompts, texts, strict=True):
+            x = streams.pop(0)
+            # attentions run by `forward`: a module called as such keeps what it was given until it returns
+            y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
+            # x comes in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
+            x = x.float()
+            for row, span in spans:
+                self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
+            y = self.cross_attn.forward(y, prompt, text, spans)
+            for row, span in spans:
+                self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
+                self.passes.add(x[span], self.ffn(y[span]), gate2[row])
+            streams.append(x)
+            del x, y  # before the next pass
+        return streams
 
     def normed(self, x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
         """LayerNorm(x) * scale + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
@@ -285,11 +279,11 @@ class SelfAttention(Attention):
         given = shared(x, self.q, self.k, self.v)
         del x
         q, k = self.q(given), self.k(given)
-        for y, scale in ((q, self.norm_q), (k, self.norm_k)):
-            for _, span in spans:
-                self.passes.rms_norm_rotate(y[span], scale.weight, rotary[span], self.eps)
+        for _, span in spans:
+            self.passes.rms_norm_rotate(q[span], self.norm_q.weight, rotary[span], self.eps)
+            self.passes.rms_norm_rotate(k[span], self.norm_k.weight, rotary[span], self.eps)
         v = self.v(given)
-        del given, y
+        del given
         x = self.attend(self.heads(q), self.heads(k), self.heads(v), total).flatten(1)
         del q, k, v
         return self.o(x)
@@ -304,17 +298,18 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
         """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
-        k, v = prompt.once(self, lambda: self._keys_values(text))
+
+        def keys_values() -> tuple[Tensor, Tensor]:
+            k = self.k(text)
+            self.passes.rms_norm(k, self.norm_k.weight, self.eps)
+            return self.heads(k), self.heads(self.v(text))
+
+        k, v = prompt.once(self, keys_values)
         x = self.q(x)
         for _, span in spans:
             self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
         x = self.backend(self.heads(x), k, v).flatten(1)
         return self.o(x)
-
-    def _keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.k(text)
-        self.passes.rms_norm(k, self.norm_k.weight, self.eps)
-        return self.heads(k), self.heads(self.v(text))
 
 
 class Norm(nn.Module):
