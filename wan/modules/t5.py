@@ -37,7 +37,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
         self.residency: Residency = Residency()
-        self.token_embedding: nn.Module = Table(vocab, dim)
+        self.token_embedding: nn.Module = table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
 
@@ -81,7 +81,7 @@ class T5Block(nn.Module):
         self.attn = T5Attention(dim, dim_attn, num_heads)
         self.norm2 = T5Norm(dim)
         self.ffn = T5FeedForward(dim, dim_ffn)
-        self.pos_embedding = nn.ModuleDict({"embedding": Table(BUCKETS, num_heads)})
+        self.pos_embedding = nn.ModuleDict({"embedding": table(BUCKETS, num_heads)})
 
     def forward(self, x: Tensor, bucket: Tensor) -> Tensor:
         """x [n, D], bucket int64 [n, n] -> [n, D]."""
@@ -118,15 +118,9 @@ class T5FeedForward(nn.Module):
         return self.fc2(self.fc1(x) * gate)
 
 
-class Table(nn.Module):
-    """A row for each id. nn.Embedding would draw random ones; on the meta device that takes a second of imports."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight)
+def table(rows: int, width: int) -> nn.Embedding:
+    """A row for each id. Drawing random ones would take a second of imports on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class T5Norm(nn.Module):
