@@ -1,5 +1,5 @@
-"""Pictures that condition a video: opening them, the size of the video they lead to, and their tensors. Pictures that
-show one: a contact sheet of the finished video, and a strip that grows with each denoising step.
+"""Pictures that condition a video: their files, the size of its frames, their tensors. Pictures that show a video: a
+contact sheet of the finished one, and a strip that grows with each denoising step.
 
 Shapes: H, W rows and columns. Sizes are (width, height).
 """
@@ -52,20 +52,16 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
 
     Sides are multiples of the task's step. "squeeze": the picture's ratio, about the area. "crop": at most the area; of
     the size found width first and the one found height first the one nearer the picture's ratio, the latter on a tie.
-    Both are the original pipelines' rules, evaluated in binary64 in the original's order: another order rounds to
-    another multiple for some pictures. InputError if a side would vanish.
+    Both are the original pipelines' rules in binary64 and in its order: another one rounds to another multiple for some
+    pictures. InputError if a side would vanish.
     """
-    (width, height), area = picture, size[0] * size[1]
-
-    def whole(length: float) -> int:
-        return math.floor(length / config.size_step) * config.size_step
-
+    (width, height), area, step = picture, size[0] * size[1], config.size_step
     if config.image_fit == "crop":
-        ideal_width = math.sqrt(area * (width / height))
-        columns, rows = whole(ideal_width), whole(area / ideal_width)
+        ideal = math.sqrt(area * (width / height))
+        lengths = ideal, area / ideal
     else:
-        ratio = height / width
-        columns, rows = whole(math.sqrt(area / ratio)), whole(math.sqrt(area * ratio))
+        lengths = math.sqrt(area / (height / width)), math.sqrt(area * (height / width))
+    columns, rows = (math.floor(length / step) * step for length in lengths)
     if not (columns and rows):
         raise InputError(f"an image of {width}x{height} is too long and thin for this --size, which is used as an area")
     if config.image_fit != "crop":
@@ -75,7 +71,8 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
         ratio, reached = width / height, found[0] / found[1]
         return max(ratio / reached, reached / ratio)
 
-    return min((whole(area / rows), rows), (columns, whole(area / columns)), key=ratio_error)
+    height_first = math.floor(area / rows / step) * step, rows
+    return min(height_first, (columns, math.floor(area / columns / step) * step), key=ratio_error)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -135,10 +132,8 @@ def list_changes(image: Image.Image) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of the picture's file; of a video that of its last frame alone. OSError, InputError.
-
-    So a clip that was made again, with other times in its record, still gives the same picture.
-    """
+    """SHA-256 of the picture's file; of a video that of its last frame alone: a clip that was made again, with other
+    times in its record, still gives the same picture. OSError, InputError."""
     key = path, path.stat().st_mtime_ns, path.stat().st_size
     if key not in DIGESTS:
         DIGESTS[key] = hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
@@ -194,10 +189,8 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _to_8_bits(image: Image.Image, changes: list[str]) -> Image.Image:
-    """Greys of 16 or 32 bits or floats in 8 bits, by the first of the usual ranges that holds them all.
-
-    convert("RGB") would clip them at 255. ValueError for NaN or Inf.
-    """
+    """Greys of 16 or 32 bits or floats in 8 bits, by the first of the usual ranges that holds them all; convert("RGB")
+    would clip them at 255. ValueError for NaN or Inf."""
     import numpy
 
     values = numpy.asarray(image)
@@ -216,10 +209,8 @@ def _to_8_bits(image: Image.Image, changes: list[str]) -> Image.Image:
 
 
 def i2v_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """The picture squeezed to `size`: float32 [3, H, W], nominally in [-1, 1].
-
-    Bicubic without antialiasing and not clamped, on the CPU, as in the original: it overshoots at edges.
-    """
+    """The picture squeezed to `size`: float32 [3, H, W], nominally in [-1, 1]. Bicubic without antialiasing and not
+    clamped, on the CPU, as in the original: it overshoots at edges."""
     from torch.nn.functional import interpolate
 
     return interpolate(_normalised(image)[None], size=size[::-1], mode="bicubic")[0]

@@ -1,8 +1,7 @@
-"""Video files, by the ffmpeg that imageio-ffmpeg brings: frames are encoded while later ones are decoded, and a file is
-whole or absent.
+"""Video files, by the ffmpeg of imageio-ffmpeg: whole or absent, and encoded while later frames are decoded.
 
-One pass of ffmpeg encodes. A second one copies the packets and adds the record (in the comment tag), which is complete
-only at the end, and puts the index in front, so that browsers start at once.
+One pass encodes. A second one copies the packets, adds the record (in the comment tag), which is complete only at the
+end, and puts the index in front, so that browsers start at once.
 
 Shapes: t frames of one chunk, H height, W width, B videos side by side.
 """
@@ -20,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from wan.utils.errors import InputError, JobError
@@ -44,14 +42,11 @@ Tag = Callable[[dict[str, Any]], dict[str, Any] | None]  # what the video file h
 
 
 class Container(NamedTuple):
-    """A kind of video file that is written.
+    """A kind of video file that is written."""
 
-    muxer: ffmpeg's name for it. encode: options of the pass that encodes; complete: of the pass that copies packets.
-    """
-
-    muxer: str
-    encode: tuple[str, ...]
-    complete: tuple[str, ...] = ()
+    muxer: str  # ffmpeg's name
+    encode: tuple[str, ...]  # options of the pass that encodes
+    complete: tuple[str, ...] = ()  # options of the pass that copies packets
 
 
 # crf: x264's constant quality that the original reaches with imageio's quality 8. rc-lookahead: x264's own 40 frames
@@ -70,10 +65,8 @@ def is_video(path: Path) -> bool:
 
 
 class VideoWriter:
-    """Writes one video file: `write` chunks, then `finish`. Leaving the block without `finish` leaves no file.
-
-    Errors: JobError if the encoder fails, dies or stalls, OSError from the file system.
-    """
+    """Writes one video file: `write` chunks, then `finish`. Leaving the block without `finish` leaves no file. JobError
+    if the encoder fails, dies or stalls, OSError from the file system."""
 
     def __init__(self, path: Path, fps: float, *, follows: bool = False) -> None:
         """follows: this clip continues another one, so decoding must be able to start at its second frame."""
@@ -115,7 +108,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             if self._encoder is not None and self._pipe is not None:
                 self._encoder.kill()
@@ -138,11 +131,9 @@ class VideoWriter:
         self._encoded = make_part(self.path)
         self._encoder = subprocess.Popen(
             [*ffmpeg_command(), *raw, *words, "-f", container.muxer, file_argument(self._encoded)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._messages,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._messages,
             start_new_session=True,  # Ctrl-C is ours to handle: it must not stop the encoder first
-        )
+        )  # fmt: skip
         self._pipe = self._encoder.stdin
 
     def _wait_for(self, most: int) -> None:
@@ -164,11 +155,9 @@ class VideoWriter:
 
 
 def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, Any] | None, tag: Tag = dict) -> None:
-    """The second pass: the packets of `source` (an input in ffmpeg's words) become the video `path`, flushed to disk.
-
-    record: goes beside the video as .json, and `tag(record)` into the comment tag. frames: how many there must be.
-    JobError, OSError; then neither file appears.
-    """
+    """The second pass: the packets of `source` (an input in ffmpeg's words), `frames` of them, become the video `path`,
+    flushed to disk; `record` goes beside it as .json, and `tag(record)` into its comment tag. JobError, OSError; then
+    neither file appears."""
     container = CONTAINERS[path.suffix.lower()]
     with ExitStack() as files:
         beside = None if record is None else files.enter_context(replacing(Beside.of(path).record))
@@ -230,9 +219,7 @@ def count_frames(path: Path) -> int:
 
 def last_frame(path: Path, changes: list[str] | None = None) -> bytes:
     """The last frame of a whole video, as a PNG; notes for the plan go into `changes`. InputError for any other file.
-
-    The video is decoded: one that was cut without encoding it again holds packets before its first frame.
-    """
+    The video is decoded: one that was cut without encoding it again holds packets before its first frame."""
     decode = [*video_input(path), "-map", "0:v:0", "-fps_mode", "passthrough"]
     counted = run_ffmpeg("-loglevel", "info", "-xerror", *decode, "-f", "null", "-progress", "pipe:1", "-")
     if counted.returncode != 0 or not (frames := _frames_reported(counted.stdout)):
@@ -259,18 +246,17 @@ def ffmpeg_command() -> list[str]:
 
 def run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run one command in a session of its own, so that Ctrl-C does not reach it."""
-    return subprocess.run(
-        [*ffmpeg_command(), *arguments], input=stdin, capture_output=True, check=False, start_new_session=True
-    )
+    words = [*ffmpeg_command(), *arguments]
+    return subprocess.run(words, input=stdin, capture_output=True, check=False, start_new_session=True)
 
 
 def file_argument(path: Path) -> str:
-    """The path in the form that ffmpeg takes: bare, `-1.mp4` would be an option and `12:30.mp4` a network address."""
+    """The path for ffmpeg: bare, `-1.mp4` would be an option and `12:30.mp4` a network address."""
     return f"file:{path}"
 
 
 def video_input(path: Path) -> list[str]:
-    """The words that make a file of unknown origin an input."""
+    """A file of unknown origin as an input."""
     return [*SAFE, "-i", file_argument(path)]
 
 
@@ -314,10 +300,9 @@ def save_video(
     normalize: bool = True,
     value_range: tuple[float, float] = (-1, 1),
 ) -> str:
-    """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path.
+    """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path. JobError, OSError.
 
-    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file with
-    that suffix. Unlike the original's, it raises: JobError if the encoder fails, OSError from the file system.
+    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file.
     """
     if save_file is None:
         handle, save_file = tempfile.mkstemp(suffix)
