@@ -27,7 +27,7 @@ from wan.utils.progress import Progress, tell, tell_event
 
 if TYPE_CHECKING:
     from wan.distributed.launch import Runtime
-    from wan.jobs.job import Decode, Extend, Generate
+    from wan.jobs.job import Decode, Extend, Generate, Job
     from wan.jobs.prompt_files import Row
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
@@ -121,7 +121,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
 
     team, extend = runtime.team, outcome.extend
     if extend:
-        team.broadcast(lambda: check_extension(extend, _questions(outcome.rows)))
+        team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
     plan = team.all_or_none(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
@@ -141,7 +141,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         from wan.runner.batch import run_jobs
 
     if extend:  # file names and originals stay those of the user's prompts
-        answers = team.broadcast(lambda: _answers(extend, outcome.rows, progress))
+        answers = team.broadcast(lambda: _answers(extend, outcome.jobs, progress))
         jobs = tuple(replace(job, prompt=answers[job.prompt, job.image].prompt) for job in plan.jobs)
         plan = replace(plan, jobs=jobs)
         for warning in cut_prompts(plan):
@@ -152,18 +152,17 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     return FAILED if failed else 0
 
 
-def _answers(settings: ExtendSettings, rows: Sequence[Row], progress: Progress) -> dict[Prompt, Extended]:
-    """The extended prompts by prompt and image."""
+def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Prompt, Extended]:
     from wan.prompt_extension.extend import extend
 
-    return {(a.original, a.image): a for a in extend(settings, _questions(rows), progress.say)}
+    return {(a.original, a.image): a for a in extend(settings, _questions(asked), progress.say)}
 
 
-def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
+def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
     """Each prompt with its image, once."""
     from wan.prompt_extension.extend import ExtendItem
 
-    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
+    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((one.prompt, one.image) for one in asked)]
 
 
 def _end_dry_run(progress: Progress) -> int:

@@ -36,7 +36,7 @@ from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5_XXL, UMT5Encoder
 from wan.modules.vae import VAES, WanVAE
 from wan.offload.networks import Experts
-from wan.offload.reader import Piece, Source, Store
+from wan.offload.reader import Piece, Source
 from wan.pipeline import Pipeline
 from wan.planning.build import make_plan
 from wan.planning.plan import Plan
@@ -101,9 +101,8 @@ class RandomWeights(Pipeline):
             randomise(model)
         return experts
 
-    def load(self, module: Network, store: Store, *, sharded: bool, **how: Any) -> Network:
-        dtype, home = how["dtype"], how["home"]
-        state = {n: torch.empty(p.shape, dtype=dtype(n), device=home) for n, p in module.named_parameters()}
+    def load(self, module: Network, source: Source, home: torch.device, *_: Any, sharded: bool) -> Network:
+        state = {n: torch.empty(p.shape, dtype=source.dtype(n), device=home) for n, p in module.named_parameters()}
         module.load_state_dict(state, assign=True)
         randomise(module)
         synchronize()

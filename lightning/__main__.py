@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import Models, inspect_path, settings_line
+from lightning.inspect_weights import inspect_path, settings_line
 from lightning.lora import Lora
 from lightning.lora_files import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m lightning", description="LoRAs and distilled weights for Wan2.2.", elsewhere=ELSEWHERE
-    )
+    text = "LoRAs and distilled weights for Wan2.2."
+    parser = Parser(prog="python -m lightning", description=text, elsewhere=ELSEWHERE)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
     text = "describe a weight file, or each file of a folder, and its use in a run"
     inspect = commands.add_parser("inspect", help=text, description=f"{text.capitalize()}. Reads headers only.")
@@ -80,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = inspect_path(path, Models.of(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
     if args.json:
         tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:
@@ -134,21 +133,18 @@ def _bake(args: argparse.Namespace) -> int:
     for warning in chosen.warnings:
         tell(sys.stderr, f"warning: {warning}\n")
     Bake(
-        task=args.task,
-        ckpt_dir=args.ckpt_dir,
-        loras=loras,
-        out=args.out,
-        dtype=getattr(torch, BAKED_DTYPES[args.dtype]),
-        allow_partial=args.lora_allow_partial,
-        release=release,
-        layout=args.layout,
+        task=args.task, ckpt_dir=args.ckpt_dir, loras=loras, out=args.out, layout=args.layout, release=release,
+        dtype=getattr(torch, BAKED_DTYPES[args.dtype]), allow_partial=args.lora_allow_partial,
         report=lambda line: tell(sys.stderr, f"{line}\n"),
-    ).write()
+    ).write()  # fmt: skip
     return 0
 
 
 def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
-    """The settings to sample the result with: its release's, changed by the flags."""
+    """The settings to sample the result with, changed by the flags: --preset's, else of the first path that names some.
+
+    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
+    """
     numbers: list[tuple[str, Any, float, float]]
     numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
     changes = {name: value for name, value, *_ in numbers if value is not None}
@@ -161,26 +157,17 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
             chosen.problems += e.problems
     faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
     chosen.problems += filter(None, faults)
-    release = _release_merged(args, chosen, bool(changes))
-    return replace(release, **changes) if release else None
-
-
-def _release_merged(args: argparse.Namespace, chosen: Choices, has_settings: bool) -> Release | None:
-    """The release of --preset, else of the first path that names one.
-
-    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
-    """
+    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:
         release = preset(args.preset)
         release.check_supported(f"--preset {args.preset}")
         if args.task not in release.tasks or release.kind == "recipe":
             chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
-        return release
-    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
-    if found := next(filter(None, map(recognise, paths)), None):
-        return found
-    distilled = paths and (has_settings or args.lora_dir)
-    return Release(paths[0].absolute().stem, (args.task,), "lora", "") if distilled else None
+        return replace(release, **changes)
+    found = next(filter(None, map(recognise, paths)), None)
+    if found is None and paths and (changes or args.lora_dir):
+        found = Release(paths[0].absolute().stem, (args.task,), "lora", "")
+    return replace(found, **changes) if found else None
 
 
 if __name__ == "__main__":

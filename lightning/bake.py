@@ -29,9 +29,9 @@ from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints import layout as layouts
+from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
-from wan.checkpoints.transformer_sizes import transformer_sizes
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
@@ -134,7 +134,7 @@ class Bake:
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
             if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {store.file(odd)}: tensor {odd} is {store[odd].dtype}, not a float")
+                problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
             sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):
@@ -245,27 +245,22 @@ def _diffusers_settings(
     places, sources = layouts.diffusers(config), layouts.places_in(ckpt_dir, config)
     transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
     index: dict[str, Any] = {  # library and class of each folder; the tokenizer's class reads tokenizer.json as it is
-        "_class_name": config.pipeline,
-        "boundary_ratio": config.boundary,
+        "_class_name": config.pipeline, "boundary_ratio": config.boundary,
         "expand_timesteps": bool(config.image_fit and not config.mask_channels),  # the first frame's own timestep is 0
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": transformer,
-        "transformer_2": transformer if config.boundary else none,
+        "transformer": transformer, "transformer_2": transformer if config.boundary else none,
         "vae": ["diffusers", "AutoencoderKLWan"],
         **({"image_encoder": none, "image_processor": none} if config.mask_channels else {}),
-    }
+    }  # fmt: skip
     # UniPC, as in diffusers' own folders; with one order and no corrector it is the Euler step of distilled models.
     # Its grid of levels ends at 0.001 before the shift where ours ends at 0: the levels differ by 1e-3 at most.
     scheduler: dict[str, Any] = {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": config.num_train_timesteps,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True,
         "flow_shift": release.shift if release else config.sample_shift,
         **({"solver_order": 1, "disable_corrector": list(range(release.steps))} if release else {}),
-    }
+    }  # fmt: skip
     found = {layouts.MODEL_INDEX: index, "scheduler/scheduler_config.json": scheduler}
     for part, store in stores.items():
         try:
@@ -287,10 +282,8 @@ def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(shapes["patch_embedding.weight"][2:]),
-        "num_attention_heads": sizes["num_heads"],
-        "attention_head_dim": sizes["dim"] // sizes["num_heads"],
-        "in_channels": sizes["in_dim"],
-        "out_channels": sizes["out_dim"],
+        "num_attention_heads": sizes["num_heads"], "attention_head_dim": sizes["dim"] // sizes["num_heads"],
+        "in_channels": sizes["in_dim"], "out_channels": sizes["out_dim"],
         "text_dim": shapes["text_embedding.0.weight"][1],
         **{name: sizes[name] for name in ("freq_dim", "ffn_dim", "num_layers")},
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": sizes["eps"],
@@ -305,8 +298,7 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     channels = 3 * vae.patch**2
     return {
         "_class_name": "AutoencoderKLWan",
-        "base_dim": shapes["encoder.conv1.weight"][0],
-        "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+        "base_dim": shapes["encoder.conv1.weight"][0], "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
         "z_dim": vae.z_dim,
         "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
         "temperal_downsample": [False, True, True], "dropout": 0.0,
@@ -326,12 +318,9 @@ def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     vocabulary, width = shapes["token_embedding.weight"]
     return {
         "architectures": ["UMT5EncoderModel"], "model_type": "umt5",
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
-        "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
-        "num_layers": len(encoder.blocks),
-        "num_heads": heads,
+        "vocab_size": vocabulary, "d_model": width,
+        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads, "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
+        "num_layers": len(encoder.blocks), "num_heads": heads,
         "relative_attention_num_buckets": buckets, "relative_attention_max_distance": 128,
         "dropout_rate": 0.0, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False, "use_cache": False, "tie_word_embeddings": False,

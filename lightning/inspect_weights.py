@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,86 +26,70 @@ from wan.modules.model import released_shapes
 from wan.utils.errors import InputError, LoraError
 
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
+Models = Mapping[str, Mapping[str, Shapes]]  # networks that files are judged by: shapes by task and expert
 SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
 
-@dataclass(frozen=True)
-class Models:
-    """The networks that files are judged by: shapes by task and expert. hint: follows a refusal."""
-
-    shapes: Mapping[str, Mapping[str, Shapes]]
-    hint: str = ""
-
-    @classmethod
-    def of(cls, task: str | None, ckpt_dir: Path | None) -> Models:
-        """The released ones of the task or of all, or a checkpoint's experts. LoraError if that holds none."""
-        if ckpt_dir is None:
-            tasks = [task] if task else list(TASKS)
-            released = {task: dict.fromkeys(TASKS[task].experts, released_shapes(task)) for task in tasks}
-            return cls(released, " (--ckpt_dir judges by a checkpoint of other sizes)")
-        if not (stores := experts_in(ckpt_dir)):
-            raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
-        kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
-        return cls({kind: {expert: store.shapes for expert, store in stores.items()}})
-
-
-def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
-    """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
-    found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
-    whole = (experts for config, experts in found if len(experts) == len(config.experts))
-    return next(whole, None) or max((experts for _, experts in found), key=len)
-
-
-def inspect_path(path: Path, models: Models, alpha: float | None) -> tuple[list[dict[str, Any]], list[str]]:
+def inspect_path(
+    path: Path, task: str | None, ckpt_dir: Path | None, alpha: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
     path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
+    It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
     """
+    models: dict[str, dict[str, Shapes]]
+    if ckpt_dir is None:
+        tasks = [task] if task else list(TASKS)
+        models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
+        hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
+    elif stores := experts_in(ckpt_dir):
+        kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
+        models, hint = {kind: {expert: store.shapes for expert, store in stores.items()}}, ""
+    else:
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
     if (path / MODEL_INDEX).is_file():
         uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
         held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
-        return [], uses + [f"and for {_command(task, '--ckpt_dir', path)}" for task in held if task]
+        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in held if each]
     if not path.is_dir() or (path / PEFT_CONFIG).is_file():
-        return [_examine(path, models, alpha)], []
+        return [_examine(path, models, hint, alpha)], []
     folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
     # each index for its shards, else every file
     files = [file for each in folders for file in sorted(each.glob(f"*{INDEX_SUFFIX}")) or weights_in(each)]
     files = [file for file in files if file.suffix.lower() not in PICKLED] or files
     if not files:
         raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
-    if models.hint:  # a checkpoint has its own sizes
+    if ckpt_dir is None:  # a checkpoint has its own sizes
         own: dict[str, dict[str, Shapes]] = {}
         for expert, store in experts_in(path).items():
-            if (task := task_of(store.shapes)) in models.shapes:
-                own.setdefault(str(task), {})[expert] = store.shapes
-        models = Models(own) if own else models
-    reports = [_examine(file, models, alpha) for file in files]
+            if (found := task_of(store.shapes)) in models:
+                own.setdefault(str(found), {})[expert] = store.shapes
+        models, hint = (own, "") if own else (models, hint)
+    reports = [_examine(file, models, hint, alpha) for file in files]
     return reports, _uses(path, reports)
+
+
+def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
+    """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
+    found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
+    return max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))[1]
 
 
 def _command(task: str | None, *words: object) -> str:
     return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
 
 
-def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
+def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
     """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release and release.name,
-        "source": release and release.source,
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
         "settings": release and release_settings(release),
-        "note": (release and release.note) or caution(file) or "",
-        "licence": (release and release.licence) or "",
-        "use": None,
-        "stored": {},
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))
@@ -119,8 +103,10 @@ def _examine(file: Path, models: Models, alpha: float | None) -> dict[str, Any]:
             judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
-    stored = Counter(store.stored_as(name) for name in store)  # how many tensors are of which type
-    gigabytes = round(sum(store.stored_bytes(name) for name in store) / 1e9, 6)
+    if judged.get("error"):
+        judged["error"] += hint
+    stored = Counter(store.stored(name)[0] for name in store)  # how many tensors are of which type
+    gigabytes = round(sum(store.stored(name)[1] for name in store) / 1e9, 6)
     return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
 
 
@@ -128,7 +114,7 @@ def _judge_lora(file: Path, models: Models, alpha: float | None, release: Releas
     """The tasks that the LoRA fits and its coverage of the likeliest, as a run finds them: expert by expert."""
     named, errors, fits, report = named_expert(file), list[str](), list[str](), dict[str, Any]()
     likely = release.tasks if release else ()
-    for task, experts in sorted(models.shapes.items(), key=lambda item: item[0] not in likely):
+    for task, experts in sorted(models.items(), key=lambda item: item[0] not in likely):
         chosen = [named] if named and named in experts else list(experts)
         try:
             found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e], expert=e) for e in chosen}
@@ -142,7 +128,7 @@ def _judge_lora(file: Path, models: Models, alpha: float | None, release: Releas
         warnings = list(dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings))
         report = report or {"coverage": asdict(found[chosen[0]]) | {"warnings": warnings, "summary": summary}}
     if not fits:
-        return {"error": errors[0] + models.hint}
+        return {"error": errors[0]}
     return report | {"fits": fits, "use": shlex.join(["--lora", f"{named}={file}" if named else str(file)])}
 
 
@@ -159,15 +145,15 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
             return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
         return shapes == expert
 
-    fits = [task for task, experts in models.shapes.items() if any(map(belongs_to, experts.values()))]
+    fits = [task for task, experts in models.items() if any(map(belongs_to, experts.values()))]
     if not fits:
-        return {"error": f"{file}: names or shapes are not those of {' or '.join(models.shapes)}{models.hint}"}
+        return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
     if file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
         return {"fits": fits}
     if kind != EXPERT:
         return {"fits": fits, "use": shlex.join([f"--{kind}", str(file)])}
     named = expert_of(file) or expert_of(file.absolute().parent)
-    single = all(list(models.shapes[task]) == ["model"] for task in fits)
+    single = all(list(models[task]) == ["model"] for task in fits)
     experts = ["model"] if single else [named] if named else ["high", "low"]
     return {"fits": fits, "use": " or ".join(shlex.join(["--expert", f"{expert}={file}"]) for expert in experts)}
 

@@ -181,20 +181,16 @@ def check(
     last = {role for kind in KINDS for role in (kind.factors[-1].b, kind.factors[-1].whole)}  # one per change
     names = {delta.kind.name for delta in changes if delta.kind} | {"DoRA" for delta in changes if delta.magnitude}
     return Coverage(
-        path=str(lora.path),
-        release=lora.release.name if lora.release else None,
-        strength=lora.strength,
+        path=str(lora.path), release=lora.release.name if lora.release else None, strength=lora.strength,
         tensors=len(lora.store),
         pairs=(len(changes), len(changes) + sum(key.role in last for key in unmatched)),
         differences=(differences, differences + sum(key.role.startswith("diff") for key in unmatched)),
         ranks=tuple(sorted({delta.rank for delta in changes if delta.rank})),
         scales=tuple(sorted({delta.scale for delta in changes})),
-        ignored=found.ignored,
-        skipped=found.skipped,
-        unmatched=found.unmatched,
+        ignored=found.ignored, skipped=found.skipped, unmatched=found.unmatched,
         warnings=list(_warnings(lora, found, shapes, expert or lora.expert, as_adapter)),
         kinds=tuple(sorted(names)),
-    )
+    )  # fmt: skip
 
 
 def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool) -> list[str]:

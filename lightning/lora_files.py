@@ -63,57 +63,55 @@ def choose_loras(
 ) -> Choices:
     """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
     out = Choices()
-    if lora_dir is not None:
+    if lora_dir is None and lora_strength is not None:
+        out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
+    elif lora_dir is not None:
+        high = low = 1.0
         try:
             high, low = pair("--lora_strength", lora_strength or "1")
         except InputError as e:
             out.problems += e.problems
-            high = low = 1.0
         if len(experts) == 1 and high != low:
             out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
         if faults := list(filter(None, (outside("--lora_strength", n, *RANGE) for n in (high, low)))):
             out.problems += dict.fromkeys(faults)
             high = low = 1.0
-        files = _files_of_flag(lora_dir, experts, "--lora_dir", out.problems)
-        out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
-    elif lora_strength is not None:
-        out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
+        try:
+            files = _files_of_flag(lora_dir, experts, "--lora_dir")
+            out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
+        except InputError as e:
+            out.problems += e.problems
     for text in loras:
-        _add_lora(out, text, experts)
+        try:
+            out.loras += _choose(text, experts, out)
+        except InputError as e:
+            out.problems += e.problems
     return out
 
 
-def _add_lora(out: Choices, text: str, experts: Collection[str]) -> None:
+def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoice]:
+    """The LoRAs of one --lora; warnings, and a strength out of range, go to `out`. InputError."""
     match = re.fullmatch(r"(?:(high|low|model)=)?(.+)", text, re.DOTALL)
     if not match:
-        out.problems.append("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
-        return
+        raise LoraError("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
     expert, (name, strength) = match[1], split_strength(match[2])
     if fault := outside(f"--lora {text}: strength", strength, *RANGE):
         out.problems.append(fault)
         strength = 1.0
     if expert and expert not in experts:
-        out.problems.append(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-        return
-    try:
-        path = located("--lora", name)
-    except InputError as e:
-        out.problems += e.problems
-        return
+        raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+    path = located("--lora", name)
     if not exists(path):
         among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
-        out.problems.append(f"--lora {path}: no such file{among}")
-    elif path.is_dir() and not (path / PEFT_CONFIG).is_file():
-        files = _files_of_flag(str(path), [expert] if expert else experts, "--lora", out.problems)
-        out.loras += [LoraChoice(one, file, strength) for one, file in files.items()]
-    else:
-        if not expert and (named := named_expert(path)) in experts:
-            expert = named
-            out.warnings.append(
-                f"--lora {path} goes to the {named}-noise expert only, as its name says; "
-                "write high=PATH and low=PATH to choose yourself"
-            )
-        out.loras += [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
+        raise LoraError(f"--lora {path}: no such file{among}")
+    if path.is_dir() and not (path / PEFT_CONFIG).is_file():
+        files = _files_of_flag(str(path), [expert] if expert else experts, "--lora")
+        return [LoraChoice(one, file, strength) for one, file in files.items()]
+    if not expert and (named := named_expert(path)) in experts:
+        expert = named
+        advice = "write high=PATH and low=PATH to choose yourself"
+        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says; {advice}")
+    return [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -125,16 +123,16 @@ def split_strength(text: str) -> tuple[str, float]:
     return os.path.expanduser(path), strength
 
 
-def _files_of_flag(folder: str, experts: Collection[str], flag: str, problems: list[str]) -> dict[str, Path]:
+def _files_of_flag(folder: str, experts: Collection[str], flag: str) -> dict[str, Path]:
     """`files_of`; of a missing folder that a download would create, with the command."""
     try:
         return files_of(located(flag, folder), experts, flag)
     except InputError as e:
-        release, advice = None if os.path.exists(folder) else recognise(Path(folder)), ""
-        if release and folder.startswith(f"{release.source.rpartition('/')[2]}/"):
-            advice = f"; get it with: {download_command(release.source)}"
-        problems += [f"{problem}{advice}" for problem in e.problems]
-        return {}
+        release = None if os.path.exists(folder) else recognise(Path(folder))
+        if release is None or not folder.startswith(f"{release.source.rpartition('/')[2]}/"):
+            raise
+        advice = f"; get it with: {download_command(release.source)}"
+        raise LoraError(f"{problem}{advice}" for problem in e.problems) from e
 
 
 def exists(path: Path) -> bool:

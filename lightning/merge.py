@@ -12,14 +12,14 @@ Shapes: O rows of the weight, I columns (all further axes of a convolution flatt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning.lora import Lora
-from lightning.lora_matching import PAIR, Delta
+from lightning.lora_matching import PAIR, Delta, Shapes
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
@@ -36,12 +36,7 @@ class Merge:
     """
 
     def __init__(
-        self,
-        loras: Sequence[Lora],
-        shapes: Mapping[str, tuple[int, ...]],
-        device: torch.device | None = None,
-        *,
-        linear_pairs: bool = True,
+        self, loras: Sequence[Lora], shapes: Shapes, device: torch.device | None = None, *, linear_pairs: bool = True
     ) -> None:
         self.shapes = shapes
         self.device = device or torch.device("cpu")
@@ -142,7 +137,7 @@ class Merge:
         """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
         buffer = None
         if Accelerator(self.device).has_memory:
-            size = lora.store.buffer_bytes(name, rows)
+            size = lora.store[name].rows(rows).bytes
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging

@@ -34,14 +34,11 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
             continue
         name = f"lora_{number}"
         modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
-        alphas = {module: delta.scale * lora.strength * delta.rank for module, delta in modules.items()}
+        alphas = {module: delta.scale * delta.rank for module, delta in modules.items()}
         config = LoraConfig(
-            r=deltas[0].rank,
-            lora_alpha=next(iter(alphas.values())),
-            rank_pattern={module: delta.rank for module, delta in modules.items()},
-            alpha_pattern=alphas,
-            target_modules=list(modules),
-        )
+            r=deltas[0].rank, rank_pattern={module: delta.rank for module, delta in modules.items()},
+            lora_alpha=next(iter(alphas.values())), alpha_pattern=alphas, target_modules=list(modules),
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
@@ -53,16 +50,20 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
             for parts, tensor in zip((adapted.lora_B, adapted.lora_A), delta.tensors, strict=True):
                 found = lora.read(tensor).flatten(1).to(device or layer.weight.device, dtype)
                 parts[name].weight = nn.Parameter(found, requires_grad=False)
-    set_scale(model, 1.0)
+    set_scale(model, 1.0, loras)
 
 
-def set_scale(model: nn.Module, scale: float) -> None:
-    """Scale all adapters, each relative to its own strength. At 0 they cost nothing."""
+def set_scale(model: nn.Module, scale: float, loras: Sequence[Lora]) -> None:
+    """Scale all adapters, those of `loras` as `add_adapters` got them, by `scale` and each LoRA's strength of now.
+
+    At 0 they cost nothing.
+    """
+    strengths = {f"lora_{number}": lora.strength for number, lora in enumerate(loras)}
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
         for name in module.scaling:
-            module.set_scale(name, scale)
+            module.set_scale(name, scale * strengths[name])
         active = [name for name, value in module.scaling.items() if value]
         if active:
             module.set_adapter(active)

@@ -19,7 +19,7 @@ from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
 from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan, table
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
@@ -125,10 +125,10 @@ def test_attention_in_8_bits_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(_: Machine) -> CheckOutcome:
+    def broken(_: Machine) -> Finding:
         raise RuntimeError("no kernel image is available")
 
-    fine = DoctorCheck("another", lambda _: CheckOutcome(GOOD, "is fine"))
+    fine = DoctorCheck("another", lambda _: Finding(GOOD, "is fine"))
     assert run([DoctorCheck("a kernel", broken), fine], monkeypatch) == 1
     said = re.sub(r"\(\d+ ms\)", "(soon)", capsys.readouterr().out)
     assert "WRONG    a kernel (soon): fails with RuntimeError: no kernel image is available; put this report" in said
@@ -186,9 +186,10 @@ def test_a_package_too_old_or_absent_is_found(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_found() -> None:
-    device, outcome = things.choose_device("cuda:77")
+    here = machine()
+    outcome = things.devices("cuda:77", here)
     if not torch.cuda.is_available():
-        assert device == CPU
+        assert here.device == CPU
     assert outcome.verdict == WRONG
     assert "--device cuda:77" in outcome.sentence
 
@@ -200,7 +201,7 @@ def test_processes_exchange() -> None:
 
 
 def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = [DoctorCheck("x", lambda _: CheckOutcome(WRONG, "is off", "mend it", {"error": 1.0}))]
+    checks = [DoctorCheck("x", lambda _: Finding(WRONG, "is off", "mend it", {"error": 1.0}))]
     assert run(checks, monkeypatch, "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert report["wrong"] == 1
@@ -256,7 +257,7 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
     advice = "use --vae_tiling, a smaller --size or fewer frames"
     rows = [row, replace(row, mode="one at a time", vram=None), replace(row, fits=False, advice=advice)]
     below = [*table([HEADING, *(each.row() for each in rows)]), *notes(rows)]
-    long = CheckOutcome(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
+    long = Finding(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
     assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     piped = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -36,21 +36,10 @@ class WanI2V(Original):
         return Start(channels=torch.cat([mask, latent]))
 
     def generate(
-        self,
-        input_prompt: str,
-        img: Image.Image,
-        max_area: int = 720 * 1280,
-        frame_num: int = 81,
-        shift: float = 5.0,
-        sample_solver: str = "unipc",
-        sampling_steps: int = 40,
-        guide_scale: float | tuple[float, float] = 5.0,
-        n_prompt: str = "",
-        seed: int = -1,
-        offload_model: bool = True,
-        *,
-        last_image: Image.Image | None = None,
-    ) -> Tensor | None:
+        self, input_prompt: str, img: Image.Image, max_area: int = 720 * 1280, frame_num: int = 81, shift: float = 5.0,
+        sample_solver: str = "unipc", sampling_steps: int = 40, guide_scale: float | tuple[float, float] = 5.0,
+        n_prompt: str = "", seed: int = -1, offload_model: bool = True, *, last_image: Image.Image | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise).
 
         last_image: the last frame, squeezed to the video's size; frame_num must then be 5 or more.

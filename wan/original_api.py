@@ -37,24 +37,12 @@ class Original(Pipeline):
     task: ClassVar[str]
 
     def __init__(
-        self,
-        config: TaskConfig | Mapping[str, Any],
-        checkpoint_dir: str | Path,
-        lora_dir: str | Path | None = None,
-        device_id: int = 0,
-        rank: int = 0,
-        t5_fsdp: bool = False,
-        dit_fsdp: bool = False,
-        use_sp: bool = False,
-        t5_cpu: bool = False,
-        init_on_cpu: bool = True,
-        convert_model_dtype: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
-        progress: Progress | None = None,
+        self, config: TaskConfig | Mapping[str, Any], checkpoint_dir: str | Path, lora_dir: str | Path | None = None,
+        device_id: int = 0, rank: int = 0, t5_fsdp: bool = False, dit_fsdp: bool = False, use_sp: bool = False,
+        t5_cpu: bool = False, init_on_cpu: bool = True, convert_model_dtype: bool = False, *,
+        device: torch.device | str | None = None, runtime: Runtime | None = None, progress: Progress | None = None,
         **more: object,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The original's arguments, then ours.
 
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all

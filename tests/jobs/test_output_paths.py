@@ -24,9 +24,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def problems(*files: str, inputs: tuple[str, ...] = (), latents: bool = True, **flags) -> list[str]:
+def problems(*files: str, inputs: tuple[str, ...] = (), **flags) -> list[str]:
     check = Check()
-    check_outputs(Request(**flags), [Path(file) for file in files], check, [Path(i) for i in inputs], latents)
+    check_outputs(Request(**flags), [Path(file) for file in files], check, [Path(i) for i in inputs])
     return list(check.problems)
 
 
@@ -157,7 +157,7 @@ def test_nothing_that_is_there_is_replaced(here: Path, name: str) -> None:
     if name == "x.png":
         assert problems("x.mp4") == []
     if "latents" in name:
-        assert problems("x.mp4", latents=False) == []
+        assert problems("x.mp4", decode_latents="l.safetensors") == []
 
 
 def test_a_dangling_link_is_there(here: Path) -> None:

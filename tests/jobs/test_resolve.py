@@ -770,7 +770,7 @@ FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 @pytest.mark.parametrize("request_", [Request(), FULL, Request(lora=("a:0.5",), offload_model=False, base_seed=0)])
 def test_request_survives_json(request_):
     found: list[str] = []
-    assert Request.from_dict(json.loads(json.dumps(request_.as_dict())), found) == request_
+    assert Request.from_dict(json.loads(json.dumps(request_.recorded())), found) == request_
     assert found == []
 
 

@@ -213,7 +213,7 @@ def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None
     assert {p.dtype for n, p in layer.named_parameters() if "lora_" in n} == {torch.bfloat16}
     up, down = (lora.read(name) for name in next(iter(lora.deltas({Q: (32, 32)}))).tensors)
     assert relative_error((layer(x) - plain).float(), x.float() @ down.float().t() @ up.float().t()) < 2e-2
-    set_scale(model, 0.0)
+    set_scale(model, 0.0, [lora])
     assert torch.equal(layer(x), plain)
 
 

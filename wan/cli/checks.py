@@ -9,7 +9,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TypeVar
 
-from wan.utils.argument_parser import not_one_of, outside, pair, real, short
+from wan.utils.argument_parser import not_one_of, outside, real, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
@@ -72,14 +72,6 @@ class Check:
             return default
         return default if given is None else given
 
-    def pair(
-        self, flag: str, given: str | None, default: tuple[float, float], low: float, high: float
-    ) -> tuple[float, float]:
-        """`A` (twice the same) or `A,B`."""
-        numbers = self.attempt(lambda: pair(flag, given)) if given is not None else None
-        first, last = (self.number(flag, number, default[0], low, high) for number in numbers or default)
-        return first, last
-
     def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
         """(width, height) of `W*H` or `WxH`, multiples of `step`, or of one of the `named` sizes."""
         named = named or {}
@@ -119,30 +111,27 @@ class Check:
             self.problem(f"{what_needs} 5 frames or more, not {frames}")
 
     def timesteps(self, given: str) -> tuple[float, ...] | None:
-        """An explicit list of final timesteps: falling, within (0, 1000]."""
-        values = [real(part) for part in given.split(",")]
-        numbers = tuple(value for value in values if value is not None and math.isfinite(value))
-        if len(numbers) != len(values):
-            fault = f" takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}"
-        elif beyond := [value for value in numbers if not 0 < value <= 1000]:
-            fault = f": {beyond[0]:g} is outside (0, 1000]"
-        elif len(set(numbers)) != len(numbers):
-            fault = f" {given} names a timestep twice; each must be below the one before"
-        elif list(numbers) != sorted(numbers, reverse=True):
-            fault = f" {given} does not fall; each must be below the one before"
-        else:
-            self._warn_of_shift(numbers)
-            return numbers
-        self.problem(f"--timesteps{fault}")
-        return None
+        """An explicit list of final timesteps: falling, within (0, 1000].
 
-    def _warn_of_shift(self, timesteps: tuple[float, ...]) -> None:
-        """Warn of lists that mean something else in programs that take the list from before the shift."""
+        Warns of lists that mean something else in programs that take the list from before the shift.
+        """
+        values = [real(part) for part in given.split(",")]
+        timesteps = tuple(value for value in values if value is not None and math.isfinite(value))
+        fault = ""
+        if len(timesteps) != len(values):
+            fault = f" takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}"
+        elif beyond := [value for value in timesteps if not 0 < value <= 1000]:
+            fault = f": {beyond[0]:g} is outside (0, 1000]"
+        elif len(set(timesteps)) != len(timesteps):
+            fault = f" {given} names a timestep twice; each must be below the one before"
+        elif list(timesteps) != sorted(timesteps, reverse=True):
+            fault = f" {given} does not fall; each must be below the one before"
+        if fault:
+            self.problem(f"--timesteps{fault}")
+            return None
         if timesteps[0] != 1000:
             self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")
-        shift = effective_shift(timesteps)
-        if shift is None:
-            return
+        shift = effective_shift(timesteps) or 0.0
         listed = ", ".join(f"{value:g}" for value in timesteps)
         if math.isclose(shift, 1.0, rel_tol=0.03):
             final = ",".join(f"{shifted(value / 1000, 5.0) * 1000:.6g}" for value in timesteps)
@@ -155,7 +144,8 @@ class Check:
                     f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
                     f"shifted once by {second:g} it is {once}"
                 )
-                return
+                break
+        return timesteps
 
 
 def shifted(u: float, shift: float) -> float:

@@ -83,33 +83,23 @@ def truth(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Option:
-    """One row, besides its name and default.
-
-    takes: the placeholder in the help; "" for a switch, "[...]" where the value may be left out.
-    example: a value for the short help, "" for a switch; None: the option is in `--help all` only.
-    pattern: further legal values beside `choices`.
-    into: the option that this one ends in (a prompt file is compared by the prompt).
-    displaces: options of a record that no longer count once this one is given beside --replay.
-    needs: without any of these it has no effect; beaten_by: nor beside this one.
-    idle_on: nor on this device, or in this dtype.
-    counts_with: which of MODES, starts that make no video from a prompt, it affects.
-    """
+    """One row, besides its name and default."""
 
     group: str
     scope: Scope
     read: Callable[[Any], Any]
-    takes: str
+    takes: str  # the placeholder in the help; "" for a switch, "[...]" where the value may be left out
     help: str
-    example: str | None = None
+    example: str | None = None  # a value for the short help, "" for a switch; None: it is in `--help all` only
     choices: tuple[str, ...] = ()
-    pattern: str = ""
+    pattern: str = ""  # further legal values beside `choices`
     limits: tuple[float, float] | None = None
-    into: str = ""
-    displaces: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    beaten_by: str = ""
-    idle_on: str = ""
-    counts_with: tuple[str, ...] = ()
+    into: str = ""  # the option that this one ends in (a prompt file is compared by the prompt)
+    displaces: tuple[str, ...] = ()  # options of a record that no longer count once this one is beside --replay
+    needs: tuple[str, ...] = ()  # without any of these it has no effect
+    beaten_by: str = ""  # beside this one it has no effect
+    idle_on: str = ""  # on this device, or in this dtype, it has no effect
+    counts_with: tuple[str, ...] = ()  # which of MODES, starts that make no video from a prompt, it affects
 
 
 def option(
@@ -314,14 +304,12 @@ class Request:
     debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors", counts_with=MODES)
     # fmt: on
 
-    def as_dict(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON takes them."""
-        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
     def recorded(self) -> dict[str, Any]:
-        """`as_dict` for a record: absolute paths for files that exist here, so that it can be read elsewhere."""
-        return {n: absolute(v) if OPTIONS[n].read in (path, paths) else v for n, v in self.as_dict().items()}
+        """The values that differ from the defaults, as JSON takes them; with absolute paths of files that exist here,
+        so that a record can be read elsewhere."""
+        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:

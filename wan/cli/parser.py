@@ -67,9 +67,8 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     InputError naming every flag that does not exist, with one suggestion for each.
     """
     problems: list[str] = []
-    known = vars(_parser(problems).read(words))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return {name: value for name, value in values.items() if value is not None}, problems
+    given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems
 
 
 def words_of(request: Request) -> list[str]:
@@ -87,10 +86,9 @@ def words_of(request: Request) -> list[str]:
 
 def program() -> str:
     """The start of the user's own command, for commands in messages."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    name, spec = Path(sys.argv[0]).name.removesuffix(".exe"), getattr(sys.modules["__main__"], "__spec__", None)
     if name == COMMAND:
         return COMMAND
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name == "generate":
         return "python -m generate"
     return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"

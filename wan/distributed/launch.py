@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,10 +38,7 @@ LAST_QUESTION = 5.0  # seconds for the store to say who failed first: its proces
 
 @dataclass(frozen=True)
 class Runtime:
-    """The processes that torchrun started; by default this one alone.
-
-    uses_gpus: of many processes, each has a GPU of its own.
-    """
+    """The processes that torchrun started; by default this one alone. uses_gpus: each of many has a GPU of its own."""
 
     team: Team = field(default_factory=Team)
     uses_gpus: bool = False
@@ -129,9 +126,15 @@ class Stopped(KeyboardInterrupt):
 def launch(work: Callable[[Runtime], int]) -> int:
     """Run `work` on every process; return the worst of its exit codes.
 
-    An exception from `work` ends all processes; without others it is simply raised.
+    An exception from `work` ends all processes; without others it is simply raised. SIGTERM and SIGHUP end the work as
+    Ctrl-C does, with its clean-up and its messages.
     """
-    with _signals_interrupt():
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise Stopped(number)
+
+    # `nohup` ignores one: it stays so
+    with _handled(stop, ("SIGTERM", "SIGHUP"), lambda earlier: earlier is signal.SIG_DFL):
         runtime = Runtime.start()
         if runtime.team.group is None:
             return work(runtime)
@@ -147,42 +150,28 @@ def launch(work: Callable[[Runtime], int]) -> int:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages."""
-
-    def stop(number: int, _: Any) -> NoReturn:
-        raise Stopped(number)
-
-    numbers = [number for number in _signals("SIGTERM", "SIGHUP") if signal.getsignal(number) is signal.SIG_DFL]
-    earlier = {number: signal.signal(number, stop) for number in numbers}  # `nohup` ignores one: it stays so
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def interrupts_held() -> Iterator[None]:
     """Delay signals to the end of the block: `import torch` loses an exception, or aborts because of it."""
     held: list[int] = []
-    numbers = _signals("SIGINT", "SIGTERM", "SIGHUP")
-    ours = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
-    for number in ours:
-        signal.signal(number, lambda came, _: held.append(came))
-    try:
+    with _handled(lambda number, _: held.append(number), ("SIGINT", "SIGTERM", "SIGHUP"), callable):
         yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
     for number in held[:1]:
         signal.raise_signal(number)
 
 
-def _signals(*names: str) -> list[int]:
-    """Numbers of the signals that this thread may handle here."""
-    main = threading.current_thread() is threading.main_thread()
-    return [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+@contextmanager
+def _handled(
+    handler: Callable[[int, Any], None], names: Sequence[str], replaces: Callable[[Any], bool]
+) -> Iterator[None]:
+    """Context manager: `handler` handles those of the signals whose present handler it `replaces`."""
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set one
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+    earlier = {number: signal.signal(number, handler) for number in numbers if replaces(signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, old in earlier.items():
+            signal.signal(number, old)
 
 
 def tell_launcher(sentence: str) -> None:

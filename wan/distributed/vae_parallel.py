@@ -45,7 +45,7 @@ class SplitVAE:
         all_gather(received, sent, self.mesh)
         features = part.new_empty(length, height, width, channels)
         for region, flat in zip(regions, received.split(len(sent)), strict=False):
-            target = features[:, region.top : region.bottom, region.left : region.right]
+            target = region.cut(features, Region(0, height, 0, width))
             target.copy_(flat[: target.numel()].view(target.shape))
         return self.vae.encode_features(features, chunk)
 
@@ -56,20 +56,19 @@ class SplitVAE:
         iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
         """
         height, width = latent.shape[-2:]
-        regions = divide(height, width, self.size)
+        regions, frame = divide(height, width, self.size), Region(0, height, 0, width).scaled(self.stride[1])
         windows = [region.scaled(self.stride[1]) for region in regions]
-        frame = Region(0, height, 0, width).scaled(self.stride[1])
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
         parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
             parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
         for part, count in zip(parts, counts, strict=True):
-            received = self._gather(part, windows, count)
+            received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
-                video = torch.empty(3, count, frame.bottom, frame.right, device=part.device, dtype=part.dtype)
+                video = part.new_empty(3, count, *frame.sides)
                 for window, flat in zip(windows, received, strict=False):
-                    target = of_region(video, window)
+                    target = video[:, :, window.top : window.bottom, window.left : window.right]
                     target.copy_(flat[: target.numel()].view(target.shape))
                 yield video
 
@@ -85,9 +84,8 @@ class SplitVAE:
         for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
             yield part.to(self.device)
 
-    def _gather(self, part: Tensor, windows: list[Region], frames: int) -> list[Tensor]:
-        """Every rank's pixels of one chunk on rank 0, each padded to the largest."""
-        sent = padded(part, 3 * frames * max(window.area for window in windows))
+    def _gather(self, sent: Tensor) -> list[Tensor]:
+        """Every rank's tensor on rank 0."""
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         group = self.mesh.sequence
         assert group is not None
@@ -139,11 +137,6 @@ def divide(height: int, width: int, ranks: int) -> list[Region]:
 
     shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
     return Region(0, height, 0, width).divided(*min(shapes, key=work))
-
-
-def of_region(video: Tensor, region: Region) -> Tensor:
-    """The region's view of [C, T, H, W]."""
-    return video[:, :, region.top : region.bottom, region.left : region.right]
 
 
 def padded(x: Tensor, length: int) -> Tensor:

@@ -102,19 +102,22 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
     if own_file and count != 1:
         check.problem(f"--save_file names one video, but there are {count} to make; use --save_dir")
     folder = expanded(request.save_dir)
-    pictures = _Pictures(config, check)
+    opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
-            pictures.open(f"--{name} ", expanded(path))
+            _open(f"--{name} ", expanded(path), opened, check)
     jobs: list[Job] = []
     for row in rows:
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
         _warn_of_extent(area, frames, config, weights, check)
-        size, picture = pictures.fit(_origin(request, row, "image"), row.image, area) if row.image else (area, "")
+        size, picture = area, ""
+        if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
+            size = _fitted(f"{origin}{row.image}", first.size, area, is_video(row.image), config, check)
+            picture = first.text if first.size == size == area else f"{first.text}, the area of {area[0]}x{area[1]}"
         if row.last_image:
-            last = pictures.open(_origin(request, row, "last_image"), row.last_image)
+            last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
             picture += f", to {last.text}" if last else ""
             check.several(f"{where}: a first and a last frame need", frames)
         file = own_file if count == 1 else None
@@ -159,13 +162,12 @@ def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
 
 
 def _origin(request: Request, row: Row, picture: str) -> str:
-    """The flag or the row that a picture comes from: how a sentence about it begins, before its path."""
+    """The flag or the row that a picture comes from, before its path."""
     path = getattr(request, picture)
     return f"--{picture} " if path is not None and getattr(row, picture) == expanded(path) else f"{row.source}: "
 
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weights: Weights, check: Check) -> None:
-    """Warns of sizes and lengths that the weights in use were not trained for."""
     name, trained = config.name, [SIZE_CONFIGS[text] for text in config.sizes]
     if weights.release and weights.release.kind != "recipe":
         name, trained = weights.release.name, list(weights.release.sizes)
@@ -182,35 +184,24 @@ class _Picture(NamedTuple):
     text: str  # its size and how it was changed, for the plan
 
 
-class _Pictures:
-    """Opens each picture once, however many prompts name it."""
+def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: Check) -> _Picture | None:
+    """The picture; None if it cannot be opened, which is a problem where it is first named."""
+    if path not in opened:
+        image = check.attempt(partial(open_image, path), begin=origin)
+        text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+        opened[path] = _Picture(image.size, text) if image else None
+    return opened[path]
 
-    def __init__(self, config: TaskConfig, check: Check) -> None:
-        self.config, self.check = config, check
-        self.opened: dict[Path, _Picture | None] = {}
 
-    def fit(self, origin: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
-        """The video's size for this picture and `--size`, and where it comes from."""
-        picture = self.open(origin, path)
-        if picture is None:
-            return area, ""
-        size, step = picture.size, self.config.size_step
-        # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
-        if not (is_video(path) and math.prod(size) == math.prod(area) and not any(n % step for n in size)):
-            fitted = self.check.attempt(partial(video_size, self.config, size, area), begin=f"{origin}{path}: ")
-            if fitted is None:
-                return area, ""
-            size = self.check.size(f"{origin}{path}: size", f"{fitted[0]}*{fitted[1]}", step)
-        kept = picture.size == size == area
-        return size, f"{picture.text}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
-
-    def open(self, origin: str, path: Path) -> _Picture | None:
-        """The picture; None if it cannot be opened, which is a problem where it is first named."""
-        if path not in self.opened:
-            image = self.check.attempt(partial(open_image, path), begin=origin)
-            text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
-            self.opened[path] = _Picture(image.size, text) if image else None
-        return self.opened[path]
+def _fitted(
+    origin: str, size: tuple[int, int], area: tuple[int, int], clip: bool, config: TaskConfig, check: Check
+) -> tuple[int, int]:
+    """The video's size for a picture of `size`, or the last frame of a clip, where `area` was asked for."""
+    # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
+    if clip and math.prod(size) == math.prod(area) and not any(side % config.size_step for side in size):
+        return size
+    fitted = check.attempt(partial(video_size, config, size, area), begin=f"{origin}: ")
+    return check.size(f"{origin}: size", f"{fitted[0]}*{fitted[1]}", config.size_step) if fitted else area
 
 
 def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
@@ -249,12 +240,11 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
         )  # fmt: skip
     if not firsts:
         check.problem(f"--chain: no row of {request.prompt_file} continues another; those with an image start anew")
-    files = {first.save_file for first in firsts.values()}
-    joined = {file: file.with_name(f"{file.stem}_chain{file.suffix}") for file in files}
+    joined = {first.save_file: first.save_file.with_stem(f"{first.save_file.stem}_chain") for first in firsts.values()}
     if request.save_file is not None:
-        joined = dict.fromkeys(files, expanded(request.save_file))
-        if len(files) > 1:
-            check.problem(f"--save_file names one video, but {len(files)} chains are joined; use --save_dir")
+        if len(joined) > 1:
+            check.problem(f"--save_file names one video, but {len(joined)} chains are joined; use --save_dir")
+        joined = dict.fromkeys(joined, expanded(request.save_file))
     return [replace(job, joined=joined[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
 
 

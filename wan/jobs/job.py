@@ -19,18 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
+    """Which weights serve: a checkpoint, and what comes on top of it."""
 
-    loras: in the order given; --lora_dir's first. files: by part, what serves in place of the folder's: a full
-    (distilled) expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json).
-    lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
-    """
-
-    ckpt_dir: Path | None
-    loras: tuple[LoraChoice, ...] = ()
+    ckpt_dir: Path | None  # a folder or hub id; None: files alone
+    loras: tuple[LoraChoice, ...] = ()  # in the order given; --lora_dir's first
+    # by part, what replaces the folder's: a full expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json)
     files: Mapping[str, Path] = field(default_factory=dict)
-    lora_mode: str = "merge"
-    release: Release | None = None
+    lora_mode: str = "merge"  # or "adapter"
+    release: Release | None = None  # whose settings are used, by name or recognised
     distilled: bool = False
 
 
@@ -110,7 +106,6 @@ class Generate:
     config: TaskConfig
     weights: Weights
     sampling: Sampling
-    rows: tuple[Row, ...]  # the prompts that the jobs come from
     jobs: tuple[Job, ...]
     extend: ExtendSettings | None = None  # None: prompts are used as they are
     warnings: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -52,66 +52,59 @@ def _row_problem(save_dir: Path, name: str) -> str | None:
 
 
 def check_outputs(
-    request: Request,
-    files: Sequence[Path],
-    check: Check,
-    inputs: Iterable[Path] = (),
-    latents: bool = True,
-    own: Collection[Path] | None = None,
+    request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), own: set[Path] | None = None
 ) -> None:
     """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
 
-    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. latents:
-    whether the run keeps latents, which it always does until a video is whole; not so when it decodes kept ones.
+    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced.
     own: those of the videos that this process makes, None: all; others' may be there already.
     """
     flag = "--save_file " if request.save_file is not None else ""
+    folder_of = cache(lambda folder: os.path.normcase(normal(os.path.realpath(folder))))
 
-    def refuse(paths: Sequence[Path], why: str) -> None:
+    def place(path: Path) -> str:  # one text for every spelling: links of the folder followed, the file's own not
+        folder, name = os.path.split(path)
+        folds = sys.platform in ("win32", "darwin")
+        return os.path.join(folder_of(folder), normal(name).casefold() if folds else normal(name))
+
+    def refuse(paths: Sequence[Path], sentence: str) -> None:  # {}: one or two paths; of more the first, and how many
         if paths:
-            check.problem(f"{flag}{_shown_paths(paths)}{why}")
+            two = " and ".join(map(str, paths[:2]))
+            check.problem(sentence.format(two if len(paths) <= 2 else f"{paths[0]} and {len(paths) - 1:,} more"))
 
     wrong = [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]
     misnamed = set(wrong)
-    refuse(wrong, f": videos are written as {' or '.join(CONTAINERS)}; give it that extension")
-    usable = _check_names([file for file in files if file not in misnamed], check)
-    written = {file: _written(file, latents, request) for file in usable}
-    place = _places()
+    refuse(wrong, f"{flag}{{}}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
+    names = {file: name_problem(file) for file in dict.fromkeys(files) if file not in misnamed}
+    for problem in filter(None, dict.fromkeys(names.values())):
+        refuse([file for file in names if names[file] == problem], f"{{!r}}: the name of the video {problem}")
+    written = {file: _written(file, request) for file, problem in names.items() if problem is None}
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
     written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
     folders = [path for path in there if path.is_dir()]
-    refuse(folders, ": is a folder, not a file; --save_dir takes a folder")
+    refuse(folders, f"{flag}{{}}: is a folder, not a file; --save_dir takes a folder")
     read = {place(path) for path in inputs if text_problem(str(path)) is None}
     taken = [path for path in there if place(path) in read]
-    refuse(taken, ": is read by this run and would be replaced by it; choose another name")
+    refuse(taken, f"{flag}{{}}: is read by this run and would be replaced by it; choose another name")
     if request.resume:
         there = [path for paths in written.values() for path in _foreign(*paths)]
     if not request.overwrite:
-        again = f"or choose another {flag.strip() or '--save_dir'}"
-        refused = {*taken, *folders}
-        there = [path for path in there if path not in refused]
-        refuse(there, f" already exists; --overwrite replaces it, --resume skips what is finished, {again}")
+        refused, other = {*taken, *folders}, flag.strip() or "--save_dir"
+        ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
+        refuse([path for path in there if path not in refused], f"{flag}{{}} already exists; {ways}")
     for folder in sorted({file.parent.absolute() for file in written}):
-        if problem := _folder_problem(folder):
-            check.problem(f"{problem}; choose another --save_dir")
+        if trouble := folder_problem(folder):
+            check.problem(f"{trouble}; choose another --save_dir")
 
 
-def _written(video: Path, latents: bool, request: Request) -> list[Path]:
-    asked = (True, True, latents, request.preview, request.preview_steps and request.decode_latents is None)
+def _written(video: Path, request: Request) -> list[Path]:
+    samples = request.decode_latents is None  # then latents are kept, until the video is whole
+    asked = (True, True, samples, request.preview, request.preview_steps and samples)
     return [path for path, wanted in zip(Beside.of(video), asked, strict=True) if wanted]
 
 
-def _check_names(files: Sequence[Path], check: Check) -> list[Path]:
-    """The files, each once, whose names can be written."""
-    found = {file: _name_problem(file) for file in dict.fromkeys(files)}
-    for problem in filter(None, dict.fromkeys(found.values())):
-        named = [file for file, other in found.items() if other == problem]
-        check.problem(f"{_shown_paths(named)!r}: the name of the video {problem}")
-    return [file for file, problem in found.items() if problem is None]
-
-
-def _name_problem(file: Path) -> str | None:
+def name_problem(file: Path) -> str | None:
     """The reason why no video of this name can be made, whatever is on the disk; None if one can."""
     path = file.parent / longest_name(file)
     if unusable := text_problem(str(path)):
@@ -159,19 +152,7 @@ def _foreign(video: Path, *beside: Path) -> list[Path]:
     return there
 
 
-def check_file(flag: str, file: Path, check: Check, *, overwrite: bool) -> None:
-    """The one file that `flag` names can be written, and replaces nothing unless `overwrite`."""
-    if problem := _name_problem(file):
-        check.problem(f"{flag} {str(file)!r}: the name {problem}")
-    elif file.is_dir():
-        check.problem(f"{flag} {file}: is a folder, not a file")
-    elif os.path.lexists(file) and not overwrite:
-        check.problem(f"{flag} {file} already exists; --overwrite replaces it")
-    elif problem := _folder_problem(file.absolute().parent):
-        check.problem(f"{flag} {problem}")
-
-
-def _folder_problem(folder: Path) -> str | None:
+def folder_problem(folder: Path) -> str | None:
     """Why no file can be written in `folder`, which may not exist yet; None if it can."""
     for path in (folder, *folder.parents):
         try:
@@ -193,22 +174,3 @@ def _folder_problem(folder: Path) -> str | None:
             return f"{folder}: the folder is not writable{where} ({e.strerror})"
         return None
     return f"{folder}: the folder cannot be reached"
-
-
-def _places() -> Callable[[Path], str]:
-    """One text for every spelling of the place where a file will be made: links of its folder followed, its own not."""
-    folder_of = cache(lambda folder: os.path.normcase(normal(os.path.realpath(folder))))
-    folded = sys.platform in ("win32", "darwin")
-
-    def place(path: Path) -> str:
-        folder, name = os.path.split(path)
-        return os.path.join(folder_of(folder), normal(name).casefold() if folded else normal(name))
-
-    return place
-
-
-def _shown_paths(paths: Sequence[Path]) -> str:
-    """One or two; of more the first, and how many more there are."""
-    if len(paths) <= 2:
-        return " and ".join(map(str, paths))
-    return f"{paths[0]} and {len(paths) - 1:,} more"

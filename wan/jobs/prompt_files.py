@@ -12,10 +12,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from wan.utils.argument_parser import SIMILARITY
+from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
@@ -219,7 +218,9 @@ def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row |
 
 def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
-    start, separator = 1, _separator(text, TABLES[path.suffix.lower()])
+    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0].lower()
+    columns = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in signs}
+    start, separator = 1, next((s for s, names in columns.items() if "prompt" in names and len(names) > 1), signs[0])
     if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
         start, separator, text = 2, declared[1], text[declared.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -234,11 +235,17 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
                 continue
             if header is None:
                 header = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
-                if fault := _header_problem(header):
-                    problems.append(f"{source}: {fault}")
+                unknown = {name: closest(name, KEYS) for name in header if name not in KEYS}
+                faults = [f"unknown column {cut(repr(name))}; did you mean {close}?" for name, close in unknown.items()
+                          if close and close not in header]  # fmt: skip
+                if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
+                    faults.append("the first line must name the columns, each once, 'prompt' among them")
+                if faults:
+                    problems.append(f"{source}: {faults[0]}")
                     return []
-                if unknown := [_shown(name) for name in dict.fromkeys(header) if name not in KEYS]:
-                    warnings.append(f"{path}: columns that mean nothing here are ignored: {', '.join(unknown)}")
+                if unknown:
+                    ignored = ", ".join(cut(repr(name)) for name in unknown)
+                    warnings.append(f"{path}: columns that mean nothing here are ignored: {ignored}")
             elif len(cells) != len(header):
                 problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
             else:
@@ -251,30 +258,14 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
     return rows
 
 
-def _separator(text: str, candidates: str) -> str:
-    """The separator that makes a header with a prompt column of the first line; else the usual one."""
-    first = text.lstrip("\n").partition("\n")[0].lower()
-    found = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in candidates}
-    return next((sign for sign, cells in found.items() if "prompt" in cells and len(cells) > 1), candidates[0])
-
-
-def _header_problem(header: list[str]) -> str | None:
-    for name in header:
-        if name not in KEYS and (close := _close_to(name)) and close not in header:
-            return f"unknown column {_shown(name)}; did you mean {close}?"
-    if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
-        return "the first line must name the columns, each once, 'prompt' among them"
-    return None
-
-
 def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
     """A row from its JSON or table values; None, and one problem for each fault."""
     if not isinstance(values, dict):
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
-    meant = {key: _close_to(key) for key in values if key not in KEYS}
+    meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
     hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
-    faults = [f"unknown key {_shown(key)}; {hint}" for key, hint in zip(meant, hints, strict=True)]
+    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in zip(meant, hints, strict=True)]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
@@ -282,9 +273,9 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
-                faults.append(f"{key!r} must be a whole number, not {_shown(value)}")
+                faults.append(f"{key!r} must be a whole number, not {cut(repr(value))}")
         elif not isinstance(value, str):
-            faults.append(f"{key!r} must be text, not {_shown(value)}")
+            faults.append(f"{key!r} must be text, not {cut(repr(value))}")
         elif unusable := text_problem(value):
             faults.append(f"{key!r} {unusable}")
         elif not value.strip() and key in NEVER_EMPTY:
@@ -297,20 +288,10 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     return replace(row, prompt=row.prompt.strip())
 
 
-def _close_to(key: object) -> str:
-    return next(iter(get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)), "")
-
-
 def _whole(value: object) -> int | None:
     """The whole number that a JSON value is, or a cell spells (also as `3.0`); None if it is none, or absurdly long."""
-    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}(\.0*)?", value):
-        return int(value.partition(".")[0])
-    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-        return None
-    return int(value) if abs(value) < 10**LONGEST_NUMBER else None
-
-
-def _shown(value: object) -> str:
-    """A value of any size as part of a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
+    found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
+    return int(found[1]) if found else None

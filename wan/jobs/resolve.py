@@ -24,7 +24,7 @@ from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
-from wan.jobs.output_paths import check_file, check_outputs
+from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import expanded, text_problem
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
 from wan.media.video import read_record
@@ -113,20 +113,23 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
-    check_outputs(
-        request, files, check, read, own={file for job in own for file in (job.save_file, job.joined) if file}
-    )
-    numbers = {job.index // request.num_videos for job in own}
-    rows = [row for number, row in enumerate(rows) if number in numbers]
-    return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
+    own_files = {file for job in own for file in (job.save_file, job.joined) if file}
+    check_outputs(request, files, check, read, own=own_files)
+    return Generate(request, config, weights, sampling, tuple(own), extend)
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    else:
-        check_file("--extend_only", file, check, overwrite=request.overwrite)
+    elif problem := name_problem(file):
+        check.problem(f"--extend_only {str(file)!r}: the name {problem}")
+    elif file.is_dir():
+        check.problem(f"--extend_only {file}: is a folder, not a file")
+    elif os.path.lexists(file) and not request.overwrite:
+        check.problem(f"--extend_only {file} already exists; --overwrite replaces it")
+    elif problem := folder_problem(file.absolute().parent):
+        check.problem(f"--extend_only {problem}")
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
 
@@ -138,7 +141,7 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
         check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
-    check_outputs(request, [video], check, [latents], latents=False)
+    check_outputs(request, [video], check, [latents])
     weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, config, check))
     return Decode(request, config, weights, latents, video)
 
@@ -184,9 +187,8 @@ def _check_processes(request: Request, check: Check) -> None:
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        check.problem(
-            f"--ulysses_size {ulysses} (x --ring_size {ring}) must divide the {processes} processes; legal are {legal}"
-        )
+        sizes = f"--ulysses_size {ulysses} (x --ring_size {ring})"
+        check.problem(f"{sizes} must divide the {processes} processes; legal are {legal}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:

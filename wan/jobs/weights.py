@@ -6,12 +6,12 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from lightning.distilled import release_in
-from lightning.lora_files import LoraChoice, choose_loras
+from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
@@ -19,7 +19,7 @@ from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
-from wan.utils.argument_parser import short
+from wan.utils.argument_parser import pair, short
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
@@ -36,8 +36,8 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     check.warnings.extend(chosen.warnings)
     files = part_files(request, config, check)
     experts = {part: file for part, file in files.items() if part in config.experts}
-    release = _release(request, config.name, chosen.loras, experts, check)
     paths = [*experts.values(), *(lora.path for lora in chosen.loras)]
+    release = _release(request, config.name, paths, check)
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
@@ -45,9 +45,7 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.warn(f"{each.name} ({each.source}): {each.warning}")
         if each.text_only and request.image is not None:
             check.warn(f"--image: {each.name} ({each.source}) was trained without images")
-    for path in paths:
-        if reason := caution(path):
-            check.warn(f"{path} {reason}")
+    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
@@ -99,14 +97,15 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
     solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
-    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, usual.guidance, *GUIDANCES)
-    if single and guidance[0] != guidance[1]:
-        check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
+    flag, scale = "--sample_guide_scale", request.sample_guide_scale
+    given = check.attempt(partial(pair, flag, scale)) if scale is not None else None
+    low, high = (check.number(flag, number, usual.guidance[0], *GUIDANCES) for number in given or usual.guidance)
+    if single and low != high:
+        check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
     if timesteps is not None and not free:  # which excludes other flags
         if request.sample_solver not in (None, *EXPLICIT):
-            check.problem(
-                f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}"
-            )
+            solvers = " or ".join(EXPLICIT)
+            check.problem(f"--timesteps works with --sample_solver {solvers}, not {request.sample_solver}")
         if request.sample_steps not in (None, len(timesteps)):
             check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
         if request.sample_shift is not None:
@@ -117,13 +116,12 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     elif high_steps is not None:
         check.number("--high_steps", high_steps, 0, 0, steps)
     lora_steps = release.lora_steps if free else None
-    guidance_steps = release.guidance_steps if free and request.sample_guide_scale is None else None
+    guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        check.problem(
-            f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
-        )
+        says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
+        check.problem(f"{says}; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
-    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
@@ -134,9 +132,7 @@ def both(guidance: float | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _release(
-    request: Request, task: str, loras: Sequence[LoraChoice], experts: Mapping[str, Path], check: Check
-) -> Release | None:
+def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -> Release | None:
     """--preset's, else the first recognised by a folder's or file's name, else the one baked into the checkpoint."""
     if request.preset is not None:
         release = check.attempt(partial(preset, request.preset), begin="--preset: ")
@@ -144,11 +140,10 @@ def _release(
             return None
         if task not in release.tasks:
             check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
-        if release.kind == "recipe" and not (loras or experts):
+        if release.kind == "recipe" and not paths:
             check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
         return release
-    paths = [expanded(request.lora_dir)] if request.lora_dir else []
-    for path in [*paths, *experts.values(), *(lora.path for lora in loras)]:
+    for path in [expanded(request.lora_dir), *paths] if request.lora_dir else paths:
         if found := recognise(path):
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
@@ -161,7 +156,6 @@ def _release(
 
 
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
-    """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")

@@ -84,20 +84,17 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
     InputError naming every file that is in the way.
     """
-    todo, places, whole, problems = [], [], [], []
+    todo, whole, places, problems = list[Job](), list[Job](), list[Job](), list[str]()
     for job, state in find_videos(plan):
         if state.kind == "equal":
             state = _copy(plan, job, state, progress)
         places.append(replace(job, save_file=state.file))
         try:
-            if _is_there(plan, job, state, progress):
-                whole.append(state.file)
-                continue
+            (whole if _is_there(plan, job, state, progress) else todo).append(places[-1])
         except JobError as error:
             problems.append(str(error))
-        todo.append(job)
     all_joined = sorted({job.joined for job in plan.jobs if job.joined})
-    clean_up([*whole, *all_joined], progress.say)
+    clean_up([*(job.save_file for job in whole), *all_joined], progress.say)
     for joined in all_joined:
         if joined.exists() and clips_of(joined) is None and not plan.request.overwrite:
             problems.append(f"{joined} already exists, and no clips were joined to make it; --overwrite replaces it")
@@ -180,8 +177,7 @@ def _is_there(plan: Plan, job: Job, state: State, progress: Progress) -> bool:
     if state.kind == "other" and not plan.request.overwrite:
         raise JobError(f"{job.save_file} {state.trouble}; --overwrite replaces it")
     if state.kind == "whole":
-        for sentence in repair(plan, job, state.file):
-            progress.say(sentence)
+        repair(plan, job, state.file, progress.say)
         progress.say(f"video {plan.place(job)} is there already: {state.file}")
     return state.kind == "whole"
 

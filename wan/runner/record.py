@@ -9,7 +9,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
@@ -168,28 +168,27 @@ def _count_frames(path: Path, *_: int) -> int:
     return count_frames(path)
 
 
-def repair(plan: Plan, job: Job, video: Path) -> list[str]:
-    """Complete the files beside a whole video, as far as they can be made from it; a sentence for each thing done.
+def repair(plan: Plan, job: Job, video: Path, say: Callable[[str], None]) -> None:
+    """Complete the files beside a whole video, as far as they can be made from it, and say each thing done.
 
     The files of other users that cannot be changed stay as they are.
     """
-    request, beside, done = plan.request, Beside.of(video), list[str]()
+    request, beside = plan.request, Beside.of(video)
     try:
         if not beside.record.exists():
             _write_record(beside.record, read_record(video))
-            done.append(f"{beside.record}: written again from the video")
+            say(f"{beside.record}: written again from the video")
         if request.preview and not beside.sheet.exists():
-            done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
-        kept = find_latents(plan, replace(job, save_file=video))
-        if kept and not request.save_latents and not kept[2]["request"].get("save_latents"):
-            kept[0].unlink()
-            done.append(f"{kept[0]}: removed, the video is whole")
+            say(f"{save_contact_sheet(video, job.frame_num)}: made")
+        file, _, record = find_latents(plan, replace(job, save_file=video)) or (None, None, {})
+        if file and not request.save_latents and not record["request"].get("save_latents"):
+            file.unlink()
+            say(f"{file}: removed, the video is whole")
     except (JobError, OSError) as error:
-        done.append(f"warning: the files beside {video} are left as they are ({error})")
-    for file, asked in ((beside.latents, request.save_latents), (beside.strip, request.preview_steps)):
-        if asked and not file.exists():
-            done.append(f"warning: {file} is not there, and only making the video again gives it (--overwrite)")
-    return done
+        say(f"warning: the files beside {video} are left as they are ({error})")
+    for missing, asked in ((beside.latents, request.save_latents), (beside.strip, request.preview_steps)):
+        if asked and not missing.exists():
+            say(f"warning: {missing} is not there, and only making the video again gives it (--overwrite)")
 
 
 def copy_video(source: Path, target: Path, *, latents: bool) -> None:

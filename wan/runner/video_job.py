@@ -1,11 +1,9 @@
 """One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
 
 Nothing finished is lost. Of the processes that make a video together only the first writes files; all of them see the
-same errors.
-
-A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the packets, so
-every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made of the
-frame before; decoding can start at its second frame (`VideoWriter.follows`).
+same errors. A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the
+packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made
+of the frame before; decoding can start at its second frame (`VideoWriter.follows`).
 
 Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
 """
@@ -150,8 +148,7 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
 
 
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
-    """The latents that an earlier try at this video left, and their file, with `--resume`. LockedElsewhere if another
-    process has finished the video since this run looked at the folder."""
+    """(latents, their file) of an earlier try, with `--resume`. LockedElsewhere if the video is made by now."""
     resume, overwrite = plan.request.resume, plan.request.overwrite
     if find_video(plan, job).kind == "whole" if resume else job.save_file.exists() and not overwrite:
         raise LockedElsewhere(f"{job.save_file}: another process has just made it")
@@ -162,8 +159,7 @@ def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.
 
 
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
-    """Save the latents beside the video to come, or in the folder for temporary files; None, and a warning, if neither
-    takes them."""
+    """Save the latents beside the video to come, else in the folder for temporary files; return the file, if any."""
     for place in (lambda: Beside.of(save_file).latents, lambda: latents_elsewhere(save_file, make=True)):
         try:
             path = place()
@@ -175,7 +171,6 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    """Clean up after a finished video."""
     beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
         with suppress(OSError):  # the video is whole, whatever the file server says to this
@@ -250,7 +245,6 @@ def copy_together(
 
 
 def _entries(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
-    """The clips in the record of the joined video."""
     return [
         {
             "file": clip.save_file.name, "prompt": clip.prompt, "seed": clip.seed, "frames": clip.frame_num,

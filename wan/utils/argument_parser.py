@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -44,8 +44,7 @@ class Parser(argparse.ArgumentParser):
             raise InputError(fault)
         if not rest:
             return values
-        shown = repr(" ".join(rest))
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        shown = cut(repr(" ".join(rest)))
         before = [word for word in words[: words.index(rest[0])] if word in flags]
         if not before:
             raise InputError(f"unexpected {shown}; a value follows its flag")
@@ -72,18 +71,27 @@ class Parser(argparse.ArgumentParser):
         """`; did you mean --x?` or the reason why there is no such flag; else nothing."""
         plain = name.strip(DASHES).replace("-", "_").lower()
         answers = self.elsewhere | {flag.strip("-"): flag for flag in flags}
-        close = [plain] if plain in answers else get_close_matches(plain, answers, 1, SIMILARITY)
-        answer = answers[close[0]] if close else ""
+        answer = answers.get(plain if plain in answers else closest(plain, answers), "")
         return f"; did you mean {answer}?" if answer.startswith("--") else answer and f": {answer}"
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """The most similar one of `words`; "" if none is similar."""
+    return next(iter(get_close_matches(word, words, 1, SIMILARITY)), "")
+
+
+def cut(text: str) -> str:
+    """A text of any length as part of a line."""
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     """A sentence about a value that is not among `allowed`. what: its place, such as "--task "."""
     folded = {word.casefold(): word for word in reversed(allowed)}
     key = value.strip().casefold()
-    begun = [word for word in folded if key and word.startswith(key)][-1:]
-    close = begun or get_close_matches(key, folded, 1, SIMILARITY)
-    suggestion = f"; did you mean {folded[close[0]]}?" if close else ""
+    begun = [word for word in folded if key and word.startswith(key)]
+    close = begun[-1] if begun else closest(key, folded)
+    suggestion = f"; did you mean {folded[close]}?" if close else ""
     return f"{what}{value!r} is not one of {', '.join(allowed)}{suggestion}"
 
 

@@ -69,6 +69,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
 
+def in_one_line(error: Exception) -> str:
+    """An error's text in one line of at most 200 characters."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return (text or type(error).__name__)[:200]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device has no memory left. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
