@@ -38,7 +38,6 @@ MISTAKEN = {
     rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
     rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
 }
-CHANGES = "changes"
 DIGESTS: dict[tuple[Path, int, int], str] = {}  # by path, time and size
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
@@ -76,7 +75,7 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole picture, decoded, as 8-bit RGB; of a video the last frame. `list_changes` says what was changed.
+    """The whole picture, decoded, as 8-bit RGB; of a video the last frame. `info["changes"]` lists what was changed.
 
     Colour profiles become sRGB and EXIF orientation is applied (the original ignores both), deeper greys are scaled to
     8 bits, alpha is dropped as by convert("RGB"). InputError for a file that is absent, no regular file, of another
@@ -105,7 +104,7 @@ def open_image(path: Path) -> Image.Image:
             UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
         }
         raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
-    picture.info = {CHANGES: changes}
+    picture.info = {"changes": changes}
     return picture
 
 
@@ -124,11 +123,6 @@ def _check_kind(path: Path) -> tuple[str, ...]:
         raise InputError(f"{path}: a HEIC picture; pip install pillow-heif, or save it as JPEG") from None
     register_heif_opener()
     return ("HEIF",)
-
-
-def list_changes(image: Image.Image) -> list[str]:
-    """How `open_image` changed the picture, in words for the plan; empty if it did not."""
-    return list(image.info.get(CHANGES, ()))
 
 
 def digest(path: Path) -> str:

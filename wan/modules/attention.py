@@ -71,9 +71,7 @@ def _sage_kernel() -> Callable[..., Tensor]:
     return sageattn
 
 
-BACKENDS: dict[str, Attend] = {
-    "sdpa": sdpa, "flash": flash, "cudnn": cudnn, "flash2": flash2, "flash3": flash3, "sage": sage,
-}  # fmt: skip
+BACKENDS: dict[str, Attend] = {each.__name__: each for each in (sdpa, flash, cudnn, flash2, flash3, sage)}
 # Change the numbers: never taken unless named. Bytes that each adds per channel of a token: SageAttention 8 bits of
 # queries, keys and values and, on compute capability 9.0, where it takes most, two copies of values in 16 bits.
 QUANTISED = {"sage": 7}
@@ -88,21 +86,18 @@ class Choice(NamedTuple):
 
 def available(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of the back ends that are installed and made for this device, `sdpa` first. They may still fail."""
-    names = ["sdpa"]
     if device.type != "cuda" or dtype == torch.float32:
-        return names
+        return ["sdpa"]
     generation = torch.cuda.get_device_capability(device)[0]
-    if generation >= 8:
-        names.append("flash")
-    if torch.backends.cudnn.is_available():
-        names.append("cudnn")
-    if find_spec("flash_attn"):
-        names.append("flash2")
-    if find_spec("flash_attn_interface") and generation == 9:
-        names.append("flash3")
-    if find_spec("sageattention") and generation >= 8:
-        names.append("sage")
-    return names
+    usable = {
+        "sdpa": True,
+        "flash": generation >= 8,
+        "cudnn": torch.backends.cudnn.is_available(),
+        "flash2": find_spec("flash_attn"),
+        "flash3": find_spec("flash_attn_interface") and generation == 9,
+        "sage": find_spec("sageattention") and generation >= 8,
+    }
+    return [name for name, here in usable.items() if here]
 
 
 @cache

@@ -18,8 +18,7 @@ from wan.modules.fused import EAGER, FP8, quantise
 
 QUANTISED_ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such
-# Of products in fp8 against the same numbers in float32: a result in bf16 is off by 2^-9 at most.
-RIGHT_PRODUCT = 1e-2
+RIGHT_PRODUCT = 1e-2  # against the same fp8 numbers multiplied in float32: a result in bf16 is off by 2^-9 at most
 
 
 class Quantised(NamedTuple):
@@ -44,10 +43,8 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
         """[R, I] -> [R, O] in x's dtype: in fp8 where the device can, else with the weights in x's dtype."""
-        if isinstance(x, Quantised):
-            return self.product(x)
-        if self.multiplies(x):
-            return self.product(self.quantised(x))
+        if isinstance(x, Quantised) or self.multiplies(x):
+            return self.product(x if isinstance(x, Quantised) else self.quantised(x))
         return F.linear(x, self.weight.to(x.dtype).mul_(self.weight_scale[:, None]), self.bias)
 
     def multiplies(self, x: Tensor) -> bool:
@@ -91,12 +88,9 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def why_unpacked(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the device does not multiply fp8 with a scale a row into `dtype`; empty if it does.
-
-    Kernels for a scale a row came with PyTorch's releases, for one kind of GPU after the other, and only into bf16 on
-    all; some releases have but one scale a tensor for a GPU. So a product is tried, and must be right. Rows: an odd
-    number, and enough of them for the kernels that a run has.
-    """
+    """Why the device does not multiply fp8 with a scale a row into `dtype`; empty if it does. Kernels for it came with
+    PyTorch's releases, for one kind of GPU after the other; some releases have but one scale a tensor for a GPU. So a
+    product is tried, and must be right. Its rows are an odd number, and enough for the kernels that a run has."""
     if device.type != "cuda":
         return "no CUDA GPU"
     if dtype != torch.bfloat16:
