@@ -39,6 +39,7 @@ ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps o
 THETA = 10000.0
 # (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]
+Texts = Sequence[tuple["Prompt", Tensor]]  # with what the text embedding has made of each
 Made = TypeVar("Made")
 
 
@@ -105,12 +106,12 @@ class WanModel(nn.Module):
             rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
         spans = spans_of(pinned_frames * h * w, start, stop, self.rows)
 
-        texts = [each.once(self, self._text, each) for each in prompts]
+        texts = [(each, each.once(self, self._text, each)) for each in prompts]
         streams = [x, *(x.clone() for _ in prompts[1:])]
         del x
         for unit, block in enumerate(self.blocks, 1):
             with self.residency.use(unit):
-                streams = block(streams, rows, spans, rotary, total, prompts, texts)
+                streams = block(streams, rows, spans, rotary, total, texts)
         sizes = {"f": f, "h": h, "w": w, "q": PATCH[1], "r": PATCH[2]}
         return [
             rearrange(
@@ -212,20 +213,13 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(
-        self,
-        streams: list[Tensor],
-        rows: Tensor,
-        spans: Spans,
-        rotary: Tensor,
-        total: int,
-        prompts: Sequence[Prompt],
-        texts: Sequence[Tensor],
+        self, streams: list[Tensor], rows: Tensor, spans: Spans, rotary: Tensor, total: int, texts: Texts
     ) -> list[Tensor]:
         """One pass for each residual stream [L, D] (overwritten once float32), prompt and text [text_len, D]; rows are
         float32 [T, 6, D]. Returns float32 [L, D] in the same list: nobody keeps a converted stream."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text in texts:
             x = streams.pop(0)
             # attentions run by `forward`: a module called as such keeps what it was given until it returns
             y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)

@@ -57,11 +57,9 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return rearrange(conv(x[None].permute(0, 4, 1, 2, 3))[0], "c t h w -> t h w c")
 
 
-def copy(x: Tensor, out: Tensor) -> None:
-    out.copy_(x)
-
-
-def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[..., None] = copy) -> Tensor:
+def join_history(
+    conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[..., object] = lambda x, out: out.copy_(x)
+) -> Tensor:
     """What to convolve: a chunk behind the frames before it that `conv` reads. `write(x, out)` puts the chunk straight
     behind the history, so that joining the two costs no pass of its own."""
     history = conv.kernel_size[0] - conv.stride[0]
