@@ -333,6 +333,8 @@ def test_no_permission_is_said(tmp_path):
     code = """
 import sys
 from pathlib import Path
+from wan.media.images import open_image
+from wan.media.video import read_record
 root = Path(sys.argv[1])
 (root / "a.json").write_text("{}")
 (root / "below").mkdir()

@@ -193,6 +193,7 @@ def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
 def test_killed_in_the_middle_leaves_no_final_name(tmp_path: Path) -> None:
     script = f"""
 import sys, time, torch
+from wan.media.video import VideoWriter
 from pathlib import Path
 video = VideoWriter(Path({os.fspath(tmp_path)!r}) / "a.mp4", 16)
 for _ in range(40):
@@ -258,6 +259,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
 import resource, torch
 from pathlib import Path
 from wan.utils.errors import JobError
+from wan.media.video import VideoWriter
 for room in (10_000, 1_000_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
