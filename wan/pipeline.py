@@ -85,7 +85,7 @@ class Pipeline(ABC):
 
     def texts(self, video: Video | Job) -> list[str]:
         """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.guided else [video.prompt]
+        return [video.prompt, video.negative_prompt] if self.plan.of(video).guided else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""

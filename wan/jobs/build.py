@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -92,22 +92,22 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
-def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
-    """One job for each prompt and seed."""
-    step, names, count = config.size_step, config.sizes_by_name(), len(rows) * request.num_videos
+def make_jobs(
+    request: Request, config: TaskConfig, weights: Weights, rows: Mapping[int, Row], variant: Variant, check: Check
+) -> list[Job]:
+    """One job for each prompt and seed. rows: by the index of their first video."""
+    step, names = config.size_step, config.sizes_by_name()
     default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
     default_negative = config.sample_neg_prompt if request.negative_prompt is None else request.negative_prompt
     own_file = expanded(request.save_file) if request.save_file is not None and not request.chain else None
-    if own_file and count != 1:
-        check.problem(f"--save_file names one video, but there are {count} to make; use --save_dir")
     folder = expanded(request.save_dir)
     opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
             _open(f"--{name} ", expanded(path), opened, check)
     jobs: list[Job] = []
-    for row in rows:
+    for index, row in rows.items():
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
@@ -120,20 +120,22 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
             last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
             picture += f", to {last.text}" if last else ""
             check.several(f"{where}: a first and a last frame need", frames)
-        file = own_file if count == 1 else None
+        file = own_file
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
-            file = file or named
+            file = file or named.with_stem(named.stem + variant.label)
         original = row.original_prompt or row.prompt
-        slugged = f"{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
+        slugged = f"{variant.label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
         first_seed = _first_seed(request, row, check)
-        for seed in range(first_seed, first_seed + request.num_videos):
-            name = f"{config.name}_{len(jobs):04d}_seed{seed}_{slugged}"
+        for number in range(request.num_videos):
+            seed = first_seed + number
+            name = f"{config.name}_{index + number:04d}_seed{seed}{slugged}"
             job = Job(
-                index=len(jobs), prompt=row.prompt, original_prompt=original,
+                index=index + number, prompt=row.prompt, original_prompt=original,
                 negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
                 image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
                 source=row.source, picture=picture, last_image=row.last_image, named=file is not None,
+                variant=variant.number,
             )  # fmt: skip
             jobs.append(job)
     return jobs
@@ -177,6 +179,13 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
     if frames > config.frame_num:
         more = f"{frames} frames are more than the {config.frame_num} {config.name} was trained for"
         check.warn(f"{more}; motion may repeat")
+
+
+class Variant(NamedTuple):
+    """One of the settings of a run. label: the part of file names that says them."""
+
+    number: int = 0
+    label: str = ""
 
 
 class _Picture(NamedTuple):

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
@@ -40,9 +41,11 @@ class Row:
     frame_num: int | None = None
     save_file: str | None = None
     original_prompt: str | None = None  # before prompt extension, in files that --extend_only wrote
+    options: tuple[tuple[str, str], ...] = ()  # further options of the command line
 
 
-KEYS = tuple(field.name for field in fields(Row) if field.name != "source")
+OWN = tuple(field.name for field in fields(Row) if field.name not in ("source", "options"))
+KEYS = (*OWN, *(name for name in VARIED if name not in (*OWN, "base_seed")))
 WHOLE_NUMBERS = ("seed", "frame_num")
 PICTURES = ("image", "last_image")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
@@ -154,7 +157,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
     lines: Iterable[str]
     if path.suffix.lower() == ".jsonl":
-        values = ({key: value for key in KEYS if (value := getattr(row, key)) is not None} for row in rows)
+        given = ({key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows)
+        values = ({key: value for key, value in row.items() if value is not None} for row in given)
         lines = (json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values)
     else:
         lines = (" ".join(row.prompt.split()) for row in rows)
@@ -270,6 +274,8 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
     for key, value in given.items():
+        if key not in OWN:
+            given[key] = value = str(value)
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
@@ -284,7 +290,8 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         problems.extend(f"{source}: {fault}" for fault in faults)
         return None
     given |= {key: beside(path, given[key]) for key in PICTURES if key in given}
-    row = replace(Row("", source), **given)
+    options = tuple((key, given.pop(key)) for key in KEYS if key in given and key not in OWN)
+    row = replace(Row("", source, options=options), **given)
     return replace(row, prompt=row.prompt.strip())
 
 

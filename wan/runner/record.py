@@ -40,6 +40,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg
 
 def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a job as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
+    plan = plan.of(job)
     pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
         "schema": SCHEMA,
