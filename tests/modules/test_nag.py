@@ -49,7 +49,7 @@ def test_the_formula(scale: float) -> None:
         expected = expected @ layer.o.weight.T + layer.o.bias
         minus = Prompt(other)
         plus = Prompt(text, minus, scale)
-        found = layer(x, plus, {plus: text, minus: other}, [(0, slice(0, 4)), (0, slice(4, 9))])
+        found = layer(x, [(plus, text), (minus, other)], [(0, slice(0, 4)), (0, slice(4, 9))])
     assert (ratio > 2.5).any() if scale > 10 else (ratio < 2.5).any(), "tokens on both sides of the limit"
     assert relative_error(found, expected) < 1e-5
 
