@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
 from wan.media.images import open_image
 from wan.media.previews import Strip
+from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
 from wan.modules.context import Prompt
 from wan.modules.fused import choose_fused as choose_passes
@@ -49,10 +51,11 @@ TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all te
 
 
 class Start(NamedTuple):
-    """An image as a task's conditioning (see `Conditioning`); both None without one."""
+    """An image or a clip as a task's conditioning (see `Conditioning`); all None without one."""
 
     channels: Tensor | None = None
     first_frame: Tensor | None = None
+    video: Tensor | None = None
 
 
 class Pipeline(ABC):
@@ -192,13 +195,13 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        schedule, texts = make_schedule(plan.sampling, draw), self.texts(video)
+        facts, texts = plan.video(video), self.texts(video)
+        schedule = make_schedule(plan.sampling, draw, len(plan.steps) - len(facts.steps))
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
         conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
-        experts, facts = self.load_experts(), plan.video(video)
-        noise, budget = draw(facts.latent), facts.budget
-        passes = [(step.expert, 1 + step.guided) for step in plan.steps]
+        experts, noise, budget = self.load_experts(), draw(facts.latent), facts.budget
+        passes = [(step.expert, 1 + step.guided) for step in facts.steps]
         self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
@@ -207,8 +210,8 @@ class Pipeline(ABC):
             self.vae = None
             free_memory()
         job = experts.job(passes, slots, batch_guidance, again=again or not self.offload)
-        with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
+        with self.progress.stage("denoise", total=len(facts.steps), unit="step"), job:
+            latent = denoise(experts, noise, conditioning, schedule, facts.steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -226,10 +229,13 @@ class Pipeline(ABC):
 
     def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
         """The planned job's final latent. JobError if it stops being finite. again: see `sample`."""
-        pictures = self.mesh.team.all_or_none(
-            lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
-        )
-        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **pictures)
+
+        def read(name: str, path: Path) -> Any:
+            fps = self.plan.config.sample_fps
+            return read_clip(path, job.frame_num, fps, job.size) if name == "video" else open_image(path)
+
+        given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
+        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
         strip = Strip(Beside.of(job.save_file).strip)
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
@@ -255,6 +261,13 @@ class Pipeline(ABC):
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
+
+    def encode_video(self, video: Video) -> Tensor | None:
+        """The latent of the clip that `video` is made from; None without one."""
+        if video.video is None:
+            return None
+        with self.progress.stage("image"), torch.no_grad():
+            return self.load_vae().encode(video.video, tiles=self.plan.video(video).encode_tiles)
 
     def load_networks(self) -> None:
         """Load all that a video needs once its text is encoded."""

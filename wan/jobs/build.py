@@ -10,17 +10,19 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wan.cli.checks import Check
-from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, Request
+from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights, chains
 from wan.jobs.output_paths import RowFiles
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.images import list_changes, open_image, video_size
+from wan.media.video import describe_clip
 from wan.utils.argument_parser import short
 from wan.utils.errors import InputError
 from wan.utils.progress import quantity
@@ -37,12 +39,12 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
         if request.prompt is not None:
             check.problem("--prompt and --prompt_file exclude each other; give one of them")
         rows = read_rows(expanded(request.prompt_file), check.problems, check.warnings)
-    elif request.prompt is not None or (pictured and config.image_fit):
+    elif request.prompt is not None or request.video is not None or (pictured and config.image_fit):
         rows = [Row((request.prompt or "").strip(), "--prompt")]
     else:
         rows = [Row(config.example_prompt, "the example prompt")]
         check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
-    rows = _with_last_images(request, config, _with_images(request, config, rows, check), check)
+    rows = _with_other_files(request, config, _with_images(request, config, rows, check), check)
     for row in rows:
         if not row.prompt and not (extended and row.image):
             check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
@@ -94,13 +96,21 @@ def _follows(request: Request, number: int) -> bool:
     return request.chain and number > 0
 
 
-def _with_last_images(request: Request, config: TaskConfig, rows: list[Row], check: Check) -> list[Row]:
-    if request.last_image is not None:
-        rows = [row if row.last_image else replace(row, last_image=expanded(request.last_image)) for row in rows]
-    first = next((row for row in rows if row.last_image), None)
-    if first and not config.mask_channels:
-        where = _origin(request, first, "last_image")
-        check.problem(f"{where}{first.last_image}: {config.name} takes no last image; {WITH_LAST_IMAGE} does")
+def _with_other_files(request: Request, config: TaskConfig, rows: list[Row], check: Check) -> list[Row]:
+    """The rows with their last images, and with the videos that they are made from."""
+    for name, tasks in (("last_image", WITH_LAST_IMAGE), ("video", WITH_VIDEO)):
+        if (given := getattr(request, name)) is not None:
+            own: dict[str, Any] = {name: expanded(given)}
+            rows = [row if getattr(row, name) else replace(row, **own) for row in rows]
+        first = next((row for row in rows if getattr(row, name)), None)
+        if first and config.name not in tasks:
+            file = f"{_origin(request, first, name)}{getattr(first, name)}"
+            check.problem(f"{file}: {config.name} takes no {name.replace('_', ' ')}; {tasks} can")
+    made_from = next((row for row in rows if row.video), None)
+    if made_from is None and request.strength is not None:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and (request.chain or any(row.video and row.image for row in rows)):
+        check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
     return rows
 
 
@@ -133,6 +143,9 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
             picture += f", to {last.text}" if last else ""
             where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
             check.several(f"{where}: a first and a last frame need", frames)
+        if row.video and not config.mask_channels:
+            origin = {str(row.video): _origin(request, row, "video").strip()}
+            picture = check.attempt(partial(describe_clip, row.video, frames, config.sample_fps), origin) or ""
         original = row.original_prompt or row.prompt
         negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
         job = Job(
@@ -149,6 +162,7 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
             source=row.source,
             picture=picture,
             last_image=row.last_image,
+            video=row.video,
             named=row.save_file is not None,
         )
         if request.save_file is not None and single and not request.chain:

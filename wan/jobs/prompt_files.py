@@ -34,6 +34,7 @@ class Row:
     source: str  # for messages: "prompts.txt line 3"
     image: Path | None = None
     last_image: Path | None = None
+    video: Path | None = None
     negative_prompt: str | None = None
     seed: int | None = None
     size: str | None = None
@@ -44,7 +45,7 @@ class Row:
 
 KEYS = tuple(field.name for field in fields(Row) if field.name != "source")
 WHOLE_NUMBERS = ("seed", "frame_num")
-PICTURES = ("image", "last_image")
+PICTURES = ("image", "last_image", "video")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 

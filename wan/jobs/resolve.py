@@ -33,7 +33,7 @@ from wan.utils.errors import InputError
 from wan.utils.files import parse_json
 
 # Options that a record holds for its one video.
-OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "video", "size", "frame_num", "base_seed")
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -111,8 +111,11 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     extend = _extension(request, check) if request.use_prompt_extend else None
     rows = prompt_rows(request, config, extend is not None, check)
     jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
+    if sampling.first_step == sampling.steps and any(job.video for job in jobs):
+        least = f"{1 / sampling.steps:.3g}"
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
     own = own_jobs(request, jobs, rows, check)
-    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
     numbers = {job.index // request.num_videos for job in own}
@@ -234,7 +237,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         width, height = job["area"]
         of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
         of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
-        of_job |= {"last_image": job.get("last_image")}  # records of the first version have none
+        of_job |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
+        of_job |= {"strength": record["request"].get("strength") if job.get("video") else None}
         earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError

@@ -15,7 +15,7 @@ from lightning.lora_args import LoraChoice, choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
-from wan.cli.options import Request
+from wan.cli.options import STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
@@ -132,7 +132,8 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
         check.problem(
             f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
         )
-    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps)
+    strength = STRENGTH if request.strength is None else request.strength
+    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps, strength)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 

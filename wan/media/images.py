@@ -40,7 +40,7 @@ MISTAKEN = {
 EXIF_ORIENTATION = 0x0112
 TURNS = range(2, 9)  # its values that are not upright
 CHANGES = "changes"
-DIGESTS: dict[tuple[Path, int, int], str] = {}  # by path, time and size
+DIGESTS: dict[tuple[Path, int, int, bool], str] = {}  # by path, time, size and what of it
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
 
@@ -135,14 +135,15 @@ def list_changes(image: Image) -> list[str]:
     return list(image.info.get(CHANGES, ()))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of the picture's file; of a video that of its last frame alone. OSError, InputError.
+def digest(path: Path, *, clip: bool = False) -> str:
+    """SHA-256 of the picture's file; of a video, unless it is a `clip`, of its last frame. OSError, InputError.
 
     So a clip that was made again, with other times in its record, still gives the same picture.
     """
-    key = path, path.stat().st_mtime_ns, path.stat().st_size
+    key = path, path.stat().st_mtime_ns, path.stat().st_size, clip
     if key not in DIGESTS:
-        DIGESTS[key] = hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
+        with BytesIO(last_frame(path)) if is_video(path) and not clip else path.open("rb") as file:
+            DIGESTS[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return DIGESTS[key]
 
 

@@ -187,12 +187,14 @@ def check_ranks(team: Team, plan: Plan) -> None:
         return
     root = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
-    images = {path for job in plan.jobs if not job.follows for path in job.pictures.values() if path}
+    read = {
+        (name == "video", path) for job in plan.jobs if not job.follows for name, path in job.pictures.items() if path
+    }
     own = {**plan.fingerprints, "the program's code": code}
-    for path in images:
+    for clip, path in read:
         own[str(path)] = "unreadable"  # on all ranks: that job alone fails
         with suppress(OSError, InputError):
-            own[str(path)] = digest(path)
+            own[str(path)] = digest(path, clip=clip)
     (first, want), *others = team.gather((socket.gethostname(), own))
     problems = [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"

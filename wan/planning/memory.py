@@ -50,36 +50,39 @@ def memory_now(plan: Plan) -> int:
     return free if vram is None else min(free, int(vram * 1e9))
 
 
-def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:
-    """Memory of a video of `size` (width, height). image: whether one is encoded before the first step."""
+def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, clip: bool = False) -> VideoPlan:
+    """Memory of a video of `size` (width, height). image, clip: whether one is encoded before the first step."""
     channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
     encoded = None
-    if plan.config.mask_channels or image:  # an image beside the noise is encoded as a whole clip, a first frame alone
-        encoded = channels, length if plan.config.mask_channels else 1, rows, columns
+    if plan.config.mask_channels or image or clip:  # only a first frame that stays is encoded alone
+        encoded = channels, length if plan.config.mask_channels or clip else 1, rows, columns
     video = VideoPlan(
         latent=latent,
         tokens=length * (rows // PATCH[1]) * (columns // PATCH[2]),
         encoded=encoded,
+        steps=plan.steps[plan.sampling.first_step if clip and plan.sampling else 0 :],
         tiles=decode_tiles(plan, latent),
         encode_tiles=TILES[0],
     )
     if encoded:
-        clip, ranks = encoded[1:], plan.layout.sequence
-        fewest = _fewest_tiles(plan, encoded, lambda tiles: encode_peak(plan.checkpoint.vae.module, clip, ranks, tiles))
+        shape, ranks = encoded[1:], plan.layout.sequence
+        fewest = _fewest_tiles(
+            plan, encoded, lambda tiles: encode_peak(plan.checkpoint.vae.module, shape, ranks, tiles)
+        )
         video = replace(video, encode_tiles=fewest)
     return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
 
 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
-    size, frames, image = kind
+    size, frames, *given = kind
     step = plan.config.vae_stride[0]
     ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
     if plan.dtype == torch.float32:
         ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     ways["--offload_model True"] = replace(plan, offload=True)
-    videos = {option: plan_video(way, size, frames, image) for option, way in ways.items()}
-    videos |= {f"--frame_num {n}": plan_video(plan, size, n, image) for n in range(frames - step, 0, -step)}
+    videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
+    videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
     return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
 
 

@@ -162,7 +162,9 @@ def _settings_lines(plan: Plan) -> list[str]:
 
 
 def _job_line(plan: Plan, job: Job, mark: str) -> str:
-    size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
+    made_from, skipped = job.picture, len(plan.steps) - len(plan.video(job).steps)
+    made_from += f", from step {skipped + 1} of {len(plan.steps)} on" if skipped else ""
+    size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
     prompt = " ".join(job.prompt.split())
     prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
     tokens = f"{plan.video(job).tokens:,} tokens"

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget = plan.layout.sequence, video.budget
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
-    passes = Counter(step.expert for step in plan.steps) if batch_guidance else forwards
+    forwards = Counter(step.expert for step in video.steps for _ in range(1 + step.guided))
+    passes = Counter(step.expert for step in video.steps) if batch_guidance else forwards
     read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
     feed = min(rates[DISK], rates.get(PINNED, math.inf))
     network = network_of(plan)
@@ -106,6 +107,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
     thinking = (1 + plan.guided) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
+    encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
     def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:
         """Seconds of the process that has most to do."""
@@ -114,7 +116,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
 
     return Seconds(
         text=max(thinking, text_bytes / feed),
-        image=coding(encode_operations, video.encoded, video.encode_tiles) if video.encoded else 0.0,
+        image=coding(encode, video.encoded, video.encode_tiles) if video.encoded else 0.0,
         denoise=denoise,
         decode=coding(decode_operations, video.latent, video.tiles),
         again=computing if budget is None or budget.resident else denoise,
@@ -251,20 +253,23 @@ def _decoded(vae: WanVAE, frames: int, frame: Region, region: Region) -> float:
     return total + _products(frames * area, vae.decoder.head)
 
 
-def encode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
-    """Encoding a picture as the start of a clip of this `latent` [C, f, h, w]; regions as for `decode_operations`."""
+def encode_operations(
+    vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None, *, still: bool = True
+) -> float:
+    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`."""
     encoder, frames, frame = vae.encoder, latent[1], Region(0, latent[2], 0, latent[3])
     whole = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
-    return whole + sum(_encoded(vae, frames - 1, region.grown(*ENCODER_RIM, frame)) for region in regions or [frame])
+    windows = [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]
+    return whole + sum(_encoded(vae, frames - 1, window, still) for window in windows)
 
 
-def _encoded(vae: WanVAE, chunks: int, window: Region) -> float:
-    """The picture's chunk of one frame, and the `chunks` of four after it until a stage's output is constant (see
+def _encoded(vae: WanVAE, chunks: int, window: Region, still: bool) -> float:
+    """The first frame's chunk, and the `chunks` of four after it until a stage's output is constant (see
     `reuse_constant_tail`)."""
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
     rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
-    total, constant, length = 0.0, 1, 4  # length: of a chunk where the stage begins
+    total, constant, length = 0.0, 1 if still else 1 + 4 * chunks, 4  # length: of a chunk where the stage begins
     for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
         constant = stage.constant_after(constant)
         shorter = length // 2 if stage.halves_time else length  # where it ends
