@@ -27,10 +27,11 @@ from wan.utils.progress import Progress, tell, tell_event
 
 if TYPE_CHECKING:
     from wan.distributed.launch import Runtime
-    from wan.jobs.job import Decode, Extend, Generate
+    from wan.jobs.job import Decode, Extend, Generate, Job
     from wan.jobs.prompt_files import Row
-    from wan.planning.plan import Plan
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
+
+    Prompt = tuple[str, Path | None]  # with its image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from wan.distributed.launch import Stopped, launch, speaks_alone
 
     words = sys.argv[1:] if argv is None else list(argv)
-    _prepare_process()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
+    # torch's C++ code warns of memory that it then finds elsewhere; what fails is an exception
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values, problems = parse(words)
         return launch(lambda runtime: _run_request(values, problems, words, runtime))
@@ -48,15 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(e, FAILED, words)
     except KeyboardInterrupt as e:
         return _report(WanError("interrupted"), e.code if isinstance(e, Stopped) else 128 + signal.SIGINT, words)
-
-
-def _prepare_process() -> None:
-    """Set up the streams before anything is printed, and the logging of torch before it is imported."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal's encoding does not
-    # torch's C++ code warns of memory that it then finds elsewhere; what fails is an exception
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _run_request(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
@@ -82,7 +78,8 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     from wan.prompt_extension.extend import check_extension
 
     check_extension(outcome.extend, _questions(outcome.rows))
-    _warn(outcome, progress)
+    for warning in outcome.warnings:
+        progress.say(f"warning: {warning}")
     if outcome.request.dry_run:
         return _end_dry_run(progress)
     answers = _answers(outcome.extend, outcome.rows, progress)
@@ -106,15 +103,10 @@ def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
     with interrupts_held():
         from wan.planning.build import make_plan
         from wan.runner.batch import decode_only
-        from wan.runner.record import read_latents
 
     plan = runtime.team.all_or_none(lambda: make_plan(outcome, runtime))
-    runtime.team.all_or_none(lambda: read_latents(outcome.latents, outcome.config))
-    _warn(plan, progress)
-    if outcome.request.dry_run:
-        return _end_dry_run(progress)
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
-    return 0
+    return _end_dry_run(progress) if outcome.request.dry_run else 0
 
 
 def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
@@ -129,7 +121,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
 
     team, extend = runtime.team, outcome.extend
     if extend:
-        team.broadcast(lambda: check_extension(extend, _questions(outcome.rows)))
+        team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
     plan = team.all_or_none(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
@@ -149,7 +141,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         from wan.runner.batch import run_jobs
 
     if extend:  # file names and originals stay those of the user's prompts
-        answers = team.broadcast(lambda: _answers(extend, outcome.rows, progress))
+        answers = team.broadcast(lambda: _answers(extend, outcome.jobs, progress))
         jobs = tuple(replace(job, prompt=answers[job.prompt, job.image].prompt) for job in plan.jobs)
         plan = replace(plan, jobs=jobs)
         for warning in cut_prompts(plan):
@@ -160,25 +152,17 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     return FAILED if failed else 0
 
 
-def _answers(
-    settings: ExtendSettings, rows: Sequence[Row], progress: Progress
-) -> dict[tuple[str, Path | None], Extended]:
-    """The extended prompts by prompt and image."""
+def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Prompt, Extended]:
     from wan.prompt_extension.extend import extend
 
-    return {(a.original, a.image): a for a in extend(settings, _questions(rows), progress.say)}
+    return {(a.original, a.image): a for a in extend(settings, _questions(asked), progress.say)}
 
 
-def _questions(rows: Sequence[Row]) -> list[ExtendItem]:
+def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
     """Each prompt with its image, once."""
     from wan.prompt_extension.extend import ExtendItem
 
-    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((row.prompt, row.image) for row in rows)]
-
-
-def _warn(outcome: Extend | Plan, progress: Progress) -> None:
-    for warning in outcome.warnings:
-        progress.say(f"warning: {warning}")
+    return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((one.prompt, one.image) for one in asked)]
 
 
 def _end_dry_run(progress: Progress) -> int:

@@ -28,8 +28,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.ulysses import split_tokens
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.planning.time_estimate import NetworkSizes, sent_bytes
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]

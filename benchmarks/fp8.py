@@ -32,8 +32,8 @@ from wan.doctor.machine import Machine
 from wan.doctor.numerics import expectation, open_task, sample
 from wan.modules import fp8
 from wan.modules.fp8 import in_fp8
+from wan.modules.fused import FP8
 from wan.modules.model import WanModel
-from wan.modules.quantize import FP8
 from wan.offload.budget import schedule
 from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes

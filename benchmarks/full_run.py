@@ -33,11 +33,10 @@ from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
 from wan.modules.model import WanModel
-from wan.modules.released import UMT5_XXL, VAES, on_meta
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
+from wan.modules.t5 import UMT5_XXL, UMT5Encoder
+from wan.modules.vae import VAES, WanVAE
 from wan.offload.networks import Experts
-from wan.offload.reader import Piece, Source, Store
+from wan.offload.reader import Piece, Source
 from wan.pipeline import Pipeline
 from wan.planning.build import make_plan
 from wan.planning.plan import Plan
@@ -62,19 +61,22 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
     t5 = UMT5_XXL | {"num_layers": layers or UMT5_XXL["num_layers"]}
     if width:
         t5 |= {"dim": width, "dim_attn": 64, "dim_ffn": 64, "num_heads": 1}
-    model = on_meta(lambda: WanModel.from_config(sizes, text_dim=t5["dim"]))
+    with torch.device("meta"):
+        model = WanModel.from_config(sizes, text_dim=t5["dim"])
     for where in config.experts.values():
         (folder / where).mkdir(parents=True, exist_ok=True)
         (folder / where / "config.json").write_text(json.dumps(sizes))
         sparse(folder / where / WEIGHTS, {n: ("F32", tuple(p.shape)) for n, p in model.named_parameters()})
-    z_dim, encoder, decoder, nested = VAES[config.latent_channels]
+    z_dim, encoder, decoder, nested = VAES[config.out_dim]
     if width:
         encoder, decoder = 16, 16
     parts = {config.t5_checkpoint: lambda: UMT5Encoder(**t5).bfloat16(),
              config.vae_checkpoint: lambda: WanVAE(z_dim, encoder, decoder, nested)}  # fmt: skip
     for name, build in parts.items():
+        with torch.device("meta"):
+            module = build()
         with torch.serialization.skip_data():
-            torch.save(on_meta(build).to_empty(device="cpu").state_dict(), folder / name)
+            torch.save(module.to_empty(device="cpu").state_dict(), folder / name)
     shutil.copytree(TOKENIZER, folder / "google")
 
 
@@ -99,9 +101,8 @@ class RandomWeights(Pipeline):
             randomise(model)
         return experts
 
-    def load(self, module: Network, store: Store, *, sharded: bool, **how: Any) -> Network:
-        dtype, home = how["dtype"], how["home"]
-        state = {n: torch.empty(p.shape, dtype=dtype(n), device=home) for n, p in module.named_parameters()}
+    def load(self, module: Network, source: Source, home: torch.device, *_: Any, sharded: bool) -> Network:
+        state = {n: torch.empty(p.shape, dtype=source.dtype(n), device=home) for n, p in module.named_parameters()}
         module.load_state_dict(state, assign=True)
         randomise(module)
         synchronize()

@@ -22,7 +22,8 @@ from benchmarks.measure import grid
 from benchmarks.transformer import copy_rate, matmul_rate, static_block
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.modules.released import released_text_encoder, released_vae
+from wan.modules.t5 import released_text_encoder
+from wan.modules.vae import released_vae
 from wan.planning.time_estimate import NetworkSizes, decode_operations, sent_bytes, text_operations
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.measure import ROOT, Row, interleaved, report
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.networks import Networks
 from wan.offload.reader import Source, load, parameter_dtypes

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, interleaved, randomise, report
 from wan.media.video import VideoWriter
-from wan.modules.released import VAES
-from wan.modules.vae import WanVAE
+from wan.modules.vae import VAES, WanVAE
 
 
 def write(chunks: Iterable[Tensor]) -> None:

@@ -21,9 +21,8 @@ from benchmarks.counters import CostCounter, FlopCounterMode, attention
 from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, rms_error, run, synchronize
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.modules.attention import BACKENDS, available, choose
-from wan.modules.context import Prompt
 from wan.modules.fused import EAGER, Passes, compiled
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.offload.reader import parameter_dtypes
 
 A14B = {"dim": 5120, "ffn_dim": 13824, "in_dim": 16, "out_dim": 16, "num_heads": 40, "text_dim": 4096}

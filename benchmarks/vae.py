@@ -27,10 +27,8 @@ from benchmarks.transformer import matmul_rate
 from wan.checkpoints.key_mapping import vae_name
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.distributed.vae_parallel import divide
-from wan.modules.causal_conv import STRIPS
-from wan.modules.released import VAES
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae import VAES, WanVAE
+from wan.modules.vae_layers import STRIPS, Region
 
 FULL_SIZE = {"2.1": (16, 21, 90, 160), "2.2": (48, 31, 44, 80)}  # latents
 WIDTH_STRIDE = {"2.1": 8, "2.2": 16}

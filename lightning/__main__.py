@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import inspect_path, models_to_judge_by, settings_line
+from lightning.inspect_weights import inspect_path, settings_line
 from lightning.lora import Lora
-from lightning.lora_args import Choices, choose_loras
+from lightning.lora_files import Choices, choose_loras
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.hub import fetch, located
 from wan.configs import TASKS
 from wan.utils.argument_parser import Parser, outside, pair
-from wan.utils.errors import InputError, LoraError, print_errors
+from wan.utils.errors import InputError, LoraError, WanError, print_errors
 from wan.utils.progress import tell
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _build_parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
-    except InputError as e:
+    except WanError as e:
         return print_errors(e.problems)
     except OSError as e:
         return print_errors([str(e)])
@@ -39,29 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> Parser:
-    description = "LoRAs and distilled weights for Wan2.2."
-    parser = Parser(prog="python -m lightning", description=description, elsewhere=ELSEWHERE)
+    text = "LoRAs and distilled weights for Wan2.2."
+    parser = Parser(prog="python -m lightning", description=text, elsewhere=ELSEWHERE)
     commands = parser.add_subparsers(required=True, metavar="inspect|bake")
-    help_text = "describe a weight file, or each file of a folder, and its use in a run"
-    inspect = commands.add_parser(
-        "inspect", help=help_text, description=f"{help_text.capitalize()}. Reads headers only."
-    )
+    text = "describe a weight file, or each file of a folder, and its use in a run"
+    inspect = commands.add_parser("inspect", help=text, description=f"{text.capitalize()}. Reads headers only.")
+    inspect.set_defaults(command=_inspect)
     add = inspect.add_argument
     add("path", help="a file of weights, a folder of them or one saved by PEFT; also on the hub: owner/name/path")
     add("--task", metavar="TASK", choices=TASKS, help=f"judge by this model alone: {' or '.join(TASKS)}")
     add("--ckpt_dir", metavar="DIR", type=Path, help="judge by this checkpoint, of any size")
     add("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
     add("--json", action="store_true", help="print a JSON list, one object per file")
-    inspect.set_defaults(command=_inspect)
-    help_text = "write a checkpoint with LoRAs merged in, for programs without LoRAs or a faster start"
-    bake = commands.add_parser("bake", help=help_text, description=f"{help_text.capitalize()}.")
+    text = "write a checkpoint with LoRAs merged in, for programs without LoRAs or a faster start"
+    bake = commands.add_parser("bake", help=text, description=f"{text.capitalize()}.")
+    bake.set_defaults(command=_bake)
     add = bake.add_argument
     add("--task", metavar="TASK", choices=TASKS, required=True, help=" or ".join(TASKS))
     add("--ckpt_dir", metavar="DIR", type=Path, required=True, help="folder of the base checkpoint")
     add("--lora_dir", metavar="DIR", help="a release folder with one LoRA per expert")
     add("--lora_strength", metavar="HIGH[,LOW]", help="strength of --lora_dir (default: 1)")
-    help_text = "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S; repeatable"
-    add("--lora", metavar="LORA", action="append", default=[], help=help_text)
+    text = "PATH[:S], high=PATH[:S] or low=PATH[:S]: a LoRA at strength S; repeatable"
+    add("--lora", metavar="LORA", action="append", default=[], help=text)
     add("--lora_alpha", metavar="A", type=float, help="alpha of LoRA files that store none")
     add("--lora_allow_partial", action="store_true", help="accept tensors that match nothing")
     add("--preset", metavar="NAME", help="release whose settings the result keeps (default: the recognised one)")
@@ -69,11 +68,10 @@ def _build_parser() -> Parser:
     add("--sample_shift", metavar="S", type=float, help="timestep shift that it keeps")
     add("--sample_guide_scale", metavar="S|LOW,HIGH", help="guidance that it keeps; 1: none")
     add("--out", metavar="DIR", type=Path, required=True, help="the folder to write; must not exist yet")
-    layouts, help_text = ("released", "diffusers"), "names of the result's files: released (default) or diffusers"
-    add("--layout", metavar="LAYOUT", choices=layouts, default="released", help=help_text)
-    help_text = "precision of the weights: bf16 (default), fp32 or fp8"
-    add("--dtype", metavar="DTYPE", choices=tuple(BAKED_DTYPES), default="bf16", help=help_text)
-    bake.set_defaults(command=_bake)
+    layouts, text = ("released", "diffusers"), "names of the result's files: released (default) or diffusers"
+    add("--layout", metavar="LAYOUT", choices=layouts, default="released", help=text)
+    text = "precision of the weights: bf16 (default), fp32 or fp8"
+    add("--dtype", metavar="DTYPE", choices=tuple(BAKED_DTYPES), default="bf16", help=text)
     return parser
 
 
@@ -81,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> int:
     path = located("inspect", args.path)
     if not path.exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = inspect_path(path, models_to_judge_by(args.task, args.ckpt_dir), args.lora_alpha)
+    files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
     if args.json:
         tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:
@@ -94,24 +92,24 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _text_of(report: dict[str, Any]) -> str:
     """One file's report as text."""
-    coverage, settings = report["coverage"], report["settings"]
-    gigabytes, stored = report["gigabytes"], report["stored"]
+    coverage, settings, stored = report["coverage"] or {}, report["settings"] or {}, report["stored"]
+    gigabytes = report["gigabytes"]
     size = f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.3g} MB"
-    rows = {"kind": ", ".join(filter(None, [report["kind"], "/".join(stored), size if gigabytes else ""]))}
-    if report["kind"] != "LoRA" and len(stored) > 1:
-        rows["tensors"] = ", ".join(f"{count} {kind}" for kind, count in stored.items())
-    rows["release"] = f"{report['release']} ({report['source']})" if report["release"] else "not recognised"
-    rows["fits"] = ", ".join(report["fits"]) or "none of the tasks"
-    if coverage:
-        rows["coverage"] = coverage["summary"]
-        rows["rank"] = ", ".join(map(str, coverage["ranks"])) or "-"
-        rows["alpha"] = ", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"
-    if settings:
-        rows["settings"] = settings_line(settings)
-        rows["sizes"] = ", ".join(f"{width}*{height}" for width, height in settings["sizes"])
-    rows |= {name: report[name] for name in ("note", "licence", "use") if report[name]}
-    lines = [*rows.items(), *(("warning", warning) for warning in (coverage or {}).get("warnings", ()))]
-    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines)])
+    counts = [f"{count} {kind}" for kind, count in stored.items()]
+    rows = {
+        "kind": ", ".join(filter(None, [report["kind"], "/".join(stored), size if gigabytes else ""])),
+        "tensors": ", ".join(counts) if report["kind"] != "LoRA" and len(counts) > 1 else "",
+        "release": f"{report['release']} ({report['source']})" if report["release"] else "not recognised",
+        "fits": ", ".join(report["fits"]) or "none of the tasks",
+        "coverage": coverage.get("summary"),
+        "rank": coverage and (", ".join(map(str, coverage["ranks"])) or "-"),
+        "alpha": coverage and (", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"),
+        "settings": settings and settings_line(settings),
+        "sizes": ", ".join(f"{width}*{height}" for width, height in settings.get("sizes", ())),
+        **{name: report[name] for name in ("note", "licence", "use")},
+    }
+    lines = [*rows.items(), *(("warning", warning) for warning in coverage.get("warnings", ()))]
+    return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
 
 
 def _bake(args: argparse.Namespace) -> int:
@@ -135,24 +133,21 @@ def _bake(args: argparse.Namespace) -> int:
     for warning in chosen.warnings:
         tell(sys.stderr, f"warning: {warning}\n")
     Bake(
-        task=args.task,
-        ckpt_dir=args.ckpt_dir,
-        loras=loras,
-        out=args.out,
-        dtype=getattr(torch, BAKED_DTYPES[args.dtype]),
-        allow_partial=args.lora_allow_partial,
-        release=release,
-        layout=args.layout,
+        task=args.task, ckpt_dir=args.ckpt_dir, loras=loras, out=args.out, layout=args.layout, release=release,
+        dtype=getattr(torch, BAKED_DTYPES[args.dtype]), allow_partial=args.lora_allow_partial,
         report=lambda line: tell(sys.stderr, f"{line}\n"),
-    ).write()
+    ).write()  # fmt: skip
     return 0
 
 
 def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
-    """The settings to sample the result with: its release's, changed by the flags."""
-    changes: dict[str, Any] = {}
+    """The settings to sample the result with, changed by the flags: --preset's, else of the first path that names some.
+
+    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
+    """
+    numbers: list[tuple[str, Any, float, float]]
     numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
-    changes |= {name: value for name, value, *_ in numbers if value is not None}
+    changes = {name: value for name, value, *_ in numbers if value is not None}
     changes |= {"timesteps": None} if changes else {}
     if args.sample_guide_scale is not None:
         try:
@@ -162,26 +157,17 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
             chosen.problems += e.problems
     faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
     chosen.problems += filter(None, faults)
-    release = _release_merged(args, chosen, bool(changes))
-    return replace(release, **changes) if release else None
-
-
-def _release_merged(args: argparse.Namespace, chosen: Choices, has_settings: bool) -> Release | None:
-    """The release of --preset, else of the first path that names one.
-
-    A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
-    """
+    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:
         release = preset(args.preset)
         release.check_supported(f"--preset {args.preset}")
         if args.task not in release.tasks or release.kind == "recipe":
             chosen.problems.append(f"--preset {args.preset} is not a distillation of {args.task}")
-        return release
-    paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
-    if found := next(filter(None, map(recognise, paths)), None):
-        return found
-    distilled = paths and (has_settings or args.lora_dir)
-    return Release(paths[0].absolute().stem, (args.task,), "lora", "") if distilled else None
+        return replace(release, **changes)
+    found = next(filter(None, map(recognise, paths)), None)
+    if found is None and paths and (changes or args.lora_dir):
+        found = Release(paths[0].absolute().stem, (args.task,), "lora", "")
+    return replace(found, **changes) if found else None
 
 
 if __name__ == "__main__":

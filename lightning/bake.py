@@ -4,6 +4,9 @@ Every tensor is stored as a bf16 run keeps it (bf16, or float32 for the few that
 with `--quantize fp8` keeps it, with a scale per row), so that running the baked folder equals merging on the fly,
 tensor for tensor. Files are written into `OUT.partial`, which becomes `OUT` by one rename at the end: a stopped run
 leaves nothing under that name, and the next one finishes it.
+
+diffusers' layout, which `diffusers.WanPipeline.from_pretrained` loads: model_index.json, scheduler/, tokenizer/,
+text_encoder/, vae/, transformer/ (the high-noise expert, or the only one), transformer_2/ (the low-noise one).
 """
 
 from __future__ import annotations
@@ -13,32 +16,34 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from lightning.diffusers_export import export_settings
 from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from lightning.releases import Release
 from wan.checkpoints import layout as layouts
+from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint, read_header
+from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
 from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8
-from wan.modules.quantize import FP8
-from wan.utils.errors import LoraError
+from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
+from wan.modules.fused import FP8
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.vae import WanVAE
+from wan.utils.errors import InputError, LoraError
 from wan.utils.files import parse_json
+from wan.utils.locks import LockedElsewhere, locked
 
-SHARD_BYTES = 10_000_000_000
 OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
 
 
@@ -58,82 +63,83 @@ class Bake:
     allow_partial: bool = False
     release: Release | None = None
     layout: str = "released"
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = 10_000_000_000
     report: Callable[[str], None] = print
-
-    def write(self) -> None:
-        """Write the folder. Everything is checked before: one InputError with all faults."""
-        self._check_request()
-        places = layouts.places_in(self.ckpt_dir, self.config)
-        parts = list(self.config.experts)
-        if self.to_diffusers:
-            layouts.check_complete(self.ckpt_dir, self.config, ())
-            parts += [TEXT_ENCODER, VAE]
-        stores = open_parts(self.ckpt_dir, self.config, parts)
-        if lacking := [places[part] for part in parts if part not in stores]:
-            raise LoraError(f"--ckpt_dir {self.ckpt_dir} lacks {', '.join(lacking)}")
-        sources = self._sources({name: stores[name] for name in self.config.experts})
-        release = self.release or release_in(self.ckpt_dir)
-        sources["release"] = {name: getattr(release, name) for name in SETTINGS} if release else None
-        settings = export_settings(stores, self.ckpt_dir, self.config, release) if self.to_diffusers else {}
-        if self.to_diffusers and release and release.solver == "dmd":
-            self.report(
-                f"warning: {release.name} is made for re-noising (dmd); generate.py does it, diffusers does not"
-            )
-        networks = [self._network(part, store) for part, store in stores.items()]
-        with _locked(self.out):
-            partial = _prepare(self.out, sources)
-            digests = self._write_weights(networks, partial)
-            if self.to_diffusers:
-                shutil.copytree((self.ckpt_dir / places["tokenizer"]).parent, partial / "tokenizer", dirs_exist_ok=True)
-            else:
-                _bring_others(self.ckpt_dir, partial, self.config)
-            for place, content in settings.items():
-                write_json(partial / place, content)
-            write_json(partial / RECORD, {**sources, "shards": digests})
-            os.replace(partial, self.out)
-        self.report(f"baked: {self.out}")
-
-    @property
-    def config(self) -> TaskConfig:
-        return TASKS[self.task]
 
     @property
     def to_diffusers(self) -> bool:
         return self.layout == "diffusers"
 
+    def write(self) -> None:
+        """Write the folder. Everything is checked before: one InputError with all faults."""
+        self._check_request()
+        out, config, ckpt_dir = self.out, TASKS[self.task], self.ckpt_dir
+        places, parts = layouts.places_in(ckpt_dir, config), list(config.experts)
+        if self.to_diffusers:
+            layouts.check_complete(ckpt_dir, config)
+            parts += [TEXT_ENCODER, VAE]
+        stores = open_parts(ckpt_dir, config, parts)
+        if lacking := [places[part] for part in parts if part not in stores]:
+            raise LoraError(f"--ckpt_dir {ckpt_dir} lacks {', '.join(lacking)}")
+        sources = self._sources({name: stores[name] for name in config.experts})
+        release = self.release or release_in(ckpt_dir)
+        sources["release"] = release and {name: getattr(release, name) for name in SETTINGS}
+        settings = _diffusers_settings(stores, ckpt_dir, config, release) if self.to_diffusers else {}
+        if self.to_diffusers and release and release.solver == "dmd":
+            why = "is made for re-noising (dmd); generate.py does it, diffusers does not"
+            self.report(f"warning: {release.name} {why}")
+        networks = [self._network(part, store) for part, store in stores.items()]
+        try:
+            with locked(out, self.report):
+                self._check_request()  # another bake may have written it meanwhile
+                partial = _prepare(out, sources)
+                digests = self._write_weights(networks, partial)
+                if self.to_diffusers:
+                    tokenizer = (ckpt_dir / places["tokenizer"]).parent
+                    shutil.copytree(tokenizer, partial / "tokenizer", dirs_exist_ok=True)
+                else:
+                    _bring_others(ckpt_dir, partial, config)
+                for place, content in settings.items():
+                    write_json(partial / place, content)
+                write_json(partial / RECORD, {**sources, "shards": digests})
+                os.replace(partial, out)
+        except LockedElsewhere:
+            advice = "wait for it, or give another name"
+            raise LoraError(f"--out {out}: another bake is writing it; {advice}") from None
+        self.report(f"baked: {out}")
+
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out = self.ckpt_dir, self.out
+        ckpt_dir, out, fp8 = self.ckpt_dir, self.out, self.dtype == FP8
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
         if out.exists():
             raise LoraError(f"--out {out} already exists; give another name or remove it")
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
+        if self.to_diffusers and fp8:
+            raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
         if not self.to_diffusers and layouts.is_diffusers(ckpt_dir):
             raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if not self.to_diffusers and self.dtype != FP8 and not any(self.loras.values()):
+        if not (self.to_diffusers or fp8 or any(self.loras.values())):
             raise LoraError("nothing to bake: give --lora_dir or --lora")
-        if self.to_diffusers and self.dtype == FP8:
-            raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
         before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
-        sources: dict[str, Any] = {"task": self.task, "dtype": str(self.dtype).removeprefix("torch."), "base": {}}
-        sources |= {"loras": {}, "layout": self.layout}
+        dtype = str(self.dtype).removeprefix("torch.")
+        sources: dict[str, Any] = {"task": self.task, "dtype": dtype, "base": {}, "loras": {}, "layout": self.layout}
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
-            if odd := next(((name, entry) for name, entry in store.items() if entry.dtype not in FLOATS), None):
-                problems.append(f"--ckpt_dir: {odd[1].file}: tensor {odd[0]} is {odd[1].dtype}, not a float")
+            if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
+                problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
-            sources["loras"][expert] = list(before.get(expert, ()))
+            sources["loras"][expert] = merged = list(before.get(expert, ()))
             for lora in self.loras.get(expert, ()):
                 try:
-                    sources["loras"][expert].append(self._source_of(lora, expert, store))
+                    merged.append(self._source_of(lora, expert, store))
                 except LoraError as e:
                     problems += [problem for problem in e.problems if problem not in problems]
         if problems:
@@ -148,12 +154,13 @@ class Bake:
         self.report(f"{expert}: {lora.path}: {coverage.summary()}")
         for warning in coverage.warnings:
             self.report(f"warning: {warning}")
-        (file,) = lora.store.files
-        return {**coverage.as_dict(), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
+        file = lora.store.files[0]
+        return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
-        place = Path((layouts.diffusers if self.to_diffusers else layouts.released)(self.config)[part])
+        place_of = layouts.diffusers if self.to_diffusers else layouts.released
+        place = Path(place_of(TASKS[self.task])[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
@@ -184,43 +191,23 @@ class Bake:
 
 
 def _identity(file: Path) -> dict[str, Any]:
-    """Identifies a base file without reading all of it."""
-    read_header(file)  # refuses a length that is too large to read
+    """Identifies a base file, which was opened before, without reading all of it."""
     with file.open("rb") as stream:
         start = stream.read(8)
-        header = stream.read(struct.unpack("<Q", start)[0])
+        digest = hashlib.sha256(start + stream.read(struct.unpack("<Q", start)[0])).hexdigest()
     state = file.stat()
-    digest = hashlib.sha256(start + header).hexdigest()
     return {"file": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "header_sha256": digest}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Context manager: this process alone writes `out`. LoraError while another one does, or if it has."""
-    lock = FileLock(out.with_name(f"{out.name}.partial.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LoraError(f"--out {out}: another bake is writing it; wait for it, or give another name") from None
-    try:
-        if out.exists():
-            raise LoraError(f"--out {out} already exists; give another name or remove it")
-        yield
-        with suppress(OSError):  # Windows removes no open file
-            Path(lock.lock_file).unlink()  # only now: a bake that comes later finds `out`
-    finally:
-        lock.release()
 
 
 def _prepare(out: Path, sources: dict[str, Any]) -> Path:
     """`OUT.partial`, empty or left by an earlier run of the same command; never one of another bake."""
     partial = out.with_name(out.name + ".partial")
     if (partial / RECORD).is_file():
-        try:
-            before = parse_json((partial / RECORD).read_bytes())
-        except ValueError:
-            before = None
-        if not isinstance(before, dict) or {**before, "shards": 0} != json.loads(json.dumps({**sources, "shards": 0})):
+        same = False
+        with suppress(ValueError, TypeError):  # not JSON, or no object
+            before = {**parse_json((partial / RECORD).read_bytes()), "shards": 0}
+            same = before == json.loads(json.dumps({**sources, "shards": 0}))
+        if not same:
             raise LoraError(f"{partial} was left by a bake from other sources or settings; remove it and run again")
     elif partial.exists() and any(partial.iterdir()):
         raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")
@@ -246,3 +233,96 @@ def _bring_others(ckpt_dir: Path, partial: Path, config: TaskConfig) -> None:
             os.link(file.resolve(), target)
         except OSError:  # another disk, or one without hard links
             shutil.copy2(file, target)
+
+
+def _diffusers_settings(
+    stores: Mapping[str, TensorStore], ckpt_dir: Path, config: TaskConfig, release: Release | None
+) -> dict[str, dict[str, Any]]:
+    """Every JSON file of diffusers' layout by its place, except the tokenizer's. InputError for unknown sizes.
+
+    stores: the networks by part, under our names. release: gives the scheduler its solver and shift.
+    """
+    places, sources = layouts.diffusers(config), layouts.places_in(ckpt_dir, config)
+    transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
+    index: dict[str, Any] = {  # library and class of each folder; the tokenizer's class reads tokenizer.json as it is
+        "_class_name": config.pipeline, "boundary_ratio": config.boundary,
+        "expand_timesteps": bool(config.image_fit and not config.mask_channels),  # the first frame's own timestep is 0
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": transformer, "transformer_2": transformer if config.boundary else none,
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        **({"image_encoder": none, "image_processor": none} if config.mask_channels else {}),
+    }  # fmt: skip
+    # UniPC, as in diffusers' own folders; with one order and no corrector it is the Euler step of distilled models.
+    # Its grid of levels ends at 0.001 before the shift where ours ends at 0: the levels differ by 1e-3 at most.
+    scheduler: dict[str, Any] = {
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": config.num_train_timesteps,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": release.shift if release else config.sample_shift,
+        **({"solver_order": 1, "disable_corrector": list(range(release.steps))} if release else {}),
+    }  # fmt: skip
+    found = {layouts.MODEL_INDEX: index, "scheduler/scheduler_config.json": scheduler}
+    for part, store in stores.items():
+        try:
+            if part == VAE:
+                settings = _vae_config(store.shapes)
+            elif part == TEXT_ENCODER:
+                settings = _text_config(store.shapes)
+            else:
+                file = ckpt_dir / layouts.config_json(sources[part])
+                sizes = transformer_sizes(file, store.shapes, str(file.parent), config.text_len)
+                settings = _transformer_config(sizes, store.shapes)
+        except ValueError as e:
+            raise InputError(f"--ckpt_dir: {ckpt_dir / sources[part]}: {e}") from e
+        found[layouts.config_json(places[part])] = settings
+    return found
+
+
+def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(shapes["patch_embedding.weight"][2:]),
+        "num_attention_heads": sizes["num_heads"], "attention_head_dim": sizes["dim"] // sizes["num_heads"],
+        "in_channels": sizes["in_dim"], "out_channels": sizes["out_dim"],
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        **{name: sizes[name] for name in ("freq_dim", "ffn_dim", "num_layers")},
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": sizes["eps"],
+        "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
+    }  # fmt: skip
+
+
+def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """ValueError for another network."""
+    with torch.device("meta"):
+        vae = WanVAE.from_shapes(shapes)
+    channels = 3 * vae.patch**2
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": shapes["encoder.conv1.weight"][0], "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+        "z_dim": vae.z_dim,
+        "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+        "temperal_downsample": [False, True, True], "dropout": 0.0,
+        "latents_mean": LATENT_MEAN[vae.z_dim], "latents_std": LATENT_STD[vae.z_dim],
+        "is_residual": vae.patch == 2,
+        "in_channels": channels, "out_channels": channels,
+        "patch_size": vae.patch if vae.patch > 1 else None,
+        "scale_factor_temporal": vae.stride[0], "scale_factor_spatial": vae.stride[1],
+    }  # fmt: skip
+
+
+def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """ValueError for another network."""
+    with torch.device("meta"):
+        encoder = UMT5Encoder.from_shapes(shapes)
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    vocabulary, width = shapes["token_embedding.weight"]
+    return {
+        "architectures": ["UMT5EncoderModel"], "model_type": "umt5",
+        "vocab_size": vocabulary, "d_model": width,
+        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads, "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
+        "num_layers": len(encoder.blocks), "num_heads": heads,
+        "relative_attention_num_buckets": buckets, "relative_attention_max_distance": 128,
+        "dropout_rate": 0.0, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False, "use_cache": False, "tie_word_embeddings": False,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip

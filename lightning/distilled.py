@@ -10,7 +10,7 @@ from lightning.lora_files import exists, weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
-from wan.utils.errors import LoraError, TensorFileError
+from wan.utils.errors import LoraError, TensorFileError, in_one_line
 from wan.utils.files import parse_json
 
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
@@ -43,9 +43,8 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
     except OSError as e:
         raise LoraError(f"{file}: cannot be read ({e.strerror})") from e
     except (ValueError, TypeError, KeyError, AttributeError, LoraError) as e:
-        why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
         raise LoraError(
-            f"{file} is damaged, unfinished or from another version ({why:.200}); bake again, or remove the file "
+            f"{file} is damaged, unfinished or from another version ({in_one_line(e)}); bake again, or remove the file "
             "to use the folder without its record"
         ) from e
     return record
@@ -56,8 +55,8 @@ def distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> s
 
     base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
     """
-    file = weight_file(lora_file)
-    for name, loras in (record_of(base) or {"loras": {}})["loras"].items():
+    file, record = weight_file(lora_file), record_of(base)
+    for name, loras in record["loras"].items() if record else ():
         for merged in loras if expert in (None, name) else ():
             if merged.get("fingerprint") == fingerprint(file):
                 return f"{base} has the LoRA {lora_file} merged in already, as {merged['path']}"
@@ -77,9 +76,7 @@ def release_in(base: Path) -> Release | None:
         return _release_in_record(record)
     is_file = exists(base) and base.is_file()
     release = recognise(base if is_file else Path(base.absolute().name))
-    if release is None or release.kind != "full" or (is_file and not is_full_expert(base)):
-        return None
-    return release
+    return release if release and release.kind == "full" and (not is_file or is_full_expert(base)) else None
 
 
 def _release_in_record(record: Mapping[str, Any]) -> Release | None:
@@ -90,14 +87,14 @@ def _release_in_record(record: Mapping[str, Any]) -> Release | None:
     if record["release"] is None:
         return None
     values = {name: record["release"][name] for name in SETTINGS if name in record["release"]}
-    kinds = {"name": str, "steps": int, "solver": str, "licence": str, "guidance": list}
-    _check_types(values, {name: kind for name, kind in kinds.items() if name in values or name == "name"})
+    kinds = {"steps": int, "solver": str, "licence": str, "guidance": list}
+    _check_types(values, {"name": str} | {name: kind for name, kind in kinds.items() if name in values})
     low, high = values.get("guidance", (1.0, 1.0))
-    timesteps = values.get("timesteps")
+    timesteps = tuple(values.get("timesteps") or ()) or None
     numbers = [float(number) for number in (values.get("shift", 5.0), low, high, *(timesteps or ()))]
     if values.get("steps", 4) < 1 or numbers[0] <= 0 or min(numbers) < 0:
         raise ValueError("a setting is out of range")
-    values |= {"guidance": (low, high), "timesteps": tuple(timesteps) if timesteps else None}
+    values |= {"guidance": (low, high), "timesteps": timesteps}
     return Release(tasks=(record["task"],), kind="full", source="bake", **values)
 
 

@@ -5,137 +5,116 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
+from lightning.lora_matching import Shapes
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
-from wan.checkpoints.weights import (
-    EXPERT,
-    PICKLED,
-    TEXT_ENCODER,
-    VAE,
-    kind_of,
-    open_expert,
-    open_file,
-    open_parts,
-)  # fmt: skip
+from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.utils.errors import InputError, LoraError
 
-Shapes = dict[str, tuple[int, ...]]
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
+Models = Mapping[str, Mapping[str, Shapes]]  # networks that files are judged by: shapes by task and expert
 SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A network that files are judged by: one expert, or all experts of a task where they are alike (None)."""
+def inspect_path(
+    path: Path, task: str | None, ckpt_dir: Path | None, alpha: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each file as plain data, and sentences on how a run takes the path as a whole.
 
-    task: str
-    expert: str | None
-    shapes: Shapes
-
-
-def models_to_judge_by(task: str | None, ckpt_dir: Path | None) -> list[Model]:
-    """The released networks of the task or of all, or the experts of a checkpoint. LoraError if that holds none."""
+    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
+    It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
+    """
+    models: dict[str, dict[str, Shapes]]
     if ckpt_dir is None:
-        return [Model(task, None, released_shapes(task)) for task in ([task] if task else TASKS)]
-    if not (stores := experts_in(ckpt_dir)):
+        tasks = [task] if task else list(TASKS)
+        models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
+        hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
+    elif stores := experts_in(ckpt_dir):
+        kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
+        models, hint = {kind: {expert: store.shapes for expert, store in stores.items()}}, ""
+    else:
         raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
-    kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
-    return [Model(kind, expert, store.shapes) for expert, store in stores.items()]
+    if (path / MODEL_INDEX).is_file():
+        uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
+        held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
+        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in held if each]
+    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
+        return [_examine(path, models, hint, alpha)], []
+    folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
+    # each index for its shards, else every file
+    files = [file for each in folders for file in sorted(each.glob(f"*{INDEX_SUFFIX}")) or weights_in(each)]
+    files = [file for file in files if file.suffix.lower() not in PICKLED] or files
+    if not files:
+        raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
+    if ckpt_dir is None:  # a checkpoint has its own sizes
+        own: dict[str, dict[str, Shapes]] = {}
+        for expert, store in experts_in(path).items():
+            if (found := task_of(store.shapes)) in models:
+                own.setdefault(str(found), {})[expert] = store.shapes
+        models, hint = (own, "") if own else (models, hint)
+    reports = [_examine(file, models, hint, alpha) for file in files]
+    return reports, _uses(path, reports)
 
 
 def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
     """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
-    whole = (experts for config, experts in found if len(experts) == len(config.experts))
-    return next(whole, None) or max((experts for _, experts in found), key=len)
-
-
-def inspect_path(path: Path, models: list[Model], alpha: float | None = None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each file as plain data, and sentences on how a run takes the path as a whole.
-
-    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
-    """
-    if (path / MODEL_INDEX).is_file():
-        uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
-        held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
-        return [], uses + [f"and for {_command(task, '--ckpt_dir', path)}" for task in held if task]
-    files = [path]
-    if path.is_dir() and not (path / PEFT_CONFIG).is_file():
-        folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
-        files = [file for folder in folders for file in _files_in(folder)]
-        files = [file for file in files if file.suffix.lower() not in PICKLED] or files
-        if not files:
-            raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
-        if not any(model.expert for model in models) and (own := experts_in(path)):  # a checkpoint has its own sizes
-            judged, found = {model.task for model in models}, [(task_of(own[name].shapes), name) for name in own]
-            models = [Model(task, name, own[name].shapes) for task, name in found if task and task in judged] or models
-    reports = [_examine(file, models, alpha) for file in files]
-    return reports, _uses(path, reports)
+    return max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))[1]
 
 
 def _command(task: str | None, *words: object) -> str:
     return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Each index for its shards, else every file."""
-    return sorted(folder.glob(f"*{INDEX_SUFFIX}")) or weights_in(folder)
-
-
-def _examine(file: Path, models: list[Model], alpha: float | None) -> dict[str, Any]:
+def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
     """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
     release = recognise(file)
     report: dict[str, Any] = {
-        "path": str(file),
-        "kind": "LoRA",
-        "release": release.name if release else None,
-        "source": release.source if release else None,
-        "settings": release_settings(release) if release else None,
-        "note": (release.note if release else "") or caution(file) or "",
-        "licence": release.licence if release else "",
-        "use": None,
-        "stored": {},
-        "gigabytes": 0.0,
-        "alphas": [],
-        "fits": [],
-        "coverage": None,
-        "error": None,
-    }
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
+        "settings": release and release_settings(release),
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))
         if file.is_file() and (kind := kind_of(store := open_file(file))):
-            return report | _examine_network(file, store, kind, models)
-        lora = Lora.open(file, default_alpha=alpha)
-        if not lora.keys:
-            raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
+            judged = _judge_network(file, kind, models) | {"kind": NAMES[kind]}
+        else:
+            lora = Lora.open(file, default_alpha=alpha)
+            if not lora.keys:
+                raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
+            store = lora.store
+            judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
     except InputError as e:
         return report | {"error": "; ".join(e.problems)}
-    report |= {"alphas": sorted(set(lora.alphas.values())), **_storage(lora.store)}
-    return report | _judge_lora(file, models, alpha, release)
+    if judged.get("error"):
+        judged["error"] += hint
+    stored = Counter(store.stored(name)[0] for name in store)  # how many tensors are of which type
+    gigabytes = round(sum(store.stored(name)[1] for name in store) / 1e9, 6)
+    return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
 
 
-def _judge_lora(file: Path, models: list[Model], alpha: float | None, release: Release | None) -> dict[str, Any]:
+def _judge_lora(file: Path, models: Models, alpha: float | None, release: Release | None) -> dict[str, Any]:
     """The tasks that the LoRA fits and its coverage of the likeliest, as a run finds them: expert by expert."""
-    tasks: dict[str, dict[str, Shapes]] = {}
-    for model in sorted(models, key=lambda model: model.task not in (release.tasks if release else ())):
-        names = [model.expert] if model.expert else list(TASKS[model.task].experts)
-        tasks.setdefault(model.task, {}).update(dict.fromkeys(names, model.shapes))
     named, errors, fits, report = named_expert(file), list[str](), list[str](), dict[str, Any]()
-    for task, experts in tasks.items():
+    likely = release.tasks if release else ()
+    for task, experts in sorted(models.items(), key=lambda item: item[0] not in likely):
         chosen = [named] if named and named in experts else list(experts)
         try:
             found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e], expert=e) for e in chosen}
@@ -146,74 +125,64 @@ def _judge_lora(file: Path, models: list[Model], alpha: float | None, release: R
         summaries = {expert: coverage.summary() for expert, coverage in found.items()}
         one = summaries[chosen[0]] if len(set(summaries.values())) == 1 else None
         summary = one or "; ".join(f"{expert}: {text}" for expert, text in summaries.items())
-        warnings = dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings)
-        coverage = found[chosen[0]].as_dict() | {"warnings": list(warnings), "summary": summary}
-        report = report or {"coverage": coverage}
+        warnings = list(dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings))
+        report = report or {"coverage": asdict(found[chosen[0]]) | {"warnings": warnings, "summary": summary}}
     if not fits:
-        return {"error": errors[0] + _hint(models)}
+        return {"error": errors[0]}
     return report | {"fits": fits, "use": shlex.join(["--lora", f"{named}={file}" if named else str(file)])}
 
 
-def _examine_network(file: Path, raw: TensorStore, kind: str, models: list[Model]) -> dict[str, Any]:
-    """Report on a file that holds one network's own weights."""
+def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
+    """The tasks that a file with one network's own weights fits, and its flags."""
     opened = open_expert(file) if kind == EXPERT else open_single(kind, file, next(iter(TASKS.values()))).weights
-    found: dict[str, Any] = {"kind": NAMES[kind], **_storage(raw), "use": None, "error": None}
-    found["fits"] = list(dict.fromkeys(model.task for model in models if _belongs(kind, opened.shapes, model)))
-    if not found["fits"]:
-        judged = " or ".join(dict.fromkeys(model.task for model in models))
-        found["error"] = f"{file}: names or shapes are not those of {judged}{_hint(models)}"
-    elif not file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
-        named = expert_of(file) or expert_of(file.absolute().parent)
-        single = all(list(TASKS[task].experts) == ["model"] for task in found["fits"] if task in TASKS)
-        experts = ["model"] if single else [named] if named else ["high", "low"]
-        words = (
-            [["--expert", f"{expert}={file}"] for expert in experts] if kind == EXPERT else [[f"--{kind}", str(file)]]
-        )
-        found["use"] = " or ".join(map(shlex.join, words))
-    return found
+    shapes = opened.shapes
 
+    def belongs_to(expert: Shapes) -> bool:
+        """Whether it is that expert, or goes with it: the same text width, the same channels."""
+        if kind == TEXT_ENCODER:
+            return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
+        if kind == VAE:
+            return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
+        return shapes == expert
 
-def _belongs(kind: str, shapes: Shapes, model: Model) -> bool:
-    """Whether a network of these shapes is that expert's, or goes with it: the same text width, the same channels."""
-    expert = model.shapes
-    if kind == TEXT_ENCODER:
-        return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
-    if kind == VAE:
-        return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
-    return shapes == expert
-
-
-def _hint(models: list[Model]) -> str:
-    return "" if any(model.expert for model in models) else " (--ckpt_dir judges by a checkpoint of other sizes)"
+    fits = [task for task, experts in models.items() if any(map(belongs_to, experts.values()))]
+    if not fits:
+        return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
+    if file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
+        return {"fits": fits}
+    if kind != EXPERT:
+        return {"fits": fits, "use": shlex.join([f"--{kind}", str(file)])}
+    named = expert_of(file) or expert_of(file.absolute().parent)
+    single = all(list(models[task]) == ["model"] for task in fits)
+    experts = ["model"] if single else [named] if named else ["high", "low"]
+    return {"fits": fits, "use": " or ".join(shlex.join(["--expert", f"{expert}={file}"]) for expert in experts)}
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     """Sentences on how a run takes the whole folder."""
-    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
-        return []
     published = [preset(report["release"]).tasks if report["release"] else TASKS for report in reports]
     fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
-    tasks = [task for task in TASKS if fitting and all(task in fits for fits in fitting)]
+    tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
     kinds = {report["kind"] for report in reports}
-    if "LoRA" in kinds and len(kinds) > 1:
-        return []  # each file's own report names its use
-    experts = {task: open_parts(path, TASKS[task], TASKS[task].experts) for task in tasks}
-    whole = [task for task in tasks if len(experts[task]) == len(TASKS[task].experts)]
-    if kinds == {NAMES[EXPERT]} and whole:
-        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
-        if record := record_of(path):
-            merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
-            uses.append(f"merged into it: {', '.join(merged)}")
-        if release := release_in(path):
-            uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
+    if kinds == {"LoRA"}:
+        uses = []
+        for task in tasks:
+            with suppress(LoraError):  # no file for some expert: not a release of this task
+                files_of(path, TASKS[task].experts)
+                uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
         return uses
-    if "LoRA" not in kinds:
+    if "LoRA" in kinds:
+        return []  # each file's own report names its use
+    experts = {task: TASKS[task].experts for task in tasks}
+    whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
+    if kinds != {NAMES[EXPERT]} or not whole:
         return _as_files(path, tasks, reports)
-    uses = []
-    for task in tasks:
-        with suppress(LoraError):  # no file for some expert: not a release of this task
-            files_of(path, TASKS[task].experts)
-            uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
+    uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
+    if record := record_of(path):
+        merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
+        uses.append(f"merged into it: {', '.join(merged)}")
+    if release := release_in(path):
+        uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
     return uses
 
 
@@ -232,13 +201,6 @@ def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> li
     return lines
 
 
-def _storage(store: TensorStore) -> dict[str, Any]:
-    """stored: how many tensors are of which type."""
-    kinds = Counter(store.stored_as(name) for name in store)
-    size = sum(store.stored_bytes(name) for name in store)
-    return {"stored": dict(sorted(kinds.items())), "gigabytes": round(size / 1e9, 6)}
-
-
 def release_settings(release: Release) -> dict[str, Any]:
     """The settings that a release is sampled with, by name."""
     return {name: value for name, value in asdict(release).items() if name in SHOWN_SETTINGS and value is not None}
@@ -252,6 +214,4 @@ def settings_line(settings: dict[str, Any]) -> str:
             return "/".join(map(text, value))
         return value if isinstance(value, str) else f"{value:g}"
 
-    return ", ".join(
-        f"{name} {text(settings[name])}" for name in SHOWN_SETTINGS if name in settings and name != "sizes"
-    )
+    return ", ".join(f"{name} {text(settings[name])}" for name in SHOWN_SETTINGS[:-1] if name in settings)

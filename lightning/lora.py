@@ -2,32 +2,43 @@
 
 Everything here works on headers (names, shapes, dtypes) and the few bytes of the alphas; no torch is imported.
 
-    W' = W + strength * scale * change        scale: alpha / rank; change: of a kind in `lora_kinds`
+    W' = W + strength * scale * change        scale: alpha / rank; change: of a kind in `lora_matching`
     W' = W + strength * (m C / |C| - W)       DoRA: C = W + scale * change, m the norm of each row
     p' = p + strength * diff                  whole differences of weights, biases, modulation
+
+The alpha that PEFT's and diffusers' LoRAs store in no tensor is in `adapter_config.json` beside the weights (PEFT), or
+JSON in the file's metadata (diffusers): under their plain names (a model's `save_lora_adapter`) or each behind the name
+of its component (a pipeline's `save_lora_weights`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning import lora_keys
-from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file
-from lightning.lora_kinds import KINDS, PAIR
-from lightning.lora_matching import Delta, Resolved, resolve_names
-from lightning.peft_settings import METADATA, AdapterSettings, settings_of
+from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file, weights_in
+from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, Shapes, parse_key, resolve_names
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import kind_of, open_file
 from wan.configs import task_of
 from wan.utils.errors import LoraError, TensorFileError
+from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+METADATA = "lora_adapter_metadata"
+PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds read -> the setting of their alpha
+ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
+NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
+    "use_bdlora": "BD-LoRA", "use_qalora": "QA-LoRA", "alora_invocation_tokens": "aLoRA", "kasa_config": "KaSA",
+    "layer_replication": "layer replication",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Lora:
     path: Path
     strength: float
     store: TensorStore
-    keys: Mapping[str, lora_keys.Key]  # by tensor name, where a LoRA family explains the name
+    keys: Mapping[str, Key]  # by tensor name, where a LoRA family explains the name
     alphas: Mapping[str, float]  # by tensor name
     settings: AdapterSettings | None  # PEFT's, where the file comes with them
     default_alpha: float | None
@@ -62,7 +73,7 @@ class Lora:
             raise LoraError(f"LoRA {file}: no such file")
         try:
             store = open_file(file)
-            keys = {name: key for name in store if (key := lora_keys.parse_key(name))}
+            keys = {name: key for name in store if (key := parse_key(name))}
             alphas = store.scalars(name for name, key in keys.items() if key.role == "alpha")
         except (TensorFileError, OSError) as e:
             raise LoraError(f"LoRA {e}") from e
@@ -70,15 +81,10 @@ class Lora:
         return cls(path, strength, store, keys, alphas, settings, default_alpha, recognise(path), expert)
 
     @property
-    def file(self) -> Path:
-        return self.store.files[0]
-
-    @property
     def assumed_alpha(self) -> float | None:
         """The alpha of modules that store none, None for alpha = rank."""
-        if self.default_alpha is not None:
-            return self.default_alpha
-        return self.release.default_alpha if self.release else None
+        of_release = self.release.default_alpha if self.release else None
+        return of_release if self.default_alpha is None else self.default_alpha
 
     def scale(self, stem: str, alpha_name: str | None, rank: int) -> float:
         """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank.
@@ -95,11 +101,11 @@ class Lora:
             return self.settings.scale(stem, rank)
         return 1.0 if self.assumed_alpha is None or not rank else self.assumed_alpha / rank
 
-    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> Resolved:
+    def resolve(self, shapes: Shapes) -> Resolved:
         """The place of every tensor in a model with these parameters."""
         return resolve_names(self.store, self.keys, self.scale, shapes, self.expert)
 
-    def deltas(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
+    def deltas(self, shapes: Shapes) -> list[Delta]:
         """The changes of a model with these parameters; LoraError if something in the file does not fit."""
         found = self.resolve(shapes)
         if found.conflicts:
@@ -154,17 +160,11 @@ class Coverage:
             parts.append(f"{len(self.skipped)} skipped (patch embedding for another number of channels)")
         return ", ".join([*parts, f"{len(self.unmatched)} unmatched"])
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    as_dict = asdict
 
 
 def check(
-    lora: Lora,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    expert: str | None = None,
-    allow_partial: bool = False,
-    as_adapter: bool = False,
+    lora: Lora, shapes: Shapes, *, expert: str | None = None, allow_partial: bool = False, as_adapter: bool = False
 ) -> Coverage:
     """The effect of `lora` on the model whose parameters are `shapes`; from headers, in milliseconds.
 
@@ -181,27 +181,23 @@ def check(
     last = {role for kind in KINDS for role in (kind.factors[-1].b, kind.factors[-1].whole)}  # one per change
     names = {delta.kind.name for delta in changes if delta.kind} | {"DoRA" for delta in changes if delta.magnitude}
     return Coverage(
-        path=str(lora.path),
-        release=lora.release.name if lora.release else None,
-        strength=lora.strength,
+        path=str(lora.path), release=lora.release.name if lora.release else None, strength=lora.strength,
         tensors=len(lora.store),
         pairs=(len(changes), len(changes) + sum(key.role in last for key in unmatched)),
         differences=(differences, differences + sum(key.role.startswith("diff") for key in unmatched)),
         ranks=tuple(sorted({delta.rank for delta in changes if delta.rank})),
         scales=tuple(sorted({delta.scale for delta in changes})),
-        ignored=found.ignored,
-        skipped=found.skipped,
-        unmatched=found.unmatched,
-        warnings=_warnings(lora, found, shapes, expert or lora.expert, as_adapter),
+        ignored=found.ignored, skipped=found.skipped, unmatched=found.unmatched,
+        warnings=list(_warnings(lora, found, shapes, expert or lora.expert, as_adapter)),
         kinds=tuple(sorted(names)),
-    )
+    )  # fmt: skip
 
 
 def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool) -> list[str]:
     """Why this file is refused: one clause per reason, with counts and the first names."""
     total, problems = len(lora.store), []
     if found.unsupported:
-        kinds = sorted({m[1] for name in found.unsupported if (m := lora_keys.UNSUPPORTED.search(name))})
+        kinds = sorted({m[1] for name in found.unsupported if (m := UNSUPPORTED.search(name))})
         problems.append(f"holds {_some(found.unsupported, total)} of a kind not supported: {', '.join(kinds)}")
     if as_adapter and any(delta.magnitude for delta in found.deltas):
         problems.append("is a DoRA, whose change needs the weights themselves; use --lora_mode merge")
@@ -219,43 +215,35 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool
     return problems
 
 
-def _warnings(
-    lora: Lora, found: Resolved, shapes: Mapping[str, tuple[int, ...]], expert: str | None, as_adapter: bool
-) -> list[str]:
-    warnings, name = [], f"LoRA {lora.path}"
+def _warnings(lora: Lora, found: Resolved, shapes: Shapes, expert: str | None, as_adapter: bool) -> Iterator[str]:
+    name, release = f"LoRA {lora.path}", lora.release
     halves = {key.expert for key in lora.keys.values()}
     named = "low" if halves == {"low"} else expert_of(lora.path) or expert_of(lora.path.absolute().parent)
     if {named, expert} == {"high", "low"}:
-        warnings.append(f"{name} is named after the {named}-noise expert but used for the {expert}-noise one")
+        yield f"{name} is named after the {named}-noise expert but used for the {expert}-noise one"
     task = task_of(shapes)
-    if lora.release and task and task not in lora.release.tasks:
-        warnings.append(f"{name} was published for {' and '.join(lora.release.tasks)}, this is {task}")
+    if release and task and task not in release.tasks:
+        yield f"{name} was published for {' and '.join(release.tasks)}, this is {task}"
     layers = {parameter for parameter, shape in shapes.items() if parameter.startswith("blocks.") and len(shape) == 2}
     reached = layers & {delta.target for delta in found.deltas}
-    if lora.release and lora.release.kind == "lora" and len(reached) < len(layers):
-        warnings.append(f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes")
+    if release and release.kind == "lora" and len(reached) < len(layers):
+        yield f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes"
     if found.unmatched:
-        warnings.append(f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model")
+        yield f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model"
     kinds = {delta.kind.name for delta in found.deltas if delta.kind and delta.kind is not PAIR}
     if as_adapter and kinds:
-        warnings.append(f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged")
-    if lora.settings and lora.file.stem != PEFT_STEM and METADATA not in lora.store.metadata:
-        warnings.append(f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it")
+        yield f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged"
+    if lora.settings and lora.store.files[0].stem != PEFT_STEM and METADATA not in lora.store.metadata:
+        yield f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it"
     if not lora.alphas and lora.settings is None and lora.default_alpha is None:
-        warnings += _warnings_without_alpha(lora, {delta.rank for delta in found.deltas if delta.rank})
-    return warnings
-
-
-def _warnings_without_alpha(lora: Lora, ranks: set[int]) -> list[str]:
-    """The first Lightning upload is the only published file that lacks the alpha it needs."""
-    start = f"LoRA {lora.path} stores no alpha"
-    if lora.assumed_alpha is not None:
-        return [f"{start}; {lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"]
-    looks_like_it = ranks == {64} and all(
-        entry.dtype == "F32" and name.startswith("blocks.") and ".lora_" in name for name, entry in lora.store.items()
-    )
-    first = f"{start} and looks like the first Lightning upload, which needs --lora_alpha 8; alpha/rank 1 is applied"
-    return [first] if looks_like_it else []
+        if lora.assumed_alpha is not None:
+            what = f"{lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"
+            yield f"{name} stores no alpha; {what}"
+        elif {delta.rank for delta in found.deltas if delta.rank} == {64} and all(
+            e.dtype == "F32" and tensor.startswith("blocks.") and ".lora_" in tensor for tensor, e in lora.store.items()
+        ):  # the only published file that lacks the alpha it needs
+            what = "looks like the first Lightning upload, which needs --lora_alpha 8; alpha/rank 1 is applied"
+            yield f"{name} stores no alpha and {what}"
 
 
 def _some(tensors: Sequence[str], total: int) -> str:
@@ -265,3 +253,80 @@ def _some(tensors: Sequence[str], total: int) -> str:
 def _first(tensors: Sequence[str]) -> str:
     more = ", ..." if len(tensors) > 3 else ""
     return f" (first: {', '.join(tensors[:3])}{more})" if tensors else ""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """alpha and rank of each module: the first of the patterns that fits its name, else the common one."""
+
+    alpha: float  # 8 where the settings name none, as in PEFT; the rank too
+    patterns: Mapping[str, float]
+    rslora: bool  # alpha / sqrt(rank)
+    rank: float
+    ranks: Mapping[str, float]
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
+
+        def first_fitting(patterns: Mapping[str, float], otherwise: float) -> float:  # the whole name or its last parts
+            return next((n for p, n in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), otherwise)
+
+        rank_used = rank or first_fitting(self.ranks, self.rank)
+        return first_fitting(self.patterns, self.alpha) / (math.sqrt(rank_used) if self.rslora else rank_used)
+
+
+def settings_of(
+    file: Path, metadata: Mapping[str, str], expert: str | None, *, has_alphas: bool = False
+) -> AdapterSettings | None:
+    """The settings that belong to a file of weights, None if there are none. LoraError for a kind that is not read.
+
+    `adapter_config.json` belongs to `adapter_model.*`, else to the only file of weights beside it; of several it must
+    be known which, except for a file that stores its own alphas. expert: "low" reads the settings of `transformer_2`.
+    """
+    beside, text = file.parent / PEFT_CONFIG, metadata.get(METADATA)
+    if beside.is_file():
+        weights = weights_in(file.parent)
+        own = [each for each in weights if each.stem == PEFT_STEM] or weights
+        if own == [file]:
+            return _parse_settings(f"LoRA {beside}", beside.read_bytes(), expert)
+        if file in own and text is None and not has_alphas:
+            raise LoraError(
+                f"LoRA {file}: {PEFT_CONFIG} beside it may belong to any of {len(own)} files; give the file a folder "
+                "of its own, with the settings if they are its own"
+            )
+    return None if text is None else _parse_settings(f"LoRA {file}", text, expert)
+
+
+def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
+    try:
+        settings = parse_json(text)
+    except ValueError as e:
+        raise LoraError(f"{file}: the adapter settings are not JSON") from e
+    if not isinstance(settings, dict):
+        raise LoraError(f"{file}: the adapter settings are not a JSON object")
+    if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
+        transformers = sorted(components & {"transformer", "transformer_2"}, reverse=expert == "low")
+        if not transformers:
+            found = ", ".join(sorted(components))
+            raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
+        start = f"{transformers[0]}."
+        settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
+    kind = str(settings.get("peft_type") or "LORA")
+    kind = next((kind for name, kind in NOT_PLAIN.items() if settings.get(name)), kind)
+    if kind not in PEFT_KINDS:
+        raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
+    if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
+        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
+    name = PEFT_KINDS[kind]
+    try:
+        alphas, ranks = (
+            {key: float(n) for key, n in ({"": settings.get(common, 8.0)} | (settings.get(patterns) or {})).items()}
+            for common, patterns in ((name, "alpha_pattern"), ("r", "rank_pattern"))
+        )
+        for pattern, value in (*alphas.items(), *ranks.items()):
+            re.compile(pattern)
+            if not math.isfinite(value) or value == 0:
+                raise ValueError(value)
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as e:
+        raise LoraError(f"{file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
+    return AdapterSettings(alphas.pop(""), alphas, bool(settings.get("use_rslora")), ranks.pop(""), ranks)

@@ -1,21 +1,33 @@
-"""Which file of weights is meant: the one of a PEFT folder, those of a release folder, the expert in a name."""
+"""Which LoRA files are meant: by the flags of `generate.py` and `bake` alike, by a folder, by the words of a name.
+
+--lora PATH[:S]           a file or PEFT folder, for every expert or the one that its name says;
+                          a release folder: each expert gets its file
+--lora EXPERT=PATH[:S]    for one expert: high, low, or model where a task has only one
+--lora_dir DIR            a release folder, with --lora_strength HIGH[,LOW]
+
+S is a strength. PATH and DIR may be on the hub: owner/name[@revision]/folder/file.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from wan.checkpoints.layout import STEM
-from wan.utils.errors import LoraError
+from lightning.releases import recognise
+from wan.checkpoints.hub import located
+from wan.checkpoints.layout import WEIGHTS
+from wan.checkpoints.weights import GGUF, PICKLED
+from wan.configs import download_command
+from wan.utils.argument_parser import outside, pair, real
+from wan.utils.errors import InputError, LoraError
 
+RANGE = -10.0, 10.0  # of strengths
 PEFT_CONFIG, PEFT_STEM = "adapter_config.json", "adapter_model"
-SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
-RELEASED_FILES = {
-    "high": "high_noise_model.safetensors",
-    "low": "low_noise_model.safetensors",
-    "model": f"{STEM}.safetensors",
-}
+SUFFIXES = (".safetensors", GGUF, *PICKLED)
+RELEASED_FILES = {"high": "high_noise_model.safetensors", "low": "low_noise_model.safetensors", "model": WEIGHTS}
 SIDES = {"high": "low", "hn": "ln", "h": "l"}  # words that name an expert: those of the high-noise one, of the other
 OTHERS = SIDES | {low: high for high, low in SIDES.items()}
 _WORD = re.compile(r"(?i:noise)|(?i:high|low)(?=(?i:noise))|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -26,6 +38,101 @@ DESCRIBES = {  # words that high and low describe
     *("fps", "frequency", "key", "light", "motion", "poly", "quality", "res", "resolution", "saturation", "speed"),
     *("school", "tech", "vram"),
 }
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """One LoRA file for one expert ("high", "low" or "model"), at a strength."""
+
+    expert: str
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass
+class Choices:
+    """The LoRAs that the flags choose; problems and warnings are sentences about the flags."""
+
+    loras: list[LoraChoice] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def choose_loras(
+    experts: Collection[str], lora_dir: str | None = None, lora_strength: str | None = None, loras: Sequence[str] = ()
+) -> Choices:
+    """The LoRAs in the order of the flags, those of `lora_dir` first. Checks that files exist; opens none."""
+    out = Choices()
+    if lora_dir is None and lora_strength is not None:
+        out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
+    elif lora_dir is not None:
+        high = low = 1.0
+        try:
+            high, low = pair("--lora_strength", lora_strength or "1")
+        except InputError as e:
+            out.problems += e.problems
+        if len(experts) == 1 and high != low:
+            out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
+        if faults := list(filter(None, (outside("--lora_strength", n, *RANGE) for n in (high, low)))):
+            out.problems += dict.fromkeys(faults)
+            high = low = 1.0
+        try:
+            files = _files_of_flag(lora_dir, experts, "--lora_dir")
+            out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
+        except InputError as e:
+            out.problems += e.problems
+    for text in loras:
+        try:
+            out.loras += _choose(text, experts, out)
+        except InputError as e:
+            out.problems += e.problems
+    return out
+
+
+def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoice]:
+    """The LoRAs of one --lora; warnings, and a strength out of range, go to `out`. InputError."""
+    match = re.fullmatch(r"(?:(high|low|model)=)?(.+)", text, re.DOTALL)
+    if not match:
+        raise LoraError("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
+    expert, (name, strength) = match[1], split_strength(match[2])
+    if fault := outside(f"--lora {text}: strength", strength, *RANGE):
+        out.problems.append(fault)
+        strength = 1.0
+    if expert and expert not in experts:
+        raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
+    path = located("--lora", name)
+    if not exists(path):
+        among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
+        raise LoraError(f"--lora {path}: no such file{among}")
+    if path.is_dir() and not (path / PEFT_CONFIG).is_file():
+        files = _files_of_flag(str(path), [expert] if expert else experts, "--lora")
+        return [LoraChoice(one, file, strength) for one, file in files.items()]
+    if not expert and (named := named_expert(path)) in experts:
+        expert = named
+        advice = "write high=PATH and low=PATH to choose yourself"
+        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says; {advice}")
+    return [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Cut off `:STRENGTH`; a drive letter's colon, or one in an existing name, stays."""
+    path, colon, tail = text.rpartition(":")
+    strength = real(tail)
+    if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
+        return os.path.expanduser(text), 1.0
+    return os.path.expanduser(path), strength
+
+
+def _files_of_flag(folder: str, experts: Collection[str], flag: str) -> dict[str, Path]:
+    """`files_of`; of a missing folder that a download would create, with the command."""
+    try:
+        return files_of(located(flag, folder), experts, flag)
+    except InputError as e:
+        release = None if os.path.exists(folder) else recognise(Path(folder))
+        if release is None or not folder.startswith(f"{release.source.rpartition('/')[2]}/"):
+            raise
+        advice = f"; get it with: {download_command(release.source)}"
+        raise LoraError(f"{problem}{advice}" for problem in e.problems) from e
 
 
 def exists(path: Path) -> bool:
@@ -56,20 +163,18 @@ def weight_file(path: Path) -> Path:
 
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
-    """The LoRA file of each expert in a release folder; raises LoraError naming what is missing, and the flag.
+    """The LoRA file of each expert in a release folder. LoraError naming what is missing, and the flag.
 
-    A released folder has one file of a fixed name per expert. In other folders exactly one file must be named after
-    the expert (`..._high_noise_...`, `..._LOW_...`).
+    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`).
     """
     if not lora_dir.is_dir():
         raise LoraError(f"{flag} {lora_dir}: no such folder")
     here = weights_in(lora_dir)
     files: dict[str, Path] = {}
     for expert in experts:
-        named = [file for file in here if expert_of(file) == expert]
-        if (lora_dir / RELEASED_FILES[expert]) in here:
-            files[expert] = lora_dir / RELEASED_FILES[expert]
-        elif len(named) == 1:
+        released = lora_dir / RELEASED_FILES[expert]
+        named = [released] if released in here else [file for file in here if expert_of(file) == expert]
+        if len(named) == 1:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
         found = ", ".join(file.name for file in here) or "no file of weights"
@@ -85,9 +190,9 @@ def expert_of(path: Path | str) -> str | None:
     path = Path(path)
     name = path.stem if path.suffix.lower() in SUFFIXES else path.name
     words = list(_WORD.finditer(name))
-    named = set()
+    near_wan, named = _WAN.search(name), set()
     for word, follower in zip(words, [*(each[0].lower() for each in words[1:]), ""], strict=True):
-        side, near_wan = word[0].lower(), _WAN.search(name)
+        side = word[0].lower()
         if len(side) == 1:
             sure = near_wan and not follower
         else:

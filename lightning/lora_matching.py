@@ -1,18 +1,184 @@
-"""Where each tensor of a LoRA goes: every one ends in exactly one list of `Resolved`."""
+"""The tensors of a LoRA: the kinds of change that they form, their names taken apart, and their places in the model.
+
+    pair   up @ down                         up [O, R], down [R, I]
+    LoKr   kron(w1, w2)                      w1 [O/P, I/Q], w2 [P, Q]     (LyCORIS, arXiv 2309.14859)
+    LoHa   (w1_a @ w1_b) * (w2_a @ w2_b)     w_a [O, R], w_b [R, I]       (FedPara, arXiv 2108.06098)
+
+Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank. A factor is one tensor or
+a product a @ b; in convolutions a core [R, R, k...] may join the two (Tucker), and then a is [R, O] and b [R, I / k].
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import mul
+from typing import TYPE_CHECKING
 
-from lightning import lora_keys
-from lightning.lora_kinds import KINDS, MAGNITUDE, PAIR, Kind, Shape
+from wan.checkpoints.key_mapping import diffusers_name
 from wan.checkpoints.safetensors_file import Entry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Rows = Callable[[slice], "Tensor"]  # rows of a weight -> its change there, float32 [rows, I]
+Scale = Callable[[str, str | None, int], float]  # module, alpha tensor, rank -> alpha / rank
 LORA_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 PATCH_EMBEDDING = "patch_embedding.weight"
-Scale = Callable[[str, str | None, int], float]  # module, alpha tensor, rank -> alpha / rank
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One matrix of a change, by the roles of its tensors: `a` @ `b`, perhaps through `core`, or `whole`."""
+
+    a: str
+    b: str
+    core: str = ""
+    whole: str = ""
+
+    def sizes(self, shapes: Shapes) -> tuple[int, int, int] | None:
+        """Rows, columns and rank (0 for a whole matrix); None if the tensors do not fit together."""
+        if self.whole in shapes:
+            shape, alone = shapes[self.whole], shapes.keys().isdisjoint((self.a, self.b, self.core))
+            return (shape[0], math.prod(shape[1:]), 0) if len(shape) > 1 and alone else None
+        a, b, core = shapes[self.a], shapes[self.b], shapes.get(self.core, ())
+        if min(len(a), len(b)) < 2:
+            return None
+        if core:
+            fits = len(core) > 2 and core[:2] == (a[0], b[0]) and len(a) == len(b) == 2
+            return (a[1], b[1] * math.prod(core[2:]), b[0]) if fits else None
+        return (a[0], math.prod(b[1:]), b[0]) if math.prod(a[1:]) == b[0] else None
+
+    def rows(self, tensors: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
+        """These rows of the matrix, [rows, columns], from float32 tensors."""
+        if self.whole in tensors:
+            return tensors[self.whole].flatten(1)[rows]
+        a, b = tensors[self.a], tensors[self.b]
+        if self.core not in tensors:
+            return a.flatten(1)[rows] @ b.flatten(1)
+        import torch
+
+        return torch.einsum("ij...,ip,jr->pr...", tensors[self.core], a[:, rows], b).flatten(1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of LoRA: its change is the product of its factors, element by element, or their Kronecker product."""
+
+    name: str
+    factors: tuple[Factor, ...]
+    kronecker: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for f in self.factors for role in (f.whole, f.a, f.b, f.core) if role)
+
+    def sizes(self, shapes: Shapes) -> tuple[int, int, int] | None:
+        """Rows, columns and rank of the change (rank 0: no factor is a product); None if the tensors do not fit."""
+        sizes = [size for factor in self.factors if (size := factor.sizes(shapes))]
+        if len(sizes) < len(self.factors):
+            return None
+        rows, columns, ranks = zip(*sizes, strict=True)
+        if self.kronecker:
+            return math.prod(rows), math.prod(columns), max(ranks)
+        return (rows[0], columns[0], max(ranks)) if len(set(rows)) == len(set(columns)) == 1 else None
+
+    def change(self, tensors: Mapping[str, Tensor]) -> Rows:
+        """The function that makes any rows of the change from the tensors, which are given by role."""
+        if not self.kronecker:
+            return lambda rows: reduce(mul, (factor.rows(tensors, rows) for factor in self.factors))
+        w1, w2 = (factor.rows(tensors) for factor in self.factors)
+
+        def rows_of_kronecker(rows: slice) -> Tensor:
+            top, bottom = rows.start // len(w2), -(-rows.stop // len(w2))
+            found = w1[top:bottom].contiguous().kron(w2)
+            return found[rows.start - top * len(w2) : rows.stop - top * len(w2)]
+
+        return rows_of_kronecker
+
+
+PAIR = Kind("pair", (Factor("up", "down"),))
+LOKR = Kind(
+    "LoKr",
+    (Factor("lokr_w1_a", "lokr_w1_b", whole="lokr_w1"), Factor("lokr_w2_a", "lokr_w2_b", "lokr_t2", "lokr_w2")),
+    kronecker=True,
+)
+LOHA = Kind("LoHa", (Factor("hada_w1_a", "hada_w1_b", "hada_t1"), Factor("hada_w2_a", "hada_w2_b", "hada_t2")))
+KINDS = (PAIR, LOKR, LOHA)
+MAGNITUDE = "magnitude"  # of DoRA: the norm that each row of the changed weight has in the end
+_ADAPTER = r"(?:\.[^.]+)?"  # PEFT may put the adapter's name here
+# role -> the end of a tensor's name
+TENSOR_SUFFIXES = {
+    "down": rf"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A{_ADAPTER})\.weight|\.lora_A",
+    "up": rf"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B{_ADAPTER})\.weight|\.lora_B",
+    "up_bias": rf"\.lora_B{_ADAPTER}\.bias",
+    **{role: rf"\.{role}" for role in ("alpha", "diff", "diff_b", "diff_m")},
+    MAGNITUDE: rf"\.dora_scale|\.lora_magnitude_vector{_ADAPTER}",
+    **{role: rf"\.{role}{_ADAPTER}" for kind in (LOKR, LOHA) for role in kind.roles},
+}
+# Parts of Wan2.1's image branch, which Wan2.2 does not have: original and diffusers names, dotted or flattened.
+IMAGE_BRANCH = re.compile(
+    r"(?:^|[._])(?:img_emb|k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k|image_embedder)(?:[._]|$)"
+)
+UNSUPPORTED = re.compile(
+    r"\.(lora_mid|lora_embedding_[AB]|w_norm|b_norm|set_weight|reshape_weight|oft_\w+|boft_\w+|ia3_\w+)(?=\.|$)"
+)
+_PREFIX = re.compile(
+    r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer_2|transformer|model|unet|module"
+    r"|pipe\.dit|dit|generator|generator_ema)\.)+"
+)
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_FLAT = re.compile(r"(?:lora_unet_{1,2}|lycoris_)")
+_KEY = re.compile("(?P<stem>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in TENSOR_SUFFIXES.items()) + ")")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A LoRA tensor's name, taken apart: `stem` names a module or a parameter in whatever spelling the file uses.
+
+    role: of the tensor in its module, as in TENSOR_SUFFIXES. expert: "low" where the name itself says so, else None.
+    """
+
+    raw: str
+    stem: str
+    role: str
+    expert: str | None
+
+
+def parse_key(raw: str) -> Key | None:
+    """The parts of a LoRA tensor's name; None for a name that no LoRA family uses."""
+    name = _WRAPPERS.sub("", raw)
+    prefix = _PREFIX.match(name)
+    found = _KEY.fullmatch(name, prefix.end() if prefix else 0)
+    if not found or not found.lastgroup:
+        return None
+    expert = "low" if prefix and "transformer_2." in prefix.group() else None
+    return Key(raw, _FLAT.sub("", found["stem"], count=1), found.lastgroup, expert)
+
+
+def flat(name: str) -> str:
+    """A name as kohya's trainers spell it."""
+    return name.replace(".", "_")
+
+
+def spellings(parameters: Iterable[str]) -> dict[str, str]:
+    """The original and diffusers' name of every parameter, flattened -> its name in the model.
+
+    A table and not a rule, because a flattened name cannot be taken apart: module names contain underscores.
+    """
+    return {flat(spelling): name for name in parameters for spelling in (name, diffusers_name(name))}
+
+
+def find(table: Mapping[str, str], stem: str, role: str) -> str | None:
+    """The parameter that a tensor of this role changes, looked up in the table of `spellings`."""
+    leaf = {"up_bias": "bias", "diff_b": "bias", "diff_m": "modulation"}.get(role, "weight")
+    target = table.get(f"{flat(stem)}_{leaf}")
+    return target or (table.get(flat(stem)) if role == "diff" else None)  # `blocks.0.modulation.diff` names it in full
 
 
 @dataclass(frozen=True)
@@ -28,7 +194,7 @@ class Delta:
     roles: tuple[str, ...]
     tensors: tuple[str, ...]
     scale: float
-    rank: int
+    rank: int = 0
     magnitude: str | None = None
     on_linear: bool = False
 
@@ -40,8 +206,9 @@ class Delta:
 
 @dataclass
 class Resolved:
+    """The place of every tensor: in one of the deltas, as their alpha, or in one of the lists."""
+
     deltas: list[Delta] = field(default_factory=list)
-    alphas: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # Wan2.1's image branch, the other expert's half, empty pairs
     skipped: list[str] = field(default_factory=list)  # a patch embedding for another number of channels
     unmatched: list[str] = field(default_factory=list)
@@ -49,98 +216,101 @@ class Resolved:
     conflicts: dict[str, str] = field(default_factory=dict)  # tensor -> why it does not fit
     is_full_weights: bool = False
 
+    def set_aside(self, name: str) -> None:
+        """Take a tensor that changes nothing in the model."""
+        (self.ignored if IMAGE_BRANCH.search(name) else self.unmatched).append(name)
+
 
 def resolve_names(
-    entries: Mapping[str, Entry],
-    keys: Mapping[str, lora_keys.Key],
-    scale: Scale,
-    shapes: Mapping[str, Shape],
-    expert: str | None,
+    entries: Mapping[str, Entry], keys: Mapping[str, Key], scale: Scale, shapes: Shapes, expert: str | None
 ) -> Resolved:
     """Match tensors (`entries`, with their names taken apart in `keys`) with the parameters in `shapes`.
 
     expert picks the half of a file that holds both experts. scale raises ValueError for an alpha that is unusable.
     """
-    table = lora_keys.spellings(shapes)
-    out = Resolved()
+    out, table = Resolved(), spellings(shapes)
     halves = {key.expert for key in keys.values()}
     modules: dict[str, dict[str, str]] = {}  # stem -> role -> tensor
-    spelled: dict[str, lora_keys.Key] = {}  # parameter -> the first tensor that names it
+    spelled: dict[str, Key] = {}  # parameter -> the first tensor that names it
     for name in entries:
         key = keys.get(name)
-        if lora_keys.UNSUPPORTED.search(name):
+        if UNSUPPORTED.search(name):
             out.unsupported.append(name)
         elif key is None:
-            (out.ignored if lora_keys.IMAGE_BRANCH.search(name) else out.unmatched).append(name)
+            out.set_aside(name)
         elif len(halves) > 1 and expert in ("high", "low") and (key.expert or "high") != expert:
             out.ignored.append(name)
         elif (first := modules.setdefault(key.stem, {}).setdefault(key.role, name)) != name:
             out.conflicts[name] = f"says the same as {first}"
-        elif (target := lora_keys.find(table, key.stem, key.role)) and spelled.setdefault(target, key).stem != key.stem:
+        elif (target := find(table, key.stem, key.role)) and spelled.setdefault(target, key).stem != key.stem:
             out.conflicts[name] = f"is for the same weight as {spelled[target].raw}, in another spelling"
     for stem, names in modules.items():
-        _Module(out, entries, shapes, stem, scale).place(names, table)
+        targets = {role: target for role in names if (target := find(table, stem, role))}
+        for role, name in names.items():
+            if role not in targets:
+                out.set_aside(name)
+        _Module(out, entries, shapes, stem, scale, {role: names[role] for role in targets}, targets).place()
     bare = (name.removeprefix("model.").removeprefix("diffusion_model.") for name in entries)
-    out.is_full_weights = any(lora_keys.flat(name) in table for name in bare)
+    out.is_full_weights = any(flat(name) in table for name in bare)
     return out
 
 
 @dataclass(frozen=True)
 class _Module:
-    """All tensors of one module: a change with its alpha and bias, differences, or unknown ones."""
+    """All tensors of one module, by role, and the parameters that they change."""
 
     out: Resolved
     entries: Mapping[str, Entry]
-    shapes: Mapping[str, Shape]
+    shapes: Shapes
     stem: str
     scale: Scale
+    names: Mapping[str, str]
+    targets: Mapping[str, str]
 
-    def place(self, names: Mapping[str, str], table: dict[str, str]) -> None:
-        """names: by role."""
-        out = self.out
-        targets = {role: target for role in names if (target := lora_keys.find(table, self.stem, role))}
-        placed = {role: name for role, name in names.items() if role in targets}
-        for role, name in names.items():
-            if role not in targets:
-                (out.ignored if lora_keys.IMAGE_BRANCH.search(name) else out.unmatched).append(name)
-        if PATCH_EMBEDDING in targets.values() and self._other_channels(placed):
-            out.skipped.extend(placed.values())
-            return
+    def place(self) -> None:
+        out, names = self.out, self.names
+        if PATCH_EMBEDDING in self.targets.values():
+            name, shape = names.get("diff") or names.get("down"), self.shapes[PATCH_EMBEDDING]
+            found = self.entries[name].shape if name else ()
+            if len(found) == len(shape) and found[1] != shape[1] and found[2:] == shape[2:]:
+                out.skipped.extend(names.values())
+                return
+        kinds = [kind for kind in KINDS if not names.keys().isdisjoint(kind.roles)]
         scale = 1.0
-        for kind in KINDS:
-            if not placed.keys().isdisjoint(kind.roles):
-                scale = self._add_change(kind, placed, targets)
-        if MAGNITUDE in placed and not any(role in placed for kind in KINDS for role in kind.roles):
-            out.conflicts[placed[MAGNITUDE]] = "has no LoRA beside it"
+        for kind in kinds:
+            scale = self._add_change(kind)
+        if MAGNITUDE in names and not kinds:
+            out.conflicts[names[MAGNITUDE]] = "has no LoRA beside it"
         for role in ("diff", "diff_b", "diff_m", "up_bias"):
-            if role in placed:
-                fits = self.entries[placed[role]].shape == self.shapes[targets[role]]
+            if role in names:
+                fits = self.entries[names[role]].shape == self.shapes[self.targets[role]]
                 factor = scale if role == "up_bias" else 1.0
-                self._add(Delta(targets[role], None, (role,), (placed[role],), factor, 0), fits)
-        if "alpha" in placed:  # beside a difference alone it means nothing; alone it explains nothing
-            (out.alphas if len(placed) > 1 else out.unmatched).append(placed["alpha"])
+                self._add(Delta(self.targets[role], None, (role,), (names[role],), factor), fits)
+        if names.keys() == {"alpha"}:  # beside a difference alone it means nothing; alone it explains nothing
+            out.unmatched.append(names["alpha"])
 
-    def _add_change(self, kind: Kind, placed: Mapping[str, str], targets: Mapping[str, str]) -> float:
+    def _add_change(self, kind: Kind) -> float:
         """Add the module's change of this kind; the scale that it has."""
-        roles = tuple(role for role in kind.roles if role in placed)
-        names = tuple(placed[role] for role in roles)
-        own = {role: self.entries[placed[role]].shape for role in roles}
-        if missing := kind.lacks(own):
-            self.out.conflicts[names[0]] = f"has no {missing} matrix beside it"
+        roles = tuple(role for role in kind.roles if role in self.names)
+        names = tuple(self.names[role] for role in roles)
+        own = {role: self.entries[self.names[role]].shape for role in roles}
+        products = [factor for factor in kind.factors if factor.whole not in own]
+        if missing := [role for factor in products for role in (factor.a, factor.b) if role not in own]:
+            self.out.conflicts[names[0]] = f"has no {missing[0]} matrix beside it"
             return 1.0
         if any(0 in shape for shape in own.values()):
             self.out.ignored += names  # a rank of 0 changes nothing
             return 1.0
-        target = targets[roles[0]]
+        target = self.targets[roles[0]]
         shape = self.shapes[target]
         rows, columns, rank = kind.sizes(own) or (0, 0, 0)
         fits = len(shape) > 1 and (rows, columns) == (shape[0], math.prod(shape[1:]))
         scale = 1.0
         try:
-            scale = self.scale(self.stem, placed.get("alpha"), rank) if fits else 1.0
+            scale = self.scale(self.stem, self.names.get("alpha"), rank) if fits else 1.0
         except ValueError as e:
-            self.out.conflicts[placed["alpha"]] = str(e)
-        magnitude = placed.get(MAGNITUDE)
+            self.out.conflicts[self.names["alpha"]] = str(e)
+        magnitude = self.names.get(MAGNITUDE)
         norms = self.entries[magnitude].shape if magnitude else ()
         by_column = len(shape) == len(norms) == 2 and norms[0] == 1
         if magnitude and (math.prod(norms) != shape[0] or by_column):
@@ -160,9 +330,3 @@ class _Module:
             self.out.conflicts[names[0]] = f"is {found} where the model's {delta.target} is {wanted}"
         else:
             self.out.deltas.append(delta)
-
-    def _other_channels(self, placed: Mapping[str, str]) -> bool:
-        """Whether a change of the patch embedding is for a model with another number of input channels."""
-        name, shape = placed.get("diff") or placed.get("down"), self.shapes[PATCH_EMBEDDING]
-        found = self.entries[name].shape if name else ()
-        return len(found) == len(shape) and found[1] != shape[1] and found[2:] == shape[2:]

@@ -12,19 +12,18 @@ Shapes: O rows of the weight, I columns (all further axes of a convolution flatt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning.lora import Lora
-from lightning.lora_kinds import PAIR, Rows
-from lightning.lora_matching import Delta
+from lightning.lora_matching import PAIR, Delta, Shapes
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
+Term = Callable[[slice, Tensor, Tensor], None]
 BY_ROWS = {"up", "up_bias", "diff", "diff_b", "diff_m"}  # tensors with a row per row of the weight
 
 
@@ -33,17 +32,11 @@ class Merge:
 
     Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used, and one with
     NaN or Inf is found when it is read (LoraError). The order of the LoRAs does not matter, to the bit.
-    device: where to compute and to leave the results (default: the CPU).
-    linear_pairs=False leaves the pairs on 2-D weights out, for a model that carries them as adapters.
+    device: of computation and results. linear_pairs=False leaves out the pairs on 2-D weights, for adapters.
     """
 
     def __init__(
-        self,
-        loras: Sequence[Lora],
-        shapes: Mapping[str, tuple[int, ...]],
-        device: torch.device | None = None,
-        *,
-        linear_pairs: bool = True,
+        self, loras: Sequence[Lora], shapes: Shapes, device: torch.device | None = None, *, linear_pairs: bool = True
     ) -> None:
         self.shapes = shapes
         self.device = device or torch.device("cpu")
@@ -72,7 +65,7 @@ class Merge:
             raise ValueError(f"{name}: rows {start}:{stop} of {list(self.shapes[name])} given as {list(weight.shape)}")
         if name != self._kept_of:
             self._kept, self._kept_of = {}, name
-        terms = [self._load(lora, delta, slice(start, stop)) for lora, delta in self.deltas[name]]
+        terms = [self._term(lora, delta, slice(start, stop)) for lora, delta in self.deltas[name]]
         source = _matrix(weight)
         result = self._buffer("result", source.shape)
         step = self._rows_at_once(*source.shape)
@@ -80,10 +73,10 @@ class Merge:
             block = slice(top, min(top + step, len(source)))
             weight_rows = source[block].to(self.device)
             change = self._buffer("change", result[block].shape)
-            terms[0].write(block, weight_rows, change)
+            terms[0](block, weight_rows, change)
             for term in terms[1:]:
                 other = self._buffer("other", change.shape)
-                term.write(block, weight_rows, other)
+                term(block, weight_rows, other)
                 change += other
             torch.add(weight_rows, change, out=result[block])
         return result.view(weight.shape)
@@ -103,16 +96,36 @@ class Merge:
             kept = self._buffers[use] = torch.empty(count, device=self.device)
         return kept[:count].view(*shape)
 
-    def _load(self, lora: Lora, delta: Delta, rows: slice) -> _Term:
-        """One delta's tensors in float32 on the device; only these rows of those that have the weight's rows."""
-        tensors = {}
-        for role, name in zip(delta.roles, delta.tensors, strict=True):
-            by_rows = role in BY_ROWS
-            tensors[role] = _matrix(self._read(lora, name, rows)) if by_rows else self._read_once(lora, name)
-        kind = delta.kind
-        change = kind.change(kind.factors, tensors) if kind and kind is not PAIR else None
+    def _term(self, lora: Lora, delta: Delta, rows: slice) -> Term:
+        """Read one delta's tensors; only these rows of those that have the weight's rows.
+
+        The result puts rows `block` of the delta, which are `weight` [rows, I] before the merge, into `out` [rows, I].
+        """
+        tensors = {
+            role: _matrix(self._read(lora, name, rows)) if role in BY_ROWS else self._read_once(lora, name)
+            for role, name in zip(delta.roles, delta.tensors, strict=True)
+        }
+        change = delta.kind.change(tensors) if delta.kind and delta.kind is not PAIR else None
         norms = self._read_once(lora, delta.magnitude).flatten()[rows, None] if delta.magnitude else None
-        return _Term(tensors, change, rows.start, delta.scale, norms, lora.strength)
+        factor = delta.scale if delta.magnitude else delta.scale * lora.strength
+
+        def write(block: slice, weight: Tensor, out: Tensor) -> None:
+            if change:
+                out.copy_(change(slice(rows.start + block.start, rows.start + block.stop)))
+            elif "up" in tensors:
+                torch.mm(tensors["up"][block], tensors["down"].flatten(1), out=out)
+            else:
+                (diff,) = tensors.values()
+                out.copy_(diff[block])
+            if factor != 1.0:
+                out.mul_(factor)
+            if norms is not None:
+                out += weight
+                out *= norms[block] / out.norm(dim=1, keepdim=True)
+                out -= weight
+                out *= lora.strength
+
+        return write
 
     def _read_once(self, lora: Lora, name: str) -> Tensor:
         """A whole tensor, kept until the next weight."""
@@ -124,7 +137,7 @@ class Merge:
         """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
         buffer = None
         if Accelerator(self.device).has_memory:
-            size = lora.store.buffer_bytes(name, rows)
+            size = lora.store[name].rows(rows).bytes
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging
@@ -134,36 +147,3 @@ class Merge:
 def _matrix(tensor: Tensor) -> Tensor:
     """All axes but the first flattened; a vector becomes a column."""
     return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-
-
-@dataclass(frozen=True)
-class _Term:
-    """One delta of some rows of a weight, from row `first` on.
-
-    tensors: by role; those of BY_ROWS hold these rows alone. change: None for pairs. norms: of DoRA, [rows, 1].
-    """
-
-    tensors: Mapping[str, Tensor]
-    change: Rows | None
-    first: int
-    scale: float
-    norms: Tensor | None
-    strength: float
-
-    def write(self, block: slice, weight: Tensor, out: Tensor) -> None:
-        """Put the term's rows `block`, which are `weight` [rows, I] before the merge, into `out` [rows, I]."""
-        if self.change:
-            out.copy_(self.change(slice(self.first + block.start, self.first + block.stop)))
-        elif "up" in self.tensors:
-            torch.mm(self.tensors["up"][block], self.tensors["down"].flatten(1), out=out)
-        else:
-            (diff,) = self.tensors.values()
-            out.copy_(diff[block])
-        factor = self.scale * self.strength if self.norms is None else self.scale
-        if factor != 1.0:
-            out.mul_(factor)
-        if self.norms is not None:
-            out += weight
-            out *= self.norms[block] / out.norm(dim=1, keepdim=True)
-            out -= weight
-            out *= self.strength

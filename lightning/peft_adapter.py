@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lightning.lora import Lora
 
@@ -26,47 +27,43 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
     LoraError for a tensor that holds NaN or Inf.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layers = dict(model.named_modules())
+    layers: dict[str, Any] = dict(model.named_modules())
     plans = [(lora, [delta for delta in lora.deltas(shapes) if delta.is_adapter]) for lora in loras]
     for number, (lora, deltas) in enumerate(plans):
         if not deltas:
             continue
         name = f"lora_{number}"
         modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
-        ranks = {module: delta.rank for module, delta in modules.items()}
-        alphas = {module: delta.scale * lora.strength * delta.rank for module, delta in modules.items()}
+        alphas = {module: delta.scale * delta.rank for module, delta in modules.items()}
         config = LoraConfig(
-            r=deltas[0].rank,
-            lora_alpha=next(iter(alphas.values())),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            target_modules=list(modules),
-        )
+            r=deltas[0].rank, rank_pattern={module: delta.rank for module, delta in modules.items()},
+            lora_alpha=next(iter(alphas.values())), alpha_pattern=alphas, target_modules=list(modules),
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
         # not by peft's loader, which moves adapters to where the layer's weight is: nowhere, when it streams
-        adapted = dict(model.named_modules())
         for module, delta in modules.items():
-            weight, layer = layers[module].weight, adapted[module]
-            assert isinstance(weight, Tensor)
-            bias = layers[module].bias
-            dtype = bias.dtype if isinstance(bias, Tensor) else weight.dtype  # a weight may be fp8
-            assert isinstance(layer, LoraLayer)
-            home = device or weight.device
-            for parts, tensor in zip((layer.lora_B, layer.lora_A), delta.tensors, strict=True):
-                found = lora.read(tensor).flatten(1).to(home, dtype)
+            layer, adapted = layers[module], model.get_submodule(module)
+            assert isinstance(adapted, LoraLayer)
+            dtype = (layer.weight if layer.bias is None else layer.bias).dtype  # a weight may be fp8
+            for parts, tensor in zip((adapted.lora_B, adapted.lora_A), delta.tensors, strict=True):
+                found = lora.read(tensor).flatten(1).to(device or layer.weight.device, dtype)
                 parts[name].weight = nn.Parameter(found, requires_grad=False)
-    set_scale(model, 1.0)
+    set_scale(model, 1.0, loras)
 
 
-def set_scale(model: nn.Module, scale: float) -> None:
-    """Scale all adapters, each relative to its own strength. At 0 they cost nothing."""
+def set_scale(model: nn.Module, scale: float, loras: Sequence[Lora]) -> None:
+    """Scale all adapters, those of `loras` as `add_adapters` got them, by `scale` and each LoRA's strength of now.
+
+    At 0 they cost nothing.
+    """
+    strengths = {f"lora_{number}": lora.strength for number, lora in enumerate(loras)}
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
         for name in module.scaling:
-            module.set_scale(name, scale)
+            module.set_scale(name, scale * strengths[name])
         active = [name for name, value in module.scaling.items() if value]
         if active:
             module.set_adapter(active)

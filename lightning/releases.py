@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,15 @@ def caution(path: Path) -> str | None:
     return next((reason for pattern, reason in CONDITIONED.items() if re.search(pattern, name)), None)
 
 
-def _at_angles(*angles: float) -> tuple[float, ...]:
-    """The timesteps 1000 sin a / (sin a + cos a) of angles between data (0) and noise (pi/2), as rCM counts them."""
-    return tuple(1000 * math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles)
-
-
 _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
 
 
-def _lora(task: str, name: str, *patterns: str, source: str = LIGHTNING, **more: Any) -> Release:
-    return Release(name, (task,), "lora", source, patterns, sizes=SIZES[task], **more)
+def _release(kind: str, task: str, name: str, *patterns: str, source: str, **more: Any) -> Release:
+    return Release(name, (task,), kind, source, patterns, sizes=SIZES[task], **more)
 
 
-def _full(task: str, name: str, *patterns: str, source: str = DISTILL_MODELS, **more: Any) -> Release:
-    return Release(name, (task,), "full", source, patterns, sizes=SIZES[task], **more)
+_lora = partial(_release, "lora", source=LIGHTNING)
+_full = partial(_release, "full", source=DISTILL_MODELS)
 
 
 def _refused(name: str, tasks: tuple[str, ...], source: str, pattern: str, reason: str) -> Release:
@@ -122,12 +118,9 @@ _CAUSAL = "it is a causal variant, which makes a video piece by piece with anoth
 _BOTH = "made for Wan2.1; one file serves both experts"
 _TURBO: dict[str, Any] = {"solver": "dmd", "shift": 1.0, "licence": "CC BY-NC-SA 4.0, not for commercial use"}
 _FASTWAN: dict[str, Any] = {
-    "solver": "dmd",
-    "steps": 3,
-    "timesteps": (1000.0, 757.0, 522.0),
+    "solver": "dmd", "steps": 3, "timesteps": (1000.0, 757.0, 522.0), "text_only": True,
     "note": "trained at these three timesteps, with fresh noise after each",
-    "text_only": True,
-}
+}  # fmt: skip
 _BY_HAND = "its card names no number of steps; --sample_steps sets them"
 CONDITIONED = {  # LoRAs that need more than prompt and image: pattern of the name -> reason
     r"svi-v?2.*pro": "is SVI 2 Pro, which needs the anchor image's and the last clip's latents; they are not given",
@@ -147,34 +140,24 @@ RELEASES: tuple[Release, ...] = (
     _lora(TI2V, "ti2v-longlive-block8", r"block8-single", source=BLOCKS),
     _refused("longlive-blocks", (TI2V,), BLOCKS, r"longlive-stepdistill", _CAUSAL),
     *(
-        _lora(
-            TI2V, f"ti2v-longlive-{name}", rf"longlive-plug-[^/]*{name}", note=note, warning=_BY_HAND,
-            source=f"Efficient-Large-Model/LongLive-Plug-Wan2.2-TI2V-5B-{name}",
-        )
+        _lora(TI2V, f"ti2v-longlive-{name}", rf"longlive-plug-[^/]*{name}", note=note, warning=_BY_HAND,
+              source=f"Efficient-Large-Model/LongLive-Plug-Wan2.2-TI2V-5B-{name}")
         for name, note in (("few-step", "with ti2v-longlive-cfg at a strength of 0.5"), ("cfg", "at a strength of 0.5"))
     ),
     _lora(T2V, "t2v-seko-v2.0", r"t2v[^/]*seko-v2\.0"),
-    _full(
-        T2V, "t2v-250928-dyno", r"t2v[^/]*250928-dyno", source=LIGHTNING,
-        note="a whole high-noise expert; the low-noise one is t2v-250928's LoRA",
-    ),
+    _full(T2V, "t2v-250928-dyno", r"t2v[^/]*250928-dyno", source=LIGHTNING,
+          note="a whole high-noise expert; the low-noise one is t2v-250928's LoRA"),
     _lora(T2V, "t2v-250928", r"t2v[^/]*250928"),
-    _lora(
-        T2V, "t2v-seko-v1.1", r"t2v[^/]*seko-v1\.1", r"lightning-t2v-v1\.1-a14b-4steps",
-        r"t2v-lightx2v-4steps-lora-v1\.1",
-    ),
+    _lora(T2V, "t2v-seko-v1.1", r"t2v[^/]*seko-v1\.1", r"lightning-t2v-v1\.1-a14b-4steps",
+          r"t2v-lightx2v-4steps-lora-v1\.1"),
     _lora(T2V, "t2v-seko-v1", rf"t2v[^/]*seko-v1{_END}", r"lightning-t2v-a14b-4steps"),
-    _lora(
-        T2V, "t2v-v1", rf"t2v-a14b-4steps-lora-rank64-v1{_END}", default_alpha=8.0,
-        note="the first upload, without alpha in the file although 8/rank belongs to it",
-    ),
+    _lora(T2V, "t2v-v1", rf"t2v-a14b-4steps-lora-rank64-v1{_END}", default_alpha=8.0,
+          note="the first upload, without alpha in the file although 8/rank belongs to it"),
     _lora(T2V, "t2v-distill-1217", r"t2v[^/]*lora[^/]*lightx2v-4step-1217", source=DISTILL_LORAS),
     _full(T2V, "t2v-distill-model-1217", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step-1217"),
     _full(T2V, "t2v-distill-model", r"t2v-a14b-(high|low)-noise(?![^/]*lora)[^/]*lightx2v-4step"),
-    _lora(
-        I2V, "i2v-seko-v1", rf"i2v[^/]*seko-v1{_END}", r"lightning-i2v-a14b-4steps",
-        rf"i2v-lightx2v-4steps-lora-v1{_END}",
-    ),
+    _lora(I2V, "i2v-seko-v1", rf"i2v[^/]*seko-v1{_END}", r"lightning-i2v-a14b-4steps",
+          rf"i2v-lightx2v-4steps-lora-v1{_END}"),
     _lora(I2V, "i2v-distill-1022", r"i2v[^/]*lora[^/]*1022", source=DISTILL_LORAS),
     _lora(I2V, "i2v-distill-1030", r"i2v[^/]*lora[^/]*1030", source=DISTILL_LORAS),
     _lora(I2V, "i2v-distill-260412", r"i2v[^/]*lora[^/]*260412", source=KIJAI),
@@ -185,42 +168,30 @@ RELEASES: tuple[Release, ...] = (
     _full(I2V, "i2v-distill-model-260412", r"i2v[^/]*lightx2v[^/]*260412"),
     _full(I2V, "i2v-distill-model-1030", r"i2v[^/]*lightx2v-4step[^/]*1030"),
     _full(I2V, "i2v-distill-model", r"i2v-a14b-(high|low)-noise[^/]*lightx2v-4step"),
-    _lora(
-        T2V, "rcm-lora", r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora", source=KIJAI, solver="dmd",
-        timesteps=_at_angles(math.atan(80), 1.5, 1.4, 1.0),
-        note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one",
-    ),
-    _lora(
-        T2V, "wan2.1-t2v-lightx2v", r"t2v[^/]*cfg-step-distill", r"2\.1-t2v-14b-stepdistill-cfgdistill",
-        source="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", note=_BOTH,
-    ),
-    _lora(
-        I2V, "wan2.1-i2v-lightx2v", r"i2v[^/]*cfg-step-distill", r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill",
-        source="lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v", note=f"{_BOTH}, its image branch is ignored",
-    ),
+    _lora(T2V, "rcm-lora", r"loras/rcm(/|$)", r"t2v[^/]*rcm-lora", r"rcm[^/]*t2v[^/]*lora", source=KIJAI, solver="dmd",
+          # angles between data (0) and noise (pi/2), as rCM counts them
+          timesteps=tuple(1000 * math.sin(a) / (math.sin(a) + math.cos(a)) for a in (math.atan(80), 1.5, 1.4, 1.0)),
+          note="made for Wan2.1; its users take strength 6 for the high-noise expert and 1 for the low-noise one"),
+    _lora(T2V, "wan2.1-t2v-lightx2v", r"t2v[^/]*cfg-step-distill", r"2\.1-t2v-14b-stepdistill-cfgdistill",
+          source="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", note=_BOTH),
+    _lora(I2V, "wan2.1-i2v-lightx2v", r"i2v[^/]*cfg-step-distill", r"2\.1-i2v-14b[^/]*stepdistill-cfgdistill",
+          source="lightx2v/Wan2.1-I2V-14B-StepDistill-CfgDistill-Lightx2v",
+          note=f"{_BOTH}, its image branch is ignored"),
     *(
-        _lora(
-            task, f"wan2.1-{short}-distill", rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",
-            source="lightx2v/Wan2.1-Distill-Loras", note=f"{_BOTH}, the high-noise one at a strength of about 3",
-        )
+        _lora(task, f"wan2.1-{short}-distill", rf"2\.1-{short}[^/]*lora-rank\d+-lightx2v-4step",
+              source="lightx2v/Wan2.1-Distill-Loras", note=f"{_BOTH}, the high-noise one at a strength of about 3")
         for short, task in (("t2v", T2V), ("i2v", I2V))
     ),
     _lora(TI2V, "ti2v-fastwan-lora", r"5b-fastwan[^/]*lora", r"fastwan[^/]*5b[^/]*lora", source=KIJAI, **_FASTWAN),
-    _full(
-        TI2V, "ti2v-fastwan", r"fastwan2\.2[^/]*5b",
-        source="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", **_FASTWAN,
-    ),
+    _full(TI2V, "ti2v-fastwan", r"fastwan2\.2[^/]*5b", source="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+          **_FASTWAN),
     _lora(TI2V, "ti2v-turbo-lora", r"ti2v-5b-turbo[^/]*lora", source=KIJAI, **_TURBO),
     _full(TI2V, "ti2v-turbo", r"ti2v-5b-turbo", source="quanhaol/Wan2.2-TI2V-5B-Turbo", **_TURBO),
     Release("rapid-aio", (T2V, I2V), "full", "Phr00t/WAN2.2-14B-Rapid-AllInOne", (r"rapid-(mega-)?a(ll-?)?i",)),
     Release("remix", (T2V, I2V), "full", "FX-FeiHou/wan2.2-Remix", (r"wan2\.?2-remix",)),
     Release("shapes", (T2V, I2V), "lora", "examples/shapes", (r"shapes/lora-(t2v|i2v)",), sizes=((64, 64),)),
-    Release(
-        "flf2v-16", (I2V,), "recipe", "LightX2V's samples", shift=16.0, note="for a first and a last image",
-    ),
-    Release(
-        "motion-8", (T2V, I2V), "recipe", "community recipe", steps=8,
-        lora_steps=(0.0, *[1.0] * 7), guidance_steps=(3.5, *[1.0] * 7),
-        note="more motion: the first step without the LoRA and with guidance, the rest as usual",
-    ),
+    Release("flf2v-16", (I2V,), "recipe", "LightX2V's samples", shift=16.0, note="for a first and a last image"),
+    Release("motion-8", (T2V, I2V), "recipe", "community recipe", steps=8, lora_steps=(0.0, *[1.0] * 7),
+            guidance_steps=(3.5, *[1.0] * 7),
+            note="more motion: the first step without the LoRA and with guidance, the rest as usual"),
 )  # fmt: skip

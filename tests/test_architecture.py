@@ -37,7 +37,7 @@ FLOORS = [
 ]  # fmt: skip
 ONLY = {"wan.modules": {"wan.configs", "wan.utils"}}  # a network knows no files, devices or processes
 TORCH_FREE = ["generate", "wan", "wan.jobs.resolve", "wan.configs", "wan.media.images", "lightning.lora",
-              "lightning.releases", "lightning.lora_keys", "wan.prompt_extension.extend", "wan.utils.progress",
+              "lightning.releases", "lightning.lora_matching", "wan.prompt_extension.extend", "wan.utils.progress",
               "wan.gallery"]  # fmt: skip
 
 

@@ -19,13 +19,12 @@ from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
 from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan, table
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Finding, Machine, examine
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.fp8 import in_fp8
-from wan.modules.released import released_vae
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae import WanVAE, released_vae
+from wan.modules.vae_layers import Region
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.time_estimate import (
     DISK,
@@ -126,10 +125,10 @@ def test_attention_in_8_bits_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_check_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(_: Machine) -> CheckOutcome:
+    def broken(_: Machine) -> Finding:
         raise RuntimeError("no kernel image is available")
 
-    fine = DoctorCheck("another", lambda _: CheckOutcome(GOOD, "is fine"))
+    fine = DoctorCheck("another", lambda _: Finding(GOOD, "is fine"))
     assert run([DoctorCheck("a kernel", broken), fine], monkeypatch) == 1
     said = re.sub(r"\(\d+ ms\)", "(soon)", capsys.readouterr().out)
     assert "WRONG    a kernel (soon): fails with RuntimeError: no kernel image is available; put this report" in said
@@ -187,9 +186,10 @@ def test_a_package_too_old_or_absent_is_found(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_found() -> None:
-    device, outcome = things.choose_device("cuda:77")
+    here = machine()
+    outcome = things.devices("cuda:77", here)
     if not torch.cuda.is_available():
-        assert device == CPU
+        assert here.device == CPU
     assert outcome.verdict == WRONG
     assert "--device cuda:77" in outcome.sentence
 
@@ -201,7 +201,7 @@ def test_processes_exchange() -> None:
 
 
 def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = [DoctorCheck("x", lambda _: CheckOutcome(WRONG, "is off", "mend it", {"error": 1.0}))]
+    checks = [DoctorCheck("x", lambda _: Finding(WRONG, "is off", "mend it", {"error": 1.0}))]
     assert run(checks, monkeypatch, "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert report["wrong"] == 1
@@ -257,7 +257,7 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
     advice = "use --vae_tiling, a smaller --size or fewer frames"
     rows = [row, replace(row, mode="one at a time", vram=None), replace(row, fits=False, advice=advice)]
     below = [*table([HEADING, *(each.row() for each in rows)]), *notes(rows)]
-    long = CheckOutcome(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
+    long = Finding(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
     assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     piped = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -303,7 +303,7 @@ def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
 def test_operations_are_those_that_are_counted(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan.modules.causal_conv.norm_silu", lambda *_: None)  # no products, but most of the calls
+    monkeypatch.setattr("wan.modules.vae_layers.RMSNorm.activate", lambda *_: None)  # no products, many calls
     vae = released_vae(task)
     _, rows, columns = vae.stride
 
@@ -313,12 +313,12 @@ def test_operations_are_those_that_are_counted(task: str, monkeypatch: pytest.Mo
 
     def encoded(shape: tuple[int, ...], tiles: tuple[int, int] = (1, 1)) -> int:
         image = torch.empty(3, shape[1] * rows, shape[2] * columns, device="meta")
-        return counted(lambda: vae.encode_first_frame(image, 4 * shape[0] - 3, tiles=tiles))
+        return counted(lambda: vae.encode(image[:, None], tiles=tiles, frames=4 * shape[0] - 3))
 
     assert decode_operations(vae, (vae.z_dim, 3, 5, 6)) == decoded((3, 5, 6))
     for length in (1, 7, 21):  # at 21 the last of the encoder's stages has become constant
         assert encode_operations(vae, (vae.z_dim, length, 5, 4)) == encoded((length, 5, 4))
-    whole, regions = (2, 40, 36), Region.tiles(40, 36, 2, 1)
+    whole, regions = (2, 40, 36), Region(0, 40, 0, 36).divided(2, 1)
     assert decode_operations(vae, (vae.z_dim, *whole), regions) == decoded(whole, (2, 1))
     assert encode_operations(vae, (vae.z_dim, *whole), regions) == encoded(whole, (2, 1))
 

@@ -19,8 +19,7 @@ from tests.support import CASES, TINY, assert_decodes, checkpoint, config_of, go
 from wan.jobs.job import Sampling
 from wan.media.images import video_size
 from wan.modules import fp8
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.original_api import Original
 from wan.pipeline import Start
 from wan.planning.memory import plan_videos

@@ -23,7 +23,7 @@ from wan.jobs.job import Generate, Sampling
 from wan.jobs.resolve import resolve
 from wan.media.images import i2v_tensor
 from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae_layers import Region
 from wan.pipeline import Start
 from wan.planning.memory import plan_videos
 from wan.sampling import Video
@@ -172,7 +172,7 @@ def outcome(**flags: object) -> Generate:
         ),
         (
             {"last_image": str(TINY / "input.png"), "task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B"))},
-            "ti2v-5B takes no last image; i2v-A14B does",
+            "ti2v-5B takes no last image; --task i2v-A14B",
         ),
     ],
 )

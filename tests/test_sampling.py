@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
+from wan.modules.model import Prompt
 from wan.sampling import Conditioning, Schedule, Step, denoise, make_schedule, plan_steps
 from wan.utils.errors import JobError
 

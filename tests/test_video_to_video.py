@@ -25,7 +25,7 @@ from wan.jobs.job import Generate, Sampling
 from wan.jobs.resolve import resolve
 from wan.media.video import describe_clip, read_clip
 from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae_layers import Region
 from wan.original_api import Original
 from wan.planning.build import make_plan
 from wan.planning.memory import plan_videos
@@ -86,7 +86,7 @@ def test_guided_steps_are_those_of_diffusers(solver: str, baked: Path) -> None:
 
 def assert_equal(task: Original, peer: Any, sampling: Sampling, strength: float, steps: int) -> None:
     task.plan = plan_videos(task.plan, replace(sampling, strength=strength), [video(clip())])
-    assert len(task.plan.video(video(clip())).steps) == steps
+    assert len(task.plan.steps) - task.plan.video(video(clip())).first_step == steps
     found = task.sample(video(clip()))
     peer.set_progress_bar_config(disable=True)
     want = peer(
@@ -129,7 +129,7 @@ def test_all_steps_from_pure_noise_forget_the_clip() -> None:
 @pytest.mark.parametrize("solver", ["euler", "dmd", "unipc", "dpm++"])
 def test_a_schedule_that_starts_later_has_the_levels_of_the_whole_one(solver: str) -> None:
     sampling = Sampling(solver, 10, 5.0, (1.0, 1.0))
-    whole, part = make_schedule(sampling), make_schedule(sampling, first=4)
+    whole, part = make_schedule(sampling), make_schedule(sampling, first_step=4)
     assert part.timesteps == whole.timesteps[4:]
     assert torch.equal(torch.as_tensor(part.sigmas), torch.as_tensor(whole.sigmas)[4:])
 
@@ -202,7 +202,7 @@ def test_the_plan_counts_the_clip_and_the_steps_that_are_run(here: Path, monkeyp
     plan, without = (make_plan(outcome(**flags), Runtime()) for flags in ({"video": "clip.mp4"}, {}))
     facts, other = plan.video(plan.jobs[0]), without.video(without.jobs[0])
     assert (facts.encoded, other.encoded) == (facts.latent, None)
-    assert facts.steps == plan.steps[1:]
+    assert (facts.first_step, other.first_step) == (1, 0)
     assert facts.budget is not None
     assert facts.budget.peaks["image"] > 0
     assert any("(from the first 9 frames of clip.mp4, from step 2 of 4 on)" in line for line in Outlook(plan).lines())
@@ -213,7 +213,7 @@ def test_the_plan_counts_the_clip_and_the_steps_that_are_run(here: Path, monkeyp
 
 
 def test_the_operations_of_a_whole_clip_are_those_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan.modules.causal_conv.norm_silu", lambda *_: None)  # no products, but most of the calls
+    monkeypatch.setattr("wan.modules.vae_layers.norm_silu", lambda *_: None)  # no products, but most of the calls
     vae = released_vae("t2v-A14B")
     frames = torch.empty(3, 25, 40, 32, device="meta")
     assert encode_operations(vae, (vae.z_dim, 7, 5, 4), still=False) == counted(lambda: vae.encode(frames))
@@ -278,7 +278,7 @@ def test_rows_records_resume_and_replay(here: Path, capsys: pytest.CaptureFixtur
         ({"video": "clip.mp4", "save_file": "clip.mp4", "overwrite": True}, "is read by this run"),
         (
             {"video": "clip.mp4", "task": "i2v-A14B", "image": str(TINY / "input.png")},
-            "--video clip.mp4: i2v-A14B takes no video; t2v-A14B and ti2v-5B can",
+            "--video clip.mp4: i2v-A14B takes no video; --task t2v-A14B and ti2v-5B",
         ),
         (
             {"video": "clip.mp4", "task": "ti2v-5B", "image": str(TINY / "input.png")},

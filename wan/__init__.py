@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from wan.textimage2video import WanTI2V as WanTI2V
 
 __version__ = "0.2.0"
-__all__ = ["WanI2V", "WanT2V", "WanTI2V"]
+__all__ = ["WanI2V", "WanT2V", "WanTI2V", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "open":
+        return import_module("wan.runner.session").Session
+    if name in __all__:
         from wan.configs import TASKS
 
-        module = next(c.public_class.partition(":")[0] for c in TASKS.values() if c.public_class.endswith(f":{name}"))
-        return getattr(import_module(module), name)
+        homes = dict(config.public_class.split(":")[::-1] for config in TASKS.values())
+        return getattr(import_module(homes[name]), name)
     raise AttributeError(f"module 'wan' has no attribute {name!r}")

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -53,14 +53,11 @@ def check_page(folder: Path) -> None:
 def write_page(folder: Path) -> Path:
     """Write the page over the videos in `folder` and below it; return its path. InputError, WanError."""
     check_page(folder)
-    unread: list[str] = []
-    entries = sorted(find_entries(folder, unread), key=lambda entry: (entry["finished"], entry["file"]), reverse=True)
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for name, data in (("entries", entries), ("unread", sorted(unread))):
-        text = text.replace(
-            f"[/* {name} */]", json.dumps(data, ensure_ascii=False, allow_nan=False).translate(HARMLESS)
-        )
-    page = folder / PAGE
+    entries, unread = find_entries(folder)
+    page, text = folder / PAGE, TEMPLATE.read_text(encoding="utf-8")
+    for name, data in (("entries", entries), ("unread", unread)):
+        shown = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(HARMLESS)
+        text = text.replace(f"[/* {name} */]", shown)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(page, text.encode("utf-8", "replace"))
@@ -69,20 +66,22 @@ def write_page(folder: Path) -> Path:
     return page
 
 
-def find_entries(folder: Path, unread: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The page's data of each record in `folder` and below whose video is there; other files are passed over.
+def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The page's data of each record in `folder` and below whose video is there, the newest first.
 
-    unread: gets the .json files beside videos that are no records.
+    Then the .json files beside videos that are no records; other files are passed over.
     """
+    entries, unread = [], []
     for file in folder.rglob("*.json"):
         try:
             record = read_record(file)
             video = Beside.of(file.with_name(record["output"]["file"]))
             if video.record == file and video.video.is_file():
-                yield _entry(folder, record, video)
+                entries.append(_entry(folder, record, video))
         except (InputError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-            if unread is not None and any(file.with_suffix(end).is_file() for end in CONTAINERS):
+            if any(file.with_suffix(end).is_file() for end in CONTAINERS):
                 unread.append(file.relative_to(folder).as_posix())
+    return sorted(entries, key=lambda entry: (entry["finished"], entry["file"]), reverse=True), sorted(unread)
 
 
 def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
@@ -97,69 +96,55 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         "video": address(beside.video),
         "record": address(beside.record),
         "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
-        "width": width,
-        "height": height,
+        "width": width, "height": height,
         "middle": _finite(frames / fps / 2),  # seconds
         "finished": str(record["finished"]),
-        **(_chain_entry(record) if "clips" in record else _video_entry(record)),
-    }
+    }  # fmt: skip
     length = f"{frames:g} frames, {frames / fps:.1f} s"
-    settings = {"task": entry.pop("task"), "size": f"{width:g}×{height:g}", "length": length, **entry["settings"]}
-    if "clips" not in record:
+    settings = {"task": "", "size": f"{width:g}×{height:g}", "length": length}
+    if "clips" in record:  # joined from them
+        prompts, seeds, files = ([str(clip[name]) for clip in record["clips"]] for name in ("prompt", "seed", "file"))
+        entry |= {"prompt": "\n".join(prompts), "seed": ", ".join(dict.fromkeys(seeds)), "seconds": 0}
+        settings |= {"task": record["task"], "joined of": "\n".join(files)}
+    else:
+        job = record["job"]
+        seconds = _finite(sum(map(_finite, record["seconds"].values())))
+        # the seed as text: JavaScript's numbers end at 2^53
+        entry |= {"prompt": str(job["prompt"]), "seed": str(job["seed"]), "seconds": seconds}
+        settings |= _video_settings(record)
         settings["replay"] = shlex.join(["python", "generate.py", "--replay", str(beside.video)])
     return {**entry, "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)}}
 
 
-def _video_entry(record: dict[str, Any]) -> dict[str, Any]:
+def _video_settings(record: dict[str, Any]) -> dict[str, Any]:
     job, meaning, plan, request = (record[name] for name in ("job", "meaning", "plan", "request"))
     steps, usual = meaning["sample_steps"], TASKS[meaning["task"]].sample_neg_prompt
     times = [f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps]
-    loras = [
-        f"{expert}: {_lora_name(Path(lora['path']))} at {_finite(lora.get('strength', 1)):g}"
-        for expert, files in plan["loras"].items()
-        for lora in files
-    ]
+    experts = [str(each).partition("=") for each in request.get("expert", ())]
+    loras = []
+    for expert, lora in ((expert, lora) for expert, files in plan["loras"].items() for lora in files):
+        path = Path(lora["path"])
+        name = path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
+        loras.append(f"{expert}: {name} at {_finite(lora.get('strength', 1)):g}")
     return {
         "task": meaning["task"],
-        "prompt": str(job["prompt"]),
-        "seed": str(job["seed"]),  # as text: JavaScript's numbers end at 2^53
-        "seconds": _finite(sum(map(_finite, record["seconds"].values()))),
-        "settings": {
-            "steps": f"{len(steps)} {meaning['sample_solver']}",
-            "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
-            "shift": plan.get("shift"),
-            "timesteps": ", ".join(times),
-            "preset": plan.get("preset"),
-            "weights": Path(request.get("ckpt_dir") or "").name,
-            "experts": "\n".join(
-                f"{name}={Path(file).name}"
-                for name, _, file in (str(each).partition("=") for each in request.get("expert", ()))
-            ),
-            "LoRA": "\n".join(loras),
-            "quantize": "" if meaning.get("quantize") == "none" else meaning.get("quantize"),
-            "dtype": meaning["dtype"],
-            "device": record["pipeline"]["device"],
-            "image": Path(job["image"]).name if job["image"] else "",
-            "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
-            "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
-            "number": job.get("index"),
-            "row": "" if str(job.get("source")).startswith("--") else job.get("source"),
-        },
+        "steps": f"{len(steps)} {meaning['sample_solver']}",
+        "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
+        "shift": plan.get("shift"),
+        "timesteps": ", ".join(times),
+        "preset": plan.get("preset"),
+        "weights": Path(request.get("ckpt_dir") or "").name,
+        "experts": "\n".join(f"{name}={Path(file).name}" for name, _, file in experts),
+        "LoRA": "\n".join(loras),
+        "quantize": "" if meaning.get("quantize") == "none" else meaning.get("quantize"),
+        "dtype": meaning["dtype"],
+        "device": record["pipeline"]["device"],
+        "image": Path(job["image"]).name if job["image"] else "",
+        "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
+        "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
+        "number": job.get("index"),
+        "row": "" if str(job.get("source")).startswith("--") else job.get("source"),
     }
-
-
-def _chain_entry(record: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a video that was joined from clips."""
-    prompts, seeds, files = ([str(clip[name]) for clip in record["clips"]] for name in ("prompt", "seed", "file"))
-    return {
-        "task": record["task"], "prompt": "\n".join(prompts), "seed": ", ".join(dict.fromkeys(seeds)), "seconds": 0,
-        "settings": {"joined of": "\n".join(files)},
-    }  # fmt: skip
-
-
-def _lora_name(path: Path) -> str:
-    """Its folder's name for a file of a release, else its own."""
-    return path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
 
 
 def _finite(value: Any) -> float:

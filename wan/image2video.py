@@ -24,7 +24,7 @@ class WanI2V(Original):
         with self.progress.stage("image"), torch.no_grad():
             first, vae, tiles = i2v_tensor(video.image, video.size), self.load_vae(), facts.encode_tiles
             if video.last_image is None:
-                latent = vae.encode_first_frame(first.to(device), video.frame_num, tiles=tiles)
+                latent = vae.encode(first[:, None].to(device), tiles=tiles, frames=video.frame_num)
             else:  # stays on the CPU: the encoder takes it piece by piece
                 clip = torch.zeros(3, video.frame_num, *first.shape[1:])
                 clip[:, 0], clip[:, -1] = first, i2v_tensor(video.last_image, video.size)
@@ -36,21 +36,10 @@ class WanI2V(Original):
         return Start(channels=torch.cat([mask, latent]))
 
     def generate(
-        self,
-        input_prompt: str,
-        img: Image.Image,
-        max_area: int = 720 * 1280,
-        frame_num: int = 81,
-        shift: float = 5.0,
-        sample_solver: str = "unipc",
-        sampling_steps: int = 40,
-        guide_scale: float | tuple[float, float] = 5.0,
-        n_prompt: str = "",
-        seed: int = -1,
-        offload_model: bool = True,
-        *,
-        last_image: Image.Image | None = None,
-    ) -> Tensor | None:
+        self, input_prompt: str, img: Image.Image, max_area: int = 720 * 1280, frame_num: int = 81, shift: float = 5.0,
+        sample_solver: str = "unipc", sampling_steps: int = 40, guide_scale: float | tuple[float, float] = 5.0,
+        n_prompt: str = "", seed: int = -1, offload_model: bool = True, *, last_image: Image.Image | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise).
 
         last_image: the last frame, squeezed to the video's size; frame_num must then be 5 or more.

@@ -37,24 +37,12 @@ class Original(Pipeline):
     task: ClassVar[str]
 
     def __init__(
-        self,
-        config: TaskConfig | Mapping[str, Any],
-        checkpoint_dir: str | Path,
-        lora_dir: str | Path | None = None,
-        device_id: int = 0,
-        rank: int = 0,
-        t5_fsdp: bool = False,
-        dit_fsdp: bool = False,
-        use_sp: bool = False,
-        t5_cpu: bool = False,
-        init_on_cpu: bool = True,
-        convert_model_dtype: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        runtime: Runtime | None = None,
-        progress: Progress | None = None,
+        self, config: TaskConfig | Mapping[str, Any], checkpoint_dir: str | Path, lora_dir: str | Path | None = None,
+        device_id: int = 0, rank: int = 0, t5_fsdp: bool = False, dit_fsdp: bool = False, use_sp: bool = False,
+        t5_cpu: bool = False, init_on_cpu: bool = True, convert_model_dtype: bool = False, *,
+        device: torch.device | str | None = None, runtime: Runtime | None = None, progress: Progress | None = None,
         **more: object,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The original's arguments, then ours.
 
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
@@ -62,8 +50,9 @@ class Original(Pipeline):
         (`ulysses_size=2`, `lora_mode="adapter"`).
         InputError with all problems of arguments and files.
         """
-        if not isinstance(config, TaskConfig):
-            config = TASKS[self.task].with_values(config)
+        if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
+            own = vars(TASKS[self.task])
+            config = replace(TASKS[self.task], **{name: value for name, value in config.items() if name in own})
         runtime = runtime or (Runtime.joined() if use_sp or dit_fsdp or t5_fsdp else Runtime())
         check = Check()
         values = {
@@ -83,41 +72,35 @@ class Original(Pipeline):
         super().__init__(plan, progress or Progress(quiet=True), runtime)
 
     def _generate(
-        self,
-        video: Video,
-        solver: str,
-        steps: int,
-        shift: float,
-        guide_scale: float | tuple[float, float],
-        offload_model: bool,
+        self, video: Video, solver: str, steps: int, shift: float, guidance: float | tuple[float, float], offload: bool
     ) -> Tensor | None:
         """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area.
 
         None on all but the first of the processes that make it together. InputError for what the command line refuses.
         """
-        config, check, team = self.plan.config, Check(), self.mesh.team
+        config, check, team, size = self.plan.config, Check(), self.mesh.team, video.size
         if video.image is None:
-            size = check.size("size", f"{video.size[0]}*{video.size[1]}", config.size_step)
+            size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
         else:
-            size = video_size(config, video.image.size, video.size)
+            size = video_size(config, video.image.size, size)
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
         sampling = Sampling(
             check.choice("sample_solver", solver, SOLVERS),
-            check.whole("sampling_steps", steps, 1, 1, 1000),
+            int(check.number("sampling_steps", steps, 1, 1, 1000)),
             check.number("shift", shift, 1.0, 0.01, 100),
-            both(guide_scale),
+            both(guidance),
         )
         check.stop()
         seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
         negative = video.negative_prompt or config.sample_neg_prompt
         video = replace(video, negative_prompt=negative, size=size, frame_num=frame_num, seed=seed)
-        self.offload = offload_model
+        self.offload = offload
         with Accelerator(self.plan.device).current():  # the caller's thread may be another one than made this object
             self.plan = plan_videos(self.plan, sampling, [video])
             latent = self.sample_or_retry(video)
-            if offload_model:
+            if offload:
                 self.release_text_encoder()
             chunks = retry_smaller(
                 self.progress, FINER, lambda finer: team.all_or_none(lambda: list(self.decode(latent, finer=finer)))

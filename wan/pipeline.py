@@ -6,6 +6,7 @@ Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames,
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,17 +28,16 @@ from wan.media.images import open_image
 from wan.media.previews import Strip
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
-from wan.modules.context import Prompt
-from wan.modules.fused import choose_fused as choose_passes
-from wan.modules.model import WanModel
+from wan.modules.fused import choose_passes
+from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
-from wan.offload.reader import Source, Store, load, parameter_dtypes
+from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Step, Video, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
-from wan.utils.errors import out_of_memory
+from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
 from wan.utils.progress import Progress
 
@@ -93,16 +93,13 @@ class Pipeline(ABC):
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
         if self._text_encoder is None:
-            plan, part = self.plan, self.plan.checkpoint.text_encoder
+            plan, part, home = self.plan, self.plan.checkpoint.text_encoder, self.plan.text_device
+            source = Source(part.weights, lambda _: plan.text_dtype)
             if plan.request.t5_fsdp:
-                with self._loading("text encoder", [part.weights], sharded=True) as report:
-                    self._text_encoder = self.load(
-                        part.module, part.weights, sharded=True, home=plan.text_device,
-                        dtype=lambda _: plan.text_dtype, report=report,
-                    )  # fmt: skip
+                with self._loading("text encoder", [source], sharded=True) as report:
+                    self._text_encoder = self.load(part.module, source, home, report, sharded=True)
             else:
-                source, slots = Source(part.weights, lambda _: plan.text_dtype), TEXT_SLOTS if plan.offload else None
-                self._text_encoder = text_encoder(part.module, source, plan.text_device, slots)
+                self._text_encoder = text_encoder(part.module, source, home, TEXT_SLOTS if plan.offload else None)
         return self._text_encoder
 
     def encode(self, texts: Iterable[str]) -> None:
@@ -128,41 +125,75 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
-        plan, merged = self.plan, self.plan.lora_mode == "merge"
+        plan, merges = self.plan, self._merges()
         sources: dict[str, tuple[WanModel, Source]] = {}
         for name, part in plan.checkpoint.experts.items():
-            loras = plan.loras.get(name)
-            merge = Merge(loras, part.weights.shapes, plan.device, linear_pairs=merged) if loras else None
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
-            sources[name] = part.module, Source(part.weights, dtype, merge)
-        networks, stores = None, [source.store for _, source in sources.values()]
-        with self._loading("experts", stores, sharded=plan.request.dit_fsdp) as report:
-            if plan.request.dit_fsdp:
-                models = {
-                    name: self.load(
-                        module, source.store, sharded=True, home=plan.device, dtype=source.dtype, merge=source.merge,
-                        report=report,
-                    )
-                    for name, (module, source) in sources.items()
-                }  # fmt: skip
+            sources[name] = part.module, Source(part.weights, dtype, merges.get(name))
+        networks, sharded = None, plan.request.dit_fsdp
+        with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
+            if sharded:
+                models = {name: self.load(*each, plan.device, report, sharded=True) for name, each in sources.items()}
             else:
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:
                     networks.preload(report)
-        set_scale: Callable[[WanModel, float], None] | None = None
-        for name, model in models.items():
+        set_lora: Callable[[str, float], None] | None = None
+        for model in models.values():
             model.use_attention(BACKENDS[self.attention])
             split_tokens(model, self.mesh)
-            if not merged:
-                from lightning import peft_adapter  # takes seconds to import
+        if plan.lora_mode == "adapter":
+            from lightning.peft_adapter import add_adapters, set_scale  # takes seconds to import
 
-                set_scale = peft_adapter.set_scale
-                peft_adapter.add_adapters(model, plan.loras.get(name, []), plan.device)
-        self.experts = Experts(models, networks, set_scale)
+            for name, model in models.items():
+                add_adapters(model, plan.loras.get(name, []), plan.device)
+
+            def set_lora(name: str, scale: float) -> None:
+                set_scale(models[name], scale, self.plan.loras.get(name, []))
+
+        self.experts = Experts(models, networks, set_lora)
         return self.experts
 
-    def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+    def _merges(self) -> dict[str, Merge]:
+        """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
+        plan, merged = self.plan, self.plan.lora_mode == "merge"
+        shapes = {name: part.weights.shapes for name, part in plan.checkpoint.experts.items()}
+        return {
+            name: Merge(loras, shapes[name], plan.device, linear_pairs=merged) for name, loras in plan.loras.items()
+        }
+
+    def follow(self, plan: Plan) -> None:
+        """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
+        before, self.offload = self.plan, plan.offload
+        self.attention = self.mesh.team.broadcast(lambda: plan.attention)
+        if plan.networks() == before.networks():
+            self.plan = replace(plan, checkpoint=before.checkpoint)
+        else:
+            self.plan, self._contexts = plan, {}
+            self.experts = self.vae = self._text_encoder = None
+            free_memory()
+        if self.experts is None:
+            return
+        for model in self.experts.models.values():
+            model.use_attention(BACKENDS[self.attention])
+        now, then = (each.lora_stacks() for each in (plan, before))
+        if now == then:
+            return
+        merges = self._merges()
+        files, files_before = (
+            {expert: [(*files, alpha) for *files, _, alpha in stack] for expert, stack in stacks.items()}
+            for stacks in (now, then)
+        )
+        if plan.lora_mode == "merge" and self.experts.networks:
+            self.experts.networks.change_loras(merges)
+        elif plan.lora_mode == "adapter" and files == files_before and not any(m.deltas for m in merges.values()):
+            self.experts.forget_scales()
+        else:
+            self.experts = None
+            free_memory()
+
+    def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
 
         After out of memory once more with fewer slots; the numbers do not depend on them.
@@ -176,16 +207,25 @@ class Pipeline(ABC):
                 self.plan = replace(plan, videos={**plan.videos, kind: plan_video(plan, *kind)})
             if fewer and self.experts:
                 self.experts.leave()
-            return team.all_or_none(lambda: self.sample(video, on_step, again=again))
+            return team.all_or_none(lambda: self.sample(video, on_step, **how))
 
         if self.plan.room is None or not self.plan.offload:
             return attempt(False)
         return retry_smaller(self.progress, "denoise: once more, with fewer blocks on the device", attempt)
 
-    def sample(self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False) -> Tensor:
+    def sample(
+        self,
+        video: Video,
+        on_step: OnStep = lambda *_: None,
+        *,
+        again: bool = False,
+        noise: Tensor | None = None,
+        schedule: Schedule | None = None,
+    ) -> Tensor:
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
 
-        again: another video follows, whose first weights are read while this one is decoded.
+        again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
+        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's.
         """
         plan, self._again = self.plan, again
         assert plan.sampling is not None, "a plan with videos has a sampling"
@@ -195,40 +235,41 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        facts, texts = plan.video(video), self.texts(video)
-        schedule = make_schedule(plan.sampling, draw, len(plan.steps) - len(facts.steps))
+        texts, facts = self.texts(video), plan.video(video)
+        steps = plan.steps[facts.first_step :]
+        schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
         conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
-        experts, noise, budget = self.load_experts(), draw(facts.latent), facts.budget
-        passes = [(step.expert, 1 + step.guided) for step in facts.steps]
-        self._choose_passes(experts, facts.tokens, sum(count for _, count in passes))
+        experts, budget = self.load_experts(), facts.budget
+        noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
+        if noise.shape != facts.latent:
+            raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
+        forwards = [(step.expert, 1 + step.guided) for step in steps]
+        model, count = plan.transformer, sum(count for _, count in forwards)
+        width = model.num_heads * model.head_width
+        # the passes between the matrix products are compiled if the run is long enough to gain from it
+        fused, note = choose_passes(plan.device, facts.tokens, width, len(model.blocks), count)
+        for each in experts.models.values():
+            each.use_passes(fused)
+        if note:
+            self.progress.say(note)
         slots = budget.slots if budget and not budget.resident else None
         # weights that pass through, or are gathered from the other processes, come once for both passes of a step
         batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(passes, slots, batch_guidance, again=again or not self.offload)
-        with self.progress.stage("denoise", total=len(facts.steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, facts.steps, on_step)
+        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
+        with self.progress.stage("denoise", total=len(steps), unit="step"), job:
+            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
         return latent
 
-    def _choose_passes(self, experts: Experts, tokens: int, forwards: int) -> None:
-        """Compile the passes between the matrix products, if a run of `forwards` is long enough to gain from it."""
-        model = self.plan.transformer
-        width = model.num_heads * model.head_width
-        passes, note = choose_passes(self.plan.device, tokens, width, len(model.blocks), forwards)
-        for each in experts.models.values():
-            each.use_passes(passes)
-        if note:
-            self.progress.say(note)
-
-    def sample_job(self, job: Job, *, again: bool = False) -> Tensor:
-        """The planned job's final latent. JobError if it stops being finite. again: see `sample`."""
+    def sample_job(self, job: Job, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
+        """The planned job's final latent. JobError if it stops being finite. how: see `sample`."""
 
         def read(name: str, path: Path) -> Any:
             fps = self.plan.config.sample_fps
@@ -238,14 +279,16 @@ class Pipeline(ABC):
         video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
         strip = Strip(Beside.of(job.save_file).strip)
 
-        def show(step: Step, sample: Tensor, velocity: Tensor) -> None:
-            if self.plan.request.preview_steps:
-                frame = self.look(predict_clean(step, sample, velocity))
-                if frame is not None:
-                    strip.add(frame)
+        def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
+            changed = on_step(step, sample, velocity)
+            now = velocity if changed is None else changed
+            wanted = self.plan.request.preview_steps
+            if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
+                strip.add(frame)
             self.progress.advance(1, str(step))
+            return changed
 
-        return self.sample_or_retry(video, show, again=again)
+        return self.sample_or_retry(video, show, **how)
 
     # -- pixels
 
@@ -253,11 +296,9 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.vae is None:
             module, weights = self.plan.checkpoint.vae.module, self.plan.checkpoint.vae.weights
-            with self._loading("VAE", [weights]) as report:
-                vae = self.load(
-                    module, weights, sharded=False, home=self.plan.device,
-                    dtype=lambda name: module.get_parameter(name).dtype, report=report,
-                )  # fmt: skip
+            source = Source(weights, lambda name: module.get_parameter(name).dtype)
+            with self._loading("VAE", [source]) as report:
+                vae = self.load(module, source, self.plan.device, report, sharded=False)
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
@@ -295,26 +336,28 @@ class Pipeline(ABC):
 
     def info(self) -> dict[str, str]:
         """Machine and numerics, for the record."""
-        device = self.plan.device
-        return {
-            "device": f"{device} ({Accelerator(device).name})",
-            "dtype": dtype_name(self.plan.dtype),
-            "attention": self.attention,
-            "processes": str(self.plan.layout),
-            "diffusers": version("diffusers"),
-        }
+        plan = self.plan
+        machine = {"device": f"{plan.device} ({Accelerator(plan.device).name})", "dtype": dtype_name(plan.dtype)}
+        return machine | {
+            "attention": self.attention, "processes": str(plan.layout), "diffusers": version("diffusers"),
+        }  # fmt: skip
 
-    def load(self, module: Module, store: Store, *, sharded: bool, **how: Any) -> Module:
-        """`module` with its weights, or with this process's shards of them. how: see `wan.offload.reader.load`."""
+    def load(
+        self, module: Module, source: Source, home: torch.device, report: Callable[[int], None], *, sharded: bool
+    ) -> Module:
+        """`module` with its weights on `home`, or with this process's shards of them."""
+        how: dict[str, Any] = {"home": home, "dtype": source.dtype, "merge": source.merge, "report": report}
         if not sharded or self.mesh.shards is None:
-            return load(module, store, **how)
+            return load(module, source.store, **how)
         from wan.distributed.fsdp import load_sharded  # takes seconds to import
 
-        return load_sharded(module, store, mesh=self.mesh, **how)
+        return load_sharded(module, source.store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(self, name: str, stores: Iterable[Store], *, sharded: bool = False) -> Iterator[Callable[[int], None]]:
-        size = sum(entry.bytes for store in stores for entry in store.values())
+    def _loading(
+        self, name: str, sources: Iterable[Source], *, sharded: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        size = sum(entry.bytes for source in sources for entry in source.store.values())
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, name)
 

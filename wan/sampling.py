@@ -1,5 +1,8 @@
 """Sampling: the schedules, the plan of steps, and the one denoise loop of all tasks.
 
+x_sigma = (1 - sigma) x0 + sigma noise, the network predicts v = noise - x0, so dx/dsigma = v and x0 = x - sigma v
+(Lipman et al., arXiv 2210.02747); timestep = 1000 sigma.
+
 Shapes: C latent channels, f, h, w latent frames, rows, columns.
 """
 
@@ -14,16 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning.schedule import Draw, EulerSchedule, RenoisingSchedule, levels_at, spaced
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
+from wan.modules.model import Prompt
 from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
 # settings of diffusers' schedulers for flow matching
 FLOW = {"num_train_timesteps": TRAIN_TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+Draw = Callable[[Sequence[int]], Tensor]  # shape -> the next standard normal numbers of the video's generator
 
 
 class Schedule(Protocol):
@@ -79,8 +82,9 @@ class Conditioning:
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
 
 
-# Called after each step with the sample before it and the velocity there, guidance included, both [C, f, h, w].
-OnStep = Callable[[Step, Tensor, Tensor], None]
+# Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
+# returns takes the velocity's place; the sample may be changed where it is.
+OnStep = Callable[[Step, Tensor, Tensor], Tensor | None]
 
 
 def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
@@ -123,45 +127,38 @@ def denoise(
     has its next step to do while the host waits.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
+    frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
     if conditioning.video is not None:
         sample = torch.lerp(conditioning.video, noise, float(schedule.sigmas[0]))
-    before = steps[0]
     check: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
         if (step.expert, step.lora) != (before.expert, before.lora):
             before = step  # the kept keys and values of the texts come from other weights, and take memory
-            for prompt in (text, negative):
-                if prompt is not None:
-                    prompt.forget()
-
+            text.forget()
+            if negative is not None:
+                negative.forget()
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
-        frames = 0 if pinned is None else pinned.shape[1]
         if step.guided:
             assert negative is not None, "a guided step needs the negative prompt's encoding"
             velocity, free = model(latent, step.timestep, (text, negative), frames)
             velocity = free + step.guidance * (velocity - free)
         else:
             velocity = model(latent, step.timestep, text, frames)
-
         if check:
             check()
-        before_step, sample = sample, _pin(schedule.step(velocity, index, sample), pinned)
-        check = _check_finite(
-            sample,
-            f"the latent has NaN or Inf after step {index + 1} of {len(steps)} ({step}); "
-            "a corrupt weight file or an unsuitable attention kernel does this: on a GPU try --attention flash, "
-            "or cudnn where flash was used",
-        )
-        on_step(step, before_step, velocity)
+        if (changed := on_step(step, sample, velocity)) is not None:
+            velocity = changed
+        sample = _pin(schedule.step(velocity, index, sample), pinned)
+        check = _check_finite(sample, f"step {index + 1} of {len(steps)} ({step})")
     assert check, "a plan has steps"
     check()
     return sample
 
 
-def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
-    """JobError(problem) if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
+def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
+    """JobError if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
 
     That function waits for the work issued up to here, and for nothing later.
     """
@@ -175,7 +172,10 @@ def _check_finite(sample: Tensor, problem: str) -> Callable[[], None]:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
-            raise JobError(problem)
+            raise JobError(
+                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
+                "does this: on a GPU try --attention flash, or cudnn where flash was used"
+            )
 
     if arrived is None:
         check()
@@ -186,23 +186,72 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
     return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
 
 
-def make_schedule(sampling: Sampling, draw: Draw | None = None, first: int = 0) -> Schedule:
-    """Return a fresh schedule, for one video. draw: source of its noise; without it only the timesteps are of use.
+def make_schedule(sampling: Sampling, draw: Draw | None = None, first_step: int = 0) -> Schedule:
+    """Return a fresh schedule, for one video, from `first_step` on.
 
-    first: leave out the steps before this one.
+    draw: source of its noise; without it only the timesteps are of use.
     """
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
-        sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first:]
+        sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first_step:]
         return EulerSchedule(sigmas) if sampling.solver == "euler" else RenoisingSchedule(sigmas, draw)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
-    elif sampling.solver == "unipc":
-        # the original's grid starts at the largest training level, 0.999 in float32
-        levels = np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1]
-    else:
-        levels = np.linspace(1.0, 0.0, steps + 1)[:steps]
-    return _LibrarySchedule(sampling.solver, levels[first:], shift)
+    else:  # the original's grid for UniPC starts at the largest training level, 0.999 in float32
+        first = float(np.float32(0.999)) if sampling.solver == "unipc" else 1.0
+        levels = np.linspace(first, 0.0, steps + 1)[:-1]
+    return _LibrarySchedule(sampling.solver, levels[first_step:], shift)
+
+
+def spaced(steps: int, shift: float) -> np.ndarray:
+    """Evenly spaced levels u, shifted to sigma = s u / (1 + (s - 1) u) (SD3, arXiv 2403.03206, eq. 23)."""
+    u = np.linspace(TRAIN_TIMESTEPS, 0, steps + 1, dtype=np.float32) / np.float32(TRAIN_TIMESTEPS)
+    return np.asarray(np.float32(shift) * u / (1 + np.float32(shift - 1) * u))
+
+
+def levels_at(timesteps: Sequence[float]) -> np.ndarray:
+    """The levels of exactly these (final, already shifted) timesteps, and 0."""
+    return np.array([*timesteps, 0.0], dtype=np.float32) / np.float32(TRAIN_TIMESTEPS)
+
+
+class EulerSchedule:
+    """Explicit Euler over falling noise levels, the last of which is 0.
+
+    sigmas: float32 [n + 1]; timesteps: n floats, visited in order and given to the network unrounded.
+    """
+
+    noise_scale = 1.0  # of the noise that the video starts as
+
+    def __init__(self, sigmas: np.ndarray) -> None:
+        self.sigmas = sigmas.astype(np.float32)
+        self.timesteps: list[float] = (self.sigmas[:-1] * np.float32(TRAIN_TIMESTEPS)).tolist()
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """From level `index` to the next: float32 tensors of one shape."""
+        return sample + float(self.sigmas[index + 1] - self.sigmas[index]) * velocity
+
+
+class RenoisingSchedule(EulerSchedule):
+    """Each step goes all the way to the predicted clean latent and comes back with fresh noise ("dmd").
+
+        x0 = x - sigma v;   x_next = (1 - sigma_next) x0 + sigma_next eps;   the last step ends at x0
+
+    How models distilled by distribution matching are sampled (DMD2, arXiv 2405.14867; rCM, arXiv 2510.08431). eps is
+    drawn in the order of the steps from the generator that gave the initial noise, so a seed names a video.
+    """
+
+    def __init__(self, sigmas: np.ndarray, draw: Draw | None) -> None:
+        """draw may be None where only the timesteps are wanted."""
+        super().__init__(sigmas)
+        self.noise_scale = float(self.sigmas[0])
+        self.draw = draw
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        clean, after = sample - float(self.sigmas[index]) * velocity, float(self.sigmas[index + 1])
+        if not after:
+            return clean
+        assert self.draw is not None, "a schedule made without a source of noise cannot take steps"
+        return (1 - after) * clean + after * self.draw(clean.shape)
 
 
 class _LibrarySchedule:

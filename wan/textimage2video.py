@@ -24,20 +24,11 @@ class WanTI2V(Original):
             return Start(first_frame=self.load_vae().encode(frame, tiles=tiles))
 
     def generate(
-        self,
-        input_prompt: str,
-        img: Image.Image | None = None,
-        size: tuple[int, int] = (1280, 704),
-        max_area: int = 704 * 1280,
-        frame_num: int = 81,
-        shift: float = 5.0,
-        sample_solver: str = "unipc",
-        sampling_steps: int = 50,
-        guide_scale: float = 5.0,
-        n_prompt: str = "",
-        seed: int = -1,
+        self, input_prompt: str, img: Image.Image | None = None, size: tuple[int, int] = (1280, 704),
+        max_area: int = 704 * 1280, frame_num: int = 81, shift: float = 5.0, sample_solver: str = "unipc",
+        sampling_steps: int = 50, guide_scale: float = 5.0, n_prompt: str = "", seed: int = -1,
         offload_model: bool = True,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         """The original's call: float32 [3, F, H, W] in [-1, 1]; size without, max_area with an image."""
         video = Video(input_prompt, n_prompt, (max_area, 1) if img else size, frame_num, seed, img)
         return self._generate(video, sample_solver, sampling_steps, shift, guide_scale, offload_model)

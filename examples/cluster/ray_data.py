@@ -39,7 +39,7 @@ class Maker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         job = self.pipe.plan.jobs[row["job"]]
         try:
-            make_video(self.pipe, job, self.pipe.progress, {}, again=True)
+            make_video(self.pipe, job, {}, again=True)
         except Exception as error:  # noqa: BLE001 - the others go on
             return {"file": str(job.save_file), "failed": reason(error)}
         return {"file": str(job.save_file), "failed": ""}

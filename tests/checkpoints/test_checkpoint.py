@@ -487,7 +487,7 @@ def test_a_pth_is_read_from_where_its_tensors_lie(tmp_path: Path) -> None:
     assert list(store) == list(state)
     for name, tensor in state.items():
         assert store.shapes[name] == tuple(tensor.shape)
-        buffer = torch.empty(store.buffer_bytes(name), dtype=torch.uint8)
+        buffer = torch.empty(store[name].bytes, dtype=torch.uint8)
         assert torch.equal(store.read(name, buffer=buffer), tensor)
         if tensor.dim():
             assert torch.equal(store.read(name, slice(1, 3)), tensor[1:3])

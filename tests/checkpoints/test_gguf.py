@@ -56,12 +56,12 @@ def test_every_quantised_type_is_the_packages_numbers(kind: str, tmp_path: Path)
     path = stored_raw(tmp_path / "a.gguf", drawn_blocks(kind, SHAPE), kind)
     expected = torch.from_numpy(numbers_of(path)["a"])
     store = GgufStore(path)
-    assert (store["a"].shape, store["a"].dtype, store.stored_as("a")) == (SHAPE, "F32", kind)
+    assert (store["a"].shape, store["a"].dtype, store.stored("a")[0]) == (SHAPE, "F32", kind)
     found = store.read("a")
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     for rows in (slice(5, 21), slice(0, 1), slice(23, 99), slice(7, 7)):
-        buffer = torch.full((store.buffer_bytes("a", rows) + 8,), 7, dtype=torch.uint8)
+        buffer = torch.full((store["a"].rows(rows).bytes + 8,), 7, dtype=torch.uint8)
         part = store.read("a", rows, buffer)
         assert torch.equal(part, expected[rows])
         assert part.numel() == 0 or part.data_ptr() == buffer.data_ptr()
@@ -128,8 +128,7 @@ def test_the_header_says_what_the_packages_reader_says(tmp_path: Path) -> None:
     for tensor in gguf.GGUFReader(path).tensors:
         assert store[tensor.name].shape == tuple(reversed(tensor.shape.tolist()))
         assert store[tensor.name].offset == tensor.data_offset
-        assert store.stored_as(tensor.name) == tensor.tensor_type.name
-        assert store.stored_bytes(tensor.name) == tensor.n_bytes
+        assert store.stored(tensor.name) == (tensor.tensor_type.name, tensor.n_bytes)
     assert store.keys() == tensors.keys()
     assert store.metadata == {"general.architecture": "t5"}
 

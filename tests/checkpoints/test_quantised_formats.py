@@ -117,7 +117,7 @@ class Case:
         for name, truth in self.truth.items():
             first = self.chance.randrange(truth.shape[0])
             rows = slice(first, self.chance.randint(first, truth.shape[0]))
-            found = store.read(name, rows, torch.empty(store.buffer_bytes(name, rows), dtype=torch.uint8))
+            found = store.read(name, rows, torch.empty(store[name].rows(rows).bytes, dtype=torch.uint8))
             np.testing.assert_allclose(store.read(name).float().numpy(), truth, 1e-6, 1e-6 * np.abs(truth).max())
             assert torch.equal(found, store.read(name)[rows]) or "convrot" in str(self.layers) + str(self.tensors)
             np.testing.assert_allclose(found.float().numpy(), truth[rows], 1e-6, 1e-6 * np.abs(truth).max())

@@ -23,8 +23,7 @@ from wan.distributed.fsdp import load_sharded, shard_rows
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Mesh
 from wan.distributed.ulysses import split_tokens
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.offload.reader import Store, load, parameter_dtypes
 from wan.utils.errors import InputError
 

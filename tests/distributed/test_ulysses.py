@@ -16,9 +16,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
 from wan.distributed.ulysses import SequenceAttention, SequenceSplit, exchange_bytes, split_tokens
 from wan.modules.attention import sdpa
-from wan.modules.block import SelfAttention
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, SelfAttention, WanModel
 
 # (ranks, ulysses, ring)
 LAYOUTS = [(2, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3), (4, 1, 4)]

@@ -17,9 +17,8 @@ from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import SplitVAE, decode_peak, divide
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
-from wan.modules.released import released_vae
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae import WanVAE, released_vae
+from wan.modules.vae_layers import Region
 from wan.offload.reader import load
 from wan.planning.memory import plan_video
 from wan.utils.errors import JobError
@@ -65,14 +64,14 @@ def test_decode(task: str, ranks: int, grid: tuple[int, int], tiles: tuple[int, 
 def encoded(runtime: Runtime, task: str) -> tuple[Tensor, Tensor]:
     vae = SplitVAE(vae_of(task), mesh_of(runtime, runtime.team.size))
     image = image_of(vae_of(task))
-    return vae.encode(image[:, None], tiles=(2, 2)), vae.encode_first_frame(image, 9)
+    return vae.encode(image[:, None], tiles=(2, 2)), vae.encode(image[:, None], frames=9)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_encode(task: str, ranks: int) -> None:
     vae = vae_of(task)
-    want = vae.encode(image_of(vae)[:, None]), vae.encode_first_frame(image_of(vae), 9)
+    want = vae.encode(image_of(vae)[:, None]), vae.encode(image_of(vae)[:, None], frames=9)
     for found in run_ranks(encoded, ranks, task):
         for x, y in zip(found, want, strict=True):
             assert relative_error(x, y) < 1e-5

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.unprivileged import run_unprivileged
 from wan.cli.checks import Check
 from wan.jobs.job import Request
-from wan.jobs.output_paths import RowFiles, check_outputs
+from wan.jobs.output_paths import check_outputs, row_file
 from wan.utils.files import longest_name
 
 
@@ -24,9 +24,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def problems(*files: str, inputs: tuple[str, ...] = (), latents: bool = True, **flags) -> list[str]:
+def problems(*files: str, inputs: tuple[str, ...] = (), **flags) -> list[str]:
     check = Check()
-    check_outputs(Request(**flags), [Path(file) for file in files], check, [Path(i) for i in inputs], latents)
+    check_outputs(Request(**flags), [Path(file) for file in files], check, [Path(i) for i in inputs])
     return list(check.problems)
 
 
@@ -37,7 +37,7 @@ def problem(*files: str, **flags) -> str:
 
 def row(name: str, save_dir: str = "out") -> tuple[Path, list[str]]:
     check = Check()
-    return RowFiles(Path(save_dir), check)(name, "p.jsonl line 3"), list(check.problems)
+    return row_file(Path(save_dir), name, "p.jsonl line 3", check), list(check.problems)
 
 
 OUTSIDE = ["/abs.mp4", "../x.mp4", "a/../../x.mp4", "a/../x.mp4"]
@@ -157,7 +157,7 @@ def test_nothing_that_is_there_is_replaced(here: Path, name: str) -> None:
     if name == "x.png":
         assert problems("x.mp4") == []
     if "latents" in name:
-        assert problems("x.mp4", latents=False) == []
+        assert problems("x.mp4", decode_latents="l.safetensors") == []
 
 
 def test_a_dangling_link_is_there(here: Path) -> None:

@@ -17,6 +17,7 @@ from wan.jobs.prompt_files import (
     text_problem,
     write_rows,
 )
+from wan.utils.argument_parser import pair
 from wan.utils.errors import InputError
 from wan.utils.files import longest_name
 
@@ -224,6 +225,6 @@ def test_numbers_of_any_length_are_one_line(number: float) -> None:
 
 
 def test_digits_grouped_as_in_python_are_no_number() -> None:
-    check = Check()
-    check.pair("--sample_guide_scale", "1_0", (3.0, 4.0), 0, 100)
-    assert check.problems == ["--sample_guide_scale takes one number or two with a comma between, not '1_0'"]
+    with pytest.raises(InputError) as raised:
+        pair("--sample_guide_scale", "1_0")
+    assert raised.value.problems == ["--sample_guide_scale takes one number or two with a comma between, not '1_0'"]

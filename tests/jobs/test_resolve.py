@@ -211,7 +211,7 @@ def test_lora_folder(tmp_path):
 def test_expert_files(tmp_path):
     file = lora_file(tmp_path, "full.safetensors")
     s = settled(run(expert=(f"high={file}",)))
-    assert dict(s.expert_files) == {"high": Path(file)}
+    assert s.files == {"high": Path(file)}
     assert (s.steps, s.solver, s.guidance) == (4, "euler", (1.0, 1.0))
     assert "t2v-A14B takes high=FILE or low=FILE" in problem(expert=(file,))
     assert "ti2v-5B takes model=FILE" in problem("ti2v-5B", expert=(f"high={file}",))
@@ -770,7 +770,7 @@ FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 @pytest.mark.parametrize("request_", [Request(), FULL, Request(lora=("a:0.5",), offload_model=False, base_seed=0)])
 def test_request_survives_json(request_):
     found: list[str] = []
-    assert Request.from_dict(json.loads(json.dumps(request_.as_dict())), found) == request_
+    assert Request.from_dict(json.loads(json.dumps(request_.recorded())), found) == request_
     assert found == []
 
 

@@ -28,8 +28,8 @@ from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs import TASKS
 from wan.configs.precision import keeps_float32
 from wan.jobs.resolve import resolve
+from wan.modules.fused import FP8
 from wan.modules.model import WanModel
-from wan.modules.quantize import FP8
 from wan.offload.reader import load, parameter_dtypes
 from wan.utils.errors import InputError, LoraError, TensorFileError
 
@@ -173,7 +173,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
-    module = writer if function == "_changed" else bake_module
+    module = writer if function == "_converted" else bake_module
     original, calls = getattr(module, function), []
 
     def counted(*arguments):
@@ -187,8 +187,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("_prepare", 1), ("_changed", 1), ("_changed", 30), ("_changed", 100), ("write_shard", 3), ("write_index", 1),
-     ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
+    [("_prepare", 1), ("_converted", 1), ("_converted", 30), ("_converted", 100), ("write_shard", 3),
+     ("write_index", 1), ("write_index", 2), ("_bring_others", 1), ("write_json", 1), ("write_json", 2)],
 )  # fmt: skip
 def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole")
@@ -200,13 +200,13 @@ def test_killed_and_resumed(function: str, call: int, tmp_path: Path, monkeypatc
     partial = tmp_path / "out.partial"
     written = {file: file.stat().st_mtime_ns for file in partial.rglob("*-of-*.safetensors")}
     merged: list[str] = []
-    original = writer._changed
+    original = writer._converted
 
-    def count(name: str, *arguments):
-        merged.append(name)
-        return original(name, *arguments)
+    def count(target: writer.Target, *arguments):
+        merged.append(target.source)
+        return original(target, *arguments)
 
-    monkeypatch.setattr(writer, "_changed", count)
+    monkeypatch.setattr(writer, "_converted", count)
     run(tmp_path / "out")
     assert not partial.exists()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -231,7 +231,7 @@ def test_killed_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Killed):
             run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(writer, "_changed", None)  # everything is there: nothing may be merged again
+    monkeypatch.setattr(writer, "_converted", None)  # everything is there: nothing may be merged again
     run(tmp_path / "out")
     assert record_of(tmp_path / "out")
 
@@ -396,7 +396,7 @@ def test_a_damaged_record_is_one_sentence_everywhere(change, fault: str, tmp_pat
 
 def test_a_second_bake_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the first one writes; afterwards the folder is whole, and a third bake finds it."""
-    original = writer._changed
+    original = writer._converted
     refused: list[str] = []
 
     def meanwhile(*arguments):
@@ -406,7 +406,7 @@ def test_a_second_bake_into_the_same_folder_is_refused(tmp_path: Path, monkeypat
             refused.append(str(caught.value))
         return original(*arguments)
 
-    monkeypatch.setattr(writer, "_changed", meanwhile)
+    monkeypatch.setattr(writer, "_converted", meanwhile)
     run(tmp_path / "out")
     assert refused
     assert record_of(tmp_path / "out")

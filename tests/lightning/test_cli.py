@@ -19,7 +19,7 @@ from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.planning.build import make_plan
 from wan.utils.errors import InputError
 

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from lightning.__main__ import main
-from lightning.schedule import spaced
 from tests.lightning.support import base
 from tests.support import TINY, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES
@@ -20,7 +19,7 @@ from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs import TASKS
 from wan.jobs.job import Sampling
-from wan.sampling import Video
+from wan.sampling import Video, spaced
 
 SIZE, FRAMES, STEPS, SEED, PROMPT = (64, 96), 9, 4, 5, "a red ball, “quoted” ＡＢ"
 VAES = {task: config.vae_checkpoint for task, config in TASKS.items()}

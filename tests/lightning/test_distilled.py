@@ -64,7 +64,7 @@ def test_quantised_experts(dtype: torch.dtype, by_row: bool, scale_name: str, tm
     assert {entry.dtype for entry in store.values()} == {"F32"}
     rows = slice(5, 21)
     for name, expected in exact.items():
-        buffer = torch.empty(store.buffer_bytes(name), dtype=torch.uint8)
+        buffer = torch.empty(store[name].bytes, dtype=torch.uint8)
         found = store.read(name, buffer=buffer)
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)

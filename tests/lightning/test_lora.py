@@ -32,7 +32,7 @@ from tests.lightning.support import (
     write,
 )
 from tests.support import lora_dir, manifest
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 from wan.utils.errors import LoraError
 
 SHAPES = base().shapes

@@ -7,7 +7,7 @@ import pytest
 
 from lightning.__main__ import main
 from lightning.distilled import record_of
-from lightning.lora_args import Choices, LoraChoice, choose_loras, split_strength
+from lightning.lora_files import Choices, LoraChoice, choose_loras, split_strength
 from tests.lightning.support import family
 from tests.support import checkpoint, lora_dir
 from wan.jobs.resolve import resolve

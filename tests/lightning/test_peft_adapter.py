@@ -59,13 +59,13 @@ def test_adapters_equal_the_merge_at_every_scale(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert_close(outputs(model, names), outputs(with_weights(loras), names))
 
-    set_scale(model, 0.0)
+    set_scale(model, 0.0, loras)
     assert all(torch.equal(found, plain[name]) for name, found in outputs(model, names).items())
-    set_scale(model, 0.5)
+    set_scale(model, 0.5, loras)
     halved = with_weights([Lora.open(first, 0.4), Lora.open(second, 0.15)])
     halved.get_parameter("blocks.0.self_attn.q.bias").data += 0.15  # the difference keeps its strength
     assert_close(outputs(model, names), outputs(halved, names))
-    set_scale(model, 1.0)
+    set_scale(model, 1.0, loras)
     assert_close(outputs(model, names), outputs(with_weights(loras), names))
 
 

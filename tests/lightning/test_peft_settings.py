@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning.lora import Lora, check
-from lightning.peft_settings import settings_of
+from lightning.lora import Lora, check, settings_of
 from tests.lightning.support import base, merged, small_pairs, write
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.utils.errors import LoraError

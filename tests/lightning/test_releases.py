@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lightning.releases import RELEASES, SIZES, preset, recognise
-from lightning.schedule import EulerSchedule, RenoisingSchedule, levels_at, spaced
 from tests.support import TINY, checkpoint, lora_dir
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
+from wan.sampling import EulerSchedule, RenoisingSchedule, levels_at, spaced
 from wan.utils.errors import InputError, LoraError
 
 LIGHTNING = "Wan2.2-Lightning"

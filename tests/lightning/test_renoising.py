@@ -14,7 +14,7 @@ from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, config_of, relative_error
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
+from wan.modules.model import Prompt
 from wan.sampling import Video
 from wan.textimage2video import WanTI2V
 

@@ -13,11 +13,9 @@ from tests.modules.test_model import random_model
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.doctor.numerics import rms_error
 from wan.modules import fp8
-from wan.modules.context import Prompt
 from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes
-from wan.modules.fused import EAGER, compiled
-from wan.modules.model import WanModel
-from wan.modules.quantize import FP8, quantise
+from wan.modules.fused import EAGER, FP8, compiled, quantise
+from wan.modules.model import Prompt, WanModel
 from wan.offload.reader import load, parameter_dtypes
 
 CPU = torch.device("cpu")

@@ -15,12 +15,8 @@ from wan.checkpoints.key_mapping import diffusers_name
 from wan.doctor.numerics import IN_8_BITS
 from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
-from wan.modules.block import spans_of
-from wan.modules.context import Prompt
-from wan.modules.fused import EAGER, SHAPES, compiled
-from wan.modules.fused import choose_fused as choose_passes
-from wan.modules.model import WanModel, sinusoid
-from wan.modules.rope import rotary_table, rotate
+from wan.modules.fused import EAGER, SHAPES, choose_passes, compiled, rotate
+from wan.modules.model import Prompt, WanModel, rotary_table, sinusoid, spans_of
 from wan.modules.t5 import T5Norm
 from wan.utils.errors import InputError
 

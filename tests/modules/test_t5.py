@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.measure import rms_error
 from tests.support import checkpoint, manifest
-from wan.modules.t5 import UMT5Encoder, position_buckets
-from wan.modules.tokenizers import UMT5Tokenizer, clean_text
+from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer, clean_text, position_buckets
 
 NAMES = {
     "attn": ".0.SelfAttention.",

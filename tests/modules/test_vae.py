@@ -14,10 +14,8 @@ from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
 from wan.checkpoints.pth_file import PickleStore
-from wan.modules.causal_conv import NORM_EPSILON, STRIPS, RMSNorm, convolve, doubling, norm_silu
-from wan.modules.released import VAES
-from wan.modules.vae import LATENT_MEAN, LATENT_STD, WanVAE
-from wan.modules.vae_coders import Region
+from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
+from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Region, RMSNorm, convolve, doubling
 from wan.offload.reader import load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
@@ -117,7 +115,7 @@ def test_golden_decode(name: str) -> None:
 def test_golden_image_latent(name: str) -> None:
     case, expected = CASES[name], golden()[f"{name}.image_latent"]
     frames = 1 if case["task"] == "ti2v-5B" else case["args"]["frame_num"]
-    latent = golden_vae(case["task"]).encode_first_frame(image_of(case), frames)
+    latent = golden_vae(case["task"]).encode(image_of(case)[:, None], frames=frames)
     assert latent.dtype == torch.float32
     assert latent.shape == expected.shape
     assert (latent - expected).abs().max() <= STAGE * expected.abs().max()
@@ -291,13 +289,15 @@ def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) ->
     """What is between norm and SiLU never leaves the cache, and strips change no bit."""
     with torch.device("meta"), torch.inference_mode():
         monkeypatch.setitem(STRIPS, "meta", STRIPS["cuda"])
-        x, gamma = torch.empty(2, 360, 640, 192), torch.empty(192)
+        x, norm = torch.empty(2, 360, 640, 192), RMSNorm(192, axes=3)
         out = torch.empty_like(x)
         with CostCounter(CACHE) as counter:
-            norm_silu(x, gamma, out)
+            norm.activate(x, out)
     assert counter.traffic == pytest.approx(2 * x.nbytes, rel=1e-3)
     x, gamma = torch.randn(2, 100, 64, 96), torch.randn(96)
-    norm_silu(x, gamma, out := torch.empty_like(x))
+    norm = RMSNorm(96, axes=0).requires_grad_(False)
+    norm.gamma.copy_(gamma)
+    norm.activate(x, out := torch.empty_like(x))
     assert torch.equal(out, F.silu(F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)))
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
-from wan.modules.causal_conv import AverageShortcut, ClipState, RepeatShortcut
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, CoderStage, Region, reuse_constant_tail
+from wan.modules.vae import DECODER_RIM, ENCODER_RIM, CoderStage, WanVAE, reuse_constant_tail
+from wan.modules.vae_layers import ClipState, Region, add_average, add_repeated
 
 ROUNDING = 1e-6  # of the largest value: the last bit of float32 and a little more
 
@@ -102,7 +101,7 @@ def test_first_frame_equals_the_whole_clip(kind: str, frames: int, chunk: int) -
     vae, image = random_vae(kind), random_clip(1, 32, 16)[:, 0]
     clip = torch.zeros(3, frames, 32, 16)
     clip[:, 0] = image
-    assert torch.equal(vae.encode_first_frame(image, frames, chunk), vae.encode(clip, chunk))
+    assert torch.equal(vae.encode(image[:, None], chunk, frames=frames), vae.encode(clip, chunk))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +110,7 @@ def test_the_grey_tail_is_not_computed(kind: str) -> None:
     calls = [0] * 4
     for index, level in enumerate(vae.encoder.levels):
         level.layers[0].register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    vae.encode_first_frame(random_clip(1, 16, 16)[:, 0], 81)
+    vae.encode(random_clip(1, 16, 16), frames=81)
     assert calls == [5, 7, 12, 20]  # of 21 each
 
 
@@ -151,7 +150,7 @@ def test_tiles_encode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
     size = grid[0] * vae.stride[1], grid[1] * vae.stride[2]
     clip = torch.zeros(3, 5, *size, dtype=torch.float64)
     clip[:, ::4] = torch.randn(3, 2, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert_same(vae.encode_first_frame(clip[:, 0], 5, tiles=tiles), vae.encode_first_frame(clip[:, 0], 5))
+    assert_same(vae.encode(clip[:, :1], tiles=tiles, frames=5), vae.encode(clip[:, :1], frames=5))
     assert_same(vae.encode(clip, tiles=tiles), vae.encode(clip))
 
 
@@ -203,7 +202,7 @@ def test_regions_of_the_encoder_join_to_the_whole(vae: WanVAE, grid: tuple[int, 
     clip = random_clip(5, rows * vae.stride[1], columns * vae.stride[2], torch.float64)
     expected = vae.encode_region(clip)
     found = torch.full_like(expected, torch.nan)
-    for region in Region.tiles(rows, columns, *tiles):
+    for region in Region(0, rows, 0, columns).divided(*tiles):
         found[:, region.top : region.bottom, region.left : region.right] = vae.encode_region(clip, region)
     assert_same(found, expected)
     assert torch.equal(vae.encode_features(expected), vae.encode(clip))
@@ -212,7 +211,7 @@ def test_regions_of_the_encoder_join_to_the_whole(vae: WanVAE, grid: tuple[int, 
 def test_tiles_cover_the_grid_once() -> None:
     cells = torch.zeros(1, 7, 11)
     frame = Region(0, 7, 0, 11)
-    regions = Region.tiles(7, 11, 3, 4)
+    regions = Region(0, 7, 0, 11).divided(3, 4)
     for region in regions:
         region.cut(cells, frame).add_(1)
     assert len(regions) == 12
@@ -240,26 +239,26 @@ def test_patches_are_channels_with_columns_before_rows() -> None:
 
 def test_average_shortcut_puts_frames_into_channels() -> None:
     x = torch.randn(5, 4, 6, 3)
-    first = AverageShortcut(2, 2)(torch.zeros(3, 2, 3, 6), x, True)
-    later = AverageShortcut(2, 2)(torch.zeros(2, 2, 3, 6), x[:4], False)
+    first = add_average(torch.zeros(3, 2, 3, 6), x, True, frames=2, space=2)
+    later = add_average(torch.zeros(2, 2, 3, 6), x[:4], False, frames=2, space=2)
     extended = torch.cat([torch.zeros(1, 4, 6, 3), x])
     for j, c, dt in torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2)).tolist():
         assert torch.allclose(first[j, 1, 2, 2 * c + dt], extended[2 * j + dt, 2:4, 4:6, c].mean(), atol=1e-6)
         if j < 2:
             assert torch.allclose(later[j, 0, 1, 2 * c + dt], x[2 * j + dt, 0:2, 2:4, c].mean(), atol=1e-6)
-    pooled = AverageShortcut(1, 2)(torch.zeros(5, 2, 3, 3), x, True)
+    pooled = add_average(torch.zeros(5, 2, 3, 3), x, True, frames=1, space=2)
     assert torch.allclose(pooled[4, 1, 0], x[4, 2:4, 0:2].mean(dim=(0, 1)), atol=1e-6)
-    assert torch.equal(AverageShortcut(1, 1)(torch.zeros_like(x), x, True), x)
+    assert torch.equal(add_average(torch.zeros_like(x), x, True, frames=1, space=1), x)
 
 
 def test_repeat_shortcut_repeats_or_deals_channels_to_rows() -> None:
     x = torch.randn(3, 2, 3, 4)
     nearest = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    later = RepeatShortcut(2)(torch.zeros(6, 4, 6, 4), x, False)
+    later = add_repeated(torch.zeros(6, 4, 6, 4), x, False, frames=2)
     assert torch.equal(later, nearest.repeat_interleave(2, 0))
-    first = RepeatShortcut(2)(torch.zeros(5, 4, 6, 4), x, True)
+    first = add_repeated(torch.zeros(5, 4, 6, 4), x, True, frames=2)
     assert torch.equal(first, later[1:])
-    halved = RepeatShortcut(1)(torch.zeros(3, 4, 6, 2), x, True)
+    halved = add_repeated(torch.zeros(3, 4, 6, 2), x, True, frames=1)
     for row, parity in ((0, 0), (1, 1), (2, 0), (3, 1)):
         for o in range(2):
             expected = x[:, row // 2, :, 2 * o + parity].repeat_interleave(2, 1)

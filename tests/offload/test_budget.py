@@ -9,7 +9,7 @@ import torch
 from tests.support import checkpoint, config_of, manifest
 from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
-from wan.modules.released import released_transformer
+from wan.modules.model import released_transformer
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import FLOOR_BYTES, LEAST_SLOTS, POOLS_BYTES, Budget, Sizes, fit
 from wan.offload.networks import Networks, sizes_of

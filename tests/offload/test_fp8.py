@@ -18,11 +18,9 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs.precision import takes_fp8
 from wan.doctor.forecast import released_plan
-from wan.modules.context import Prompt
-from wan.modules.fp8 import Fp8Linear
-from wan.modules.model import WanModel
-from wan.modules.quantize import FP8, LARGEST, quantise, scale_name
-from wan.modules.released import released_shapes, released_transformer
+from wan.modules.fp8 import Fp8Linear, scale_name
+from wan.modules.fused import FP8, LARGEST, quantise
+from wan.modules.model import Prompt, WanModel, released_shapes, released_transformer
 from wan.offload.budget import Sizes
 from wan.offload.networks import Networks, sizes_of
 from wan.offload.reader import Source, load, parameter_dtypes
@@ -215,7 +213,7 @@ def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None
     assert {p.dtype for n, p in layer.named_parameters() if "lora_" in n} == {torch.bfloat16}
     up, down = (lora.read(name) for name in next(iter(lora.deltas({Q: (32, 32)}))).tensors)
     assert relative_error((layer(x) - plain).float(), x.float() @ down.float().t() @ up.float().t()) < 2e-2
-    set_scale(model, 0.0)
+    set_scale(model, 0.0, [lora])
     assert torch.equal(layer(x), plain)
 
 

@@ -30,8 +30,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.job import Sampling
-from wan.modules.context import Prompt
-from wan.modules.model import WanModel
+from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.networks import Networks, text_encoder
 from wan.offload.prefetcher import CopyStream, GpuCopyStream, Slot
@@ -198,7 +197,7 @@ class Slow(TensorStore):
     """A disk that takes `seconds` for each unit, wherever it is read from; `on_read` may do worse."""
 
     def __init__(self, path: Path, seconds: float = 0.0, on_read: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(TensorStore.open(path).entries)
+        super().__init__(TensorStore.open(path))
         self.seconds, self.on_read = seconds, on_read
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -533,7 +532,7 @@ def test_a_gpu_gives_the_same_numbers_with_any_slots(slots: int, file: Path) -> 
         for busy in (0, 20_000_000):
             found = forwards(networks, 4, each=lambda _, busy=busy: torch.cuda._sleep(busy))  # type: ignore[misc]
             assert all(map(torch.equal, found, want))
-        assert networks.prefetcher.waited >= 0.0
+        assert networks.prefetcher.stream.waited >= 0.0
 
 
 # -- time
@@ -551,11 +550,11 @@ def test_the_computation_waits_for_what_is_slower_only(bring: float, compute: fl
     steps = 5
     forwards(networks, steps)
     units = len(networks.prefetcher.blocks) * steps
-    overhead = units * (plain.prefetcher.waited / 6 + 0.004)
+    overhead = units * (plain.prefetcher.stream.waited / 6 + 0.004)
     unavoidable = bring + max(0.0, bring - compute) * units + steps * min(bring, compute)  # unit 0 computes nothing
-    assert networks.prefetcher.waited <= unavoidable + 0.02 * units * max(bring, compute) + overhead
+    assert networks.prefetcher.stream.waited <= unavoidable + 0.02 * units * max(bring, compute) + overhead
     if bring > compute:
-        assert networks.prefetcher.waited > 0.5 * (bring - compute) * units
+        assert networks.prefetcher.stream.waited > 0.5 * (bring - compute) * units
 
 
 # -- the text encoder

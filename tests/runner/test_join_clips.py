@@ -394,7 +394,7 @@ def test_a_chain_is_one_groups_work(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("made")
 def test_the_gallery_shows_clips_and_what_they_are_joined_into() -> None:
     assert generate.main(chain("--gallery", "--resume")) == 0
-    shown = {entry["file"]: entry for entry in find_entries(Path("out"))}
+    shown = {entry["file"]: entry for entry in find_entries(Path("out"))[0]}
     assert shown.keys() == {"a.mp4", "b.mp4", "c.mp4", "a_chain.mp4"}
     joined = shown["a_chain.mp4"]
     assert joined["prompt"] == "a cat\nthe cat\na ball"

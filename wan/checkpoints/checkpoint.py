@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +15,29 @@ import torch
 from torch import nn
 
 from wan.checkpoints import hub, layout
-from wan.checkpoints.outside import in_one_line, misread, size_of
-from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.transformer_sizes import count_blocks, transformer_sizes
+from wan.checkpoints.safetensors_file import TensorStore, misread, reading, size_of
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, download_command, task_of
+from wan.configs.task import PATCH
 from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder
-from wan.modules.tokenizers import UMT5Tokenizer
+from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
 from wan.modules.vae import WanVAE
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, in_one_line
+from wan.utils.files import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
+
+HEAD_WIDTH = 128  # of every published Wan transformer; it does not follow from the weights
+# sizes in config.json -> the tensor, its axis, and how many times the size that axis is
+SIZED_BY = {
+    "dim": ("text_embedding.0.weight", 0, 1),
+    "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
+    "in_dim": ("patch_embedding.weight", 1, 1),
+    "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
+    "freq_dim": ("time_embedding.0.weight", 1, 1),
+}
+DIFFUSERS_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,23 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
     files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them.
     """
     files = dict(files or {})
+    opener, problems = _Opener(folder, config, files), list[str]()
+
+    def attempt(work: Callable[[], Result]) -> Result | None:
+        try:
+            with _readable():
+                return work()
+        except InputError as e:
+            problems.extend(e.problems)
+        return None
+
     if folder is not None:
         with _readable():
             layout.check_complete(folder, config, files)
-    opener, problems = _Opener(folder, config, files), list[str]()
-    experts = {name: _open_part(partial(opener.expert, name), problems) for name in config.experts}
-    text_encoder = _open_part(opener.text_encoder, problems)
-    tokenizer = _open_part(partial(opener.tokenizer, text_encoder), problems)
-    vae = _open_part(opener.vae, problems)
+    experts = {name: attempt(partial(opener.expert, name)) for name in config.experts}
+    text_encoder = attempt(opener.text_encoder)
+    tokenizer = attempt(partial(opener.tokenizer, text_encoder))
+    vae = attempt(opener.vae)
     opened = {name: part for name, part in experts.items() if part is not None}
     if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
         raise InputError(problems)
@@ -87,22 +108,10 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
 
 
 def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:
-    """One file as the VAE, the text encoder or an expert, judged as for a run. InputError with all problems."""
+    """One file as the VAE or the text encoder, judged as for a run. InputError with all problems."""
     opener = _Opener(None, config, {part: file})
     with _readable():
-        if part == VAE:
-            return opener.vae()
-        return opener.text_encoder() if part == TEXT_ENCODER else opener.expert(part)
-
-
-def _open_part(work: Callable[[], Result], problems: list[str]) -> Result | None:
-    """`work()`, or None where its problems have joined the list."""
-    try:
-        with _readable():
-            return work()
-    except InputError as e:
-        problems.extend(e.problems)
-    return None
+        return opener.vae() if part == VAE else opener.text_encoder()
 
 
 @contextmanager
@@ -148,8 +157,7 @@ class _Opener:
         sizes = transformer_sizes(config, shapes, where, self.config.text_len)
         with torch.device("meta"):
             module = WanModel.from_config(sizes, text_dim=shapes["text_embedding.0.weight"][1])
-        _check_names_and_shapes(module, store, where)
-        return Part(module, store)
+        return _matched(module, store, where)
 
     def text_encoder(self) -> Part[UMT5Encoder]:
         part = self._sized_by_weights(TEXT_ENCODER, UMT5Encoder.from_shapes)
@@ -197,16 +205,15 @@ class _Opener:
         path = self.path(part)
         store = as_ours(open_file(path), part, str(path))
         try:
-            count_blocks(store.shapes)
+            _count_blocks(store.shapes)
             with torch.device("meta"):
                 module = build(store.shapes)
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
             raise InputError(f"{path}: {in_one_line(e)}") from e
-        _check_names_and_shapes(module, store, str(path))
-        return Part(module, store)
+        return _matched(module, store, str(path))
 
 
-def _check_names_and_shapes(module: nn.Module, store: TensorStore, where: str) -> None:
+def _matched(module: Module, store: TensorStore, where: str) -> Part[Module]:
     """InputError, with every difference, unless names and shapes are exactly the module's."""
     expected, found = {name: tuple(p.shape) for name, p in module.named_parameters()}, store.shapes
     problems = []
@@ -219,6 +226,68 @@ def _check_names_and_shapes(module: nn.Module, store: TensorStore, where: str) -
             problems.append(f"{where}: {name} has shape {list(found[name])}, expected {list(expected[name])}")
     if problems:
         raise InputError(problems)
+    return Part(module, store)
+
+
+def transformer_sizes(
+    config: Path | None, shapes: Mapping[str, tuple[int, ...]], where: str, max_text: int
+) -> dict[str, Any]:
+    """The sizes in config.json; without one those of the weights, with heads as wide as in all published models.
+
+    where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit.
+    """
+    for name, axis, _ in SIZED_BY.values():
+        if len(shapes.get(name, ())) <= max(axis, 1):
+            raise InputError(f"{where}: not a Wan transformer: tensor {name} is missing, or has too few axes")
+    found = {key: shapes[name][axis] / times for key, (name, axis, times) in SIZED_BY.items()}
+    try:
+        found["num_layers"] = _count_blocks(shapes)
+    except ValueError as e:
+        raise InputError(f"{where}: not a Wan transformer: {e}") from e
+    if config is None:
+        if found["dim"] % HEAD_WIDTH or not found["dim"] or not found["out_dim"].is_integer():
+            raise InputError(
+                f"{where}: the weights do not tell their heads, and a width of {found['dim']:g} is no multiple of "
+                f"{HEAD_WIDTH}; give the folder with their config.json as --ckpt_dir"
+            )
+        sizes: dict[str, Any] = {key: int(size) for key, size in found.items()}
+        return sizes | {"num_heads": sizes["dim"] // HEAD_WIDTH, "text_len": max_text, "eps": 1e-6}
+    sizes = _read_sizes(config, (*found, "num_heads", "text_len", "eps"), max_text)
+    differ = [(key, size) for key, size in found.items() if size != sizes[key]]
+    wrong = [f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}" for key, size in differ]
+    if wrong and where != str(config.parent):  # the weights are a file of their own, which is to blame
+        raise InputError(f"{where}: of another size than the checkpoint: in {config} {'; '.join(wrong)}")
+    if sizes["dim"] % (2 * sizes["num_heads"]):
+        wrong.append(f"num_heads {sizes['num_heads']!r:.40} does not divide dim {sizes['dim']} into an even width")
+    if sizes["text_len"] > max_text:
+        wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {max_text} is possible")
+    if wrong:
+        raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
+    return sizes
+
+
+def _read_sizes(config: Path, keys: tuple[str, ...], max_text: int) -> dict[str, Any]:
+    """The sizes `keys` of a config.json, the original's or diffusers'. InputError for anything else."""
+    with reading(config, "not the configuration of a Wan transformer"):
+        values = parse_json(config.read_bytes())
+        if "num_attention_heads" in values:
+            values |= {ours: values[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": max_text}
+            widths = values["num_heads"], values["attention_head_dim"]
+            values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
+        sizes: dict[str, Any] = {key: values[key] for key in keys}
+    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
+    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
+    if wrong := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
+        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
+    return sizes
+
+
+def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of blocks by the names. ValueError where one is left out: a name alone makes no million blocks."""
+    found = {match[1] for name in shapes if (match := re.match(r"blocks\.([^.]*)", name))}
+    if odd := found - {str(number) for number in range(len(found))}:
+        raise ValueError(f"a tensor is of block {min(odd)!r:.40}, but there are {len(found)} blocks")
+    return len(found)
 
 
 def checkpoint_folder(ckpt_dir: Path, config: TaskConfig) -> Path:
@@ -226,12 +295,12 @@ def checkpoint_folder(ckpt_dir: Path, config: TaskConfig) -> Path:
     try:
         if ckpt_dir.is_dir():
             return ckpt_dir
-        is_file = ckpt_dir.exists()
+        what = "is a file, not a folder" if ckpt_dir.exists() else ""
     except PermissionError:
         raise InputError(f"--ckpt_dir {ckpt_dir}: there is no permission to reach it") from None
     except OSError as e:
         raise InputError(f"--ckpt_dir {ckpt_dir}: no such folder ({e.strerror})") from None
-    if is_file or not hub.place(ckpt_dir.as_posix()):
-        what = "is a file, not a folder" if is_file else "no such folder"
-        raise InputError(f"--ckpt_dir {ckpt_dir}: {what}; get the checkpoint with: {download_command(config.hub_id)}")
+    if what or not hub.place(ckpt_dir.as_posix()):
+        get = f"get the checkpoint with: {download_command(config.hub_id)}"
+        raise InputError(f"--ckpt_dir {ckpt_dir}: {what or 'no such folder'}; {get}")
     return hub.located("--ckpt_dir", ckpt_dir.as_posix())

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from wan.checkpoints.outside import misread, reading, size_of
-from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore
+from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
 from wan.utils.errors import TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)
 # a setting's kind -> struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
@@ -34,8 +31,7 @@ TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's o
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
 
 
-@dataclass(frozen=True)
-class _Listed:
+class _Listed(NamedTuple):
     """As in the header: axes from the innermost, the number of the type, offset from the start of the data."""
 
     name: str
@@ -45,94 +41,85 @@ class _Listed:
 
 
 class GgufStore(TensorStore):
-    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored_as` gives the file's types."""
+    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types."""
 
     def __init__(self, path: Path) -> None:
         """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
-        self.path = path
         tensors, settings, start = _read_header(path)
         try:
             import gguf
         except ImportError as e:
             raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
         entries: dict[str, Entry] = {}
-        blocks: dict[str, Entry] = {}
-        self._types: dict[str, tuple[str, int]] = {}  # of quantised tensors: (type, numbers in a block)
         for tensor in tensors:
             name, offset = tensor.name, start + tensor.offset
             try:
                 kind = gguf.GGMLQuantizationType(tensor.type)
-                stored, (values, width) = kind.name, gguf.GGML_QUANT_SIZES[kind]
+                values, width = gguf.GGML_QUANT_SIZES[kind]
             except (ValueError, KeyError):
                 unknown = f"of the type {tensor.type}, which the installed package gguf does not know"
                 raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
             if (row := (tensor.axes or (1,))[0]) % values:
-                raise TensorFileError(f"{path}: tensor {name} has rows of {row:,} values, {stored} blocks of {values}")
+                rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
+                raise TensorFileError(f"{path}: tensor {name} has {rows}")
             if name in entries:
                 raise TensorFileError(f"{path}: the header names tensor {name} twice")
             shape = _shape(path, tensor, settings.get(SHAPE_KEY + name))
-            entries[name] = Entry(path, stored if stored in DTYPES else "F32", shape, offset)
-            blocks[name] = Entry(path, "U8", (math.prod(tensor.axes) // values, width), offset)
-            if stored not in DTYPES:
-                self._types[name] = stored, values
+            if kind.name in DTYPES:
+                entries[name] = Entry(path, kind.name, shape, offset)
+            else:
+                stored = kind.name, math.prod(shape) // values * width
+                entries[name] = Entry(path, "F32", shape, offset, stored)
         super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
-        self._blocks = TensorStore(blocks)
-        self._check(gguf)
-
-    def stored_as(self, name: str) -> str:
-        return self._types[name][0] if name in self._types else super().stored_as(name)
-
-    def stored_bytes(self, name: str) -> int:
-        return self._blocks[name].bytes
+        self._check(path, gguf)
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """As TensorStore.read; quantised tensors as `gguf.quants.dequantize` computes them, float32."""
-        if name not in self._types:
+        entry, part = self[name], self[name].rows(rows)
+        if entry.stored is None:
             return super().read(name, rows, buffer)
         import numpy as np
         import torch
-        from gguf import GGMLQuantizationType
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
-        shape, (stored, values) = self[name].shape, self._types[name]
-        first, last, _ = (rows or slice(None)).indices(shape[0])
-        last = max(first, last)
-        start, stop = (row * math.prod(shape[1:]) for row in (first, last))
+        kind, count = GGMLQuantizationType[entry.stored[0]], math.prod(part.shape)
+        values, width = GGML_QUANT_SIZES[kind]
+        start = (part.offset - entry.offset) // 4  # numbers before the first row
         begin = start // values  # rows need not begin where blocks do, if a converter reshaped the tensor
-        data = self._blocks.read(name, slice(begin, math.ceil(stop / values))).numpy()
-        count = stop - start
-        memory = torch.empty(4 * count, dtype=torch.uint8) if buffer is None else buffer[: 4 * count]
+        blocks = Entry(entry.file, "U8", (entry.stored[1] // width, width), entry.offset)
+        data = blocks.rows(slice(begin, math.ceil((start + count) / values))).read(name).numpy()
+        memory = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
         numbers = memory.view(torch.float32)
         at_once = max(1, VALUES_AT_ONCE // values)
         for block in range(0, len(data), at_once):
             with np.errstate(all="ignore"):  # a damaged scale gives NaN or Inf, which loading looks for
-                some = dequantize(data[block : block + at_once].reshape(1, -1), GGMLQuantizationType[stored])[0]
+                some = dequantize(data[block : block + at_once].reshape(1, -1), kind)[0]
             position = (begin + block) * values - start
             piece = torch.from_numpy(some[max(0, -position) : count - position])
             numbers[max(0, position) :][: piece.numel()] = piece
-        return numbers.view(last - first, *shape[1:])
+        return numbers.view(part.shape)
 
-    def _check(self, gguf: ModuleType) -> None:
+    def _check(self, path: Path, gguf: ModuleType) -> None:
         """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
         import numpy as np
 
-        end, size = 0, size_of(self.path)
-        for name in self._blocks.in_file_order(self._blocks):
-            entry = self._blocks[name]
-            if entry.offset < end:
-                raise TensorFileError(f"{self.path}: tensor {name} starts inside the one before it")
-            end = entry.offset + entry.bytes
+        end, size = 0, path.stat().st_size
+        for name in self.in_file_order(self):
+            if self[name].offset < end:
+                raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
+            end = self[name].offset + self.stored(name)[1]
             if end > size:
                 sizes = f"{end:,} bytes at least, {size:,} found"
-                raise TensorFileError(f"{self.path}: truncated, {sizes}; tensor {name} is cut off")
-        for stored in sorted({stored for stored, _ in self._types.values()}):
+                raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
+        for stored in sorted({entry.stored[0] for entry in self.values() if entry.stored}):
             kind = gguf.GGMLQuantizationType[stored]
             try:
                 gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
             except NotImplementedError:
-                names = [name for name, (each, _) in self._types.items() if each == stored]
+                names = [name for name in self if self.stored(name)[0] == stored]
                 raise TensorFileError(
-                    f"{self.path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
+                    f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
                     "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
                 ) from None
 
@@ -150,12 +137,11 @@ def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
 
 def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
-    size = size_of(path)
-    with reading(path, "the GGUF header is cut off or corrupt"), path.open("rb") as file:
+    with reading(path, "the GGUF header is cut off or corrupt") as size, path.open("rb") as file:
         header = _Header(file, min(size, MAX_HEADER_BYTES))
         if header.take(4) != MAGIC:
             raise misread(path, "not a GGUF file")
-        if (version := header.number("I")) not in VERSIONS:
+        if (version := header.number("I")) not in (2, 3):
             raise TensorFileError(f"{path}: a GGUF file of version {version:#x}, not of 2 or 3 (little-endian)")
         tensor_count, setting_count = header.number("Q"), header.number("Q")
         settings: dict[str, Any] = {}

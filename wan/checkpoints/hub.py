@@ -7,7 +7,6 @@ of a found path, so that a run uses what was planned.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import stat
@@ -29,16 +28,9 @@ else:
 Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".pth",
-    ".pt",
-    ".bin",
-    ".ckpt",
-    ".gguf",
-)  # read by ranges; smaller files are fetched when they are opened
-BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
+# read by ranges; smaller files are fetched when they are opened
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
+BESIDE = tuple(f"*{kind}" for kind in (*WEIGHT_SUFFIXES, ".json", ".model"))  # fetched of a folder
 SERVING = (*(f"*{kind}" for kind in WEIGHT_SUFFIXES), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 DOWNLOADS = 8  # at once
@@ -79,7 +71,7 @@ class HubPath(LocalPath):
         return self.inside in self.sizes
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        return any(True for _ in self.files())
+        return any(self.files())
 
     def files(self) -> Iterator[str]:
         """Paths of the files below this folder, relative to it."""
@@ -101,35 +93,24 @@ class HubPath(LocalPath):
         kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
         if self.suffix not in WEIGHT_SUFFIXES or isinstance(kept, str):
             return _download(self).open(mode, buffering, *text, **more)
-        return _RemoteFile(self) if buffering == 0 else io.BufferedReader(_RemoteFile(self), BLOCK)
+        return _open_remote(self, "none" if buffering == 0 else "readahead")
 
 
-class _RemoteFile(io.RawIOBase):
-    """The bytes of a file on the hub. InputError for what the hub does not give."""
+def _open_remote(path: HubPath, cache_type: str) -> Any:
+    """A file on the hub, read by ranges; reading raises InputError for what the hub does not give."""
+    file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))
+    fetch = file.cache.fetcher
 
-    def __init__(self, path: HubPath) -> None:
-        self.path, self.size, self.position = path, path.stat().st_size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = (0, self.position, self.size)[whence] + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        start, end = self.position, min(self.size, self.position + len(buffer))
-        if start >= end:
-            return 0
-        name = self.path.as_posix()  # without the library's cache of blocks: between two reads there may be gigabytes
-        data = _ask_hub(self.path, lambda: _file_system().cat_file(name, start, end, cache_type="none"))
+    def fetch_whole(start: int, end: int) -> bytes:
+        end = min(end, file.size)
+        data: bytes = _ask_hub(path, lambda: fetch(start, end))
         if len(data) != end - start:
-            raise TensorFileError(f"{name}: the hub sent {len(data):,} bytes instead of {end - start:,}; try again")
-        buffer[: len(data)], self.position = data, end
-        return len(data)
+            sent = f"{len(data):,} bytes instead of {end - start:,}"
+            raise TensorFileError(f"{path.as_posix()}: the hub sent {sent}; try again")
+        return data
+
+    file.cache.fetcher = fetch_whole
+    return file
 
 
 def place(name: str) -> HubPath | None:
@@ -149,8 +130,22 @@ def located(flag: str, name: str) -> Path:
     there = None if os.path.exists(local) else place(name)
     if there is None:
         return Path(local)
+    from huggingface_hub import HfApi
+
     try:
-        return _found(there)
+        try:
+            _file_system()
+            commit = str(_ask_hub(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
+        except InputError:
+            if kept := _kept_before(there):
+                return kept
+            raise
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise InputError(f"{there.repository}: the hub names no commit; is HF_ENDPOINT the address of a hub?")
+        path = HubPath(f"{there.repository}@{commit}", there.inside)
+        if not path.exists():
+            raise InputError(f"{there.repository} on the hub has no {there.inside}")
+        return path
     except InputError as e:
         raise InputError(f"{flag} {name}: no such file or folder here, and {e}") from e
 
@@ -164,29 +159,11 @@ def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
         return path
     if path.is_file():
         return _download(path)
-    wanted = patterns or [f"*{kind}" for kind in BESIDE]
-    names = [n for n in path.files() if (patterns or "/" not in n) and any(fnmatchcase(n, one) for one in wanted)]
+    wanted = [name for name in path.files() if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
+    names = [name for name in wanted if patterns or "/" not in name]
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
-
-
-def _found(there: HubPath) -> Path:
-    from huggingface_hub import HfApi
-
-    try:
-        _file_system()
-        commit = str(_ask_hub(there, lambda: HfApi().repo_info(there.repository, revision=there.revision)).sha)
-    except InputError:
-        if local := _kept_before(there):
-            return local
-        raise
-    if not COMMIT.fullmatch(commit):
-        raise InputError(f"{there.repository}: the hub names no commit; is HF_ENDPOINT the address of a hub?")
-    path = HubPath(f"{there.repository}@{commit}", there.inside)
-    if not path.exists():
-        raise InputError(f"{there.repository} on the hub has no {there.inside}")
-    return path
 
 
 def _kept_before(there: HubPath) -> Path | None:
@@ -197,8 +174,8 @@ def _kept_before(there: HubPath) -> Path | None:
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=there.repository, repo_type="model"))
     reference = folder / "refs" / (there.revision or "main")
     fetched = sorted(folder.glob("snapshots/*"), key=lambda snapshot: snapshot.stat().st_mtime, reverse=True)
-    commits = [there.revision] if there.revision else [snapshot.name for snapshot in fetched]
-    commits = ([reference.read_text()] if reference.is_file() else []) + commits
+    commits = [reference.read_text()] if reference.is_file() else []
+    commits += [there.revision] if there.revision else [snapshot.name for snapshot in fetched]
     places = [folder / "snapshots" / commit / there.inside for commit in commits]
     return next((path for path in places if path.is_file() or any(any(path.rglob(kind)) for kind in SERVING)), None)
 
@@ -263,14 +240,12 @@ def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
         except InputError as e:  # see _check_answer
             raise InputError(f"{path.as_posix()}: {e}") from e
         except GatedRepoError as e:
-            page = f"{constants.ENDPOINT}/{path.repository}"
-            raise InputError(
-                f"{path.repository} is gated: accept its licence at {page}, then run `hf auth login`"
-            ) from e
+            accept = f"accept its licence at {constants.ENDPOINT}/{path.repository}, then run `hf auth login`"
+            raise InputError(f"{path.repository} is gated: {accept}") from e
         except Exception as e:  # the library lets through what its transport raises
             status = getattr(getattr(e, "response", None), "status_code", 0)
             if wait is None or not (status == 429 or status >= 500):
-                place = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
-                raise InputError(f"{place}: {first_line(e)}") from e
+                failed = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
+                raise InputError(f"{failed}: {first_line(e)}") from e
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")

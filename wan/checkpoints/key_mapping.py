@@ -101,10 +101,12 @@ def original_vae(names: Iterable[str]) -> dict[str, str]:
 @cache
 def _vae_names(channels: int) -> dict[str, str]:
     """diffusers' name -> ours of each parameter of the autoencoder with so many latent channels."""
-    from wan.modules.released import VAES, on_meta
-    from wan.modules.vae import WanVAE
+    import torch
 
-    return {vae_name(name): name for name, _ in on_meta(lambda: WanVAE(*VAES[channels])).named_parameters()}
+    from wan.modules.vae import VAES, WanVAE
+
+    with torch.device("meta"):
+        return {vae_name(name): name for name, _ in WanVAE(*VAES[channels]).named_parameters()}
 
 
 def text_name(name: str) -> str:
@@ -112,16 +114,14 @@ def text_name(name: str) -> str:
     return _text_name(name, OURS, TRANSFORMERS)
 
 
-def original_text(names: Iterable[str]) -> dict[str, str]:
-    """transformers' names of a text encoder's parameters -> ours. `encoder.embed_tokens` repeats `shared`, if it is."""
+def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[str, str]:
+    """transformers' or llama.cpp's names of a text encoder's parameters -> ours.
+
+    transformers' `encoder.embed_tokens` repeats `shared`, if there is one.
+    """
     names, repeated = list(names), "encoder.embed_tokens.weight"
     listed = [name for name in names if name != repeated or "shared.weight" not in names]
-    return {n: _text_name(n.replace(repeated, "shared.weight"), TRANSFORMERS, OURS) for n in listed}
-
-
-def original_llama_text(names: Iterable[str]) -> dict[str, str]:
-    """llama.cpp's names of a text encoder's parameters -> ours."""
-    return {name: _text_name(name, LLAMA, OURS) for name in names}
+    return {name: _text_name(name.replace(repeated, "shared.weight"), spelling, OURS) for name in listed}
 
 
 def _text_name(name: str, source: int, target: int) -> str:

@@ -28,22 +28,16 @@ def is_diffusers(folder: Path) -> bool:
 
 def released(config: TaskConfig) -> dict[str, str]:
     """Part -> file in the released layout."""
-    return {
-        **{name: str(PurePosixPath(folder, WEIGHTS)) for name, folder in config.experts.items()},
-        "text_encoder": config.t5_checkpoint,
-        "vae": config.vae_checkpoint,
-        "tokenizer": f"{config.t5_tokenizer}/tokenizer.json",
-    }
+    experts = {name: str(PurePosixPath(folder, WEIGHTS)) for name, folder in config.experts.items()}
+    others = {"text_encoder": config.t5_checkpoint, "vae": config.vae_checkpoint}
+    return experts | others | {"tokenizer": f"{config.t5_tokenizer}/tokenizer.json"}
 
 
 def diffusers(config: TaskConfig) -> dict[str, str]:
     """Part -> file in diffusers' layout."""
-    return {
-        **{name: f"{FOLDERS[name]}/{WEIGHTS}" for name in config.experts},
-        "text_encoder": "text_encoder/model.safetensors",
-        "vae": f"vae/{WEIGHTS}",
-        "tokenizer": "tokenizer/tokenizer.json",
-    }
+    experts = {name: f"{FOLDERS[name]}/{WEIGHTS}" for name in config.experts}
+    others = {"text_encoder": "text_encoder/model.safetensors", "vae": f"vae/{WEIGHTS}"}
+    return experts | others | {"tokenizer": "tokenizer/tokenizer.json"}
 
 
 def places_in(folder: Path, config: TaskConfig) -> dict[str, str]:
@@ -63,6 +57,10 @@ def path_of(folder: Path, config: TaskConfig, part: str) -> Path:
     return index if index.is_file() else file
 
 
+def _index(file: Path) -> Path:
+    return file.with_name(file.name.removesuffix(".safetensors") + INDEX_SUFFIX)
+
+
 def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list[str]:
     """Files that the folder lacks; the parts in `own` come from elsewhere."""
     lacking = []
@@ -71,10 +69,10 @@ def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list
             continue
         if part in config.experts and not (folder / config_json(name)).is_file():
             lacking.append(config_json(name))
-        path = path_of(folder, config, part)
-        if not path.is_file():
-            in_shards = any(path.parent.glob(f"{path.stem}-*.safetensors"))
-            lacking.append(str(PurePosixPath(name).with_name(_index(path).name)) if in_shards else name)
+        file = folder / name
+        if not path_of(folder, config, part).is_file():
+            in_shards = any(file.parent.glob(f"{file.stem}-*.safetensors"))
+            lacking.append(str(PurePosixPath(name).with_name(_index(file).name)) if in_shards else name)
     return lacking
 
 
@@ -95,7 +93,3 @@ def patterns(config: TaskConfig, own: Collection[str]) -> list[str]:
     files = [pair for names in (released(config), diffusers(config)) for pair in names.items()]
     settings = [config_json(name) for part, name in files if part in config.experts]
     return [MODEL_INDEX, *settings, *(name.replace(".safetensors", "*") for part, name in files if part not in own)]
-
-
-def _index(file: Path) -> Path:
-    return file.with_name(file.name.removesuffix(".safetensors") + INDEX_SUFFIX)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.checkpoints.outside import in_one_line, misread, reading, size_of
-from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, read_ranges
-from wan.utils.errors import TensorFileError
+from wan.checkpoints.safetensors_file import AT_ONCE, DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
+from wan.utils.errors import TensorFileError, in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
-RECORD_HEADER = 30  # bytes before a record's name in a zip
+RECORD_HEADER = 30  # bytes before a record's name in a zip; the last four are the lengths of name and padding
 # keys of dictionaries around the tensors
 NESTED = ("state_dict", "model_state_dict", "model", "module", "ema", "generator", "generator_ema", "generator_lora")
 MAX_DEPTH = 4
@@ -41,8 +42,7 @@ class Pickled:
     """A tensor as it is pickled; offset, strides and the storage's size count elements."""
 
     dtype: str
-    key: str
-    storage: tuple[str, int]  # dtype, size
+    storage: tuple[str, str, int]  # dtype, key, size
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,9 +50,8 @@ class Pickled:
     @property
     def extent(self) -> int:
         """Elements of its storage from the first to the last of its own."""
-        if not math.prod(self.shape):
-            return 0
-        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return last + 1 if math.prod(self.shape) else 0
 
     @property
     def contiguous(self) -> bool:
@@ -66,42 +65,37 @@ class PickleStore(TensorStore):
     def __init__(self, path: Path) -> None:
         """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
         entries: dict[str, Entry] = {}
-        self._strided: dict[str, tuple[TensorStore, Pickled]] = {}
         tensors, records = _read_pickle(path)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
-            start, size = records.get(tensor.key, (0, 0))
-            width, (kind, count) = DTYPES[tensor.dtype][1], tensor.storage
+            kind, key, count = tensor.storage
+            start, size = records.get(key, (0, 0))
+            width = DTYPES[tensor.dtype][1]
             needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
             if needed > size:
                 what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
                 raise TensorFileError(f"{path}: truncated or damaged: {what}")
-            offset = start + tensor.offset * width
-            entries[name] = Entry(path, tensor.dtype, tensor.shape, offset)
-            if tensor.extent and not tensor.contiguous:
-                flat = Entry(path, tensor.dtype, (tensor.extent,), offset)
-                self._strided[name] = TensorStore({name: flat}), tensor
+            entries[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
         super().__init__(entries)
+        self._strided = {name: each for name, each in tensors.items() if each.extent and not each.contiguous}
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name not in self._strided:
             return super().read(name, rows, buffer)
-        flat, tensor = self._strided[name]
-        found = flat.read(name).as_strided(tensor.shape, tensor.stride)
-        return (found if rows is None else found[rows]).contiguous()
+        tensor = self._strided[name]
+        flat = replace(self[name], shape=(tensor.extent,)).read(name)
+        return flat.as_strided(tensor.shape, tensor.stride)[rows or ...].contiguous()
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
     """Makes dictionaries of `Pickled` and refuses every other class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        dtypes = {kind: dtype for dtype, (kind, _) in DTYPES.items()}
-        if module == "torch" and name in dtypes:
-            return dtypes[name]
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return STORAGES.get(name, name)
-        known: dict[tuple[str, str], Callable[..., object]] = {
+        known: dict[tuple[str, str], str | Callable[..., object]] = {
+            **{("torch", kind): dtype for dtype, (kind, _) in DTYPES.items()},
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
             ("torch._utils", "_rebuild_tensor_v3"): _rebuild,
@@ -118,7 +112,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a n
 def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> Pickled:
     """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
     kind = dtype if isinstance(dtype, str) else storage[0]
-    tensor = Pickled(kind, storage[1], (storage[0], storage[2]), offset, tuple(shape), tuple(stride))
+    tensor = Pickled(kind, storage, offset, tuple(shape), tuple(stride))
     numbers = (offset, storage[2], *tensor.shape, *tensor.stride)
     if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise pickle.UnpicklingError("impossible shape")
@@ -126,8 +120,7 @@ def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, int]]]:
-    """(tensors by name, (first byte, bytes) of each storage's record)."""
-    size_of(path)
+    """(tensors by name, (first byte, bytes) of each storage's record by key)."""
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -141,13 +134,16 @@ def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, i
     state = _find_tensors(path, content)
     if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
-    stored = [info for info in infos if info.filename.split("/")[-2:-1] == ["data"]]
-    lengths = read_ranges((path, info.header_offset + RECORD_HEADER - 4, 4) for info in stored)
-    records = {}
-    for info, length in zip(stored, lengths, strict=True):  # lengths of the name and of its padding
-        skipped = int.from_bytes(length[:2], "little") + int.from_bytes(length[2:], "little")
-        records[info.filename.rpartition("/")[2]] = info.header_offset + RECORD_HEADER + skipped, info.file_size
-    return state, records
+
+    def data_of(info: zipfile.ZipInfo) -> tuple[int, int]:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.header_offset + RECORD_HEADER - 4)
+            lengths = struct.unpack("<HH", file.read(4))
+        return info.header_offset + RECORD_HEADER + sum(lengths), info.file_size
+
+    stored = {info.filename.rpartition("/")[2]: info for info in infos if info.filename.split("/")[-2:-1] == ["data"]}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return state, dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
 
 
 def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:

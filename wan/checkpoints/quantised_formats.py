@@ -9,7 +9,8 @@ A format, flag or companion tensor that no row knows is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,8 @@ WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table.
+    """scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
 
-    scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
     tensors: endings of names that no other format has. runs: who runs a format that is not read here.
     """
 
@@ -128,35 +128,28 @@ def hadamard(size: int) -> Tensor:
     return h4 if size == 4 else torch.kron(h4, hadamard(size // 4))
 
 
-def markers(store: TensorStore) -> dict[str, dict[str, Any]]:
-    """Layer as the file names it -> what header and tensors say about its format. ValueError if they are unreadable."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def add(layer: str, marker: Any) -> None:
-        if not isinstance(marker, dict) or not isinstance(marker.get("format"), str):
-            raise ValueError(f"its marker of layer {layer:.100} names no format")
-        if found.setdefault(layer, marker) != marker:
-            raise ValueError(f"its markers of layer {layer:.100} contradict each other")
-
+def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(layer as the file names it, what header or a tensor says of its format). ValueError if one is unreadable."""
+    found: list[tuple[str, Any]] = []
     for metadata in store.metadata_by_file:
         if METADATA_KEY in metadata:
             content = parse_json(metadata[METADATA_KEY])
             version = content.get("format_version", "1.0") if isinstance(content, dict) else None
             if version != "1.0" or not isinstance(content.get("layers"), dict):
                 raise ValueError(f"its {METADATA_KEY} has no layers, or another version than 1.0")
-            for layer, marker in content["layers"].items():
-                add(layer, marker)
-    for name in store:
+            found += content["layers"].items()
+    for name, entry in store.items():
         if name.endswith(MARKER):
-            entry = store[name]
             if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
                 raise ValueError(f"its marker {name:.100} is no text")
             try:
-                marker = parse_json(store.read(name).numpy().tobytes())
+                found.append((name.removesuffix(MARKER), parse_json(store.read(name).numpy().tobytes())))
             except ValueError as e:
                 raise ValueError(f"its marker {name:.100} is no JSON: {e}") from e
-            add(name.removesuffix(MARKER), marker)
-    return found
+    for layer, marker in found:
+        if not isinstance(marker, dict) or not isinstance(marker.get("format"), str):
+            raise ValueError(f"its marker of layer {layer:.100} names no format")
+        yield layer, marker
 
 
 def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) -> dict[str, Layer]:
@@ -165,7 +158,7 @@ def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) ->
     names: in the file -> plain, without prefixes. marked: by plain name of the layer.
     """
     layers = {f"{stem}.weight": Layer(marker=marker) for stem, marker in marked.items()}
-    by_stem: dict[str, list[str]] = {}
+    by_stem = defaultdict[str, list[str]](list)
     for name, plain in names.items():
         if plain.endswith((*UNUSED, MARKER)):
             continue
@@ -178,39 +171,40 @@ def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) ->
             layer.scale = name
         else:
             layer.weight = name
-            by_stem.setdefault(weight.rpartition(".")[0], []).append(weight)
+            by_stem[weight.rpartition(".")[0]].append(weight)
     for weight, layer in layers.items():
         if layer.scale or layer.marker:
             stem = weight.removesuffix(".weight")
-            beside = by_stem.get(stem, []) + by_stem.get(weight, [])
-            layer.others = tuple(name for name in beside if name not in (weight, f"{stem}.bias"))
+            layer.others = tuple(
+                name for name in by_stem[stem] + by_stem[weight] if name not in (weight, f"{stem}.bias")
+            )
     return layers
 
 
 def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None:
-    """How the weight is read; None: as it is stored. ValueError says why it is not read, naming its format."""
+    """How the weight is read; None: as it is stored. ValueError, to follow its name, says why it is not read."""
     if not layer.weight:
-        raise ValueError(f"{plain} has a scale or a marker but is missing")
+        raise ValueError("has a scale or a marker but is missing")
     entry, marker = store[layer.weight], layer.marker or {}
     row = _format_of(plain, layer, entry)
     if row is None:
         return None
     if layer.scale is None:
         if marker or entry.dtype == "I8":
-            raise ValueError(f"{plain} is {row.name} without a scale")
+            raise ValueError(f"is {row.name} without a scale")
         return Decoding(layer.weight)
     scale = store[layer.scale]
     unit, rows, columns = _block(entry.shape, scale.shape)
     if scale.dtype not in FLOATS or unit not in row.scales:
-        raise ValueError(f"{plain} is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
+        raise ValueError(f"is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
     size, shape = marker.get("group_size", columns), marker.get("orig_shape", list(entry.shape))
     if columns not in (0, size) or (rows not in (1, size, entry.shape[0]) and "group_size" in marker):
-        raise ValueError(f"{plain} has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
+        raise ValueError(f"has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
     if shape != list(entry.shape):
-        raise ValueError(f"{plain} was {shape!r:.60}, and is {list(entry.shape)}")
+        raise ValueError(f"was {shape!r:.60}, and is {list(entry.shape)}")
     if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
-        raise ValueError(f"{plain} is int8, and nothing in the file says how the convrot of its name was applied")
-    return Decoding(layer.weight, layer.scale, rows, columns, _rotation(plain, marker, entry))
+        raise ValueError("is int8, and nothing in the file says how the convrot of its name was applied")
+    return Decoding(layer.weight, layer.scale, rows, columns, _rotation(marker, entry.shape))
 
 
 def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
@@ -221,19 +215,19 @@ def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
     if layer.marker:
         row = FORMATS.get(layer.marker["format"])
         if row is None:
-            raise ValueError(f"{plain} is in the format {layer.marker['format']!r:.60}, which is not known here")
+            raise ValueError(f"is in the format {layer.marker['format']!r:.60}, which is not known here")
     elif row is None and entry.dtype in FLOATS and not layer.scale:
         return None
     if row is None:
-        raise ValueError(f"{plain} is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
+        raise ValueError(f"is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
-        raise ValueError(f"{plain} is in the format {row.name}, which is not read here; {row.runs} may run it")
+        raise ValueError(f"is in the format {row.name}, which is not read here; {row.runs} may run it")
     if flags := set(layer.marker or ()) - {*KNOWN_FLAGS, *row.flags}:
-        raise ValueError(f"{plain} is {row.name} with the unknown flag {min(flags)!r:.60}")
+        raise ValueError(f"is {row.name} with the unknown flag {min(flags)!r:.60}")
     if layer.others:
-        raise ValueError(f"{plain} is {row.name} with the unknown tensor {layer.others[0]:.100}")
+        raise ValueError(f"is {row.name} with the unknown tensor {layer.others[0]:.100}")
     if entry.dtype != row.dtype:
-        raise ValueError(f"{plain} is marked {row.name} but stored as {entry.dtype}")
+        raise ValueError(f"is marked {row.name} but stored as {entry.dtype}")
     return row
 
 
@@ -256,16 +250,14 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, in
     return (BLOCK, rows, 0 if scale[1] == 1 else columns) if exact and columns > 1 else ("", 0, 0)
 
 
-def _rotation(plain: str, marker: Mapping[str, Any], entry: Entry) -> int:
+def _rotation(marker: Mapping[str, Any], shape: tuple[int, ...]) -> int:
     """Inputs that were rotated together, 0 for none. ValueError for what is no rotation."""
     rotated, size = marker.get("convrot", False), marker.get("convrot_groupsize", 256)
     if type(rotated) is not bool or ("convrot_groupsize" in marker and "convrot" not in marker):
-        raise ValueError(f"{plain} is marked with convrot {rotated!r:.40}, neither true nor false")
+        raise ValueError(f"is marked with convrot {rotated!r:.40}, neither true nor false")
     if not rotated:
         return 0
     power_of_4 = type(size) is int and size > 1 and size.bit_count() == 1 and size.bit_length() % 2
-    if not power_of_4 or len(entry.shape) != 2 or entry.shape[1] % size:
-        raise ValueError(
-            f"{plain} of {list(entry.shape)} has a convrot_groupsize of {size!r:.40}, not a power of 4 of it"
-        )
+    if not power_of_4 or len(shape) != 2 or shape[1] % size:
+        raise ValueError(f"of {list(shape)} has a convrot_groupsize of {size!r:.40}, not a power of 4 of it")
     return int(size)

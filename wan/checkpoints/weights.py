@@ -11,18 +11,18 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.checkpoints import layout
 from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
 from wan.checkpoints.gguf_file import GgufStore
-from wan.checkpoints.key_mapping import original, original_llama_text, original_text, original_vae
-from wan.checkpoints.outside import size_of
+from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
 from wan.checkpoints.pth_file import PickleStore
 from wan.checkpoints.quantised_formats import DATA, Decoding, decoding_of, layers_of, markers
 from wan.checkpoints.quantised_formats import FLOATS as FLOATS
-from wan.checkpoints.safetensors_file import Entry, TensorStore
+from wan.checkpoints.safetensors_file import TensorStore, size_of
 from wan.configs import TaskConfig
 from wan.configs.task import PATCH
 from wan.utils.errors import LoraError
@@ -47,7 +47,7 @@ SIGNS = {EXPERT: "blocks.0.self_attn.q.weight", TEXT_ENCODER: "blocks.0.attn.q.w
 # how other programs' names of a network begin, and what renames them; other names stay
 SPELLINGS: dict[str, dict[str, Callable[[Iterable[str]], dict[str, str]]]] = {
     EXPERT: {"condition_embedder.": original},
-    TEXT_ENCODER: {"encoder.block.": original_text, "enc.blk.": original_llama_text},
+    TEXT_ENCODER: {"encoder.block.": original_text, "enc.blk.": partial(original_text, spelling=LLAMA)},
     VAE: {"quant_conv.": original_vae},
 }
 WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")  # anywhere in a name
@@ -61,15 +61,9 @@ class NamedWeights(TensorStore):
     def __init__(self, source: TensorStore, names: Mapping[str, str], decodings: Mapping[str, Decoding]) -> None:
         """names: ours -> the tensor in `source`. decodings: by our name, of those that are not given as stored."""
         entries = {ours: source[theirs] for ours, theirs in names.items()}
-        decoded = {n: Entry(entries[n].file, "F32", entries[n].shape, entries[n].offset) for n in decodings}
+        decoded = {n: replace(entries[n], dtype="F32", stored=source.stored(names[n])) for n in decodings}
         super().__init__(entries | decoded, *source.metadata_by_file)
         self.source, self._names, self._decodings = source, names, decodings
-
-    def stored_as(self, name: str) -> str:
-        return self.source.stored_as(self._names[name])
-
-    def stored_bytes(self, name: str) -> int:
-        return self.source.stored_bytes(self._names[name])
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         if name in self._decodings:
@@ -126,7 +120,7 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
             if decoding := decoding_of(own, layers[name], source):
                 decodings[own] = decoding
         except ValueError as e:
-            problems.append(str(e))
+            problems.append(f"{own} {e}")
     if problems:
         count = f"{len(problems)} tensors are stored in a form that is not read here"
         raise LoraError(f"{where}: {count} (first: {min(problems)})")
@@ -202,11 +196,10 @@ def _markers(source: TensorStore, plain: Mapping[str, str], kind: str) -> dict[s
     """Plain name of a layer of this part -> its marker. One of a layer that the file does not have is kept."""
     here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
     found: dict[str, Any] = {}
-    for layer, marker in markers(source).items():
-        weight = f"{strip_prefixes(layer)}.weight"
-        if _part_of(layer) not in (None, kind) or (weight in everywhere and weight not in here):
-            continue
-        if found.setdefault(strip_prefixes(layer), marker) != marker:
+    for layer, marker in markers(source):
+        name = strip_prefixes(layer)
+        elsewhere = f"{name}.weight" in everywhere and f"{name}.weight" not in here
+        if _part_of(layer) in (None, kind) and not elsewhere and found.setdefault(name, marker) != marker:
             raise ValueError(f"its markers of layer {layer:.100} contradict each other")
     return found
 
@@ -219,4 +212,4 @@ def _restore_axes(source: TensorStore, names: Mapping[str, str]) -> None:
     entry, width = source[weight], source[bias].shape[0]
     channels, rest = divmod(math.prod(entry.shape), width * math.prod(PATCH)) if width else (0, 1)
     if not rest and entry.shape and entry.shape[0] in (width, width * channels):
-        source.entries[weight] = replace(entry, shape=(width, channels, *PATCH))
+        source[weight] = replace(entry, shape=(width, channels, *PATCH))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wan.checkpoints.layout import STEM
 from wan.checkpoints.safetensors_file import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
-from wan.modules.quantize import FP8, quantise, scale_name
+from wan.modules.fp8 import scale_name
+from wan.modules.fused import FP8, quantise
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 
@@ -62,16 +63,12 @@ class Shard:
     tensors: tuple[Target, ...]
 
     def header(self) -> bytes:
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
-        table: dict[str, Any] = {
-            tensor.name: {
-                "dtype": STORED_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": list(offsets),
-            }
-            for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True)
-        }
-        return header_bytes({"__metadata__": {"format": "pt"}, **table})
+        for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True):
+            dtype = STORED_NAMES[tensor.dtype]
+            table[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets}
+        return header_bytes(table)
 
     @property
     def bytes(self) -> int:
@@ -93,17 +90,15 @@ def plan_shards(network: NetworkToWrite, shard_bytes: int) -> list[Shard]:
             left = shard_bytes
         groups[-1] += targets
         left -= size
-    return [
-        Shard(
-            network.folder / f"{network.stem}-{number:05d}-of-{len(groups):05d}.safetensors",
-            tuple(sorted(group, key=lambda target: -target.dtype.itemsize)),
-        )
-        for number, group in enumerate(groups, 1)
-    ]
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file = network.folder / f"{network.stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+        shards.append(Shard(file, tuple(sorted(group, key=lambda target: -target.dtype.itemsize))))
+    return shards
 
 
 def write_shard(path: Path, shard: Shard, network: NetworkToWrite) -> str:
-    """Write one file, or keep it if an earlier run wrote it whole; its sha256."""
+    """Write one file, or keep it if an earlier run wrote it whole; its sha256. TensorFileError for NaN or Inf."""
     header = shard.header()
     if path.is_file() and path.stat().st_size == len(header) + shard.bytes:
         with path.open("rb") as file:
@@ -120,12 +115,24 @@ def write_shard(path: Path, shard: Shard, network: NetworkToWrite) -> str:
     return digest.hexdigest()
 
 
+def _converted(target: Target, network: NetworkToWrite) -> Tensor:
+    """The tensor as it is written. An fp8 weight and its scales are apart in the file, so both are computed twice."""
+    tensor = network.store.read(target.source)
+    if not tensor.isfinite().all():
+        raise TensorFileError(f"{network.store[target.source].file}: tensor {target.source} holds NaN or Inf")
+    tensor = network.change(target.source, tensor)
+    if target.dtype != FP8 and not target.scales:
+        return tensor.to(target.dtype)
+    q, scale = torch.empty(tensor.shape, dtype=FP8), torch.empty(len(tensor), 1)
+    quantise(tensor, q, scale)
+    return scale if target.scales else q
+
+
 def write_index(root: Path, network: NetworkToWrite, shards: Sequence[Shard]) -> None:
     """Write which file holds which tensor."""
-    index = {
-        "metadata": {"total_size": sum(shard.bytes for shard in shards)},
-        "weight_map": {tensor.name: shard.file.name for shard in shards for tensor in shard.tensors},
-    }
+    size = sum(shard.bytes for shard in shards)
+    places = {tensor.name: shard.file.name for shard in shards for tensor in shard.tensors}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
     write_json(root / network.folder / f"{network.stem}{INDEX_SUFFIX}", index)
 
 
@@ -138,21 +145,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _converted(target: Target, network: NetworkToWrite) -> Tensor:
-    """The tensor as it is written. An fp8 weight and its scales are apart in the file, so both are computed twice."""
-    tensor = _changed(target.source, network)
-    if target.dtype != FP8 and not target.scales:
-        return tensor.to(target.dtype)
-    q, scale = torch.empty(tensor.shape, dtype=FP8), torch.empty(len(tensor), 1)
-    quantise(tensor, q, scale)
-    return scale if target.scales else q
-
-
-def _changed(name: str, network: NetworkToWrite) -> Tensor:
-    """The source's tensor after the network's change. TensorFileError if it holds NaN or Inf."""
-    tensor = network.store.read(name)
-    if not tensor.isfinite().all():
-        raise TensorFileError(f"{network.store[name].file}: tensor {name} holds NaN or Inf")
-    return network.change(name, tensor)

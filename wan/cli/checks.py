@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TypeVar
 
-from wan.utils.argument_parser import not_one_of, outside, pair, real, short
+from wan.utils.argument_parser import not_one_of, outside, real, short
 from wan.utils.errors import InputError
 
 Found = TypeVar("Found")
 POSITIONS = 1024  # along each axis, height, width and time: of the original's table of rotations
+FARTHEST = f"for the model was made for {POSITIONS} positions along each axis"
 COMMON_SHIFTS = (3.0, 5.0, 8.0, 12.0)
 MOST_SHOWN = 50  # problems; a file of a hundred thousand bad rows has one cause
 
 
-class Sentences(list[str]):
-    """Sentences in the order in which they came, each once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def append(self, sentence: str) -> None:
-        if sentence not in self._seen:
-            self._seen.add(sentence)
-            super().append(sentence)
-
-    def extend(self, sentences: Iterable[str]) -> None:
-        for sentence in sentences:
-            self.append(sentence)
-
-
 class Check:
-    """Collects problems, which stop the run, and warnings, which do not."""
+    """Collects problems, which stop the run, and warnings, which do not. Equal ones count once."""
 
     def __init__(self, problems: Sequence[str] = ()) -> None:
-        self.problems, self.warnings = Sentences(), Sentences()
-        self.problems.extend(problems)
+        self.problems, self.warnings = list(problems), list[str]()
 
     def problem(self, sentence: str) -> None:
         self.problems.append(sentence)
@@ -48,8 +31,10 @@ class Check:
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)
 
-    def attempt(self, work: Callable[[], Found], brought: Mapping[str, str] | None = None) -> Found | None:
-        """`work()`, or None if it raises InputError, whose problems are noted.
+    def attempt(
+        self, work: Callable[[], Found], brought: Mapping[str, str] | None = None, begin: str = ""
+    ) -> Found | None:
+        """`work()`, or None if it raises InputError, whose problems are noted, with `begin` in front of each.
 
         brought: flags by path; a problem that begins with one of these paths gets its flag.
         """
@@ -59,13 +44,14 @@ class Check:
             for problem in e.problems:
                 named = problem.removeprefix("LoRA ")
                 flag = next((flag for path, flag in (brought or {}).items() if named.startswith(path)), None)
-                self.problem(f"{flag} {named}" if flag else problem)
+                self.problem(f"{flag} {named}" if flag else f"{begin}{problem}")
         return None
 
     def error(self) -> InputError:
         """The first MOST_SHOWN problems, and how many more there are."""
-        more = len(self.problems) - MOST_SHOWN
-        return InputError(self.problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
+        problems = list(dict.fromkeys(self.problems))
+        more = len(problems) - MOST_SHOWN
+        return InputError(problems[:MOST_SHOWN] + ([f"and {more:,} more problems"] if more > 0 else []))
 
     def stop(self) -> None:
         """InputError if there were problems."""
@@ -81,27 +67,10 @@ class Check:
 
     def number(self, flag: str, given: float | None, default: float, low: float, high: float) -> float:
         """A finite number from `low` to `high`."""
-        if given is None:
-            return default
-        if problem := outside(flag, given, low, high):
+        if given is not None and (problem := outside(flag, given, low, high)):
             self.problem(problem)
             return default
-        return given
-
-    def whole(self, flag: str, given: int | None, default: int, low: int, high: int) -> int:
-        return int(self.number(flag, given, default, low, high))
-
-    def pair(
-        self, flag: str, given: str | None, default: tuple[float, float], low: float, high: float
-    ) -> tuple[float, float]:
-        """`A` (twice the same) or `A,B`."""
-        if given is None:
-            return default
-        numbers = self.attempt(lambda: pair(flag, given))
-        if numbers is None:
-            return default
-        first, last = (self.number(flag, number, default[0], low, high) for number in numbers)
-        return first, last
+        return default if given is None else given
 
     def size(self, flag: str, given: str, step: int, named: Mapping[str, str] | None = None) -> tuple[int, int]:
         """(width, height) of `W*H` or `WxH`, multiples of `step`, or of one of the `named` sizes."""
@@ -115,25 +84,25 @@ class Check:
             return step, step
         width, height = int(match[1]), int(match[2])
         if max(width, height) > POSITIONS * step:
-            self.problem(f"{flag} {width}*{height} is too large; {_farthest('a side', POSITIONS * step, 'pixels')}")
+            most = f"a side has at most {POSITIONS * step} pixels, {FARTHEST}"
+            self.problem(f"{flag} {width}*{height} is too large; {most}")
             return step, step
-        valid = [max(step, round(side / step) * step) for side in (width, height)]
-        if valid != [width, height]:
-            nearest = f"{valid[0]}*{valid[1]}"
+        across, down = (max(step, round(side / step) * step) for side in (width, height))
+        if (across, down) != (width, height):
+            nearest = f"{across}*{down}"
             self.problem(f"{flag} {width}*{height}: both sides must be multiples of {step}; the nearest is {nearest}")
-        return valid[0], valid[1]
+        return across, down
 
     def frames(self, flag: str, given: int) -> int:
         """A frame count of the form 4n+1: the first frame stands alone, the VAE folds the others by four."""
         longest = (POSITIONS - 1) * 4 + 1
         if given > longest:
-            self.problem(f"{flag} {short(given)} is too long; {_farthest('a video', longest, 'frames')}")
+            self.problem(f"{flag} {short(given)} is too long; a video has at most {longest} frames, {FARTHEST}")
             return 1
         below = max(1, (given - 1) // 4 * 4 + 1)
-        if given == below:
-            return given
-        nearest = f"values are {short(below)} or {short(below + 4)}" if given > 1 else "value is 1"
-        self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
+        if given != below:
+            nearest = f"values are {short(below)} or {short(below + 4)}" if given > 1 else "value is 1"
+            self.problem(f"{flag} {short(given)} is not of the form 4n+1; the nearest valid {nearest}")
         return below
 
     def several(self, what_needs: str, frames: int) -> None:
@@ -142,31 +111,27 @@ class Check:
             self.problem(f"{what_needs} 5 frames or more, not {frames}")
 
     def timesteps(self, given: str) -> tuple[float, ...] | None:
-        """An explicit list of final timesteps: falling, within (0, 1000]."""
-        flag = "--timesteps"
-        values = [real(part) for part in given.split(",")]
-        numbers = tuple(value for value in values if value is not None and math.isfinite(value))
-        if len(numbers) != len(values):
-            self.problem(f"{flag} takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}")
-            return None
-        if beyond := [value for value in numbers if not 0 < value <= 1000]:
-            self.problem(f"{flag}: {beyond[0]:g} is outside (0, 1000]")
-        elif len(set(numbers)) != len(numbers):
-            self.problem(f"{flag} {given} names a timestep twice; each must be below the one before")
-        elif list(numbers) != sorted(numbers, reverse=True):
-            self.problem(f"{flag} {given} does not fall; each must be below the one before")
-        else:
-            self._warn_of_shift(numbers)
-            return numbers
-        return None
+        """An explicit list of final timesteps: falling, within (0, 1000].
 
-    def _warn_of_shift(self, timesteps: tuple[float, ...]) -> None:
-        """Warn of lists that mean something else in programs that take the list from before the shift."""
+        Warns of lists that mean something else in programs that take the list from before the shift.
+        """
+        values = [real(part) for part in given.split(",")]
+        timesteps = tuple(value for value in values if value is not None and math.isfinite(value))
+        fault = ""
+        if len(timesteps) != len(values):
+            fault = f" takes numbers with commas between, such as 1000,937.5,833.33,625, not {given!r}"
+        elif beyond := [value for value in timesteps if not 0 < value <= 1000]:
+            fault = f": {beyond[0]:g} is outside (0, 1000]"
+        elif len(set(timesteps)) != len(timesteps):
+            fault = f" {given} names a timestep twice; each must be below the one before"
+        elif list(timesteps) != sorted(timesteps, reverse=True):
+            fault = f" {given} does not fall; each must be below the one before"
+        if fault:
+            self.problem(f"--timesteps{fault}")
+            return None
         if timesteps[0] != 1000:
             self.warn(f"--timesteps starts at {timesteps[0]:g}, but the video starts as pure noise, which is 1000")
-        shift = effective_shift(timesteps)
-        if shift is None:
-            return
+        shift = effective_shift(timesteps) or 0.0
         listed = ", ".join(f"{value:g}" for value in timesteps)
         if math.isclose(shift, 1.0, rel_tol=0.03):
             final = ",".join(f"{shifted(value / 1000, 5.0) * 1000:.6g}" for value in timesteps)
@@ -179,7 +144,8 @@ class Check:
                     f"--timesteps {listed} looks shifted twice (by {first:g} and {second:g}); "
                     f"shifted once by {second:g} it is {once}"
                 )
-                return
+                break
+        return timesteps
 
 
 def shifted(u: float, shift: float) -> float:
@@ -205,7 +171,3 @@ def effective_shift(timesteps: Sequence[float]) -> float | None:
 def no_file(path: Path) -> str:
     """The reason why `path` is no file."""
     return "is a folder, not a file" if path.is_dir() else "no such file"
-
-
-def _farthest(what: str, most: int, unit: str) -> str:
-    return f"{what} has at most {most} {unit}, for the model was made for {POSITIONS} positions along each axis"

@@ -6,6 +6,7 @@ A `Request` holds one value for each row, as given; the row's default where none
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from wan.configs import TASKS, TaskConfig
 from wan.prompt_extension import LANGUAGES, METHODS, ON_ERROR
 
-Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
 
 class Scope(Enum):
@@ -30,7 +31,6 @@ class Scope(Enum):
 VIDEO, HOW, START = Scope
 LARGEST_SEED = 2**63 - 1
 SCHEMA = 2  # of records, which hold requests
-LONGEST_PATH = 4096
 
 
 # Readers of a value, from a word or from what JSON makes of it. They raise TypeError, ValueError or OverflowError;
@@ -58,81 +58,57 @@ def paths(value: object) -> tuple[str, ...]:
 
 def whole(value: object) -> int:
     """a whole number"""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise TypeError
-    return int(_plain(value))
+    return _number(value, int)
 
 
 def real(value: object) -> float:
     """a number"""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    return _number(value, float)
+
+
+def _number(value: Any, kind: type[Number]) -> Number:
+    # `1_0`, which Python reads as 10, is a slip
+    if isinstance(value, bool) or not isinstance(value, str | int | kind) or (isinstance(value, str) and "_" in value):
         raise TypeError
-    return float(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """Not `1_0`, which Python reads as 10: it is a slip."""
-    if isinstance(value, str) and "_" in value:
-        raise ValueError
-    return value
+    return kind(value)
 
 
 def truth(value: object) -> bool:
     """True or False"""
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
-    key = str(value).lower()
-    if key not in words:
+    word = str(value).lower()
+    if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
         raise ValueError
-    return words[key]
+    return word in ("true", "yes", "t", "y", "1")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One row, besides its name and default.
-
-    takes: the placeholder in the help; "" for a switch, "[...]" where the value may be left out.
-    example: a value for the short help, "" for a switch; None: the option is in `--help all` only.
-    pattern: further legal values beside `choices`.
-    into: the option that this one ends in (a prompt file is compared by the prompt).
-    displaces: options of a record that no longer count once this one is given beside --replay.
-    needs: without any of these it has no effect; beaten_by: nor beside this one.
-    idle_on: nor on this device, or in this dtype.
-    counts_with: which of MODES, starts that make no video from a prompt, it affects.
-    """
+    """One row, besides its name and default."""
 
     group: str
     scope: Scope
     read: Callable[[Any], Any]
-    takes: str
+    takes: str  # the placeholder in the help; "" for a switch, "[...]" where the value may be left out
     help: str
-    example: str | None = None
+    example: str | None = None  # a value for the short help, "" for a switch; None: it is in `--help all` only
     choices: tuple[str, ...] = ()
-    pattern: str = ""
+    pattern: str = ""  # further legal values beside `choices`
     limits: tuple[float, float] | None = None
-    into: str = ""
-    displaces: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    beaten_by: str = ""
-    idle_on: str = ""
-    counts_with: tuple[str, ...] = ()
+    into: str = ""  # the option that this one ends in (a prompt file is compared by the prompt)
+    displaces: tuple[str, ...] = ()  # options of a record that no longer count once this one is beside --replay
+    needs: tuple[str, ...] = ()  # without any of these it has no effect
+    beaten_by: str = ""  # beside this one it has no effect
+    idle_on: str = ""  # on this device, or in this dtype, it has no effect
+    counts_with: tuple[str, ...] = ()  # which of MODES, starts that make no video from a prompt, it affects
 
 
 def option(
-    group: str,
-    scope: Scope,
-    read: Callable[[Any], Value],
-    takes: str,
-    help: str,
-    default: Any = None,
-    **more: Any,
+    group: str, scope: Scope, read: Callable[[Any], Any], takes: str, help: str, default: Any = None, **more: Any
 ) -> Any:
     """A row of the table. The default of a choice is its first value, of a switch False."""
     row = Option(group, scope, read, takes, help, **more)
-    if default is None and row.choices:
-        default = row.choices[0]
-    if default is None and not takes:
-        default = False
+    if default is None:
+        default = row.choices[0] if row.choices else None if takes else False
     return dataclasses.field(default=default, metadata={"option": row})
 
 
@@ -337,14 +313,12 @@ class Request:
     debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors", counts_with=MODES)
     # fmt: on
 
-    def as_dict(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON takes them."""
-        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
     def recorded(self) -> dict[str, Any]:
-        """`as_dict` for a record: absolute paths for files that exist here, so that it can be read elsewhere."""
-        return {n: absolute(v) if OPTIONS[n].read in (path, paths) else v for n, v in self.as_dict().items()}
+        """The values that differ from the defaults, as JSON takes them; with absolute paths of files that exist here,
+        so that a record can be read elsewhere."""
+        values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
@@ -372,24 +346,17 @@ def read(name: str, value: object, problems: list[str]) -> Any:
 
 def absolute(value: Any) -> Any:
     """A text that names something here as an absolute path, in lists and after `high=` too; anything else as it is."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [absolute(part) for part in value]
-    if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_PATH:
+    if not isinstance(value, str):
         return value
     expert, _, rest = value.rpartition("=")
     for named, before in ((value, ""), (rest, f"{expert}=")):
         for end in {len(named), named.rfind(":")} - {-1}:
-            path = Path(named[:end]).expanduser()
-            if end and _exists(path):
-                return f"{before}{path.absolute()}{named[end:]}"
+            path = os.path.expanduser(named[:end])
+            if end and os.path.exists(path):
+                return f"{before}{Path(path).absolute()}{named[end:]}"
     return value
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a name, or its folder may not be read
-        return False
 
 
 def without_effect(values: Mapping[str, Any], request: Request) -> list[str]:

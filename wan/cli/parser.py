@@ -18,34 +18,23 @@ from wan.utils.argument_parser import Parser
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 # What other programs call a flag of ours.
 OTHER_NAMES: dict[str, str] = {
-    "--task": "t task_name model_type",
-    "--prompt": "p text positive_prompt",
+    "--task": "t task_name model_type", "--prompt": "p text positive_prompt",
     "--image": "i input_image img init_image first_frame start_image image_path",
     "--last_image": "end_image last_frame end_frame tail_image",
     "--video": "v2v input_video src_video video_path",
-    "--strength": "denoise denoising_strength",
     "--prompt_file": "prompts prompt_list prompt_path batch_file",
-    "--negative_prompt": "negative neg_prompt n_prompt",
-    "--size": "width height resolution video_size w h s",
+    "--negative_prompt": "negative neg_prompt n_prompt", "--size": "width height resolution video_size w h s",
     "--frame_num": "frames num_frames length video_length frame_count infer_frames",
-    "--base_seed": "seed random_seed",
-    "--num_videos": "n batch_size num_samples repeat",
-    "--ckpt_dir": "model model_dir model_path model_id checkpoint m",
-    "--lora_dir or --lora": "lora_path loras",
-    "--sample_solver": "solver sampler scheduler",
-    "--sample_steps": "steps num_inference_steps infer_steps num_steps",
-    "--sample_shift": "shift flow_shift timestep_shift",
+    "--base_seed": "seed random_seed", "--num_videos": "n batch_size num_samples repeat",
+    "--ckpt_dir": "model model_dir model_path model_id checkpoint m", "--lora_dir or --lora": "lora_path loras",
+    "--sample_solver": "solver sampler scheduler", "--sample_steps": "steps num_inference_steps infer_steps num_steps",
     "--sample_guide_scale": "cfg cfg_scale guidance guidance_scale",
-    "--device": "gpu d",
-    "--dtype": "precision fp16 bf16 fp32",
-    "--offload_model": "offload cpu_offload low_vram lowvram",
-    "--vram": "max_memory gpu_memory memory",
+    "--sample_shift": "shift flow_shift timestep_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
+    "--offload_model": "offload cpu_offload low_vram lowvram", "--vram": "max_memory gpu_memory memory",
     "--save_dir or --save_file": "output out o output_dir output_path save_path filename",
-    "--overwrite": "force f y yes",
-    "--resume": "skip_existing continue",
-    "--replay": "from_record recipe config",
+    "--overwrite": "force f y yes", "--resume": "skip_existing continue", "--replay": "from_record recipe config",
     "--debug": "verbose v traceback",
-}
+}  # fmt: skip
 S2V, ANIMATE = "speech to video (S2V) is not part of this toolkit", "Wan-Animate is not part of this toolkit"
 # Why there is no such flag.
 REASONS: dict[str, str] = {
@@ -79,9 +68,8 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     InputError naming every flag that does not exist, with one suggestion for each.
     """
     problems: list[str] = []
-    known = vars(_parser(problems).read(words))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return {name: value for name, value in values.items() if value is not None}, problems
+    given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems
 
 
 def words_of(request: Request) -> list[str]:
@@ -99,10 +87,9 @@ def words_of(request: Request) -> list[str]:
 
 def program() -> str:
     """The start of the user's own command, for commands in messages."""
-    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    name, spec = Path(sys.argv[0]).name.removesuffix(".exe"), getattr(sys.modules["__main__"], "__spec__", None)
     if name == COMMAND:
         return COMMAND
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name == "generate":
         return "python -m generate"
     return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
@@ -123,23 +110,19 @@ def _parser(problems: list[str], *, short: bool = True) -> Parser:
         add_help=False, description="Make videos with Wan2.2 and Wan2.2-Lightning. README.md has a command for each "
         "task; with --dry_run it is checked, and its plan is printed.",
     )  # fmt: skip
-    parser.add_argument(
-        "-h", "--help", action=_Help, nargs="?", metavar="all", help="this text; --help all: every flag"
-    )
+    more = "this text; --help all: every flag"
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="all", help=more)
     parser.add_argument("--version", action="version", version=f"wan-lightning {__version__}")
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(row.group for row in OPTIONS.values())}
     for name, row in OPTIONS.items():
         example = f"; example: --{name} {row.example}" if short and row.example else ""
-        shown = argparse.SUPPRESS if short and row.example is None else f"{row.help}{example}".replace("%", "%%")
-        settings: dict[str, Any] = {"help": shown}
-        read_it = partial(read, name, problems=problems)
+        kind: dict[str, Any] = {"type": partial(read, name, problems=problems), "metavar": row.takes}
         if not row.takes:
-            settings |= {"action": "store_const", "const": True}
+            kind = {"action": "store_const", "const": True}
         elif row.read is paths:
-            settings |= {"action": "append", "metavar": row.takes}
+            kind = {"action": "append", "metavar": row.takes}
         elif row.takes.startswith("["):
-            settings |= {"type": read_it, "metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
-        else:
-            settings |= {"type": read_it, "metavar": row.takes}
-        groups[row.group].add_argument(f"--{name}", **settings)
+            kind |= {"metavar": row.takes.strip("[]"), "nargs": "?", "const": True}
+        shown = argparse.SUPPRESS if short and row.example is None else f"{row.help}{example}".replace("%", "%%")
+        groups[row.group].add_argument(f"--{name}", help=shown, **kind)
     return parser

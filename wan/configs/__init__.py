@@ -1,7 +1,6 @@
 """The models' constants: `TASKS` for this program, and the original's tables for its scripts. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 from easydict import EasyDict
 
@@ -15,22 +14,18 @@ TASKS: dict[str, TaskConfig] = {config.name: config for config in (t2v_A14B, i2v
 
 def _as_the_original(config: TaskConfig) -> EasyDict:
     """The attributes that scripts of Wan2.2 and Wan2.2-Lightning read and change."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
     files = {f"{expert}_noise_checkpoint": folder for expert, folder in config.experts.items()}
     loras = {f"{expert}_noise_lora_checkpoint": f"{expert}_noise_model.safetensors" for expert in config.experts}
     if config.boundary is None:
         files, loras = {}, {"lora_checkpoint": "diffusion_pytorch_model.safetensors"}
-    return EasyDict(values, __name__=f"Config: Wan {config.name}", **files, **loras)
+    return EasyDict(vars(config), __name__=f"Config: Wan {config.name}", **files, **loras)
 
 
 WAN_CONFIGS: dict[str, EasyDict] = {name: _as_the_original(config) for name, config in TASKS.items()}
 # The sizes by task, (width, height) of each, and its area, under the original's names.
 SUPPORTED_SIZES: dict[str, tuple[str, ...]] = {name: config.sizes for name, config in TASKS.items()}
 SIZE_CONFIGS: dict[str, tuple[int, int]] = {
-    size: (int(width), int(height))
-    for sizes in SUPPORTED_SIZES.values()
-    for size in sizes
-    for width, height in [size.split("*")]
+    size: (int(size.split("*")[0]), int(size.split("*")[1])) for sizes in SUPPORTED_SIZES.values() for size in sizes
 }
 MAX_AREA_CONFIGS: dict[str, int] = {size: width * height for size, (width, height) in SIZE_CONFIGS.items()}
 

@@ -9,19 +9,10 @@ t2v_A14B = TaskConfig(
     pipeline="WanPipeline",
     experts={"high": "high_noise_model", "low": "low_noise_model"},
     boundary=0.875,
-    dim=5120,
-    ffn_dim=13824,
-    num_heads=40,
-    num_layers=40,
-    in_dim=16,
-    out_dim=16,
-    vae_checkpoint="Wan2.1_VAE.pth",
-    vae_stride=(4, 8, 8),
+    dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16,
+    vae_checkpoint="Wan2.1_VAE.pth", vae_stride=(4, 8, 8),
     sizes=("1280*720", "720*1280", "832*480", "480*832"),
-    frame_num=81,
-    sample_fps=16,
-    sample_steps=40,
-    sample_shift=12.0,
+    frame_num=81, sample_fps=16, sample_steps=40, sample_shift=12.0,
     sample_guide_scale=(3.0, 4.0),  # (low noise, high noise)
     example_prompt="A red fox trots along a snowy ridge at sunrise, its breath steaming, the camera gliding beside it.",
-)
+)  # fmt: skip

@@ -6,7 +6,7 @@ Dtypes are torch dtypes or their names: this package imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 PATCH = (1, 2, 2)  # frames, rows and columns of the latent in one token
@@ -76,10 +76,6 @@ class TaskConfig:
     example_image: str | None = None
 
     @property
-    def latent_channels(self) -> int:
-        return self.out_dim
-
-    @property
     def size_step(self) -> int:
         """A video's sides are multiples of this: the VAE's stride times the patch."""
         return self.vae_stride[1] * self.patch_size[1]
@@ -87,7 +83,7 @@ class TaskConfig:
     def latent_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
         """[C, f, h, w] of the latent of a video of `size` (width, height) and 4n + 1 frames."""
         time, rows, columns = self.vae_stride
-        return self.latent_channels, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
+        return self.out_dim, (frames - 1) // time + 1, size[1] // rows, size[0] // columns
 
     def sizes_by_name(self) -> dict[str, str]:
         """The trained sizes as `720p`, and upright `720p-portrait`."""
@@ -97,8 +93,3 @@ class TaskConfig:
             name = f"{480 if min(width, height) == 480 else 720}p"  # the 5B model's 704 rows are sold as 720p
             names[name if width > height else f"{name}-portrait"] = size
         return names
-
-    def with_values(self, values: Mapping[str, Any]) -> TaskConfig:
-        """A copy with those of `values` that are fields: what a script has changed in its `WAN_CONFIGS` entry."""
-        names = {field.name for field in fields(self)}
-        return replace(self, **{name: value for name, value in values.items() if name in names})

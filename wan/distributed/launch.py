@@ -14,7 +14,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,10 +38,7 @@ LAST_QUESTION = 5.0  # seconds for the store to say who failed first: its proces
 
 @dataclass(frozen=True)
 class Runtime:
-    """The processes that torchrun started; by default this one alone.
-
-    uses_gpus: of many processes, each has a GPU of its own.
-    """
+    """The processes that torchrun started; by default this one alone. uses_gpus: each of many has a GPU of its own."""
 
     team: Team = field(default_factory=Team)
     uses_gpus: bool = False
@@ -48,12 +46,16 @@ class Runtime:
 
     @classmethod
     def start(cls) -> Runtime:
-        """Connect to the other processes that the environment names. InputError if the environment is incomplete,
-        WanError if the others do not come."""
+        """Connect to the processes that the environment names. InputError: it is incomplete; WanError: none come."""
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
-        _check_environment(size)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise InputError(
+                f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
+                "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
+            )
         # torch's C++ code warns of each closed connection; our own line says what matters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch.distributed as dist
@@ -94,42 +96,23 @@ class Runtime:
     def has_stopped(self) -> bool:
         return self.store is not None and self.store.add("stop", 0) > 0
 
-    def finish(self, code: int) -> int:
-        """Leave together; return the worst exit code of all."""
-        code = max(self.team.gather(code))
-        if self.team.group is not None:
-            import torch.distributed as dist
-
-            time.sleep(GLOO_REST)
-            dist.destroy_process_group()
-        return code
-
     def give_up(self, error: BaseException) -> NoReturn:
         """End this process now. The others notice and follow; only the first one to fail says why."""
         tell(sys.stdout, "")  # flushes it
-        first = self._fails_first()
-        if first or (first is None and self.team.rank == 1 and _is_connection(_cause(error))):
-            words = _last_words(self.team.rank, error) if first else KEEPER_LOST
+        assert self.store is not None, "there are others"
+        error = (error.__cause__ or error) if isinstance(error, Broken) else error
+        first = ThreadPoolExecutor(1).submit(self.store.add, "failed", 1)
+        try:
+            words = _last_words(self.team.rank, error) if first.result(LAST_QUESTION) == 1 else ""
+        except TimeoutError:  # two messages are better than none
+            words = _last_words(self.team.rank, error)
+        except RuntimeError:  # the store is gone with the process that kept it
+            words = KEEPER_LOST if self.team.rank == 1 and _is_connection(error) else ""
+        if words:
             tell(sys.stderr, words)
             tell_launcher(words.splitlines()[-1])
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         os._exit(error.code if isinstance(error, Stopped) else code)  # no clean-up: it would wait for the others
-
-    def _fails_first(self) -> bool | None:
-        """Whether no other process has failed before; None if the store is gone with the process that kept it."""
-        assert self.store is not None, "there are others"
-        answers: list[bool | None] = []
-
-        def ask(store: Store) -> None:
-            try:
-                answers.append(store.add("failed", 1) == 1)
-            except RuntimeError:
-                answers.append(None)
-
-        asking = threading.Thread(target=ask, args=(self.store,), daemon=True)
-        asking.start()
-        asking.join(LAST_QUESTION)
-        return answers[0] if answers else True  # no answer: two messages are better than none
 
 
 class Stopped(KeyboardInterrupt):
@@ -143,59 +126,56 @@ class Stopped(KeyboardInterrupt):
 def launch(work: Callable[[Runtime], int]) -> int:
     """Run `work` on every process; return the worst of its exit codes.
 
-    An exception from `work` ends all processes; without others it is simply raised.
+    An exception from `work` ends all processes; without others it is simply raised. SIGTERM and SIGHUP end the work as
+    Ctrl-C does, with its clean-up and its messages.
     """
-    with _signals_interrupt():
-        runtime = Runtime.start()
-        if runtime.team.group is None:
-            return work(runtime)
-        try:
-            return runtime.finish(work(runtime))
-        except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
-            runtime.give_up(error)
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages."""
 
     def stop(number: int, _: Any) -> NoReturn:
         raise Stopped(number)
 
-    numbers = [number for number in _signals("SIGTERM", "SIGHUP") if signal.getsignal(number) is signal.SIG_DFL]
-    earlier = {number: signal.signal(number, stop) for number in numbers}  # `nohup` ignores one: it stays so
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    # `nohup` ignores one: it stays so
+    with _handled(stop, ("SIGTERM", "SIGHUP"), lambda earlier: earlier is signal.SIG_DFL):
+        runtime = Runtime.start()
+        if runtime.team.group is None:
+            return work(runtime)
+        import torch.distributed as dist
+
+        try:
+            code = max(runtime.team.gather(work(runtime)))
+            time.sleep(GLOO_REST)
+            dist.destroy_process_group()
+            return code
+        except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
+            runtime.give_up(error)
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Delay signals to the end of the block: `import torch` loses an exception, or aborts because of it."""
     held: list[int] = []
-    numbers = _signals("SIGINT", "SIGTERM", "SIGHUP")
-    ours = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
-    for number in ours:
-        signal.signal(number, lambda came, _: held.append(came))
-    try:
+    with _handled(lambda number, _: held.append(number), ("SIGINT", "SIGTERM", "SIGHUP"), callable):
         yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
     for number in held[:1]:
         signal.raise_signal(number)
 
 
-def _signals(*names: str) -> list[int]:
-    """Numbers of the signals that this thread may handle here."""
-    main = threading.current_thread() is threading.main_thread()
-    return [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+@contextmanager
+def _handled(
+    handler: Callable[[int, Any], None], names: Sequence[str], replaces: Callable[[Any], bool]
+) -> Iterator[None]:
+    """Context manager: `handler` handles those of the signals whose present handler it `replaces`."""
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set one
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+    earlier = {number: signal.signal(number, handler) for number in numbers if replaces(signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, old in earlier.items():
+            signal.signal(number, old)
 
 
 def tell_launcher(sentence: str) -> None:
-    """Write why this process failed where torchrun's own report, the last lines of a run, takes it from."""
+    """Write why this process failed where torchrun's report takes it from."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the run prints the reason itself; torchrun's report only repeats it
@@ -219,15 +199,6 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise InputError(f"{name}={text} in the environment: must be a whole number")
     return int(text)
-
-
-def _check_environment(size: int) -> None:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
-            "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
-        )
 
 
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
@@ -258,28 +229,20 @@ def _last_words(rank: int, error: BaseException) -> str:
     """Why the run ends: one line, after the traceback if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
-    error = _cause(error)
-    if _is_connection(error):
-        return f"error: process {rank} {_how_lost(error)}\n"
+    if _is_connection(error):  # all messages of gloo and NCCL about a time limit hold "time"
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[
+            0
+        ]  # without the C++ file and the advice
+        lost = f"lost another process, which was killed or crashed ({reason})"
+        if "timed out" in reason.lower() or "timeout" in reason.lower():
+            minutes = patience().total_seconds() / 60
+            lost = f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
+        return f"error: process {rank} {lost}\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
     origin = origin_of(error)
     line = f"error: process {origin.process}: {type(error).__name__}: {first_line(error)}\n"
     return f"{origin.traceback}\n{line}".lstrip()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Why an exchange failed; any other error is its own cause."""
-    return (error.__cause__ or error) if isinstance(error, Broken) else error
-
-
-def _how_lost(error: BaseException) -> str:
-    """The lost connection in plain words. All messages of gloo and NCCL about a time limit hold "time"."""
-    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # without the C++ file and the advice
-    if "timed out" in reason.lower() or "timeout" in reason.lower():
-        minutes = patience().total_seconds() / 60
-        return f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
-    return f"lost another process, which was killed or crashed ({reason})"
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -200,9 +200,7 @@ class Layout:
 
 def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     """Why this layout is illegal for a model with `heads` attention heads, with the legal values.
-
-    sharded: over the ranks of a sequence group, which must then be at least two.
-    """
+    sharded: over the ranks of a sequence group, which must then be at least two."""
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
         return [f"--ring_size {ring}: must divide the {world} processes; legal here: {_listed(divisors(world))}"]
@@ -238,18 +236,16 @@ def flag_conflicts(
     *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
 ) -> list[str]:
     """The settings that exclude each other."""
-    problems = []
-    if ring > 1 and attention not in ("auto", "sdpa"):
-        problems.append(
-            f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"
-        )
-    if t5_fsdp and t5_cpu:
-        problems.append("--t5_fsdp and --t5_cpu exclude each other; give one of them")
-    if dit_fsdp and quantize != "none":
-        problems.append(f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out")
-    if dit_fsdp and lora_mode == "adapter":
-        problems.append("--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge")
-    return problems
+    rules = [
+        (ring > 1 and attention not in ("auto", "sdpa"),
+         f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
+        (t5_fsdp and t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
+        (dit_fsdp and quantize != "none",
+         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
+        (dit_fsdp and lora_mode == "adapter",
+         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
+    ]  # fmt: skip
+    return [problem for broken, problem in rules if broken]
 
 
 def divisors(number: int) -> list[int]:
@@ -308,15 +304,9 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
 
     sequences = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
     team = Team(sequence_rank, layout.sequence, mine(sequences, "gloo"))
-    sequence = mine(sequences)
-    ulysses: ProcessGroup | None = sequence
-    ring: ProcessGroup | None = sequence
-    if layout.ring == 1:
-        ring = None
-    elif layout.ulysses == 1:
-        ulysses = None
-    else:
-        heads = layout.ulysses
+    sequence, heads = mine(sequences), layout.ulysses
+    ulysses, ring = sequence if heads > 1 else None, sequence if layout.ring > 1 else None
+    if ulysses and ring:
         ulysses = mine([range(first, first + heads) for first in range(0, layout.world, heads)])
         ring = mine([group[index::heads] for group in sequences for index in range(heads)])
     shards = DeviceMesh.from_group(sequence, device)

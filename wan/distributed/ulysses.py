@@ -16,9 +16,7 @@ from torch import Tensor
 
 from wan.distributed.mesh import Layout, Mesh
 from wan.distributed.ring import ring_attention
-from wan.modules.block import SelfAttention
-from wan.modules.hooks import TokenSplit
-from wan.modules.model import WanModel
+from wan.modules.model import SelfAttention, TokenSplit, WanModel
 
 
 def split_tokens(model: WanModel, mesh: Mesh) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from wan.distributed.mesh import Mesh
 from wan.distributed.ulysses import all_gather
-from wan.modules.vae import WanVAE, waiting_room
-from wan.modules.vae_coders import Region
+from wan.modules.vae import WanVAE
+from wan.modules.vae_layers import Region
 
 
 class SplitVAE:
@@ -30,15 +30,10 @@ class SplitVAE:
         self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
-    def encode(self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
-        """[3, T, H, W] -> [z, L, h, w], on every rank."""
-        return self._encode(video, video.shape[1], chunk, tiles)
-
-    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
-        """The clip that begins with `image` [3, H, W] and goes on in grey -> [z, L, h, w], on every rank."""
-        return self._encode(image[:, None], frames, chunk, tiles)
-
-    def _encode(self, video: Tensor, frames: int, chunk: int, tiles: tuple[int, int]) -> Tensor:
+    def encode(
+        self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1), frames: int | None = None
+    ) -> Tensor:
+        """[3, T, H, W], followed by grey up to `frames` -> [z, L, h, w], on every rank."""
         height, width = video.shape[-2] // self.stride[1], video.shape[-1] // self.stride[2]
         regions = divide(height, width, self.size)
         # a rank without a region computes the first one: it needs the features' shape to take part
@@ -50,7 +45,7 @@ class SplitVAE:
         all_gather(received, sent, self.mesh)
         features = part.new_empty(length, height, width, channels)
         for region, flat in zip(regions, received.split(len(sent)), strict=False):
-            target = features[:, region.top : region.bottom, region.left : region.right]
+            target = region.cut(features, Region(0, height, 0, width))
             target.copy_(flat[: target.numel()].view(target.shape))
         return self.vae.encode_features(features, chunk)
 
@@ -61,20 +56,19 @@ class SplitVAE:
         iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
         """
         height, width = latent.shape[-2:]
-        regions = divide(height, width, self.size)
+        regions, frame = divide(height, width, self.size), Region(0, height, 0, width).scaled(self.stride[1])
         windows = [region.scaled(self.stride[1]) for region in regions]
-        frame = Region(0, height, 0, width).scaled(self.stride[1])
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
         parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
             parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
         for part, count in zip(parts, counts, strict=True):
-            received = self._gather(part, windows, count)
+            received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
-                video = torch.empty(3, count, frame.bottom, frame.right, device=part.device, dtype=part.dtype)
+                video = part.new_empty(3, count, *frame.sides)
                 for window, flat in zip(windows, received, strict=False):
-                    target = of_region(video, window)
+                    target = video[:, :, window.top : window.bottom, window.left : window.right]
                     target.copy_(flat[: target.numel()].view(target.shape))
                 yield video
 
@@ -87,21 +81,11 @@ class SplitVAE:
         if tiles == (1, 1):
             yield from self.vae.decode_region(features, region, chunk)
             return
-        rows, columns = region.bottom - region.top, region.right - region.left
-        size = sum(counts), rows * self.stride[1], columns * self.stride[2]
-        pixels = torch.empty(3, *size, device=waiting_room(self.device))
-        for tile in region.divided(*fitting(tiles, region)):
-            origin = region.top, region.top, region.left, region.left
-            inside = Region(*(edge - start for edge, start in zip(tile, origin, strict=True)))
-            targets = of_region(pixels, inside.scaled(self.stride[1])).split(counts, 1)
-            for part, target in zip(self.vae.decode_region(features, tile, chunk), targets, strict=True):
-                target.copy_(part)
-        for part in pixels.split(counts, 1):
+        for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
             yield part.to(self.device)
 
-    def _gather(self, part: Tensor, windows: list[Region], frames: int) -> list[Tensor]:
-        """Every rank's pixels of one chunk on rank 0, each padded to the largest."""
-        sent = padded(part, 3 * frames * max(window.area for window in windows))
+    def _gather(self, sent: Tensor) -> list[Tensor]:
+        """Every rank's tensor on rank 0."""
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         group = self.mesh.sequence
         assert group is not None
@@ -148,16 +132,11 @@ def divide(height: int, width: int, ranks: int) -> list[Region]:
     """
 
     def work(shape: tuple[int, int]) -> int:
-        regions = Region.tiles(height, width, *shape)
+        regions = Region(0, height, 0, width).divided(*shape)
         return max(region.grown(3, 3, Region(0, height, 0, width)).area for region in regions)
 
     shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
-    return Region.tiles(height, width, *min(shapes, key=work))
-
-
-def of_region(video: Tensor, region: Region) -> Tensor:
-    """The region's view of [C, T, H, W]."""
-    return video[:, :, region.top : region.bottom, region.left : region.right]
+    return Region(0, height, 0, width).divided(*min(shapes, key=work))
 
 
 def padded(x: Tensor, length: int) -> Tensor:

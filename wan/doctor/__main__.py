@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -25,20 +26,9 @@ if __name__ == "__main__":
 import torch
 
 from wan.doctor.forecast import forecast
-from wan.doctor.machine import (
-    WRONG,
-    CheckOutcome,
-    DoctorCheck,
-    Finding,
-    Machine,
-    choose_device,
-    examine,
-    packages,
-    versions_check,
-    video_encoder,
-)
+from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
-from wan.doctor.rates import exchange, rate_checks
+from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell
@@ -94,17 +84,13 @@ def _print(text: str) -> None:
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
     """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
-
-    def devices(machine: Machine) -> CheckOutcome:
-        machine.device, outcome = choose_device(device)
-        return outcome
-
     first = [
-        DoctorCheck("versions", versions_check),
+        DoctorCheck("versions", versions),
         DoctorCheck("packages", packages),
         DoctorCheck("ffmpeg", video_encoder),
+        DoctorCheck("devices", partial(devices, device)),
     ]
-    for check in [*first, DoctorCheck("devices", devices)]:
+    for check in first:
         yield examine(check, machine)
     for check in checks_of(machine):
         yield examine(check, machine)
@@ -118,7 +104,6 @@ def checks_of(machine: Machine) -> list[DoctorCheck]:
         DoctorCheck("weights in fp8", fp8_layer),
         DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
-        DoctorCheck("exchange between GPUs", exchange),
         *rate_checks(),
         DoctorCheck("forecast", forecast),
     ]

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from lightning.releases import RELEASES
 from wan.checkpoints.checkpoint import OpenCheckpoint, Part
 from wan.checkpoints.safetensors_file import TensorStore
@@ -21,14 +19,15 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
-from wan.modules.released import released_text_encoder, released_transformer, released_vae
-from wan.planning.memory import plan_video
+from wan.modules.model import released_transformer
+from wan.modules.t5 import released_text_encoder
+from wan.modules.vae import released_vae
+from wan.planning.memory import plan_video, plan_videos
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds
-from wan.sampling import make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
 
@@ -72,11 +71,10 @@ class Estimate:
         return [self.task, f"{self.size}x{self.frames}", str(self.steps), *times]
 
 
-def forecast(machine: Machine) -> CheckOutcome:
+def forecast(machine: Machine) -> Finding:
     """The table, as lines under its sentence."""
-    missing = [name for name in NEEDED_RATES if name not in machine.rates]
-    if missing:
-        return CheckOutcome(SKIPPED, f"not measured: {', '.join(missing)}")
+    if missing := [name for name in NEEDED_RATES if name not in machine.rates]:
+        return Finding(SKIPPED, f"not measured: {', '.join(missing)}")
     if not machine.small:
         with suppress(OSError, RuntimeError):  # no home, or a full one: plans do without
             keep_rates(machine.device, machine.rates)
@@ -100,7 +98,49 @@ def forecast(machine: Machine) -> CheckOutcome:
     lines = [sentence, *table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
     advice = "" if fits else "free memory of the device"
-    return CheckOutcome(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
+    return Finding(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
+
+
+def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
+    """The plan of the task's released checkpoint, which need not exist here. distilled: with few-step weights."""
+    config, device, dtype = TASKS[task], machine.device, machine.usual
+    request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
+    no_weights = TensorStore({})  # nothing is read
+    checkpoint = OpenCheckpoint(
+        folder=nowhere, files={},
+        experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
+        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
+        tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
+    )  # fmt: skip
+    plan = Plan(
+        request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
+        dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",
+        offload=True, room=room,
+    )  # fmt: skip
+    return plan_videos(plan, choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check()), [])
+
+
+def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
+    video = plan_video(plan, size, plan.config.frame_num)
+    budget, found = video.budget, seconds(plan, video, machine.rates)
+    assert budget is not None, "the plan has a limit"
+    sizes = next(iter(budget.experts.values()))
+    stay = budget.staying(sizes)
+    mode = ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
+    return Estimate(
+        task=plan.request.task, size=f"{size[0]}x{size[1]}", frames=plan.config.frame_num, steps=len(plan.steps),
+        forwards=sum(1 + step.guided for step in plan.steps), fits=budget.problem is None,
+        advice=(budget.problem or "").rpartition(": ")[2], mode=mode,
+        vram=int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None,
+        tiles=budget.tiles, peak=budget.peak, read=found.read, text=found.text, denoise=found.denoise,
+        decode=found.decode, first=found.first, next=found.next,
+    )  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def notes(estimates: Sequence[Estimate]) -> list[str]:
@@ -125,49 +165,3 @@ def notes(estimates: Sequence[Estimate]) -> list[str]:
         *(f"does not fit: {advice} ({', '.join(named)})" for advice, named in videos.items()),
         "each stage's seconds, the peak and the bytes to read: --json",
     ]
-
-
-def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
-    """The plan of the task's released checkpoint, which need not exist here. distilled: with few-step weights."""
-    config, device, dtype = TASKS[task], machine.device, machine.usual
-    request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
-    no_weights = TensorStore({})  # nothing is read
-    checkpoint = OpenCheckpoint(
-        folder=nowhere, files={},
-        experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
-        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
-        tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
-    )  # fmt: skip
-    sampling = choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check())
-    vae_bytes = sum(p.numel() for p in checkpoint.vae.module.parameters()) * torch.float32.itemsize
-    return Plan(
-        request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
-        dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",
-        offload=True, room=room, weight_bytes={"VAE": vae_bytes}, sampling=sampling,
-        steps=tuple(plan_steps(make_schedule(sampling).timesteps, sampling, config.boundary)),
-    )  # fmt: skip
-
-
-def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
-    frames = plan.config.frame_num
-    video = plan_video(plan, size, frames)
-    budget = video.budget
-    assert budget is not None, "the plan has a limit"
-    found = seconds(plan, video, machine.rates)
-    sizes = next(iter(budget.experts.values()))
-    stay = budget.staying(sizes)
-    mode = ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
-    return Estimate(
-        task=plan.request.task, size=f"{size[0]}x{size[1]}", frames=frames, steps=len(plan.steps),
-        forwards=sum(1 + step.guided for step in plan.steps), fits=budget.problem is None,
-        advice=(budget.problem or "").rpartition(": ")[2], mode=mode,
-        vram=int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None,
-        tiles=budget.tiles, peak=budget.peak, read=found.read, text=found.text, denoise=found.denoise,
-        decode=found.decode, first=found.first, next=found.next,
-    )  # fmt: skip
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned lines; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""What the machine has: versions, packages, ffmpeg, devices, and whether several GPUs reach each other."""
+"""The checks of `python -m wan.doctor` and their findings; versions, packages, ffmpeg and devices of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +24,8 @@ from wan.utils.errors import InputError, one_line
 from wan.utils.progress import duration, quantity
 
 GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
-
-
-@dataclass(frozen=True)
-class CheckOutcome:
-    """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`."""
-
-    verdict: str
-    sentence: str
-    advice: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
+DISTRIBUTION = "wan-lightning"
+REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)")
 
 
 @dataclass
@@ -56,22 +48,19 @@ class Machine:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
 
-class DoctorCheck(NamedTuple):
-    """advice: what to do if `run` raises."""
-
-    name: str
-    run: Callable[[Machine], CheckOutcome]
-    advice: str = "put this report into a bug report"
-
-
 @dataclass(frozen=True)
 class Finding:
-    name: str
+    """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`.
+
+    name, seconds: of the check, added by `examine`.
+    """
+
     verdict: str
     sentence: str
-    seconds: float
-    advice: str
-    values: dict[str, Any]
+    advice: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    seconds: float = 0.0
 
     def line(self) -> str:
         """The finding, with the lines of its table below it."""
@@ -80,54 +69,54 @@ class Finding:
         return f"{self.verdict:<7}  {self.name} ({duration(self.seconds)}): {sentence}{advice}{newline}{below}"
 
 
+class DoctorCheck(NamedTuple):
+    """advice: what to do if `run` raises."""
+
+    name: str
+    run: Callable[[Machine], Finding]
+    advice: str = "put this report into a bug report"
+
+
 def examine(check: DoctorCheck, machine: Machine) -> Finding:
-    """Run the check; whatever it raises is a finding."""
+    """Run the check; one that fails is a finding, too, and stops no other."""
     began = time.perf_counter()
     try:
-        outcome = check.run(machine)
+        found = check.run(machine)
     except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
-        outcome = CheckOutcome(WRONG, f"fails with {one_line(e, 300)}", check.advice)
-    spent = time.perf_counter() - began
-    return Finding(check.name, outcome.verdict, outcome.sentence, spent, outcome.advice, outcome.values)
+        found = Finding(WRONG, f"fails with {one_line(e, 300)}", check.advice)
+    return replace(found, name=check.name, seconds=time.perf_counter() - began)
 
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
 
 
-DISTRIBUTION = "wan-lightning"
-REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)")
-
-
-def versions_check(machine: Machine) -> CheckOutcome:
+def versions(machine: Machine) -> Finding:
     """The versions that a bug report needs; none is wrong by itself."""
-    driver = next((match[0] for line in _lines("/proc/driver/nvidia/version")
-                   if (match := re.search(r"\d{3,}\.\d[\d.]*", line))), "none")  # fmt: skip
+    driver = re.search(r"\d{3,}\.\d[\d.]*", _text("/proc/driver/nvidia/version"))
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=machine.root, capture_output=True, text=True
-        ).stdout.strip()
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, cwd=machine.root, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
     found = {
         "wan": wan.__version__, "commit": commit or "unknown", "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "driver": driver,
+        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "driver": driver[0] if driver else "none",
         "cudnn": str(torch.backends.cudnn.version() or "none"), "system": platform.platform(),
     }  # fmt: skip
-    return CheckOutcome(GOOD, ", ".join(f"{name} {value}" for name, value in found.items()), values=found)
+    return Finding(GOOD, ", ".join(f"{name} {value}" for name, value in found.items()), values=found)
 
 
-def packages(machine: Machine) -> CheckOutcome:
+def packages(machine: Machine) -> Finding:
     """Each package that the program declares, against the lowest version that it declares."""
     project = machine.root / "pyproject.toml"
     try:
-        declared = (
-            tomllib.loads(project.read_text())["project"]["dependencies"]
-            if project.is_file()
-            else [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
-        )
+        if project.is_file():
+            declared = tomllib.loads(project.read_text())["project"]["dependencies"]
+        else:
+            declared = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
     except (PackageNotFoundError, KeyError):
-        return CheckOutcome(SKIPPED, f"neither pyproject.toml nor an installed {DISTRIBUTION} declares any")
+        return Finding(SKIPPED, f"neither pyproject.toml nor an installed {DISTRIBUTION} declares any")
     found, wrong, needed = dict[str, str](), list[str](), list[str]()
     for name, least in (match.groups() for line in declared if (match := REQUIREMENT.match(line))):
         try:
@@ -135,50 +124,48 @@ def packages(machine: Machine) -> CheckOutcome:
         except PackageNotFoundError:
             wrong.append(f"{name} is not installed")
         else:
-            if _numbers(found[name]) >= _numbers(least):
+            here, lowest = ([int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]
+                            for text in (found[name], least))  # fmt: skip
+            if here >= lowest:
                 continue
             wrong.append(f"{name} is {found[name]}, at least {least} is needed")
         needed.append(f"'{name}>={least}'")
     if wrong:
-        return CheckOutcome(WRONG, "; ".join(wrong), f"pip install {' '.join(needed)}", values=found)
-    return CheckOutcome(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
+        return Finding(WRONG, "; ".join(wrong), f"pip install {' '.join(needed)}", values=found)
+    return Finding(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
-
-
-def video_encoder(_: Machine) -> CheckOutcome:
+def video_encoder(_: Machine) -> Finding:
     """Encode a frame with the ffmpeg that writes the videos."""
     try:
         check_encoder()
     except InputError as e:
         problem, advice = str(e).rsplit("; ", 1)
-        return CheckOutcome(WRONG, problem, advice)
+        return Finding(WRONG, problem, advice)
     ffmpeg = ffmpeg_command()[0]
     words = subprocess.run([ffmpeg, "-version"], capture_output=True, text=True, timeout=30).stdout.split()
-    return CheckOutcome(GOOD, f"ffmpeg {' '.join(words[2:3])} encodes H.264", values={"ffmpeg": ffmpeg})
+    return Finding(GOOD, f"ffmpeg {' '.join(words[2:3])} encodes H.264", values={"ffmpeg": ffmpeg})
 
 
-def choose_device(name: str) -> tuple[torch.device, CheckOutcome]:
-    """The device to examine (the CPU if `name` cannot be used), and a list of the machine's devices."""
+def devices(name: str, machine: Machine) -> Finding:
+    """Choose the device to examine, the CPU if `name` cannot be used; a list of the machine's devices."""
     try:
-        device = compute_device(name)
+        machine.device = compute_device(name)
     except InputError as e:
-        return torch.device("cpu"), CheckOutcome(WRONG, str(e), "the checks below examine the CPU")
+        return Finding(WRONG, str(e), "the checks below examine the CPU")
     memory = host_bytes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    processor = models[0] if models else platform.machine()
-    parts = [f"{device} examined; {processor}, {cores} cores, {quantity(memory, 'B')} of host memory available"]
-    values: dict[str, object] = {"device": str(device), "cores": cores, "host_bytes": memory}
+    model = re.search(r"^model name.*?:(.*)", _text("/proc/cpuinfo"), re.MULTILINE)
+    processor = model[1].strip() if model else platform.machine()
+    parts = [f"{machine.device} examined; {processor}, {cores} cores, {quantity(memory, 'B')} of host memory available"]
+    values: dict[str, object] = {"device": str(machine.device), "cores": cores, "host_bytes": memory}
     for gpu in gpus():
         (free, whole), capability = gpu.api.mem_get_info(gpu.device), gpu.capability
         compute = f" (compute {capability[0]}.{capability[1]})" if capability else ""
         parts.append(f"{gpu.device} {gpu.name}{compute}, {free / 1e9:.1f} of {whole / 1e9:.1f} GB free")
         values[str(gpu.device)] = {"free": free, "total": whole, "capability": capability}
-    return device, CheckOutcome(GOOD, "; ".join(parts), values=values)
+    return Finding(GOOD, "; ".join(parts), values=values)
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def _text(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""

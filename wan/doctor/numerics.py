@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,14 +23,13 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
-from wan.doctor.rates import VAE_ROOM, random_vae
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
+from wan.doctor.rates import random_vae
 from wan.jobs.job import Sampling
 from wan.jobs.weights import both
 from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
-from wan.modules.released import VAES
 from wan.original_api import Original
 from wan.planning.memory import plan_video
 from wan.sampling import Video
@@ -59,16 +58,15 @@ FEWEST = 1_000_000  # bytes of room, planned and not enforced: two slots, whatev
 def attention_checks(machine: Machine) -> list[DoctorCheck]:
     """One for each back end that is installed, in each precision that it supports."""
     ours = [(name, dtype) for dtype in DTYPE_NAMES for name in available(machine.device, dtype)]
-    checks = [
-        DoctorCheck(f"attention {name} {short(dtype)}", partial(attention, name, dtype), LEFT_OUT)
-        for name, dtype in ours
-    ]
-    skipped = CheckOutcome(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
+    skipped = Finding(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
-    return [*checks, *(DoctorCheck(f"attention {name}", lambda _: skipped) for name in absent)]
+    return [
+        *(DoctorCheck(f"attention {n} {short(dtype)}", partial(attention, n, dtype), LEFT_OUT) for n, dtype in ours),
+        *(DoctorCheck(f"attention {name}", lambda _: skipped) for name in absent),
+    ]
 
 
-def attention(name: str, dtype: torch.dtype, machine: Machine) -> CheckOutcome:
+def attention(name: str, dtype: torch.dtype, machine: Machine) -> Finding:
     """The back end against the formula in float32, with many keys and with a text's few."""
     length, heads, width = (256, 2, 64) if machine.small else (1024, 8, 128)
     generator = torch.Generator().manual_seed(0)
@@ -81,10 +79,10 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> CheckOutcome:
         error = max(error, rms_error(found.cpu(), exact)) if found.isfinite().all() else float("nan")
     other = "sdpa" if name != "sdpa" else "flash"
     limit = IN_8_BITS if name in QUANTISED else ATTENTION[dtype]
-    return within("error against float32", error, limit, f"use --attention {other}; {REPORT}")
+    return judge("error against float32", error, limit, f"use --attention {other}; {REPORT}")
 
 
-def fp8_layer(machine: Machine) -> CheckOutcome:
+def fp8_layer(machine: Machine) -> Finding:
     """A linear layer of `--quantize fp8` on the device, against float32."""
     rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
     generator = torch.Generator().manual_seed(0)
@@ -92,13 +90,12 @@ def fp8_layer(machine: Machine) -> CheckOutcome:
     x = torch.randn(rows, inputs, generator=generator).to(machine.usual)
     layer = in_fp8(weight.to(machine.device), torch.zeros(outputs, device=machine.device, dtype=machine.usual))
     error = rms_error(layer(x.to(machine.device)).cpu(), x.float() @ weight.t())
-    least, limit = FP8_ERRORS
-    outcome = within("root mean square error", error, limit, f"leave --quantize out; {REPORT}", least)
+    outcome = judge("root mean square error", error, FP8_ERRORS, f"leave --quantize out; {REPORT}")
     how = "multiplied in fp8" if multiplies_fp8(machine.device, machine.usual) else "no fp8 product here: unpacked"
-    return CheckOutcome(outcome.verdict, f"{how}, {outcome.sentence}", outcome.advice, outcome.values)
+    return replace(outcome, sentence=f"{how}, {outcome.sentence}")
 
 
-def lora_merge(machine: Machine) -> CheckOutcome:
+def lora_merge(machine: Machine) -> Finding:
     """The merge on the device against the plain expression on the CPU, both in float32, then rounded to bf16."""
     size, rank, alpha = (128, 8, 4.0) if machine.small else (1024, 64, 8.0)
     generator = torch.Generator().manual_seed(0)
@@ -113,36 +110,29 @@ def lora_merge(machine: Machine) -> CheckOutcome:
         found = merge(f"{name}.weight", weight.to(machine.device)).cpu()
     expected = weight + (alpha / rank) * (up @ down)
     rounded = (found.bfloat16() != expected.bfloat16()).double().mean().item()
-    outcome = within("largest error against the CPU", relative_error(found, expected), 1e-6, REPORT)
+    outcome = judge("largest error against the CPU", relative_error(found, expected), 1e-6, REPORT)
     equal = "bit-equal" if torch.equal(found, expected) else f"{rounded:.1e} of the numbers differ once rounded to bf16"
-    return CheckOutcome(
-        outcome.verdict, f"{equal}, {outcome.sentence}", outcome.advice, outcome.values | {"rounded_apart": rounded}
-    )
+    values = outcome.values | {"rounded_apart": rounded}
+    return replace(outcome, sentence=f"{equal}, {outcome.sentence}", values=values)
 
 
-def vae_in_bf16(machine: Machine) -> CheckOutcome:
+def vae_in_bf16(machine: Machine) -> Finding:
     """`--vae_dtype bf16` at the released width, with random weights: its error, and on a GPU the memory it takes."""
-    accelerator, kind, shape = Accelerator(machine.device), VAES[16], (16, 2, 6, 8)
-    if machine.small:
-        kind, shape = (16, 16, 16, False), (16, 2, 2, 2)
-    elif accelerator.has_memory:
-        shape = (16, 3, 60, 104) if accelerator.free_bytes > VAE_ROOM else (16, 3, 20, 36)
-    vae = random_vae(kind, machine.device)
-    latent = torch.randn(shape, device=machine.device)
+    accelerator, (vae, latent) = Accelerator(machine.device), random_vae(machine)
     with torch.inference_mode(), tf32(False):
-        exact = torch.cat([part.cpu() for part in vae.decode(latent)], dim=1)
+        exact = on_cpu(vae.decode(latent))
         vae.decode_in(torch.bfloat16)
         before = accelerator.reset_peak_bytes()
-        found = torch.cat([part.cpu() for part in vae.decode(latent)], dim=1)
-    least, limit = VAE_BF16
-    outcome = within("root mean square error", rms_error(found, exact), limit, "leave --vae_dtype out", least)
+        found = on_cpu(vae.decode(latent))
+    outcome = judge("root mean square error", rms_error(found, exact), VAE_BF16, "leave --vae_dtype out")
     if outcome.verdict != GOOD or not accelerator.has_memory:
         return outcome
-    peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak(shape)
+    channels, frames, rows, columns = latent.shape
+    peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak((channels, frames, rows, columns))
     memory = f"{outcome.sentence}; at its peak {quantity(peak, 'B')}, planned {quantity(planned, 'B')}"
     if peak > VAE_PEAK * planned:
-        return CheckOutcome(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
-    return CheckOutcome(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
+        return Finding(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
+    return Finding(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
 
 
 # -- with the small checkpoints
@@ -158,7 +148,7 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
     }  # fmt: skip
     if absent:
         reason = f"{' and '.join(absent)} not found: run it in a clone of the repository, or with --root CLONE"
-        return [DoctorCheck(name, lambda _: CheckOutcome(SKIPPED, reason)) for name in ("golden cases", *others)]
+        return [DoctorCheck(name, lambda _: Finding(SKIPPED, reason)) for name in ("golden cases", *others)]
     cases = json.loads((folders[1] / "cases.json").read_text())
     checks = [
         DoctorCheck(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
@@ -168,23 +158,20 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
     return [*checks, *(DoctorCheck(name, partial(check, cases[0])) for name, check in others.items())]
 
 
-def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> CheckOutcome:
+def golden_case(case: dict[str, Any], dtype: torch.dtype, machine: Machine) -> Finding:
     """Prompt to latent, and in float32 to pixels, against the results of the original on a CPU in float32."""
-    expected = expectation(machine)
-    task = open_task(case, dtype, machine)
+    expected, task = expectation(machine), open_task(case, dtype, machine)
     with tf32(False):
         latent = sample(task, case, machine)
         if dtype != torch.float32:
-            least, limit = BF16
             error = rms_error(latent.cpu(), expected[f"{case['name']}.latent"])
-            return within("root mean square error of the latent", error, limit, REPORT, least)
+            return judge("root mean square error of the latent", error, BF16, REPORT)
         error = relative_error(latent.cpu(), expected[f"{case['name']}.latent"])
-        video = torch.cat([part.cpu() for part in task.decode(latent)], dim=1)
-    error = max(error, relative_error(video, expected[f"{case['name']}.video"]))
-    return within("largest error of latent and video", error, END_TO_END, REPORT)
+        error = max(error, relative_error(on_cpu(task.decode(latent)), expected[f"{case['name']}.video"]))
+    return judge("largest error of latent and video", error, END_TO_END, REPORT)
 
 
-def memory_modes(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def memory_modes(case: dict[str, Any], machine: Machine) -> Finding:
     """The final latent must be the same with everything resident and with blocks through two slots, bit for bit."""
     modes = {"all that fits": None, "blocks through two slots": FEWEST}
     resident = sample(open_task(case, machine.usual, machine, init_on_cpu=False), case, machine)
@@ -195,39 +182,35 @@ def memory_modes(case: dict[str, Any], machine: Machine) -> CheckOutcome:
             task.plan = replace(task.plan, room=room)
             budget = plan_video(task.plan, tuple(case["args"]["size"]), case["args"]["frame_num"]).budget
             if budget is None or budget.resident:
-                return CheckOutcome(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
+                return Finding(WRONG, f"with {quantity(room, 'B')} nothing streams", REPORT)
         found = sample(task, case, machine)
         if not torch.equal(found, resident):
             wrong[mode] = relative_error(found, resident)
     if wrong:
         errors = ", ".join(f"{mode} by {error:.1e}" for mode, error in wrong.items())
-        return CheckOutcome(
-            WRONG, f"differs from everything resident: {errors}", f"--offload_model False; {REPORT}", wrong
-        )
-    return CheckOutcome(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
+        advice = f"--offload_model False; {REPORT}"
+        return Finding(WRONG, f"differs from everything resident: {errors}", advice, wrong)
+    return Finding(GOOD, f"{', '.join(modes)}: equal to everything resident, bit for bit")
 
 
-def vae_decode(case: dict[str, Any], machine: Machine) -> CheckOutcome:
-    with tf32(False):
-        error = relative_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
-    return within("float32 without TF32, largest error", error, END_TO_END, REPORT)
+def vae_decode(case: dict[str, Any], machine: Machine) -> Finding:
+    error = relative_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
+    return judge("float32 without TF32, largest error", error, END_TO_END, REPORT)
 
 
-def vae_tiles(case: dict[str, Any], machine: Machine) -> CheckOutcome:
-    with tf32(False):
-        error = relative_error(decode(case, machine, tiled=True), decode(case, machine))
+def vae_tiles(case: dict[str, Any], machine: Machine) -> Finding:
+    error = relative_error(decode(case, machine, tiled=True), decode(case, machine))
     if error == 0:
-        return CheckOutcome(GOOD, "equal to the whole frame, bit for bit")
-    return within("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
+        return Finding(GOOD, "equal to the whole frame, bit for bit")
+    return judge("largest difference from the whole frame", error, TILED, f"leave --vae_tiling out; {REPORT}")
 
 
-def vae_tf32(case: dict[str, Any], machine: Machine) -> CheckOutcome:
+def vae_tf32(case: dict[str, Any], machine: Machine) -> Finding:
     """Convolutions as PyTorch has them by default on a GPU."""
     if not Accelerator(machine.device).has_memory:
-        return CheckOutcome(SKIPPED, f"{machine.device} has no TF32")
-    with tf32(True):
-        error = rms_error(decode(case, machine), expectation(machine)[f"{case['name']}.video"])
-    return within("root mean square error", error, TF32, REPORT)
+        return Finding(SKIPPED, f"{machine.device} has no TF32")
+    error = rms_error(decode(case, machine, in_tf32=True), expectation(machine)[f"{case['name']}.video"])
+    return judge("root mean square error", error, TF32, REPORT)
 
 
 def open_task(case: dict[str, Any], dtype: torch.dtype, machine: Machine, **how: Any) -> Original:
@@ -253,16 +236,21 @@ def sample(task: Original, case: dict[str, Any], machine: Machine) -> Tensor:
     return task.sample_with(sampling, video)
 
 
-def decode(case: dict[str, Any], machine: Machine, tiled: bool = False) -> Tensor:
+def decode(case: dict[str, Any], machine: Machine, *, tiled: bool = False, in_tf32: bool = False) -> Tensor:
     """The video of the case's golden latent, on the CPU."""
     task = open_task(case, machine.usual, machine, vae_tiling=tiled)
-    latent = expectation(machine)[f"{case['name']}.latent"]
-    return torch.cat([part.cpu() for part in task.decode(latent)], dim=1)
+    with tf32(in_tf32):
+        return on_cpu(task.decode(expectation(machine)[f"{case['name']}.latent"]))
 
 
 def expectation(machine: Machine) -> dict[str, Tensor]:
     """The results of the original pipelines, by `case.stage`."""
     return load_file(machine.root / "tests" / "golden" / "expected.safetensors")
+
+
+def on_cpu(chunks: Iterable[Tensor]) -> Tensor:
+    """A decoded video, whole."""
+    return torch.cat([chunk.cpu() for chunk in chunks], dim=1)
 
 
 @contextmanager
@@ -276,14 +264,13 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def within(name: str, error: float, limit: float, advice: str, least: float = 0.0) -> CheckOutcome:
-    """The verdict on an error that must be between `least` and `limit`; NaN is wrong."""
+def judge(name: str, error: float, limits: float | tuple[float, float], advice: str) -> Finding:
+    """The verdict on an error with a limit, or with two; NaN is wrong."""
+    least, limit = limits if isinstance(limits, tuple) else (0.0, limits)
     good = least <= error <= limit
     allowed = f"{least:g} to {limit:g}" if least else f"at most {limit:g}"
-    values = {"error": error, "least": least, "limit": limit}
-    return CheckOutcome(
-        GOOD if good else WRONG, f"{name} {error:.1e}, allowed {allowed}", "" if good else advice, values
-    )
+    sentence, values = f"{name} {error:.1e}, allowed {allowed}", {"error": error, "least": least, "limit": limit}
+    return Finding(GOOD if good else WRONG, sentence, "" if good else advice, values)
 
 
 def rms_error(found: torch.Tensor, reference: torch.Tensor) -> float:

@@ -11,44 +11,23 @@ from pathlib import Path
 
 import torch
 
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, CheckOutcome, DoctorCheck, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
 from wan.modules.attention import BACKENDS, choose
-from wan.modules.released import VAES, on_meta
-from wan.modules.vae import WanVAE
+from wan.modules.vae import VAES, WanVAE
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
 
-
-def interleaved(
-    candidates: Sequence[Callable[[], object]],
-    repeats: int = 5,
-    warm_up: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
-    for candidate in candidates:
-        for _ in range(warm_up):
-            candidate()
-    times: list[list[float]] = [[] for _ in candidates]
-    for _ in range(repeats):
-        for candidate, series in zip(candidates, times, strict=True):
-            synchronize()
-            start = clock()
-            candidate()
-            synchronize()
-            series.append(clock() - start)
-    return [statistics.median(series) for series in times]
-
-
 REPEATS = 3
-EXCHANGE_SECONDS = 90.0
 PIECE = 8 << 20  # bytes of one read, about as large as those of the loading code
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
+EXCHANGE_SECONDS = 90.0
 
 
 def rate_checks() -> list[DoctorCheck]:
+    """In the order in which they are made; the exchange is by all GPUs."""
     return [
+        DoctorCheck("exchange between GPUs", exchange),
         DoctorCheck("rate: matmul", matmul),
         DoctorCheck("rate: attention", attention_rate),
         DoctorCheck("rate: VAE", vae),
@@ -58,7 +37,7 @@ def rate_checks() -> list[DoctorCheck]:
     ]
 
 
-def matmul(machine: Machine) -> CheckOutcome:
+def matmul(machine: Machine) -> Finding:
     """Square matrices in the transformer's usual precision."""
     size = 64 if machine.small else 8192 if _is_gpu(machine) else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
@@ -66,7 +45,7 @@ def matmul(machine: Machine) -> CheckOutcome:
     return _operations(machine, MATMUL, rate, f"{short(machine.usual)} {size}x{size}")
 
 
-def attention_rate(machine: Machine) -> CheckOutcome:
+def attention_rate(machine: Machine) -> Finding:
     """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
     tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if _is_gpu(machine) else (1024, 8, 128)
     name = choose("auto", machine.device, machine.usual, heads, width).name
@@ -75,31 +54,32 @@ def attention_rate(machine: Machine) -> CheckOutcome:
     return _operations(machine, ATTENTION, rate, f"{name}, {tokens:,} tokens, {heads} heads of {width}")
 
 
-def vae(machine: Machine) -> CheckOutcome:
-    """A decode by Wan2.1's VAE at its released width, with random weights."""
+def vae(machine: Machine) -> Finding:
+    """A decode by Wan2.1's VAE."""
+    module, latent = random_vae(machine)
+    with torch.inference_mode():
+        (seconds,) = interleaved([lambda: [None for _ in module.decode(latent)]], repeats=1)
+    rate = decode_operations(module, latent.shape) / seconds
+    return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, latent.shape))}")
+
+
+def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
+    """Wan2.1's VAE at its released width, with random weights that keep activations near 1, and a latent to decode."""
     kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
     elif _is_gpu(machine):
         shape = (16, 3, 60, 104) if Accelerator(machine.device).free_bytes > VAE_ROOM else (16, 3, 20, 36)
-    module = random_vae(kind, machine.device)
-    latent = torch.randn(shape, device=machine.device)
-    with torch.inference_mode():
-        (seconds,) = interleaved([lambda: [None for _ in module.decode(latent)]], repeats=1)
-    rate = decode_operations(on_meta(lambda: WanVAE(*kind)), shape) / seconds
-    return _operations(machine, VAE, rate, f"float32, latent {'x'.join(map(str, shape))}")
-
-
-def random_vae(kind: tuple[int, int, int, bool], device: torch.device) -> WanVAE:
-    """An autoencoder of this size with random weights that keep activations near 1."""
-    module = on_meta(lambda: WanVAE(*kind)).requires_grad_(False).to_empty(device=device)
+    with torch.device("meta"):
+        module = WanVAE(*kind)
+    module.requires_grad_(False).to_empty(device=machine.device)
     for parameter in module.parameters():
         parameter.normal_(0, max(parameter[0].numel(), 25) ** -0.5)
     module.use_channels_last()
-    return module
+    return module, torch.randn(shape, device=machine.device)
 
 
-def device_copy(machine: Machine) -> CheckOutcome:
+def device_copy(machine: Machine) -> Finding:
     """Bytes read and bytes written count."""
     size = 1 << 20 if machine.small else 1 << 27
     if _is_gpu(machine):
@@ -108,9 +88,9 @@ def device_copy(machine: Machine) -> CheckOutcome:
     return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
 
 
-def host_to_device(machine: Machine) -> CheckOutcome:
+def host_to_device(machine: Machine) -> Finding:
     if not _is_gpu(machine):
-        return CheckOutcome(SKIPPED, f"{machine.device} computes in the host's memory")
+        return Finding(SKIPPED, f"{machine.device} computes in the host's memory")
     size = 1 << 28
     target = torch.empty(size, dtype=torch.uint8, device=machine.device)
     pageable = torch.ones(size, dtype=torch.uint8)
@@ -121,28 +101,45 @@ def host_to_device(machine: Machine) -> CheckOutcome:
     })  # fmt: skip
 
 
-def disk_read(machine: Machine) -> CheckOutcome:
+def disk_read(machine: Machine) -> Finding:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
-    block = os.urandom(min(size, PIECE))
+    block, buffer = os.urandom(min(size, PIECE)), bytearray(PIECE)
     with tempfile.NamedTemporaryFile(dir=machine.disk) as file:
         for _ in range(size // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        dropped = hasattr(os, "posix_fadvise")
-        if dropped:
+        if dropped := hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(PIECE)
         with open(file.name, "rb", buffering=0) as reader:
-
-            def read() -> None:
-                while reader.readinto(buffer):
-                    pass
-
-            (seconds,) = interleaved([read], repeats=1, warm_up=0)
+            began = time.perf_counter()
+            while reader.readinto(buffer):
+                pass
+            seconds = time.perf_counter() - began
     cache = "dropped from the page cache first" if dropped else "perhaps from the page cache"
     return _bytes(machine, {DISK: size / seconds}, f" ({machine.disk}; {cache})")
+
+
+def interleaved(
+    candidates: Sequence[Callable[[], object]],
+    repeats: int = 5,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
+    times: list[list[float]] = [[] for _ in candidates]
+    for candidate in candidates:
+        for _ in range(warm_up):
+            candidate()
+    for _ in range(repeats):
+        for candidate, series in zip(candidates, times, strict=True):
+            synchronize()
+            start = clock()
+            candidate()
+            synchronize()
+            series.append(clock() - start)
+    return [statistics.median(series) for series in times]
 
 
 def _is_gpu(machine: Machine) -> bool:
@@ -156,28 +153,28 @@ def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     return seconds / calls
 
 
-def _operations(machine: Machine, name: str, rate: float, details: str) -> CheckOutcome:
+def _operations(machine: Machine, name: str, rate: float, details: str) -> Finding:
     machine.rates[name] = rate
-    return CheckOutcome(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
+    return Finding(GOOD, f"{rate / 1e12:.3g} TFLOP/s ({details})", values={name: rate})
 
 
-def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> CheckOutcome:
+def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Finding:
     machine.rates |= rates
     parts = [f"{name} {quantity(rate, 'B')}/s" for name, rate in rates.items()]
-    return CheckOutcome(GOOD, ", ".join(parts) + details, values=dict(rates))
+    return Finding(GOOD, ", ".join(parts) + details, values=dict(rates))
 
 
-def exchange(machine: Machine) -> CheckOutcome:
+def exchange(machine: Machine) -> Finding:
     """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
-    count = len(gpus()) if Accelerator(machine.device).has_memory else 0
+    count = len(gpus()) if _is_gpu(machine) else 0
     if count < 2:
-        return CheckOutcome(SKIPPED, "fewer than two GPUs: nothing to exchange")
+        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
     outcome = exchange_between(count, machine.device.type)
     machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
     return outcome
 
 
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome:
+def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Finding:
     """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
     from torch.multiprocessing.spawn import spawn
 
@@ -190,16 +187,16 @@ def exchange_between(count: int, kind: str, size: int = 1 << 28) -> CheckOutcome
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
                     advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
-                    return CheckOutcome(WRONG, f"{count} processes by {backend} hang", advice)
+                    return Finding(WRONG, f"{count} processes by {backend} hang", advice)
         except Exception as e:  # noqa: BLE001 - a process's own words
             last = str(e).strip().splitlines()[-1]
-            return CheckOutcome(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
+            return Finding(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
         finally:
             for process in context.processes:
                 process.kill()
         rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
     sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
-    return CheckOutcome(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
+    return Finding(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
 
 
 def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
@@ -211,12 +208,10 @@ def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
         Accelerator(device).api.set_device(device)
     backend = COLLECTIVES.get(kind, "gloo")
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    block = 1024
-    mine = torch.arange(count, device=device).repeat_interleave(block) + 1000 * rank  # to each rank, its number
-    got = torch.empty_like(mine)
-    dist.all_to_all_single(got, mine)
-    expected = 1000 * torch.arange(count, device=device).repeat_interleave(block) + rank
-    if not torch.equal(got, expected):
+    numbers = torch.arange(count, device=device).repeat_interleave(1024)
+    got = torch.empty_like(numbers)
+    dist.all_to_all_single(got, numbers + 1000 * rank)  # to each rank, its number
+    if not torch.equal(got, 1000 * numbers + rank):
         raise ValueError(f"process {rank} has received other numbers than were sent")
     mine, got = (torch.ones(count, size // count // 4, device=device) for _ in range(2))
     (seconds,) = interleaved([lambda: dist.all_to_all_single(got, mine)], repeats=3)

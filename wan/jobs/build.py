@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,16 @@ from wan.cli.checks import Check
 from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights, chains
-from wan.jobs.output_paths import RowFiles
+from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.ffmpeg import CONTAINERS, is_video
 from wan.media.images import list_changes, open_image, video_size
 from wan.media.video import describe_clip
 from wan.utils.argument_parser import short
-from wan.utils.errors import InputError
 from wan.utils.progress import quantity
 
 SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
 SLURM = "SLURM_ARRAY_TASK_"
-WHOLE = (1, 1)
 
 
 def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Check) -> list[Row]:
@@ -44,7 +43,19 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
     else:
         rows = [Row(config.example_prompt, "the example prompt")]
         check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
-    rows = _with_other_files(request, config, _with_images(request, config, rows, check), check)
+    rows = _with_images(request, config, rows, check)
+    for name, tasks in (("last_image", WITH_LAST_IMAGE), ("video", WITH_VIDEO)):
+        if (given := getattr(request, name)) is not None:
+            file: dict[str, Any] = {name: expanded(given)}
+            rows = [row if getattr(row, name) else replace(row, **file) for row in rows]
+        if config.name not in tasks and (first := next((row for row in rows if getattr(row, name)), None)):
+            where, what = f"{_origin(request, first, name)}{getattr(first, name)}", name.replace("_", " ")
+            check.problem(f"{where}: {config.name} takes no {what}; --task {tasks}")
+    made_from = next((row for row in rows if row.video), None)
+    if made_from is None and request.strength is not None:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and (request.chain or any(row.video and row.image for row in rows)):
+        check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
     for row in rows:
         if not row.prompt and not (extended and row.image):
             check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
@@ -52,126 +63,90 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
 
 
 def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: Check) -> list[Row]:
-    flag = next((name for name in ("image", "image_path_file") if getattr(request, name) is not None), None)
+    flag = next((f"--{name}" for name in ("image", "image_path_file") if getattr(request, name) is not None), None)
+    named = next((row.source for row in rows if row.image), None)
     if config.image_fit is None:
-        if where := f"--{flag}" if flag else next((row.source for row in rows if row.image), None):
-            check.problem(f"{where}: {config.name} takes no image; --task {WITH_IMAGE} take one")
+        if flag or named:
+            check.problem(f"{flag or named}: {config.name} takes no image; --task {WITH_IMAGE} take one")
         return [replace(row, image=None) for row in rows]
     if request.image_path_file is not None:
-        return _paired(request, rows, check)
+        images = read_paths(expanded(request.image_path_file), check.problems)
+        if request.image is not None:
+            check.problem("--image and --image_path_file exclude each other; give one of them")
+        if named:
+            check.problem(f"{named} names an image, and so does --image_path_file; give one of them")
+        if rows and images and len(rows) != len(images):
+            counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
+            check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")
+        pairs = zip(rows, images, strict=False)
+        return [replace(row, image=image, source=f"{row.source}, {source}") for row, (source, image) in pairs]
+    # a later row of a chain without an image starts from the last frame of the row before it
+    bare = {n for n, row in enumerate(rows) if row.image is None and not (request.chain and n)}
     if request.image is not None:
         own = expanded(request.image)
-        return [row if row.image or _follows(request, n) else replace(row, image=own) for n, row in enumerate(rows)]
-    bare = next((row for n, row in enumerate(rows) if row.image is None and not _follows(request, n)), None)
-    if bare and config.example_image:
-        if request.prompt is None and request.prompt_file is None:
-            check.warn(f"no --image given: the example picture {config.example_image} is used")
-            return [replace(row, image=Path(config.example_image)) for row in rows]
+    elif not bare or config.example_image is None:
+        return rows
+    elif request.prompt is None and request.prompt_file is None:
+        own = Path(config.example_image)
+        check.warn(f"no --image given: the example picture {own} is used")
+    else:
         every = "the first row of a chain" if request.chain else "every prompt"
         check.problem(
-            f"{bare.source}: {config.name} needs an image for {every}: give one --image for all, --image_path_file, "
-            "or an 'image' in each row of a .jsonl or .csv file"
+            f"{rows[min(bare)].source}: {config.name} needs an image for {every}: give one --image for all, "
+            "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
         )
-    return rows
-
-
-def _paired(request: Request, rows: list[Row], check: Check) -> list[Row]:
-    """The rows with the images of --image_path_file, one to one."""
-    images = read_paths(expanded(request.image_path_file or ""), check.problems)
-    if request.image is not None:
-        check.problem("--image and --image_path_file exclude each other; give one of them")
-    if named := next((row for row in rows if row.image), None):
-        check.problem(f"{named.source} names an image, and so does --image_path_file; give one of them")
-    if rows and images and len(rows) != len(images):
-        counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
-        check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")
-    return [
-        replace(row, image=image, source=f"{row.source}, {source}")
-        for row, (source, image) in zip(rows, images, strict=False)
-    ]
-
-
-def _follows(request: Request, number: int) -> bool:
-    """Whether a row without an image starts from the last frame of the row before it."""
-    return request.chain and number > 0
-
-
-def _with_other_files(request: Request, config: TaskConfig, rows: list[Row], check: Check) -> list[Row]:
-    """The rows with their last images, and with the videos that they are made from."""
-    for name, tasks in (("last_image", WITH_LAST_IMAGE), ("video", WITH_VIDEO)):
-        if (given := getattr(request, name)) is not None:
-            own: dict[str, Any] = {name: expanded(given)}
-            rows = [row if getattr(row, name) else replace(row, **own) for row in rows]
-        first = next((row for row in rows if getattr(row, name)), None)
-        if first and config.name not in tasks:
-            file = f"{_origin(request, first, name)}{getattr(first, name)}"
-            check.problem(f"{file}: {config.name} takes no {name.replace('_', ' ')}; {tasks} can")
-    made_from = next((row for row in rows if row.video), None)
-    if made_from is None and request.strength is not None:
-        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
-    if made_from and (request.chain or any(row.video and row.image for row in rows)):
-        check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
-    return rows
+        return rows
+    return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
 def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
     """One job for each prompt and seed."""
-    step, names = config.size_step, config.sizes_by_name()
+    step, names, count = config.size_step, config.sizes_by_name(), len(rows) * request.num_videos
     default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
-    single = len(rows) * request.num_videos == 1
-    if request.save_file is not None and not single and not request.chain:
-        count = len(rows) * request.num_videos
+    default_negative = config.sample_neg_prompt if request.negative_prompt is None else request.negative_prompt
+    own_file = expanded(request.save_file) if request.save_file is not None and not request.chain else None
+    if own_file and count != 1:
         check.problem(f"--save_file names one video, but there are {count} to make; use --save_dir")
     folder = expanded(request.save_dir)
-    row_file = RowFiles(folder, check)
-    pictures = _Pictures(config, check)
+    opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
-            pictures.open(f"--{name} ", expanded(path))
+            _open(f"--{name} ", expanded(path), opened, check)
     jobs: list[Job] = []
     for row in rows:
-        area, frames = default_size, default_frames
-        if row.size is not None:
-            area = check.size(f"{row.source}: size", row.size, step, names)
-        if row.frame_num is not None:
-            frames = check.frames(f"{row.source}: frame_num", row.frame_num)
+        area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
+        where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
+        frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
         _warn_of_extent(area, frames, config, weights, check)
-        size, picture = pictures.fit(_origin(request, row, "image"), row.image, area) if row.image else (area, "")
+        size, picture = area, ""
+        if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
+            size = _fitted(f"{origin}{row.image}", first.size, area, is_video(row.image), config, check)
+            picture = first.text if first.size == size == area else f"{first.text}, the area of {area[0]}x{area[1]}"
         if row.last_image:
-            last = pictures.open(_origin(request, row, "last_image"), row.last_image)
+            last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
             picture += f", to {last.text}" if last else ""
-            where = f"{row.source}: frame_num" if row.frame_num is not None else "--frame_num"
             check.several(f"{where}: a first and a last frame need", frames)
         if row.video and not config.mask_channels:
-            origin = {str(row.video): _origin(request, row, "video").strip()}
-            picture = check.attempt(partial(describe_clip, row.video, frames, config.sample_fps), origin) or ""
+            flag = {str(row.video): _origin(request, row, "video").strip()}
+            picture = check.attempt(partial(describe_clip, row.video, frames, config.sample_fps), flag) or ""
+        file = own_file if count == 1 else None
+        if row.save_file is not None:
+            named = row_file(folder, row.save_file, row.source, check)
+            file = file or named
         original = row.original_prompt or row.prompt
-        negatives = (row.negative_prompt, request.negative_prompt, config.sample_neg_prompt)
-        job = Job(
-            index=len(jobs),
-            prompt=row.prompt,
-            original_prompt=original,
-            negative_prompt=next(text for text in negatives if text is not None),
-            image=row.image,
-            area=area,
-            size=size,
-            frame_num=frames,
-            seed=_first_seed(request, row, check),
-            save_file=row_file(row.save_file, row.source) if row.save_file is not None else Path(),
-            source=row.source,
-            picture=picture,
-            last_image=row.last_image,
-            video=row.video,
-            named=row.save_file is not None,
-        )
-        if request.save_file is not None and single and not request.chain:
-            job = replace(job, save_file=expanded(request.save_file), named=True)
         slugged = f"{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
-        for n in range(request.num_videos):
-            each = replace(job, index=len(jobs), seed=job.seed + n)
-            name = f"{config.name}_{each.number}_seed{each.seed}_{slugged}"
-            jobs.append(each if job.save_file.name else replace(each, save_file=folder / name))
+        first_seed = _first_seed(request, row, check)
+        for seed in range(first_seed, first_seed + request.num_videos):
+            name = f"{config.name}_{len(jobs):04d}_seed{seed}_{slugged}"
+            job = Job(
+                index=len(jobs), prompt=row.prompt, original_prompt=original,
+                negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
+                image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
+                source=row.source, picture=picture, last_image=row.last_image, video=row.video,
+                named=file is not None,
+            )  # fmt: skip
+            jobs.append(job)
     return jobs
 
 
@@ -198,24 +173,21 @@ def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
 
 
 def _origin(request: Request, row: Row, picture: str) -> str:
-    """The flag or the row that a picture comes from: how a sentence about it begins, before its path."""
+    """The flag or the row that a picture comes from, before its path."""
     path = getattr(request, picture)
     return f"--{picture} " if path is not None and getattr(row, picture) == expanded(path) else f"{row.source}: "
 
 
 def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weights: Weights, check: Check) -> None:
-    """Warns of sizes and lengths that the weights in use were not trained for."""
-    trained = [SIZE_CONFIGS[text] for text in config.sizes]
-    name = config.name
+    name, trained = config.name, [SIZE_CONFIGS[text] for text in config.sizes]
     if weights.release and weights.release.kind != "recipe":
-        trained, name = list(weights.release.sizes), weights.release.name
+        name, trained = weights.release.name, list(weights.release.sizes)
     if size not in trained:
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
         check.warn(f"size {size[0]}*{size[1]} is none of those that {name!r} was trained for ({listed})")
     if frames > config.frame_num:
-        check.warn(
-            f"{frames} frames are more than the {config.frame_num} {config.name} was trained for; motion may repeat"
-        )
+        more = f"{frames} frames are more than the {config.frame_num} {config.name} was trained for"
+        check.warn(f"{more}; motion may repeat")
 
 
 class _Picture(NamedTuple):
@@ -223,57 +195,39 @@ class _Picture(NamedTuple):
     text: str  # its size and how it was changed, for the plan
 
 
-class _Pictures:
-    """Opens each picture once, however many prompts name it."""
+def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: Check) -> _Picture | None:
+    """The picture; None if it cannot be opened, which is a problem where it is first named."""
+    if path not in opened:
+        image = check.attempt(partial(open_image, path), begin=origin)
+        text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+        opened[path] = _Picture(image.size, text) if image else None
+    return opened[path]
 
-    def __init__(self, config: TaskConfig, check: Check) -> None:
-        self.config, self.check = config, check
-        self.opened: dict[Path, _Picture | None] = {}
 
-    def fit(self, origin: str, path: Path, area: tuple[int, int]) -> tuple[tuple[int, int], str]:
-        """The video's size for this picture and `--size`, and where it comes from."""
-        picture = self.open(origin, path)
-        if picture is None:
-            return area, ""
-        size, step = picture.size, self.config.size_step
-        # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
-        if not (is_video(path) and math.prod(size) == math.prod(area) and not any(n % step for n in size)):
-            try:
-                width, height = video_size(self.config, size, area)
-            except InputError as e:
-                self.check.problem(f"{origin}{path}: {e}")
-                return area, ""
-            size = self.check.size(f"{origin}{path}: size", f"{width}*{height}", step)
-        kept = picture.size == size == area
-        return size, f"{picture.text}{'' if kept else f', the area of {area[0]}x{area[1]}'}"
-
-    def open(self, origin: str, path: Path) -> _Picture | None:
-        """The picture; None if it cannot be opened, which is a problem where it is first named."""
-        if path not in self.opened:
-            try:
-                image = open_image(path)
-                text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)])
-                self.opened[path] = _Picture(image.size, text)
-            except InputError as e:
-                self.opened[path] = None
-                self.check.problem(f"{origin}{e}")
-        return self.opened[path]
+def _fitted(
+    origin: str, size: tuple[int, int], area: tuple[int, int], clip: bool, config: TaskConfig, check: Check
+) -> tuple[int, int]:
+    """The video's size for a picture of `size`, or the last frame of a clip, where `area` was asked for."""
+    # A clip of the size asked for keeps it; the rule for pictures would make 832x464 of 832x480.
+    if clip and math.prod(size) == math.prod(area) and not any(side % config.size_step for side in size):
+        return size
+    fitted = check.attempt(partial(video_size, config, size, area), begin=f"{origin}: ")
+    return check.size(f"{origin}: size", f"{fitted[0]}*{fitted[1]}", config.size_step) if fitted else area
 
 
 def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
     """Check the options that `--chain` excludes or needs."""
-    if not request.chain:
-        return
-    if config.image_fit is None:
-        check.problem(f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one")
-    if request.decode_latents is not None:
-        check.problem("--chain is of prompts; leave it out with --decode_latents")
-    elif request.prompt_file is None:
-        check.problem("--chain lets the rows of a --prompt_file continue each other; give one")
-    if request.image_path_file is not None:
-        check.problem("--chain and --image_path_file exclude each other; give --image for the first row")
-    if request.use_prompt_extend or request.extend_only is not None:
-        check.problem("--chain: extend the prompts first, with --extend_only FILE.txt and without --chain")
+    decodes, extends = request.decode_latents is not None, request.use_prompt_extend or request.extend_only is not None
+    faults = {
+        f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one": config.image_fit is None,
+        "--chain is of prompts; leave it out with --decode_latents": decodes,
+        "--chain lets the rows of a --prompt_file continue each other; give one":
+            not decodes and request.prompt_file is None,
+        "--chain and --image_path_file exclude each other; give --image for the first row":
+            request.image_path_file is not None,
+        "--chain: extend the prompts first, with --extend_only FILE.txt and without --chain": extends,
+    }  # fmt: skip
+    check.problems += [fault for fault, holds in faults.items() if holds and request.chain]
 
 
 def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
@@ -297,46 +251,27 @@ def linked(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Ch
         )  # fmt: skip
     if not firsts:
         check.problem(f"--chain: no row of {request.prompt_file} continues another; those with an image start anew")
-    files = {first.save_file for first in firsts.values()}
-    joined = {file: file.with_name(f"{file.stem}_chain{file.suffix}") for file in files}
+    joined = {first.save_file: first.save_file.with_stem(f"{first.save_file.stem}_chain") for first in firsts.values()}
     if request.save_file is not None:
-        joined = dict.fromkeys(files, expanded(request.save_file))
-        if len(files) > 1:
-            check.problem(f"--save_file names one video, but {len(files)} chains are joined; use --save_dir")
+        if len(joined) > 1:
+            check.problem(f"--save_file names one video, but {len(joined)} chains are joined; use --save_dir")
+        joined = dict.fromkeys(joined, expanded(request.save_file))
     return [replace(job, joined=joined[firsts[job.index].save_file]) if job.index in firsts else job for job in made]
 
 
 def chosen_shard(request: Request, check: Check) -> Request:
     """`request` with `--shard` as I/N, for "slurm" from this task's place in its array; None for all videos."""
-    if request.shard is not None:
-        alone = [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]
-        if alone:
-            check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
-    if request.shard == "slurm":
-        request = replace(request, shard=_slurm_shard(check))
-    if request.shard is not None and _read_shard(request.shard, check) == WHOLE:
-        request = replace(request, shard=None)
-    return request
-
-
-def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
-    """The jobs that this process makes."""
-    index, count = _read_shard(request.shard, check) if request.shard is not None else WHOLE
-    if count > 1 and request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
-        check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
-    own = [job for number, chain in enumerate(chains(jobs)) if number % count == index - 1 for job in chain]
-    own.sort(key=lambda job: job.index)
-    if jobs and not own:
-        check.warn(f"--shard {index}/{count}: there are only {len(jobs)} videos, none of them falls to this process")
-    return own
-
-
-def _read_shard(text: str, check: Check) -> tuple[int, int]:
-    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
+    text = request.shard
+    if text is None:
+        return request
+    if alone := [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]:
+        check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
+    text = _slurm_shard(check) if text == "slurm" else text
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text or "1/1")
     if found and 1 <= int(found[1]) <= int(found[2]):
-        return int(found[1]), int(found[2])
+        return replace(request, shard=text if int(found[2]) > 1 else None)
     check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}")
-    return WHOLE
+    return replace(request, shard=None)
 
 
 def _slurm_shard(check: Check) -> str | None:
@@ -345,11 +280,22 @@ def _slurm_shard(check: Check) -> str | None:
     if not (task and count):
         check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
         return None
-    try:
+    with suppress(ValueError, ZeroDivisionError):  # reported below
         place, rest = divmod(int(task) - int(first or 0), int(step or 1))
         if not rest and 0 <= place < int(count):
             return f"{place + 1}/{int(count)}"
-    except (ValueError, ZeroDivisionError):
-        pass
     check.problem("--shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
     return None
+
+
+def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:
+    """The jobs that this process makes. With `--shard`: every N-th video or chain; numbers, seeds and names stay."""
+    if request.shard is None:
+        return list(jobs)
+    index, count = map(int, request.shard.split("/"))
+    if request.base_seed < 0 and any(row.seed is None or row.seed < 0 for row in rows):
+        check.problem("--shard: each process would draw a seed of its own; give the same --base_seed to all of them")
+    own = [job for chain in chains(jobs)[index - 1 :: count] for job in chain]
+    if jobs and not own:
+        check.warn(f"--shard {index}/{count}: there are only {len(jobs)} videos, none of them falls to this process")
+    return sorted(own, key=lambda job: job.index)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.lora_args import LoraChoice
+from lightning.lora_files import LoraChoice
 from lightning.releases import Release
 from wan.cli.options import STRENGTH, Request
 from wan.configs import TaskConfig
@@ -19,19 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights serve: a checkpoint folder (or hub id; None: files alone), and what comes on top of it.
+    """Which weights serve: a checkpoint, and what comes on top of it."""
 
-    loras: in the order given; --lora_dir's first. expert_files: full (distilled) files that replace an expert's.
-    files: what serves in place of the folder's "vae", "text_encoder" and "tokenizer" (its tokenizer.json).
-    lora_mode: "merge" | "adapter". release: whose settings are used, by name or recognised.
-    """
-
-    ckpt_dir: Path | None
-    loras: tuple[LoraChoice, ...] = ()
-    expert_files: tuple[tuple[str, Path], ...] = ()
-    files: tuple[tuple[str, Path], ...] = ()
-    lora_mode: str = "merge"
-    release: Release | None = None
+    ckpt_dir: Path | None  # a folder or hub id; None: files alone
+    loras: tuple[LoraChoice, ...] = ()  # in the order given; --lora_dir's first
+    # by part, what replaces the folder's: a full expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    lora_mode: str = "merge"  # or "adapter"
+    release: Release | None = None  # whose settings are used, by name or recognised
     distilled: bool = False
 
 
@@ -118,7 +113,6 @@ class Generate:
     config: TaskConfig
     weights: Weights
     sampling: Sampling
-    rows: tuple[Row, ...]  # the prompts that the jobs come from
     jobs: tuple[Job, ...]
     extend: ExtendSettings | None = None  # None: prompts are used as they are
     warnings: tuple[str, ...] = ()

@@ -10,11 +10,11 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from wan.utils.argument_parser import SIMILARITY
+from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
 SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
@@ -70,10 +70,10 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
     if kind in TABLES:
         rows, blank = _table_rows(path, text, problems, warnings), 0
     elif kind in JSON_LINES and listed is not None:
-        entries = [(f"{path} entry {number}", values) for number, values in enumerate(listed, 1)]
-        rows, blank = [row for source, values in entries if (row := _row(path, source, values, problems))], 0
+        found = [_row(path, f"{path} entry {number}", values, problems) for number, values in enumerate(listed, 1)]
+        rows, blank = list(filter(None, found)), 0
     elif kind in JSON_LINES:
-        rows = [row for source, line in filled if (row := _json_line(path, source, line, problems))]
+        rows = list(filter(None, (_json_line(path, source, line, problems) for source, line in filled)))
     else:
         rows = [Row(line, source) for source, line in filled]
         problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
@@ -89,14 +89,11 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
 
 def _json_list(text: str) -> list[object] | None:
     """The values of a text that is one JSON list, or one object over several lines; else None."""
-    begin = text.lstrip()[:2]
-    if begin[:1] != "[" and not (begin[:1] == "{" and begin[1:].isspace()):
-        return None
-    try:
-        whole = parse_json(text)
-    except ValueError:
-        return None
-    return whole if isinstance(whole, list) else [whole]
+    if re.match(r"\s*(\[|\{\s)", text):
+        with suppress(ValueError):  # no JSON: read line by line
+            whole = parse_json(text)
+            return whole if isinstance(whole, list) else [whole]
+    return None
 
 
 def _are_rows(values: object) -> bool:
@@ -106,12 +103,11 @@ def _are_rows(values: object) -> bool:
 def _data_in(line: str) -> str | None:
     """What a line of a text file holds if it is data and no prompt: "JSON", "YAML" or "a table ..."."""
     if line[0] in "{[":
-        try:
+        with suppress(ValueError):  # a prompt
             values = parse_json(line)
-        except ValueError:
-            return None
-        if isinstance(values, dict) or _are_rows(values):
-            return "JSON"
+            if isinstance(values, dict) or _are_rows(values):
+                return "JSON"
+        return None
     if re.match(r"-\s+prompt\s*:", line):
         return "YAML"
     cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line[:1000])]
@@ -223,7 +219,9 @@ def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row |
 
 def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
-    start, separator = 1, _separator(text, TABLES[path.suffix.lower()])
+    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0].lower()
+    columns = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in signs}
+    start, separator = 1, next((s for s, names in columns.items() if "prompt" in names and len(names) > 1), signs[0])
     if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
         start, separator, text = 2, declared[1], text[declared.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -238,11 +236,17 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
                 continue
             if header is None:
                 header = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
-                if fault := _header_problem(header):
-                    problems.append(f"{source}: {fault}")
+                unknown = {name: closest(name, KEYS) for name in header if name not in KEYS}
+                faults = [f"unknown column {cut(repr(name))}; did you mean {close}?" for name, close in unknown.items()
+                          if close and close not in header]  # fmt: skip
+                if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
+                    faults.append("the first line must name the columns, each once, 'prompt' among them")
+                if faults:
+                    problems.append(f"{source}: {faults[0]}")
                     return []
-                if unknown := [_shown(name) for name in dict.fromkeys(header) if name not in KEYS]:
-                    warnings.append(f"{path}: columns that mean nothing here are ignored: {', '.join(unknown)}")
+                if unknown:
+                    ignored = ", ".join(cut(repr(name)) for name in unknown)
+                    warnings.append(f"{path}: columns that mean nothing here are ignored: {ignored}")
             elif len(cells) != len(header):
                 problems.append(f"{source}: {len(cells)} cells, but the header names {len(header)} columns")
             else:
@@ -255,38 +259,24 @@ def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str])
     return rows
 
 
-def _separator(text: str, candidates: str) -> str:
-    """The separator that makes a header with a prompt column of the first line; else the usual one."""
-    first = text.lstrip("\n").partition("\n")[0].lower()
-    found = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in candidates}
-    return next((sign for sign, cells in found.items() if "prompt" in cells and len(cells) > 1), candidates[0])
-
-
-def _header_problem(header: list[str]) -> str | None:
-    for name in header:
-        if name not in KEYS and (close := get_close_matches(name, KEYS, 1, SIMILARITY)) and close[0] not in header:
-            return f"unknown column {_shown(name)}; did you mean {close[0]}?"
-    if "prompt" not in header or any(header.count(key) > 1 for key in KEYS):
-        return "the first line must name the columns, each once, 'prompt' among them"
-    return None
-
-
 def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | None:
     """A row from its JSON or table values; None, and one problem for each fault."""
     if not isinstance(values, dict):
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
-    faults = [f"unknown key {_shown(key)}{_meant(key)}" for key in values if key not in KEYS]
+    meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
+    hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
+    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in zip(meant, hints, strict=True)]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
-    if "prompt" not in given and not any(fault.endswith("mean prompt?") for fault in faults):
+    if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
     for key, value in given.items():
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
-                faults.append(f"{key!r} must be a whole number, not {_shown(value)}")
+                faults.append(f"{key!r} must be a whole number, not {cut(repr(value))}")
         elif not isinstance(value, str):
-            faults.append(f"{key!r} must be text, not {_shown(value)}")
+            faults.append(f"{key!r} must be text, not {cut(repr(value))}")
         elif unusable := text_problem(value):
             faults.append(f"{key!r} {unusable}")
         elif not value.strip() and key in NEVER_EMPTY:
@@ -299,22 +289,10 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     return replace(row, prompt=row.prompt.strip())
 
 
-def _meant(key: object) -> str:
-    close = get_close_matches(str(key)[:100].lower(), KEYS, 1, SIMILARITY)
-    return f"; did you mean {close[0]}?" if close else f"; allowed are {', '.join(KEYS)}"
-
-
 def _whole(value: object) -> int | None:
     """The whole number that a JSON value is, or a cell spells (also as `3.0`); None if it is none, or absurdly long."""
-    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{LONGEST_NUMBER}}}(\.0*)?", value):
-        return int(value.partition(".")[0])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**LONGEST_NUMBER
-    return int(value) if fits else None  # type: ignore[call-overload]  # an int
-
-
-def _shown(value: object) -> str:
-    """A value of any size as part of a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
+    found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
+    return int(found[1]) if found else None

@@ -19,14 +19,14 @@ from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
-from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, VIDEO, Request, Scope, without_effect
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, without_effect
 from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
-from wan.jobs.job import Decode, Extend, Generate, Job, Outcome, Replayed, Weights
-from wan.jobs.output_paths import check_file, check_outputs
+from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
+from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import expanded, text_problem
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, expert_files, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
 from wan.utils.errors import InputError
@@ -50,12 +50,11 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     """
     check = Check(problems)
     if {"save_dir", "save_file"} <= values.keys() and not os.path.dirname(values["save_file"]):
-        values = {**values, "save_file": os.path.join(values["save_dir"], values["save_file"])}
-        values.pop("save_dir")
-    request, record = replayed(values, expanded(values["replay"])) if "replay" in values else (Request(**values), None)
-    asked_task = request.task
-    request = _checked(request, check)
-    if request.task != asked_task:
+        inside = os.path.join(values["save_dir"], values["save_file"])
+        values = {name: value for name, value in values.items() if name != "save_dir"} | {"save_file": inside}
+    asked, record = replayed(values, expanded(values["replay"])) if "replay" in values else (Request(**values), None)
+    request = _checked(asked, check)
+    if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
     request = chosen_shard(request, check)
@@ -76,28 +75,26 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
             # Without other problems the plan reports the files that are missing.
             check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
-    return replace(outcome, warnings=(*check.warnings, *without_effect(values, request)))
+    return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
 
 def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
-        value, default = getattr(request, name), DEFAULTS[name]
-        for text in value if isinstance(value, tuple) else [value]:
-            if isinstance(text, str) and (wrong := text_problem(text)):
-                check.problem(f"--{name} {wrong}")
-                changed[name] = default
-        if name in changed:
-            continue
-        if name == "task" and (foreign := FOREIGN_TASKS.get(str(value).lower().partition("-")[0])):
-            check.problem(f"--task {value}: {foreign}; the tasks are {', '.join(TASKS)}")
+        flag, value, default = f"--{name}", getattr(request, name), DEFAULTS[name]
+        texts = [text for text in (value if isinstance(value, tuple) else [value]) if isinstance(text, str)]
+        faults = [f"{flag} {fault}" for text in texts if (fault := text_problem(text))]
+        foreign = FOREIGN_TASKS.get(str(value).lower().partition("-")[0]) if name == "task" else None
+        if foreign and not faults:
+            faults = [f"{flag} {value}: {foreign}; the tasks are {', '.join(TASKS)}"]
+        if faults:
+            check.problems += faults
             changed[name] = default
         elif row.choices:
-            changed[name] = check.choice(f"--{name}", value, row.choices, row.pattern)
-        elif row.limits and value is not None:
-            found = check.number(f"--{name}", value, float("nan"), *row.limits)
-            changed[name] = value if found == value else default
+            changed[name] = check.choice(flag, value, row.choices, row.pattern)
+        elif row.limits and value is not None and check.number(flag, value, float("nan"), *row.limits) != value:
+            changed[name] = default
     return replace(request, **changed)
 
 
@@ -117,23 +114,25 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
-    check_outputs(request, _videos(jobs), check, read, own=set(_videos(own)))
-    numbers = {job.index // request.num_videos for job in own}
-    rows = [row for number, row in enumerate(rows) if number in numbers]
-    return Generate(request, config, weights, sampling, tuple(rows), tuple(own), extend)
-
-
-def _videos(jobs: Sequence[Job]) -> list[Path]:
-    """The files of these jobs, then those that their chains are joined into."""
-    return [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
+    # each job's file, then those that chains are joined into
+    files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
+    own_files = {file for job in own for file in (job.save_file, job.joined) if file}
+    check_outputs(request, files, check, read, own=own_files)
+    return Generate(request, config, weights, sampling, tuple(own), extend)
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
     file = expanded(request.extend_only or "")
     if file.suffix.lower() not in (".txt", ".jsonl"):
         check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    else:
-        check_file("--extend_only", file, check, overwrite=request.overwrite)
+    elif problem := name_problem(file):
+        check.problem(f"--extend_only {str(file)!r}: the name {problem}")
+    elif file.is_dir():
+        check.problem(f"--extend_only {file}: is a folder, not a file")
+    elif os.path.lexists(file) and not request.overwrite:
+        check.problem(f"--extend_only {file} already exists; --overwrite replaces it")
+    elif problem := folder_problem(file.absolute().parent):
+        check.problem(f"--extend_only {problem}")
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
 
@@ -145,10 +144,8 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
         check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
-    check_outputs(request, [video], check, [latents], latents=False)
-    experts = expert_files(request, config, check)
-    folder = _checkpoint_folder(request, config, check)
-    weights = Weights(folder, expert_files=tuple(experts.items()), files=part_files(request, check))
+    check_outputs(request, [video], check, [latents])
+    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, config, check))
     return Decode(request, config, weights, latents, video)
 
 
@@ -157,12 +154,12 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     get = f"get it with: {download_command(config.hub_id)}"
     given = request.ckpt_dir
     if given is None:
-        own = _replaced_parts(request)
-        lacking = [f"--expert {name}=FILE" for name in config.experts if name not in own]
-        lacking += [f"--{part}" for part in PARTS if part not in own]
+        own, parts = _replaced_parts(request), {name: f"--expert {name}=FILE" for name in config.experts}
+        parts |= {part: f"--{part}" for part in PARTS}
+        lacking = [flag for part, flag in parts.items() if part not in own]
         if not lacking:
             return None
-        alone = "" if len(lacking) == len(config.experts) + len(PARTS) else f", or give {', '.join(lacking)} too"
+        alone = "" if len(lacking) == len(parts) else f", or give {', '.join(lacking)} too"
         check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
         return Path(config.hub_id)
     path = expanded(given)
@@ -193,9 +190,8 @@ def _check_processes(request: Request, check: Check) -> None:
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
     elif processes % (ulysses * ring):
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        check.problem(
-            f"--ulysses_size {ulysses} (x --ring_size {ring}) must divide the {processes} processes; legal are {legal}"
-        )
+        sizes = f"--ulysses_size {ulysses} (x --ring_size {ring})"
+        check.problem(f"{sizes} must divide the {processes} processes; legal are {legal}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:
@@ -206,16 +202,10 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
         if not isinstance(options, dict):
             check.problem(f"--prompt_extend_options takes a JSON object, not {request.prompt_extend_options!r:.80}")
     return ExtendSettings(
-        task=request.task,
-        method=request.prompt_extend_method,
-        model=request.prompt_extend_model,
-        language=request.prompt_extend_target_lang,
-        seed=request.base_seed,
-        on_error=request.prompt_extend_on_error,
-        use_cache=not request.no_extend_cache,
-        device=request.device,
-        options=options,
-    )
+        task=request.task, method=request.prompt_extend_method, model=request.prompt_extend_model,
+        language=request.prompt_extend_target_lang, seed=request.base_seed, on_error=request.prompt_extend_on_error,
+        use_cache=not request.no_extend_cache, device=request.device, options=options,
+    )  # fmt: skip
 
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
@@ -235,18 +225,20 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     try:
         job = record["job"]
         width, height = job["area"]
-        of_job = {"size": f"{width}*{height}", "base_seed": job["seed"]}
-        of_job |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
-        of_job |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
-        of_job |= {"strength": record["request"].get("strength") if job.get("video") else None}
-        earlier = {name: value for name, value in record["request"].items() if _is_replayed(name)} | of_job
+        earlier = {
+            name: value for name, value in record["request"].items()
+            if not (row := OPTIONS.get(name)) or (row.scope is not START and row.into not in OF_A_JOB)
+        }  # fmt: skip
+        earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
+        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
+        earlier |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
+        earlier["strength"] = earlier.get("strength") if job.get("video") else None
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"--replay {path}: not the record of a video") from e
-    displaced = {other for name in given for other in OPTIONS[name].displaces}
+    problems, displaced = list[str](), {other for name in given for other in OPTIONS[name].displaces}
     earlier = {name: value for name, value in earlier.items() if name not in displaced}
-    problems: list[str] = []
     request = Request.from_dict({**earlier, **given}, problems)
     if problems:
         raise InputError([f"--replay {path}: {problem}" for problem in problems])
@@ -254,34 +246,25 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     return request, Replayed(path, record, frozenset(others | {OPTIONS[name].into for name in given}))
 
 
-def _is_replayed(name: str) -> bool:
-    row = OPTIONS.get(name)
-    return row is None or (row.scope is not Scope.START and row.into not in OF_A_JOB)
-
-
 def earlier_seed(request: Request) -> int | None:
     """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
 
     Until its first video is whole, a run's only record is the one in the latents that it kept.
     """
-    folder = expanded(request.save_dir)
+    named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
+
+    def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: recorded.get(name, DEFAULTS[name]) for name in named}
+
+    folder, wanted = expanded(request.save_dir), asked_for(request.recorded())
     written: dict[Path, float] = {}
     for file in (*folder.glob("*.json"), *folder.glob("*.latents.safetensors")):
         with suppress(OSError):  # another process has just removed it, or a link that leads nowhere
             written[file] = file.stat().st_mtime
     for file in sorted(written, key=lambda file: written[file], reverse=True):
-        try:
+        with suppress(InputError, OSError, KeyError, TypeError, AttributeError, ValueError):  # another program's file
             kept = file.suffix == ".safetensors"
-            record = json.loads(read_header(file)[1]["record"]) if kept else read_record(file)
-            recorded = record["request"]
-            if _asked_for(recorded) == _asked_for(request.recorded()):
+            recorded = (json.loads(read_header(file)[1]["record"]) if kept else read_record(file))["request"]
+            if asked_for(recorded) == wanted:
                 return int(recorded["base_seed"])
-        except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
-            continue  # another program's file
     return None
-
-
-def _asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that affect how the videos look, as far as the request alone tells. given: as records hold them."""
-    names = [n for n, row in OPTIONS.items() if row.scope is VIDEO and n not in LEFT_TO_THE_PLAN]
-    return {name: given.get(name, DEFAULTS[name]) for name in names}

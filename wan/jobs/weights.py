@@ -6,12 +6,12 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from lightning.distilled import release_in
-from lightning.lora_args import LoraChoice, choose_loras
+from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
@@ -19,8 +19,7 @@ from wan.cli.options import STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
-from wan.utils.argument_parser import short
-from wan.utils.errors import LoraError
+from wan.utils.argument_parser import pair, short
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
@@ -35,9 +34,10 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     chosen = choose_loras(tuple(config.experts), request.lora_dir, request.lora_strength, request.lora or ())
     check.problems.extend(chosen.problems)
     check.warnings.extend(chosen.warnings)
-    experts = expert_files(request, config, check)
-    release = _release(request, config.name, chosen.loras, experts, check)
+    files = part_files(request, config, check)
+    experts = {part: file for part, file in files.items() if part in config.experts}
     paths = [*experts.values(), *(lora.path for lora in chosen.loras)]
+    release = _release(request, config.name, paths, check)
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
@@ -45,9 +45,7 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.warn(f"{each.name} ({each.source}): {each.warning}")
         if each.text_only and request.image is not None:
             check.warn(f"--image: {each.name} ({each.source}) was trained without images")
-    for path in paths:
-        if reason := caution(path):
-            check.warn(f"{path} {reason}")
+    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
@@ -60,80 +58,71 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     if base and not (known or request.lora_dir or request.preset):
         check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
     distilled = bool(request.lora_dir or request.preset or known or len(experts) > len(base))
-    parts = part_files(request, check)
-    return Weights(ckpt_dir, tuple(chosen.loras), tuple(experts.items()), parts, release=release, distilled=distilled)
+    return Weights(ckpt_dir, tuple(chosen.loras), files, release=release, distilled=distilled)
 
 
-def expert_files(request: Request, config: TaskConfig, check: Check) -> dict[str, Path]:
-    """Files of --expert by expert."""
+def part_files(request: Request, config: TaskConfig, check: Check) -> dict[str, Path]:
+    """Files by part, an expert or one of PARTS, that replace the checkpoint's."""
     found: dict[str, Path] = {}
-    for text in request.expert or ():
-        expert, _, name = text.partition("=")
-        if expert not in config.experts or not name:
+    given = [("--expert", text, *text.partition("=")[::2]) for text in request.expert or ()]
+    given += [(f"--{part}", name, part, name) for part in PARTS if (name := getattr(request, part)) is not None]
+    for flag, text, part, name in given:
+        if flag == "--expert" and (part not in config.experts or not name):
             allowed = " or ".join(f"{known}=FILE" for known in config.experts)
             check.problem(f"--expert {text}: {config.name} takes {allowed}")
-        elif expert in found:
-            check.problem(f"--expert {expert}= is given twice")
-        elif file := check.attempt(partial(located, "--expert", name)):
+        elif part in found:
+            check.problem(f"--expert {part}= is given twice")
+        elif file := check.attempt(partial(located, flag, name)):
+            file = file / "tokenizer.json" if part == "tokenizer" else file
             if file.is_file():
-                found[expert] = file
+                found[part] = file
             else:
-                check.problem(f"--expert {text}: {no_file(file)}")
+                wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
+                check.problem(f"{flag} {text}: {wanted}")
     return found
-
-
-def part_files(request: Request, check: Check) -> tuple[tuple[str, Path], ...]:
-    """Files by part that replace the checkpoint's, except the experts'."""
-    found: dict[str, Path] = {}
-    for part in PARTS:
-        name = getattr(request, part)
-        file = check.attempt(partial(located, f"--{part}", name)) if name is not None else None
-        if file is None:
-            continue
-        if part == "tokenizer":
-            file /= "tokenizer.json"
-        if file.is_file():
-            found[part] = file
-        else:
-            wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
-            check.problem(f"--{part} {name}: {wanted}")
-    return tuple(found.items())
 
 
 def choose_sampling(request: Request, config: TaskConfig, weights: Weights, check: Check) -> Sampling:
     """Solver, steps, shift and guidance: as given, else the release's, else the task's."""
-    single = len(config.experts) == 1
+    single, free = len(config.experts) == 1, request.timesteps is None
     # Without a recognised release a distilled weight runs as the Lightning ones do, which are Release's defaults.
     release = weights.release or Release("", (), "lora", "")
     base = Sampling(config.sample_solver, config.sample_steps, config.sample_shift, both(config.sample_guide_scale))
     usual: Release | Sampling = release if weights.distilled else base
-    timesteps = check.timesteps(request.timesteps) if request.timesteps is not None else None
     as_made = request.sample_solver in (None, release.solver) and request.sample_steps is None
-    if weights.distilled and request.timesteps is None and request.sample_shift is None and as_made:
-        timesteps = release.timesteps
+    if request.timesteps is not None:
+        timesteps = check.timesteps(request.timesteps)
+    else:
+        timesteps = release.timesteps if weights.distilled and request.sample_shift is None and as_made else None
     fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
     solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
-    shift = request.sample_shift or usual.shift
-    guidance = check.pair("--sample_guide_scale", request.sample_guide_scale, usual.guidance, *GUIDANCES)
-    if single and guidance[0] != guidance[1]:
-        check.problem(f"--sample_guide_scale {request.sample_guide_scale}: one model takes one number, not LOW,HIGH")
-    if request.timesteps is not None and timesteps is not None:
-        _check_explicit(request, timesteps, check)
-    high_steps = None
-    if request.high_steps is not None and single:
+    flag, scale = "--sample_guide_scale", request.sample_guide_scale
+    given = check.attempt(partial(pair, flag, scale)) if scale is not None else None
+    low, high = (check.number(flag, number, usual.guidance[0], *GUIDANCES) for number in given or usual.guidance)
+    if single and low != high:
+        check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
+    if timesteps is not None and not free:  # which excludes other flags
+        if request.sample_solver not in (None, *EXPLICIT):
+            solvers = " or ".join(EXPLICIT)
+            check.problem(f"--timesteps works with --sample_solver {solvers}, not {request.sample_solver}")
+        if request.sample_steps not in (None, len(timesteps)):
+            check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
+        if request.sample_shift is not None:
+            check.problem("--timesteps are final, after the shift; leave --sample_shift out")
+    high_steps = request.high_steps
+    if high_steps is not None and single:
         check.problem("--high_steps: this task has one model; it applies to the two experts of the A14B tasks")
-    elif request.high_steps is not None:
-        high_steps = check.whole("--high_steps", request.high_steps, 0, 0, steps)
-    by_release = request.timesteps is None
-    lora_steps = release.lora_steps if by_release else None
-    guidance_steps = release.guidance_steps if by_release and request.sample_guide_scale is None else None
+    elif high_steps is not None:
+        check.number("--high_steps", high_steps, 0, 0, steps)
+    lora_steps = release.lora_steps if free else None
+    guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        check.problem(
-            f"--preset {release.name} says what each of its {len(lora_steps)} steps does; leave --sample_steps out"
-        )
+        says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
+        check.problem(f"{says}; leave --sample_steps out")
+    shift = request.sample_shift or usual.shift
     strength = STRENGTH if request.strength is None else request.strength
-    recipe = Sampling(solver, steps, shift, guidance, timesteps, high_steps, lora_steps, guidance_steps, strength)
+    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 
@@ -144,23 +133,18 @@ def both(guidance: float | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _release(
-    request: Request, task: str, loras: Sequence[LoraChoice], experts: Mapping[str, Path], check: Check
-) -> Release | None:
+def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -> Release | None:
     """--preset's, else the first recognised by a folder's or file's name, else the one baked into the checkpoint."""
     if request.preset is not None:
-        try:
-            release = preset(request.preset)
-        except LoraError as e:
-            check.problem(f"--preset: {e}")
+        release = check.attempt(partial(preset, request.preset), begin="--preset: ")
+        if release is None:
             return None
         if task not in release.tasks:
             check.problem(f"--preset {release.name} is for {' and '.join(release.tasks)}, not for {task}")
-        if release.kind == "recipe" and not (loras or experts):
+        if release.kind == "recipe" and not paths:
             check.problem(f"--preset {release.name} is a recipe for a distilled LoRA; give --lora_dir or --lora too")
         return release
-    paths = [expanded(request.lora_dir)] if request.lora_dir else []
-    for path in [*paths, *experts.values(), *(lora.path for lora in loras)]:
+    for path in [expanded(request.lora_dir), *paths] if request.lora_dir else paths:
         if found := recognise(path):
             if task not in found.tasks:
                 check.warn(f"{path} looks like {found.name}, which is for {' and '.join(found.tasks)}, not for {task}")
@@ -172,18 +156,7 @@ def _release(
     return check.attempt(partial(release_in, folder))
 
 
-def _check_explicit(request: Request, timesteps: tuple[float, ...], check: Check) -> None:
-    """Flags that --timesteps excludes."""
-    if request.sample_solver not in (None, *EXPLICIT):
-        check.problem(f"--timesteps works with --sample_solver {' or '.join(EXPLICIT)}, not {request.sample_solver}")
-    if request.sample_steps not in (None, len(timesteps)):
-        check.problem(f"--timesteps names {len(timesteps)} steps, but --sample_steps is {request.sample_steps}")
-    if request.sample_shift is not None:
-        check.problem("--timesteps are final, after the shift; leave --sample_shift out")
-
-
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
-    """Warns of settings that the weights in use were not made for."""
     if not weights.distilled:
         if recipe.steps < FEW_STEPS:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.modules.fused import EAGER
-from wan.modules.quantize import FP8, quantise
+from wan.modules.fused import EAGER, FP8, quantise
 
 QUANTISED_ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such
 # Of products in fp8 against the same numbers in float32: a result in bf16 is off by 2^-9 at most.
 RIGHT_PRODUCT = 1e-2
+NAN = 0x7F  # of e4m3, beside the sign; the format has no infinities
 
 
 class Quantised(NamedTuple):
@@ -138,3 +138,13 @@ def product_error(x: Tensor, weight: Tensor) -> float:
     given = layer.quantised(x)
     exact = (given.q.float() * given.scale) @ (layer.weight.float() * layer.weight_scale[:, None]).t()
     return ((layer.product(given).float() - exact).norm() / exact.norm()).item()
+
+
+def is_finite(q: Tensor) -> bool:
+    """Whether e4m3 numbers hold no NaN."""
+    return not (q.view(torch.uint8) & NAN == NAN).any()
+
+
+def scale_name(weight: str) -> str:
+    """What the scales of the parameter `weight` are called, here and in LightX2V's files."""
+    return f"{weight}_scale"

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.modules.quantize import quantise
-from wan.modules.rope import rotate
 from wan.utils.errors import one_line
+
+FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
+LARGEST = torch.finfo(FP8).max
+LEAST = 1e-12  # taken for a row's largest magnitude where it is smaller: a row of zeros has a scale too
 
 
 def norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor) -> None:
@@ -52,6 +54,29 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> No
     scaled = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     _into(scaled, torch.mul, x, weight)
     x.copy_(rotate(scaled.float().unflatten(-1, (-1, 2 * rotary.shape[1])), rotary).flatten(1))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each adjacent pair of a head's channels by its angle: float32 [L, N, d] and [L, d/2, 2] -> [L, N, d].
+
+    It is a product of complex numbers. PyTorch has a fast kernel for it, which overwrites `x`; its compiler makes no
+    code for complex numbers, but fuses the product written out, of which the last bit may differ.
+    """
+    pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs).mul_(torch.view_as_complex(turns))).flatten(-2)
+
+
+def quantise(x: Tensor, q: Tensor, scale: Tensor) -> None:
+    """x [R, I] as e4m3 q [R, I] times float32 scale [R, 1]: each row's largest magnitude becomes the format's largest.
+
+    In float32 up to the one rounding to q, so that the result is the same on every device and for any share of rows.
+    """
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    scale.copy_(largest.clamp_(min=LEAST) / LARGEST)
+    q.copy_(x / scale)
 
 
 def _divide_by_rms(x: Tensor, eps: float) -> None:
@@ -100,7 +125,7 @@ def compiled() -> Passes:
     return Passes(*(torch.compile(each, dynamic=False) for each in EAGER))
 
 
-def choose_fused(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
+def choose_passes(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
     """Compiled passes where a run of so many forwards gains more than compiling takes, and a sentence if they are
     (or, where the compiler fails, why not). A CPU computes for minutes what it would gain seconds on."""
     gain = SAVED * tokens * width * layers * forwards / RATE

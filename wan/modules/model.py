@@ -19,24 +19,29 @@ Passes that go through the blocks together have a residual stream each, the rest
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from wan.configs import TASKS
 from wan.configs.precision import takes_fp8
 from wan.configs.task import PATCH
-from wan.modules.attention import Attend
-from wan.modules.block import Attention, Block, Spans, spans_of
-from wan.modules.context import Prompt
-from wan.modules.fp8 import Fp8Linear
+from wan.modules.attention import Attend, sdpa
+from wan.modules.fp8 import Fp8Linear, shared
 from wan.modules.fused import EAGER, Passes
-from wan.modules.hooks import Residency, TokenSplit
-from wan.modules.rope import rotary_table
 
 ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps of all tokens, at 480p too
+THETA = 10000.0
+# (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
+Spans = Sequence[tuple[int, slice]]
+Made = TypeVar("Made")
 
 
 class WanModel(nn.Module):
@@ -92,7 +97,7 @@ class WanModel(nn.Module):
         self, latent: Tensor, timestep: float, prompts: Sequence[Prompt], pinned_frames: int
     ) -> list[Tensor]:
         """As above; each block does all prompts before the next one begins."""
-        grid = (latent.shape[1] // PATCH[0], latent.shape[2] // PATCH[1], latent.shape[3] // PATCH[2])
+        f, h, w = grid = (latent.shape[1] // PATCH[0], latent.shape[2] // PATCH[1], latent.shape[3] // PATCH[2])
         x = self.patch_embedding(latent)
         total = x.shape[0]
         start, stop = self.tokens.span(total)
@@ -103,7 +108,7 @@ class WanModel(nn.Module):
         time = _in_float32(self.time_embedding, sinusoid(times, self.freq_dim).to(x.device, non_blocking=True))
         with self.residency.use(0):
             rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
-        spans = spans_of(pinned_frames * grid[1] * grid[2], start, stop, self.rows)
+        spans = spans_of(pinned_frames * h * w, start, stop, self.rows)
 
         texts = [each.once(self, lambda each=each: self._text(each)) for each in prompts]  # type: ignore[misc]
         streams = [x, *(x.clone() for _ in prompts[1:])]
@@ -111,17 +116,17 @@ class WanModel(nn.Module):
         for unit, block in enumerate(self.blocks, 1):
             with self.residency.use(unit):
                 streams = block(streams, rows, spans, rotary, total, prompts, texts)
-        return [self._latent(self.tokens.gather(self.head(x, time, spans), total), grid) for x in streams]
+        sizes = {"f": f, "h": h, "w": w, "q": PATCH[1], "r": PATCH[2]}
+        return [
+            rearrange(
+                self.tokens.gather(self.head(x, time, spans), total), "(f h w) (q r c) -> c f (h q) (w r)", **sizes
+            )
+            for x in streams
+        ]
 
     def _text(self, prompt: Prompt) -> Tensor:
-        """[text_len, D]."""
-        return _run_blocks(self.text_embedding, prompt.padded(self.text_len))
-
-    @staticmethod
-    def _latent(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """[F H W, patch * C] -> [C, f, h, w]."""
-        f, h, w = grid
-        return rearrange(x, "(f h w) (q r c) -> c f (h q) (w r)", f=f, h=h, w=w, q=PATCH[1], r=PATCH[2])
+        """[text_len, D] in the dtype of the weights."""
+        return self.text_embedding(prompt.padded(self.text_len).to(next(self.text_embedding.parameters()).dtype))
 
     @staticmethod
     def unit_of(name: str) -> int | None:
@@ -152,6 +157,17 @@ class WanModel(nn.Module):
             if takes_fp8(name, len(self.blocks), kept):
                 outputs, inputs = parameter.shape
                 self.set_submodule(name.removesuffix(".weight"), Fp8Linear(inputs, outputs))
+
+
+def released_transformer(task: str) -> WanModel:
+    """One released expert of `task` on the meta device."""
+    with torch.device("meta"):
+        return WanModel.from_config(vars(TASKS[task]), text_dim=TASKS[task].text_dim)
+
+
+def released_shapes(task: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of one released expert of `task`, in the order of the network."""
+    return {name: tuple(parameter.shape) for name, parameter in released_transformer(task).named_parameters()}
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -187,6 +203,206 @@ class Head(nn.Module):
         return out
 
 
+class Block(nn.Module):
+    """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.passes = EAGER
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = Norm(dim, bias=True)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(
+        self,
+        streams: list[Tensor],
+        rows: Tensor,
+        spans: Spans,
+        rotary: Tensor,
+        total: int,
+        prompts: Sequence[Prompt],
+        texts: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """One pass after the other, each with its residual stream, its prompt and that prompt's text.
+
+        streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
+        [L, D], in the same list: nobody keeps a stream that has been converted.
+        """
+        for prompt, text in zip(prompts, texts, strict=True):
+            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
+        return streams
+
+    def _pass(
+        self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
+        norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
+
+        # attentions run by `forward`: a module called as such keeps what it was given until it returns
+        y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
+        # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
+        x = x.float()
+        for row, span in spans:
+            self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
+        y = self.cross_attn.forward(y, prompt, text, spans)
+        for row, span in spans:
+            self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
+            self.passes.add(x[span], self.ffn(y[span]), gate2[row])
+        return x
+
+    def normed(self, x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
+        """LayerNorm(x) * scale + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
+        y = torch.empty_like(x, dtype=dtype)
+        for row, span in spans:
+            self.passes.norm(x[span], scale[row], shift[row], self.eps, y[span])
+        return y
+
+
+class Attention(nn.Module):
+    """The layers that self- and cross-attention share: projections, and RMS norms over the whole width D."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.backend: Attend = sdpa
+        self.passes = EAGER
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = Norm(dim), Norm(dim)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[L, D] -> [L, N, d]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    """Attention of all video tokens to each other, with rotary positions."""
+
+    def forward(self, x: Tensor, rotary: Tensor, total: int, spans: Spans) -> Tensor:
+        """This rank's tokens [L, D] -> [L, D]; `total` is the number of real tokens over all ranks."""
+        given = shared(x, self.q, self.k, self.v)
+        del x
+        q, k = self.q(given), self.k(given)
+        for y, scale in ((q, self.norm_q), (k, self.norm_k)):
+            for _, span in spans:
+                self.passes.rms_norm_rotate(y[span], scale.weight, rotary[span], self.eps)
+        v = self.v(given)
+        del given, y
+        x = self.attend(self.heads(q), self.heads(k), self.heads(v), total).flatten(1)
+        del q, k, v
+        return self.o(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
+        """[L, N, d] each -> [L, N, d]. The seam: a parallel run puts another function here."""
+        return self.backend(q, k[:total], v[:total])
+
+
+class CrossAttention(Attention):
+    """Attention of the video tokens to the text, all `text_len` rows of it: the padding is attended, as in training."""
+
+    def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
+        """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
+        k, v = prompt.once(self, lambda: self._keys_values(text))
+        x = self.q(x)
+        for _, span in spans:
+            self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
+        x = self.backend(self.heads(x), k, v).flatten(1)
+        return self.o(x)
+
+    def _keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.k(text)
+        self.passes.rms_norm(k, self.norm_k.weight, self.eps)
+        return self.heads(k), self.heads(self.v(text))
+
+
+class Norm(nn.Module):
+    """The weight [D] of an RMS norm; with the bias [D], of a LayerNorm."""
+
+    def __init__(self, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(dim))
+
+
+class Prompt:
+    """One encoded prompt, and what each layer has made of it so far: both depend on nothing else.
+
+    rows: [n, text_dim] encoder output, n at most the model's `text_len`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+    def padded(self, length: int) -> Tensor:
+        return F.pad(self.rows, (0, 0, 0, length - self.rows.shape[0]))
+
+    def once(self, layer: nn.Module, make: Callable[[], Made]) -> Made:
+        """`make()` for this layer, or what it gave the first time. Forgotten when the layer is."""
+        if layer not in self._made:
+            self._made[layer] = make()
+        return self._made[layer]  # type: ignore[return-value]  # each layer stores one kind of thing
+
+    def forget(self) -> None:
+        """Drop what layers made, after their weights have changed."""
+        self._made.clear()
+
+
+class Residency:
+    """Where a network's weights are when it computes. The plain case: all of them on the device, always.
+
+    A unit is a group of weights that is used together, numbered in the order in which a forward uses them; a network's
+    `unit_of` tells a parameter's.
+    batch_guidance: each unit runs all passes over one latent before the next unit begins, so it is brought once.
+    """
+
+    batch_guidance = False
+
+    def use(self, unit: int) -> AbstractContextManager[None]:
+        """The weights of `unit` are on the device inside this."""
+        return nullcontext()
+
+
+class TokenSplit:
+    """How the tokens are divided over ranks. The plain case: one rank has them all."""
+
+    def span(self, total: int) -> tuple[int, int]:
+        """First token and end of this rank's share of `total` tokens; the end may lie beyond: padding."""
+        return 0, total
+
+    def shard(self, x: Tensor) -> Tensor:
+        """[total, ...] on every rank -> this rank's share."""
+        return x
+
+    def gather(self, x: Tensor, total: int) -> Tensor:
+        """Inverse of `shard`, padding dropped, on every rank."""
+        return x
+
+
+@lru_cache(maxsize=1)  # plans count one table
+def rotary_table(grid: tuple[int, int, int], head_width: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """(cos, sin) of every pair's angle for tokens `start` to `stop` of a (frames, rows, columns) grid, in that order.
+
+    float32 [stop - start, d / 2, 2], made from float64 angles. Of the c = d/2 pairs, c // 3 turn with the row, c // 3
+    with the column and the rest with the frame, each axis with its own frequencies theta^(-2j / axis width)
+    (RoFormer, arXiv 2104.09864, eq. 15). Tokens past the grid's end get angle 0: they are padding.
+    """
+    frames, rows, columns = grid
+    token = torch.arange(start, stop, dtype=torch.int64)
+    position = [token // (rows * columns), token // columns % rows, token % columns]
+    third = head_width // 2 // 3
+    pairs = [head_width // 2 - 2 * third, third, third]
+    angles = [
+        torch.outer(p.double(), THETA ** (-torch.arange(n, dtype=torch.float64) / n))
+        for p, n in zip(position, pairs, strict=True)
+    ]
+    angle = torch.cat(angles, dim=1) * (token < frames * rows * columns)[:, None]
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+
+
 def sinusoid(times: Sequence[float], width: int) -> Tensor:
     """[cos | sin] of t * 10000^(-i / half), angles in float64 -> float32 [T, width] (arXiv 1706.03762, section 3.5)."""
     half = width // 2
@@ -195,14 +411,21 @@ def sinusoid(times: Sequence[float], width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
+def spans_of(pinned: int, start: int, stop: int, most: int) -> Spans:
+    """This rank's tokens `start` to `stop` in shares of at most `most`, each with its row: the pinned tokens', then
+    the current timestep's. Shares are alike where that takes less than twice as many: each size is compiled anew."""
+    edge = min(max(pinned - start, 0), stop - start)
+    spans = []
+    for row, first, end in ((0, 0, edge), (1 if pinned else 0, edge, stop - start)):
+        least = -(-(end - first) // most)
+        parts = next((n for n in range(least, 2 * least) if (end - first) % n == 0), least)
+        size = -(-(end - first) // max(parts, 1))
+        spans += [(row, slice(i, min(i + size, end))) for i in range(first, end, max(size, 1))]
+    return spans
+
+
 def _in_float32(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Apply linear layers and activations in float32, also with weights in bf16 (`--convert_model_dtype`)."""
     for layer in layers:
         x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
     return x
-
-
-def _run_blocks(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """Apply `layers` in the dtype of their weights."""
-    weight = next(layers.parameters())
-    return layers(x.to(weight.dtype))

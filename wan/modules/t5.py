@@ -1,4 +1,5 @@
-"""The UMT5 text encoder (arXiv 2304.09151; T5 with gated GELU and a relative-position table in every layer).
+"""The UMT5 text encoder (arXiv 2304.09151; T5 with gated GELU and a relative-position table in every layer), and its
+tokenizer.
 
 Shapes: n text tokens, D width, N heads, d head width. There is no batch and no padding: a padded key gets softmax
 weight exactly 0, so encoding only the real tokens gives the same numbers for a fraction of the work.
@@ -6,16 +7,28 @@ weight exactly 0, so encoding only the real tokens gives the same numbers for a 
 
 from __future__ import annotations
 
+import html
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import ftfy
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from wan.modules.hooks import Residency
+from wan.configs.task import TEXT_WIDTH
+from wan.modules.model import Residency
+
+UMT5_XXL = {"vocab": 256384, "dim": TEXT_WIDTH, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
 
 BUCKETS = 32
 MAX_DISTANCE = 128
+LARGEST_TOKENIZER = 100_000_000  # bytes of tokenizer.json; the published one has 17 MB
+MOST_GROWTH = 64  # characters made of one, and tokens around a text; published tokenizers have 1
 
 
 class UMT5Encoder(nn.Module):
@@ -54,6 +67,12 @@ class UMT5Encoder(nn.Module):
     def unit_of(name: str) -> int | None:
         """The unit of a parameter: its block; None for the others."""
         return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def released_text_encoder() -> UMT5Encoder:
+    """On the meta device."""
+    with torch.device("meta"):
+        return UMT5Encoder(**UMT5_XXL)
 
 
 class T5Block(nn.Module):
@@ -150,3 +169,54 @@ def position_buckets(length: int) -> Tensor:
     relative = position[None, :] - position[:, None]
     distance = torch.tensor(table)[relative.abs().clamp(max=MAX_DISTANCE - 1)]
     return distance + half * (relative > 0)
+
+
+def clean_text(text: str) -> str:
+    """Mend the encoding (which also turns full-width forms into half-width), unescape HTML, collapse white space."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class UMT5Tokenizer:
+    """Text -> token ids, ending in `</s>`, at most `text_len` of them.
+
+    The tokenizer file is read as it is: transformers 5 would rebuild it from its vocabulary with another unknown id.
+    """
+
+    def __init__(self, folder: Path, text_len: int) -> None:
+        """folder holds `tokenizer.json`; FileNotFoundError without it."""
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; a sentencepiece model alone (spiece.model) is not read")
+        if file.stat().st_size > LARGEST_TOKENIZER:
+            raise ValueError(f"{file.stat().st_size:,} bytes, at most {LARGEST_TOKENIZER:,} are read")
+        self.text_len = text_len
+        self._tokenizer = Tokenizer.from_buffer(file.read_bytes())
+        growth = _growth(self._tokenizer.normalizer) * _growth(self._tokenizer.pre_tokenizer)
+        if max(growth, self._tokenizer.num_special_tokens_to_add(False)) > MOST_GROWTH:
+            raise ValueError(f"it makes {growth:,} characters of one; at most {MOST_GROWTH} are possible")
+        self._tokenizer.enable_truncation(text_len)
+        self._tokenizer.no_padding()
+
+    def __len__(self) -> int:
+        """Ids that may come out are below this number."""
+        return self._tokenizer.get_vocab_size()
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(clean_text(text)).ids
+
+    def lost(self, text: str) -> int:
+        """How many tokens of `text` are beyond those that it gives."""
+        if 4 * len(text) + 2 < self.text_len:  # a sign has at most four bytes, each a token
+            return 0
+        ends = self._tokenizer.num_special_tokens_to_add(False)
+        return sum(len(part.ids) - ends for part in self._tokenizer.encode(clean_text(text)).overflowing)
+
+
+def _growth(component: Any) -> int:
+    """The most characters that a component of a tokenizer, or its settings, make of one."""
+    if not isinstance(component, dict):
+        component = json.loads(component.__getstate__()) if component else {}
+    own = max(1, *(len(str(component.get(name, ""))) for name in ("content", "prepend")))
+    inner = component.get("normalizers") or component.get("pretokenizers") or ()
+    return own * math.prod(map(_growth, inner))

@@ -10,18 +10,39 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from wan.configs import TASKS
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.modules.causal_conv import ClipState, convolve
-from wan.modules.vae_coders import ENCODER_RIM, Decoder, Encoder, Region, reuse_constant_tail
+from wan.modules.vae_layers import (
+    ClipState,
+    Downsample,
+    FrameAttention,
+    Level,
+    Region,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+    add_average,
+    add_repeated,
+    convolve,
+    join_history,
+)
 
+VAES = {16: (16, 96, 96, False), 48: (48, 160, 256, True)}  # latent channels -> the arguments of WanVAE
+WIDTHS = (1, 2, 4, 4)  # of the encoder's levels, in multiples of the first; the decoder's in reverse
+HALVES_TIME = (1, 2)  # encoder levels
+DOUBLES_TIME = (0, 1)  # decoder levels
+DECODER_RIM = (13, 12, 10, 7)  # cells of a level's own grid that influence a region from outside it
+ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad the far side only
 ENCODING = 36  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
 STARTING = 5  # the same of the decoder's middle, beside what it has made: in chunks of its features
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
@@ -84,19 +105,14 @@ class WanVAE(nn.Module):
 
     # Pixels to latents
 
-    def encode(self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
+    def encode(
+        self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1), frames: int | None = None
+    ) -> Tensor:
         """[3, T, H, W] -> [z, (T-1)//4 + 1, h, w] float32, normalised; up to 3 frames beyond 4k+1 are left out.
 
-        chunk: latent frames per call of the network. tiles: as for `encode_region`. The latent is the mean; nothing is
-        drawn.
-        Raises ValueError for sizes that are not multiples of the stride.
+        The latent is the mean; nothing is drawn. Other arguments: see `encode_region`.
         """
-        return self.encode_features(self.encode_region(video, chunk=chunk, tiles=tiles), chunk)
-
-    def encode_first_frame(self, image: Tensor, frames: int, chunk: int = 1, tiles: tuple[int, int] = (1, 1)) -> Tensor:
-        """Encode the clip that begins with `image` [3, H, W] and goes on in mid-grey (0): bit-identical to `encode`, at
-        less than half the work (see `reuse_constant_tail`). tiles: as for `encode_region`."""
-        return self.encode_features(self.encode_region(image[:, None], None, frames, chunk, tiles), chunk)
+        return self.encode_features(self.encode_region(video, None, frames, chunk, tiles), chunk)
 
     @torch.no_grad()
     def encode_region(
@@ -109,12 +125,20 @@ class WanVAE(nn.Module):
     ) -> Tensor:
         """What `encode_features` wants, [L, rows, columns, C], for one region of the latent grid or all of it.
 
-        video: the whole frames, [3, T, H, W]; followed by mid-grey ones if `frames` says that the clip is longer.
+        video: the whole frames, [3, T, H, W]; followed by mid-grey ones (0) if `frames` says that the clip is longer,
+        at less than half the work (see `reuse_constant_tail`). chunk: latent frames per call of the network.
         tiles: rows and columns into which the region is divided, with less memory and the same numbers.
+        Raises ValueError for sizes that are not multiples of the stride.
         """
-        frames = video.shape[1] if frames is None else frames
-        self._check_clip(video, frames, chunk)
-        frame = Region(0, video.shape[2] // self.stride[1], 0, video.shape[3] // self.stride[2])
+        (_, rows, columns), frames = self.stride, video.shape[1] if frames is None else frames
+        if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
+            raise ValueError(f"a clip must be [3, frames, height, width], not {list(video.shape)}")
+        if video.shape[2] % rows or video.shape[3] % columns:
+            size = f"{video.shape[3]} x {video.shape[2]}"
+            raise ValueError(f"width and height must be multiples of {rows}, not {size}")
+        if frames < video.shape[1] or chunk < 1:
+            raise ValueError(f"frames must be {video.shape[1]} or more and chunk 1 or more, not {frames} and {chunk}")
+        frame = Region(0, video.shape[2] // rows, 0, video.shape[3] // columns)
         region = region or frame
         if tiles != (1, 1):
             # clones: a view would keep its rim alive until the last tile is done
@@ -125,11 +149,30 @@ class WanVAE(nn.Module):
             return features
         window = region.grown(*ENCODER_RIM, frame)
         state, constant = ClipState(), video.shape[1]
-        stream = self._pixel_chunks(video, window.scaled(self.stride[1]), frames, chunk)
+        stream = self._pixel_chunks(video, window.scaled(rows), frames, chunk)
         for stage in self.encoder.stages(state):
             constant = stage.constant_after(constant)
             stream = reuse_constant_tail(stage.run, stream, constant)
         return region.cut(torch.cat(list(stream)), window)
+
+    @torch.no_grad()
+    def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:
+        """Finish the encoding of whole frames: [L, h, w, C] -> [z, L, h, w]."""
+        state = ClipState()
+        code = torch.cat([self.encoder.finish(part, state) for part in features.split(chunk)])
+        mean, inverse_std = self._statistics(code.device)
+        latent = (convolve(self.conv1, code)[..., : self.z_dim].float() - mean) * inverse_std
+        return rearrange(latent, "l h w z -> z l h w").contiguous()
+
+    def _pixel_chunks(self, video: Tensor, window: Region, frames: int, chunk: int) -> Iterator[Tensor]:
+        """The clip as the encoder reads it, [T, H, W, 3 x patch area]. What does not divide goes into the first chunk,
+        so that all others are alike."""
+        latents = (frames - 1) // 4
+        edges = [0, *range(1 + 4 * (latents % chunk), 2 + 4 * latents, 4 * chunk)]
+        for start, end in pairwise(edges):
+            part = video[:, start:end, window.top : window.bottom, window.left : window.right].to(self.conv1.weight)
+            part = F.pad(part, (0, 0, 0, 0, 0, end - start - part.shape[1]))
+            yield rearrange(part, "c t (h p) (w q) -> t h w (c q p)", p=self.patch, q=self.patch)
 
     def encode_peak(
         self, shape: tuple[int, int, int], tiles: tuple[int, int] = (1, 1), region: Region | None = None
@@ -155,71 +198,22 @@ class WanVAE(nn.Module):
         """Of what `encode_region` gives for so many cells, frames x rows x columns."""
         return cells * self.encoder.last[1].in_channels * self.conv1.weight.element_size()
 
-    @torch.no_grad()
-    def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:
-        """Finish the encoding of whole frames: [L, h, w, C] -> [z, L, h, w]."""
-        state = ClipState()
-        code = torch.cat([self.encoder.finish(part, state) for part in features.split(chunk)])
-        mean, inverse_std = self._statistics(code.device)
-        latent = (convolve(self.conv1, code)[..., : self.z_dim].float() - mean) * inverse_std
-        return rearrange(latent, "l h w z -> z l h w").contiguous()
-
-    def _pixel_chunks(self, video: Tensor, window: Region, frames: int, chunk: int) -> Iterator[Tensor]:
-        """The clip as the encoder reads it, [T, H, W, 3 x patch area]. What does not divide goes into the first chunk,
-        so that all others are alike."""
-        latents = (frames - 1) // 4
-        edges = [0, *range(1 + 4 * (latents % chunk), 2 + 4 * latents, 4 * chunk)]
-        for start, end in pairwise(edges):
-            part = video[:, start:end, window.top : window.bottom, window.left : window.right].to(self.conv1.weight)
-            part = F.pad(part, (0, 0, 0, 0, 0, end - start - part.shape[1]))
-            yield rearrange(part, "c t (h p) (w q) -> t h w (c q p)", p=self.patch, q=self.patch)
-
     # Latents to pixels
 
     @torch.no_grad()
     def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
         """[z, L, h, w] -> chunks [3, t, H, W] float32 in [-1, 1], in order of time, 4L - 3 frames in all.
 
-        chunk: latent frames per call of the network: more is faster and takes more memory.
-        tiles: rows and columns into which the frame is divided; each tile is decoded for the whole clip before the
-        next, with far less memory and the same numbers, but the first chunk comes when the last tile is done. Until
-        then a GPU's pixels wait in host memory.
+        chunk: latent frames per call of the network: more is faster and takes more memory. tiles: see `decode_tiles`.
         """
-        regions = Region.tiles(latent.shape[-2], latent.shape[-1], *tiles)
+        frame = Region(0, latent.shape[-2], 0, latent.shape[-1])
+        frame.divided(*tiles)  # ValueError for tiles that do not fit, before any work
         features = self.decode_features(latent, chunk)
-        if len(regions) == 1:
-            yield from self.decode_region(features, regions[0], chunk)
+        if tiles == (1, 1):
+            yield from self.decode_region(features, frame, chunk)
             return
-        size = 4 * latent.shape[1] - 3, latent.shape[2] * self.stride[1], latent.shape[3] * self.stride[2]
-        video = torch.empty(3, *size, device=waiting_room(features.device))
-        for region in regions:
-            place = region.scaled(self.stride[1])
-            tile = video[:, :, place.top : place.bottom, place.left : place.right]
-            start = 0
-            for part in self.decode_region(features, region, chunk):
-                tile[:, start : start + part.shape[1]] = part
-                start += part.shape[1]
-        for part in video.split(4 * chunk, dim=1):
+        for part in self.decode_tiles(features, frame, chunk, tiles).split(4 * chunk, dim=1):
             yield part.to(features.device)
-
-    def decode_peak(
-        self,
-        shape: tuple[int, int, int, int],
-        chunk: int = 2,
-        tiles: tuple[int, int] = (1, 1),
-        region: Region | None = None,
-    ) -> int:
-        """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights aside; within
-        10 %. Of tiles what waits is not counted: a GPU's is in host memory. region: what is decoded of the frame."""
-        _, length, height, width = shape
-        regions = (region or Region(0, height, 0, width)).divided(*tiles)
-        pixels = 3 * max(part.area for part in regions) * self.stride[1] * self.stride[2]
-        features = length * height * width * self.decoder.conv1.out_channels
-        inside = self.decoder.peak((height, width), regions, min(chunk, length))
-        before = features + STARTING * min(chunk, length) * features // length  # its parts are put together at the end
-        video = 8 * pixels * chunk
-        itemsize = self.conv2.weight.element_size()
-        return max(itemsize * (inside + features) + 4 * video, itemsize * (before + features))
 
     @torch.no_grad()
     def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:
@@ -243,23 +237,199 @@ class WanVAE(nn.Module):
             pixels = rearrange(pixels, "t h w (c q p) -> c t (h p) (w q)", p=self.patch, q=self.patch)
             yield pixels.float().clamp_(-1, 1)
 
+    def decode_tiles(self, features: Tensor, region: Region, chunk: int, tiles: tuple[int, int]) -> Tensor:
+        """The region's pixels [3, T, rows, columns], made in `tiles`, rows and columns of them.
+
+        Each is decoded for the whole clip before the next, with far less memory and the same numbers. A GPU's pixels
+        wait in host memory: its own is for work.
+        """
+        frame = region.scaled(self.stride[1])
+        device = torch.device("cpu") if features.device.type == "cuda" else features.device
+        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, device=device)
+        for tile in region.divided(*tiles):
+            target, start = tile.scaled(self.stride[1]).cut(video.movedim(0, -1), frame), 0
+            for part in self.decode_region(features, tile, chunk):
+                target[start : start + part.shape[1]] = part.movedim(0, -1)
+                start += part.shape[1]
+        return video
+
+    def decode_peak(
+        self,
+        shape: tuple[int, int, int, int],
+        chunk: int = 2,
+        tiles: tuple[int, int] = (1, 1),
+        region: Region | None = None,
+    ) -> int:
+        """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights aside; within
+        10 %. Of tiles what waits is not counted: a GPU's is in host memory. region: what is decoded of the frame."""
+        _, length, height, width = shape
+        regions = (region or Region(0, height, 0, width)).divided(*tiles)
+        pixels = 3 * max(part.area for part in regions) * self.stride[1] * self.stride[2]
+        features = length * height * width * self.decoder.conv1.out_channels
+        inside = self.decoder.peak((height, width), regions, min(chunk, length))
+        before = features + STARTING * min(chunk, length) * features // length  # its parts are put together at the end
+        video = 8 * pixels * chunk
+        itemsize = self.conv2.weight.element_size()
+        return max(itemsize * (inside + features) + 4 * video, itemsize * (before + features))
+
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The latents' mean and reciprocal deviation in float32. Both directions use the reciprocal, as the original
         does, which differs from the deviation in the last bit."""
         mean = torch.tensor(LATENT_MEAN[self.z_dim], device=device)
         return mean, 1.0 / torch.tensor(LATENT_STD[self.z_dim], device=device)
 
-    def _check_clip(self, video: Tensor, frames: int, chunk: int) -> None:
-        rows, columns = self.stride[1:]
-        if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
-            raise ValueError(f"a clip must be [3, frames, height, width], not {list(video.shape)}")
-        if video.shape[2] % rows or video.shape[3] % columns:
-            size = f"{video.shape[3]} x {video.shape[2]}"
-            raise ValueError(f"width and height must be multiples of {rows}, not {size}")
-        if frames < video.shape[1] or chunk < 1:
-            raise ValueError(f"frames must be {video.shape[1]} or more and chunk 1 or more, not {frames} and {chunk}")
+
+def released_vae(task: str) -> WanVAE:
+    """The autoencoder of `task` on the meta device."""
+    with torch.device("meta"):
+        return WanVAE(*VAES[TASKS[task].out_dim])
 
 
-def waiting_room(device: torch.device) -> torch.device:
-    """Where a whole clip's pixels wait that were made on `device`: a GPU's memory is for work."""
-    return torch.device("cpu") if device.type == "cuda" else device
+class Coder(nn.Module):
+    """What encoder and decoder have in common: the first convolution, the middle, the head.
+
+    Encoder levels halve H and W (all but the last), decoder levels double them; two of each also change the frame rate.
+    """
+
+    def __init__(self, channels: int, first: int, middle: int, last: int, out_channels: int) -> None:
+        super().__init__()
+        self.levels: list[Level] = []
+        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
+        self.middle = nn.ModuleList(
+            [ResidualBlock(middle, middle), FrameAttention(middle), ResidualBlock(middle, middle)]
+        )
+        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
+
+    def register(self, name: str, nested: bool) -> nn.ModuleList:
+        """The levels' layers under the checkpoint's names: `name.N`, or nested `name.LEVEL.name.N`."""
+        if nested:
+            return nn.ModuleList(nn.ModuleDict({name: nn.ModuleList(level.layers)}) for level in self.levels)
+        return nn.ModuleList(layer for level in self.levels for layer in level.layers)
+
+    def run_first(self, x: Tensor, state: ClipState) -> Tensor:
+        return convolve(self.conv1, join_history(self.conv1, x, state))
+
+    def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
+        before, attention, after = self.middle
+        return after(attention(before(x, state)), state)
+
+    def run_head(self, x: Tensor, state: ClipState) -> Tensor:
+        norm, conv = self.last
+        return convolve(conv, join_history(conv, x, state, norm.activate))
+
+
+class Encoder(Coder):
+    """[T, H, W, C] pixels -> [L, H/8, W/8, out_channels]: mean and log-variance of the latent."""
+
+    def __init__(self, channels: int, width: int, out_channels: int, nested: bool) -> None:
+        widths = [width * multiple for multiple in (1, *WIDTHS)]
+        super().__init__(channels, widths[0], widths[-1], widths[-1], out_channels)
+        for index, (before, after) in enumerate(pairwise(widths)):
+            layers: list[nn.Module] = [ResidualBlock(before, after), ResidualBlock(after, after)]
+            in_time, last = index in HALVES_TIME, index == 3
+            if not last:
+                layers.append(Downsample(after, in_time))
+            shortcut = partial(add_average, frames=2 if in_time else 1, space=1 if last else 2) if nested else None
+            self.levels.append(Level(layers, shortcut))
+        self.downsamples = self.register("downsamples", nested)
+
+    def stages(self, state: ClipState) -> list[CoderStage]:
+        """All that comes before the middle."""
+        stages = [CoderStage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
+        for index, level in enumerate(self.levels):
+            stages.append(CoderStage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
+        return stages
+
+    def finish(self, x: Tensor, state: ClipState) -> Tensor:
+        return self.run_head(self.run_middle(x, state), state)
+
+
+class Decoder(Coder):
+    """[L, h, w, z] latents -> [T, 8h, 8w, out_channels] pixels."""
+
+    def __init__(self, z_dim: int, width: int, out_channels: int, nested: bool) -> None:
+        widths = [width * multiple for multiple in reversed(WIDTHS)]
+        super().__init__(z_dim, widths[0], widths[0], widths[-1], out_channels)
+        before = widths[0]
+        for index, after in enumerate(widths):
+            layers: list[nn.Module] = [ResidualBlock(before, after)]
+            layers += [ResidualBlock(after, after), ResidualBlock(after, after)]
+            in_time, last = index in DOUBLES_TIME, index == 3
+            before = after if nested else after // 2  # Wan2.1's upsampling halves the channels
+            if not last:
+                layers.append(Upsample(after, before, in_time))
+            shortcut = partial(add_repeated, frames=2 if in_time else 1) if nested and not last else None
+            self.levels.append(Level(layers, shortcut))
+        self.upsamples = self.register("upsamples", nested)
+
+    def start(self, x: Tensor, state: ClipState) -> Tensor:
+        """All that needs whole frames."""
+        return self.run_middle(self.run_first(x, state), state)
+
+    def finish(self, x: Tensor, region: Region, state: ClipState) -> Tensor:
+        """From whole frames of the latent grid to the region's pixels. Each level takes in the region and its rim; what
+        its convolutions get wrong beyond an inner edge is cut off before it can reach the region."""
+        frame = window = Region(0, x.shape[1], 0, x.shape[2])
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            wanted = region.grown(rim, rim, frame)
+            x = level(wanted.cut(x, window), state)
+            scale = x.shape[1] // wanted.sides[0]
+            region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
+        return region.cut(self.run_head(x, state), window)
+
+    def peak(self, grid: tuple[int, int], regions: Sequence[Region], chunk: int) -> int:
+        """Numbers alive at once, at most, while `finish` runs for the largest region of a latent grid, chunk by chunk.
+
+        A level holds its input, a residual block's input, what comes out of its first convolution, the second's buffer
+        with two frames of history, and the two that the next chunk will need beside those; every convolution of every
+        level keeps two frames from chunk to chunk. taken: cells of a level's input, with the rim of the level before.
+        """
+        frame, factor, frames, kept, taken = Region(0, grid[0], 0, grid[1]), 1, chunk, 0, 0
+        transient: list[int] = []
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
+            block, last = level.layers[0], level.layers[-1]
+            assert isinstance(block, ResidualBlock)
+            before, width = block.channels
+            taken = max(taken, area)
+            transient.append(taken * frames * before + area * (3 * frames + 4) * width)
+            if block.shortcut is not None:  # a GPU's product copies an input of which the rim was cut off
+                copied = before if taken > area else 0
+                transient.append(frames * (taken * before + area * (copied + 2 * width)))
+            kept += area * 2 * (before + 5 * width)
+            if isinstance(last, Upsample):
+                rate = 2 if last.time_conv else 1
+                kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
+                frames, factor = frames * rate, 2 * factor
+                inside = area * (width + rate * (width + 4 * last.out_channels))
+                transient.append(frames // rate * (taken * before + inside))
+                taken = 4 * area
+        return max(transient) + kept + area * 2 * width
+
+
+class CoderStage(NamedTuple):
+    """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
+
+    run: Callable[[Tensor], Tensor]
+    convolutions: int
+    halves_time: bool
+
+    def constant_after(self, frame: int) -> int:
+        """From which frame on its output is constant, if its input is so from `frame` on.
+
+        Each causal convolution reads two frames back; the halving one reads 2j-2 to 2j for its frame j.
+        """
+        frame += 2 * self.convolutions
+        return (frame + 3) // 2 if self.halves_time else frame
+
+
+def reuse_constant_tail(run: Callable[[Tensor], Tensor], chunks: Iterable[Tensor], constant: int) -> Iterator[Tensor]:
+    """Run each chunk, but once an output begins at frame `constant` or later hand it out again for all to come."""
+    out, start, settled = torch.empty(0), 0, False
+    for chunk in chunks:
+        if not settled:
+            out = run(chunk)
+            settled = start >= constant
+            start += len(out)
+        yield out

@@ -74,11 +74,10 @@ class Budget:
             return None
         stage = max(self.peaks, key=self.peaks.__getitem__)
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in self.stages[stage].items())
-        helps = {"decode": "--vae_tiling, a smaller --size or fewer frames", "text": "--t5_cpu"}
-        if self.keep:
-            helps = dict.fromkeys(self.stages, "--offload_model True")
         there = f"{self.free / 1e9:.1f} GB are free" if self.source == "free" else f"--vram is {self.free / 1e9:.1f} GB"
-        flags = helps.get(stage, "a smaller --size or fewer frames")
+        smaller = "a smaller --size or fewer frames"
+        flags = {"decode": f"--vae_tiling, {smaller}", "text": "--t5_cpu"}.get(stage, smaller)
+        flags = "--offload_model True" if self.keep else flags
         return f"{stage} needs at least {self.peak / 1e9:.1f} GB of the device ({parts}), {there}: use {flags}"
 
     def line(self, name: str = "GPU") -> str:
@@ -135,9 +134,8 @@ def fit(
     free: bytes of the device that the run may use, or `--vram`. activations, decode, image: bytes that a forward,
     decoding and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything stays
     (`--offload_model False`). vae: bytes of its weights; where blocks stream, they leave while denoising unless
-    vae_stays. second_pass: bytes that both passes of a guided step need more if they go through the blocks together; 0:
-    no step is guided. They do so where blocks stream, since each block then comes once a step, which saves more than
-    the slots that it costs.
+    vae_stays. second_pass: further bytes if both passes of a guided step go through the blocks together; 0: no step is
+    guided. They do so where blocks stream: each then comes once a step, which saves more than the slots that it costs.
     """
     total = sum(sizes.blocks for sizes in experts.values())
     resident = sum(sizes.resident for sizes in experts.values())
@@ -202,8 +200,7 @@ def schedule(
 ) -> list[Move]:
     """The moves of one job, in the order in which they are needed.
 
-    held: block -> slot at the start. again: a job with the same uses follows, so blocks that it needs first are worth
-    keeping. ahead is at most slots - 1.
+    held: block -> slot at the start. again: a job with the same uses follows, so its first blocks are worth keeping.
     """
     ahead = min(ahead, slots - 1)
     uses_of: dict[int, list[int]] = {}
@@ -218,8 +215,7 @@ def schedule(
         return known[0] + len(uses) if known and again else math.inf
 
     here = {block: _Stay(block, slot) for block, slot in (held or {}).items()}
-    empty = sorted(set(range(slots)) - {stay.slot for stay in here.values()})
-    over = [_Stay(None, slot) for slot in empty]
+    over = [_Stay(None, slot) for slot in sorted(set(range(slots)) - {stay.slot for stay in here.values()})]
     brought: list[tuple[int, _Stay]] = []
     for index, block in enumerate(uses):
         if block not in here:

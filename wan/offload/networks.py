@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, NamedTuple, TypeVar
@@ -10,8 +11,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wan.modules.hooks import Residency
-from wan.modules.model import WanModel
+from lightning.merge import Merge
+from wan.modules.model import Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
@@ -19,6 +20,7 @@ from wan.offload.reader import Source, fill
 from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
+TABLE = "token_embedding.weight"  # of the text encoder
 SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
 
 
@@ -33,10 +35,10 @@ class Streamed(Residency):
 
 
 class Networks(Generic[Network]):
-    """Networks by name, on `device`, their blocks in slots that all of them share.
+    """Networks by name, on `device`, their blocks in slots that all of them share; no slots before `resize`.
 
     modules: (module on the meta device, its weights); the module stays as it is, `models` are copies. Weights that are
-    in no block are loaded at once and stay. There are no slots before `resize`.
+    in no block are loaded at once and stay.
     """
 
     def __init__(
@@ -47,14 +49,17 @@ class Networks(Generic[Network]):
         stream: CopyStream | None = None,
     ) -> None:
         self.models: dict[str, Network] = {}
+        self._sources = {name: source for name, (_, source) in modules.items()}
+        self._resident: dict[str, list[str]] = {}
         self._block_of: dict[str, list[int]] = {}
         blocks: list[BlockWeights] = []
         for name, (blueprint, source) in modules.items():
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
-                model.token_embedding = FileTable(source, "token_embedding.weight", device)
+                model.token_embedding = FileTable(source, TABLE, device)
             found = group(model, source.dtype)
             fill(model, source, found.resident, device, report)
+            self._resident[name] = found.resident
             self._block_of[name] = [len(blocks) + block for block in found.block_of]
             blocks += [BlockWeights(model, source, names) for names in found.blocks]
         self.prefetcher = Prefetcher(blocks, device, stream)
@@ -77,6 +82,16 @@ class Networks(Generic[Network]):
         self.prefetcher.resize(len(self.prefetcher.blocks))
         self.prefetcher.preload(report)
 
+    def change_loras(self, merges: Mapping[str, Merge]) -> None:
+        """Merge other LoRAs from now on: the weights that they or those before them touch are read again."""
+        for name, merge in merges.items():
+            source, model = self._sources[name], self.models[name]
+            merges_of_both = [each for each in (source.merge, merge) if each]
+            source.merge = merge
+            touched = [p for p in self._resident[name] if any(each.touches(p) for each in merges_of_both)]
+            fill(model, source, touched, self.prefetcher.device, lambda _: None)
+        self.prefetcher.forget()
+
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
         self.prefetcher.resize(min(slots, len(self.prefetcher.slots)))
@@ -87,21 +102,23 @@ class Grouping(NamedTuple):
     """Names of a network's parameters by when they are on the device.
 
     resident: always. blocks: each in one slot, in the order of use. block_of: the number of each unit's block.
+    sizes: bytes of each parameter in a slot.
     """
 
     resident: list[str]
     blocks: list[list[str]]
     block_of: list[int]
+    sizes: dict[str, int]
 
 
 def group(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Grouping:
     """A block is a unit, or neighbours that are no larger together than the largest unit: with fp8, the first and the
     last unit are in bf16, and the others go in pairs."""
-    size = _sizes(model, dtype)
+    size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
     for name in size:
         units.setdefault(model.unit_of(name), []).append(name)
-    found = Grouping(units.pop(None, []), [], [])
+    found = Grouping(units.pop(None, []), [], [], size)
     need = {number: sum(size[name] for name in names) for number, names in units.items()}
     limit = taken = max(need.values()) * (1 + SPARE)
     for number in range(len(units)):
@@ -116,16 +133,10 @@ def group(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) ->
 
 def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
     """The bytes that a network built on the meta device takes as one of `Networks`."""
-    size = _sizes(model, dtype)
-    resident, blocks, _ = group(model, dtype)
-    gathered = {"token_embedding.weight"} if isinstance(model, UMT5Encoder) else set()
+    resident, blocks, _, size = group(model, dtype)
+    read_by_row = TABLE if isinstance(model, UMT5Encoder) else ""
     largest = max(sum(size[name] for name in names) for names in blocks)
-    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name not in gathered))
-
-
-def _sizes(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> dict[str, int]:
-    """Bytes of each parameter in a slot."""
-    return {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
+    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != read_by_row))
 
 
 class FileTable(nn.Module):
@@ -140,7 +151,7 @@ class FileTable(nn.Module):
         rows, row_of = ids.cpu().unique(return_inverse=True)
         shape = (len(rows), *self.source.store[self.name].shape[1:])
         found = torch.empty(shape, dtype=self.source.dtype(self.name), device=self.device)
-        buffer = torch.empty(self.source.store.buffer_bytes(self.name, slice(0, 1)), dtype=torch.uint8)
+        buffer = torch.empty(self.source.store[self.name].rows(slice(0, 1)).bytes, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
             target = {self.name: found[number : number + 1]}
@@ -176,11 +187,11 @@ class Experts:
         self,
         models: Mapping[str, WanModel],
         networks: Networks[WanModel] | None = None,
-        set_lora: Callable[[WanModel, float], None] | None = None,
+        set_lora: Callable[[str, float], None] | None = None,
     ) -> None:
         self.models, self.networks = dict(models), networks
         self._set_lora = set_lora
-        self._lora_scale = dict.fromkeys(models, 1.0)
+        self._lora_scale: dict[str, float] = dict.fromkeys(models, 1.0)
         self._forwards: list[str] = []  # of the last job
 
     @contextmanager
@@ -193,8 +204,8 @@ class Experts:
     ) -> Iterator[None]:
         """Context manager: runs the passes of each step, given as (network's name, passes).
 
-        slots: of the blocks; None: one for each block. batch_guidance: the passes of a step go through the blocks
-        together. again: a job with the same steps follows.
+        slots: None: one for each block. batch_guidance: the passes of a step go through the blocks together.
+        again: a job with the same steps follows.
         """
         for model in self.models.values():
             model.residency.batch_guidance = batch_guidance
@@ -216,9 +227,13 @@ class Experts:
         model = self.models[name]
         if lora != self._lora_scale[name]:
             assert self._set_lora is not None, "a LoRA merged into the weights has one strength"
-            self._set_lora(model, lora)
+            self._set_lora(name, lora)
             self._lora_scale[name] = lora
         return model
+
+    def forget_scales(self) -> None:
+        """Set the scale of every adapter at the next step: strengths have changed."""
+        self._lora_scale = dict.fromkeys(self.models, math.nan)
 
     def leave(self, slots: int = 0) -> None:
         """Free the device for other stages, except for `slots` slots. On a CPU no stage needs it."""
@@ -228,7 +243,7 @@ class Experts:
     @property
     def waited(self) -> float:
         """Seconds in which computation waited for weights, so far."""
-        return 0.0 if self.networks is None else self.networks.prefetcher.waited
+        return 0.0 if self.networks is None else self.networks.prefetcher.stream.waited
 
     @property
     def brought(self) -> int:

@@ -39,9 +39,7 @@ class Slot:
 
 class CopyStream:
     """The plain case, a device that does one thing after the other: it only takes the time.
-
-    The prefetching thread calls `write`, the computing thread the rest.
-    """
+    The prefetching thread calls `write`, the computing thread the rest."""
 
     def __init__(self) -> None:
         self._waited = 0.0
@@ -119,7 +117,6 @@ class GpuCopyStream(CopyStream):
 
     @property
     def waited(self) -> float:
-        """As above; waits for the device."""
         if self._waits:
             self._waits[-1][1].synchronize()
             self._sum_up()
@@ -169,9 +166,7 @@ def aligned(count: int) -> int:
 
 class Prefetcher:
     """Brings blocks into slots of equal size. One job at a time.
-
-    brought: bytes read so far; copies: blocks brought so far.
-    """
+    brought: bytes read so far; copies: blocks brought so far."""
 
     def __init__(self, blocks: Sequence[BlockWeights], device: torch.device, stream: CopyStream | None = None) -> None:
         self.blocks, self.device, self.stream = list(blocks), device, stream or copy_stream(device)
@@ -182,24 +177,29 @@ class Prefetcher:
         self._uses: Sequence[int] | None = None  # of the job that is under way
         self._over = 0  # how many of them have ended
         self._bringing: Future[None] | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
         self._changed = threading.Condition()
 
     def resize(self, count: int) -> None:
         """Have `count` slots, at most one for each block. JobError if host memory is full."""
         count = min(count, len(self.blocks))
         while len(self.slots) > count:
-            self._remove(self.slots[-1])
+            self._empty(self.slots[-1])
             self.slots.pop()
         while len(self.slots) < count:
             slot = Slot(len(self.slots), allocate(self.slot_bytes, self.device))
             self.stream.leave(slot)  # other work may have used its memory a moment ago
             self.slots.append(slot)
 
+    def forget(self) -> None:
+        """Empty the slots: weights have changed."""
+        for slot in self.slots:
+            self._empty(slot)
+
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Fill the empty slots with the blocks that come first. Errors as from `Source.read`."""
         moves = self._schedule(range(len(self.blocks)), again=True)
-        self._stopped = False
+        self._stopped.clear()
         self._bring([move for move in moves if not move.after], report)
 
     @contextmanager
@@ -216,9 +216,7 @@ class Prefetcher:
     @contextmanager
     def ahead(self, uses: Sequence[int]) -> Iterator[None]:
         """Inside this, the first blocks of `uses` come into the slots. The thread ends with it.
-
-        An error is left to the job of these uses, whose own reads meet it again.
-        """
+        An error is left to the job of these uses, whose own reads meet it again."""
         moves = [move for move in self._schedule(uses, again=True) if not move.after] if self.slots else []
         with self._beside(moves):
             yield
@@ -226,7 +224,7 @@ class Prefetcher:
     @contextmanager
     def _beside(self, moves: Sequence[Move]) -> Iterator[None]:
         """Carry out `moves` in a thread; stop it at the end."""
-        self._stopped = False
+        self._stopped.clear()
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
                 self._bringing = pool.submit(self._bring, moves)
@@ -234,7 +232,7 @@ class Prefetcher:
                 try:
                     yield
                 finally:
-                    self._stopped = True
+                    self._stopped.set()
                     self._notify()
         finally:
             self._bringing = None
@@ -251,11 +249,6 @@ class Prefetcher:
             self._over += 1
             self._changed.notify_all()
 
-    @property
-    def waited(self) -> float:
-        """Seconds in which computation waited for weights, so far."""
-        return self.stream.waited
-
     def _arrived(self, block: int) -> Slot:
         with self._changed:
             if self._uses is not None:
@@ -268,9 +261,8 @@ class Prefetcher:
             return self._slot_of[block]
 
     def _schedule(self, uses: Sequence[int], again: bool) -> list[Move]:
-        return schedule(
-            uses, len(self.slots), {block: slot.index for block, slot in self._slot_of.items()}, again=again
-        )
+        held = {block: slot.index for block, slot in self._slot_of.items()}
+        return schedule(uses, len(self.slots), held, again=again)
 
     def _bring(self, moves: Sequence[Move], report: Callable[[int], None] = lambda _: None) -> None:
         """Carry out `moves` in turn. However it ends, all copies are done then: slots may be freed."""
@@ -280,26 +272,22 @@ class Prefetcher:
         pieces = (piece for move in moves for piece in self.blocks[move.block].pieces)
         try:
             with closing(read_ahead(pieces, largest, self.device)) as arriving:
-                for move in moves:
-                    if not self._await_slot(move) or not self._fill(move, arriving, report):
-                        return
+                all(self._fill(move, arriving, report) for move in moves)
         finally:
             self.stream.drain()
 
-    def _await_slot(self, move: Move) -> bool:
-        """Wait until the slot may be written; False if the job has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._over >= move.after)
-            return not self._stopped
-
     def _fill(self, move: Move, arriving: Iterator[tuple[Piece, Tensor]], report: Callable[[int], None]) -> bool:
-        """Bring one block; False if the job ended meanwhile."""
+        """Bring one block as soon as its slot may be written; False if the job ended meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped.is_set() or self._over >= move.after)
+            if self._stopped.is_set():
+                return False
         slot, block = self.slots[move.slot], self.blocks[move.block]
-        self._remove(slot)
+        self._empty(slot)
         views = block.views(slot.memory)
         with self.stream.write(slot):
             for _ in block.pieces:
-                if self._stopped:
+                if self._stopped.is_set():
                     return False
                 piece, tensor = next(arriving)
                 piece.source.place(piece, tensor, views)
@@ -312,7 +300,7 @@ class Prefetcher:
             self._changed.notify_all()
         return True
 
-    def _remove(self, slot: Slot) -> None:
+    def _empty(self, slot: Slot) -> None:
         with self._changed:
             if slot.block is not None:
                 self.blocks[slot.block].remove()

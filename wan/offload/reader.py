@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lightning.merge import Merge
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
-from wan.modules.fp8 import Fp8Linear
-from wan.modules.quantize import FP8, is_finite, quantise, scale_name
+from wan.modules.fp8 import Fp8Linear, is_finite, scale_name
+from wan.modules.fused import FP8, quantise
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
@@ -49,14 +49,12 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return self.source.store.buffer_bytes(self.name, self.rows)
+        return self.source.store[self.name].rows(self.rows).bytes
 
 
 class Source:
     """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge.
-
-    Made when the file has just been opened: it must not change from then on.
-    """
+    The files must not change once it is made."""
 
     def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
@@ -75,22 +73,21 @@ class Source:
                 yield Piece(self, name, None)
                 continue
             start, stop, _ = rows(name).indices(entry.shape[0])
-            count = max(1, math.ceil(self.store.buffer_bytes(name, slice(start, stop)) / PIECE_BYTES))
+            count = max(1, math.ceil(self.store[name].rows(slice(start, stop)).bytes / PIECE_BYTES))
             step = max(1, math.ceil((stop - start) / count))
             for first in range(start, stop, step):
                 yield Piece(self, name, slice(first, min(first + step, stop)))
 
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
-        file = self.store.file(piece.name)
+        file = self.store[piece.name].file
         key = piece.name, piece.rows.start if piece.rows else 0
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
-            stored = None
-            if self.dtype(piece.name) == FP8 and not self._merged(piece):
-                stored = self.store.read_fp8(piece.name, piece.rows, buffer)  # None if the file has another dtype
-            if stored:
+            in_fp8 = self.dtype(piece.name) == FP8 and not self._merged(piece)
+            # None if the file has another dtype
+            if stored := self.store.read_fp8(piece.name, piece.rows, buffer) if in_fp8 else None:
                 tensor, self._scales[key] = stored
             else:
                 tensor = self.store.read(piece.name, piece.rows, buffer)
@@ -134,8 +131,7 @@ def read_ahead(
 ) -> Generator[tuple[Piece, Tensor]]:
     """Each piece and its tensor from `Source.read`; the next ones are read while the caller works on this.
 
-    largest: bytes of the largest piece. home: where the tensors go next. A tensor is valid until the next one: a few
-    buffers are used in turn.
+    largest: bytes of the largest piece. home: where the tensors go next. A tensor is valid until the next one.
     """
     pin = Accelerator(home).has_memory
     buffers = [allocate(largest, pin=pin) for _ in range(READERS + 1)]
@@ -231,9 +227,7 @@ def parameter_dtypes(
     dtype: torch.dtype, convert_all: bool, module: nn.Module | None = None
 ) -> Callable[[str], torch.dtype]:
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
-
-    convert_all (`--convert_model_dtype`): `dtype` for every parameter. module: its fp8 layers keep their own dtypes.
-    """
+    convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
     layers = module.named_modules() if module is not None else ()
     kept = {
         f"{name}.{leaf}": own for name, layer in layers if isinstance(layer, Fp8Linear) for leaf, own in layer.dtypes()

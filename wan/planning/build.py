@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import warnings
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import torch
 
@@ -30,60 +29,69 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
+from wan.jobs.weights import PARTS
 from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
 from wan.modules.attention import choose as choose_attention
-from wan.offload.reader import as_dtype, parameter_dtypes
+from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, has_mps
+from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, gpus
 from wan.utils.errors import InputError, first_line
 from wan.utils.progress import quantity
+
+LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
+NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
+BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
+CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
+OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
+
+
+MPS_UNUSED = (
+    "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
+    "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
+)
 
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
     """Everything that can be known before a weight is read. InputError with all problems."""
+    request, config, weights = outcome.request, outcome.config, outcome.weights
     checks = Check()
     checks.attempt(check_encoder)
-    generate = outcome if isinstance(outcome, Generate) else None
-    weights, asked = outcome.weights, outcome.weights.ckpt_dir
-    given = [part for part, _ in (*weights.expert_files, *weights.files)]
-    if asked is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, outcome.config)))
+    if (asked := weights.ckpt_dir) is not None:
+        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, config)))
         if weights.ckpt_dir is None:
             raise checks.error()
-    plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
-    if not outcome.request.dry_run and (fetched := _local(weights, outcome.config, given)) != weights:
+    plan = open_plan(request, config, weights, runtime, checks)
+    if not request.dry_run and (fetched := _local(weights, config)) != weights:
         weights = fetched
-        plan = open_plan(outcome.request, outcome.config, weights, runtime, checks)
+        plan = open_plan(request, config, weights, runtime, checks)
     place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
-    idle = idle_on(outcome.request, place, dtype_name(plan.dtype))
-    plan = replace(plan, warnings=(*outcome.warnings, *idle, *plan.warnings))
-    if generate is None:
-        return plan
-    plan = plan_videos(plan, generate.sampling, generate.jobs)
-    plan = replace(plan, jobs=generate.jobs, preset=weights.release.name if weights.release else None)
-    warnings = [] if generate.extend else cut_prompts(plan)
-    if not plan.guided and any(job.negative_prompt != outcome.config.sample_neg_prompt for job in plan.jobs):
+    warnings = [*outcome.warnings, *idle_on(request, place, dtype_name(plan.dtype)), *plan.warnings]
+    if isinstance(outcome, Decode):
+        return replace(plan, warnings=tuple(warnings))
+    plan = plan_videos(plan, outcome.sampling, outcome.jobs)
+    plan = replace(plan, jobs=outcome.jobs, preset=weights.release.name if weights.release else None)
+    for kind, video in plan.videos.items():
+        if video.budget and video.budget.problem:
+            fits = what_fits(plan, kind)
+            hint = f" ({fits} fits)" if fits else ""
+            others = held_by_others(plan.device) if request.vram is None else ""
+            raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}{others}")
+    if not outcome.extend:
+        warnings += cut_prompts(plan)
+    if not plan.guided and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
         warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
-    if plan.room is not None and plan.jobs:
-        for kind, video in plan.videos.items():
-            if video.budget and video.budget.problem:
-                fits = what_fits(plan, kind)
-                hint = f" ({fits} fits)" if fits else ""
-                others = held_by_others(plan.device) if plan.request.vram is None else ""
-                raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}{others}")
-    return replace(plan, warnings=(*plan.warnings, *warnings))
+    return replace(plan, warnings=tuple(warnings))
 
 
-def _local(weights: Weights, config: TaskConfig, given: Collection[str]) -> Weights:
-    """The same weights as local files; `given` names the parts that flags bring in place of the checkpoint's."""
+def _local(weights: Weights, config: TaskConfig) -> Weights:
+    """The same weights as local files."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, given)),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.files)),
         loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
-        expert_files=tuple((expert, hub.fetch(file)) for expert, file in weights.expert_files),
-        files=tuple((part, hub.fetch(file)) for part, file in weights.files),
+        files={part: hub.fetch(file) for part, file in weights.files.items()},
     )
 
 
@@ -103,10 +111,9 @@ def open_plan(
     if dtypes is None:
         on_cpu = device.type == "cpu" and not is_absent(request, device)
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
-        wanted = ("float32", "float32") if fp32 else (config.param_dtype, config.t5_dtype)
-        dtypes = as_dtype(wanted[0]), as_dtype(wanted[1])
-    files = {**dict(weights.expert_files), **dict(weights.files)}
-    checkpoint = checks.attempt(lambda: open_checkpoint(weights.ckpt_dir, config, files), _brought(request, weights))
+        dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
+    brought = _brought(request, weights)
+    checkpoint = checks.attempt(partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought)
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -114,16 +121,16 @@ def open_plan(
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
-    loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks)
-    warnings += device_warnings(request.device, device)
+    loras, coverage, warnings = _open_loras(request, weights, checkpoint, checks, brought)
+    if request.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
+        warnings.append(MPS_UNUSED)
     chosen = None
     if checkpoint is not None:
         model = next(iter(checkpoint.experts.values())).module
         conflicts += layout_problems(layout, model.num_heads, request.dit_fsdp or request.t5_fsdp)
         shape = model.num_heads, model.head_width
         chosen = checks.attempt(lambda: choose_attention(request.attention, device, dtypes[0], *shape))
-    for problem in conflicts:
-        checks.problem(problem)
+    checks.problems.extend(conflicts)
     if checkpoint is None or chosen is None or checks.problems:
         raise checks.error()
     if request.quantize == "fp8":
@@ -134,32 +141,32 @@ def open_plan(
     weight_files = [file for files in checkpoint.weight_files().values() for file in files]
     weight_files += [file for stack in loras.values() for lora in stack for file in lora.store.files]
     return Plan(
-        request=request,
-        config=config,
-        checkpoint=checkpoint,
-        device=device,
+        request=request, config=config, checkpoint=checkpoint, device=device,
         text_device=torch.device("cpu") if request.t5_cpu else device,
         noise_device=device if request.noise_device == "auto" else torch.device(request.noise_device),
-        dtype=dtypes[0],
-        text_dtype=dtypes[1],
-        attention=chosen.name,
-        layout=layout,
-        loras=loras,
-        lora_mode=weights.lora_mode,
+        dtype=dtypes[0], text_dtype=dtypes[1], attention=chosen.name, layout=layout,
+        loras=loras, lora_mode=weights.lora_mode, coverage=coverage,
         offload=runtime.team.size == 1 if request.offload_model is None else request.offload_model,
         room=limit_memory(device, request.vram),
-        coverage=coverage,
         fingerprints={str(file): fingerprint(file) for file in dict.fromkeys(weight_files)},
-        weight_bytes=_weight_bytes(checkpoint, dtypes, request.convert_model_dtype),
         warnings=(*checkpoint.warnings, *warnings, *chosen.warnings),
-    )
+    )  # fmt: skip
+
+
+def _brought(request: Request, weights: Weights) -> dict[str, str]:
+    """The flag of each file or folder of weights, by its path."""
+    flags = {str(path): f"--{part}" if part in PARTS else "--expert" for part, path in weights.files.items()}
+    folder = str(expanded(request.lora_dir)) if request.lora_dir else None
+    for choice in weights.loras:
+        path = str(choice.path)
+        flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
+    return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
 
 
 def _open_loras(
-    request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check
+    request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check, brought: dict[str, str]
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
     """(LoRAs by expert, their coverage by expert, warnings). Headers only."""
-    brought = _brought(request, weights)
     loras: dict[str, list[Lora]] = {}
     coverage: dict[str, list[Coverage]] = {}
     warnings: list[str] = []
@@ -223,48 +230,17 @@ def cut_prompts(plan: Plan) -> list[str]:
     return [f"{most}: {read}; the last {lost[most]} {cut} cut off{others}"]
 
 
-def _brought(request: Request, weights: Weights) -> dict[str, str]:
-    """The flag of each file or folder of weights, by its path."""
-    flags = {str(path): f"--{part}" for part, path in weights.files}
-    flags |= {str(path): "--expert" for _, path in weights.expert_files}
-    folder = str(expanded(request.lora_dir)) if request.lora_dir else None
-    for choice in weights.loras:
-        path = str(choice.path)
-        flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
-    return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
-
-
-def _weight_bytes(
-    checkpoint: OpenCheckpoint, dtypes: tuple[torch.dtype, torch.dtype], convert_all: bool
-) -> dict[str, int]:
-    """By part; dtypes: the transformer's and the text encoder's."""
-    sizes = {
-        f"{name} expert": sum(p.numel() * dtype_of(n).itemsize for n, p in part.module.named_parameters())
-        for name, part in checkpoint.experts.items()
-        for dtype_of in [parameter_dtypes(dtypes[0], convert_all, part.module)]
-    }
-    sizes["text encoder"] = sum(p.numel() for p in checkpoint.text_encoder.module.parameters()) * dtypes[1].itemsize
-    return sizes | {"VAE": sum(p.nbytes for p in checkpoint.vae.module.parameters())}
-
-
-LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
-NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
-BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
-CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
-OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
-
-
 def compute_device(name: str) -> torch.device:
     """The device of `--device`, a GPU with its number; "auto" is a GPU where there is one, else the CPU.
 
     InputError if it is absent, and for "auto" if this machine has a GPU that PyTorch cannot use: a run on the CPU takes
     days, so the user must ask for it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the messages below say what PyTorch warns of
+    with catch_warnings():
+        simplefilter("ignore")  # the messages below say what PyTorch warns of
         gpu = gpu_kind()
         api = torch.get_device_module(gpu)
-        usable = {gpu: api.is_available() and api.device_count() > 0, "mps": has_mps(), "cpu": True}
+        usable = {gpu: bool(gpus()), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         reason = "" if usable[gpu] else _why_no_cuda()
         driver = Path("/proc/driver/nvidia/version").exists()  # absent on Windows: PyTorch's words must do
@@ -284,27 +260,18 @@ def compute_device(name: str) -> torch.device:
     count = api.device_count()
     device = torch.device(gpu, api.current_device() if device.index is None else device.index)
     if device.index >= count:
-        gpus = ", ".join(f"{gpu}:{index} ({api.get_device_name(index)})" for index in range(count))
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {gpus}")
+        there = ", ".join(f"{each.device} ({each.name})" for each in gpus())
+        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
         Accelerator(device).check()
     except RuntimeError as e:
-        advice = f"unset {allocator_setting()}, or " if allocator_setting() else ""
-        advice += "give --device cpu (slow)"
-        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; {advice}") from e
+        unset = f"unset {setting}, or " if (setting := allocator_setting()) else ""
+        raise InputError(
+            f"--device {name}: the GPU cannot be used: {first_line(e)}; {unset}give --device cpu (slow)"
+        ) from e
     return device
-
-
-def device_warnings(name: str, device: torch.device) -> list[str]:
-    """Sentences about a device that `--device auto` leaves unused."""
-    if name == "auto" and device.type == "cpu" and has_mps():
-        return [
-            "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
-            "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
-        ]
-    return []
 
 
 def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str) -> list[str]:

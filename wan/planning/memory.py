@@ -17,9 +17,7 @@ from wan.distributed.vae_parallel import decode_peak, encode_peak
 from wan.jobs.job import Job, Sampling
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
-from wan.offload.budget import Budget, Sizes, fit, usable_bytes
-from wan.offload.networks import sizes_of
-from wan.offload.reader import parameter_dtypes
+from wan.offload.budget import Budget, fit, usable_bytes
 from wan.planning.plan import Plan, Size, VideoKind, VideoPlan, video_kind
 from wan.sampling import Video, make_schedule, plan_steps
 from wan.utils.accelerator import Accelerator
@@ -36,8 +34,7 @@ def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -
     """`plan` with the steps of `sampling` and the memory of each kind of video among `videos`."""
     steps = plan_steps(make_schedule(sampling).timesteps, sampling, plan.config.boundary)
     plan = replace(plan, sampling=sampling, steps=tuple(steps))
-    kinds = dict.fromkeys(map(video_kind, videos))
-    return replace(plan, videos={kind: plan_video(plan, *kind) for kind in kinds})
+    return replace(plan, videos={kind: plan_video(plan, *kind) for kind in dict.fromkeys(map(video_kind, videos))})
 
 
 def memory_now(plan: Plan) -> int:
@@ -50,38 +47,30 @@ def memory_now(plan: Plan) -> int:
     return free if vram is None else min(free, int(vram * 1e9))
 
 
-def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, clip: bool = False) -> VideoPlan:
-    """Memory of a video of `size` (width, height). image, clip: whether one is encoded before the first step."""
+def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: bool = False) -> VideoPlan:
+    """Memory of a video of `size` (width, height). image, video: whether one is encoded before the first step."""
     channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
-    encoded = None
-    if plan.config.mask_channels or image or clip:  # only a first frame that stays is encoded alone
-        encoded = channels, length if plan.config.mask_channels or clip else 1, rows, columns
-    video = VideoPlan(
-        latent=latent,
-        tokens=length * (rows // PATCH[1]) * (columns // PATCH[2]),
-        encoded=encoded,
-        steps=plan.steps[plan.sampling.first_step if clip and plan.sampling else 0 :],
-        tiles=decode_tiles(plan, latent),
-        encode_tiles=TILES[0],
-    )
-    if encoded:
-        shape, ranks = encoded[1:], plan.layout.sequence
-        fewest = _fewest_tiles(
-            plan, encoded, lambda tiles: encode_peak(plan.checkpoint.vae.module, shape, ranks, tiles)
-        )
-        video = replace(video, encode_tiles=fewest)
-    return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
+    encoded, encode_tiles = None, TILES[0]
+    if plan.config.mask_channels or image or video:  # only a first frame that stays is encoded alone
+        vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
+        clip = length if plan.config.mask_channels or video else 1
+        encoded = channels, clip, rows, columns
+        encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
+    tokens = length * (rows // PATCH[1]) * (columns // PATCH[2])
+    first_step = plan.sampling.first_step if video and plan.sampling else 0
+    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step)
+    return found if plan.request.dit_fsdp else replace(found, budget=_budget(plan, found))
 
 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
     size, frames, *given = kind
-    step = plan.config.vae_stride[0]
     ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
     if plan.dtype == torch.float32:
         ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     ways["--offload_model True"] = replace(plan, offload=True)
     videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
+    step = plan.config.vae_stride[0]
     videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
     return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
 
@@ -104,8 +93,8 @@ def _fewest_tiles(
     chosen = 0
     if plan.room is not None and not plan.request.dit_fsdp:
         experts = sum(
-            sizes.resident if plan.offload else sizes.resident + sizes.blocks * sizes.block_bytes
-            for sizes in _expert_sizes(plan).values()
+            sizes.resident + (0 if plan.offload else sizes.blocks * sizes.block_bytes)
+            for sizes in plan.expert_sizes.values()
         )
         limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
         fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
@@ -115,23 +104,25 @@ def _fewest_tiles(
 
 def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
-    vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
+    vae, model = plan.checkpoint.vae.module, plan.transformer
+    ranks, itemsize = plan.layout.sequence, plan.dtype.itemsize
     latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
-    tokens, width = -(-video.tokens // ranks), plan.transformer.num_heads * plan.transformer.head_width
-    work = _forward_bytes(plan, tokens, width)
+    tokens, width = -(-video.tokens // ranks), model.num_heads * model.head_width
+    work = sum([  # activations of one forward on a rank with `tokens`
+        tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
+        tokens * width * QUANTISED.get(plan.attention, 0),
+        4 * tokens * model.head_width,  # the table of rotations
+        2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
+        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
+        exchange_bytes(plan.layout, tokens, width, itemsize),
+        working_bytes(model, plan.dtype),
+    ])  # fmt: skip
     if plan.request.preview_steps:  # one frame is decoded between two steps, when a forward's activations are gone
         frame = video.latent[0], 1, *video.latent[2:]
         work = max(work, decode_peak(vae, frame, ranks, tiles=video.tiles))
-    image = 0
-    if video.encoded:
-        image = latents + encode_peak(vae, video.encoded[1:], ranks, video.encode_tiles)
-    text = None
-    if plan.text_device == plan.device and not plan.request.t5_fsdp:
-        text = sizes_of(plan.checkpoint.text_encoder.module, lambda _: plan.text_dtype)
+    image = latents + encode_peak(vae, video.encoded[1:], ranks, video.encode_tiles) if video.encoded else 0
     budget = fit(
-        UNLIMITED if plan.room is None else plan.room,
-        _expert_sizes(plan),
-        text,
+        UNLIMITED if plan.room is None else plan.room, plan.expert_sizes, plan.text_sizes,
         activations=work + latents,
         decode=latents + decode_peak(vae, video.latent, ranks, tiles=video.tiles),
         tiles=video.tiles,
@@ -140,44 +131,5 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         second_pass=4 * tokens * width if plan.guided else 0,
         vae=plan.weight_bytes["VAE"],
         vae_stays=plan.request.preview_steps,
-    )
+    )  # fmt: skip
     return budget if plan.request.vram is None else replace(budget, source="limit")
-
-
-def _forward_bytes(plan: Plan, tokens: int, width: int) -> int:
-    """Activations of one forward of the transformer on a rank with `tokens`."""
-    model, itemsize = plan.transformer, plan.dtype.itemsize
-    terms = [
-        tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
-        tokens * width * QUANTISED.get(plan.attention, 0),
-        4 * tokens * model.head_width,  # the table of rotations
-        2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
-        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
-        exchange_bytes(plan.layout, tokens, width, itemsize),
-        working_bytes(model, plan.dtype),
-    ]
-    return sum(terms)
-
-
-def _expert_sizes(plan: Plan) -> dict[str, Sizes]:
-    """Each expert's weights on the device, with the LoRA adapters kept beside them."""
-    found = {}
-    for name, part in plan.checkpoint.experts.items():
-        sizes = sizes_of(part.module, parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module))
-        found[name] = replace(sizes, resident=sizes.resident + _adapter_bytes(plan, name))
-    return found
-
-
-def _adapter_bytes(plan: Plan, expert: str) -> int:
-    """Bytes of LoRA adapters kept unmerged for one expert."""
-    if plan.lora_mode == "merge" or expert not in plan.loras:
-        return 0
-    shapes = plan.checkpoint.experts[expert].weights.shapes
-    numbers = sum(
-        math.prod(lora.store[name].shape)
-        for lora in plan.loras[expert]
-        for delta in lora.deltas(shapes)
-        if delta.is_adapter
-        for name in delta.tensors
-    )
-    return numbers * plan.dtype.itemsize

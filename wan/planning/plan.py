@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,9 @@ from wan.distributed.mesh import Layout
 from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
 from wan.modules.model import WanModel
-from wan.offload.budget import Budget
+from wan.offload.budget import Budget, Sizes
+from wan.offload.networks import sizes_of
+from wan.offload.reader import parameter_dtypes
 from wan.sampling import Step, Video
 
 Size = tuple[int, int]  # width, height
@@ -29,16 +32,15 @@ VideoKind = tuple[Size, int, bool, bool]  # size, frames, with an image, from a 
 class VideoPlan:
     """Facts of all videos of one kind. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
 
-    encoded: the latent that an image or a clip becomes before the first step. steps: those that are run. budget: None
-    for sharded experts.
+    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts.
     """
 
     latent: tuple[int, int, int, int]
     tokens: int  # of the transformer
     encoded: tuple[int, int, int, int] | None
-    steps: tuple[Step, ...]
     tiles: tuple[int, int]
     encode_tiles: tuple[int, int]
+    first_step: int = 0  # of the plan's, that is run
     budget: Budget | None = None
 
 
@@ -62,7 +64,6 @@ class Plan:
     room: int | None = None  # bytes of the device that the run may use; None: no limit, or none known
     coverage: dict[str, list[Coverage]] = field(default_factory=dict)  # by expert
     fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its size and ends
-    weight_bytes: dict[str, int] = field(default_factory=dict)  # in memory, by network
     sampling: Sampling | None = None
     steps: tuple[Step, ...] = ()
     videos: Mapping[VideoKind, VideoPlan] = field(default_factory=dict)
@@ -74,6 +75,43 @@ class Plan:
     def guided(self) -> bool:
         """Whether any step has an unconditional pass."""
         return any(step.guided for step in self.steps)
+
+    def _dtype_of(self, expert: WanModel) -> Callable[[str], torch.dtype]:
+        return parameter_dtypes(self.dtype, self.request.convert_model_dtype, expert)
+
+    @cached_property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes in memory, by network."""
+        sizes = {}
+        for name, part in self.checkpoint.experts.items():
+            dtype_of = self._dtype_of(part.module)
+            sizes[f"{name} expert"] = sum(p.numel() * dtype_of(n).itemsize for n, p in part.module.named_parameters())
+        text = sum(p.numel() for p in self.checkpoint.text_encoder.module.parameters())
+        sizes["text encoder"] = text * self.text_dtype.itemsize
+        return sizes | {"VAE": sum(p.nbytes for p in self.checkpoint.vae.module.parameters())}
+
+    @cached_property
+    def expert_sizes(self) -> dict[str, Sizes]:
+        """Each expert's weights on the device, with the LoRA adapters kept beside them."""
+        found = {}
+        for name, part in self.checkpoint.experts.items():
+            sizes = sizes_of(part.module, self._dtype_of(part.module))
+            adapters = sum(
+                math.prod(lora.store[tensor].shape)
+                for lora in (self.loras.get(name, []) if self.lora_mode != "merge" else [])
+                for delta in lora.deltas(part.weights.shapes)
+                if delta.is_adapter
+                for tensor in delta.tensors
+            )
+            found[name] = replace(sizes, resident=sizes.resident + adapters * self.dtype.itemsize)
+        return found
+
+    @cached_property
+    def text_sizes(self) -> Sizes | None:
+        """The text encoder's weights on the device; None if it runs elsewhere, or sharded."""
+        if self.text_device != self.device or self.request.t5_fsdp:
+            return None
+        return sizes_of(self.checkpoint.text_encoder.module, lambda _: self.text_dtype)
 
     @property
     def transformer(self) -> WanModel:
@@ -102,23 +140,37 @@ class Plan:
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
             **{name: path and digest(path, clip=name == "video") for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
-            "ckpt_dir": self._weights(), "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
-            "sample_solver": self.sampling.solver, "sample_steps": [asdict(step) for step in self.video(job).steps],
+            "ckpt_dir": self._files() | self.lora_stacks(),
+            "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
+            "sample_solver": self.sampling.solver,
+            "sample_steps": [asdict(step) for step in self.steps[self.video(job).first_step :]],
             "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
             "noise_device": self.noise_device.type, "device": self.device.type, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
         return {name: value for name, value in values.items() if not OPTIONS[name].into}
 
-    def _weights(self) -> dict[str, Any]:
-        """Fingerprints of the weights by part; paths do not count."""
-        files = self.checkpoint.weight_files()
-        parts: dict[str, Any] = {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
-        for expert, loras in self.loras.items():
-            parts[f"{expert} LoRAs"] = [
+    def lora_stacks(self) -> dict[str, list[list[Any]]]:
+        """By expert, for each of its LoRAs: fingerprints of its files, strength, alpha."""
+        return {
+            f"{expert} LoRAs": [
                 [*(self.fingerprints[str(file)] for file in lora.store.files), lora.strength, lora.assumed_alpha]
                 for lora in loras
             ]
-        return parts
+            for expert, loras in self.loras.items()
+        }
+
+    def networks(self) -> tuple[Any, ...]:
+        """Equal for plans that load the same networks in the same way, LoRAs aside."""
+        request = self.request
+        return (
+            self._files(), self.device, self.text_device, self.dtype, self.text_dtype, self.lora_mode, self.layout,
+            request.quantize, request.vae_dtype, request.convert_model_dtype, request.dit_fsdp, request.t5_fsdp,
+        )  # fmt: skip
+
+    def _files(self) -> dict[str, Any]:
+        """Fingerprints of the checkpoint's files by part; paths do not count."""
+        files = self.checkpoint.weight_files()
+        return {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
 
 
 def is_absent(request: Request, device: torch.device) -> bool:

@@ -6,6 +6,8 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.planning.time_estimate import NetworkSizes, expect, network_of, sent_bytes, sharded_bytes
-from wan.sampling import Step
 from wan.utils.accelerator import Accelerator, host_bytes
 from wan.utils.errors import InputError
 from wan.utils.progress import duration, quantity
@@ -23,6 +24,16 @@ MOST_STEPS_SHOWN = 12
 MOST_JOBS_SHOWN = 12  # of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
+
+# Bytes of an mp4 for each pixel of each frame. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain
+# 0.71, pure noise 0.97.
+LEAST, LIKELY, MOST = 0.01, 0.25, 1.0
+LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
+RECORD = 20_000  # bytes in the mp4 and beside it
+
+# What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
+# H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
+MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
 
 
 class Outlook:
@@ -59,34 +70,45 @@ class Outlook:
                 "stages": expected.stages, "whole": expected.whole, "communication": expected.communication,
             },
             "host": {"needed": self.host_needed, "available": self.host_available},
-            "disk": [
-                {
-                    "folder": str(disk.folder), "needed": disk.likely, "least": disk.least, "most": disk.most,
-                    "free": disk.free,
-                } for disk in self.disks
-            ],
+            "disk": [asdict(disk) | {"folder": str(disk.folder)} for disk in self.disks],
         }  # fmt: skip
 
     def _memory_lines(self) -> list[str]:
-        plan, budget, host = self.plan, self.budget, quantity(self.host_available, "B")
+        plan, budget, host, lines = self.plan, self.budget, quantity(self.host_available, "B"), []
         if not plan.jobs:
             return []
-        each = f", for each of {self.here} processes" if self.here > 1 else ""
-        lines = [budget.line("GPU" if self.absent else str(plan.device))] if budget and plan.room is not None else []
+        if budget and plan.room is not None:
+            lines.append(budget.line("GPU" if self.absent else str(plan.device)))
         if Accelerator(plan.device).has_memory:
             lines.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
         elif budget and plan.room is None:
+            each = f", for each of {self.here} processes" if self.here > 1 else ""
             peaks = ", ".join(f"{stage} {quantity(size, 'B')}" for stage, size in budget.peaks.items())
             lines.append(f"host memory {host} available; peaks{each}: {peaks}")
             if self.host_needed and self.host_needed > self.host_available:
                 lines.append("warning: not enough memory; use --vram GB to stream weights from disk")
-        return lines + [line for disk in self.disks for line in (disk.line(), disk.warning) if line]
+        for disk in self.disks:
+            spread = f"{quantity(disk.least, 'B')} to {quantity(disk.most, 'B')}, by content"
+            free = "free space unknown" if disk.free is None else f"{quantity(disk.free, 'B')} free"
+            lines.append(f"disk: about {quantity(disk.needed, 'B')} to write in {disk.folder} ({spread}), {free}")
+            if disk.free is not None and disk.needed > disk.free:
+                problem = "may be full before the last video; a video that does not fit fails alone"
+                lines.append(f"warning: {disk.folder} {problem}")
+        return lines
 
     def _job_lines(self) -> list[str]:
         """The jobs, of many the first ones; how many are done; seconds for the others."""
-        jobs, videos, done = self.plan.jobs, len(self.plan.jobs), len(self.done)
+        jobs, videos, done, lines = self.plan.jobs, len(self.plan.jobs), len(self.done), []
         shown = jobs[: MOST_JOBS_SHOWN if videos > MOST_JOBS_SHOWN + 1 else None]
-        lines = [_job_line(self.plan, job, " (done)" if job.index in self.done else "") for job in shown]
+        for job in shown:
+            prompt = " ".join(job.prompt.split())
+            prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
+            first, steps = self.plan.video(job).first_step, len(self.plan.steps)
+            made_from = job.picture + (f", from step {first + 1} of {steps} on" if first else "")
+            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
+            size += f", {job.frame_num} frames, {self.plan.video(job).tokens:,} tokens, seed {job.seed}"
+            mark = " (done)" if job.index in self.done else ""
+            lines.append(f"job {job.number}{mark}: {prompt}: {size} -> {job.save_file}")
         if rest := jobs[len(shown) :]:
             lines.append(f"... and {len(rest):,} more, the last one {rest[-1].save_file}")
         for chain in chains(jobs):
@@ -112,19 +134,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     sampling = plan.sampling
     budget = plan.largest().budget if plan.jobs else None
     return {
-        "task": plan.request.task,
-        "solver": sampling.solver if sampling else None,
-        "shift": sampling.shift if sampling else None,
-        "preset": plan.preset,
+        "task": plan.request.task, "solver": sampling.solver if sampling else None,
+        "shift": sampling.shift if sampling else None, "preset": plan.preset,
         "steps": [asdict(step) for step in plan.steps],
         "loras": {expert: [lora.as_dict() for lora in loras] for expert, loras in plan.coverage.items()},
         "fingerprints": plan.fingerprints,
-        "device": str(plan.device),
-        "dtype": dtype_name(plan.dtype),
-        "attention": plan.attention,
-        "layout": str(plan.layout),
-        "weight_bytes": plan.weight_bytes,
-        "peak_bytes": budget.peaks if budget else None,
+        "device": str(plan.device), "dtype": dtype_name(plan.dtype), "attention": plan.attention,
+        "layout": str(plan.layout), "weight_bytes": plan.weight_bytes, "peak_bytes": budget.peaks if budget else None,
         "jobs": [
             {
                 "index": job.index, "prompt": job.prompt, "size": list(job.size), "image": job.picture or None,
@@ -142,10 +158,14 @@ def _settings_lines(plan: Plan) -> list[str]:
     request, sampling, lines = plan.request, plan.sampling, []
     if sampling is not None:
         preset = f", settings of {plan.preset}" if plan.preset else ""
-        steps = quantity(len(plan.steps), "step")
-        where = request.ckpt_dir or "files"
-        lines.append(f"{request.task} from {where}, {sampling.solver}, shift {sampling.shift:g}, {steps}{preset}")
-        lines.append(" | ".join(_step_lines(plan.steps)))
+        count, where = quantity(len(plan.steps), "step"), request.ckpt_dir or "files"
+        lines.append(f"{request.task} from {where}, {sampling.solver}, shift {sampling.shift:g}, {count}{preset}")
+        steps = [f"step {number} {step}" for number, step in enumerate(plan.steps, 1)]
+        if len(steps) > MOST_STEPS_SHOWN:  # one entry for each run of steps that differ in their time alone
+            groups = groupby(enumerate(plan.steps, 1), lambda numbered: replace(numbered[1], timestep=0.0))
+            runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
+            steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
+        lines.append(" | ".join(steps))
     for expert, loras in plan.coverage.items():
         lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():
@@ -161,19 +181,6 @@ def _settings_lines(plan: Plan) -> list[str]:
     return [*lines, f"size of the weights: {sizes}"]
 
 
-def _job_line(plan: Plan, job: Job, mark: str) -> str:
-    made_from, skipped = job.picture, len(plan.steps) - len(plan.video(job).steps)
-    made_from += f", from step {skipped + 1} of {len(plan.steps)} on" if skipped else ""
-    size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
-    prompt = " ".join(job.prompt.split())
-    prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
-    tokens = f"{plan.video(job).tokens:,} tokens"
-    return (
-        f"job {job.number}{mark}: {prompt}: {size}, {job.frame_num} frames, {tokens}, seed {job.seed} -> "
-        f"{job.save_file}"
-    )
-
-
 def _process_lines(plan: Plan) -> list[str]:
     """How several processes divide the work, and what that costs."""
     layout, request = plan.layout, plan.request
@@ -181,111 +188,18 @@ def _process_lines(plan: Plan) -> list[str]:
         return []
     experts = [f"{name} expert" for name in plan.checkpoint.experts]
     sharded = (experts if request.dit_fsdp else []) + (["text encoder"] if request.t5_fsdp else [])
-    sizes = plan.weight_bytes.items()
+    weights = {name: size // (layout.sequence if name in sharded else 1) for name, size in plan.weight_bytes.items()}
     return plan_lines(
-        layout,
-        network_of(plan),
-        tokens=plan.largest().tokens,
-        jobs=len(plan.jobs),
-        element_bytes=plan.dtype.itemsize,
-        weights={name: size // layout.sequence if name in sharded else size for name, size in sizes},
-        sharded_bytes=sharded_bytes(plan),
-    )
-
-
-def _step_lines(steps: tuple[Step, ...]) -> list[str]:
-    """`step 1 t=1000.0 high cfg 1`; of a long plan, one entry for each run of steps that differ in their time alone."""
-    if len(steps) <= MOST_STEPS_SHOWN:
-        return [f"step {number} {step}" for number, step in enumerate(steps, 1)]
-    lines, first = [], 0
-    for last, step in enumerate(steps):
-        after = steps[last + 1] if last + 1 < len(steps) else None
-        if after is None or replace(after, timestep=step.timestep) != step:
-            lines.append(f"steps {first + 1} to {last + 1} t={steps[first].timestep:.1f} to {step}")
-            first = last + 1
-    return lines
-
-
-# Bytes of an mp4 for each pixel of each frame. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain
-# 0.71, pure noise 0.97.
-LEAST, LIKELY, MOST = 0.01, 0.25, 1.0
-LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
-RECORD = 20_000  # bytes in the mp4 and beside it
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes to write to one file system, an estimate with its spread, and bytes free (None: it does not say)."""
-
-    folder: Path
-    least: float
-    likely: float
-    most: float
-    free: int | None
-
-    def line(self) -> str:
-        spread = f"{quantity(self.least, 'B')} to {quantity(self.most, 'B')}, by content"
-        free = "free space unknown" if self.free is None else f"{quantity(self.free, 'B')} free"
-        return f"disk: about {quantity(self.likely, 'B')} to write in {self.folder} ({spread}), {free}"
-
-    @property
-    def warning(self) -> str | None:
-        if self.free is None or self.likely <= self.free:
-            return None
-        return f"warning: {self.folder} may be full before the last video; a video that does not fit fails alone"
-
-
-def disks(jobs: Sequence[Job], *, latents: bool) -> list[Disk]:
-    """The space that `jobs` need, by file system. latents: they are kept for good."""
-    jobs_in: dict[Path, list[Job]] = {}
-    for job in jobs:
-        jobs_in.setdefault(job.save_file.parent, []).append(job)
-    groups: dict[int, tuple[Path, list[Job]]] = {}  # by file system
-    for parent, some in jobs_in.items():
-        folder = parent.absolute()
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        groups.setdefault(nearest.stat().st_dev, (nearest, []))[1].extend(some)
-    found = []
-    for folder, here in groups.values():
-        pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
-        joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
-        videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
-        beside = RECORD * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
-        usage = shutil.disk_usage(folder)
-        least, likely, most = (rate * videos + beside for rate in (LEAST, LIKELY, MOST))
-        found.append(Disk(folder, least, likely, most, usage.free if usage.total else None))
-    return found
-
-
-def check_disks(found: Sequence[Disk]) -> None:
-    """InputError where the videos cannot fit, whatever they show."""
-    if full := [disk for disk in found if disk.free is not None and disk.least > disk.free]:
-        raise InputError(
-            f"--save_dir: {quantity(disk.free or 0, 'B')} free in {disk.folder}, the videos need at least "
-            f"{quantity(disk.least, 'B')}; free some, choose another --save_dir, or make what fits with --ignore_disk"
-            for disk in full
-        )
-
-
-# What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
-# H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
-MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
+        layout, network_of(plan), tokens=plan.largest().tokens, jobs=len(plan.jobs), element_bytes=plan.dtype.itemsize,
+        weights=weights, sharded_bytes=sharded_bytes(plan),
+    )  # fmt: skip
 
 
 def plan_lines(
-    layout: Layout,
-    network: NetworkSizes,
-    *,
-    tokens: int,
-    jobs: int,
-    element_bytes: int,
-    weights: Mapping[str, int],
+    layout: Layout, network: NetworkSizes, *, tokens: int, jobs: int, element_bytes: int, weights: Mapping[str, int],
     sharded_bytes: int,
-) -> list[str]:
-    """What `--dry_run` says of many processes. tokens: of the largest job. weights: bytes in each process, by network.
-
-    sharded_bytes: see `sent_bytes`.
-    """
+) -> list[str]:  # fmt: skip
+    """tokens: of the largest job. weights: bytes in each process, by network. sharded_bytes: see `sent_bytes`."""
     groups, each = layout.data, layout.sequence
     at_once = f"{groups} videos at a time" if groups > 1 else "one video at a time"
     held = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in weights.items())
@@ -301,7 +215,51 @@ def plan_lines(
     if jobs < groups:
         legal = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0]
         hint = f"; --ulysses_size {legal[-1]} puts more of them on one video" if legal[-1] > layout.ulysses else ""
-        lines.append(
-            f"warning: {jobs} video{'s' if jobs > 1 else ''} for {groups} groups: some have nothing to do{hint}"
-        )
+        videos = f"{jobs} video{'s' if jobs > 1 else ''}"
+        lines.append(f"warning: {videos} for {groups} groups: some have nothing to do{hint}")
     return lines
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes to write to one file system, an estimate with its spread, and bytes free (None: it does not say)."""
+
+    folder: Path
+    needed: float
+    least: float
+    most: float
+    free: int | None
+
+
+def disks(jobs: Sequence[Job], *, latents: bool) -> list[Disk]:
+    """The space that `jobs` need, by file system. latents: they are kept for good."""
+
+    @cache
+    def file_system(folder: Path) -> tuple[int, Path]:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        return nearest.stat().st_dev, nearest
+
+    groups: dict[int, tuple[Path, list[Job]]] = {}
+    for job in jobs:
+        device, folder = file_system(job.save_file.parent)
+        groups.setdefault(device, (folder, []))[1].append(job)
+    found = []
+    for folder, here in groups.values():
+        pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
+        joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
+        videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
+        beside = RECORD * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
+        usage = shutil.disk_usage(folder)
+        needed, least, most = (rate * videos + beside for rate in (LIKELY, LEAST, MOST))
+        found.append(Disk(folder, needed, least, most, usage.free if usage.total else None))
+    return found
+
+
+def check_disks(found: Sequence[Disk]) -> None:
+    """InputError where the videos cannot fit, whatever they show."""
+    if full := [disk for disk in found if disk.free is not None and disk.least > disk.free]:
+        raise InputError(
+            f"--save_dir: {quantity(disk.free or 0, 'B')} free in {disk.folder}, the videos need at least "
+            f"{quantity(disk.least, 'B')}; free some, choose another --save_dir, or make what fits with --ignore_disk"
+            for disk in full
+        )

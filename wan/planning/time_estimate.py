@@ -11,7 +11,6 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +21,13 @@ from torch import nn
 from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
-from wan.modules.causal_conv import ClipState, Downsample, FrameAttention, Upsample
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import WanVAE
-from wan.modules.vae_coders import DECODER_RIM, ENCODER_RIM, Coder, Region
+from wan.modules.vae import DECODER_RIM, ENCODER_RIM, Coder, WanVAE
+from wan.modules.vae_layers import ClipState, Downsample, FrameAttention, Region, Upsample
 from wan.offload.budget import Budget
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
-from wan.utils.files import cache_folder, replacing
+from wan.utils.files import cache_folder, write_file
 
 MATMUL, ATTENTION, VAE = "matmul", "attention", "VAE"  # floating-point operations a second
 COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to device, pageable", "disk read"  # bytes
@@ -37,6 +35,7 @@ EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
 NEEDED_RATES = (MATMUL, ATTENTION, VAE, DISK)
 RATES_FILE = "rates.json"
 STORED = 4  # bytes of a weight in a released expert's file: float32
+DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the kernel it is made of
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,9 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget = plan.layout.sequence, video.budget
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    forwards = Counter(step.expert for step in video.steps for _ in range(1 + step.guided))
-    passes = Counter(step.expert for step in video.steps) if batch_guidance else forwards
+    steps = plan.steps[video.first_step :]
+    forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
+    passes = Counter(step.expert for step in steps) if batch_guidance else forwards
     read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
     feed = min(rates[DISK], rates.get(PINNED, math.inf))
     network = network_of(plan)
@@ -103,10 +103,9 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     sent = sent_bytes(plan.layout, network, video.tokens, plan.dtype.itemsize, sharded_bytes(plan))
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
-    encoder, vae = plan.checkpoint.text_encoder.module, plan.checkpoint.vae.module
-    text_bytes = 2 * sum(p.numel() for n, p in encoder.named_parameters() if n != "token_embedding.weight")
-    thinking = (1 + plan.guided) * text_operations(encoder, plan.config.text_len) / rates[MATMUL]
     denoise = max(computing, read / feed)
+    vae, token = plan.checkpoint.vae.module, text_operations(plan.checkpoint.text_encoder.module, 1)
+    thinking = (1 + plan.guided) * token * plan.config.text_len / rates[MATMUL]
     encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
     def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:
@@ -115,7 +114,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
         return max(count(vae, latent, tiled) for tiled in regions) / rates[VAE]
 
     return Seconds(
-        text=max(thinking, text_bytes / feed),
+        text=max(thinking, token / feed),  # two bytes of a weight, two operations
         image=coding(encode, video.encoded, video.encode_tiles) if video.encoded else 0.0,
         denoise=denoise,
         decode=coding(decode_operations, video.latent, video.tiles),
@@ -124,61 +123,19 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     )
 
 
-def sharded_bytes(plan: Plan) -> int:
-    """Bytes of the largest expert, if it is sharded over processes, else 0."""
-    experts = [plan.weight_bytes[f"{name} expert"] for name in plan.checkpoint.experts] if plan.request.dit_fsdp else []
-    return max(experts, default=0)
-
-
-def network_of(plan: Plan) -> NetworkSizes:
-    """The sizes of the plan's transformer."""
-    model = plan.transformer
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    ffn_dim, dim = shapes["blocks.0.ffn.0.weight"]
-    return NetworkSizes(dim, ffn_dim, model.num_heads, len(model.blocks))
-
-
 def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
     """Bytes of the expert's file for one video: blocks that stay once, the others once in each forward."""
     part, stored = plan.checkpoint.experts[expert], float(STORED)
-    numbers, store = sum(parameter.numel() for parameter in part.module.parameters()), part.weights
-    if store:  # of a released checkpoint that is not here it is empty
-        stored = sum(map(store.stored_bytes, store)) / sum(math.prod(entry.shape) for entry in store.values())
+    if store := part.weights:  # of a released checkpoint that is not here it is empty
+        stored = sum(store.stored(name)[1] for name in store) / sum(math.prod(entry.shape) for entry in store.values())
     if budget is None or budget.resident:
-        return int(stored * numbers)
+        return int(stored * sum(parameter.numel() for parameter in part.module.parameters()))
     sizes = budget.experts[expert]
     stay = budget.staying(sizes)
     return int((stay + (sizes.blocks - stay) * forwards) * sizes.block_bytes * stored / plan.dtype.itemsize)
 
 
-def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
-    """Keep what was measured for later plans. OSError or RuntimeError where there is no place for it."""
-    kept = _all_rates() | {_name_of(device): dict(rates)}
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with replacing(cache_folder() / RATES_FILE) as part:
-        part.write_text(json.dumps(kept, indent=1), "utf-8")
-
-
-def kept_rates(device: torch.device) -> dict[str, float] | None:
-    """What was measured on this device with this version of PyTorch, if everything was."""
-    found = _all_rates().get(_name_of(device))
-    kept = found.items() if isinstance(found, dict) else ()
-    rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
-    return rates if rates.keys() >= set(NEEDED_RATES) else None
-
-
-def _all_rates() -> dict[str, Any]:
-    with suppress(OSError, ValueError, RuntimeError):  # no home, no file or a damaged one: time is unknown
-        kept = json.loads((cache_folder() / RATES_FILE).read_text("utf-8"))
-        return kept if isinstance(kept, dict) else {}
-    return {}
-
-
-def _name_of(device: torch.device) -> str:
-    """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
-    threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
-    name = Accelerator(device).name if Accelerator(device).has_memory else threads
-    return f"{name}, torch {torch.__version__}"
+# -- counted work
 
 
 @dataclass(frozen=True)
@@ -204,6 +161,18 @@ class NetworkSizes:
         return self.num_layers * 4.0 * tokens**2 * self.dim
 
 
+def network_of(plan: Plan) -> NetworkSizes:
+    """The sizes of the plan's transformer."""
+    ffn_dim, dim = plan.transformer.get_parameter("blocks.0.ffn.0.weight").shape
+    return NetworkSizes(dim, ffn_dim, plan.transformer.num_heads, len(plan.transformer.blocks))
+
+
+def sharded_bytes(plan: Plan) -> int:
+    """Bytes of the largest expert, if it is sharded over processes, else 0."""
+    experts = [plan.weight_bytes[f"{name} expert"] for name in plan.checkpoint.experts] if plan.request.dit_fsdp else []
+    return max(experts, default=0)
+
+
 def sent_bytes(
     layout: Layout, network: NetworkSizes, tokens: int, element_bytes: int, sharded_bytes: int = 0
 ) -> dict[str, float]:
@@ -220,69 +189,63 @@ def sent_bytes(
     }
 
 
-DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the kernel it is made of
+# Floating-point operations of text encoder and autoencoders: products with weights and of attention, which is all but a
+# hundredth. Regions and grids are of latent cells; of a region that is coded by itself its rim counts too.
 
 
 def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
     """One product with every weight but the table's; attention over a few hundred tokens does not count."""
-    weights = sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
-    return 2.0 * weights * tokens
+    return 2.0 * tokens * sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
 
 
 def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
     """Decoding a `latent` [C, f, h, w]: the middle of whole frames, then each region (None: the frame is one)."""
-    decoder, frames, frame = vae.decoder, latent[1], Region(0, latent[2], 0, latent[3])
-    whole = _products(frames * frame.area, vae.conv2, decoder.conv1) + _middle(decoder, frames, frame.area)
-    return whole + sum(_decoded(vae, frames, frame, region) for region in regions or [frame])
-
-
-def _decoded(vae: WanVAE, frames: int, frame: Region, region: Region) -> float:
-    """`Decoder.finish` of one region over all frames."""
-    total, area = 0.0, 0
-    for level, rim in zip(vae.decoder.levels, DECODER_RIM, strict=True):
-        area = region.grown(rim, rim, frame).area
-        for layer in level.layers:
-            if not isinstance(layer, Upsample):
-                total += _products(frames * area, layer)
-                continue
-            if layer.time_conv:
-                total += _products((frames - 1) * area, layer.time_conv)
-                frames = 2 * frames - 1
-            total += DOUBLING * _products(frames * area, layer.resample)
-            region, frame = region.scaled(2), frame.scaled(2)
-    return total + _products(frames * area, vae.decoder.head)
+    decoder, whole = vae.decoder, Region(0, latent[2], 0, latent[3])
+    total = _products(latent[1] * whole.area, vae.conv2, decoder.conv1) + _middle(decoder, latent[1], whole.area)
+    for region in regions or [whole]:
+        frames, frame, area = latent[1], whole, 0
+        for level, rim in zip(decoder.levels, DECODER_RIM, strict=True):
+            area = region.grown(rim, rim, frame).area
+            for layer in level.layers:
+                if not isinstance(layer, Upsample):
+                    total += _products(frames * area, layer)
+                    continue
+                if layer.time_conv:
+                    total += _products((frames - 1) * area, layer.time_conv)
+                    frames = 2 * frames - 1
+                total += DOUBLING * _products(frames * area, layer.resample)
+                region, frame = region.scaled(2), frame.scaled(2)
+        total += _products(frames * area, decoder.head)
+    return total
 
 
 def encode_operations(
     vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None, *, still: bool = True
 ) -> float:
-    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`."""
-    encoder, frames, frame = vae.encoder, latent[1], Region(0, latent[2], 0, latent[3])
-    whole = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
-    windows = [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]
-    return whole + sum(_encoded(vae, frames - 1, window, still) for window in windows)
+    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`.
 
-
-def _encoded(vae: WanVAE, chunks: int, window: Region, still: bool) -> float:
-    """The first frame's chunk, and the `chunks` of four after it until a stage's output is constant (see
-    `reuse_constant_tail`)."""
+    The first frame's chunk, and those of four after it until a stage's output is constant (see `reuse_constant_tail`).
+    """
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
-    rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
+    frames, frame = latent[1], Region(0, latent[2], 0, latent[3])
+    total = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
-    total, constant, length = 0.0, 1 if still else 1 + 4 * chunks, 4  # length: of a chunk where the stage begins
-    for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
-        constant = stage.constant_after(constant)
-        shorter = length // 2 if stage.halves_time else length  # where it ends
-        running = min(chunks, 1 - (1 - constant) // shorter)
-        for layer in inside:
-            if not isinstance(layer, Downsample):
-                total += _products((1 + running * length) * rows * columns, layer)
-                continue
-            rows, columns = rows // 2, columns // 2
-            total += _products((1 + running * length) * (rows + 1) * (columns + 1), layer.resample)
-            if layer.time_conv:
-                total += _products(running * shorter * rows * columns, layer.time_conv)
-        length = shorter
+    for window in [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]:
+        rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
+        constant, length = 1 if still else 4 * frames - 3, 4  # length: of a chunk where the stage begins
+        for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
+            constant = stage.constant_after(constant)
+            shorter = length // 2 if stage.halves_time else length  # where it ends
+            running = min(frames - 1, 1 - (1 - constant) // shorter)
+            for layer in inside:
+                if not isinstance(layer, Downsample):
+                    total += _products((1 + running * length) * rows * columns, layer)
+                    continue
+                rows, columns = rows // 2, columns // 2
+                total += _products((1 + running * length) * (rows + 1) * (columns + 1), layer.resample)
+                if layer.time_conv:
+                    total += _products(running * shorter * rows * columns, layer.time_conv)
+            length = shorter
     return total
 
 
@@ -297,3 +260,35 @@ def _products(positions: int, *modules: nn.Module) -> float:
     """Convolutions at `positions`: one product with each weight."""
     found = [part for module in modules for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
     return 2.0 * positions * sum(conv.weight.numel() for conv in found)
+
+
+# -- measured rates
+
+
+def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
+    """Keep what was measured for later plans. OSError or RuntimeError where there is no place for it."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    kept = _all_rates() | {_name_of(device): dict(rates)}
+    write_file(cache_folder() / RATES_FILE, json.dumps(kept, indent=1))
+
+
+def kept_rates(device: torch.device) -> dict[str, float] | None:
+    """What was measured on this device with this version of PyTorch, if everything was."""
+    found = _all_rates().get(_name_of(device))
+    kept = found.items() if isinstance(found, dict) else ()
+    rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}
+    return rates if rates.keys() >= set(NEEDED_RATES) else None
+
+
+def _all_rates() -> dict[str, Any]:
+    try:
+        return dict(json.loads((cache_folder() / RATES_FILE).read_text("utf-8")))
+    except (OSError, ValueError, RuntimeError, TypeError):  # no home, no file or a damaged one: time is unknown
+        return {}
+
+
+def _name_of(device: torch.device) -> str:
+    """Folders may be shared by machines, so a CPU goes by its host's name, and by the threads in use."""
+    threads = f"{device.type} of {platform.node()}, {torch.get_num_threads()} threads"
+    name = Accelerator(device).name if Accelerator(device).has_memory else threads
+    return f"{name}, torch {torch.__version__}"

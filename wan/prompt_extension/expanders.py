@@ -39,14 +39,9 @@ class _Expander:
     is_vl: bool
 
     def __call__(
-        self,
-        prompt: str,
-        system_prompt: str | None = None,
-        tar_lang: str = "zh",
-        image: Image.Image | str | Path | None = None,
-        seed: int = -1,
-        **unused: object,
-    ) -> PromptOutput:
+        self, prompt: str, system_prompt: str | None = None, tar_lang: str = "zh",
+        image: Image.Image | str | Path | None = None, seed: int = -1, **unused: object,
+    ) -> PromptOutput:  # fmt: skip
         """The extended prompt in `tar_lang`. image: looked at by an expander made with `is_vl`, else ignored.
 
         system_prompt: None takes the one for the language, words and image. seed: a negative one is drawn.
@@ -59,12 +54,11 @@ class _Expander:
             if self.is_vl and isinstance(image, Image.Image):
                 picture = Path(folder, "image.png")  # the models read a file
                 image.save(picture)
-            words = neutralise(prompt.strip()) or NO_WORDS[tar_lang]
-            has_image, has_words = picture is not None, bool(prompt.strip())
-            system = system_prompt or system_prompt_for(tar_lang, has_image=has_image, has_words=has_words)
+            words, has_image = prompt.strip(), picture is not None
+            system = system_prompt or system_prompt_for(tar_lang, has_image=has_image, has_words=bool(words))
+            self.answer.seed = seed % SEEDS_OF_SERVICES
             try:
-                self.answer.seed = seed % SEEDS_OF_SERVICES
-                extended = clean(self.ask(Question(system, words, picture)))
+                extended = clean(self.ask(Question(system, neutralise(words) or NO_WORDS[tar_lang], picture)))
             except AnswerError as error:
                 return PromptOutput(False, prompt, seed, system, str(error))
         return PromptOutput(True, extended, seed, system, json.dumps({"content": extended}, ensure_ascii=False))
@@ -77,13 +71,9 @@ class DashScopePromptExpander(_Expander):
     """Asks Alibaba's service; the key is `api_key` or the environment's DASH_API_KEY."""
 
     def __init__(
-        self,
-        api_key: str | None = None,
-        model_name: str | None = None,
-        task: str = "t2v-A14B",
-        is_vl: bool = False,
+        self, api_key: str | None = None, model_name: str | None = None, task: str = "t2v-A14B", is_vl: bool = False,
         **unused: object,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """is_vl: a model that looks at images. task, unused: further arguments of the original; the instructions follow
         from `is_vl`. InputError for what is missing."""
         if problems := [] if api_key else list(service_problems("dashscope", model_name)):
@@ -99,13 +89,9 @@ class QwenPromptExpander(_Expander):
     answer: LocalQwen
 
     def __init__(
-        self,
-        model_name: str | None = None,
-        task: str = "t2v-A14B",
-        device: int | str | torch.device = 0,
-        is_vl: bool = False,
-        **unused: object,
-    ) -> None:
+        self, model_name: str | None = None, task: str = "t2v-A14B", device: int | str | torch.device = 0,
+        is_vl: bool = False, **unused: object,
+    ) -> None:  # fmt: skip
         """As above. device: a number is that of a GPU; without one the CPU serves. InputError."""
         if problems := list(local_problems(model_name)):
             raise InputError(problems)

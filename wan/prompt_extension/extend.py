@@ -1,6 +1,7 @@
 """Prompt extension: a language model lengthens short prompts before any video weight is loaded.
 
-`check` finds problems without asking anyone; `extend` asks, and its model is gone when it returns.
+`check_extension` finds problems without asking anyone; `extend` asks, and its model is gone when it returns. Answers
+are kept between runs: one small JSON file each, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from wan.prompt_extension.answers import AnswerError, Question, clean, neutralis
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
 from wan.prompt_extension.services import ChatService, option_problems, service_problems
 from wan.utils.errors import InputError
-from wan.utils.files import cache_folder, replacing
+from wan.utils.files import cache_folder, write_file
 
 DEFAULT_MODELS = {  # (method, with an image)
     ("dashscope", False): "qwen-plus",
@@ -36,8 +37,15 @@ SHORT_NAMES = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+# The instructions given to the model: three kinds, in Chinese and in English.
+INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
+# (fewest, most) of the answer: characters in Chinese, words in English
+TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
+TEXT_EXAMPLES = {language: texts["text_examples"] for language, texts in INSTRUCTIONS.items()}
+MOTION_EXAMPLES = {language: texts["motion_examples"] for language, texts in INSTRUCTIONS.items()}
+# In place of the user's text when there is only an image: chat models want some text in the turn.
+NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ class Extended:
     error: str | None  # why the user's own prompt was kept
 
 
+Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
+
+
 @dataclass(frozen=True)
 class _Ask:
     """One item as it is asked: the question, the model that gets it, and the cache's name for the pair."""
@@ -87,13 +98,13 @@ class _Ask:
 def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
     """The extended prompts, in order; `report` gets a line for each item, with both prompts, once it is settled.
 
-    Equal questions are asked once. Raises InputError: what `check` finds, and with on_error "fail" the first item
-    that gets no answer.
+    Equal questions are asked once. Raises InputError: what `check_extension` finds, and with on_error "fail" the first
+    item that gets no answer.
     """
     check_extension(settings, items)
     if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
-    asks = [_question_of(settings, item) for item in items]
+    asks = [_ask_for(settings, item) for item in items]
     kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
     outcomes: dict[str, Answered] = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
     cached = set(outcomes)
@@ -101,7 +112,7 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
         numbers = [number for number, ask in enumerate(asks) if ask.model == model]
         missing = {asks[number].key: asks[number] for number in numbers if asks[number].key not in outcomes}
-        with closing(_ask_model(settings, model, list(missing.values()), report)) as answers:
+        with closing(_answers(settings, model, list(missing.values()), report)) as answers:
             for number in numbers:
                 key, item, title = asks[number].key, items[number], f"prompt {number + 1} of {len(items)}"
                 if key not in outcomes:
@@ -109,11 +120,15 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
                 prompt, error = outcomes[key]
                 prompt = item.prompt if prompt is None else prompt
                 results[number] = Extended(prompt, item.prompt, item.image, model, key in cached, error)
-                if error is not None and settings.on_error == "fail":
-                    text = " ".join(item.prompt.split())
-                    short = f"{text[:60]}..." if len(text) > 60 else text
+                original = " ".join(item.prompt.split())
+                if error is None:
+                    source = f"{model}, cached" if key in cached else model
+                    report(f'{title} ({source}): "{original}" -> "{prompt}"')
+                elif settings.on_error == "fail":
+                    short = f"{original[:60]}..." if len(original) > 60 else original
                     raise InputError(f'{title}, "{short}", was not extended: {error}')
-                report(_report_line(title, results[number]))
+                else:
+                    report(f'warning: {title} is kept as written, "{original}", because it was not extended: {error}')
     return [results[number] for number in range(len(items))]
 
 
@@ -126,6 +141,29 @@ def check_extension(settings: ExtendSettings, items: Sequence[ExtendItem]) -> No
         raise InputError(problems)
 
 
+def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
+    unreadable: dict[Path | None, str] = {}
+    for image in dict.fromkeys(_image(task, item) for item in items):
+        try:
+            if image is not None:
+                open_image(image)
+        except InputError as error:
+            unreadable[image] = str(error)
+    for number, item in enumerate(items, 1):
+        title = f"prompt {number} of {len(items)}"
+        if not item.prompt.strip() and _image(task, item) is None:
+            yield f"{title} is empty, and there is no image to describe instead (--prompt)"
+        if TASKS[task].example_image and item.image is None:
+            yield f"{title} has no image, which {task} needs (--image)"
+        if item.image in unreadable:
+            yield f"{title}: {unreadable[item.image]}"
+
+
+def _image(task: str, item: ExtendItem) -> Path | None:
+    """The item's image, if the task uses one at all; text-to-video is extended from its text alone."""
+    return item.image if TASKS[task].image_fit is not None else None
+
+
 def model_for(method: str, model: str | None, *, has_image: bool) -> str:
     """The model's full name or folder: the default, or what was asked for (a folder wins over a short name)."""
     if model is None:
@@ -136,9 +174,20 @@ def model_for(method: str, model: str | None, *, has_image: bool) -> str:
     return str(folder) if folder.exists() else SHORT_NAMES.get(model, model)
 
 
-def _question_of(settings: ExtendSettings, item: ExtendItem) -> _Ask:
-    image = item.image if _looks(settings.task) else None
-    words = item.prompt.strip()
+def system_prompt(language: str, *, has_image: bool, has_words: bool) -> str:
+    """The instructions for one item; with an image its motion is asked for, without one the whole scene."""
+    texts = INSTRUCTIONS[language]
+    if has_image:
+        (fewest, most), examples = MOTION_LENGTH, MOTION_EXAMPLES[language]
+        text = texts["image" if has_words else "image_only"] + texts["motion_rules"]
+    else:
+        (fewest, most), examples, text = TEXT_LENGTH, TEXT_EXAMPLES[language], texts["text"]
+    filled: str = text.format(fewest=fewest, most=most, examples="\n".join(examples))
+    return filled
+
+
+def _ask_for(settings: ExtendSettings, item: ExtendItem) -> _Ask:
+    image, words = _image(settings.task, item), item.prompt.strip()
     system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
     question = Question(system, neutralise(words) or NO_WORDS[settings.language], image)
     model = model_for(settings.method, settings.model, has_image=image is not None)
@@ -146,7 +195,7 @@ def _question_of(settings: ExtendSettings, item: ExtendItem) -> _Ask:
     return _Ask(question, model, cache_key(question, settings.method, model, *rest))
 
 
-def _ask_model(
+def _answers(
     settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
 ) -> Generator[Answered]:
     """One outcome for each question. The model is opened at the first and freed at the end.
@@ -154,7 +203,7 @@ def _ask_model(
     A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
     twice in a row) ends the asking; the rest get the same reason.
     """
-    answered, ended = 0, ""
+    answered, failed_in_row, ended = 0, 0, ""
     opened: AbstractContextManager[Callable[[Question], str]]
     if settings.method == "local_qwen":
         opened = LocalQwen(model, settings.seed, settings.device)
@@ -162,7 +211,6 @@ def _ask_model(
         opened = nullcontext(ChatService(settings.method, model, settings.seed, settings.options))
     try:
         with opened as answer:
-            failed_in_row = 0
             for ask in asks:
                 prompt, reason = None, None
                 try:
@@ -186,36 +234,6 @@ def _ask_model(
         yield None, ended
 
 
-def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
-    images = dict.fromkeys(item.image for item in items if item.image is not None and _looks(task))
-    unreadable: dict[Path, str] = {}
-    for image in images:
-        try:
-            open_image(image)
-        except InputError as error:
-            unreadable[image] = str(error)
-    for number, item in enumerate(items, 1):
-        title = f"prompt {number} of {len(items)}"
-        if not item.prompt.strip() and item.image not in images:
-            yield f"{title} is empty, and there is no image to describe instead (--prompt)"
-        if TASKS[task].example_image and item.image is None:
-            yield f"{title} has no image, which {task} needs (--image)"
-        if item.image in unreadable:
-            yield f"{title}: {unreadable[item.image]}"
-
-
-def _looks(task: str) -> bool:
-    """Whether the task uses an image at all; text-to-video is extended from its text alone."""
-    return TASKS[task].image_fit is not None
-
-
-def _report_line(title: str, result: Extended) -> str:
-    original = " ".join(result.original.split())
-    if result.error is not None:
-        return f'warning: {title} is kept as written, "{original}", because it was not extended: {result.error}'
-    return f'{title} ({result.model}{", cached" if result.cached else ""}): "{original}" -> "{result.prompt}"'
-
-
 def prompts_folder() -> Path:
     """RuntimeError if the user has no home folder."""
     return cache_folder() / "prompts"
@@ -233,8 +251,7 @@ def cache_key(
 def read_cached(key: str) -> str | None:
     """The kept prompt; None if there is none, its file is damaged, or it is no clean prompt."""
     try:
-        kept = json.loads((prompts_folder() / f"{key}.json").read_text("utf-8"))
-        prompt = kept["prompt"]
+        prompt = json.loads((prompts_folder() / f"{key}.json").read_text("utf-8"))["prompt"]
         return prompt if clean(prompt) == prompt else None
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, AnswerError):
         return None
@@ -242,29 +259,6 @@ def read_cached(key: str) -> str | None:
 
 def write_cached(key: str, prompt: str, question: Question, model: str) -> None:
     """Keep a prompt, whole or not at all. OSError, or RuntimeError if the user has no home folder."""
-    folder = prompts_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private to the user
+    prompts_folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # private to the user
     kept = {"prompt": prompt, "original": question.text, "model": model}
-    with replacing(folder / f"{key}.json") as part:
-        part.write_text(json.dumps(kept), "utf-8")
-
-
-INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
-# (fewest, most) of the answer: characters in Chinese, words in English
-TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
-TEXT_EXAMPLES = {language: texts["text_examples"] for language, texts in INSTRUCTIONS.items()}
-MOTION_EXAMPLES = {language: texts["motion_examples"] for language, texts in INSTRUCTIONS.items()}
-# In place of the user's text when there is only an image: chat models want some text in the turn.
-NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
-
-
-def system_prompt(language: str, *, has_image: bool, has_words: bool) -> str:
-    """The instructions for one item; with an image its motion is asked for, without one the whole scene."""
-    texts = INSTRUCTIONS[language]
-    if has_image:
-        (fewest, most), examples = MOTION_LENGTH, MOTION_EXAMPLES[language]
-        text = texts["image" if has_words else "image_only"] + texts["motion_rules"]
-    else:
-        (fewest, most), examples, text = TEXT_LENGTH, TEXT_EXAMPLES[language], texts["text"]
-    filled: str = text.format(fewest=fewest, most=most, examples="\n".join(examples))
-    return filled
+    write_file(prompts_folder() / f"{key}.json", json.dumps(kept))

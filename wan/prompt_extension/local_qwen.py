@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from wan.media.images import open_image
@@ -29,9 +27,7 @@ class LocalQwen:
     """
 
     def __init__(self, model: str, seed: int, device: str) -> None:
-        self.name = model
-        self.seed = seed
-        self.device = device
+        self.name, self.seed, self.device = model, seed, device
         self.model: Any = None
         self.tokenizer: Any = None
         self.image_processor: Any = None  # None: a model that reads text only
@@ -40,12 +36,15 @@ class LocalQwen:
         try:
             self._load()
         except Exception as error:  # of a damaged or unknown model the libraries raise whatever they trip over
-            self._free()
+            self.__exit__()
             raise AnswerError(f"{self.name} cannot be loaded: {first_line(error)}", ends_all=True) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._free()
+    def __exit__(self, *error: object) -> None:
+        from wan.utils.accelerator import free_memory
+
+        self.model = self.tokenizer = self.image_processor = None
+        free_memory()
 
     def __call__(self, question: Question) -> str:
         """The answer, after the tag with which the model's template opens its reasoning."""
@@ -74,62 +73,47 @@ class LocalQwen:
 
     def _load(self) -> None:
         import torch
-        from transformers import (
-            AutoConfig,
-            AutoImageProcessor,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoTokenizer,
-        )
+        import transformers
+        from transformers.utils.hub import cached_file
 
-        on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.accelerator.is_available())
+        own_code: dict[str, Any] = {"trust_remote_code": False}  # never run, and no question on the terminal
         options: dict[str, Any] = {"dtype": torch.float32}
-        if not on_cpu:
+        if self.device != "cpu" and (self.device != "auto" or torch.accelerator.is_available()):
             device_map = "auto" if self.device == "auto" else {"": self.device}
             options = {"dtype": torch.bfloat16, "device_map": device_map}
-        own_code: dict[str, Any] = {"trust_remote_code": False}  # never run, and no question on the terminal
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # without a network each attempt would be a line
         try:
-            sees = hasattr(AutoConfig.from_pretrained(self.name, **own_code), "vision_config")
-            auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            sees = hasattr(transformers.AutoConfig.from_pretrained(self.name, **own_code), "vision_config")
+            auto_class = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
             loaded: Any = auto_class.from_pretrained(self.name, output_loading_info=True, **options, **own_code)
             self.model, found = loaded
-            if found["missing_keys"]:
-                first = min(found["missing_keys"])
-                raise ValueError(f"{len(found['missing_keys'])} weights are missing, first {first}")
+            if missing := found["missing_keys"]:
+                raise ValueError(f"{len(missing)} weights are missing, first {min(missing)}")
             self.model.eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, **own_code)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, **own_code)
             if sees:
-                self.image_processor = AutoImageProcessor.from_pretrained(
+                self.image_processor = transformers.AutoImageProcessor.from_pretrained(
                     self.name, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **own_code
                 )
-            if self.tokenizer.chat_template is None:
-                self.tokenizer.chat_template = _template_file(self.name)
+            if self.tokenizer.chat_template is None:  # some releases keep it in a file of its own
+                template = Path(str(cached_file(self.name, "chat_template.json"))).read_text("utf-8")
+                self.tokenizer.chat_template = json.loads(template)["chat_template"]
         finally:
             logging.disable(disabled)
 
     def _templated(self, question: Question) -> str:
         """The chat as the model reads it; a template that refuses instructions gets them in the user's turn."""
         text: Any = question.text
+        merged: Any = f"{question.system}\n\n{text}"
         if question.image is not None:
             text = [{"type": "image"}, {"type": "text", "text": question.text}]
-        instructions = [{"type": "text", "text": f"{question.system}\n\n"}]
-        merged = f"{question.system}\n\n{text}" if isinstance(text, str) else [*instructions, *text]
-        chats = (
-            [{"role": "system", "content": question.system}, {"role": "user", "content": text}],
-            [{"role": "user", "content": merged}],
-        )
-        for chat in chats:
-            try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        chat,
-                        tokenize=False,
-                        add_generation_prompt=True,
-                        enable_thinking=False,  # read by templates of models that reason on demand
-                    )
-                )
+            merged = [{"type": "text", "text": f"{question.system}\n\n"}, *text]
+        system = {"role": "system", "content": question.system}
+        for chat in ([system, {"role": "user", "content": text}], [{"role": "user", "content": merged}]):
+            try:  # enable_thinking is read by templates of models that reason on demand
+                settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+                return str(self.tokenizer.apply_chat_template(chat, **settings))
             except Exception as error:  # noqa: BLE001 - a template may raise anything
                 failure = error
         raise ValueError(f"its chat template cannot be used: {first_line(failure)}") from failure
@@ -157,16 +141,6 @@ class LocalQwen:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == token_id).long()
         return inputs
 
-    def _free(self) -> None:
-        import torch
-
-        self.model = self.tokenizer = self.image_processor = None
-        gc.collect()  # a model spread over devices and its hooks refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        elif torch.backends.mps.is_available():
-            torch.mps.empty_cache()
-
 
 def local_problems(model: str | None) -> Iterator[str]:
     """Problems known before anything is loaded, a sentence each; a hub id is only tried when it is opened."""
@@ -178,12 +152,3 @@ def local_problems(model: str | None) -> Iterator[str]:
         yield f"--prompt_extend_model {model}: there is no such folder"
     elif model is not None and folder.exists() and not (folder / "config.json").is_file():
         yield f"--prompt_extend_model {model}: the folder holds no model (config.json is missing)"
-
-
-def _template_file(model: str) -> str:
-    """The chat template that some releases keep in a file of its own. Raises OSError if there is none."""
-    from transformers.utils.hub import cached_file
-
-    path = cached_file(model, "chat_template.json")
-    template: str = json.loads(Path(str(path)).read_text("utf-8"))["chat_template"]
-    return template

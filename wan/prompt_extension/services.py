@@ -14,13 +14,11 @@ import os
 import random
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +40,14 @@ MOST_BYTES = 1 << 20  # of an answer, unpacked
 MOST_REASON = 300  # characters of a service's own error text
 ERROR_NAMES = ("error", "detail", "message", "msg")
 OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request; options may set any other
+NO_TEXT = "the service's answer holds no text"
+FINISHES = {  # the reasons for which a service ends an answer that is no whole prompt
+    "length": "the answer was cut off at its longest length",
+    "content_filter": "the service's content filter stopped the answer",
+    "error": "the service broke off the answer",
+    "tool_calls": "the model called a tool instead of answering",
+    "function_call": "the model called a tool instead of answering",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Service:
     keys: tuple[str, ...]
     address: str
     url: str
+
+    @property
+    def key(self) -> str:
+        """The key, without the line end that a file may have left; "" if there is none."""
+        return next(filter(None, (os.environ.get(variable, "").strip() for variable in self.keys)), "")
 
 
 SERVICES = {
@@ -76,20 +87,42 @@ PATIENCE = Patience()
 
 
 class ChatService:
-    """Answers `Question`s by a chat-completions request each."""
+    """Answers `Question`s by a request each."""
 
     def __init__(self, method: str, model: str, seed: int, options: Mapping[str, Any] | None = None) -> None:
         """options: further fields of the request, or others in place of the seed; None leaves a field out."""
+        service = SERVICES[method]
         self.model, self.seed, self.options = model, seed % SEEDS_OF_SERVICES, dict(options or {})
-        self.key = service_key(method)
-        url = (os.environ.get(SERVICES[method].address) or SERVICES[method].url).rstrip("/")
+        self.key = service.key
+        url = (os.environ.get(service.address) or service.url).rstrip("/")
         self.native = method == "dashscope" and url.endswith("/api/v1")
         parts = urlsplit(url)
         self.url = shown(url)
         self.auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
 
     def __call__(self, question: Question) -> str:
-        return patiently(partial(self._request, question), secrets=(self.key, self.auth[1] if self.auth else ""))
+        """The answer, asked for again with growing waits while the failure may pass.
+
+        Neither the answer nor the reason in an AnswerError holds a secret.
+        """
+        end = time.monotonic() + PATIENCE.total
+        for attempt in count(1):
+            try:
+                return self._hide_secrets(self._request(question, min(PATIENCE.request, end - time.monotonic())))
+            except AnswerError as error:
+                wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait) * random.uniform(0.75, 1.25)
+                wait = max(wait, error.wait)
+                if not error.passing or attempt == PATIENCE.attempts or time.monotonic() + wait >= end:
+                    reason = self._hide_secrets(" ".join(str(error).split()))
+                    reason += f" ({attempt} attempts)" if attempt > 1 else ""
+                    raise AnswerError(reason, passing=error.passing, ends_all=error.ends_all) from None
+            time.sleep(wait)
+        raise AssertionError("count never ends")
+
+    def _hide_secrets(self, text: str) -> str:
+        for secret in filter(None, (self.key, self.auth and self.auth[1])):
+            text = text.replace(secret, "***")
+        return text
 
     def _request(self, question: Question, seconds: float) -> str:
         """The answer, within `seconds`: the client's own limits count from byte to byte, so a thread asks."""
@@ -100,84 +133,81 @@ class ChatService:
         except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
             kind = type(error).__name__  # its text may hold a password
             raise AnswerError(f"a proxy variable of the environment cannot be used ({kind})", ends_all=True) from error
-        outcome: Future[str] = Future()
+        outcome: Future[tuple[httpx.Response, bytes]] = Future()
 
         def work() -> None:
             try:
-                outcome.set_result(self._post(client, question, seconds))
+                outcome.set_result(self._post(client, question))
             except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
                 outcome.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            return outcome.result(timeout=seconds + 0.5)  # the client's own message first, where it has one
-        except TimeoutError as error:
-            raise no_answer_within(seconds) from error
-        finally:
-            client.close()  # ends the thread's reading, too
-
-    def _post(self, client: httpx.Client, question: Question, seconds: float) -> str:
-        import httpx
-
-        end = time.monotonic() + seconds
-        path, body = self._native_request(question) if self.native else self._chat_request(question)
-        content = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        try:
-            with client.stream("POST", self.url + path, content=content, headers=headers) as response:
-                answer = _bounded_body(response, end, seconds)
-        except AnswerError as error:
-            if response.status_code == 200:
-                raise
-            raise refused(response.status_code, str(error), response.headers) from error
-        except httpx.TimeoutException as error:
-            raise no_answer_within(seconds) from error
+            response, body = outcome.result(timeout=seconds + 0.5)  # the client's own error first, where it has one
+        except AnswerError:
+            raise
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise AnswerError(f"no answer within {seconds:.3g} s", passing=True) from error
         except httpx.TransportError as error:
             raise AnswerError(f"no connection to {self.url}{_by_proxy(self.url)}", passing=True) from error
-        except Exception as error:  # the client and zlib raise many kinds on a malformed answer
+        except Exception as error:  # the client raises many kinds on a malformed answer
             raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
+        finally:
+            client.close()  # ends the thread's reading, too
         try:
-            values = json.loads(answer)
+            values = json.loads(body)
         except (ValueError, RecursionError):
             values = None
         if response.status_code != 200:
-            raise refused(response.status_code, _error_in(values) or response.reason_phrase, response.headers)
+            raise refused(response, _error_in(values) or response.reason_phrase)
         if values is None:
-            kind = "a stream" if answer.lstrip().startswith((b"data:", b"event:")) else "not JSON"
+            kind = "a stream" if body.lstrip().startswith((b"data:", b"event:")) else "not JSON"
             raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
         return text_of(values.get("output") or values if self.native and isinstance(values, dict) else values)
 
-    def _fields(self) -> dict[str, Any]:
-        values = {"seed": self.seed} | self.options
-        return {name: value for name, value in values.items() if value is not None}
+    def _post(self, client: httpx.Client, question: Question) -> tuple[httpx.Response, bytes]:
+        """The response and its body, unpacked. AnswerError for a body that is too large, or packed in another way."""
+        path, content = self._path_and_content(question)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        problem, body = "", bytearray()
+        with client.stream("POST", self.url + path, content=json.dumps(content).encode(), headers=headers) as response:
+            packed = response.headers.get("Content-Encoding", "identity").lower()
+            if packed not in ("identity", "gzip", "deflate"):
+                problem = f"the service's answer cannot be read: it is packed as {packed:.20}"
+            for chunk in () if problem else response.iter_bytes():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    problem = "the service's answer is larger than 1 MB"
+                    break
+        if problem:
+            raise AnswerError(problem) if response.status_code == 200 else refused(response, problem)
+        return response, bytes(body)
 
-    def _chat_request(self, question: Question) -> tuple[str, dict[str, Any]]:
-        """Path and body in OpenAI's protocol."""
-        text: Any = question.text
+    def _path_and_content(self, question: Question) -> tuple[str, dict[str, Any]]:
+        """A request in OpenAI's protocol, or in DashScope's own."""
+        fields = {name: value for name, value in ({"seed": self.seed} | self.options).items() if value is not None}
+        kind = "text-generation"
+        system: Any = question.system
+        user: Any = question.text
         if question.image is not None:
-            picture = {"type": "image_url", "image_url": {"url": data_uri(question.image)}}
-            text = [picture, {"type": "text", "text": question.text}]
-        messages = [{"role": "system", "content": question.system}, {"role": "user", "content": text}]
-        return "/chat/completions", {"model": self.model, "messages": messages} | self._fields()
-
-    def _native_request(self, question: Question) -> tuple[str, dict[str, Any]]:
-        """Path and body in DashScope's own protocol."""
-        kind, system, text = "text-generation", question.system, question.text
-        contents: list[Any] = [system, text]
-        if question.image is not None:
-            kind = "multimodal-generation"
-            contents = [[{"text": system}], [{"image": data_uri(question.image)}, {"text": text}]]
-        messages = [{"role": role, "content": part} for role, part in zip(("system", "user"), contents, strict=True)]
-        parameters = {"result_format": "message"} | self._fields()
-        body = {"model": self.model, "input": {"messages": messages}, "parameters": parameters}
-        return f"/services/aigc/{kind}/generation", body
+            picture = data_uri(question.image)
+            if self.native:
+                kind, system, user = "multimodal-generation", [{"text": system}], [{"image": picture}, {"text": user}]
+            else:
+                user = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": user}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        if not self.native:
+            return "/chat/completions", {"model": self.model, "messages": messages} | fields
+        parameters = {"result_format": "message"} | fields
+        content = {"model": self.model, "input": {"messages": messages}, "parameters": parameters}
+        return f"/services/aigc/{kind}/generation", content
 
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
     """Problems known before anything is asked, a sentence each."""
     service = SERVICES[method]
-    key, url = service_key(method), os.environ.get(service.address, "")
+    key, url = service.key, os.environ.get(service.address, "")
     if method == "openai" and model is None:
         yield "--prompt_extend_method openai needs a model name: give one with --prompt_extend_model"
     if not key and (method == "dashscope" or not url):
@@ -197,41 +227,6 @@ def option_problems(method: str, options: Mapping[str, Any] | None) -> Iterator[
         yield f"--prompt_extend_options cannot set {', '.join(own)}"
 
 
-def service_key(method: str) -> str:
-    """The key in the environment, without the line end that a file may have left; "" if there is none."""
-    keys = (os.environ.get(variable, "").strip() for variable in SERVICES[method].keys)
-    return next((key for key in keys if key), "")
-
-
-def patiently(ask: Callable[[float], str], secrets: tuple[str, ...]) -> str:
-    """The answer of `ask(seconds)`, tried again with growing waits while the failure may pass.
-
-    Neither the answer nor the reason in an AnswerError holds a secret.
-    """
-
-    def hidden(text: str) -> str:
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "***")
-        return text
-
-    end = time.monotonic() + PATIENCE.total
-    for attempt in count(1):
-        try:
-            return hidden(ask(min(PATIENCE.request, end - time.monotonic())))
-        except AnswerError as error:
-            wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait) * random.uniform(0.75, 1.25)
-            wait = max(wait, error.wait)
-            if not error.passing or attempt == PATIENCE.attempts or time.monotonic() + wait >= end:
-                reason = hidden(" ".join(str(error).split())) + (f" ({attempt} attempts)" if attempt > 1 else "")
-                raise AnswerError(reason, passing=error.passing, ends_all=error.ends_all) from None
-        time.sleep(wait)
-    raise AssertionError("count never ends")
-
-
-def no_answer_within(seconds: float) -> AnswerError:
-    return AnswerError(f"no answer within {seconds:.3g} s", passing=True)
-
-
 def shown(url: str) -> str:
     """An address without user and password."""
     parts = urlsplit(url)
@@ -245,10 +240,10 @@ def _by_proxy(url: str) -> str:
     return f" by the proxy in {parts.scheme.upper()}_PROXY; NO_PROXY={parts.hostname} goes without it"
 
 
-def refused(status: int, details: str, headers: Mapping[str, str]) -> AnswerError:
+def refused(response: httpx.Response, details: str) -> AnswerError:
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
+    status, retry_after, wait = response.status_code, response.headers.get("Retry-After", ""), 0.0
     no_credit = status == 402 or "quota" in details
-    retry_after, wait = headers.get("Retry-After", ""), 0.0
     with suppress(ValueError, TypeError):  # Retry-After may be a date, seconds or missing
         wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
     with suppress(ValueError):  # it was a date, or nothing
@@ -271,17 +266,17 @@ def _error_in(values: Any) -> str:
 
 def text_of(values: Any) -> str:
     """The text of the first choice. AnswerError for one that is cut, refused, filtered or not there."""
-    choices = values.get("choices") if isinstance(values, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
+    try:
+        choice = values["choices"][0]
+        message, finish = choice["message"], FINISHES.get(str(choice.get("finish_reason")))
+        refusal, content = message.get("refusal"), message.get("content")
+    except (TypeError, LookupError, AttributeError):  # of another layout
         reason = _error_in(values)
-        raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT)
-    if message.get("refusal"):
-        raise AnswerError(f"the model refused ({_error_in(message['refusal'])})")
-    if finish := FINISHES.get(str(choice.get("finish_reason"))):
+        raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT) from None
+    if refusal:
+        raise AnswerError(f"the model refused ({_error_in(refusal)})")
+    if finish:
         raise AnswerError(" ".join(filter(None, [finish, _error_in(choice.get("error"))])))
-    content = message.get("content")
     if isinstance(content, list):  # a multimodal one comes in parts
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
         content = "".join(text for text in texts if isinstance(text, str))
@@ -289,32 +284,6 @@ def text_of(values: Any) -> str:
         only_reasoning = message.get("reasoning_content") or message.get("reasoning")
         raise AnswerError("the answer holds reasoning and no prompt" if only_reasoning else NO_TEXT)
     return content
-
-
-NO_TEXT = "the service's answer holds no text"
-FINISHES = {  # the reasons for which a service ends an answer that is no whole prompt
-    "length": "the answer was cut off at its longest length",
-    "content_filter": "the service's content filter stopped the answer",
-    "error": "the service broke off the answer",
-    "tool_calls": "the model called a tool instead of answering",
-    "function_call": "the model called a tool instead of answering",
-}
-
-
-def _bounded_body(response: httpx.Response, end: float, seconds: float) -> bytes:
-    """The body, unpacked; AnswerError where it is too large, or has not ended at the time `end`."""
-    packed = response.headers.get("Content-Encoding", "identity").lower()
-    if packed not in ("identity", "gzip", "deflate"):
-        raise AnswerError(f"the service's answer cannot be read: it is packed as {packed:.20}")
-    unpacker = None if packed == "identity" else zlib.decompressobj(wbits=47)  # either of the two
-    body = bytearray()
-    for chunk in response.iter_raw():
-        body += unpacker.decompress(chunk, MOST_BYTES + 1) if unpacker else chunk
-        if len(body) > MOST_BYTES:
-            raise AnswerError("the service's answer is larger than 1 MB")
-        if time.monotonic() > end:
-            raise no_answer_within(seconds)
-    return bytes(body)
 
 
 def data_uri(path: Path) -> str:

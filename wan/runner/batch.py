@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
-from wan.runner.video_job import clips_of, decode_and_save, hold_lock, is_joined, join, make_video, reason
+from wan.runner.video_job import Event, clips_of, decode_and_save, hold_lock, join, join_chains, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
 from wan.utils.locks import LockedElsewhere, clean_up
@@ -31,9 +31,8 @@ from wan.utils.progress import Batch, Progress, duration, quantity, tell
 ALONE = Runtime()
 LONG_WAIT = 0.5  # seconds of computation spent waiting for weights that are worth a line
 Result = TypeVar("Result")
-# The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
-Event = tuple[str, dict[str, Any]]
 FAILURES = ("failed", "not joined")
+Load = Callable[[Plan, Progress, Runtime], Pipeline]
 
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
@@ -42,12 +41,7 @@ def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     return public.of_plan(plan, progress, runtime)
 
 
-def run_jobs(
-    plan: Plan,
-    progress: Progress,
-    runtime: Runtime = ALONE,
-    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
-) -> int:
+def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline) -> int:
     """Make every video of `plan` that is not there yet, and return the number of failed jobs of all processes.
 
     A failed job is reported and the others go on, unless `on_error` is "stop". load: makes the pipeline.
@@ -58,7 +52,7 @@ def run_jobs(
     progress.start()
     jobs, places = world.broadcast(lambda: jobs_to_do(plan, progress))
     plan = replace(plan, jobs=places)
-    joined = world.broadcast(lambda: _join_whole_chains(plan, jobs, progress))
+    joined = world.broadcast(lambda: join_chains(plan, jobs, progress))
     events: list[Event] = []
     if jobs:
         pipe = world.all_or_none(lambda: load(plan, progress, runtime))
@@ -69,7 +63,7 @@ def run_jobs(
         pipe.release_text_encoder()
         world.all_or_none(lambda: _within_memory(pipe.load_networks) if mine else None)
         try:
-            _make_all(pipe, mine, progress, runtime, events)
+            _make_all(pipe, mine, runtime, events)
         except KeyboardInterrupt:
             _sum_up(plan, len(jobs), events, progress)
             raise
@@ -90,20 +84,17 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
     InputError naming every file that is in the way.
     """
-    todo, places, whole, problems = [], [], [], []
+    todo, whole, places, problems = list[Job](), list[Job](), list[Job](), list[str]()
     for job, state in find_videos(plan):
         if state.kind == "equal":
             state = _copy(plan, job, state, progress)
         places.append(replace(job, save_file=state.file))
-        if state.kind == "whole":
-            whole.append(state.file)
-            _report_whole(plan, job, state, progress)
-            continue
-        if state.kind == "other" and not plan.request.overwrite:
-            problems.append(f"{job.save_file} {state.trouble}; --overwrite replaces it")
-        todo.append(job)
+        try:
+            (whole if _is_there(plan, job, state, progress) else todo).append(places[-1])
+        except JobError as error:
+            problems.append(str(error))
     all_joined = sorted({job.joined for job in plan.jobs if job.joined})
-    clean_up([*whole, *all_joined], progress.say)
+    clean_up([*(job.save_file for job in whole), *all_joined], progress.say)
     for joined in all_joined:
         if joined.exists() and clips_of(joined) is None and not plan.request.overwrite:
             problems.append(f"{joined} already exists, and no clips were joined to make it; --overwrite replaces it")
@@ -125,16 +116,17 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
     return State("whole", job.save_file)
 
 
-def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runtime, events: list[Event]) -> None:
+def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
     """Make this group's jobs one after the other, and append the outcome of each to `events`."""
-    shared, team, plan = dict(progress.seconds), pipe.mesh.team, pipe.plan
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
+    shared = dict(progress.seconds)
     progress.batch = Batch([plan.video(job).tokens for job in jobs])
     for chain in chains(jobs):
         for number, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
                 return
             with progress.about(index=job.index):
-                kind, facts = _attempt(pipe, job, progress, shared, again=job is not jobs[-1])
+                kind, facts = _attempt(pipe, job, shared, again=job is not jobs[-1])
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed":
@@ -151,20 +143,21 @@ def _make_all(pipe: Pipeline, jobs: list[Job], progress: Progress, runtime: Runt
         else:
             if joined := chain[0].joined:  # with the clips that were there before
                 whole = [job for job in plan.jobs if job.joined == joined]
-                events += team.broadcast(partial(_join, plan, whole, progress))
+                events += team.broadcast(partial(join, plan, whole, progress))
 
 
-def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> Event:
+def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
     """Make one video and return the outcome. again: another video follows."""
-    plan, team = pipe.plan, pipe.mesh.team
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
     facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
+    resumed = job.follows and plan.request.resume  # the clip before it is there now
     try:
-        if job.follows and plan.request.resume and team.broadcast(lambda: _is_whole(plan, job, progress)):
+        if resumed and team.broadcast(lambda: _is_there(plan, job, find_video(plan, job), progress)):
             return "there", facts
         with progress.batch.video(plan.video(job).tokens):
-            facts["frames"] = make_video(pipe, job, progress, shared, again=again)
+            facts["frames"] = make_video(pipe, job, shared, again=again)
         return "saved", facts
     except LockedElsewhere as error:
         progress.say(str(error))
@@ -179,59 +172,26 @@ def _attempt(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, flo
         return "failed", facts
 
 
-def _is_whole(plan: Plan, job: Job, progress: Progress) -> bool:
-    """Whether `--resume` finds this clip done, now that the one before it is. JobError for another file there."""
-    state = find_video(plan, job)
+def _is_there(plan: Plan, job: Job, state: State, progress: Progress) -> bool:
+    """Whether the video is whole; then the files beside it are repaired. JobError if another file is in the way."""
     if state.kind == "other" and not plan.request.overwrite:
         raise JobError(f"{job.save_file} {state.trouble}; --overwrite replaces it")
     if state.kind == "whole":
-        _report_whole(plan, job, state, progress)
+        repair(plan, job, state.file, progress.say)
+        progress.say(f"video {plan.place(job)} is there already: {state.file}")
     return state.kind == "whole"
 
 
-def _report_whole(plan: Plan, job: Job, state: State, progress: Progress) -> None:
-    """Repair the files beside a whole video, and say that it is there."""
-    for sentence in repair(plan, job, state.file):
-        progress.say(sentence)
-    progress.say(f"video {plan.place(job)} is there already: {state.file}")
-
-
-def _join_whole_chains(plan: Plan, todo: list[Job], progress: Progress) -> list[Event]:
-    """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
-    unfinished = {job.joined for job in todo}
-    whole = [chain for chain in chains(plan.jobs) if chain[0].joined not in unfinished]
-    return [event for chain in whole if not is_joined(plan, chain) for event in _join(plan, chain, progress)]
-
-
-def _join(plan: Plan, chain: Sequence[Job], progress: Progress) -> list[Event]:
-    """Join a chain whose clips are all there, and return the outcome; empty if another process joins it."""
-    joined = chain[0].joined
-    facts: dict[str, Any] = {"file": str(joined)}
-    try:
-        join(plan, chain, progress)
-        kind = "joined"
-    except LockedElsewhere as error:
-        progress.say(str(error))
-        return []
-    except (JobError, OSError) as error:
-        facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
-        progress.say(f"failed: {facts['reason']}")
-        kind = "not joined"
-    progress.event(kind, facts)
-    return [(kind, facts)]
-
-
 def decode_only(
-    plan: Plan,
-    latents_file: Path,
-    save_file: Path,
-    progress: Progress,
-    runtime: Runtime = ALONE,
-    load: Callable[[Plan, Progress, Runtime], Pipeline] = open_pipeline,
+    plan: Plan, file: Path, save_file: Path, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline
 ) -> None:
     """Finish a job from its kept latents: of the models only the VAE is loaded. InputError, JobError."""
     world, request = runtime.team, plan.request
-    latent, record = world.all_or_none(lambda: read_latents(latents_file, plan.config))
+    latent, record = world.all_or_none(lambda: read_latents(file, plan.config))
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
+    if request.dry_run:
+        return
     if world.broadcast(save_file.exists) and not request.overwrite:
         raise InputError(f"--save_file {save_file} already exists; --overwrite replaces it")
     with ExitStack() as locks:
@@ -242,13 +202,13 @@ def decode_only(
         team = pipe.mesh.team
         team.all_or_none(lambda: _within_memory(pipe.load_vae))
         try:
-            frames = decode_and_save(pipe, latent, save_file, record, progress, {})
+            frames = decode_and_save(pipe, latent, save_file, record, {})
             if request.preview:
                 team.broadcast(lambda: save_contact_sheet(save_file, frames))
         except Exception as e:  # all others are raised again
             if not isinstance(e, OSError) and not out_of_memory(e):
                 raise
-            raise JobError(f"{save_file}: {reason(e)}; {latents_file} is as it was") from e
+            raise JobError(f"{save_file}: {reason(e)}; {file} is as it was") from e
     progress.event("saved", {"index": 0, "file": str(save_file), "frames": frames})
     progress.say(f"saved {save_file}")
     progress.say(progress.table())
@@ -267,15 +227,12 @@ def _within_memory(work: Callable[[], Result]) -> Result:
 def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> None:
     """Say how many videos were made, where they are, why others failed, and how to go on."""
     kinds, jobs = [kind for kind, _ in events], len(plan.jobs)
+    saved, there, failed, elsewhere = map(kinds.count, ("saved", "there", "failed", "elsewhere"))
     counts = {
-        "saved": kinds.count("saved"),
-        "there already": jobs - tried + kinds.count("there"),
-        "failed": kinds.count("failed"),
-        "being made by other processes": kinds.count("elsewhere"),
-        "not tried": tried - sum(kinds.count(kind) for kind in ("saved", "there", "failed", "elsewhere")),
-        "joined": kinds.count("joined"),
-        "not joined": kinds.count("not joined"),
-    }
+        "saved": saved, "there already": jobs - tried + there, "failed": failed,
+        "being made by other processes": elsewhere, "not tried": tried - saved - there - failed - elsewhere,
+        "joined": kinds.count("joined"), "not joined": kinds.count("not joined"),
+    }  # fmt: skip
     progress.event("summary", counts)
     progress.say(progress.table())
     folders = dict.fromkeys(str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined"))

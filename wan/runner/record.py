@@ -9,7 +9,8 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -23,12 +24,11 @@ from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
 from wan.jobs.job import Job, Replayed
 from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, read_record
+from wan.media.video import count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.utils.errors import InputError, JobError, TensorFileError, WanError
 from wan.utils.files import Beside, latents_elsewhere, replacing, write_file
-from wan.utils.progress import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +66,6 @@ def differences(plan: Plan, replayed: Replayed) -> list[str]:
     ]
 
 
-def completed(record: dict[str, Any], video: VideoWriter, seconds: dict[str, float]) -> dict[str, Any]:
-    """`record` completed at the end of the job. seconds: by stage, up to the saving of the file."""
-    return {
-        **record,
-        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-        "peak_memory_bytes": peak_memory(),
-        **outcome(video.path, video.frames, video.size or (0, 0), video.fps),
-    }
-
-
 def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict[str, Any]:
     """The end of every record: contents of the file, and the time when it was finished."""
     output = {"file": video.name, "frames": frames, "width": size[0], "height": size[1], "fps": fps}
@@ -91,18 +81,16 @@ def in_video(record: dict[str, Any], how: str) -> dict[str, Any] | None:
 
 def _without_paths(value: Any) -> Any:
     """`value` with file names instead of absolute paths; prompts stay, warnings (sentences with paths) go."""
-    if isinstance(value, str):
-        return ABSOLUTE.sub(lambda found: found[1] or "", value)
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
     if not isinstance(value, dict):
-        return value
+        return ABSOLUTE.sub(lambda found: found[1] or "", value) if isinstance(value, str) else value
     shorter: dict[str, Any] = {}
     for name, each in value.items():
+        bare = ABSOLUTE.sub("", name)
+        while bare in shorter:  # files of one name in two folders
+            bare += "'"
         if name != "warnings":
-            bare = ABSOLUTE.sub("", name)
-            while bare in shorter:  # files of one name in two folders
-                bare += "'"
             shorter[bare] = each if name in PROMPTS else _without_paths(each)
     return shorter
 
@@ -113,19 +101,12 @@ class State:
 
     kind: "nothing", "whole" (this very video), "equal" (nothing, but `file` is this very video under another name),
     "damaged" (this video, cut off), "other" (another video or file), or "later" (the job follows a clip that is still
-    to be made). differing: the options that made another video, as far as its record says; None where nobody asked.
+    to be made). trouble: the reason why "other" is in the way, as the end of a sentence.
     """
 
     kind: str
     file: Path
-    differing: tuple[str, ...] | None = None
-
-    @property
-    def trouble(self) -> str:
-        """The reason why "other" is in the way, as the end of a sentence."""
-        if self.differing is None:
-            return "already exists"
-        return "was made with other settings" + (f" ({', '.join(self.differing)})" if self.differing else "")
+    trouble: str = "already exists"
 
 
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
@@ -135,7 +116,12 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
     kept: an equal video under another name is "equal".
     """
     resume, found = plan.request.resume, []
-    elsewhere = _recorded(plan) if resume else {}
+    elsewhere: dict[str, Path] = {}  # videos with a record in the folders of the jobs, by the key of their meaning
+    folders = {job.save_file.parent for job in plan.jobs} if resume else ()
+    for file in (file for folder in folders for file in folder.glob("*.json")):
+        with suppress(WanError, KeyError, TypeError, AttributeError):  # another program's file
+            record = read_record(file)
+            elsewhere[key_of(record["meaning"])] = file.parent / record["output"]["file"]
     last: dict[Path | None, State] = {}  # by chain
     for job in plan.jobs:
         before = last.get(job.joined) if job.follows else None
@@ -160,19 +146,20 @@ def find_video(plan: Plan, job: Job) -> State:
     """State of the file at `job.save_file`."""
     if not job.save_file.exists():
         return State("nothing", job.save_file)
+    trouble = "was made with other settings"
     # a video that was cut off in its index may still have its record beside it
     for source in (job.save_file, Beside.of(job.save_file).record):
         try:
             found = read_record(source)["meaning"]
-            differing = tuple(f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v))
+            differing = [f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v)]
         except (WanError, KeyError, TypeError, AttributeError):
             continue  # not a record of ours
         if differing:
-            return State("other", job.save_file, differing)
+            return State("other", job.save_file, f"{trouble} ({', '.join(differing)})")
         stat = job.save_file.stat()
         whole = _count_frames(job.save_file, stat.st_mtime_ns, stat.st_size) == job.frame_num
         return State("whole" if whole else "damaged", job.save_file)
-    return State("other", job.save_file, ())
+    return State("other", job.save_file, trouble)
 
 
 @cache
@@ -181,53 +168,44 @@ def _count_frames(path: Path, *_: int) -> int:
     return count_frames(path)
 
 
-def repair(plan: Plan, job: Job, video: Path) -> list[str]:
-    """Complete the files beside a whole video, as far as they can be made from it; a sentence for each thing done.
+def repair(plan: Plan, job: Job, video: Path, say: Callable[[str], None]) -> None:
+    """Complete the files beside a whole video, as far as they can be made from it, and say each thing done.
 
     The files of other users that cannot be changed stay as they are.
     """
-    request, beside, done = plan.request, Beside.of(video), list[str]()
+    request, beside = plan.request, Beside.of(video)
     try:
         if not beside.record.exists():
-            write_file(beside.record, json.dumps(read_record(video), ensure_ascii=False, indent=2) + "\n")
-            done.append(f"{beside.record}: written again from the video")
+            _write_record(beside.record, read_record(video))
+            say(f"{beside.record}: written again from the video")
         if request.preview and not beside.sheet.exists():
-            done.append(f"{save_contact_sheet(video, job.frame_num)}: made")
-        kept = find_latents(plan, replace(job, save_file=video))
-        if kept and not request.save_latents and not kept.record["request"].get("save_latents"):
-            kept.file.unlink()
-            done.append(f"{kept.file}: removed, the video is whole")
+            say(f"{save_contact_sheet(video, job.frame_num)}: made")
+        file, _, record = find_latents(plan, replace(job, save_file=video)) or (None, None, {})
+        if file and not request.save_latents and not record["request"].get("save_latents"):
+            file.unlink()
+            say(f"{file}: removed, the video is whole")
     except (JobError, OSError) as error:
-        done.append(f"warning: the files beside {video} are left as they are ({error})")
-    wanted = {beside.latents: request.save_latents, beside.strip: request.preview_steps}
-    for file in (file for file, asked in wanted.items() if asked and not file.exists()):
-        done.append(f"warning: {file} is not there, and only making the video again gives it (--overwrite)")
-    return done
+        say(f"warning: the files beside {video} are left as they are ({error})")
+    for missing, asked in ((beside.latents, request.save_latents), (beside.strip, request.preview_steps)):
+        if asked and not missing.exists():
+            say(f"warning: {missing} is not there, and only making the video again gives it (--overwrite)")
 
 
 def copy_video(source: Path, target: Path, *, latents: bool) -> None:
     """Copy a whole video and its record, and kept latents if asked for, to another name. OSError."""
     record = read_record(source)
     record["output"]["file"] = target.name
+    copies = {source: target}
     if latents and Beside.of(source).latents.exists():
-        with replacing(Beside.of(target).latents) as part:
-            shutil.copyfile(Beside.of(source).latents, part)
-    with replacing(target) as part:
-        shutil.copyfile(source, part)
-    write_file(Beside.of(target).record, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+        copies = {Beside.of(source).latents: Beside.of(target).latents} | copies
+    for file, copy in copies.items():
+        with replacing(copy) as part:
+            shutil.copyfile(file, part)
+    _write_record(Beside.of(target).record, record)
 
 
-def _recorded(plan: Plan) -> dict[str, Path]:
-    """Every video with a record in the folders of the jobs, by the key of its meaning."""
-    videos = {}
-    for folder in {job.save_file.parent for job in plan.jobs}:
-        for file in folder.glob("*.json"):
-            try:
-                record = read_record(file)
-                videos[key_of(record["meaning"])] = folder / record["output"]["file"]
-            except (WanError, KeyError, TypeError, AttributeError):
-                continue  # another program's file
-    return videos
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
 
 
 def key_of(meaning: Mapping[str, Any]) -> str:
@@ -235,24 +213,13 @@ def key_of(meaning: Mapping[str, Any]) -> str:
     return json.dumps(plain(meaning), sort_keys=True)
 
 
-@dataclass(frozen=True)
-class KeptLatents:
-    """Final latents [C, T, h, w] that a run kept, with the record of their job."""
-
-    file: Path
-    latent: torch.Tensor
-    record: dict[str, Any]
-
-
-def find_latents(plan: Plan, job: Job) -> KeptLatents | None:
-    """The latents of this very video that a run kept; None if there are none."""
+def find_latents(plan: Plan, job: Job) -> tuple[Path, torch.Tensor, dict[str, Any]] | None:
+    """(file, latent, record) of this very video's final latents that a run kept; None if there are none."""
     for path in (Beside.of(job.save_file).latents, latents_elsewhere(job.save_file)):
-        try:
+        with suppress(InputError):  # none, half a file, or another's: the steps are done again
             latent, record = read_latents(path, plan.config)
-        except InputError:
-            continue  # none, half a file, or another's: the steps are done again
-        if record["meaning"] == plain(plan.meaning(job)):
-            return KeptLatents(path, latent, record)
+            if record["meaning"] == plain(plan.meaning(job)):
+                return path, latent, record
     return None
 
 

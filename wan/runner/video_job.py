@@ -1,11 +1,9 @@
 """One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
 
 Nothing finished is lost. Of the processes that make a video together only the first writes files; all of them see the
-same errors.
-
-A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the packets, so
-every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made of the
-frame before; decoding can start at its second frame (`VideoWriter.follows`).
+same errors. A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the
+packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made
+of the frame before; decoding can start at its second frame (`VideoWriter.follows`).
 
 Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
 """
@@ -27,29 +25,21 @@ import torch
 
 from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
-from wan.jobs.job import Job, frames_joined
+from wan.jobs.job import Job, chains, frames_joined
 from wan.media.ffmpeg import file_argument
 from wan.media.previews import save_contact_sheet
 from wan.media.video import VideoWriter, count_frames, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
-from wan.runner.record import (
-    completed,
-    describe,
-    find_latents,
-    find_video,
-    in_video,
-    key_of,
-    outcome,
-    save_latents,
-    versions,
-)  # fmt: skip
+from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
 from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_memory
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.locks import LockedElsewhere, locked
-from wan.utils.progress import STAGE, Progress, quantity
+from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
 MICROSECONDS = 1_000_000
+# The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
+Event = tuple[str, dict[str, Any]]
 # Flags that lower the memory of a stage.
 LESS_MEMORY = {
     "text": "--t5_cpu encodes the prompts on the CPU",
@@ -59,13 +49,13 @@ LESS_MEMORY = {
 }
 
 
-def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, float], *, again: bool) -> int:
+def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
     """Make the video of `job` and return the number of its frames. shared: seconds by stage that all jobs share.
 
     again: another video follows.
     JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
     """
-    plan, team = pipe.plan, pipe.mesh.team
+    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     with ExitStack() as locks:
         team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
         earlier = {name: spent - shared.get(name, 0.0) for name, spent in progress.seconds.items()}
@@ -76,9 +66,14 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:
-            frames = decode_and_save(pipe, latent, job.save_file, record, progress, earlier)
+            frames = decode_and_save(pipe, latent, job.save_file, record, earlier)
         except BaseException as error:
-            hint = _how_to_finish(plan.request, job.save_file, kept, error)
+            hint = "and the finished latents could not be kept"
+            if kept:  # on the CPU if the device had no memory for tiles
+                changes = {"device": "cpu", "vram": None} if out_of_memory(error) else {}
+                decode = to_decode(plan.request, decode_latents=str(kept), save_file=str(job.save_file), **changes)
+                hint = "the finished latents are kept; to make the video of them: "
+                hint += f"{program()} {shlex.join(words_of(decode))}"
             error.add_note(hint)
             if not isinstance(error, Exception):  # interrupted: nobody reports it later
                 progress.say(hint)
@@ -88,18 +83,13 @@ def make_video(pipe: Pipeline, job: Job, progress: Progress, shared: dict[str, f
 
 
 def decode_and_save(
-    pipe: Pipeline,
-    latent: torch.Tensor,
-    path: Path,
-    record: dict[str, Any],
-    progress: Progress,
-    earlier: dict[str, float],
+    pipe: Pipeline, latent: torch.Tensor, path: Path, record: dict[str, Any], earlier: dict[str, float]
 ) -> int:
     """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
 
     earlier: seconds by stage that are not this video's.
     """
-    team = pipe.mesh.team
+    team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
         with closing(pipe.decode(latent, finer=finer)) as chunks:
@@ -110,7 +100,8 @@ def decode_and_save(
         return 0
 
     def write(chunks: Iterable[torch.Tensor]) -> int:
-        with VideoWriter(path, pipe.plan.config.sample_fps, follows=bool(record["job"].get("follows"))) as video:
+        fps, how = pipe.plan.config.sample_fps, pipe.plan.request.record
+        with VideoWriter(path, fps, follows=bool(record["job"].get("follows"))) as video:
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
@@ -121,8 +112,9 @@ def decode_and_save(
             team.barrier()  # the file appears when nobody has failed
             with progress.stage("save"):
                 spent = {name: s - earlier.get(name, 0.0) for name, s in progress.seconds.items()}
-                how = pipe.plan.request.record
-                whole = completed(record, video, {name: s for name, s in spent.items() if s > 0})
+                spent = {name: round(seconds, 3) for name, seconds in spent.items() if seconds > 0}
+                whole = record | {"seconds": spent, "peak_memory_bytes": peak_memory()}
+                whole |= outcome(path, video.frames, video.size or (0, 0), fps)
                 video.finish(whole, partial(in_video, how=how))
         return video.frames
 
@@ -157,94 +149,82 @@ def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -
 
 
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
-    """The latents that an earlier try at this video left, and their file, with `--resume`. LockedElsewhere if another
-    process has finished the video since this run looked at the folder."""
-    if not plan.request.overwrite and not plan.request.resume and job.save_file.exists():
+    """(latents, their file) of an earlier try, with `--resume`. LockedElsewhere if the video is made by now."""
+    resume, overwrite = plan.request.resume, plan.request.overwrite
+    if find_video(plan, job).kind == "whole" if resume else job.save_file.exists() and not overwrite:
         raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    if not plan.request.resume:
-        return None, None
-    if find_video(plan, job).kind == "whole":
-        raise LockedElsewhere(f"{job.save_file}: another process has just made it")
-    kept = find_latents(plan, job)
-    if kept is None:
-        return None, None
-    progress.say(f"the latents of an earlier try are used: {kept.file}")
-    return kept.latent, kept.file
+    file, latent, _ = (find_latents(plan, job) if resume else None) or (None, None, None)
+    if file:
+        progress.say(f"the latents of an earlier try are used: {file}")
+    return latent, file
 
 
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
-    """Save the latents beside the video to come, or in the folder for temporary files; None, and a warning, if neither
-    takes them."""
+    """Save the latents beside the video to come, else in the folder for temporary files; return the file, if any."""
     for place in (lambda: Beside.of(save_file).latents, lambda: latents_elsewhere(save_file, make=True)):
         try:
             path = place()
             save_latents(path, latent, record)
+            return path
         except OSError as e:
             progress.say(f"warning: the latents cannot be kept as {e.filename or path} ({e.strerror})")
-        else:
-            return path
     return None
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    """Clean up after a finished video."""
     beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
         with suppress(OSError):  # the video is whole, whatever the file server says to this
             kept.unlink()
     if request.save_latents and kept != beside.latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
-    written = [beside.record]
-    if request.preview:
-        written.append(save_contact_sheet(job.save_file, frames))
+    written = [beside.record, *([save_contact_sheet(job.save_file, frames)] if request.preview else [])]
     endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
     progress.say(f"saved {job.save_file} with {endings} beside it")
 
 
-def _how_to_finish(request: Request, save_file: Path, kept: Path | None, error: BaseException) -> str:
-    """The command that decodes the kept latents: on the CPU if the device had no memory for tiles."""
-    if kept is None:
-        return "and the finished latents could not be kept"
-    changes: dict[str, Any] = {"decode_latents": str(kept), "save_file": str(save_file)}
-    changes |= {"device": "cpu", "vram": None} if out_of_memory(error) else {}
-    command = shlex.join(words_of(to_decode(request, **changes)))
-    return f"the finished latents are kept; to make the video of them: {program()} {command}"
-
-
-def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> None:
-    """Join the whole videos of a chain. JobError, OSError; LockedElsewhere if another process joins them."""
-    joined = clips[0].joined
+def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
+    """Join the whole videos of a chain, and return the outcome; empty if another process joins them."""
+    joined, frames, fps = clips[0].joined, frames_joined(clips), plan.config.sample_fps
     assert joined is not None, "these clips are in a chain"
-    frames, fps = frames_joined(clips), plan.config.sample_fps
-    record = {
-        "schema": SCHEMA,
-        "task": plan.request.task,
-        "clips": _entries(plan, clips),
-        "versions": versions(),
-        **outcome(joined, frames, clips[0].size, fps),
-    }
-    with ExitStack() as locks, progress.stage("join"):
-        hold_lock(locks, joined, progress)
-        copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
-    written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
-    progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+    record = {"schema": SCHEMA, "task": plan.request.task, "clips": _entries(plan, clips), "versions": versions()}
+    record |= outcome(joined, frames, clips[0].size, fps)
+    kind, facts = "joined", {"file": str(joined)}
+    try:
+        with ExitStack() as locks, progress.stage("join"):
+            hold_lock(locks, joined, progress)
+            copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
+        written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
+        progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+    except LockedElsewhere as error:
+        progress.say(str(error))
+        return []
+    except (JobError, OSError) as error:
+        kind = "not joined"
+        facts["reason"] = f"{joined}: the clips are there, but could not be joined: {reason(error)}"
+        progress.say(f"failed: {facts['reason']}")
+    progress.event(kind, facts)
+    return [(kind, facts)]
 
 
-def is_joined(plan: Plan, clips: Sequence[Job]) -> bool:
-    """Whether the joined video of these whole clips is there, or they are no chain."""
-    joined = clips[0].joined
-    return joined is None or (
-        clips_of(joined) == _entries(plan, clips) and count_frames(joined) == frames_joined(clips)
-    )
+def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Event]:
+    """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
+    unfinished, events = {job.joined for job in todo}, list[Event]()
+    for chain in chains(plan.jobs):
+        joined = chain[0].joined
+        if joined is None or joined in unfinished:
+            continue
+        if clips_of(joined) != _entries(plan, chain) or count_frames(joined) != frames_joined(chain):
+            events += join(plan, chain, progress)
+    return events
 
 
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
     """The clips in the record of a joined video; None if there is no such video."""
-    try:
+    with suppress(InputError):  # no such record
         clips = read_record(joined).get("clips") if joined.exists() else None
-    except InputError:
-        return None
-    return clips if isinstance(clips, list) else None
+        return clips if isinstance(clips, list) else None
+    return None
 
 
 def copy_together(
@@ -259,19 +239,13 @@ def copy_together(
             for number, clip in enumerate(clips):
                 escaped = file_argument(clip.absolute()).replace("'", r"'\''")
                 file.write(f"file '{escaped}'\n" + (f"inpoint {second:.6f}\n" if number else ""))
-        publish(
-            joined,
-            ["-f", "concat", "-safe", "0", "-i", file_argument(listing)],
-            frames,
-            record,
-            partial(in_video, how=how),
-        )
+        source = ["-f", "concat", "-safe", "0", "-i", file_argument(listing)]
+        publish(joined, source, frames, record, partial(in_video, how=how))
     finally:
         listing.unlink(missing_ok=True)
 
 
 def _entries(plan: Plan, clips: Sequence[Job]) -> list[dict[str, Any]]:
-    """The clips in the record of the joined video."""
     return [
         {
             "file": clip.save_file.name, "prompt": clip.prompt, "seed": clip.seed, "frames": clip.frame_num,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,27 +76,25 @@ class Accelerator:
             self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
 
     def check(self) -> None:
-        """Set up the allocator and run a kernel. RuntimeError in one line if the device cannot compute."""
-        if self.has_memory:
-            self._let_segments_grow()
-            try:
-                torch.zeros(1, device=self.device).add_(1)
-                self.api.synchronize(self.device)
-            except RuntimeError as e:
-                if getattr(e, "error_code", None) != NO_KERNEL_IMAGE and "no kernel image" not in str(e):
-                    raise
-                built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
-                major, minor = self.capability or (0, 0)
-                raise RuntimeError(
-                    f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
-                    f"{built_for}: install a PyTorch built for this GPU"
-                ) from e
+        """Set up a GPU's allocator and run a kernel. RuntimeError in one line if it cannot compute."""
+        self._let_segments_grow()
+        try:
+            torch.zeros(1, device=self.device).add_(1)
+            self.api.synchronize(self.device)
+        except RuntimeError as e:
+            if getattr(e, "error_code", None) != NO_KERNEL_IMAGE and "no kernel image" not in str(e):
+                raise
+            built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
+            major, minor = self.capability or (0, 0)
+            raise RuntimeError(
+                f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
+                f"{built_for}: install a PyTorch built for this GPU"
+            ) from e
 
     def _let_segments_grow(self) -> None:
         """Use `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit.
 
-        Not under WSL and on virtual GPUs, whose drivers lack what it needs: a first allocation decides. A setting of
-        the user stays.
+        Not under WSL and on virtual GPUs, whose drivers lack what it needs: a first allocation decides.
         """
         release = Path("/proc/sys/kernel/osrelease")
         if not release.exists() or "microsoft" in release.read_text().lower() or allocator_setting():
@@ -143,28 +140,21 @@ def gpu_kind() -> str:
 
 def gpus() -> list[Accelerator]:
     """All devices with their own memory that this process can use."""
-    kind = gpu_kind()
-    api = torch.get_device_module(kind)
-    return [Accelerator(torch.device(kind, i)) for i in range(api.device_count() if api.is_available() else 0)]
-
-
-def has_mps() -> bool:
-    """Whether this process can use Metal, which computes in the host's memory."""
-    return torch.backends.mps.is_available()
+    api = torch.get_device_module(gpu_kind())
+    count = api.device_count() if api.is_available() else 0
+    return [Accelerator(torch.device(gpu_kind(), index)) for index in range(count)]
 
 
 def gpu_or_cpu(index: int) -> str:
     """Name of GPU number `index`; "cpu" on a machine without GPUs."""
-    kind = gpu_kind()
-    return f"{kind}:{index}" if torch.get_device_module(kind).is_available() else "cpu"
+    return f"{gpu_kind()}:{index}" if torch.get_device_module(gpu_kind()).is_available() else "cpu"
 
 
 def peak_gpu_bytes() -> tuple[int, int]:
     """(allocated, reserved) at the highest, over all GPUs that this process uses; zeros if none is in use."""
-    in_use = [api for kind in COLLECTIVES for api in [torch.get_device_module(kind)] if api.is_initialized()]
-    devices = [(api, index) for api in in_use for index in range(api.device_count())]
-    allocated = sum(api.max_memory_allocated(index) for api, index in devices)
-    return allocated, sum(api.max_memory_reserved(index) for api, index in devices)
+    api = torch.get_device_module(gpu_kind())
+    devices = range(api.device_count() if api.is_initialized() else 0)
+    return sum(map(api.max_memory_allocated, devices)), sum(map(api.max_memory_reserved, devices))
 
 
 def synchronize() -> None:
@@ -186,8 +176,6 @@ def host_bytes() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    pages: Callable[[str], int] | None = getattr(os, "sysconf", None)
-    try:
-        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if pages else 0
-    except (ValueError, OSError):
-        return 0
+    with suppress(AttributeError, ValueError, OSError):  # AttributeError: Windows has no such function
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -27,19 +27,31 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Values of the flags in `words`. InputError with a sentence for each fault."""
-        flags, rest, missing = self._flags(), list(words), ""
+        flags, rest, fault = self._flags(), list(words), ""
         try:
             values, rest = self.parse_known_args(words)
         except argparse.ArgumentError as e:
-            if e.argument_name:
-                raise InputError(_fault(e.argument_name.rpartition("/")[2], e.message)) from e
-            missing = f"{e.message} (see --help)"
+            flag, fault = (e.argument_name or "").rpartition("/")[2], f"{e.message} (see --help)"
+            if flag and fault.startswith("expected"):
+                raise InputError(f"{flag} needs a value; one that begins with a dash is written {flag}=VALUE") from e
+            if flag:
+                fault = e.message.replace("ignored explicit argument", "takes no value, not")
+                raise InputError(f"{flag}: {fault}") from e
         dashed = [word.partition("=")[0] for word in rest if re.match(rf"[{DASHES}]+[^\W\d]", word)]
         if unknown := [name for name in dashed if name not in flags and " " not in name]:
             raise InputError(f"there is no flag {name}{self._suggestion(name, flags)}" for name in unknown)
-        if missing or rest:
-            raise InputError(missing or _unexpected(rest, words, flags))
-        return values
+        if fault:
+            raise InputError(fault)
+        if not rest:
+            return values
+        shown = cut(repr(" ".join(rest)))
+        before = [word for word in words[: words.index(rest[0])] if word in flags]
+        if not before:
+            raise InputError(f"unexpected {shown}; a value follows its flag")
+        one = 'one value; put a text with spaces in straight quotes: "a cat"'
+        raise InputError(
+            f"unexpected {shown}: {before[-1]} takes {one if flags[before[-1]].nargs != 0 else 'no value'}"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)  # as newer Pythons do
@@ -59,38 +71,27 @@ class Parser(argparse.ArgumentParser):
         """`; did you mean --x?` or the reason why there is no such flag; else nothing."""
         plain = name.strip(DASHES).replace("-", "_").lower()
         answers = self.elsewhere | {flag.strip("-"): flag for flag in flags}
-        close = [plain] if plain in answers else get_close_matches(plain, answers, 1, SIMILARITY)
-        answer = answers[close[0]] if close else ""
+        answer = answers.get(plain if plain in answers else closest(plain, answers), "")
         return f"; did you mean {answer}?" if answer.startswith("--") else answer and f": {answer}"
 
 
-def _fault(flag: str, message: str) -> str:
-    """A sentence about the value of one flag."""
-    if message.startswith("expected"):
-        return f"{flag} needs a value; one that begins with a dash is written {flag}=VALUE"
-    return f"{flag}: {message.replace('ignored explicit argument', 'takes no value, not')}"
+def closest(word: str, words: Iterable[str]) -> str:
+    """The most similar one of `words`; "" if none is similar."""
+    return next(iter(get_close_matches(word, words, 1, SIMILARITY)), "")
 
 
-def _unexpected(rest: Sequence[str], words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
-    """A sentence about words that belong to no flag."""
-    shown = repr(" ".join(rest))
-    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-    before = [word for word in words[: words.index(rest[0])] if word in flags]
-    if not before:
-        return f"unexpected {shown}; a value follows its flag"
-    takes = (
-        "no value" if flags[before[-1]].nargs == 0 else 'one value; put a text with spaces in straight quotes: "a cat"'
-    )
-    return f"unexpected {shown}: {before[-1]} takes {takes}"
+def cut(text: str) -> str:
+    """A text of any length as part of a line."""
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     """A sentence about a value that is not among `allowed`. what: its place, such as "--task "."""
     folded = {word.casefold(): word for word in reversed(allowed)}
     key = value.strip().casefold()
-    begun = [word for word in folded if key and word.startswith(key)][-1:]
-    close = begun or get_close_matches(key, folded, 1, SIMILARITY)
-    suggestion = f"; did you mean {folded[close[0]]}?" if close else ""
+    begun = [word for word in folded if key and word.startswith(key)]
+    close = begun[-1] if begun else closest(key, folded)
+    suggestion = f"; did you mean {folded[close]}?" if close else ""
     return f"{what}{value!r} is not one of {', '.join(allowed)}{suggestion}"
 
 

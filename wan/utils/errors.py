@@ -26,28 +26,18 @@ NO_MEMORY = (
 
 
 class WanError(Exception):
-    """An expected failure whose message is one sentence for the user."""
+    """An expected failure, with one sentence for the user for each fault."""
 
-    @property
-    def problems(self) -> list[str]:
-        """One sentence for each fault."""
-        return [str(self)]
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(self.problems)  # from which pickle makes it anew in another process
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class InputError(WanError):
     """Bad input, found before any work: nothing was started. All faults are collected, to be shown at once."""
-
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self._problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self._problems))
-
-    @property
-    def problems(self) -> list[str]:
-        return self._problems
-
-    def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
-        """Keep the list when one process sends the error to another."""
-        return type(self), (self._problems,)
 
 
 class JobError(WanError):
@@ -79,6 +69,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
 
+def in_one_line(error: Exception) -> str:
+    """An error's text in one line of at most 200 characters."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return (text or type(error).__name__)[:200]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device has no memory left. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -97,5 +93,4 @@ def need_packages() -> None:
         lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"
     else:
         return
-    print(f"error: {lack}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(print_errors([lack]))

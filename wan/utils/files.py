@@ -13,7 +13,6 @@ import secrets
 import stat
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,17 +35,15 @@ class Beside(NamedTuple):
 
     @classmethod
     def of(cls, video: Path) -> Beside:
-        folder, stem = video.parent, video.stem
-        latents, strip = folder / f"{stem}.latents.safetensors", folder / f"{stem}.steps.png"
-        return cls(video, folder / f"{stem}.json", latents, folder / f"{stem}.png", strip)
+        endings = ".json", ".latents.safetensors", ".png", ".steps.png"
+        return cls(video, *(video.parent / f"{video.stem}{ending}" for ending in endings))
 
 
 def latents_elsewhere(video: Path, *, make: bool = False) -> Path:
-    """The file for latents that the video's folder does not take: in the folder for temporary files, in a folder that
-    only this user can enter, under a name that nobody guesses. OSError.
+    """The file for latents that the video's folder does not take: in a temporary folder that only this user can enter,
+    under a name that nobody guesses. Videos of one name in two folders have two files. OSError.
 
-    make: make such a folder where there is none. Without one the path is that of no file. Videos of one name in two
-    folders have two files.
+    make: make such a folder where there is none. Without one the path is that of no file.
     """
     digest = hashlib.sha256(os.fsencode(video.absolute())).hexdigest()[:12]
     name = f"{os.fsencode(video.stem)[:100].decode('utf-8', 'ignore')}-{digest}.latents.safetensors"
@@ -63,10 +60,8 @@ def cache_folder() -> Path:
     """This program's: in `$XDG_CACHE_HOME`, else the platform's. Raises RuntimeError if the user has no home folder."""
     given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     if given and Path(given).is_absolute():  # the XDG standard has relative ones ignored
-        base = Path(given)
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "wan-lightning"
+        return Path(given, "wan-lightning")
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "wan-lightning"
 
 
 def make_part(path: Path) -> Path:
@@ -118,17 +113,13 @@ def _part(path: Path, token: str) -> Path:
 
 def parse_json(text: str | bytes) -> Any:
     """The value that `text` spells, strictly: no NaN, no key twice, no number or nesting that Python gives up on.
-
-    ValueError says in a few words what is wrong, and of a syntax error where.
-    """
+    ValueError says in a few words what is wrong, and of a syntax error where."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
-    except json.JSONDecodeError:
-        raise
     except ValueError as e:
         if "integer string conversion" in str(e):
             raise ValueError("a number of thousands of digits") from None
@@ -140,8 +131,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key!r} stands twice")
+        values[key] = value
     return values

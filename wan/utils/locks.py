@@ -74,10 +74,8 @@ def _acquire(video: Path, say: Callable[[str], None]) -> BaseFileLock:
             with suppress(FileNotFoundError):  # absent, as it should be
                 if not stat.S_ISREG(os.lstat(path).st_mode):
                     raise JobError(f"{path} is in the way: it must be a file or absent; remove it")
-            lock: BaseFileLock
-            if path.parent in _without_locks:
-                lock = SoftFileLock(path.with_suffix(".softlock"), blocking=False)
-            else:  # other users of a shared folder may lock the file, too
+            lock: BaseFileLock = SoftFileLock(path.with_suffix(".softlock"), blocking=False)
+            if path.parent not in _without_locks:  # 0o666: other users of a shared folder may lock the file, too
                 lock = FileLock(path, blocking=False, mode=0o666, fallback_to_soft=False)
             lock.acquire()
             return lock

@@ -46,18 +46,7 @@ class Stage:
 
     def left(self, now: float) -> float:
         """Seconds until it is done, at its rate so far; 0 while nothing is known."""
-        return (self.total - self.done) * (now - self.began) / self.done if self.total and self.done else 0.0
-
-    def parts(self, now: float) -> list[str]:
-        """`load 12.3 GB of 28.6 GB 43%`, `14 s left`, `1.2 GB/s`, `note`."""
-        elapsed = now - self.began
-        parts = [f"{self.name} {extent(self.done, self.total, self.unit)}".rstrip()]
-        if self.done and elapsed > 0:
-            rate = self.done / elapsed
-            if self.total and self.done < self.total:
-                parts.append(f"{duration(self.left(now))} left")
-            parts.append(f"{quantity(rate, self.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each")
-        return [*parts, *self.notes[-1:]]
+        return max(0.0, self.total - self.done) * (now - self.began) / self.done if self.total and self.done else 0.0
 
 
 class Batch:
@@ -67,14 +56,12 @@ class Batch:
     """
 
     def __init__(self, works: Sequence[float]) -> None:
-        self.ahead = sum(works)
-        self.count = len(works)
+        self.ahead, self.count = sum(works), len(works)
         self.done = self.spent = 0.0  # work and seconds of the finished ones
         self._began: float | None = None  # the one that is being made
 
     @contextmanager
     def video(self, work: float) -> Iterator[None]:
-        """Around the making of one."""
         self._began = time.perf_counter()
         try:
             yield
@@ -102,9 +89,7 @@ class Progress:
     """
 
     def __init__(self, json: bool = False, stream: TextIO | None = None, quiet: bool = False) -> None:
-        self.json = json
-        self.quiet = quiet
-        self.stream = stream if stream is not None else sys.stderr
+        self.json, self.quiet, self.stream = json, quiet, stream if stream is not None else sys.stderr
         self.seconds: dict[str, float] = {}
         self.batch = Batch([])
         self.subject: dict[str, Any] = {}  # joins every event
@@ -157,9 +142,10 @@ class Progress:
         if note:
             stage.notes = (*(other for other in stage.notes if other != note), note)
         now = time.perf_counter()
+        left, elapsed = stage.left(now), now - stage.began
+        left_for_all = self.batch.left(now, left)
         if stage.bar is not None:
-            left = self.batch.left(now, stage.left(now))
-            stage.bar.set_postfix_str(visible(", ".join(filter(None, (left, note)))), refresh=False)
+            stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
             stage.bar.update(amount)
             return
         age = now - stage.shown_at
@@ -168,9 +154,13 @@ class Progress:
             return
         stage.shown_at, stage.shown_done = now, stage.done
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
-        self.event("advance", {**state, "seconds": now - stage.began})
-        first, *more = stage.parts(now)
-        self._print(" | ".join(filter(None, (first, self.batch.left(now, stage.left(now)), *more))))
+        self.event("advance", {**state, "seconds": elapsed})
+        parts = [f"{stage.name} {extent(stage.done, stage.total, stage.unit)}".rstrip(), left_for_all]
+        if stage.done and elapsed > 0:
+            rate = stage.done / elapsed
+            each = f"{quantity(rate, stage.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each"
+            parts += [f"{duration(left)} left" if left else "", each]
+        self._print(" | ".join(filter(None, (*parts, *stage.notes[-1:]))))
 
     def say(self, text: str) -> None:
         """A message of its own: one or more whole lines."""
@@ -184,7 +174,7 @@ class Progress:
 
     @contextmanager
     def about(self, **subject: Any) -> Iterator[None]:
-        """Around what concerns one job alone: its events say so."""
+        """Context manager around what concerns one job alone: its events say so."""
         self.subject = subject
         try:
             yield
@@ -260,11 +250,9 @@ def _write(stream: TextIO | None, text: str) -> None:
 def peak_memory() -> dict[str, int]:
     """Highest use so far in bytes: of this process in RAM, and of all CUDA devices together if any is in use."""
     peaks = {}
-    try:
+    with suppress(ImportError):  # on Windows
         import resource
-    except ImportError:  # not on Windows
-        pass
-    else:
+
         kilo = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
         peaks["RAM"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
     if "torch" in sys.modules:
@@ -278,10 +266,8 @@ def peak_memory() -> dict[str, int]:
 
 def extent(done: float, total: float | None, unit: str) -> str:
     """`12.3 GB of 28.6 GB 43%`, `step 1/4`, `81 frames`; empty before anything is known."""
-    if not total and not done:
-        return ""
     if not total:
-        return quantity(done, unit)
+        return quantity(done, unit) if done else ""
     if unit == "B":
         return f"{quantity(done, unit)} of {quantity(total, unit)} {done / total:.0%}"
     return f"{unit} {done:g}/{total:g}".strip()
@@ -305,15 +291,12 @@ def duration(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
-    if hours == 0:
-        return f"{minutes} min {rest:02d} s"
-    if hours < 48:
+    if hours >= 48:
+        return f"{hours // 24} days" + (f" {hours % 24} h" if hours < 240 else "")
+    if hours:
         return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} days {hours} h" if days < 10 else f"{days} days"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 # Kind -> when it comes, and type by field: text, number, truth, list or object; "?" where it may be null.

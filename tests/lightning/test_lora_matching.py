@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lightning import lora_keys
+from lightning import lora_matching
 from tests.support import manifest
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.configs import TASKS, task_of
 from wan.configs.precision import keeps_float32
-from wan.modules.released import released_shapes
+from wan.modules.model import released_shapes
 
 MANIFESTS = {"t2v-A14B": "dit_t2v_a14b", "i2v-A14B": "dit_i2v_a14b", "ti2v-5B": "dit_ti2v_5b"}
 
@@ -28,13 +28,13 @@ def test_every_spelling_leads_to_one_parameter(task: str) -> None:
     assert theirs & shapes.keys() == {"patch_embedding.weight", "patch_embedding.bias"}
     for spelled in (list(shapes), list(theirs)):
         assert len({name.replace(".", "_") for name in spelled}) == len(shapes)
-    table = lora_keys.spellings(shapes)
+    table = lora_matching.spellings(shapes)
     assert set(table.values()) == set(shapes)
     for name in shapes:
         for spelling in (name, diffusers_name(name)):
             half_flat = spelling.replace("blocks.", "blocks_", 1)
             assert {
-                lora_keys.find(table, each.rpartition(".")[0], "down" if each.endswith("weight") else "diff_b")
+                lora_matching.find(table, each.rpartition(".")[0], "down" if each.endswith("weight") else "diff_b")
                 for each in (spelling, half_flat)
                 if each.endswith(("weight", "bias"))
             } <= {name}
@@ -79,14 +79,14 @@ def test_task_of_reads_the_channels() -> None:
     ],
 )
 def test_parse(raw: str, stem: str, kind: str, expert: str | None) -> None:
-    assert lora_keys.parse_key(raw) == lora_keys.Key(raw, stem, kind, expert)
+    assert lora_matching.parse_key(raw) == lora_matching.Key(raw, stem, kind, expert)
 
 
 @pytest.mark.parametrize(
     "raw", ["blocks.0.self_attn.q.weight", "alpha", "diffusion_model.blocks.0.q.lora_mid.weight", ""]
 )
 def test_parse_knows_what_is_no_lora_tensor(raw: str) -> None:
-    assert lora_keys.parse_key(raw) is None
+    assert lora_matching.parse_key(raw) is None
 
 
 def test_parameters_kept_in_float32() -> None:

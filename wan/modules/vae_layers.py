@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +30,8 @@ class ClipState:
     """What one pass over one clip keeps from chunk to chunk, by layer. Made for a pass, so no clip sees another."""
 
     def __init__(self) -> None:
+        self.kept: dict[nn.Module, Tensor] = {}
         self._started: set[object] = set()
-        self._frames: dict[nn.Module, Tensor] = {}
-        self._made: dict[nn.Module, Tensor] = {}
-
-    def once(self, layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, or what it gave for this layer before."""
-        if layer not in self._made:
-            self._made[layer] = make()
-        return self._made[layer]
 
     def starts_clip(self, layer: object) -> bool:
         """Whether this is the layer's first chunk, the one that holds frame 0."""
@@ -44,35 +39,25 @@ class ClipState:
         self._started.add(layer)
         return first
 
-    def restore(self, layer: nn.Module, out: Tensor) -> None:
-        """Fill `out` with the frames last kept for the layer, with zeros before the first."""
-        if layer in self._frames:
-            out.copy_(self._frames[layer])
-        else:
-            out.zero_()
-
-    def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Keep a copy: a view would hold the whole chunk in memory."""
-        self._frames[layer] = frames.clone()
-
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame.
-
-    A kernel of one pixel is a matrix product.
-    """
+    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame. A kernel of one pixel is a matrix product."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     if math.prod(conv.kernel_size) == 1:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     if isinstance(conv, nn.Conv2d):
-        framewise: Tensor = conv(rearrange(x, "t h w c -> t c h w"))
-        return rearrange(framewise, "t c h w -> t h w c")
+        return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
-    clip: Tensor = conv(x[None].permute(0, 4, 1, 2, 3))
-    return rearrange(clip[0], "c t h w -> t h w c")
+    return rearrange(conv(x[None].permute(0, 4, 1, 2, 3))[0], "c t h w -> t h w c")
 
 
-def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[[Tensor, Tensor], None]) -> Tensor:
+def copy(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
+
+
+def join_history(
+    conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[[Tensor, Tensor], None] = copy
+) -> Tensor:
     """A chunk behind the frames before it that `conv` reads: what to convolve.
 
     `write(x, out)` puts the chunk straight behind the history, so joining the two costs no pass of its own; the border
@@ -80,29 +65,13 @@ def join_history(conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[[
     """
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
-    state.restore(conv, frames[:history])
+    if conv in state.kept:
+        frames[:history] = state.kept[conv]
+    else:
+        frames[:history].zero_()
     write(x, frames[history:])
-    state.keep(conv, frames[-history:])
+    state.kept[conv] = frames[-history:].clone()  # a view would hold the whole chunk in memory
     return frames
-
-
-def copy(x: Tensor, out: Tensor) -> None:
-    out.copy_(x)
-
-
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """out [T, H, W, C] = SiLU of each pixel of x over the root mean square of its channels, times gamma [C].
-
-    In strips of rows: what is between the two operations is read back before it has left the device's cache."""
-    rows = max(1, STRIPS.get(x.device.type, x[0].nbytes) // x[0, 0].nbytes)
-    for frame, target in zip(x, out, strict=True):
-        for strip, written in zip(frame.split(rows), target.split(rows), strict=True):
-            torch.ops.aten.silu.out(F.rms_norm(strip, gamma.shape, gamma, NORM_EPSILON), out=written)
-
-
-def blocks(fine: Tensor, frames: int) -> Tensor:
-    """View [T*frames, 2H, 2W, C] as [T, frames, H, 2, W, 2, C], by the coarse pixel that covers it, to write into."""
-    return rearrange(fine, "(t f) (h p) (w q) c -> t f h p w q c", f=frames, p=2, q=2)
 
 
 class RMSNorm(nn.Module):
@@ -118,8 +87,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)
 
     def activate(self, x: Tensor, out: Tensor) -> None:
-        """The norm of x through SiLU, into `out`."""
-        norm_silu(x, self.gamma.flatten(), out)
+        """The norm of x [T, H, W, C] through SiLU, into `out`. In strips of rows: what is between the two operations
+        is read back before it has left the device's cache."""
+        rows = max(1, STRIPS.get(x.device.type, x[0].nbytes) // x[0, 0].nbytes)
+        for frame, target in zip(x, out, strict=True):
+            for strip, written in zip(frame.split(rows), target.split(rows), strict=True):
+                torch.ops.aten.silu.out(self(strip), out=written)
 
 
 class ResidualBlock(nn.Module):
@@ -174,9 +147,8 @@ class Downsample(nn.Module):
         x = convolve(self.resample["1"], x)[:, 1:, 1:]
         if self.time_conv is None:
             return x
-        first = state.starts_clip(self)
-        frames = join_history(self.time_conv, x, state, copy)
-        if not first:
+        frames = join_history(self.time_conv, x, state)
+        if not state.starts_clip(self):
             return convolve(self.time_conv, frames)
         return torch.cat([x[:1], convolve(self.time_conv, frames[1:])]) if len(x) > 1 else x
 
@@ -198,14 +170,16 @@ class Upsample(nn.Module):
             frames = x.new_empty(2 * len(x) - alone, *x.shape[1:])
             frames[:alone] = x[:alone]
             if len(x) > alone:
-                pairs = convolve(self.time_conv, join_history(self.time_conv, x[alone:], state, copy))
+                pairs = convolve(self.time_conv, join_history(self.time_conv, x[alone:], state))
                 frames[alone:].unflatten(0, (-1, 2)).copy_(rearrange(pairs, "t h w (f c) -> t f h w c", f=2))
                 del pairs
             x = frames
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
-        kernel = state.once(self, lambda: doubling(conv.weight))
-        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, conv.bias, stride=2, padding=1)
+        if conv not in state.kept:
+            state.kept[conv] = doubling(conv.weight)
+        x = rearrange(x, "t h w c -> t c h w")
+        fine = F.conv_transpose2d(x, state.kept[conv], conv.bias, stride=2, padding=1)
         return rearrange(fine, "t c h w -> t h w c")
 
 
@@ -222,39 +196,27 @@ def doubling(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-class AverageShortcut:
-    """Add a level's input, averaged over `space` x `space` pixels, to its output.
+def add_average(y: Tensor, x: Tensor, starts: bool, *, frames: int, space: int) -> Tensor:
+    """Add a level's input x, averaged over `space` x `space` pixels, to its output y.
 
     With frames=2 each channel c becomes the channels 2c (earlier frame) and 2c+1 (later frame); the clip counts as
-    preceded by one frame of zeros.
+    preceded by one frame of zeros. starts: x begins the clip.
     """
-
-    def __init__(self, frames: int, space: int) -> None:
-        self.frames, self.space = frames, space
-
-    def __call__(self, y: Tensor, x: Tensor, starts: bool) -> Tensor:
-        if starts and self.frames == 2:
-            x = F.pad(x, (0, 0) * 3 + (1, 0))
-        sizes = {"f": self.frames, "p": self.space, "q": self.space}
-        return y.add_(reduce(x, "(t f) (h p) (w q) c -> t h w (c f)", "mean", **sizes))
+    if starts and frames == 2:
+        x = F.pad(x, (0, 0) * 3 + (1, 0))
+    return y.add_(reduce(x, "(t f) (h p) (w q) c -> t h w (c f)", "mean", f=frames, p=space, q=space))
 
 
-class RepeatShortcut:
-    """Add a level's input, each pixel repeated over what it covers in the output, to that output.
+def add_repeated(y: Tensor, x: Tensor, starts: bool, *, frames: int) -> Tensor:
+    """Add a level's input x, each pixel repeated over what it covers in the output, to that output y.
 
     Where the level halves the channels, channels 2o and 2o+1 go to the even and the odd rows of output channel o.
     """
-
-    def __init__(self, frames: int) -> None:
-        self.frames = frames
-
-    def __call__(self, y: Tensor, x: Tensor, starts: bool) -> Tensor:
-        rows = x.shape[-1] // y.shape[-1]
-        coarse = rearrange(x, "t h w (o p) -> t 1 h p w 1 o", p=rows)
-        alone = 1 if starts and self.frames == 2 else 0
-        blocks(y[:alone], 1).add_(coarse[:alone])
-        blocks(y[alone:], self.frames).add_(coarse[alone:])
-        return y
+    coarse = rearrange(x, "t h w (o p) -> t 1 h p w 1 o", p=x.shape[-1] // y.shape[-1])
+    alone = 1 if starts and frames == 2 else 0
+    for fine, part, f in ((y[:alone], coarse[:alone], 1), (y[alone:], coarse[alone:], frames)):
+        rearrange(fine, "(t f) (h p) (w q) c -> t f h p w q c", f=f, p=2, q=2).add_(part)
+    return y
 
 
 class Level:
@@ -263,7 +225,7 @@ class Level:
     Not a module: checkpoints name the same layers in two ways, and the owner registers them.
     """
 
-    def __init__(self, layers: list[nn.Module], shortcut: AverageShortcut | RepeatShortcut | None) -> None:
+    def __init__(self, layers: list[nn.Module], shortcut: Callable[[Tensor, Tensor, bool], Tensor] | None) -> None:
         self.layers, self.shortcut = layers, shortcut
 
     def __call__(self, x: Tensor, state: ClipState) -> Tensor:
@@ -271,3 +233,44 @@ class Level:
         for layer in self.layers:
             y = layer(y, state)
         return y if self.shortcut is None else self.shortcut(y, x, state.starts_clip(self))
+
+
+class Region(NamedTuple):
+    """A rectangle of a grid: rows from `top` to before `bottom`, columns from `left` to before `right`."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def divided(self, rows: int, columns: int) -> list[Region]:
+        """The region in rows x columns parts whose sides differ by one cell at most, row by row."""
+        height, width = self.sides
+        if not (1 <= rows <= height and 1 <= columns <= width):
+            raise ValueError(f"{rows} x {columns} tiles do not fit a grid of {height} x {width} cells")
+        ys = pairwise(self.top + height * i // rows for i in range(rows + 1))
+        xs = list(pairwise(self.left + width * i // columns for i in range(columns + 1)))
+        return [Region(*y, *x) for y, x in product(ys, xs)]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def area(self) -> int:
+        return self.sides[0] * self.sides[1]
+
+    def scaled(self, factor: int) -> Region:
+        return Region(*(factor * edge for edge in self))
+
+    def grown(self, before: int, after: int, frame: Region) -> Region:
+        """Wider by `before` cells to the top and left and `after` to the bottom and right, within the frame."""
+        near = max(self.top - before, frame.top), max(self.left - before, frame.left)
+        far = min(self.bottom + after, frame.bottom), min(self.right + after, frame.right)
+        return Region(near[0], far[0], near[1], far[1])
+
+    def cut(self, x: Tensor, window: Region) -> Tensor:
+        """This region of [T, H, W, C], of which `window` says where in the frame it lies."""
+        rows = slice(self.top - window.top, self.bottom - window.top)
+        columns = slice(self.left - window.left, self.right - window.left)
+        return x[:, rows, columns]
