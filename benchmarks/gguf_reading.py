@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import grid, machine
-from wan.checkpoints.gguf_file import GgufStore
+from wan.checkpoints.gguf_file import open_gguf
 from wan.offload.reader import Source, read_ahead
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
@@ -43,7 +43,7 @@ def resident() -> float:
 
 def measure(path: Path) -> tuple[float, float]:
     """(processor-seconds a 10^9 values, MB that reading adds at most)."""
-    source = Source(GgufStore(path), lambda _: torch.bfloat16)
+    source = Source(open_gguf(path), lambda _: torch.bfloat16)
     pieces = list(source.pieces(source.store))
     before, most, values, start = resident(), 0.0, 0, time.process_time()
     for _, tensor in read_ahead(pieces, max(piece.bytes for piece in pieces)):

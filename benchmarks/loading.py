@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import ROOT, Row, interleaved, report
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.modules.model import Prompt, WanModel
 from wan.modules.t5 import UMT5Encoder
@@ -62,7 +62,7 @@ def load_transformer(path: Path) -> torch.nn.Module:
 
 
 def load_text_encoder(path: Path) -> torch.nn.Module:
-    store = PickleStore(path)
+    store = open_pickle(path)
     with torch.device("meta"):
         module = UMT5Encoder.from_shapes(store.shapes)
     return load(module, store, home=CPU, dtype=lambda _: torch.float32)

@@ -31,8 +31,9 @@ from lightning.releases import Release
 from wan.checkpoints import layout as layouts
 from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
+from wan.checkpoints.quantised_formats import FLOATS
 from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
-from wan.checkpoints.weights import FLOATS, TEXT_ENCODER, VAE, open_parts
+from wan.checkpoints.weights import TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_fp8

@@ -43,6 +43,7 @@ from wan.utils.progress import Progress
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
+Report = Callable[[int], None]  # gets the bytes read
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
 FINER = "decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)"
 FEWER = 0.8  # of the free memory that a second try uses
@@ -138,7 +139,7 @@ class Pipeline(ABC):
                 networks = Networks(sources, plan.device, report)
                 models = networks.models
                 if not plan.offload or plan.room is None:
-                    networks.preload(report)
+                    networks.prefetcher.preload(report)
         set_lora: Callable[[str, float], None] | None = None
         for model in models.values():
             model.use_attention(BACKENDS[self.attention])
@@ -336,15 +337,11 @@ class Pipeline(ABC):
 
     def info(self) -> dict[str, str]:
         """Machine and numerics, for the record."""
-        plan = self.plan
-        machine = {"device": f"{plan.device} ({Accelerator(plan.device).name})", "dtype": dtype_name(plan.dtype)}
-        return machine | {
-            "attention": self.attention, "processes": str(plan.layout), "diffusers": version("diffusers"),
-        }  # fmt: skip
+        device, dtype = self.plan.device, dtype_name(self.plan.dtype)
+        machine = {"device": f"{device} ({Accelerator(device).name})", "dtype": dtype, "attention": self.attention}
+        return machine | {"processes": str(self.plan.layout), "diffusers": version("diffusers")}
 
-    def load(
-        self, module: Module, source: Source, home: torch.device, report: Callable[[int], None], *, sharded: bool
-    ) -> Module:
+    def load(self, module: Module, source: Source, home: torch.device, report: Report, *, sharded: bool) -> Module:
         """`module` with its weights on `home`, or with this process's shards of them."""
         how: dict[str, Any] = {"home": home, "dtype": source.dtype, "merge": source.merge, "report": report}
         if not sharded or self.mesh.shards is None:
@@ -354,9 +351,7 @@ class Pipeline(ABC):
         return load_sharded(module, source.store, mesh=self.mesh, **how)
 
     @contextmanager
-    def _loading(
-        self, name: str, sources: Iterable[Source], *, sharded: bool = False
-    ) -> Iterator[Callable[[int], None]]:
+    def _loading(self, name: str, sources: Iterable[Source], *, sharded: bool = False) -> Iterator[Report]:
         size = sum(entry.bytes for source in sources for entry in source.store.values())
         with self.progress.stage("load", total=size / self.plan.layout.sequence if sharded else size, unit="B"):
             yield lambda count: self.progress.advance(count, name)

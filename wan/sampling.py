@@ -215,10 +215,7 @@ def levels_at(timesteps: Sequence[float]) -> np.ndarray:
 
 
 class EulerSchedule:
-    """Explicit Euler over falling noise levels, the last of which is 0.
-
-    sigmas: float32 [n + 1]; timesteps: n floats, visited in order and given to the network unrounded.
-    """
+    """Explicit Euler over falling noise levels, float32 [n + 1], the last of which is 0; n timesteps, unrounded."""
 
     noise_scale = 1.0  # of the noise that the video starts as
 

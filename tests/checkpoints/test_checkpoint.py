@@ -20,7 +20,7 @@ from tests.checkpoints.support import problems
 from tests.support import checkpoint, config_of
 from tests.unprivileged import run_unprivileged
 from wan.checkpoints.checkpoint import checkpoint_folder, open_checkpoint
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import open_file
 from wan.offload.reader import PIECE_BYTES, Source, load, parameter_dtypes, read_ahead
@@ -360,7 +360,7 @@ def test_tensors_of_a_pickle_may_be_under_the_usual_keys(tmp_path: Path) -> None
 def test_a_pickle_of_other_things_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(TensorFileError, match=r"x\.pth: holds "):
-        PickleStore(tmp_path / "x.pth")
+        open_pickle(tmp_path / "x.pth")
 
 
 def test_malformed_pickles_are_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_malformed_pickles_are_refused_in_one_sentence(tmp_path: Path) -> None:
                     data[chance.randrange(len(data))] = chance.randrange(256)
                 target.writestr(name, bytes(data))
         try:
-            store = PickleStore(file)
+            store = open_pickle(file)
             tensors = [store.read(name) for name in store]
         except InputError as e:
             refused += 1
@@ -398,7 +398,7 @@ def test_a_record_shorter_than_its_storage_is_refused(tmp_path: Path) -> None:
                 data = source.read(info)
                 target.writestr(info.filename, data[:100] if info.filename.endswith(f"/data/{short}") else data)
         with pytest.raises(TensorFileError, match=rf"y\.pth: .*tensor {'ab'[int(short)]} has 100 of 256 bytes"):
-            PickleStore(cut)
+            open_pickle(cut)
 
 
 def test_the_other_vae_is_refused(folder: Path) -> None:
@@ -483,7 +483,7 @@ def test_a_pth_is_read_from_where_its_tensors_lie(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3), "number": torch.tensor(4.0), "step": base[:, ::3],
     }  # fmt: skip
     torch.save(state, tmp_path / "x.pth")
-    store = PickleStore(tmp_path / "x.pth")
+    store = open_pickle(tmp_path / "x.pth")
     assert list(store) == list(state)
     for name, tensor in state.items():
         assert store.shapes[name] == tuple(tensor.shape)

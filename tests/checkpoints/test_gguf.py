@@ -19,7 +19,7 @@ from lightning.merge import Merge
 from tests.checkpoints.gguf_support import SCALES_AT, drawn_blocks, write_gguf
 from tests.lightning.support import base, plain, small_pairs, write
 from tests.support import checkpoint, lora_dir, manifest
-from wan.checkpoints.gguf_file import GgufStore
+from wan.checkpoints.gguf_file import open_gguf
 from wan.checkpoints.key_mapping import diffusers_name, text_name
 from wan.checkpoints.weights import TEXT_ENCODER, as_ours, open_expert, open_file
 from wan.utils.errors import InputError, TensorFileError
@@ -55,7 +55,7 @@ def numbers_of(path: Path) -> dict[str, np.ndarray]:
 def test_every_quantised_type_is_the_packages_numbers(kind: str, tmp_path: Path) -> None:
     path = stored_raw(tmp_path / "a.gguf", drawn_blocks(kind, SHAPE), kind)
     expected = torch.from_numpy(numbers_of(path)["a"])
-    store = GgufStore(path)
+    store = open_gguf(path)
     assert (store["a"].shape, store["a"].dtype, store.stored("a")[0]) == (SHAPE, "F32", kind)
     found = store.read("a")
     assert found.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_every_quantised_type_is_the_packages_numbers(kind: str, tmp_path: Path)
 def test_plain_types_are_read_as_they_are(kind: str, tmp_path: Path) -> None:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
     tensor = torch.randn(SHAPE).to(dtype)
-    store = GgufStore(write_gguf(tmp_path / "a.gguf", {"a": tensor}, lambda *_: kind))
+    store = open_gguf(write_gguf(tmp_path / "a.gguf", {"a": tensor}, lambda *_: kind))
     assert store["a"].dtype == kind
     assert torch.equal(store.read("a"), tensor)
     assert torch.equal(store.read("a", slice(3, 9)), tensor[3:9])
@@ -85,7 +85,7 @@ def test_diffusers_formulas_agree(kind: str, tmp_path: Path) -> None:
     raw, stored = drawn_blocks(kind, SHAPE, seed=3), gguf.GGMLQuantizationType[kind]
     values, width = gguf.GGML_QUANT_SIZES[stored]
     theirs = dequantize_functions[stored](torch.from_numpy(raw).reshape(-1, width), values, width, torch.float32)
-    ours = GgufStore(stored_raw(tmp_path / "a.gguf", raw, kind)).read("a")
+    ours = open_gguf(stored_raw(tmp_path / "a.gguf", raw, kind)).read("a")
     torch.testing.assert_close(ours, theirs.reshape(SHAPE), rtol=1e-6, atol=1e-6)
 
 
@@ -93,7 +93,7 @@ def test_diffusers_formulas_agree(kind: str, tmp_path: Path) -> None:
 def test_a_tensor_reshaped_to_fit_the_blocks(kind: str, tmp_path: Path) -> None:
     shape = (32, 4, 3, 2)  # a row of 24 values: blocks begin and end inside rows
     raw = drawn_blocks(kind, (3, 256), seed=1)
-    store = GgufStore(stored_raw(tmp_path / "a.gguf", raw, kind, shape=shape))
+    store = open_gguf(stored_raw(tmp_path / "a.gguf", raw, kind, shape=shape))
     expected = torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])).reshape(shape)
     assert store["a"].shape == shape
     for start in range(0, 32, 3):
@@ -105,7 +105,7 @@ def test_only_some_blocks_at_a_time_are_numbers(tmp_path: Path, monkeypatch: pyt
     path, most = stored_raw(tmp_path / "a.gguf", drawn_blocks("Q8_0", (4096, 512)), "Q8_0"), []
     dequantize = gguf.quants.dequantize
     monkeypatch.setattr("gguf.quants.dequantize", lambda raw, kind: most.append(raw.nbytes) or dequantize(raw, kind))
-    store = GgufStore(path)
+    store = open_gguf(path)
     del most[:]
     store.read("a", slice(100, 3000))
     assert len(most) > 5
@@ -124,7 +124,7 @@ def test_the_header_says_what_the_packages_reader_says(tmp_path: Path) -> None:
 
     tensors = {"x": torch.randn(7, 96), "y": torch.randn(3, 2, 2, 1, 64), "z": torch.randn(5)}
     path = write_gguf(tmp_path / "a.gguf", tensors, lambda name, _: "Q4_0" if name == "x" else "F16", "t5", settings)
-    store = GgufStore(path)
+    store = open_gguf(path)
     for tensor in gguf.GGUFReader(path).tensors:
         assert store[tensor.name].shape == tuple(reversed(tensor.shape.tolist()))
         assert store[tensor.name].offset == tensor.data_offset

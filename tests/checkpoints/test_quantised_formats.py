@@ -121,7 +121,7 @@ class Case:
             np.testing.assert_allclose(store.read(name).float().numpy(), truth, 1e-6, 1e-6 * np.abs(truth).max())
             assert torch.equal(found, store.read(name)[rows]) or "convrot" in str(self.layers) + str(self.tensors)
             np.testing.assert_allclose(found.float().numpy(), truth[rows], 1e-6, 1e-6 * np.abs(truth).max())
-            if stored := store.read_fp8(name, rows) if truth.ndim == 2 else None:
+            if stored := store[name].read_fp8(name, rows) if truth.ndim == 2 else None:
                 np.testing.assert_allclose((stored[0].float() * stored[1]).numpy(), truth[rows], 1e-6)
 
 

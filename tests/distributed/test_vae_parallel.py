@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.vae import count_decode
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import TESTS, checkpoint, config_of, relative_error
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import SplitVAE, decode_peak, divide
@@ -29,7 +29,7 @@ GRID = (10, 14)  # latent rows and columns: enough for each of 4 ranks to get a 
 
 @cache
 def vae_of(task: str) -> WanVAE:
-    store = PickleStore(checkpoint(task) / config_of(task).vae_checkpoint)
+    store = open_pickle(checkpoint(task) / config_of(task).vae_checkpoint)
     with torch.device("meta"):
         vae = WanVAE.from_shapes(store.shapes)
     return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)

@@ -15,7 +15,7 @@ from tests.lightning.support import base
 from tests.support import TINY, checkpoint, config_of, lora_dir, relative_error
 from tests.test_golden import CLASSES
 from wan.checkpoints.key_mapping import original, original_text, original_vae
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs import TASKS
 from wan.jobs.job import Sampling
@@ -82,7 +82,7 @@ def test_there_and_back_every_bit_is_the_same(task: str, tmp_path: Path) -> None
     }
     others = {"vae": source / VAES[task], "text_encoder": source / "models_t5_umt5-xxl-enc-bf16.pth"}
     back = {"vae": original_vae, "text_encoder": original_text}
-    for place, store in (before | {name: PickleStore(path) for name, path in others.items()}).items():
+    for place, store in (before | {name: open_pickle(path) for name, path in others.items()}).items():
         index = next((folder / place).glob("*.safetensors.index.json"))
         found = TensorStore.open(index)
         names = back.get(place, original)(found)

@@ -13,7 +13,7 @@ from benchmarks.measure import randomise
 from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
-from wan.checkpoints.pth_file import PickleStore
+from wan.checkpoints.pth_file import open_pickle
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
 from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Region, RMSNorm, convolve, doubling
 from wan.offload.reader import load
@@ -186,7 +186,7 @@ def decibels(found: Tensor, expected: Tensor) -> float:
 
 
 def trained() -> WanVAE:
-    store = PickleStore(SHAPES / "Wan2.1_VAE.pth")
+    store = open_pickle(SHAPES / "Wan2.1_VAE.pth")
     with torch.device("meta"):
         vae = WanVAE.from_shapes(store.shapes)
     return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)

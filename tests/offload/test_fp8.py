@@ -257,7 +257,7 @@ def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:
     model = blueprint()
     source = Source(store_of(tmp_path, tensors), parameter_dtypes(torch.float32, False, model))
     networks, told = Networks({"model": (model, source)}, CPU), list[int]()
-    networks.preload(told.append)
+    networks.prefetcher.preload(told.append)
     streaming = [name for name, _ in model.named_parameters() if model.unit_of(name) is not None]
     assert networks.prefetcher.brought == sum(tensors[n].nbytes for n in streaming if not n.endswith("_scale"))
     assert sum(told) == sum(source.store[n].bytes for n in streaming if n in source.store), "as progress counts a file"

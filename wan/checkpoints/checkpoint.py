@@ -31,12 +31,10 @@ Result = TypeVar("Result")
 HEAD_WIDTH = 128  # of every published Wan transformer; it does not follow from the weights
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
 SIZED_BY = {
-    "dim": ("text_embedding.0.weight", 0, 1),
-    "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
-    "in_dim": ("patch_embedding.weight", 1, 1),
-    "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
+    "dim": ("text_embedding.0.weight", 0, 1), "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
+    "in_dim": ("patch_embedding.weight", 1, 1), "out_dim": ("head.head.weight", 0, math.prod(PATCH)),
     "freq_dim": ("time_embedding.0.weight", 1, 1),
-}
+}  # fmt: skip
 DIFFUSERS_KEYS = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 
 
@@ -50,13 +48,10 @@ class Part(Generic[Module]):
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A whole checkpoint, known from its headers.
+    """A whole checkpoint, known from its headers."""
 
-    folder: None where files alone serve. files: by part, those that serve in place of the folder's.
-    """
-
-    folder: Path | None
-    files: Mapping[str, Path]
+    folder: Path | None  # None where files alone serve
+    files: Mapping[str, Path]  # by part, those that serve in place of the folder's
     experts: Mapping[str, Part[WanModel]]
     text_encoder: Part[UMT5Encoder]
     vae: Part[WanVAE]
@@ -236,23 +231,32 @@ def transformer_sizes(
 
     where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit.
     """
-    for name, axis, _ in SIZED_BY.values():
+    found: dict[str, float] = {}
+    for key, (name, axis, times) in SIZED_BY.items():
         if len(shapes.get(name, ())) <= max(axis, 1):
             raise InputError(f"{where}: not a Wan transformer: tensor {name} is missing, or has too few axes")
-    found = {key: shapes[name][axis] / times for key, (name, axis, times) in SIZED_BY.items()}
+        found[key] = shapes[name][axis] / times
     try:
         found["num_layers"] = _count_blocks(shapes)
     except ValueError as e:
         raise InputError(f"{where}: not a Wan transformer: {e}") from e
     if config is None:
         if found["dim"] % HEAD_WIDTH or not found["dim"] or not found["out_dim"].is_integer():
-            raise InputError(
-                f"{where}: the weights do not tell their heads, and a width of {found['dim']:g} is no multiple of "
-                f"{HEAD_WIDTH}; give the folder with their config.json as --ckpt_dir"
-            )
+            odd = f"the weights do not tell their heads, and a width of {found['dim']:g} is no multiple of {HEAD_WIDTH}"
+            raise InputError(f"{where}: {odd}; give the folder with their config.json as --ckpt_dir")
         sizes: dict[str, Any] = {key: int(size) for key, size in found.items()}
         return sizes | {"num_heads": sizes["dim"] // HEAD_WIDTH, "text_len": max_text, "eps": 1e-6}
-    sizes = _read_sizes(config, (*found, "num_heads", "text_len", "eps"), max_text)
+    with reading(config, "not the configuration of a Wan transformer"):
+        values = parse_json(config.read_bytes())
+        if "num_attention_heads" in values:
+            values |= {ours: values[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": max_text}
+            widths = values["num_heads"], values["attention_head_dim"]
+            values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
+        sizes = {key: values[key] for key in (*found, "num_heads", "text_len", "eps")}
+    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
+    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
+    if bad := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
+        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(bad)}")
     differ = [(key, size) for key, size in found.items() if size != sizes[key]]
     wrong = [f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}" for key, size in differ]
     if wrong and where != str(config.parent):  # the weights are a file of their own, which is to blame
@@ -263,22 +267,6 @@ def transformer_sizes(
         wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {max_text} is possible")
     if wrong:
         raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
-    return sizes
-
-
-def _read_sizes(config: Path, keys: tuple[str, ...], max_text: int) -> dict[str, Any]:
-    """The sizes `keys` of a config.json, the original's or diffusers'. InputError for anything else."""
-    with reading(config, "not the configuration of a Wan transformer"):
-        values = parse_json(config.read_bytes())
-        if "num_attention_heads" in values:
-            values |= {ours: values[theirs] for ours, theirs in DIFFUSERS_KEYS.items()} | {"text_len": max_text}
-            widths = values["num_heads"], values["attention_head_dim"]
-            values["dim"] = math.prod(widths) if all(type(width) is int for width in widths) else None
-        sizes: dict[str, Any] = {key: values[key] for key in keys}
-    right = {key: type(size) is int and size > 0 for key, size in sizes.items()}
-    right["eps"] = isinstance(sizes["eps"], float) and 0 < sizes["eps"] < 1
-    if wrong := [f"{key} is {sizes[key]!r:.40}" for key in sizes if not right[key]]:
-        raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(wrong)}")
     return sizes
 
 

@@ -12,7 +12,7 @@ import math
 import struct
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
 from wan.utils.errors import TensorFileError
@@ -20,7 +20,7 @@ from wan.utils.errors import TensorFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 # a setting's kind -> struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
@@ -29,66 +29,25 @@ SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter mad
 ALIGNMENT_KEY = "general.alignment"
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
+Listed = tuple[str, tuple[int, ...], int, int]  # name, axes from the innermost, number of the type, offset in the data
 
 
-class _Listed(NamedTuple):
-    """As in the header: axes from the innermost, the number of the type, offset from the start of the data."""
-
-    name: str
-    axes: tuple[int, ...]
-    type: int
-    offset: int
-
-
-class GgufStore(TensorStore):
-    """The tensors of a GGUF file. Quantised ones are float32 by their entries; `stored` gives the file's types."""
-
-    def __init__(self, path: Path) -> None:
-        """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
-        tensors, settings, start = _read_header(path)
-        try:
-            import gguf
-        except ImportError as e:
-            raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
-        entries: dict[str, Entry] = {}
-        for tensor in tensors:
-            name, offset = tensor.name, start + tensor.offset
-            try:
-                kind = gguf.GGMLQuantizationType(tensor.type)
-                values, width = gguf.GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError):
-                unknown = f"of the type {tensor.type}, which the installed package gguf does not know"
-                raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
-            if (row := (tensor.axes or (1,))[0]) % values:
-                rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
-                raise TensorFileError(f"{path}: tensor {name} has {rows}")
-            if name in entries:
-                raise TensorFileError(f"{path}: the header names tensor {name} twice")
-            shape = _shape(path, tensor, settings.get(SHAPE_KEY + name))
-            if kind.name in DTYPES:
-                entries[name] = Entry(path, kind.name, shape, offset)
-            else:
-                stored = kind.name, math.prod(shape) // values * width
-                entries[name] = Entry(path, "F32", shape, offset, stored)
-        super().__init__(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
-        self._check(path, gguf)
+class Blocks(Entry):
+    """A quantised tensor: float32 as `gguf.quants.dequantize` computes it, for the rows that are read."""
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        """As TensorStore.read; quantised tensors as `gguf.quants.dequantize` computes them, float32."""
-        entry, part = self[name], self[name].rows(rows)
-        if entry.stored is None:
-            return super().read(name, rows, buffer)
         import numpy as np
         import torch
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind, count = GGMLQuantizationType[entry.stored[0]], math.prod(part.shape)
-        values, width = GGML_QUANT_SIZES[kind]
-        start = (part.offset - entry.offset) // 4  # numbers before the first row
+        assert self.stored is not None
+        part, kind = self.rows(rows), GGMLQuantizationType[self.stored[0]]
+        count, (values, width) = math.prod(part.shape), GGML_QUANT_SIZES[kind]
+        start = (part.offset - self.offset) // 4  # numbers before the first row
         begin = start // values  # rows need not begin where blocks do, if a converter reshaped the tensor
-        blocks = Entry(entry.file, "U8", (entry.stored[1] // width, width), entry.offset)
-        data = blocks.rows(slice(begin, math.ceil((start + count) / values))).read(name).numpy()
+        blocks = Entry(self.file, "U8", (self.stored[1] // width, width), self.offset)
+        data = blocks.read(name, slice(begin, math.ceil((start + count) / values))).numpy()
         memory = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
         numbers = memory.view(torch.float32)
         at_once = max(1, VALUES_AT_ONCE // values)
@@ -100,46 +59,72 @@ class GgufStore(TensorStore):
             numbers[max(0, position) :][: piece.numel()] = piece
         return numbers.view(part.shape)
 
-    def _check(self, path: Path, gguf: ModuleType) -> None:
-        """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
-        import numpy as np
 
-        end, size = 0, path.stat().st_size
-        for name in self.in_file_order(self):
-            if self[name].offset < end:
-                raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
-            end = self[name].offset + self.stored(name)[1]
-            if end > size:
-                sizes = f"{end:,} bytes at least, {size:,} found"
-                raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
-        for stored in sorted({entry.stored[0] for entry in self.values() if entry.stored}):
-            kind = gguf.GGMLQuantizationType[stored]
-            try:
-                gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-            except NotImplementedError:
-                names = [name for name in self if self.stored(name)[0] == stored]
-                raise TensorFileError(
-                    f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
-                    "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
-                ) from None
+def open_gguf(path: Path) -> TensorStore:
+    """TensorFileError for a damaged file, for types that are not dequantised, and where the package is missing."""
+    tensors, settings, start = _read_header(path)
+    try:
+        import gguf
+    except ImportError as e:
+        raise TensorFileError(f"{path}: GGUF files need the package gguf: pip install gguf ({e})") from None
+    entries: dict[str, Entry] = {}
+    for name, axes, number, offset in tensors:
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+            values, width = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            unknown = f"of the type {number}, which the installed package gguf does not know"
+            raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
+        if (row := (axes or (1,))[0]) % values:
+            rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
+            raise TensorFileError(f"{path}: tensor {name} has {rows}")
+        if name in entries:
+            raise TensorFileError(f"{path}: the header names tensor {name} twice")
+        shape = tuple(reversed(axes))
+        if (original := settings.get(SHAPE_KEY + name)) is not None:
+            whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
+            if not whole or not original or math.prod(original) != math.prod(shape):
+                raise TensorFileError(f"{path}: {SHAPE_KEY}{name} is not a shape of {math.prod(shape):,} values")
+            shape = original
+        elif name.endswith(TABLES) and len(shape) == 2:
+            shape = 1, *shape
+        stored = kind.name, math.prod(shape) // values * width
+        plain = Entry(path, kind.name, shape, start + offset)
+        entries[name] = plain if kind.name in DTYPES else Blocks(path, "F32", shape, start + offset, stored)
+    store = TensorStore(entries, {key: value for key, value in settings.items() if isinstance(value, str)})
+    _check(store, path, gguf)
+    return store
 
 
-def _shape(path: Path, tensor: _Listed, original: Any) -> tuple[int, ...]:
-    """The tensor's shape in its model. original: the one in the file's settings, if they have one."""
-    shape = tuple(reversed(tensor.axes))
-    if original is None:
-        return (1, *shape) if tensor.name.endswith(TABLES) and len(shape) == 2 else shape
-    whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
-    if not whole or not original or math.prod(original) != math.prod(shape):
-        raise TensorFileError(f"{path}: {SHAPE_KEY}{tensor.name} is not a shape of {math.prod(shape):,} values")
-    return tuple(original)
+def _check(store: TensorStore, path: Path, gguf: ModuleType) -> None:
+    """TensorFileError if two tensors share bytes, one ends after the file, or the package cannot dequantise one."""
+    import numpy as np
+
+    end, size = 0, path.stat().st_size
+    for name in store.in_file_order(store):
+        if store[name].offset < end:
+            raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
+        end = store[name].offset + store.stored(name)[1]
+        if end > size:
+            sizes = f"{end:,} bytes at least, {size:,} found"
+            raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
+    for stored in sorted({entry.stored[0] for entry in store.values() if entry.stored}):
+        kind = gguf.GGMLQuantizationType[stored]
+        try:
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            names = [name for name in store if store.stored(name)[0] == stored]
+            raise TensorFileError(
+                f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
+                "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
+            ) from None
 
 
-def _read_header(path: Path) -> tuple[list[_Listed], dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
     """(tensors, settings, start of the data). Of arrays only short ones of numbers are kept, as tuples."""
     with reading(path, "the GGUF header is cut off or corrupt") as size, path.open("rb") as file:
         header = _Header(file, min(size, MAX_HEADER_BYTES))
-        if header.take(4) != MAGIC:
+        if header.take(4) != GGUF_MAGIC:
             raise misread(path, "not a GGUF file")
         if (version := header.number("I")) not in (2, 3):
             raise TensorFileError(f"{path}: a GGUF file of version {version:#x}, not of 2 or 3 (little-endian)")
@@ -194,7 +179,7 @@ class _Header:
             self.take(self.number("Q"))
         return None
 
-    def tensor(self) -> _Listed:
+    def tensor(self) -> Listed:
         name = self.text()
         if not name.isprintable() or not name:
             raise ValueError(f"a tensor is named {name!r:.60}")
@@ -202,4 +187,4 @@ class _Header:
         if axes > MOST_AXES:
             raise ValueError(f"tensor {name:.60} has {axes:,} axes")
         sizes = tuple(self.number("Q") for _ in range(axes))
-        return _Listed(name, sizes, self.number("I"), self.number("Q"))
+        return name, sizes, self.number("I"), self.number("Q")

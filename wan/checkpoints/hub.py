@@ -159,8 +159,8 @@ def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
         return path
     if path.is_file():
         return _download(path)
-    wanted = [name for name in path.files() if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
-    names = [name for name in wanted if patterns or "/" not in name]
+    beside = [name for name in path.files() if patterns or "/" not in name]
+    names = [name for name in beside if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]

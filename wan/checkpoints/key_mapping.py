@@ -109,25 +109,18 @@ def _vae_names(channels: int) -> dict[str, str]:
         return {vae_name(name): name for name, _ in WanVAE(*VAES[channels]).named_parameters()}
 
 
-def text_name(name: str) -> str:
-    """transformers' name (UMT5EncoderModel) of a parameter of the text encoder's checkpoint."""
-    return _text_name(name, OURS, TRANSFORMERS)
-
-
-def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[str, str]:
-    """transformers' or llama.cpp's names of a text encoder's parameters -> ours.
-
-    transformers' `encoder.embed_tokens` repeats `shared`, if there is one.
-    """
-    names, repeated = list(names), "encoder.embed_tokens.weight"
-    listed = [name for name in names if name != repeated or "shared.weight" not in names]
-    return {name: _text_name(name.replace(repeated, "shared.weight"), spelling, OURS) for name in listed}
-
-
-def _text_name(name: str, source: int, target: int) -> str:
+def text_name(name: str, source: int = OURS, target: int = TRANSFORMERS) -> str:
+    """One spelling of a parameter of the text encoder's checkpoint in another."""
     if block := re.match(re.escape(TEXT_BLOCKS[source]) + r"(\d+)\.", name):
         return f"{TEXT_BLOCKS[target]}{block[1]}.{_renamed(name[block.end() :], TEXT, source, target)}"
     return _renamed(name, TEXT_ENDS, source, target)
+
+
+def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[str, str]:
+    """transformers' or llama.cpp's names of a text encoder's parameters -> ours."""
+    names, repeated = list(names), "encoder.embed_tokens.weight"  # transformers' repeats `shared`, if there is one
+    listed = [name for name in names if name != repeated or "shared.weight" not in names]
+    return {name: text_name(name.replace(repeated, "shared.weight"), spelling, OURS) for name in listed}
 
 
 def _renamed(name: str, table: Iterable[Sequence[str]], source: int = 0, target: int = 1) -> str:

@@ -1,7 +1,6 @@
 """Which file of a checkpoint folder holds which part: in the released layout, or in diffusers'.
 
-A part is an expert (by its name), "text_encoder", "vae" or "tokenizer". Any safetensors file may be in shards with an
-index instead.
+A part is an expert (by its name), "text_encoder", "vae" or "tokenizer"; shards with an index may serve as any file.
 """
 
 from __future__ import annotations
@@ -52,13 +51,9 @@ def config_json(weights: str) -> str:
 
 def path_of(folder: Path, config: TaskConfig, part: str) -> Path:
     """The file of a part, or the index of its shards where there is one."""
-    file = folder / places_in(folder, config)[part]
-    index = _index(file)
-    return index if index.is_file() else file
-
-
-def _index(file: Path) -> Path:
-    return file.with_name(file.name.removesuffix(".safetensors") + INDEX_SUFFIX)
+    file = places_in(folder, config)[part]
+    index = folder / (file.removesuffix(".safetensors") + INDEX_SUFFIX)
+    return index if index.is_file() else folder / file
 
 
 def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list[str]:
@@ -72,7 +67,7 @@ def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list
         file = folder / name
         if not path_of(folder, config, part).is_file():
             in_shards = any(file.parent.glob(f"{file.stem}-*.safetensors"))
-            lacking.append(str(PurePosixPath(name).with_name(_index(file).name)) if in_shards else name)
+            lacking.append(name.removesuffix(".safetensors") + INDEX_SUFFIX if in_shards else name)
     return lacking
 
 

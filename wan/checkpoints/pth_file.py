@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,33 +59,16 @@ class Pickled:
         return all(n < 2 or step == own for n, step, own in zip(self.shape, steps, self.stride, strict=True))
 
 
-class PickleStore(TensorStore):
-    """The tensors of a `.pth` file, read from their places in it."""
+@dataclass(frozen=True, kw_only=True)
+class Strided(Entry):
+    """A tensor whose elements are apart, among `extent` of its storage."""
 
-    def __init__(self, path: Path) -> None:
-        """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
-        entries: dict[str, Entry] = {}
-        tensors, records = _read_pickle(path)
-        for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
-            kind, key, count = tensor.storage
-            start, size = records.get(key, (0, 0))
-            width = DTYPES[tensor.dtype][1]
-            needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
-            if needed > size:
-                what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
-                raise TensorFileError(f"{path}: truncated or damaged: {what}")
-            entries[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
-        super().__init__(entries)
-        self._strided = {name: each for name, each in tensors.items() if each.extent and not each.contiguous}
+    extent: int
+    stride: tuple[int, ...]
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        if name not in self._strided:
-            return super().read(name, rows, buffer)
-        tensor = self._strided[name]
-        flat = replace(self[name], shape=(tensor.extent,)).read(name)
-        return flat.as_strided(tensor.shape, tensor.stride)[rows or ...].contiguous()
+        flat = Entry(self.file, self.dtype, (self.extent,), self.offset).read(name)
+        return flat.as_strided(self.shape, self.stride)[rows or ...].contiguous()
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a number in the file says
@@ -119,8 +102,8 @@ def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any
     return tensor
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, int]]]:
-    """(tensors by name, (first byte, bytes) of each storage's record by key)."""
+def open_pickle(path: Path) -> TensorStore:
+    """The tensors of a `.pth` file. TensorFileError if it is damaged, or holds no dictionary of tensors."""
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -131,9 +114,29 @@ def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, i
                 content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
             raise misread(path, f"holds more than plain tensors ({in_one_line(e)}), or is damaged; not opened") from e
-    state = _find_tensors(path, content)
-    if odd := [name for name in state if not isinstance(name, str) or not name.isprintable()]:
+    tensors = _find_tensors(path, content)
+    if odd := [name for name in tensors if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
+    records = _records(path, infos)
+    store = TensorStore({})
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
+        kind, key, count = tensor.storage
+        start, size = records.get(key, (0, 0))
+        width = DTYPES[tensor.dtype][1]
+        needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
+        if needed > size:
+            what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
+            raise TensorFileError(f"{path}: truncated or damaged: {what}")
+        store[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
+        if tensor.extent and not tensor.contiguous:
+            store[name] = Strided(**vars(store[name]), extent=tensor.extent, stride=tensor.stride)
+    return store
+
+
+def _records(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """(first byte, bytes) of each storage's record, by key."""
 
     def data_of(info: zipfile.ZipInfo) -> tuple[int, int]:
         with path.open("rb", buffering=0) as file:
@@ -143,7 +146,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Pickled], dict[str, tuple[int, i
 
     stored = {info.filename.rpartition("/")[2]: info for info in infos if info.filename.split("/")[-2:-1] == ["data"]}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return state, dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
+        return dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
 
 
 def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from wan.checkpoints.safetensors_file import Fp8
 
 FLOATS = ("F32", "F16", "BF16")
 METADATA_KEY = "_quantization_metadata"
@@ -34,17 +36,14 @@ WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
 @dataclass(frozen=True)
 class Format:
-    """scales: what one scale may be for; none: the numbers are the weight. flags: further ones of its markers.
-
-    tensors: endings of names that no other format has. runs: who runs a format that is not read here.
-    """
+    """One row of the table."""
 
     name: str
     dtype: str = ""
-    scales: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    runs: str = ""
+    scales: tuple[str, ...] = ()  # what one scale may be for; none: the numbers are the weight
+    flags: tuple[str, ...] = ()  # further ones of its markers
+    tensors: tuple[str, ...] = ()  # endings of names that no other format has
+    runs: str = ""  # who runs a format that is not read here
 
 
 TABLE = (
@@ -76,47 +75,49 @@ class Layer:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How one weight becomes float32: `rows` x `columns` numbers share a scale, `rotation` inputs are rotated together.
+@dataclass(frozen=True, kw_only=True)
+class Quantised(Entry):
+    """A weight in float32: a scale serves `height` x `width` numbers, `rotation` inputs were rotated together."""
 
-    columns 0: all of the row; rotation 0: none.
-    """
+    weight: Entry
+    scale: Entry | None = None
+    height: int = 1
+    width: int = 0  # 0: all of the row
+    rotation: int = 0  # 0: none
 
-    weight: str
-    scale: str | None = None
-    rows: int = 1
-    columns: int = 0
-    rotation: int = 0
-
-    def scale_rows(self, store: TensorStore, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, scales of a row], or [1, 1] if there is one for the whole tensor."""
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         import torch
 
-        if self.scale is None:
-            return torch.ones(1, 1)
-        shape = store[self.scale].shape
-        if math.prod(shape) == 1:
-            return store.read(self.scale).float().reshape(1, 1)
-        first, last = start // self.rows, math.ceil(stop / self.rows)
-        scale = store.read(self.scale, slice(first, last)).float().view(last - first, math.prod(shape[1:]))
-        return scale.repeat_interleave(self.rows, 0)[start - first * self.rows :][: stop - start]
-
-    def numbers(self, store: TensorStore, rows: slice | None, buffer: Tensor | None) -> Tensor:
-        """The weight, or some of its rows, in float32; in `buffer` (uint8) if there is one."""
-        import torch
-
-        q = store.read(self.weight, rows)
+        q = self.weight.read(name, rows)
         memory = torch.empty(4 * q.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * q.numel()]
         weight = memory.view(torch.float32).view(q.shape).copy_(q)
         if self.scale is not None and q.numel():
-            start, stop, _ = (rows or slice(None)).indices(store[self.weight].shape[0]) if q.dim() else (0, 1, 1)
-            scale = self.scale_rows(store, start, stop)
+            scale = self._scales(name, rows)
             weight.view(len(q) if q.dim() else 1, scale.shape[1], -1).mul_(scale[:, :, None])
         if self.rotation:
             groups = weight.view(-1, self.rotation)
             groups.copy_(groups @ hadamard(self.rotation))
         return weight
+
+    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
+        """One scale for all, or none, becomes one for each row."""
+        if self.weight.dtype != "F8_E4M3" or self.width:
+            return None
+        q = self.weight.read(name, rows, buffer)
+        return q, self._scales(name, rows).expand(len(q), 1)
+
+    def _scales(self, name: str, rows: slice | None) -> Tensor:
+        """float32 [rows, scales of a row], or [1, 1] if there is one for the whole tensor."""
+        import torch
+
+        if self.scale is None:
+            return torch.ones(1, 1)
+        if math.prod(self.scale.shape) == 1:
+            return self.scale.read(name).float().reshape(1, 1)
+        start, stop, _ = (rows or slice(None)).indices(self.shape[0])
+        first, last = start // self.height, math.ceil(stop / self.height)
+        scale = self.scale.read(name, slice(first, last)).float().view(last - first, math.prod(self.scale.shape[1:]))
+        return scale.repeat_interleave(self.height, 0)[start - first * self.height :][: stop - start]
 
 
 @cache
@@ -153,10 +154,7 @@ def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) -> dict[str, Layer]:
-    """Weights by plain name, each with its scale and marker. ValueError for a name in two spellings.
-
-    names: in the file -> plain, without prefixes. marked: by plain name of the layer.
-    """
+    """Weights by plain name, from names in the file -> plain and markers by plain name of the layer. ValueError."""
     layers = {f"{stem}.weight": Layer(marker=marker) for stem, marker in marked.items()}
     by_stem = defaultdict[str, list[str]](list)
     for name, plain in names.items():
@@ -181,18 +179,19 @@ def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) ->
     return layers
 
 
-def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None:
-    """How the weight is read; None: as it is stored. ValueError, to follow its name, says why it is not read."""
+def entry_of(plain: str, layer: Layer, store: TensorStore) -> Entry:
+    """The weight as floats. ValueError, to follow its name, says why it is not read."""
     if not layer.weight:
         raise ValueError("has a scale or a marker but is missing")
     entry, marker = store[layer.weight], layer.marker or {}
     row = _format_of(plain, layer, entry)
     if row is None:
-        return None
+        return entry
+    found = Quantised(entry.file, "F32", entry.shape, entry.offset, store.stored(layer.weight), weight=entry)
     if layer.scale is None:
         if marker or entry.dtype == "I8":
             raise ValueError(f"is {row.name} without a scale")
-        return Decoding(layer.weight)
+        return found
     scale = store[layer.scale]
     unit, rows, columns = _block(entry.shape, scale.shape)
     if scale.dtype not in FLOATS or unit not in row.scales:
@@ -204,7 +203,7 @@ def decoding_of(plain: str, layer: Layer, store: TensorStore) -> Decoding | None
         raise ValueError(f"was {shape!r:.60}, and is {list(entry.shape)}")
     if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
         raise ValueError("is int8, and nothing in the file says how the convrot of its name was applied")
-    return Decoding(layer.weight, layer.scale, rows, columns, _rotation(marker, entry.shape))
+    return replace(found, scale=scale, height=rows, width=columns, rotation=_rotation(marker, entry.shape))
 
 
 def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:

@@ -17,14 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wan.utils.errors import InputError, TensorFileError, in_one_line
 from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Fp8 = tuple[Tensor, Tensor]  # e4m3 numbers, float32 scales [rows, 1]
 
 # safetensors' names -> (torch's name, bytes an element)
 DTYPES = {
@@ -47,16 +50,13 @@ STAND_INS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: it starts `offset` bytes into it.
-
-    stored: (type by the file's own name, bytes) where reading gives another dtype.
-    """
+    """One tensor of a file: it starts `offset` bytes into it. Other readers' entries compute as they read."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    stored: tuple[str, int] | None = None
+    stored: tuple[str, int] | None = None  # (type by the file's own name, bytes) where reading gives another dtype
 
     @property
     def bytes(self) -> int:
@@ -70,32 +70,33 @@ class Entry:
         row = self.bytes // max(1, self.shape[0])
         return replace(self, shape=(max(0, stop - start), *self.shape[1:]), offset=self.offset + start * row)
 
-    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Its data, in `buffer` (uint8) if there is one. name: in messages."""
+    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
+        """As `TensorStore.read`. name: in messages."""
         import torch
 
-        data = torch.empty(self.bytes, dtype=torch.uint8) if buffer is None else buffer[: self.bytes]
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
+        part = self.rows(rows)
+        data = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
+        with part.file.open("rb", buffering=0) as file:
+            file.seek(part.offset)
             view, done = data.numpy().data, 0
-            while done < self.bytes:
+            while done < part.bytes:
                 got = file.readinto(view[done:])
                 if not got:
-                    raise TensorFileError(f"{self.file}: ended inside tensor {name}")
+                    raise TensorFileError(f"{part.file}: ended inside tensor {name}")
                 done += got
-        return data.view(getattr(torch, DTYPES[self.dtype][0])).reshape(self.shape)
+        return data.view(getattr(torch, DTYPES[part.dtype][0])).reshape(part.shape)
+
+    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
+        """A matrix that is stored in e4m3, as it is; None for any other tensor."""
+        return None
 
 
 class TensorStore(dict[str, Entry]):
-    """The tensors of one safetensors file, or of the shards that a folder's index names, by name.
+    """The tensors of one safetensors file, or of an index's shards: name -> `Entry`, from headers alone."""
 
-    A dictionary name -> `Entry` (dtype, shape); `read` brings the data. Opened from headers alone.
-    """
-
-    def __init__(self, entries: Mapping[str, Entry], *metadata: dict[str, str]) -> None:
-        """metadata: of each file."""
+    def __init__(self, entries: Mapping[str, Entry], *metadata_by_file: dict[str, str]) -> None:
         super().__init__(entries)
-        self.metadata_by_file = metadata
+        self.metadata_by_file = metadata_by_file
         self.source: TensorStore = self  # of the file itself, with its own names
 
     @classmethod
@@ -155,18 +156,12 @@ class TensorStore(dict[str, Entry]):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(names, pool.map(value, names), strict=True))
 
-    def read_fp8(
-        self, name: str, rows: slice | None = None, buffer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """(e4m3 numbers, float32 scales [rows, 1]) of a matrix that is stored so; None for any other tensor."""
-        return None
-
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in its entry's dtype.
 
         buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
         """
-        return self[name].rows(rows).read(name, buffer)
+        return self[name].read(name, rows, buffer)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -174,6 +169,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     TensorFileError for a file that is truncated, corrupt, of another kind or not readable, OSError for other failures.
     """
+    entries: dict[str, Entry] = {}
     with reading(path, "the safetensors header is corrupt") as size:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -183,13 +179,24 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         metadata = values.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text by name")
-        end = 8 + length
-        found = [(name, _parse_entry(path, name, end, value)) for name, value in values.items()]
-        entries = dict(sorted(found, key=lambda pair: (pair[1].offset, pair[1].bytes)))
-        for name, entry in entries.items():
+        end = start = 8 + length
+        found = []
+        for name, value in values.items():
+            if not name.isprintable():
+                raise ValueError(f"a tensor is named {name[:60]!r}")
+            dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+            if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+                raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
+            if dtype not in DTYPES:
+                raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
+            found.append((first, last, name, Entry(path, dtype, tuple(shape), start + first)))
+        for _, last, name, entry in sorted(found, key=itemgetter(0, 1)):
+            if start + last != entry.offset + entry.bytes:
+                raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
             if entry.offset != end:
                 raise ValueError(f"tensor {name:.60} does not start where the one before it ends")
             end += entry.bytes
+            entries[name] = entry
     if end > size:
         cut = next(name for name, entry in entries.items() if entry.offset + entry.bytes > size)
         sizes = f"{end:,} bytes expected, {size:,} found"
@@ -197,21 +204,6 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
-
-
-def _parse_entry(path: Path, name: str, start: int, value: dict[str, Any]) -> Entry:
-    """ValueError for anything that is not exactly so. start: of the data."""
-    if not name.isprintable():
-        raise ValueError(f"a tensor is named {name[:60]!r}")
-    dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
-    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
-        raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
-    if dtype not in DTYPES:
-        raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
-    entry = Entry(path, dtype, tuple(shape), start + first)
-    if last - first != entry.bytes:
-        raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
-    return entry
 
 
 def header_bytes(table: Mapping[str, object]) -> bytes:

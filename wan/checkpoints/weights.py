@@ -2,7 +2,7 @@
 
 Files: safetensors (whole or shards by their index), PyTorch pickles, GGUF. Names: the released ones, behind the
 prefixes that other programs add, diffusers', transformers' and llama.cpp's. Quantised weights are given as float32 (see
-`quantised_formats`; GGUF's by its own store), e4m3 also as it is stored. All else is refused.
+`quantised_formats` and `gguf_file`), e4m3 also as it is stored. All else is refused.
 """
 
 from __future__ import annotations
@@ -13,33 +13,24 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wan.checkpoints import layout
-from wan.checkpoints.gguf_file import MAGIC as GGUF_MAGIC
-from wan.checkpoints.gguf_file import GgufStore
+from wan.checkpoints.gguf_file import GGUF_MAGIC, open_gguf
 from wan.checkpoints.key_mapping import LLAMA, original, original_text, original_vae
-from wan.checkpoints.pth_file import PickleStore
-from wan.checkpoints.quantised_formats import DATA, Decoding, decoding_of, layers_of, markers
-from wan.checkpoints.quantised_formats import FLOATS as FLOATS
+from wan.checkpoints.pth_file import open_pickle
+from wan.checkpoints.quantised_formats import DATA, entry_of, layers_of, markers
 from wan.checkpoints.safetensors_file import TensorStore, size_of
 from wan.configs import TaskConfig
 from wan.configs.task import PATCH
 from wan.utils.errors import LoraError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
 GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")  # suffixes; all other files are safetensors
 ZIP_MAGIC = b"PK\x03\x04"  # of a pickle
 # a checkpoint in one file: prefix -> the kind of network behind it
-ALL_IN_ONE = {
-    "model.diffusion_model.": EXPERT,
-    "text_encoders.umt5xxl.": TEXT_ENCODER,
-    "vae.": VAE,
-    "first_stage_model.": VAE,
-}
+ALL_IN_ONE = {"model.diffusion_model.": EXPERT, "text_encoders.umt5xxl.": TEXT_ENCODER, "vae.": VAE,
+              "first_stage_model.": VAE}  # fmt: skip
 PREFIXES = ("diffusion_model.", "model.", "module.", "pipe.", "dit.", "generator.", "generator_ema.", "transformer.",
             "transformer_2.")  # fmt: skip
 # a parameter that each network of the kind has, and no other
@@ -55,45 +46,15 @@ NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in Com
 SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
 
 
-class NamedWeights(TensorStore):
-    """Tensors of another store by our names, quantised ones as float32. Entries have the dtype that `read` gives."""
-
-    def __init__(self, source: TensorStore, names: Mapping[str, str], decodings: Mapping[str, Decoding]) -> None:
-        """names: ours -> the tensor in `source`. decodings: by our name, of those that are not given as stored."""
-        entries = {ours: source[theirs] for ours, theirs in names.items()}
-        decoded = {n: replace(entries[n], dtype="F32", stored=source.stored(names[n])) for n in decodings}
-        super().__init__(entries | decoded, *source.metadata_by_file)
-        self.source, self._names, self._decodings = source, names, decodings
-
-    def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
-        if name in self._decodings:
-            return self._decodings[name].numbers(self.source, rows, buffer)
-        return self.source.read(self._names[name], rows, buffer)
-
-    def read_fp8(
-        self, name: str, rows: slice | None = None, buffer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """As TensorStore.read_fp8: the numbers as stored; one scale for all, or none, becomes one for each row."""
-        decoding, entry = self._decodings.get(name), self.source[self._names[name]]
-        if decoding is None or entry.dtype != "F8_E4M3" or decoding.columns:
-            return None
-        q = self.source.read(decoding.weight, rows, buffer)
-        start, stop, _ = (rows or slice(None)).indices(entry.shape[0])
-        return q, decoding.scale_rows(self.source, start, stop).expand(len(q), 1)
-
-
 def open_file(path: Path) -> TensorStore:
-    """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one.
-
-    The suffix decides, in any case; the first bytes where it says nothing.
-    """
-    start, suffix = b"", path.suffix.lower()
+    """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one."""
+    start, suffix = b"", path.suffix.lower()  # the first bytes decide where the suffix says nothing
     if suffix not in (GGUF, *PICKLED, ".safetensors", ".json") and size_of(path):
         with path.open("rb") as file:
             start = file.read(4)
     if suffix == GGUF or start == GGUF_MAGIC:
-        return GgufStore(path)
-    return PickleStore(path) if suffix in PICKLED or start == ZIP_MAGIC else TensorStore.open(path)
+        return open_gguf(path)
+    return open_pickle(path) if suffix in PICKLED or start == ZIP_MAGIC else TensorStore.open(path)
 
 
 def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
@@ -105,30 +66,35 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     wanted = kind if kind in parts.values() else None
     plain = {name: strip_prefixes(name) for name, part in parts.items() if part == wanted}
     plain = {name: each for name, each in plain.items() if each not in NO_WEIGHTS}
+    here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
+    marked: dict[str, Any] = {}  # by plain name of a layer of this part, or of one that the file does not have
     try:
-        layers = layers_of(plain, _markers(source, plain, kind))
+        for layer, marker in markers(source):
+            name = strip_prefixes(layer)
+            elsewhere = f"{name}.weight" in everywhere and f"{name}.weight" not in here
+            if _part_of(layer) in (None, kind) and not elsewhere and marked.setdefault(name, marker) != marker:
+                raise ValueError(f"its markers of layer {layer:.100} contradict each other")
+        layers = layers_of(plain, marked)
     except ValueError as e:
         raise LoraError(f"{where}: {e}") from e
     names: dict[str, str] = {}
-    decodings: dict[str, Decoding] = {}
-    problems = []
     for name, own in _our_names(kind, layers).items():
         if own in names:
             raise LoraError(f"{where}: it has {own} a second time in another spelling")
-        names[own] = layers[name].weight
+        names[own] = name
+    if kind == EXPERT:
+        _restore_axes(source, {own: layers[name].weight for own, name in names.items()})
+    ours, problems = TensorStore({}, *source.metadata_by_file), []
+    ours.source = source
+    for own, name in names.items():
         try:
-            if decoding := decoding_of(own, layers[name], source):
-                decodings[own] = decoding
+            ours[own] = entry_of(own, layers[name], source)
         except ValueError as e:
             problems.append(f"{own} {e}")
     if problems:
         count = f"{len(problems)} tensors are stored in a form that is not read here"
         raise LoraError(f"{where}: {count} (first: {min(problems)})")
-    if kind == EXPERT:
-        _restore_axes(source, names)
-    if not decodings and list(names) == list(source):
-        return source
-    return NamedWeights(source, names, decodings)
+    return ours
 
 
 def kinds_in(names: Collection[str]) -> list[str]:
@@ -159,10 +125,7 @@ def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict
 
 
 def open_expert(path: Path) -> TensorStore:
-    """One file as the replacement of an expert, under the base's names.
-
-    TensorFileError for a damaged file, LoraError for one that is no full expert or is quantised otherwise.
-    """
+    """One file as the replacement of an expert, under our names. LoraError for one that is no full expert."""
     source = open_file(path)
     if any(".proj_l." in name for name in source):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
@@ -192,22 +155,10 @@ def _our_names(kind: str, names: Collection[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _markers(source: TensorStore, plain: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """Plain name of a layer of this part -> its marker. One of a layer that the file does not have is kept."""
-    here, everywhere = set(plain.values()), {strip_prefixes(name) for name in source}
-    found: dict[str, Any] = {}
-    for layer, marker in markers(source):
-        name = strip_prefixes(layer)
-        elsewhere = f"{name}.weight" in everywhere and f"{name}.weight" not in here
-        if _part_of(layer) in (None, kind) and not elsewhere and found.setdefault(name, marker) != marker:
-            raise ValueError(f"its markers of layer {layer:.100} contradict each other")
-    return found
-
-
 def _restore_axes(source: TensorStore, names: Mapping[str, str]) -> None:
     """Give the patch embedding its five axes [D, C, 1, 2, 2] where a writer of at most four joined or dropped some."""
     weight, bias = names.get("patch_embedding.weight"), names.get("patch_embedding.bias")
-    if weight is None or bias is None or len(source[bias].shape) != 1 or len(source[weight].shape) == len(PATCH) + 2:
+    if not weight or not bias or len(source[bias].shape) != 1 or len(source[weight].shape) == len(PATCH) + 2:
         return
     entry, width = source[weight], source[bias].shape[0]
     channels, rest = divmod(math.prod(entry.shape), width * math.prod(PATCH)) if width else (0, 1)

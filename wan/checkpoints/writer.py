@@ -26,19 +26,15 @@ STORED_NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()} 
 
 @dataclass(frozen=True)
 class NetworkToWrite:
-    """One network to write.
-
-    folder: relative to the checkpoint. stored: dtype by our name; fp8 adds a tensor with a scale for each row.
-    rename: our name -> the one in the file. change: applied to each tensor (a `Merge`).
-    """
+    """One network to write into `folder`, relative to the checkpoint."""
 
     name: str
     store: TensorStore
     folder: Path
-    stored: Callable[[str], torch.dtype]
+    stored: Callable[[str], torch.dtype]  # by our name; fp8 adds a tensor with a scale for each row
     stem: str = STEM
-    rename: Callable[[str], str] = lambda name: name
-    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    rename: Callable[[str], str] = lambda name: name  # our name -> the one in the file
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor  # a `Merge`
 
 
 class Target(NamedTuple):

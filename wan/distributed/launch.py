@@ -240,9 +240,8 @@ def _last_words(rank: int, error: BaseException) -> str:
         return f"error: process {rank} {lost}\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
-    origin = origin_of(error)
-    line = f"error: process {origin.process}: {type(error).__name__}: {first_line(error)}\n"
-    return f"{origin.traceback}\n{line}".lstrip()
+    process, traceback = origin_of(error)
+    return f"{traceback}\nerror: process {process}: {type(error).__name__}: {first_line(error)}\n".lstrip()
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wan.utils.errors import InputError, JobError, WanError
 
@@ -89,8 +89,14 @@ class Team:
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all ranks, on all ranks."""
-        self.barrier()
-        return self._gather(value)
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self.exchange():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def all_or_none(self, work: Callable[[], Result]) -> Result:
         """`work()` on every rank; if it fails on one, all ranks raise the error of the lowest rank that failed.
@@ -111,7 +117,7 @@ class Team:
             with suppress(PeerFailed):
                 self.barrier(failed=True)
         try:
-            for rank, reported in enumerate(self._gather(error and _portable(error))):
+            for rank, reported in enumerate(self.gather(error and _portable(error))):
                 if reported is not None:
                     raise error if error and rank == self.rank else reported
         finally:
@@ -123,16 +129,6 @@ class Team:
         made = self.all_or_none(lambda: [make()] if self.is_rank0 else [])
         return self.gather(made)[0][0]
 
-    def _gather(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.size
-        with unbroken():
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
 
 @contextmanager
 def unbroken() -> Iterator[None]:
@@ -143,15 +139,8 @@ def unbroken() -> Iterator[None]:
         raise Broken from error
 
 
-class Origin(NamedTuple):
-    """The process that raised an exception, and its traceback; "" where the message is enough."""
-
-    process: int
-    traceback: str
-
-
-def origin_of(error: BaseException) -> Origin:
-    """From an exception of another process its own, else this process."""
+def origin_of(error: BaseException) -> tuple[int, str]:
+    """The process that raised an exception, perhaps another one, and its traceback; "" where the message is enough."""
     import torch
     import torch.distributed as dist
 
@@ -160,9 +149,9 @@ def origin_of(error: BaseException) -> Origin:
     many = dist.is_available() and dist.is_initialized()
     process = dist.get_rank() if many else 0
     if isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
-        return Origin(process, "")
+        return process, ""
     place = f"in process {process}:\n" if many else ""
-    return Origin(process, place + "".join(traceback.format_exception(error)).rstrip())
+    return process, place + "".join(traceback.format_exception(error)).rstrip()
 
 
 def _portable(error: Exception) -> Exception:

@@ -71,13 +71,10 @@ def main(words: Sequence[str] | None = None) -> int:
 def _print(text: str) -> None:
     """Print; a terminal gets lines no longer than it is wide, their further lines indented."""
     if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
+        wrap = partial(fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
         indents = {True: " " * INDENT, False: " " * SENTENCE}
-        text = "\n".join(
-            fill(line, columns, subsequent_indent=indents[line.startswith(" ")], break_long_words=False,
-                 break_on_hyphens=False)
-            for line in text.splitlines()
-        )  # fmt: skip
+        lines = text.splitlines()
+        text = "\n".join(wrap(line, subsequent_indent=indents[line.startswith(" ")]) for line in lines)
     tell(sys.stdout, f"{text}\n")
 
 

@@ -92,13 +92,12 @@ def forecast(machine: Machine) -> Finding:
         for width, height in (map(int, size.split("*")) for size in plan.config.sizes)
         if width > height  # portrait costs the same
     ]
-    fits = any(estimate.fits for estimate in estimates)
     sentence = f"with {quantity(room, 'B')} of {place}, in {short(machine.usual)} (all seconds are estimates)"
-    sentence += "" if fits else ": nothing fits"
-    lines = [sentence, *table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
+    below = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
     values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
-    advice = "" if fits else "free memory of the device"
-    return Finding(GOOD if fits else WRONG, "\n  ".join(lines), advice, values)
+    if any(estimate.fits for estimate in estimates):
+        return Finding(GOOD, "\n  ".join([sentence, *below]), values=values)
+    return Finding(WRONG, "\n  ".join([f"{sentence}: nothing fits", *below]), "free memory of the device", values)
 
 
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:

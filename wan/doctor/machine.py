@@ -55,12 +55,12 @@ class Finding:
     name, seconds: of the check, added by `examine`.
     """
 
+    name: str = field(default="", kw_only=True)
     verdict: str
     sentence: str
+    seconds: float = field(default=0.0, kw_only=True)
     advice: str = ""
     values: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    seconds: float = 0.0
 
     def line(self) -> str:
         """The finding, with the lines of its table below it."""
@@ -124,9 +124,7 @@ def packages(machine: Machine) -> Finding:
         except PackageNotFoundError:
             wrong.append(f"{name} is not installed")
         else:
-            here, lowest = ([int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]
-                            for text in (found[name], least))  # fmt: skip
-            if here >= lowest:
+            if _numbers(found[name]) >= _numbers(least):
                 continue
             wrong.append(f"{name} is {found[name]}, at least {least} is needed")
         needed.append(f"'{name}>={least}'")
@@ -169,3 +167,7 @@ def devices(name: str, machine: Machine) -> Finding:
 
 def _text(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]

@@ -25,7 +25,6 @@ EXCHANGE_SECONDS = 90.0
 
 
 def rate_checks() -> list[DoctorCheck]:
-    """In the order in which they are made; the exchange is by all GPUs."""
     return [
         DoctorCheck("exchange between GPUs", exchange),
         DoctorCheck("rate: matmul", matmul),

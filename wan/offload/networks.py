@@ -68,19 +68,11 @@ class Networks(Generic[Network]):
 
     def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
         """Context manager: runs forwards of the networks named, in this order. again: the same ones follow after it."""
-        return self.prefetcher.job(self._uses(forwards), again)
+        return self.prefetcher.job(self.uses(forwards), again)
 
-    def ahead(self, forwards: Sequence[str]) -> AbstractContextManager[None]:
-        """Context manager: meanwhile the first blocks of such a job come into the slots there are."""
-        return self.prefetcher.ahead(self._uses(forwards))
-
-    def _uses(self, forwards: Sequence[str]) -> list[int]:
+    def uses(self, forwards: Sequence[str]) -> list[int]:
+        """The blocks that these forwards use, in turn."""
         return [block for name in forwards for block in self._block_of[name]]
-
-    def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
-        """Bring all blocks, to stay."""
-        self.prefetcher.resize(len(self.prefetcher.blocks))
-        self.prefetcher.preload(report)
 
     def change_loras(self, merges: Mapping[str, Merge]) -> None:
         """Merge other LoRAs from now on: the weights that they or those before them touch are read again."""
@@ -167,7 +159,7 @@ def text_encoder(
     Blocks that have a slot stay for the next call, until the function is dropped.
     """
     networks = Networks({"text": (blueprint, source)}, device)
-    networks.prefetcher.resize(len(networks.prefetcher.blocks) if slots is None else slots)
+    networks.prefetcher.resize(slots)
 
     def encode(texts: Sequence[Tensor]) -> list[Tensor]:
         with networks.job(["text"], again=True):
@@ -213,14 +205,14 @@ class Experts:
         if self.networks is None:
             yield
             return
-        prefetcher = self.networks.prefetcher
-        prefetcher.resize(len(prefetcher.blocks) if slots is None else slots)
+        self.networks.prefetcher.resize(slots)
         with self.networks.job(self._forwards, again):
             yield
 
     def ahead(self) -> AbstractContextManager[None]:
         """Context manager: meanwhile the first blocks of another job like the last one come into the slots left."""
-        return self.networks.ahead(self._forwards) if self.networks else nullcontext()
+        networks = self.networks
+        return networks.prefetcher.ahead(networks.uses(self._forwards)) if networks else nullcontext()
 
     def ready(self, name: str, lora: float) -> WanModel:
         """The network, its LoRAs at scale `lora`."""

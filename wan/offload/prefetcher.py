@@ -180,9 +180,9 @@ class Prefetcher:
         self._stopped = threading.Event()
         self._changed = threading.Condition()
 
-    def resize(self, count: int) -> None:
-        """Have `count` slots, at most one for each block. JobError if host memory is full."""
-        count = min(count, len(self.blocks))
+    def resize(self, count: int | None) -> None:
+        """Have `count` slots, at most and with None one for each block. JobError if host memory is full."""
+        count = len(self.blocks) if count is None else min(count, len(self.blocks))
         while len(self.slots) > count:
             self._empty(self.slots[-1])
             self.slots.pop()
@@ -197,10 +197,10 @@ class Prefetcher:
             self._empty(slot)
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
-        """Fill the empty slots with the blocks that come first. Errors as from `Source.read`."""
-        moves = self._schedule(range(len(self.blocks)), again=True)
+        """Bring all blocks, to stay. Errors as from `Source.read`."""
+        self.resize(None)
         self._stopped.clear()
-        self._bring([move for move in moves if not move.after], report)
+        self._bring(self._schedule(range(len(self.blocks)), again=True), report)
 
     @contextmanager
     def job(self, uses: Sequence[int], again: bool = True) -> Iterator[None]:

@@ -73,21 +73,21 @@ class Source:
                 yield Piece(self, name, None)
                 continue
             start, stop, _ = rows(name).indices(entry.shape[0])
-            count = max(1, math.ceil(self.store[name].rows(slice(start, stop)).bytes / PIECE_BYTES))
+            count = max(1, math.ceil(entry.rows(slice(start, stop)).bytes / PIECE_BYTES))
             step = max(1, math.ceil((stop - start) / count))
             for first in range(start, stop, step):
                 yield Piece(self, name, slice(first, min(first + step, stop)))
 
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
-        file = self.store[piece.name].file
-        key = piece.name, piece.rows.start if piece.rows else 0
+        entry = self.store[piece.name]
+        file, key = entry.file, (piece.name, piece.rows.start if piece.rows else 0)
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
             in_fp8 = self.dtype(piece.name) == FP8 and not self._merged(piece)
             # None if the file has another dtype
-            if stored := self.store.read_fp8(piece.name, piece.rows, buffer) if in_fp8 else None:
+            if stored := entry.read_fp8(piece.name, piece.rows, buffer) if in_fp8 else None:
                 tensor, self._scales[key] = stored
             else:
                 tensor = self.store.read(piece.name, piece.rows, buffer)

@@ -45,8 +45,6 @@ NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch 
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
-
-
 MPS_UNUSED = (
     "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
     "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
@@ -192,16 +190,14 @@ def check_ranks(team: Team, plan: Plan) -> None:
     """InputError if a rank has other weights, LoRAs, images or code than the first behind the same names."""
     if team.size == 1:
         return
-    root = Path(__file__).parents[1]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
-    read = {
-        (name == "video", path) for job in plan.jobs if not job.follows for name, path in job.pictures.items() if path
-    }
-    own = {**plan.fingerprints, "the program's code": code}
-    for clip, path in read:
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    own = {**plan.fingerprints, "the program's code": hashlib.sha256(code).hexdigest()}
+    for name, path in {named for job in plan.jobs if not job.follows for named in job.pictures.items()}:
+        if path is None:
+            continue
         own[str(path)] = "unreadable"  # on all ranks: that job alone fails
         with suppress(OSError, InputError):
-            own[str(path)] = digest(path, clip=clip)
+            own[str(path)] = digest(path, clip=name == "video")
     (first, want), *others = team.gather((socket.gethostname(), own))
     problems = [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"

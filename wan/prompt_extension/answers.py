@@ -112,7 +112,12 @@ def clean(answer: str) -> str:
     text = without_reasoning(answer).strip()
     if len(text) > MOST_TEXT:
         raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
-    text = _from_json(_unfenced(_WRAPPER_TAGS.sub("", text).strip()))
+    text = _WRAPPER_TAGS.sub("", text).strip()
+    before, fence, rest = text.partition("```")
+    inside, closed, _ = rest.partition("```")
+    if fence and (closed or not before.strip()):  # the inside of the first fence
+        text = re.sub(r"\A[\w+-]{0,20}\n", "", inside).strip()
+    text = _from_json(text)
     for _ in range(_ROUNDS):
         before, text = text, _peeled(text)
         if text == before:
@@ -138,7 +143,9 @@ def _peeled(text: str) -> str:
     text = "\n".join(filter(None, map(str.strip, lines)))
     if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]
-    text = _unquoted(text)
+    inner = text[1:-1]  # of quotes around the whole text; those that belong to its parts stay
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in inner and text[-1] not in inner:
+        text = inner.strip()
     for cut in _CUTS:
         text = cut.sub("", text)
     return text.strip()
@@ -155,15 +162,6 @@ def without_reasoning(answer: str) -> str:
     if not (end and answer.startswith("analysis")):
         raise AnswerError("the answer is reasoning without an end")
     return prompt
-
-
-def _unfenced(text: str) -> str:
-    """The inside of the first ``` fence; the text where there is none."""
-    before, fence, rest = text.partition("```")
-    inside, closed, _ = rest.partition("```")
-    if not fence or not (closed or not before.strip()):
-        return text
-    return re.sub(r"\A[\w+-]{0,20}\n", "", inside).strip()
 
 
 def _from_json(text: str) -> str:
@@ -186,13 +184,3 @@ def _from_json(text: str) -> str:
     if not isinstance(values, str):
         raise AnswerError("the answer is JSON without a prompt")
     return values
-
-
-def _unquoted(text: str) -> str:
-    """Without the pair of quotes around the whole text; quotes that belong to its parts stay."""
-    for opening, closing in _QUOTES.items():
-        inner = text[len(opening) : -len(closing)]
-        enclosed = len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing)
-        if enclosed and opening not in inner and closing not in inner:
-            return inner.strip()
-    return text

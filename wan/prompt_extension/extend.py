@@ -14,13 +14,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wan.configs import TASKS
 from wan.media.images import open_image
 from wan.prompt_extension.answers import AnswerError, Question, clean, neutralise
 from wan.prompt_extension.local_qwen import LocalQwen, local_problems
-from wan.prompt_extension.services import ChatService, option_problems, service_problems
+from wan.prompt_extension.services import OWN_FIELDS, ChatService, service_problems
 from wan.utils.errors import InputError
 from wan.utils.files import cache_folder, write_file
 
@@ -86,8 +86,7 @@ class Extended:
 Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
 
 
-@dataclass(frozen=True)
-class _Ask:
+class _Ask(NamedTuple):
     """One item as it is asked: the question, the model that gets it, and the cache's name for the pair."""
 
     question: Question
@@ -135,9 +134,12 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
 def check_extension(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
     """Raise InputError with everything that is wrong before a model is loaded or a service asked."""
     local = settings.method == "local_qwen"
-    of_method = local_problems(settings.model) if local else service_problems(settings.method, settings.model)
-    of_options = option_problems(settings.method, settings.options)
-    if problems := [*of_method, *of_options, *_item_problems(settings.task, items)]:
+    problems = list(local_problems(settings.model) if local else service_problems(settings.method, settings.model))
+    if local and settings.options:
+        problems.append("--prompt_extend_options is for dashscope and openai: fields of their requests")
+    if own := sorted({*OWN_FIELDS} & {*(settings.options or {})}):
+        problems.append(f"--prompt_extend_options cannot set {', '.join(own)}")
+    if problems := [*problems, *_item_problems(settings.task, items)]:
         raise InputError(problems)
 
 
@@ -191,8 +193,8 @@ def _ask_for(settings: ExtendSettings, item: ExtendItem) -> _Ask:
     system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
     question = Question(system, neutralise(words) or NO_WORDS[settings.language], image)
     model = model_for(settings.method, settings.model, has_image=image is not None)
-    rest = (settings.language, settings.seed, settings.options)
-    return _Ask(question, model, cache_key(question, settings.method, model, *rest))
+    key = cache_key(question, settings.method, model, settings.language, settings.seed, settings.options)
+    return _Ask(question, model, key)
 
 
 def _answers(

@@ -220,13 +220,6 @@ def service_problems(method: str, model: str | None) -> Iterator[str]:
         yield f"{service.address} must be an address that starts with http:// or https://, not {shown(url)!r}"
 
 
-def option_problems(method: str, options: Mapping[str, Any] | None) -> Iterator[str]:
-    if options and method == "local_qwen":
-        yield "--prompt_extend_options is for dashscope and openai: fields of their requests"
-    if own := sorted({*OWN_FIELDS} & {*(options or {})}):
-        yield f"--prompt_extend_options cannot set {', '.join(own)}"
-
-
 def shown(url: str) -> str:
     """An address without user and password."""
     parts = urlsplit(url)

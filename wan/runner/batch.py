@@ -163,7 +163,7 @@ def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool)
         progress.say(str(error))
         return "elsewhere", facts
     except Exception as error:  # noqa: BLE001 - one job must not end a batch; a bug's traceback is shown
-        if traceback := origin_of(error).traceback:
+        if traceback := origin_of(error)[1]:
             progress.say(traceback)
             if progress.quiet and team.is_rank0:  # the summary will not have it
                 tell(sys.stderr, f"{traceback}\n")

@@ -44,10 +44,6 @@ class Stage:
     inner: float = 0.0  # seconds spent in stages inside this one
     bar: tqdm | None = None  # on a terminal
 
-    def left(self, now: float) -> float:
-        """Seconds until it is done, at its rate so far; 0 while nothing is known."""
-        return max(0.0, self.total - self.done) * (now - self.began) / self.done if self.total and self.done else 0.0
-
 
 class Batch:
     """Videos made one after the other: how long the rest takes, judged by the finished ones.
@@ -142,7 +138,9 @@ class Progress:
         if note:
             stage.notes = (*(other for other in stage.notes if other != note), note)
         now = time.perf_counter()
-        left, elapsed = stage.left(now), now - stage.began
+        elapsed, left = now - stage.began, 0.0  # seconds left, at the rate so far; 0 while nothing is known
+        if stage.total and stage.done:
+            left = max(0.0, stage.total - stage.done) * elapsed / stage.done
         left_for_all = self.batch.left(now, left)
         if stage.bar is not None:
             stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
