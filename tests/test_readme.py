@@ -198,7 +198,8 @@ def test_the_python_of_the_docs_runs() -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL))
     small = {
         '"Wan2.2-T2V-A14B"': repr(str(checkpoint("t2v-A14B"))), '"LORA"': repr(str(lora_dir("t2v-A14B"))),
-        "(1280, 720)": "(64, 64)", "frame_num=81": "frame_num=5", " 81, 42": " 5, 42",
+        "(1280, 720)": "(64, 64)", "frame_num=81": "frame_num=5", 'size="480p"': 'size="64*64", frame_num=5',
+        "16, 21, 60, 104": "16, 2, 8, 8",
     }  # fmt: skip
     for word, value in small.items():
         assert word in code

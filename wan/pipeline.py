@@ -24,8 +24,7 @@ from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
-from wan.media.images import open_image
-from wan.media.previews import Strip
+from wan.media.images import Strip, open_image
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
 from wan.modules.fused import choose_passes
@@ -89,7 +88,7 @@ class Pipeline(ABC):
 
     def texts(self, video: Video | Job) -> list[str]:
         """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.guided else [video.prompt]
+        return [video.prompt, video.negative_prompt] if self.plan.of(video).guided else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""

@@ -32,6 +32,7 @@ def test_another_strength_equals_a_session_of_its_own(mode: str) -> None:
     one = open_session(**LORA, lora_mode=mode)
     found = {s: one.generate("a cat", lora_strength=s).latent for s in ("1", "0.25", "0.5,1", "1")}
     networks = one.pipe.experts  # type: ignore[union-attr]
+    assert torch.equal(one.generate("a cat", lora_strength=(0.5, 1)).latent, found["0.5,1"]), "values of Python too"
     for strength, latent in found.items():
         alone = open_session(**LORA, lora_mode=mode)
         assert torch.equal(latent, alone.generate("a cat", lora_strength=strength).latent)

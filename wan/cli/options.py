@@ -181,6 +181,10 @@ class Request:
     num_videos: int = option(MAKE, START, whole, "N", "videos for each prompt, with seeds base, base+1, ...", default=1,
         limits=(1, 100_000), example="4")
 
+    sweep: tuple[str, ...] | None = option(MAKE, START, paths, "NAME=V,V",
+        "make every video with each of these values of an option, such as lora_strength=0.5,1; several multiply out; "
+        "';' separates values that hold commas", example="base_seed=1,2")
+
     ckpt_dir: str | None = option(WEIGHTS, VIDEO, path, "DIR",
         "a checkpoint, as released or in diffusers' layout: a folder, or on the hub, owner/name[@revision]",
         counts_with=DECODE, example="./Wan2.2-T2V-A14B")
@@ -330,6 +334,11 @@ class Request:
 
 
 OPTIONS: dict[str, Option] = {row.name: row.metadata["option"] for row in dataclasses.fields(Request)}
+# Options that --sweep varies, and that columns of a prompt file may give.
+VARIED = [
+    name for name, row in OPTIONS.items()
+    if row.scope is VIDEO and row.group is not EXTENSION and name not in ("task", "prompt_file", "image_path_file")
+]  # fmt: skip
 DEFAULTS: dict[str, Any] = {row.name: row.default for row in dataclasses.fields(Request)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,8 @@ from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
-from wan.media.ffmpeg import CONTAINERS, is_video
-from wan.media.images import list_changes, open_image, video_size
-from wan.media.video import describe_clip
+from wan.media.images import open_image, video_size
+from wan.media.video import CONTAINERS, describe_clip, is_video
 from wan.utils.argument_parser import short
 from wan.utils.progress import quantity
 
@@ -52,8 +51,6 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
             where, what = f"{_origin(request, first, name)}{getattr(first, name)}", name.replace("_", " ")
             check.problem(f"{where}: {config.name} takes no {what}; --task {tasks}")
     made_from = next((row for row in rows if row.video), None)
-    if made_from is None and request.strength is not None:
-        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
     if made_from and (request.chain or any(row.video and row.image for row in rows)):
         check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
     for row in rows:
@@ -99,22 +96,22 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
-def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequence[Row], check: Check) -> list[Job]:
-    """One job for each prompt and seed."""
-    step, names, count = config.size_step, config.sizes_by_name(), len(rows) * request.num_videos
+def make_jobs(
+    request: Request, config: TaskConfig, weights: Weights, rows: Mapping[int, Row], variant: Variant, check: Check
+) -> list[Job]:
+    """One job for each prompt and seed. rows: by the index of their first video."""
+    step, names = config.size_step, config.sizes_by_name()
     default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
     default_negative = config.sample_neg_prompt if request.negative_prompt is None else request.negative_prompt
     own_file = expanded(request.save_file) if request.save_file is not None and not request.chain else None
-    if own_file and count != 1:
-        check.problem(f"--save_file names one video, but there are {count} to make; use --save_dir")
     folder = expanded(request.save_dir)
     opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
             _open(f"--{name} ", expanded(path), opened, check)
     jobs: list[Job] = []
-    for row in rows:
+    for index, row in rows.items():
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
@@ -130,21 +127,22 @@ def make_jobs(request: Request, config: TaskConfig, weights: Weights, rows: Sequ
         if row.video and not config.mask_channels:
             flag = {str(row.video): _origin(request, row, "video").strip()}
             picture = check.attempt(partial(describe_clip, row.video, frames, config.sample_fps), flag) or ""
-        file = own_file if count == 1 else None
+        file = own_file
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
-            file = file or named
+            file = file or named.with_stem(named.stem + variant.label)
         original = row.original_prompt or row.prompt
-        slugged = f"{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
+        slugged = f"{variant.label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
         first_seed = _first_seed(request, row, check)
-        for seed in range(first_seed, first_seed + request.num_videos):
-            name = f"{config.name}_{len(jobs):04d}_seed{seed}_{slugged}"
+        for number in range(request.num_videos):
+            seed = first_seed + number
+            name = f"{config.name}_{index + number:04d}_seed{seed}{slugged}"
             job = Job(
-                index=len(jobs), prompt=row.prompt, original_prompt=original,
+                index=index + number, prompt=row.prompt, original_prompt=original,
                 negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
                 image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
                 source=row.source, picture=picture, last_image=row.last_image, video=row.video,
-                named=file is not None,
+                named=file is not None, variant=variant.number,
             )  # fmt: skip
             jobs.append(job)
     return jobs
@@ -190,6 +188,13 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
         check.warn(f"{more}; motion may repeat")
 
 
+class Variant(NamedTuple):
+    """One of the settings of a run. label: the part of file names that says them."""
+
+    number: int = 0
+    label: str = ""
+
+
 class _Picture(NamedTuple):
     size: tuple[int, int]
     text: str  # its size and how it was changed, for the plan
@@ -199,7 +204,7 @@ def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: C
     """The picture; None if it cannot be opened, which is a problem where it is first named."""
     if path not in opened:
         image = check.attempt(partial(open_image, path), begin=origin)
-        text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+        text = ", ".join([f"{image.width}x{image.height}", *image.info["changes"]]) if image else ""
         opened[path] = _Picture(image.size, text) if image else None
     return opened[path]
 

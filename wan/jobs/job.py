@@ -71,6 +71,7 @@ class Job:
     follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
     named: bool = False  # the user chose the name of `save_file`
     joined: Path | None = None  # what its chain is joined into; None: it is in none
+    variant: int = 0  # which of the run's settings it has, see `Generate.variants`
 
     @property
     def number(self) -> str:
@@ -117,6 +118,7 @@ class Generate:
     extend: ExtendSettings | None = None  # None: prompts are used as they are
     warnings: tuple[str, ...] = ()
     replayed: Replayed | None = None
+    variants: Mapping[int, Generate] = field(default_factory=dict)  # by number, where jobs differ in their settings
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ import os
 import re
 import stat
 import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
@@ -41,9 +43,11 @@ class Row:
     frame_num: int | None = None
     save_file: str | None = None
     original_prompt: str | None = None  # before prompt extension, in files that --extend_only wrote
+    options: tuple[tuple[str, str], ...] = ()  # further options of the command line
 
 
-KEYS = tuple(field.name for field in fields(Row) if field.name != "source")
+OWN = tuple(field.name for field in fields(Row) if field.name not in ("source", "options"))
+KEYS = (*OWN, *(name for name in VARIED if name not in (*OWN, "base_seed")))
 WHOLE_NUMBERS = ("seed", "frame_num")
 PICTURES = ("image", "last_image", "video")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
@@ -155,7 +159,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
     lines: Iterable[str]
     if path.suffix.lower() == ".jsonl":
-        values = ({key: value for key in KEYS if (value := getattr(row, key)) is not None} for row in rows)
+        given = ({key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows)
+        values = ({key: value for key, value in row.items() if value is not None} for row in given)
         lines = (json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values)
     else:
         lines = (" ".join(row.prompt.split()) for row in rows)
@@ -197,12 +202,13 @@ def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     where = f"{flag} {path}"
     if not fault:
         try:
-            text = re.sub("\r\n?", "\n", content.decode("utf-8")).lstrip("\ufeff")
+            coding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8"  # spreadsheets write both
+            text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
             if "\0" not in text:
                 return text
             before, fault = text[: text.index("\0")], "holds a NUL character; save it as UTF-8 text"
         except UnicodeDecodeError as e:
-            before, fault = content[: e.start].decode("utf-8"), "is not UTF-8 text; save it as UTF-8"
+            before, fault = content[: e.start].decode(e.encoding), "is not UTF-8 text; save it as UTF-8"
         where += f" line {len(before.split(chr(10)))}"
     problems.append(f"{where}: {fault}")
     return None
@@ -271,6 +277,8 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
     for key, value in given.items():
+        if key not in OWN:
+            given[key] = value = str(value)
         if key in WHOLE_NUMBERS:
             given[key] = _whole(value)
             if given[key] is None:
@@ -285,7 +293,8 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         problems.extend(f"{source}: {fault}" for fault in faults)
         return None
     given |= {key: beside(path, given[key]) for key in PICTURES if key in given}
-    row = replace(Row("", source), **given)
+    options = tuple((key, given.pop(key)) for key in KEYS if key in given and key not in OWN)
+    row = replace(Row("", source, options=options), **given)
     return replace(row, prompt=row.prompt.strip())
 
 

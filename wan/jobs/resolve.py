@@ -19,13 +19,14 @@ from wan.checkpoints.hub import place
 from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
-from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, without_effect
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
 from wan.cli.parser import ANIMATE, COMMAND, S2V, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.build import Variant, check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
-from wan.jobs.prompt_files import expanded, text_problem
+from wan.jobs.prompt_files import Row, expanded, text_problem
+from wan.jobs.sweep import combinations, label_of
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
@@ -99,18 +100,25 @@ def _checked(request: Request, check: Check) -> Request:
 
 
 def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
-    weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
-    sampling = choose_sampling(request, config, weights, check)
-    if sampling.lora_steps and request.lora_mode == "merge":
-        check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
-    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
-    weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
+    """The videos of every combination of --sweep, and of rows with options of their own."""
     extend = _extension(request, check) if request.use_prompt_extend else None
-    rows = prompt_rows(request, config, extend is not None, check)
-    jobs = linked(request, make_jobs(request, config, weights, rows, check), rows, check)
-    if sampling.first_step == sampling.steps and any(job.video for job in jobs):
-        least = f"{1 / sampling.steps:.3g}"
-        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+    if request.sweep and request.chain:
+        check.problem("--sweep varies single videos; leave --chain out")
+    variants: list[Generate] = []
+    rows: list[Row] = []
+    for values in combinations(request.sweep or (), check):
+        swept = _with_options(request, values, check, "--sweep: ")
+        own_rows = dict(enumerate(prompt_rows(swept, config, extend is not None, check), len(rows)))
+        rows += own_rows.values()
+        for options in dict.fromkeys(row.options for row in own_rows.values()) or [()]:  # no rows have faults too
+            some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
+            source = next((f"{row.source}: " for row in some.values()), "")
+            asked = _with_options(swept, dict(options), check, source) if options else swept
+            variants.append(_variant(asked, config, some, Variant(len(variants), label_of(values)), check))
+    jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
+    if request.save_file is not None and not request.chain and len(jobs) > 1:
+        check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
+    jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
@@ -118,7 +126,46 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
     own_files = {file for job in own for file in (job.save_file, job.joined) if file}
     check_outputs(request, files, check, read, own=own_files)
-    return Generate(request, config, weights, sampling, tuple(own), extend)
+    if len(variants) == 1 and not request.sweep:
+        return replace(variants[0], jobs=tuple(own), extend=extend)
+    by_number = {
+        number: replace(variants[number], jobs=tuple(job for job in own if job.variant == number), extend=extend)
+        for number in sorted({job.variant for job in own})
+    }
+    return replace(variants[0], request=request, jobs=tuple(own), extend=extend, variants=by_number)
+
+
+def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], variant: Variant, check: Check) -> Generate:
+    """The videos with one set of options. rows: by the index of their first video."""
+    weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
+    sampling = choose_sampling(request, config, weights, check)
+    if sampling.lora_steps and request.lora_mode == "merge":
+        check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
+    modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
+    weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
+    jobs = make_jobs(request, config, weights, rows, variant, check)
+    made_from = any(job.video for job in jobs)
+    if rows and request.strength is not None and not made_from:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and sampling.first_step == sampling.steps:
+        least = f"{1 / sampling.steps:.3g}"
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+    if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
+        check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
+    return Generate(request, config, weights, sampling, tuple(jobs))
+
+
+def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
+    """`request` with other values of options, checked; problems begin with their source."""
+    own = Check()
+    given = {
+        name: read(name, [value] if OPTIONS[name].read is paths else value, own.problems)
+        for name, value in values.items()
+    }
+    changed = _checked(replace(request, sweep=None, **given), own)
+    check.problems += [f"{source}{problem}" for problem in own.problems]
+    check.warnings += own.warnings
+    return changed
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
@@ -252,9 +299,10 @@ def earlier_seed(request: Request) -> int | None:
     Until its first video is whole, a run's only record is the one in the latents that it kept.
     """
     named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
+    swept = {text.partition("=")[0].strip() for text in request.sweep or ()}
 
     def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: recorded.get(name, DEFAULTS[name]) for name in named}
+        return {name: recorded.get(name, DEFAULTS[name]) for name in named if name not in swept}
 
     folder, wanted = expanded(request.save_dir), asked_for(request.recorded())
     written: dict[Path, float] = {}

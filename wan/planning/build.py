@@ -30,8 +30,8 @@ from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, 
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.jobs.weights import PARTS
-from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
+from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
@@ -44,6 +44,7 @@ LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVI
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
+OF_CHECKPOINT = ("ckpt_dir", "expert", "vae", "text_encoder", "tokenizer", "quantize", "vae_dtype")  # options
 OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
 MPS_UNUSED = (
     "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
@@ -51,8 +52,18 @@ MPS_UNUSED = (
 )
 
 
-def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
-    """Everything that can be known before a weight is read. InputError with all problems."""
+def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None = None) -> Plan:
+    """Everything that can be known before a weight is read. InputError with all problems.
+
+    before: another plan of this run, whose checkpoint is not opened again if the same one is asked for.
+    """
+    if isinstance(outcome, Generate) and outcome.variants:
+        plans: dict[int, Plan] = {}
+        for number, variant in outcome.variants.items():
+            plans[number] = before = make_plan(variant, runtime, before)
+        first = next(iter(plans.values()))
+        every = dict.fromkeys([*outcome.warnings, *(text for plan in plans.values() for text in plan.warnings)])
+        return replace(first, request=outcome.request, jobs=outcome.jobs, variants=plans, warnings=tuple(every))
     request, config, weights = outcome.request, outcome.config, outcome.weights
     checks = Check()
     checks.attempt(check_encoder)
@@ -60,7 +71,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime) -> Plan:
         weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, config)))
         if weights.ckpt_dir is None:
             raise checks.error()
-    plan = open_plan(request, config, weights, runtime, checks)
+    plan = open_plan(request, config, weights, runtime, checks, before=before)
     if not request.dry_run and (fetched := _local(weights, config)) != weights:
         weights = fetched
         plan = open_plan(request, config, weights, runtime, checks)
@@ -100,6 +111,7 @@ def open_plan(
     runtime: Runtime,
     checks: Check,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+    before: Plan | None = None,
 ) -> Plan:
     """A plan of networks and machine, without videos. InputError with all problems, those of `checks` too.
 
@@ -111,7 +123,11 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
     brought = _brought(request, weights)
-    checkpoint = checks.attempt(partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought)
+    opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
+    checkpoint = before.checkpoint if before and opened else None
+    checkpoint = checkpoint or checks.attempt(
+        partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought
+    )
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -131,10 +147,10 @@ def open_plan(
     checks.problems.extend(conflicts)
     if checkpoint is None or chosen is None or checks.problems:
         raise checks.error()
-    if request.quantize == "fp8":
+    if request.quantize == "fp8" and not opened:
         for part in checkpoint.experts.values():
             part.module.use_fp8()
-    if request.vae_dtype == "bf16":
+    if request.vae_dtype == "bf16" and not opened:
         checkpoint.vae.module.decode_in(torch.bfloat16)
     weight_files = [file for files in checkpoint.weight_files().values() for file in files]
     weight_files += [file for stack in loras.values() for lora in stack for file in lora.store.files]

@@ -70,6 +70,11 @@ class Plan:
     jobs: tuple[Job, ...] = ()
     preset: str | None = None
     warnings: tuple[str, ...] = ()
+    variants: Mapping[int, Plan] = field(default_factory=dict)  # by `Job.variant`, where jobs differ in their settings
+
+    def of(self, job: Job | Video) -> Plan:
+        """The plan with the settings of `job`."""
+        return self.variants.get(job.variant, self) if isinstance(job, Job) else self
 
     @cached_property
     def guided(self) -> bool:
@@ -119,10 +124,11 @@ class Plan:
         return next(iter(self.checkpoint.experts.values())).module
 
     def video(self, job: Job | Video) -> VideoPlan:
-        return self.videos[video_kind(job)]
+        return self.of(job).videos[video_kind(job)]
 
     def largest(self) -> VideoPlan:
-        return max(self.videos.values(), key=lambda video: (video.tokens, video.encoded is not None))
+        found = (video for plan in self.variants.values() or [self] for video in plan.videos.values())
+        return max(found, key=lambda video: (video.tokens, video.encoded is not None))
 
     def place(self, job: Job) -> str:
         """The job's number, and its place among this process's videos: "0006 (3 of 500)"."""
@@ -134,6 +140,8 @@ class Plan:
 
         An option that stands for another one (a prompt file, `--seconds`) is recorded by that one's value.
         """
+        if (own := self.of(job)) is not self:
+            return own.meaning(job)
         assert self.sampling is not None, "a plan with jobs has a sampling"
         values = {name: getattr(self.request, name) for name, row in OPTIONS.items() if row.scope is VIDEO}
         values |= {

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,24 @@ def _settings_lines(plan: Plan) -> list[str]:
         extra = f", weights of inner blocks in fp8, {how}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
+    if plan.variants:
+        lines.append(_sweep_line(plan))
     sizes = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
     return [*lines, f"size of the weights: {sizes}"]
+
+
+def _sweep_line(plan: Plan) -> str:
+    """How many settings the run goes through, and what that reads again."""
+    plans = list(plan.variants.values())
+    again = sum(now.lora_stacks() != then.lora_stacks() for then, now in pairwise(plans))
+    anew = sum(now.networks() != then.networks() for then, now in pairwise(plans))
+    experts = sum(size for name, size in plan.weight_bytes.items() if name.endswith("expert"))
+    cost = "the weights are read once"
+    if again and plan.lora_mode == "merge":
+        cost = f"the experts ({quantity(experts, 'B')}) are read again {again} times, to merge other LoRAs"
+    if anew:
+        cost = f"all networks are loaded anew {anew} times"
+    return f"{len(plans)} settings in turn, first those above; {cost}"
 
 
 def _process_lines(plan: Plan) -> list[str]:

@@ -22,8 +22,17 @@ from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import DECODER_RIM, ENCODER_RIM, Coder, WanVAE
-from wan.modules.vae_layers import ClipState, Downsample, FrameAttention, Region, Upsample
+from wan.modules.vae import WanVAE
+from wan.modules.vae_layers import (
+    DECODER_RIM,
+    ENCODER_RIM,
+    ClipState,
+    Coder,
+    Downsample,
+    FrameAttention,
+    Region,
+    Upsample,
+)
 from wan.offload.budget import Budget
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
@@ -80,9 +89,14 @@ def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
     rates = kept_rates(plan.device)
     if rates is None or not todo:
         return None
-    found = {kind: seconds(plan, video, rates) for kind, video in plan.videos.items()}
+    plans = plan.variants or {todo[0].variant: plan}
+    found = {
+        (number, kind): seconds(each, video, rates)
+        for number, each in plans.items()
+        for kind, video in each.videos.items()
+    }
     shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
-    spent = [[found[video_kind(job)] for chain in share for job in chain] for share in shares]
+    spent = [[found[job.variant, video_kind(job)] for chain in share for job in chain] for share in shares]
     wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
     longest = max((one for made in spent for one in made), key=lambda one: one.first)
     return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)

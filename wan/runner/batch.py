@@ -17,7 +17,7 @@ from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import origin_of
 from wan.jobs.job import Job, chains
-from wan.media.previews import save_contact_sheet
+from wan.media.images import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
@@ -56,7 +56,8 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
     events: list[Event] = []
     if jobs:
         pipe = world.all_or_none(lambda: load(plan, progress, runtime))
-        team, mine = pipe.mesh.team, [job for chain in pipe.mesh.share(chains(jobs)) for job in chain]
+        in_turn = sorted(chains(jobs), key=lambda chain: chain[0].variant)  # changes of weights are few
+        team, mine = pipe.mesh.team, [job for chain in pipe.mesh.share(in_turn) for job in chain]
         texts = [text for job in mine for text in pipe.texts(job)]
         world.all_or_none(lambda: _within_memory(pipe.load_text_encoder) if texts else None)
         team.all_or_none(lambda: _within_memory(lambda: pipe.encode(texts)))
@@ -119,14 +120,14 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
 def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
     """Make this group's jobs one after the other, and append the outcome of each to `events`."""
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
-    shared = dict(progress.seconds)
+    shared, last = dict(progress.seconds), {job.variant: job for job in jobs}
     progress.batch = Batch([plan.video(job).tokens for job in jobs])
     for chain in chains(jobs):
         for number, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
                 return
             with progress.about(index=job.index):
-                kind, facts = _attempt(pipe, job, shared, again=job is not jobs[-1])
+                kind, facts = _attempt(plan, pipe, job, shared, again=job is not last[job.variant])
             events.append((kind, facts))
             progress.event(kind, facts)
             if kind == "failed":
@@ -146,9 +147,9 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
                 events += team.broadcast(partial(join, plan, whole, progress))
 
 
-def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
-    """Make one video and return the outcome. again: another video follows."""
-    plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
+def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
+    """Make one video and return the outcome. again: another video with the same settings follows."""
+    team, progress = pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
     facts: dict[str, Any] = {"index": job.index, "file": str(job.save_file)}
@@ -156,6 +157,8 @@ def _attempt(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool)
     try:
         if resumed and team.broadcast(lambda: _is_there(plan, job, find_video(plan, job), progress)):
             return "there", facts
+        if plan.variants:
+            pipe.follow(plan.of(job))
         with progress.batch.video(plan.video(job).tokens):
             facts["frames"] = make_video(pipe, job, shared, again=again)
         return "saved", facts

@@ -23,7 +23,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
 from wan.jobs.job import Job, Replayed
-from wan.media.previews import save_contact_sheet
+from wan.media.images import save_contact_sheet
 from wan.media.video import count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
@@ -40,6 +40,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "imageio-ffmpeg
 
 def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a job as far as it is known before there is a video. pipeline: `info()` of the pipeline in use."""
+    plan = plan.of(job)
     pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
         "schema": SCHEMA,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.cli.options import OPTIONS, read
+from wan.cli.options import OPTIONS, path, paths, read, text
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
@@ -38,12 +38,12 @@ class Result:
     record: Mapping[str, Any]
     fps: float
 
-    def save(self, path: str | Path) -> None:
+    def save(self, file: str | Path) -> None:
         """Write the H.264 file that the command line writes, with the record in it and beside it."""
-        with VideoWriter(Path(path), self.fps) as writer:
+        with VideoWriter(Path(file), self.fps) as writer:
             writer.write(self.video)
             size = writer.size or (0, 0)
-            writer.finish({**self.record, "seconds": {}, **outcome(writer.path, writer.frames, size, self.fps)})
+            writer.finish({**self.record, **outcome(writer.path, writer.frames, size, self.fps)})
 
 
 class Session:
@@ -90,12 +90,15 @@ class Session:
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
-        job, pipe = plan.jobs[0], self._follow(plan)
+        job, pipe, before = plan.jobs[0], self._follow(plan), dict(self.progress.seconds)
         with Accelerator(plan.device).current():  # the caller's thread may be another one than before
             pipe.encode(pipe.texts(job))
             pipe.release_text_encoder()
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
-            return Result(self.decode(latent), latent, describe(plan, job, pipe.info()), plan.config.sample_fps)
+            video = self.decode(latent)
+        spent = {name: round(whole - before.get(name, 0.0), 3) for name, whole in self.progress.seconds.items()}
+        record = {**describe(plan, job, pipe.info()), "seconds": spent}
+        return Result(video, latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
@@ -116,9 +119,18 @@ class Session:
 def _read(values: Mapping[str, object]) -> dict[str, Any]:
     """Options by name as the command line reads them; None is not given."""
     problems = [f"{name!r} is not an option of this program" for name in values if name not in OPTIONS]
-    given = {
-        name: read(name, value, problems) for name, value in values.items() if name in OPTIONS and value is not None
-    }
+    given = {name: value for name, value in values.items() if name in OPTIONS and value is not None}
+    found = {name: read(name, _spelled(name, value), problems) for name, value in given.items()}
     if problems:
         raise InputError(problems)
-    return given
+    return found
+
+
+def _spelled(name: str, value: object) -> object:
+    """`value` as the command line takes it: numbers, pairs, sizes and paths as text where the option is one."""
+    if OPTIONS[name].read is paths:
+        return [value] if isinstance(value, str) else value
+    if isinstance(value, tuple | list):
+        return ("*" if name == "size" else ",").join(map(str, value))
+    is_text = OPTIONS[name].read in (text, path)
+    return str(value) if is_text and isinstance(value, int | float | Path) else value
