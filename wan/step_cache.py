@@ -29,7 +29,7 @@ class StepCache:
         self._x = self._last_x = self._last_v = self._slope = self._change = Tensor()
 
     def ready(self, name: str, lora: float) -> Callable[..., Tensor]:
-        """The network of the next step, or what stands for it."""
+        """The next step's network, or its substitute."""
 
         def forward(latent: Tensor, *inputs: object) -> Tensor:
             if len(self.made) + 1 not in self._always and self._skips(latent[: self._x.shape[0]]):
