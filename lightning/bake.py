@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.releases import Release
+from lightning.releases import RECORD, SETTINGS, Release, record_of, refuse_distilled_twice, release_in
 from wan.checkpoints import layout as layouts
 from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
@@ -149,13 +148,13 @@ class Bake:
 
     def _source_of(self, lora: Lora, expert: str, store: TensorStore) -> dict[str, Any]:
         """One LoRA's coverage and identity. LoraError if it does not fit, or is merged already."""
-        if (twice := distilled_twice(self.ckpt_dir, lora.path, expert)) and not self.allow_partial:
-            raise LoraError(f"--ckpt_dir {twice}; --lora_allow_partial merges it all the same")
-        coverage = check(lora, store.shapes, expert=expert, allow_partial=self.allow_partial)
+        file = lora.store.files[0]
+        if not self.allow_partial:
+            refuse_distilled_twice(self.ckpt_dir, file, expert)
+        coverage = check(lora, store.shapes, allow_partial=self.allow_partial)
         self.report(f"{expert}: {lora.path}: {coverage.summary()}")
         for warning in coverage.warnings:
             self.report(f"warning: {warning}")
-        file = lora.store.files[0]
         return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:

@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning.distilled import record_of, release_in
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, expert_of, files_of, named_expert, weights_in
 from lightning.lora_matching import Shapes
-from lightning.releases import Release, caution, preset, recognise
+from lightning.releases import Release, preset, recognise, record_of, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
@@ -87,7 +86,7 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
         "path": str(file), "kind": "LoRA",
         "release": release and release.name, "source": release and release.source,
         "settings": release and release_settings(release),
-        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
+        "note": (release and release.note) or "", "licence": (release and release.licence) or "",
         "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
     }  # fmt: skip
     try:
@@ -117,7 +116,7 @@ def _judge_lora(file: Path, models: Models, alpha: float | None, release: Releas
     for task, experts in sorted(models.items(), key=lambda item: item[0] not in likely):
         chosen = [named] if named and named in experts else list(experts)
         try:
-            found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e], expert=e) for e in chosen}
+            found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e]) for e in chosen}
         except LoraError as e:
             errors += e.problems
             continue
@@ -176,7 +175,7 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     experts = {task: TASKS[task].experts for task in tasks}
     whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
     if kinds != {NAMES[EXPERT]} or not whole:
-        return _as_files(path, tasks, reports)
+        return []
     uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
     if record := record_of(path):
         merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
@@ -184,21 +183,6 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     if release := release_in(path):
         uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
     return uses
-
-
-def _as_files(path: Path, tasks: list[str], reports: list[dict[str, Any]]) -> list[str]:
-    """For each task the command that takes the single files, where they are all its experts, each once."""
-    pairs = [words for report in reports if report["use"] and len(words := shlex.split(report["use"])) == 2]
-    flags = [f"{flag} {value.partition('=')[0]}" if flag == "--expert" else flag for flag, value in pairs]
-    words = [word for pair in pairs for word in pair]
-    lines = []
-    for task in tasks:
-        needed = {f"--expert {expert}" for expert in TASKS[task].experts}
-        others = set(flags) - needed
-        if needed <= set(flags) and others <= {"--vae", "--text_encoder"} and len(set(flags)) == len(flags):
-            rest = "--tokenizer" if len(others) == 2 else "--ckpt_dir"
-            lines.append(f"{path} holds weights in single files: {_command(task, *words, rest, 'DIR')}")
-    return lines
 
 
 def release_settings(release: Release) -> dict[str, Any]:

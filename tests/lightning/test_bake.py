@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from lightning import bake as bake_module
 from lightning.__main__ import main
 from lightning.bake import RECORD, Bake
-from lightning.distilled import distilled_twice, record_of, release_in
 from lightning.lora import Lora
 from lightning.lora_files import files_of
 from lightning.merge import Merge
-from lightning.releases import Release, preset
+from lightning.releases import Release, preset, record_of, refuse_distilled_twice, release_in
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
 from wan.checkpoints import writer
@@ -380,7 +379,7 @@ def test_a_damaged_record_is_one_sentence_everywhere(change, fault: str, tmp_pat
     for read in (
         lambda: record_of(once),
         lambda: release_in(once),
-        lambda: distilled_twice(once, lora_dir("t2v-A14B") / "high_noise_model.safetensors"),
+        lambda: refuse_distilled_twice(once, lora_dir("t2v-A14B") / "high_noise_model.safetensors"),
         lambda: run(tmp_path / "again", ckpt_dir=once),
         lambda: resolve({"task": "t2v-A14B", "ckpt_dir": str(once), "prompt": "a cat"}),
     ):
