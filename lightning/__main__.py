@@ -83,15 +83,14 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:
-        known = [file for file in files if file["stored"] or file["release"]]  # the error describes the others
-        blocks = [*map(_text_of, known), *uses]
+        # the error describes the others
+        blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
         tell(sys.stdout, "\n\n".join(blocks) + ("\n" if blocks else ""))
     errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
 
 def _text_of(report: dict[str, Any]) -> str:
-    """One file's report as text."""
     coverage, settings, stored = report["coverage"] or {}, report["settings"] or {}, report["stored"]
     gigabytes = report["gigabytes"]
     size = f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.3g} MB"
@@ -117,8 +116,6 @@ def _bake(args: argparse.Namespace) -> int:
 
     from lightning.bake import Bake
 
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
-        raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
     chosen = choose_loras(TASKS[args.task].experts.keys(), args.lora_dir, args.lora_strength, args.lora)
     loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
@@ -145,18 +142,16 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
 
     A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
     """
-    numbers: list[tuple[str, Any, float, float]]
     numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
-    changes = {name: value for name, value, *_ in numbers if value is not None}
+    changes: dict[str, Any] = {name: value for name, value, *_ in numbers if value is not None}
     changes |= {"timesteps": None} if changes else {}
     if args.sample_guide_scale is not None:
         try:
             changes["guidance"] = pair("--sample_guide_scale", args.sample_guide_scale)
-            numbers += [("guide_scale", scale, 0, 100) for scale in dict.fromkeys(changes["guidance"])]
+            numbers += [("guide_scale", scale, 0, 100) for scale in {*changes["guidance"]}]
         except InputError as e:
             chosen.problems += e.problems
-    faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
-    chosen.problems += filter(None, faults)
+    chosen.problems += filter(None, (outside(f"--sample_{n}", x, *ends) for n, x, *ends in numbers if x is not None))
     paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:
         release = preset(args.preset)

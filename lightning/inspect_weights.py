@@ -17,7 +17,7 @@ from lightning.lora_matching import Shapes
 from lightning.releases import Release, preset, recognise, record_of, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.layout import MODEL_INDEX
-from wan.checkpoints.safetensors_file import INDEX_SUFFIX, TensorStore
+from wan.checkpoints.safetensors_file import INDEX_SUFFIX
 from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
@@ -37,20 +37,15 @@ def inspect_path(
     path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
     It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
     """
-    models: dict[str, dict[str, Shapes]]
-    if ckpt_dir is None:
-        tasks = [task] if task else list(TASKS)
+    tasks, models, hint = [task] if task else list(TASKS), _models_in(ckpt_dir or path), ""
+    if ckpt_dir and not models:
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
+    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):  # a checkpoint has its own sizes
         models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
         hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
-    elif stores := experts_in(ckpt_dir):
-        kind = task or task_of(next(iter(stores.values())).shapes) or "an unknown task"
-        models, hint = {kind: {expert: store.shapes for expert, store in stores.items()}}, ""
-    else:
-        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
     if (path / MODEL_INDEX).is_file():
         uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
-        held = dict.fromkeys(task_of(store.shapes) for store in experts_in(path).values())
-        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in held if each]
+        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in _models_in(path)]
     if not path.is_dir() or (path / PEFT_CONFIG).is_file():
         return [_examine(path, models, hint, alpha)], []
     folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
@@ -59,20 +54,16 @@ def inspect_path(
     files = [file for file in files if file.suffix.lower() not in PICKLED] or files
     if not files:
         raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
-    if ckpt_dir is None:  # a checkpoint has its own sizes
-        own: dict[str, dict[str, Shapes]] = {}
-        for expert, store in experts_in(path).items():
-            if (found := task_of(store.shapes)) in models:
-                own.setdefault(str(found), {})[expert] = store.shapes
-        models, hint = (own, "") if own else (models, hint)
     reports = [_examine(file, models, hint, alpha) for file in files]
     return reports, _uses(path, reports)
 
 
-def experts_in(ckpt_dir: Path) -> dict[str, TensorStore]:
-    """The experts of a checkpoint folder under our names: all of the first task that has all, else what is there."""
+def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
+    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else what is there."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
-    return max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))[1]
+    _, stores = max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))
+    kinds = dict.fromkeys(task_of(store.shapes) or "an unknown task" for store in stores.values())
+    return {kind: {expert: store.shapes for expert, store in stores.items()} for kind in kinds}
 
 
 def _command(task: str | None, *words: object) -> str:
@@ -147,14 +138,12 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     fits = [task for task, experts in models.items() if any(map(belongs_to, experts.values()))]
     if not fits:
         return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
-    if file.name.endswith(INDEX_SUFFIX):  # the shards of a checkpoint are used through its folder
-        return {"fits": fits}
-    if kind != EXPERT:
-        return {"fits": fits, "use": shlex.join([f"--{kind}", str(file)])}
     named = expert_of(file) or expert_of(file.absolute().parent)
     single = all(list(models[task]) == ["model"] for task in fits)
-    experts = ["model"] if single else [named] if named else ["high", "low"]
-    return {"fits": fits, "use": " or ".join(shlex.join(["--expert", f"{expert}={file}"]) for expert in experts)}
+    uses = [f"{expert}={file}" for expert in (["model"] if single else [named] if named else ["high", "low"])]
+    uses = [shlex.join(["--expert", use]) for use in uses] if kind == EXPERT else [shlex.join([f"--{kind}", str(file)])]
+    # the shards of a checkpoint are used through its folder
+    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else " or ".join(uses)}
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
@@ -187,7 +176,7 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
 
 def release_settings(release: Release) -> dict[str, Any]:
     """The settings that a release is sampled with, by name."""
-    return {name: value for name, value in asdict(release).items() if name in SHOWN_SETTINGS and value is not None}
+    return {name: value for name in SHOWN_SETTINGS if (value := getattr(release, name)) is not None}
 
 
 def settings_line(settings: dict[str, Any]) -> str:
@@ -198,4 +187,4 @@ def settings_line(settings: dict[str, Any]) -> str:
             return "/".join(map(text, value))
         return value if isinstance(value, str) else f"{value:g}"
 
-    return ", ".join(f"{name} {text(settings[name])}" for name in SHOWN_SETTINGS[:-1] if name in settings)
+    return ", ".join(f"{name} {text(value)}" for name, value in settings.items() if name != "sizes")
