@@ -21,8 +21,8 @@ from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
-from wan.media.ffmpeg import CONTAINERS, is_video
-from wan.media.images import list_changes, open_image, video_size
+from wan.media.images import open_image, video_size
+from wan.media.video import CONTAINERS, is_video
 from wan.utils.argument_parser import short
 from wan.utils.progress import quantity
 
@@ -197,7 +197,7 @@ def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: C
     """The picture; None if it cannot be opened, which is a problem where it is first named."""
     if path not in opened:
         image = check.attempt(partial(open_image, path), begin=origin)
-        text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+        text = ", ".join([f"{image.width}x{image.height}", *image.info["changes"]]) if image else ""
         opened[path] = _Picture(image.size, text) if image else None
     return opened[path]
 

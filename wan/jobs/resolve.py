@@ -143,9 +143,10 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], vari
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    return Generate(
-        request, config, weights, sampling, tuple(make_jobs(request, config, weights, rows, variant, check))
-    )
+    jobs = make_jobs(request, config, weights, rows, variant, check)
+    if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
+        check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
+    return Generate(request, config, weights, sampling, tuple(jobs))
 
 
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
