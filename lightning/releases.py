@@ -44,7 +44,7 @@ class Release:
     timesteps: the final timesteps, where steps and shift do not give them.
     lora_steps, guidance_steps: LoRA scale and guidance by step, where they are not the same at every step.
     licence: where it does not allow every use. refused: why this toolkit cannot run it, "" if it can.
-    warning: shown with every run.
+    warning: shown with every run. text_only: trained without images.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Release:
     licence: str = ""
     refused: str = ""
     warning: str = ""
+    text_only: bool = False
 
     def check_supported(self, what: str) -> None:
         """LoraError with the reason if this release cannot be run; `what` names it."""
@@ -179,7 +180,7 @@ _CAUSAL = "it is a causal variant, which makes a video piece by piece with anoth
 _BOTH = "made for Wan2.1; one file serves both experts"
 _TURBO: dict[str, Any] = {"solver": "dmd", "shift": 1.0, "licence": "CC BY-NC-SA 4.0, not for commercial use"}
 _FASTWAN: dict[str, Any] = {
-    "solver": "dmd", "steps": 3, "timesteps": (1000.0, 757.0, 522.0),
+    "solver": "dmd", "steps": 3, "timesteps": (1000.0, 757.0, 522.0), "text_only": True,
     "note": "trained at these three timesteps, with fresh noise after each",
 }  # fmt: skip
 _BY_HAND = "its card names no number of steps; --sample_steps sets them"
