@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,10 +294,11 @@ def settings_of(
 
 
 def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
-    try:
-        settings = dict[str, Any](parse_json(text))
-    except (ValueError, TypeError) as e:
-        raise LoraError(f"{file}: the adapter settings are not a JSON object") from e
+    settings: Any = None
+    with suppress(ValueError):
+        settings = parse_json(text)
+    if not isinstance(settings, dict):
+        raise LoraError(f"{file}: the adapter settings are not a JSON object")
     if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
         transformers = sorted(components & {"transformer", "transformer_2"}, reverse=expert == "low")
         if not transformers:
