@@ -89,8 +89,7 @@ def _build_parser() -> Parser:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    path = located("inspect", args.path)
-    if not path.exists():
+    if not (path := located("inspect", args.path)).exists():
         raise LoraError(f"{path}: no such file or folder")
     files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
     if args.json:
@@ -190,16 +189,15 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
         return report | {"error": "; ".join(e.problems)}
     if judged.get("error"):
         judged["error"] += hint
-    stored = Counter(store.stored(name)[0] for name in store)  # how many tensors are of which type
-    gigabytes = round(sum(store.stored(name)[1] for name in store) / 1e9, 6)
-    return report | judged | {"stored": dict(sorted(stored.items())), "gigabytes": gigabytes}
+    kinds, sizes = zip(*map(store.stored, store), strict=True)
+    stored = dict(sorted(Counter(kinds).items()))  # how many tensors are of which type
+    return report | judged | {"stored": stored, "gigabytes": round(sum(sizes) / 1e9, 6)}
 
 
 def _judge_lora(file: Path, models: Models, alpha: float | None, release: Release | None) -> dict[str, Any]:
     """The tasks that the LoRA fits and its coverage of the likeliest, as a run finds them: expert by expert."""
     named, errors, fits, report = named_expert(file), list[str](), list[str](), dict[str, Any]()
-    likely = release.tasks if release else ()
-    for task, experts in sorted(models.items(), key=lambda item: item[0] not in likely):
+    for task, experts in sorted(models.items(), key=lambda item: not (release and item[0] in release.tasks)):
         chosen = [named] if named and named in experts else list(experts)
         try:
             found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e]) for e in chosen}
@@ -207,9 +205,9 @@ def _judge_lora(file: Path, models: Models, alpha: float | None, release: Releas
             errors += e.problems
             continue
         fits.append(task)
-        summaries = {expert: coverage.summary() for expert, coverage in found.items()}
-        one = summaries[chosen[0]] if len(set(summaries.values())) == 1 else None
-        summary = one or "; ".join(f"{expert}: {text}" for expert, text in summaries.items())
+        summary = "; ".join(f"{expert}: {coverage.summary()}" for expert, coverage in found.items())
+        if len({coverage.summary() for coverage in found.values()}) == 1:
+            summary = found[chosen[0]].summary()
         warnings = list(dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings))
         report = report or {"coverage": asdict(found[chosen[0]]) | {"warnings": warnings, "summary": summary}}
     if not fits:
@@ -242,25 +240,21 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
-    """Sentences on how a run takes the whole folder."""
     published = [preset(report["release"]).tasks if report["release"] else TASKS for report in reports]
     fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
     tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
-    kinds = {report["kind"] for report in reports}
+    kinds, uses = {report["kind"] for report in reports}, list[str]()
     if kinds == {"LoRA"}:
-        uses = []
         for task in tasks:
             with suppress(LoraError):  # no file for some expert: not a release of this task
                 files_of(path, TASKS[task].experts)
                 uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
-        return uses
-    if "LoRA" in kinds:
-        return []  # each file's own report names its use
-    experts = {task: TASKS[task].experts for task in tasks}
-    whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
-    if kinds != {NAMES[EXPERT]} or not whole:
-        return []
-    uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
+    elif kinds == {NAMES[EXPERT]}:
+        experts = {task: TASKS[task].experts for task in tasks}
+        whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
+        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
+    if kinds == {"LoRA"} or not uses:
+        return uses  # each file's own report names its use
     if record := record_of(path):
         merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
         uses.append(f"merged into it: {', '.join(merged)}")
@@ -276,13 +270,10 @@ def release_settings(release: Release) -> dict[str, Any]:
 
 def settings_line(settings: dict[str, Any]) -> str:
     """Settings, without the sizes, as one line; a slash between the numbers of a pair."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, tuple):
-            return "/".join(map(text, value))
-        return value if isinstance(value, str) else f"{value:g}"
-
-    return ", ".join(f"{name} {text(value)}" for name, value in settings.items() if name != "sizes")
+    numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
+    numbers.pop("sizes", None)
+    texts = {name: [n if isinstance(n, str) else f"{n:g}" for n in several] for name, several in numbers.items()}
+    return ", ".join(f"{name} {'/'.join(several)}" for name, several in texts.items())
 
 
 def _bake(args: argparse.Namespace) -> int:

@@ -105,8 +105,7 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
         return [LoraChoice(one, file, strength) for one, file in files.items()]
     if not expert and (named := named_expert(path)) in experts:
         expert = named
-        advice = "write high=PATH and low=PATH to choose yourself"
-        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says; {advice}")
+        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says")
     return [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
 
 

@@ -79,30 +79,25 @@ def recognise(path: Path) -> Release | None:
     The nearest name is asked first: a file of one release may lie in a folder named after another.
     """
     parts = [part.lower().replace("_", "-") for part in path.absolute().parts[-4:]]
-    for first in reversed(range(len(parts))):
-        text = "/".join(parts[first:])
-        for release in RELEASES:
-            if any(re.search(pattern, text) for pattern in release.patterns):
-                return release
-    return None
+    texts = ["/".join(parts[first:]) for first in reversed(range(len(parts)))]
+    found = (each for text in texts for each in RELEASES if any(re.search(p, text) for p in each.patterns))
+    return next(found, None)
 
 
 def preset(name: str) -> Release:
     """The release or recipe called `name`. LoraError with the names that run, and the nearest one, if there is none."""
     named = {release.name: release for release in RELEASES}
-    if name.lower() in named:
-        return named[name.lower()]
-    near = get_close_matches(name.lower(), named, 1)
-    suggestion = f"; did you mean {near[0]}?" if near else ""
+    if found := named.get(name.lower()):
+        return found
+    near = "".join(f"; did you mean {each}?" for each in get_close_matches(name.lower(), named, 1))
     usable = ", ".join(release.name for release in RELEASES if not release.refused)
-    raise LoraError(f"no preset {name!r}; there are {usable}{suggestion}")
+    raise LoraError(f"no preset {name!r}; there are {usable}{near}")
 
 
 def release_in(base: Path) -> Release | None:
-    """The distillation in these weights, with its settings; None where nothing names one.
+    """The distillation that a full expert's file or a checkpoint folder is, with its settings; None if nothing says so.
 
-    base: a full expert file, or a checkpoint folder: a baked one keeps the settings in its record, others may be named
-    after a release (`FastVideo/FastWan2.2-TI2V-5B-...`, which is a hub id as well).
+    A baked folder keeps them in its record, others may be named after a release (`FastVideo/FastWan2.2-TI2V-5B-...`).
     """
     if record := record_of(base):
         return _recorded_release(record)
