@@ -132,24 +132,24 @@ class Bake:
             sources["base"][expert] = [_identity(file) for file in store.files]
             sources["loras"][expert] = merged = list(before["loras"].get(expert, ()))
             for lora in self.loras.get(expert, ()):
+                file = lora.store.files[0]
                 try:
-                    merged.append(self._source_of(lora, expert, store))
+                    if not self.allow_partial:
+                        refuse_distilled_twice(self.ckpt_dir, file, expert)
+                    coverage = check(lora, store.shapes, allow_partial=self.allow_partial)
                 except LoraError as e:
                     problems += [problem for problem in e.problems if problem not in problems]
+                    continue
+                for line in (
+                    f"{expert}: {lora.path}: {coverage.summary()}",
+                    *(f"warning: {each}" for each in coverage.warnings),
+                ):
+                    self.report(line)
+                identity = {"fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
+                merged.append(asdict(coverage) | identity)
         if problems:
             raise LoraError(problems)
         return sources
-
-    def _source_of(self, lora: Lora, expert: str, store: TensorStore) -> dict[str, Any]:
-        """One LoRA's coverage and identity. LoraError if it does not fit, or is merged already."""
-        file = lora.store.files[0]
-        if not self.allow_partial:
-            refuse_distilled_twice(self.ckpt_dir, file, expert)
-        coverage = check(lora, store.shapes, allow_partial=self.allow_partial)
-        self.report(f"{expert}: {lora.path}: {coverage.summary()}")
-        for warning in coverage.warnings:
-            self.report(f"warning: {warning}")
-        return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
