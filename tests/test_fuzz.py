@@ -4,8 +4,7 @@ import pytest
 
 from tests.fuzz import CASES, run
 
-# Of PEFT's settings `lightning.lora` still prints values of any length: ask for that kind by `--kind peft`.
-KINDS = [kind for kind in CASES if kind != "peft"]
+KINDS = list(CASES)
 
 
 @pytest.mark.parametrize("kind", KINDS)

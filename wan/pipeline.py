@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
 from wan.media.images import Strip, open_image
+from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
 from wan.modules.fused import choose_passes
 from wan.modules.model import Prompt, WanModel
@@ -49,10 +51,11 @@ TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all te
 
 
 class Start(NamedTuple):
-    """An image as a task's conditioning (see `Conditioning`); both None without one."""
+    """An image or a clip as a task's conditioning (see `Conditioning`); all None without one."""
 
     channels: Tensor | None = None
     first_frame: Tensor | None = None
+    video: Tensor | None = None
 
 
 class Pipeline(ABC):
@@ -232,17 +235,17 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        texts = self.texts(video)
-        schedule = make_schedule(plan.sampling, draw) if schedule is None else copy.deepcopy(schedule)  # it keeps state
+        texts, facts = self.texts(video), plan.video(video)
+        steps = plan.steps[facts.first_step :]
+        schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
         text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
         conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
-        experts, facts = self.load_experts(), plan.video(video)
-        budget = facts.budget
+        experts, budget = self.load_experts(), facts.budget
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in plan.steps]
+        forwards = [(step.expert, 1 + step.guided) for step in steps]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it
@@ -258,8 +261,8 @@ class Pipeline(ABC):
             self.vae = None
             free_memory()
         job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
-        with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
+        with self.progress.stage("denoise", total=len(steps), unit="step"), job:
+            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -267,10 +270,13 @@ class Pipeline(ABC):
 
     def sample_job(self, job: Job, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """The planned job's final latent. JobError if it stops being finite. how: see `sample`."""
-        pictures = self.mesh.team.all_or_none(
-            lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
-        )
-        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **pictures)
+
+        def read(name: str, path: Path) -> Any:
+            fps = self.plan.config.sample_fps
+            return read_clip(path, job.frame_num, fps, job.size) if name == "video" else open_image(path)
+
+        given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
+        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
         strip = Strip(Beside.of(job.save_file).strip)
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
@@ -296,6 +302,13 @@ class Pipeline(ABC):
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
+
+    def encode_video(self, video: Video) -> Tensor | None:
+        """The latent of the clip that `video` is made from; None without one."""
+        if video.video is None:
+            return None
+        with self.progress.stage("image"), torch.no_grad():
+            return self.load_vae().encode(video.video, tiles=self.plan.video(video).encode_tiles)
 
     def load_networks(self) -> None:
         """Load all that a video needs once its text is encoded."""

@@ -33,6 +33,7 @@ class Schedule(Protocol):
     """A solver over its timesteps, for one video: multistep solvers keep state."""
 
     timesteps: list[float]
+    sigmas: Any  # noise levels: that of each timestep, and the last step's end
     noise_scale: float  # factor of the initial noise
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor: ...
@@ -49,6 +50,7 @@ class Video:
     seed: int
     image: Image.Image | None = None
     last_image: Image.Image | None = None
+    video: Tensor | None = None  # [3, F, H, W] in [-1, 1], which it is made from
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Conditioning:
     negative: Prompt | None = None  # None if no step is guided
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
+    video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
 
 
 # Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
@@ -126,6 +129,8 @@ def denoise(
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
+    if conditioning.video is not None:
+        sample = torch.lerp(conditioning.video, noise, float(schedule.sigmas[0]))
     check: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
@@ -181,18 +186,21 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
     return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
 
 
-def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
-    """Return a fresh schedule, for one video. draw: source of its noise; without it only the timesteps are of use."""
+def make_schedule(sampling: Sampling, draw: Draw | None = None, first_step: int = 0) -> Schedule:
+    """Return a fresh schedule, for one video, from `first_step` on.
+
+    draw: source of its noise; without it only the timesteps are of use.
+    """
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
-        sigmas = spaced(steps, shift) if timesteps is None else levels_at(timesteps)
+        sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first_step:]
         return EulerSchedule(sigmas) if sampling.solver == "euler" else RenoisingSchedule(sigmas, draw)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
     else:  # the original's grid for UniPC starts at the largest training level, 0.999 in float32
         first = float(np.float32(0.999)) if sampling.solver == "unipc" else 1.0
         levels = np.linspace(first, 0.0, steps + 1)[:-1]
-    return _LibrarySchedule(sampling.solver, levels, shift)
+    return _LibrarySchedule(sampling.solver, levels[first_step:], shift)
 
 
 def spaced(steps: int, shift: float) -> np.ndarray:
@@ -264,6 +272,7 @@ class _LibrarySchedule:
             self.scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
         self.scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
         self.timesteps = [float(t) for t in self.scheduler.timesteps]
+        self.sigmas = self.scheduler.sigmas
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         timestep = self.scheduler.timesteps[index]

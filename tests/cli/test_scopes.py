@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.media.test_video import save, smooth
 from tests.support import TINY, checkpoint, lora_dir
 from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
 from wan.distributed.launch import Runtime
@@ -25,12 +26,15 @@ USUAL = {
     "image": str(TINY / "input.png"), "size": "64*64", "frame_num": 9, "base_seed": 3, "save_dir": "absent",
     "device": "cpu",
 }  # fmt: skip
+TI2V = {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))}
 # What changes the video: for each option a value other than the usual one, with what it needs beside it.
 OTHERS: dict[str, dict[str, Any]] = {
-    "task": {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))},
+    "task": TI2V,
     "prompt": {"prompt": "a dog"},
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
+    "video": {**TI2V, "image": None, "video": "clip.mp4"},
+    "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
     "negative_prompt": {"negative_prompt": "bad"},
@@ -71,6 +75,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that `OTHERS` names; no test writes into those."""
     folder, source = tmp_path_factory.mktemp("files"), checkpoint("i2v-A14B")
     Image.new("RGB", (64, 64), "red").save(folder / "other.png")
+    save(folder / "clip.mp4", smooth(9, 64, 64), 24)
     (folder / "prompts.txt").write_text("a bird")
     (folder / "images.txt").write_text("other.png")
     (folder / "other").mkdir()

@@ -133,6 +133,8 @@ EXTENDS = ("use_prompt_extend", "extend_only")  # options that extend prompts
 LORAS = ("lora_dir", "lora")
 WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image_fit)
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
+WITH_VIDEO = " and ".join(name for name, config in TASKS.items() if not config.mask_channels)
+STRENGTH = 0.75
 SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
 
 
@@ -150,10 +152,14 @@ class Request:
     last_image: str | None = option(MAKE, VIDEO, path, "FILE",
         f"the last frame ({WITH_LAST_IMAGE}), squeezed to the video's size; one serves every prompt",
         counts_with=EXTEND)
+    video: str | None = option(MAKE, VIDEO, path, "FILE",
+        f"a video to make this one from ({WITH_VIDEO}), scaled and cropped to --size; one serves every prompt",
+        counts_with=EXTEND)
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
         "a .txt with one prompt per line, or a .jsonl/.csv/.tsv with rows of prompt, image, last_image, "
-        "negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
-        displaces=("prompt", "image", "last_image", "negative_prompt"), counts_with=EXTEND, example="prompts.csv")
+        "video, negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        displaces=("prompt", "image", "last_image", "video", "negative_prompt"), counts_with=EXTEND,
+        example="prompts.csv")
     chain: bool = option(MAKE, START, truth, "",
         "rows of --prompt_file continue each other: a row without an image starts from the last frame of the row "
         "before; the clips are joined into one .mp4 too")
@@ -224,6 +230,9 @@ class Request:
         displaces=("sample_steps", "sample_shift", "sample_solver"))
     high_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         "steps of the high-noise expert; default: by the model's boundary", limits=(0, 1000))
+    strength: float | None = option(SAMPLING, VIDEO, real, "S",
+        f"how far --video is changed: the share of the steps that are run; default {STRENGTH:g}", limits=(0.001, 1),
+        into="sample_steps")
     noise_device: str = option(SAMPLING, VIDEO, text, "DEVICE",
         "auto (where the model runs) or cpu: the same noise on every machine", choices=("auto", "cpu"))
 

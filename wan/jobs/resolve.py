@@ -34,7 +34,7 @@ from wan.utils.errors import InputError
 from wan.utils.files import parse_json
 
 # Options that a record holds for its one video.
-OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "video", "size", "frame_num", "base_seed")
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
@@ -120,7 +120,7 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
         check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
     jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
@@ -144,6 +144,12 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], vari
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
     jobs = make_jobs(request, config, weights, rows, variant, check)
+    made_from = any(job.video for job in jobs)
+    if rows and request.strength is not None and not made_from:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and sampling.first_step == sampling.steps:
+        least = f"{1 / sampling.steps:.3g}"
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
     if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
         check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
     return Generate(request, config, weights, sampling, tuple(jobs))
@@ -272,7 +278,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         }  # fmt: skip
         earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
         earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
-        earlier |= {"last_image": job.get("last_image")}  # records of the first version have none
+        earlier |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
+        earlier["strength"] = earlier.get("strength") if job.get("video") else None
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:

@@ -14,7 +14,7 @@ from lightning.lora_files import choose_loras
 from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
-from wan.cli.options import Request
+from wan.cli.options import STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
@@ -117,7 +117,8 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
         says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
         check.problem(f"{says}; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
-    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
+    strength = STRENGTH if request.strength is None else request.strength
+    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
 

@@ -207,10 +207,12 @@ def check_ranks(team: Team, plan: Plan) -> None:
         return
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     own = {**plan.fingerprints, "the program's code": hashlib.sha256(code).hexdigest()}
-    for path in {path for job in plan.jobs if not job.follows for path in job.pictures.values() if path}:
+    for name, path in {named for job in plan.jobs if not job.follows for named in job.pictures.items()}:
+        if path is None:
+            continue
         own[str(path)] = "unreadable"  # on all ranks: that job alone fails
         with suppress(OSError, InputError):
-            own[str(path)] = digest(path)
+            own[str(path)] = digest(path, clip=name == "video")
     (first, want), *others = team.gather((socket.gethostname(), own))
     problems = [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"

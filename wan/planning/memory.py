@@ -47,29 +47,31 @@ def memory_now(plan: Plan) -> int:
     return free if vram is None else min(free, int(vram * 1e9))
 
 
-def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:
-    """Memory of a video of `size` (width, height). image: whether one is encoded before the first step."""
+def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: bool = False) -> VideoPlan:
+    """Memory of a video of `size` (width, height). image, video: whether one is encoded before the first step."""
     channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
     encoded, encode_tiles = None, TILES[0]
-    if plan.config.mask_channels or image:  # an image beside the noise is encoded as a whole clip, a first frame alone
-        vae, ranks, clip = plan.checkpoint.vae.module, plan.layout.sequence, length if plan.config.mask_channels else 1
+    if plan.config.mask_channels or image or video:  # only a first frame that stays is encoded alone
+        vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
+        clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
     tokens = length * (rows // PATCH[1]) * (columns // PATCH[2])
-    video = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles)
-    return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
+    first_step = plan.sampling.first_step if video and plan.sampling else 0
+    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step)
+    return found if plan.request.dit_fsdp else replace(found, budget=_budget(plan, found))
 
 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
-    size, frames, image = kind
+    size, frames, *given = kind
     ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
     if plan.dtype == torch.float32:
         ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     ways["--offload_model True"] = replace(plan, offload=True)
-    videos = {option: plan_video(way, size, frames, image) for option, way in ways.items()}
+    videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
     step = plan.config.vae_stride[0]
-    videos |= {f"--frame_num {n}": plan_video(plan, size, n, image) for n in range(frames - step, 0, -step)}
+    videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
     return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
 
 

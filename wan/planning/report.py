@@ -103,7 +103,9 @@ class Outlook:
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
-            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
+            first, steps = self.plan.video(job).first_step, len(self.plan.of(job).steps)
+            made_from = job.picture + (f", from step {first + 1} of {steps} on" if first else "")
+            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
             size += f", {job.frame_num} frames, {self.plan.video(job).tokens:,} tokens, seed {job.seed}"
             mark = " (done)" if job.index in self.done else ""
             lines.append(f"job {job.number}{mark}: {prompt}: {size} -> {job.save_file}")

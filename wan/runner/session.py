@@ -85,6 +85,8 @@ class Session:
         plan = self.plan(prompt, **options)
         if schedule is not None:
             assert plan.sampling is not None, "a plan with a video has a sampling"
+            if plan.jobs[0].video:
+                raise InputError("schedule: a video made from another one follows the planned solver; leave it out")
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
