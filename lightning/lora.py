@@ -129,8 +129,7 @@ class Lora:
     def deltas(self, shapes: Shapes) -> list[Delta]:
         """The changes of a model with these parameters; LoraError if something in the file does not fit."""
         found = self.resolve(shapes)
-        if found.conflicts:
-            name, reason = next(iter(found.conflicts.items()))
+        for name, reason in found.conflicts.items():
             raise LoraError(f"LoRA {self.path}: {name} {reason}")
         return found.deltas
 
@@ -306,8 +305,7 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
             raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
         start = f"{transformers[0]}."
         settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
-    kind = str(settings.get("peft_type") or "LORA")
-    kind = next((kind for name, kind in NOT_PLAIN.items() if settings.get(name)), kind)
+    kind = next((k for name, k in NOT_PLAIN.items() if settings.get(name)), str(settings.get("peft_type") or "LORA"))
     if kind not in PEFT_KINDS:
         raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):

@@ -73,7 +73,7 @@ def choose_loras(
             out.problems += e.problems
         if len(experts) == 1 and high != low:
             out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
-        out.problems += filter(None, (outside("--lora_strength", n, *RANGE) for n in {high: 0, low: 0}))
+        out.problems += filter(None, (outside("--lora_strength", n, *RANGE) for n in dict.fromkeys((high, low))))
         try:
             files = files_of(located("--lora_dir", lora_dir), experts)
             out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
@@ -96,10 +96,8 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
     out.problems += filter(None, [outside(f"--lora {text}: strength", strength, *RANGE)])
     if expert and expert not in experts:
         raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    path = located("--lora", name)
-    if not exists(path):
-        among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
-        raise LoraError(f"--lora {path}: no such file{among}")
+    if not exists(path := located("--lora", name)):
+        raise LoraError(f"--lora {path}: no such file")
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         files = files_of(path, [expert] if expert else experts, "--lora")
         return [LoraChoice(one, file, strength) for one, file in files.items()]
