@@ -78,11 +78,11 @@ class Original(Pipeline):
 
         None on all but the first of the processes that make it together. InputError for what the command line refuses.
         """
-        config, check, team, size = self.plan.config, Check(), self.mesh.team, video.size
+        config, check, team, (width, height) = self.plan.config, Check(), self.mesh.team, video.size
         if video.image is None:
-            size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
+            size = check.size("size", f"{width}*{height}", config.size_step)
         else:
-            size = video_size(config, video.image.size, size)
+            size = video_size(config, video.image.size, video.size)
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)

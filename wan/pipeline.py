@@ -127,12 +127,12 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
-        plan, merges = self.plan, self._merges()
+        plan, merges, sharded = self.plan, self._merges(), self.plan.request.dit_fsdp
         sources: dict[str, tuple[WanModel, Source]] = {}
         for name, part in plan.checkpoint.experts.items():
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
             sources[name] = part.module, Source(part.weights, dtype, merges.get(name))
-        networks, sharded = None, plan.request.dit_fsdp
+        networks = None
         with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
             if sharded:
                 models = {name: self.load(*each, plan.device, report, sharded=True) for name, each in sources.items()}
@@ -159,11 +159,9 @@ class Pipeline(ABC):
 
     def _merges(self) -> dict[str, Merge]:
         """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
-        plan, merged = self.plan, self.plan.lora_mode == "merge"
-        shapes = {name: part.weights.shapes for name, part in plan.checkpoint.experts.items()}
-        return {
-            name: Merge(loras, shapes[name], plan.device, linear_pairs=merged) for name, loras in plan.loras.items()
-        }
+        plan, experts, merged = self.plan, self.plan.checkpoint.experts, self.plan.lora_mode == "merge"
+        shapes = {name: part.weights.shapes for name, part in experts.items()}
+        return {n: Merge(loras, shapes[n], plan.device, linear_pairs=merged) for n, loras in plan.loras.items()}
 
     def follow(self, plan: Plan) -> None:
         """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""

@@ -11,9 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lightning.distilled import release_in
 from lightning.lora_files import choose_loras
-from lightning.releases import Release, caution, preset, recognise
+from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
 from wan.cli.options import QUALITIES, STRENGTH, Request
@@ -45,7 +44,6 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
         if each.warning:
             check.warn(f"{each.name} ({each.source}): {each.warning}")
-    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:

@@ -16,8 +16,8 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 
-from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
+from lightning.releases import refuse_distilled_twice
 from wan.checkpoints import hub
 from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
 from wan.checkpoints.layout import patterns
@@ -195,11 +195,10 @@ def _open_loras(
             continue
         shapes = checkpoint.experts[choice.expert].weights.shapes
         base = checkpoint.files.get(choice.expert) or checkpoint.folder
-        twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
-        if twice and not request.lora_allow_partial:
-            checks.problem(f"{twice}; --lora_allow_partial does it all the same")
+        if base and not request.lora_allow_partial:
+            checks.attempt(partial(refuse_distilled_twice, base, lora.store.files[0], choice.expert))
         settings = {"allow_partial": request.lora_allow_partial, "as_adapter": weights.lora_mode == "adapter"}
-        if found := checks.attempt(partial(check, lora, shapes, expert=choice.expert, **settings), brought):
+        if found := checks.attempt(partial(check, lora, shapes, **settings), brought):
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
