@@ -132,13 +132,13 @@ def test_bytes_of_sharded_weights(tmp_path: Path) -> None:
 
 
 def test_plan_of_the_released_model() -> None:
-    """Of 720p in 81 frames; weights in float32 are twice as large."""
     plan = released_plan("t2v-A14B", True, 10**12, Machine(torch.device("cpu"), Path(), Path()))
     size = (1280, 720)
     jobs = tuple(Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5))
     plan = replace(plan, jobs=jobs, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     plan = replace(plan, videos={video_kind(jobs[0]): plan_video(plan, size, 81)})
-    held, sent = process_lines(replace(plan, layout=Layout(8, 8), request=replace(plan.request, dit_fsdp=True)))
+    sharded = replace(plan.request, dit_fsdp=True, convert_model_dtype=True)
+    held, sent = process_lines(replace(plan, layout=Layout(8, 8), request=sharded))
     assert held == (
         "8 processes = data 1 x ulysses 8: one video at a time, 8 processes each; weights in each: high expert 3.57 GB "
         "+ low expert 3.57 GB + text encoder 11.4 GB + VAE 508 MB"
