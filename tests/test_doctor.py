@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
 
 
 def test_processes_exchange() -> None:
-    outcome = rates.exchange_between(2, "cpu", 1 << 20)
+    outcome = rates.exchange(machine(), 2, 1 << 20)
     assert outcome.verdict == GOOD
     assert outcome.values[EXCHANGE] > 0
 

@@ -137,16 +137,13 @@ def test_plan_of_the_released_model() -> None:
     jobs = tuple(Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5))
     plan = replace(plan, jobs=jobs, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     plan = replace(plan, videos={video_kind(jobs[0]): plan_video(plan, size, 81)})
-    sharded = replace(plan.request, dit_fsdp=True, convert_model_dtype=True)
-    held, sent = process_lines(replace(plan, layout=Layout(8, 8), request=sharded))
+    request = replace(plan.request, dit_fsdp=True, convert_model_dtype=True)
+    held, sent = process_lines(replace(plan, layout=Layout(8, 8), request=request))
     assert held == (
         "8 processes = data 1 x ulysses 8: one video at a time, 8 processes each; weights in each: high expert 3.57 GB "
         "+ low expert 3.57 GB + text encoder 11.4 GB + VAE 508 MB"
     )
-    assert sent == (
-        "a forward sends from each: ulysses 13.5 GB + weights 25 GB; estimated share of its time at most 9% over "
-        "NVLink, 26% over PCIe"
-    )
+    assert sent == "a forward sends from each: ulysses 13.5 GB + weights 25 GB"
     assert A14B.operations(75_600) == pytest.approx(6.5e15, rel=0.01)
     first, warning = process_lines(replace(plan, layout=Layout(8)))
     assert first.startswith("8 processes = data 8 x ulysses 1: 8 videos at a time, 1 process each; weights in each: ")

@@ -145,23 +145,19 @@ def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Find
     return Finding(GOOD, ", ".join(parts) + details, values=dict(rates))
 
 
-def exchange(machine: Machine) -> Finding:
-    """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
-    count = len(gpus()) if machine.is_gpu else 0
-    if count < 2:
-        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
-    outcome = exchange_between(count, machine.device.type)
-    machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
-    return outcome
+def exchange(machine: Machine, count: int = 0, size: int = 1 << 28) -> Finding:
+    """One all-to-all of `size` bytes over all GPUs, a process each, as sequence parallelism makes them.
 
-
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Finding:
-    """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
+    count: of processes, if not one for each GPU.
+    """
     from torch.multiprocessing.spawn import spawn
 
+    kind, count = machine.device.type, count or (len(gpus()) if machine.is_gpu else 0)
+    if count < 2:
+        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
     backend = COLLECTIVES.get(kind, "gloo")
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_exchange, (count, kind, folder, size), nprocs=count, join=False)
+        context = spawn(_exchange, (count, kind, backend, folder, size), nprocs=count, join=False)
         assert context is not None, "not joined"
         end = time.monotonic() + EXCHANGE_SECONDS
         try:
@@ -175,18 +171,18 @@ def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Finding:
             for process in context.processes:
                 process.kill()
         rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
+    machine.rates[EXCHANGE] = rate
     sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
     return Finding(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
 
 
-def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
+def _exchange(rank: int, count: int, kind: str, backend: str, folder: str, size: int) -> None:
     import torch.distributed as dist
 
     device = torch.device(kind)
     if kind in COLLECTIVES:
         device = torch.device(kind, rank)
         Accelerator(device).api.set_device(device)
-    backend = COLLECTIVES.get(kind, "gloo")
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     numbers = torch.arange(count, device=device).repeat_interleave(1024)
     got = torch.empty_like(numbers)

@@ -29,10 +29,6 @@ BYTES_OF_A_PIXEL = {"needed": 0.25, "least": 0.01, "most": 1.0}
 LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
 RECORD = 20_000  # bytes in the mp4 and beside it
 
-# What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
-# H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
-MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
-
 
 class Outlook:
     """A plan on this machine as it is now. Bytes; host memory is what all processes here need together."""
@@ -194,15 +190,10 @@ def process_lines(plan: Plan) -> list[str]:
     held = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in weights.items())
     at_once = f"{groups} videos at a time" if groups > 1 else "one video at a time"
     lines = [f"{layout}: {at_once}, {each} process{'es' if each > 1 else ''} each; weights in each: {held}"]
-    network, tokens = network_of(plan), plan.largest().tokens
-    sent = sent_bytes(layout, network, tokens, plan.dtype.itemsize, sharded_bytes(plan))
-    if any(sent.values()):
-        parts = " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size)
-        shares = []
-        for link, (rate, speed) in MACHINES.items():
-            sending, computing = sum(sent.values()) / rate, network.operations(tokens) / each / speed
-            shares.append(f"{sending / (sending + computing):.0%} over {link}")
-        lines.append(f"a forward sends from each: {parts}; estimated share of its time at most {', '.join(shares)}")
+    network = network_of(plan)
+    sent = sent_bytes(layout, network, plan.largest().tokens, plan.dtype.itemsize, sharded_bytes(plan))
+    if parts := " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size):
+        lines.append(f"a forward sends from each: {parts}")
     if len(plan.jobs) < groups:
         legal = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0]
         hint = f"; --ulysses_size {legal[-1]} puts more of them on one video" if legal[-1] > layout.ulysses else ""

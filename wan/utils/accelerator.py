@@ -54,13 +54,6 @@ class Accelerator:
         free, _ = self.api.mem_get_info(self.device)
         return int(free + self.api.memory_reserved(self.device) - self.api.memory_allocated(self.device))
 
-    def reset_peak_bytes(self) -> int:
-        """Start to measure the peak of allocated bytes; the bytes allocated now."""
-        if not self.has_memory:
-            return 0
-        self.api.reset_peak_memory_stats(self.device)
-        return int(self.api.memory_allocated(self.device))
-
     def limit_memory(self, size: int | None) -> None:
         """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
         if self.has_memory:
