@@ -1,4 +1,4 @@
-"""Thirteen tasks of newcomers with README and docs alone: `python -m tests.newcomer [N ...] [--columns 80] [--install]`.
+"""Thirteen tasks of newcomers with the README and docs: `python -m tests.newcomer [N ...] [--columns 80] [--install]`.
 
 Each is carried out in a fresh clone of the last commit, with an empty environment, in a terminal: what that shows
 is printed with the exit codes. A step that ends otherwise than it should is a finding, and exit code 1. It takes some
@@ -208,8 +208,8 @@ TASKS: dict[str, list[Step]] = {
     ],
     "13 eight GPUs and Slurm": [
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --dit_fsdp --ulysses_size 8", 2, ("torchrun",)),
-        Step(f"env SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 python generate.py {T2V} {SMALL} "
-             "--prompt_file examples/prompt_list.txt --shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
+        Step("env SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 "
+             f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
         Step(f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard 1/2 --base_seed 1 "
              "--save_dir array --resume", told=("2 saved",), files=("array/*_0002_*.mp4",)),
     ],
