@@ -20,7 +20,6 @@ from torch import Tensor
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.model import Prompt
-from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -71,12 +70,16 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Denoisers(Protocol):  # `Experts`, or what stands before them
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None if no step is guided
+    negative: Prompt | None = None  # of guided steps, or for NAG
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
@@ -93,19 +96,17 @@ def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
 
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
-    """Return expert, guidance and LoRA scale of each timestep.
+    """Expert, guidance and LoRA scale of each timestep.
 
     boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
     single model.
     """
-    plan = []
+    plan, count = [], sampling.high_steps
     for index, timestep in enumerate(timesteps):
-        if boundary is None:
-            expert = "model"
-        elif sampling.high_steps is not None:
-            expert = "high" if index < sampling.high_steps else "low"
-        else:
-            expert = "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
+        expert = "model"
+        if boundary is not None:
+            is_high = timestep >= boundary * TRAIN_TIMESTEPS if count is None else index < count
+            expert = "high" if is_high else "low"
         guidance = sampling.guidance[0 if expert == "low" else 1]
         by_step, lora = sampling.guidance_steps, sampling.lora_steps
         plan.append(Step(timestep, expert, by_step[index] if by_step else guidance, lora[index] if lora else 1.0))
@@ -114,7 +115,7 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Experts,
+    experts: Denoisers,
     noise: Tensor,
     conditioning: Conditioning,
     schedule: Schedule,
@@ -172,10 +173,7 @@ def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
-            raise JobError(
-                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
-                "does this: on a GPU try --attention flash, or cudnn where flash was used"
-            )
+            raise JobError(f"the latent has NaN or Inf after {after}; on a GPU try another --attention")
 
     if arrived is None:
         check()
@@ -238,7 +236,6 @@ class RenoisingSchedule(EulerSchedule):
     """
 
     def __init__(self, sigmas: np.ndarray, draw: Draw | None) -> None:
-        """draw may be None where only the timesteps are wanted."""
         super().__init__(sigmas)
         self.noise_scale = float(self.sigmas[0])
         self.draw = draw
