@@ -209,7 +209,8 @@ TASKS: dict[str, list[Step]] = {
     "13 eight GPUs and Slurm": [
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --dit_fsdp --ulysses_size 8", 2, ("torchrun",)),
         Step("env SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 "
-             f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
+             f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt "
+             "--shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
         Step(f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard 1/2 --base_seed 1 "
              "--save_dir array --resume", told=("2 saved",), files=("array/*_0002_*.mp4",)),
     ],
