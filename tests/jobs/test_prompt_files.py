@@ -242,6 +242,7 @@ def test_extended_rows_name_their_images_from_anywhere(tmp_path: Path, monkeypat
     """The rows are written to another folder than the one that a relative path counts from."""
     monkeypatch.chdir(tmp_path)
     Path("a.png").touch()
-    write_rows(tmp_path / "sub" / "rows.jsonl", [Row("a cat", "", image=Path("a.png"), options=(("sample_shift", "3"),))])
+    extended = Row("a cat", "", image=Path("a.png"), options=(("sample_shift", "3"),))
+    write_rows(tmp_path / "sub" / "rows.jsonl", [extended])
     (row,) = read_rows(tmp_path / "sub" / "rows.jsonl", [], [])
     assert (row.image, row.options) == (tmp_path / "a.png", (("sample_shift", "3"),))
