@@ -1,14 +1,10 @@
 """LoRA files: open one of any kind and spelling, account for every tensor against the model's names, or refuse it.
 
-Everything here works on headers (names, shapes, dtypes) and the few bytes of the alphas; no torch is imported.
-
     W' = W + strength * scale * change        scale: alpha / rank; change: of a kind in `lora_matching`
     W' = W + strength * (m C / |C| - W)       DoRA: C = W + scale * change, m the norm of each row
     p' = p + strength * diff                  whole differences of weights, biases, modulation
 
-The alpha that PEFT's and diffusers' LoRAs store in no tensor is in `adapter_config.json` beside the weights (PEFT), or
-JSON in the file's metadata (diffusers): under their plain names (a model's `save_lora_adapter`) or each behind the name
-of its component (a pipeline's `save_lora_weights`).
+Everything here works on headers and the few bytes of the alphas; no torch is imported.
 """
 
 from __future__ import annotations
@@ -33,7 +29,6 @@ from wan.utils.files import parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = "lora_adapter_metadata"
 PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds read -> the setting of their alpha
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
 NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
@@ -275,10 +270,10 @@ def settings_of(
 ) -> AdapterSettings | None:
     """The settings that belong to a file of weights, None if there are none. LoraError for a kind that is not read.
 
-    `adapter_config.json` belongs to `adapter_model.*`, else to the only file of weights beside it; of several it must
-    be known which, except for a file that stores its own alphas. expert: "low" reads the settings of `transformer_2`.
+    PEFT's `adapter_config.json` belongs to `adapter_model.*`, else to the only file beside it, unless that stores its
+    own alphas. diffusers writes JSON into the metadata, perhaps by component: "low" reads that of `transformer_2`.
     """
-    beside, text = file.parent / PEFT_CONFIG, metadata.get(METADATA)
+    beside, text = file.parent / PEFT_CONFIG, metadata.get("lora_adapter_metadata")
     if beside.is_file():
         weights = weights_in(file.parent)
         own = [each for each in weights if each.stem == PEFT_STEM] or weights

@@ -1,11 +1,8 @@
 """The deltas of all LoRAs of one expert, added to its weights one tensor at a time while they stream in.
 
-    W' = W + sum over the LoRAs of strength * (scale * change  or  diff  or  DoRA's change), see `lightning.lora`
-
 Product and sum are float32 and rounded once, by whoever casts the result. The product is made in blocks of rows that
 stay in the processor's cache, in buffers that are kept from call to call: a fresh 100 MB of memory for each temporary
 costs several times the arithmetic. On a CPU the result is that of the plain expression, bit for bit.
-
 Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank.
 """
 

@@ -2,8 +2,7 @@
 
     y = W x + b + scale * strength * (alpha / rank) * up (down x)
 
-Only pairs on linear layers can be adapters. Everything else a LoRA brings (differences, pairs on the patch embedding)
-is merged while loading, by `Merge(loras, shapes, linear_pairs=False)`, and keeps the strength it had then.
+Only pairs on linear layers can be adapters; `Merge(..., linear_pairs=False)` merges the rest while loading.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`python -m wan.gallery DIR`: one static page over the videos of a folder, from the records beside them.
 
-The page needs no network and no server: it names videos and contact sheets by their paths relative to itself. Text from
-records is data in it and never markup. No torch.
+It names files by paths relative to itself, and needs no server. Text from records is data in it, never markup.
 """
 
 from __future__ import annotations

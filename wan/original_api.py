@@ -1,7 +1,4 @@
-"""The original's public call, on top of a pipeline: its constructor's and its `generate`'s arguments make a plan.
-
-Shapes: F, H, W frames, rows, columns of the video.
-"""
+"""The original's public call, on top of a pipeline: its constructor's and its `generate`'s arguments make a plan."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The networks of a plan, loaded, and one video through them: text -> conditioning -> latent -> frames.
 
-Nothing is decided here: the plan says what was opened and chosen. Each network is loaded by the method named so.
 Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames, rows, columns of the video.
 """
 
