@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from wan.utils.files import parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+AdapterScale = Callable[[str, int], float]  # module, rank of its matrices or 0 for that of the settings -> alpha / rank
 PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds read -> the setting of their alpha
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
 NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
@@ -50,7 +51,7 @@ class Lora:
     store: TensorStore
     keys: Mapping[str, Key]  # by tensor name, where a LoRA family explains the name
     alphas: Mapping[str, float]  # by tensor name
-    settings: AdapterSettings | None  # PEFT's, where the file comes with them
+    settings: AdapterScale | None  # by PEFT's settings, where the file comes with them
     default_alpha: float | None
     release: Release | None
     expert: str | None
@@ -92,7 +93,7 @@ class Lora:
                 raise ValueError(f"is {alpha}, which is no usable alpha")
             return alpha / rank
         if self.settings is not None and alpha_name is None:
-            return self.settings.scale(stem, rank)
+            return self.settings(stem, rank)
         return 1.0 if self.assumed_alpha is None or not rank else self.assumed_alpha / rank
 
     def resolve(self, shapes: Shapes) -> Resolved:
@@ -247,27 +248,9 @@ def _some(tensors: Sequence[str], total: int) -> str:
     return f"{len(tensors)} of {total} tensors (first: {tensors[0]})"
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """Numbers of each module: that of the first pattern that fits its name, else the common one, under ""."""
-
-    alphas: Mapping[str, float]
-    ranks: Mapping[str, float]
-    rslora: bool  # alpha / sqrt(rank)
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
-
-        def fitting(numbers: Mapping[str, float]) -> float:  # a pattern is of the whole name or of its last parts
-            return next((n for p, n in numbers.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), numbers[""])
-
-        rank_used = rank or fitting(self.ranks)
-        return fitting(self.alphas) / (math.sqrt(rank_used) if self.rslora else rank_used)
-
-
 def settings_of(
     file: Path, metadata: Mapping[str, str], expert: str | None, *, has_alphas: bool = False
-) -> AdapterSettings | None:
+) -> AdapterScale | None:
     """The settings that belong to a file of weights, None if there are none. LoraError for a kind that is not read.
 
     PEFT's `adapter_config.json` belongs to `adapter_model.*`, else to the only file beside it, unless that stores its
@@ -287,7 +270,7 @@ def settings_of(
     return None if text is None else _parse_settings(f"LoRA {file}", text, expert)
 
 
-def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
+def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterScale:
     settings: Any = None
     with suppress(ValueError):
         settings = parse_json(text)
@@ -317,4 +300,12 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
                 raise ValueError(value)
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as e:
         raise LoraError(f"{file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
-    return AdapterSettings(alphas, ranks, bool(settings.get("use_rslora")))
+
+    def scale(module: str, rank: int) -> float:
+        def fitting(numbers: Mapping[str, float]) -> float:  # a pattern is of the whole name or of its last parts
+            return next((n for p, n in numbers.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), numbers[""])
+
+        rank_used = rank or fitting(ranks)
+        return fitting(alphas) / (math.sqrt(rank_used) if settings.get("use_rslora") else rank_used)
+
+    return scale

@@ -27,8 +27,7 @@ BY_ROWS = {"up", "up_bias", "diff", "diff_b", "diff_m"}  # tensors with a row pe
 class Merge:
     """The changes by the LoRAs of one expert to a model with parameters `shapes`; call it on each weight.
 
-    Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used, and one with
-    NaN or Inf is found when it is read (LoraError). The order of the LoRAs does not matter, to the bit.
+    Tensors that match nothing are not used: run `lightning.lora.check` first. The order of the LoRAs changes no bit.
     device: of computation and results. linear_pairs=False leaves out the pairs on 2-D weights, for adapters.
     """
 

@@ -40,11 +40,9 @@ class Release:
 
     kind: "lora", "full" (whole expert weights) or "recipe" (settings only, for any LoRA of its tasks).
     patterns: regular expressions on the last parts of a path, lower case, `_` read as `-`.
-    default_alpha: what the loader must assume where the file stores none.
-    timesteps: the final timesteps, where steps and shift do not give them.
-    lora_steps, guidance_steps: LoRA scale and guidance by step, where they are not the same at every step.
-    licence: where it does not allow every use. refused: why this toolkit cannot run it, "" if it can.
-    warning: shown with every run. text_only: trained without images.
+    default_alpha: for a file that stores none. timesteps: final ones, where steps and shift do not give them.
+    lora_steps, guidance_steps: LoRA scale and guidance by step, where they differ from step to step.
+    licence: where it does not allow every use. refused: why this toolkit cannot run it. warning: shown with every run.
     """
 
     name: str
@@ -65,7 +63,7 @@ class Release:
     licence: str = ""
     refused: str = ""
     warning: str = ""
-    text_only: bool = False
+    text_only: bool = False  # trained without images
 
     def check_supported(self, what: str) -> None:
         """LoraError with the reason if this release cannot be run; `what` names it."""
