@@ -34,6 +34,7 @@ from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.step_cache import StepCache
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -68,6 +69,7 @@ class Pipeline(ABC):
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self.offload = plan.offload  # the experts give their memory back for decoding
+        self._made: list[bool] = []  # with the step cache: of each step of the last video, whether it was computed
         self._again = False  # whether another video follows
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
@@ -86,8 +88,8 @@ class Pipeline(ABC):
     # -- text
 
     def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.of(video).guided else [video.prompt]
+        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
+        return [video.prompt, video.negative_prompt] if self.plan.of(video).uses_negative else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -236,8 +238,10 @@ class Pipeline(ABC):
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
-        text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
+        rows, *others = (self._contexts[text].to(plan.device) for text in texts)
+        negative = Prompt(others[0]) if others else None
+        text = Prompt(rows) if plan.request.nag == 1 else Prompt(rows, negative, plan.request.nag)
+        conditioning = Conditioning(text, negative, *self.start(video))
         experts, budget = self.load_experts(), facts.budget
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
@@ -257,9 +261,11 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
+        cache = StepCache(experts, steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
+        self._made = cache.made if cache else []
+        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=cache is None)
         with self.progress.stage("denoise", total=len(steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
+            latent = denoise(cache or experts, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -282,10 +288,14 @@ class Pipeline(ABC):
             wanted = self.plan.request.preview_steps
             if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
-            self.progress.advance(1, str(step))
+            self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
 
         return self.sample_or_retry(video, show, **how)
+
+    def computed(self) -> dict[str, list[int]]:
+        """For the record of the last video: numbers of the steps that were computed, if some were left out."""
+        return {"computed_steps": [n for n, made in enumerate(self._made, 1) if made]} if self._made else {}
 
     # -- pixels
 

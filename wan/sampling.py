@@ -20,7 +20,6 @@ from torch import Tensor
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.model import Prompt
-from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -71,12 +70,16 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Denoisers(Protocol):  # `Experts`, or what stands before them
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None if no step is guided
+    negative: Prompt | None = None  # of guided steps, or for NAG
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
@@ -112,7 +115,7 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Experts,
+    experts: Denoisers,
     noise: Tensor,
     conditioning: Conditioning,
     schedule: Schedule,
