@@ -91,13 +91,11 @@ def _build_parser() -> Parser:
 def _inspect(args: argparse.Namespace) -> int:
     if not (path := located("inspect", args.path)).exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
-    if args.json:
-        tell(sys.stdout, json.dumps(files, indent=2) + "\n")
-    else:
-        # the error describes the others
-        blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
-        tell(sys.stdout, "\n\n".join(blocks) + ("\n" if blocks else ""))
+    files, uses = _examine_all(path, args)
+    # the error describes the others
+    blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
+    shown = json.dumps(files, indent=2) if args.json else "\n\n".join(blocks)
+    tell(sys.stdout, f"{shown}\n" if shown else "")
     errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
@@ -123,18 +121,16 @@ def _text_of(report: dict[str, Any]) -> str:
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
 
 
-def inspect_path(
-    path: Path, task: str | None, ckpt_dir: Path | None, alpha: float | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
-    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
-    It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
+    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks.
     """
-    tasks, models, hint = [task] if task else list(TASKS), _models_in(ckpt_dir or path), ""
+    ckpt_dir, tasks, alpha, hint = args.ckpt_dir, [args.task] if args.task else list(TASKS), args.lora_alpha, ""
+    models = _models_in(ckpt_dir or path)
     if ckpt_dir and not models:
         raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
-    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):  # a checkpoint has its own sizes
+    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):
         models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
         hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
     if (path / MODEL_INDEX).is_file():
@@ -160,8 +156,8 @@ def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
     return {kind: {expert: store.shapes for expert, store in stores.items()} for kind in kinds}
 
 
-def _command(task: str | None, *words: object) -> str:
-    return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
+def _command(task: str, flag: str, folder: Path) -> str:
+    return shlex.join(["generate.py", "--task", task, flag, str(folder)])
 
 
 def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
@@ -221,7 +217,6 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     shapes = opened.shapes
 
     def belongs_to(expert: Shapes) -> bool:
-        """Whether it is that expert, or goes with it: the same text width, the same channels."""
         if kind == TEXT_ENCODER:
             return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
         if kind == VAE:
@@ -233,10 +228,11 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
         return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
     named = expert_of(file) or expert_of(file.absolute().parent)
     single = all(list(models[task]) == ["model"] for task in fits)
-    uses = [f"{expert}={file}" for expert in (["model"] if single else [named] if named else ["high", "low"])]
-    uses = [shlex.join(["--expert", use]) for use in uses] if kind == EXPERT else [shlex.join([f"--{kind}", str(file)])]
+    experts = ["model"] if single else [named] if named else ["high", "low"]
+    values = [f"{expert}={file}" for expert in experts] if kind == EXPERT else [str(file)]
+    use = " or ".join(shlex.join([f"--{kind}", value]) for value in values)
     # the shards of a checkpoint are used through its folder
-    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else " or ".join(uses)}
+    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else use}
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:

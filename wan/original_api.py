@@ -40,12 +40,10 @@ class Original(Pipeline):
         device: torch.device | str | None = None, runtime: Runtime | None = None, progress: Progress | None = None,
         **more: object,
     ) -> None:  # fmt: skip
-        """The original's arguments, then ours.
+        """The original's arguments, then ours. InputError with all problems of arguments and files.
 
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
-        processes make one video, those of `runtime` or of torch.distributed. more: options of the command line by name
-        (`ulysses_size=2`, `lora_mode="adapter"`).
-        InputError with all problems of arguments and files.
+        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name.
         """
         if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
             own = vars(TASKS[self.task])
