@@ -17,7 +17,7 @@ from typing import Any
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
 from lightning.lora_matching import Shapes
-from lightning.releases import Release, preset, recognise, record_of, release_in
+from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
 from wan.checkpoints.layout import MODEL_INDEX
@@ -113,7 +113,7 @@ def _text_of(report: dict[str, Any]) -> str:
         "coverage": coverage.get("summary"),
         "rank": coverage and (", ".join(map(str, coverage["ranks"])) or "-"),
         "alpha": coverage and (", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"),
-        "settings": settings and settings_line(settings),
+        "settings": settings and _settings_line(settings),
         "sizes": ", ".join(f"{width}*{height}" for width, height in settings.get("sizes", ())),
         **{name: report[name] for name in ("note", "licence", "use")},
     }
@@ -166,7 +166,7 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
     report: dict[str, Any] = {
         "path": str(file), "kind": "LoRA",
         "release": release and release.name, "source": release and release.source,
-        "settings": release and release_settings(release),
+        "settings": release and _settings_of(release),
         "note": (release and release.note) or "", "licence": (release and release.licence) or "",
         "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
     }  # fmt: skip
@@ -240,31 +240,24 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
     tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
     kinds, uses = {report["kind"] for report in reports}, list[str]()
-    if kinds == {"LoRA"}:
-        for task in tasks:
+    for task in tasks:  # of several kinds of files each one's report names its use
+        experts = TASKS[task].experts
+        if kinds == {"LoRA"}:
             with suppress(LoraError):  # no file for some expert: not a release of this task
-                files_of(path, TASKS[task].experts)
+                files_of(path, experts)
                 uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
-    elif kinds == {NAMES[EXPERT]}:
-        experts = {task: TASKS[task].experts for task in tasks}
-        whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
-        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
-    if kinds == {"LoRA"} or not uses:
-        return uses  # each file's own report names its use
-    if record := record_of(path):
-        merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
-        uses.append(f"merged into it: {', '.join(merged)}")
-    if release := release_in(path):
-        uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
+        elif kinds == {NAMES[EXPERT]} and len(open_parts(path, TASKS[task], experts)) == len(experts):
+            uses.append(f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}")
+    if kinds == {NAMES[EXPERT]} and (release := release_in(path)):
+        uses.append(f"it is sampled as {release.name}: {_settings_line(_settings_of(release))}")
     return uses
 
 
-def release_settings(release: Release) -> dict[str, Any]:
-    """The settings that a release is sampled with, by name."""
+def _settings_of(release: Release) -> dict[str, Any]:
     return {name: value for name in SHOWN_SETTINGS if (value := getattr(release, name)) is not None}
 
 
-def settings_line(settings: dict[str, Any]) -> str:
+def _settings_line(settings: dict[str, Any]) -> str:
     """Settings, without the sizes, as one line; a slash between the numbers of a pair."""
     numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
     numbers.pop("sizes", None)
