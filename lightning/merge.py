@@ -62,7 +62,7 @@ class Merge:
         if name != self._kept_of:
             self._kept, self._kept_of = {}, name
         terms = [self._term(lora, delta, slice(start, stop)) for lora, delta in self.deltas[name]]
-        source = _matrix(weight)
+        source = weight[:, None].flatten(1)  # of a vector one column
         result = self._buffer("result", source.shape)
         step = self._rows_at_once(*source.shape)
         for top in range(0, len(source), step):
@@ -98,7 +98,7 @@ class Merge:
         The result puts rows `block` of the delta, which are `weight` [rows, I] before the merge, into `out` [rows, I].
         """
         tensors = {
-            role: _matrix(self._read(lora, name, rows)) if role in BY_ROWS else self._read(lora, name)
+            role: self._read(lora, name, rows)[:, None].flatten(1) if role in BY_ROWS else self._read(lora, name)
             for role, name in zip(delta.roles, delta.tensors, strict=True)
         }
         change = delta.kind.change(tensors) if delta.kind and delta.kind is not PAIR else None
@@ -140,8 +140,3 @@ class Merge:
         if rows is None:
             self._kept[lora.path, name] = tensor
         return tensor
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """All axes but the first flattened; a vector becomes a column."""
-    return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
