@@ -205,7 +205,6 @@ def check(lora: Lora, shapes: Shapes, *, allow_partial: bool = False, as_adapter
 
 
 def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool) -> list[str]:
-    """Why this file is refused: one clause per reason, with counts and the first names."""
     total, problems = len(lora.store), []
     if found.unsupported:
         kinds = sorted({m[1] for name in found.unsupported if (m := UNSUPPORTED.search(name))})
@@ -263,10 +262,8 @@ def settings_of(
         if own == [file]:
             return _parse_settings(f"LoRA {beside}", beside.read_bytes(), expert)
         if file in own and text is None and not has_alphas:
-            raise LoraError(
-                f"LoRA {file}: {PEFT_CONFIG} beside it may belong to any of {len(own)} files; give the file a folder "
-                "of its own, with the settings if they are its own"
-            )
+            beside_others = f"{PEFT_CONFIG} beside it may belong to any of {len(own)} files"
+            raise LoraError(f"LoRA {file}: {beside_others}; give the file a folder of its own")
     return None if text is None else _parse_settings(f"LoRA {file}", text, expert)
 
 

@@ -81,11 +81,9 @@ class Original(Pipeline):
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
-        solver, steps = (
-            check.choice("sample_solver", solver, SOLVERS),
-            check.number("sampling_steps", steps, 1, 1, 1000),
-        )
-        sampling = Sampling(solver, int(steps), check.number("shift", shift, 1.0, 0.01, 100), both(guidance))
+        solver = check.choice("sample_solver", solver, SOLVERS)
+        count = int(check.number("sampling_steps", steps, 1, 1, 1000))
+        sampling = Sampling(solver, count, check.number("shift", shift, 1.0, 0.01, 100), both(guidance))
         check_choices(self.plan.request, sampling, check)
         check.stop()
         seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
