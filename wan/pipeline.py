@@ -23,7 +23,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.jobs.job import Job
+from wan.jobs.job import Job, prompts_by_window
 from wan.media.images import Strip, open_image
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
@@ -34,7 +34,7 @@ from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Window, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -88,7 +88,9 @@ class Pipeline(ABC):
 
     def texts(self, video: Video | Job) -> list[str]:
         """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.of(video).guided else [video.prompt]
+        plan = self.plan.of(video)
+        prompts = prompts_by_window(video.prompt, len(plan.video(video).windows))
+        return [*prompts, video.negative_prompt] if plan.guided else prompts
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -239,13 +241,15 @@ class Pipeline(ABC):
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
-        text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
+        prompts = {text: Prompt(self._contexts[text].to(plan.device)) for text in texts}
+        windows = [Window(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
+        negative = prompts[texts[-1]] if plan.guided else None
+        conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video), windows)
         experts, budget = self.load_experts(), facts.budget
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in steps]
+        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in facts.windows or [None]]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it

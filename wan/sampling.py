@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
-from wan.modules.model import Prompt
+from wan.modules.model import Prompt, WanModel
 from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
@@ -71,6 +71,14 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Window(NamedTuple):
+    """Latent frames `first` to `end`, without it, whose velocity is predicted by itself."""
+
+    first: int
+    end: int
+    text: Prompt
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
@@ -80,6 +88,7 @@ class Conditioning:
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
+    windows: Sequence[Window] = ()  # none: the whole latent at once
 
 
 # Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
@@ -127,7 +136,7 @@ def denoise(
     has its next step to do while the host waits.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
-    frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
+    before = steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
     if conditioning.video is not None:
         sample = torch.lerp(conditioning.video, noise, float(schedule.sigmas[0]))
@@ -140,12 +149,9 @@ def denoise(
             if negative is not None:
                 negative.forget()
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
+        velocity, *free = _velocities(model, latent, step, conditioning)
         if step.guided:
-            assert negative is not None, "a guided step needs the negative prompt's encoding"
-            velocity, free = model(latent, step.timestep, (text, negative), frames)
-            velocity = free + step.guidance * (velocity - free)
-        else:
-            velocity = model(latent, step.timestep, text, frames)
+            velocity = free[0] + step.guidance * (velocity - free[0])
         if check:
             check()
         if (changed := on_step(step, sample, velocity)) is not None:
@@ -155,6 +161,29 @@ def denoise(
     assert check, "a plan has steps"
     check()
     return sample
+
+
+def _velocities(model: WanModel, latent: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
+    """Velocities to the text and, in a guided step, to the negative prompt: [P, C, f, h, w].
+
+    Windows are blended by weights that fall linearly over the frames they share (arXiv 2302.08113).
+    """
+    pinned, windows = conditioning.first_frame, conditioning.windows
+    negative = [conditioning.negative] if step.guided and conditioning.negative else []
+    if not windows:
+        return model(latent, step.timestep, [conditioning.text, *negative], 0 if pinned is None else pinned.shape[1])
+    total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
+    for before, window, after in zip((None, *windows), windows, (*windows[1:], None), strict=False):
+        frames = torch.arange(window.first, window.end, device=latent.device)[:, None, None]
+        rise = (frames + 1 - window.first) / (1 + (before.end - window.first if before else 0))
+        fall = (window.end - frames) / (1 + (window.end - after.first if after else 0))
+        weight = rise.minimum(fall).clamp(max=1)
+        part = model(latent[:, window.first : window.end], step.timestep, [window.text, *negative])
+        total[:, :, window.first : window.end] += weight * part
+        weights[window.first : window.end] += weight
+        if after and after.text is not window.text:
+            window.text.forget()  # its keys and values take memory
+    return total / weights
 
 
 def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
