@@ -21,7 +21,7 @@ from wan.original_api import Original
 from wan.planning.build import make_plan
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.report import Outlook
-from wan.sampling import Conditioning, Step, Video, Window, _velocities
+from wan.sampling import Conditioning, Step, Video, _velocities
 from wan.utils.errors import InputError
 
 FOUR = Sampling("euler", 4, 5.0, (1.0, 1.0))
@@ -65,7 +65,7 @@ def test_prompts_are_shared_out_evenly() -> None:
 def test_windows_are_blended_by_weights_that_fall_linearly() -> None:
     """A model that answers each window with its number: the blend shows the weights."""
     texts = [Prompt(torch.full((1, 1), float(n))) for n in range(2)]
-    windows = [Window(0, 6, texts[0]), Window(3, 9, texts[1])]
+    windows = [(0, 6, texts[0]), (3, 9, texts[1])]
 
     def model(latent: Tensor, _: float, prompts: list[Prompt]) -> Tensor:
         return torch.stack([latent * 0 + prompt.rows for prompt in prompts])
@@ -154,9 +154,15 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
         ({"window": 10}, "--window 10 is not of the form 4n"),
         ({"prompt": "a | b | c"}, "3 parts of the prompt, and fewer --window in 17 frames"),
         ({"frame_num": 9}, "2 parts of the prompt, and fewer --window in 9 frames"),
-        ({"use_prompt_extend": True}, "leave it out with those and --use_prompt_extend"),
-        ({"task": "i2v-A14B", "image": str(TINY / "input.png")}, "--window is of t2v-A14B and ti2v-5B without images"),
-        ({"task": "ti2v-5B", "image": str(TINY / "input.png")}, "--window is of t2v-A14B and ti2v-5B without images"),
+        ({"use_prompt_extend": True}, "leave it out with images and --use_prompt_extend"),
+        (
+            {"task": "i2v-A14B", "image": str(TINY / "input.png")},
+            "--window is of t2v-A14B and ti2v-5B; leave it out with images",
+        ),
+        (
+            {"task": "ti2v-5B", "image": str(TINY / "input.png")},
+            "--window is of t2v-A14B and ti2v-5B; leave it out with images",
+        ),
     ],
 )
 def test_what_cannot_be(flags: dict[str, Any], sentence: str) -> None:

@@ -34,7 +34,7 @@ from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Window, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -242,7 +242,7 @@ class Pipeline(ABC):
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
         prompts = {text: Prompt(self._contexts[text].to(plan.device)) for text in texts}
-        windows = [Window(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
+        windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
         negative = prompts[texts[-1]] if plan.guided else None
         conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video), windows)
         experts, budget = self.load_experts(), facts.budget

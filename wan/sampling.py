@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,14 +71,6 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
-class Window(NamedTuple):
-    """Latent frames `first` to `end`, without it, whose velocity is predicted by itself."""
-
-    first: int
-    end: int
-    text: Prompt
-
-
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
@@ -88,7 +80,7 @@ class Conditioning:
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
-    windows: Sequence[Window] = ()  # none: the whole latent at once
+    windows: Sequence[tuple[int, int, Prompt]] = ()  # first and end of latent frames, and their text; none: all at once
 
 
 # Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
@@ -173,16 +165,15 @@ def _velocities(model: WanModel, latent: Tensor, step: Step, conditioning: Condi
     if not windows:
         return model(latent, step.timestep, [conditioning.text, *negative], 0 if pinned is None else pinned.shape[1])
     total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
-    for before, window, after in zip((None, *windows), windows, (*windows[1:], None), strict=False):
-        frames = torch.arange(window.first, window.end, device=latent.device)[:, None, None]
-        rise = (frames + 1 - window.first) / (1 + (before.end - window.first if before else 0))
-        fall = (window.end - frames) / (1 + (window.end - after.first if after else 0))
-        weight = rise.minimum(fall).clamp(max=1)
-        part = model(latent[:, window.first : window.end], step.timestep, [window.text, *negative])
-        total[:, :, window.first : window.end] += weight * part
-        weights[window.first : window.end] += weight
-        if after and after.text is not window.text:
-            window.text.forget()  # its keys and values take memory
+    for number, (first, end, text) in enumerate(windows):
+        next_first, _, next_text = windows[(number + 1) % len(windows)]
+        before, after = windows[number - 1][1] - first if number else 0, max(0, end - next_first) if next_first else 0
+        frames = torch.arange(first, end, device=latent.device)[:, None, None]
+        weight = ((frames + 1 - first) / (1 + before)).minimum((end - frames) / (1 + after)).clamp(max=1)
+        total[:, :, first:end] += weight * model(latent[:, first:end], step.timestep, [text, *negative])
+        weights[first:end] += weight
+        if text is not next_text:
+            text.forget()  # its keys and values take memory
     return total / weights
 
 

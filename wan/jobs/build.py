@@ -53,9 +53,7 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
     if request.window is not None:
         check.frames("--window", request.window)
         if request.use_prompt_extend or config.name not in WITH_VIDEO or any(row.image for row in rows):
-            check.problem(
-                f"--window is of {WITH_VIDEO} without images; leave it out with those and --use_prompt_extend"
-            )
+            check.problem(f"--window is of {WITH_VIDEO}; leave it out with images and --use_prompt_extend")
     made_from = next((row for row in rows if row.video), None)
     if made_from and (request.chain or any(row.video and row.image for row in rows)):
         check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")

@@ -85,10 +85,7 @@ class Job:
 
 
 def windows_of(frames: int, window: int | None) -> list[tuple[int, int]]:
-    """First and end of each window's latent frames, evenly over a video of `frames`; none if one window holds it.
-
-    Neighbours share a quarter of the `window` or more.
-    """
+    """First and end of each window's latent frames, neighbours sharing a quarter or more; none if one holds them all."""
     length, size = frames // 4 + 1, (window or frames) // 4 + 1
     if length <= size:
         return []
