@@ -249,7 +249,7 @@ class Pipeline(ABC):
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in facts.windows or [None]]
+        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in range(max(1, len(facts.windows)))]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it

@@ -85,7 +85,7 @@ class Job:
 
 
 def windows_of(frames: int, window: int | None) -> list[tuple[int, int]]:
-    """First and end of each window's latent frames, neighbours sharing a quarter or more; none if one holds them all."""
+    """First and end of each window's latent frames, neighbours sharing a quarter or more; none if one holds all."""
     length, size = frames // 4 + 1, (window or frames) // 4 + 1
     if length <= size:
         return []
