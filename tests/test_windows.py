@@ -21,7 +21,7 @@ from wan.original_api import Original
 from wan.planning.build import make_plan
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.report import Outlook
-from wan.sampling import Conditioning, Step, Video, _velocities
+from wan.sampling import Step, Video, Windows
 from wan.utils.errors import InputError
 
 FOUR = Sampling("euler", 4, 5.0, (1.0, 1.0))
@@ -67,14 +67,15 @@ def test_windows_are_blended_by_weights_that_fall_linearly() -> None:
     texts = [Prompt(torch.full((1, 1), float(n))) for n in range(2)]
     windows = [(0, 6, texts[0]), (3, 9, texts[1])]
 
-    def model(latent: Tensor, _: float, prompts: list[Prompt]) -> Tensor:
-        return torch.stack([latent * 0 + prompt.rows for prompt in prompts])
+    class Numbers:
+        def ready(self, *_: object) -> Any:
+            return lambda latent, _, prompts, __: torch.stack([latent * 0 + prompt.rows for prompt in prompts])
 
     latent = torch.randn(2, 9, 2, 2)
-    found = _velocities(model, latent, Step(500.0, "high", 1.0, 1.0), Conditioning(texts[0], windows=windows))
-    assert found.shape == (1, *latent.shape)
+    found = Windows(Numbers(), windows).ready("high", 1.0)(latent, 500.0, texts[0], 0)
+    assert found.shape == latent.shape
     want = torch.tensor([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1])
-    assert torch.allclose(found, want[None, None, :, None, None].expand_as(found))
+    assert torch.allclose(found, want[None, :, None, None].expand_as(found))
 
 
 def task(window: int | None, runtime: Runtime | None = None, **options: Any) -> Original:

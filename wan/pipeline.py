@@ -34,7 +34,8 @@ from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Windows, denoise, make_schedule, predict_clean
+from wan.step_cache import StepCache
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -69,6 +70,7 @@ class Pipeline(ABC):
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self.offload = plan.offload  # the experts give their memory back for decoding
+        self._made: list[bool] = []  # with the step cache: of each step of the last video, whether it was computed
         self._again = False  # whether another video follows
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
@@ -87,10 +89,10 @@ class Pipeline(ABC):
     # -- text
 
     def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only where a step is guided."""
+        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
         plan = self.plan.of(video)
         prompts = prompts_by_window(video.prompt, len(plan.video(video).windows))
-        return [*prompts, video.negative_prompt] if plan.guided else prompts
+        return [*prompts, video.negative_prompt] if plan.uses_negative else prompts
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -127,12 +129,12 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
-        plan, merges = self.plan, self._merges()
+        plan, merges, sharded = self.plan, self._merges(), self.plan.request.dit_fsdp
         sources: dict[str, tuple[WanModel, Source]] = {}
         for name, part in plan.checkpoint.experts.items():
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
             sources[name] = part.module, Source(part.weights, dtype, merges.get(name))
-        networks, sharded = None, plan.request.dit_fsdp
+        networks = None
         with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
             if sharded:
                 models = {name: self.load(*each, plan.device, report, sharded=True) for name, each in sources.items()}
@@ -159,11 +161,9 @@ class Pipeline(ABC):
 
     def _merges(self) -> dict[str, Merge]:
         """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
-        plan, merged = self.plan, self.plan.lora_mode == "merge"
-        shapes = {name: part.weights.shapes for name, part in plan.checkpoint.experts.items()}
-        return {
-            name: Merge(loras, shapes[name], plan.device, linear_pairs=merged) for name, loras in plan.loras.items()
-        }
+        plan, experts, merged = self.plan, self.plan.checkpoint.experts, self.plan.lora_mode == "merge"
+        shapes = {name: part.weights.shapes for name, part in experts.items()}
+        return {n: Merge(loras, shapes[n], plan.device, linear_pairs=merged) for n, loras in plan.loras.items()}
 
     def follow(self, plan: Plan) -> None:
         """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
@@ -241,15 +241,17 @@ class Pipeline(ABC):
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
-        prompts = {text: Prompt(self._contexts[text].to(plan.device)) for text in texts}
-        windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
-        negative = prompts[texts[-1]] if plan.guided else None
-        conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video), windows)
+        rows = {text: self._contexts[text].to(plan.device) for text in texts}
+        negative, nag = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.nag
+        prompts = {t: Prompt(rows[t]) if nag == 1 else Prompt(rows[t], negative, nag) for t in dict.fromkeys(texts)}
+        conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video))
         experts, budget = self.load_experts(), facts.budget
+        windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
+        denoisers = Windows(experts, windows) if windows else experts
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in range(max(1, len(facts.windows)))]
+        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in range(max(1, len(windows)))]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it
@@ -264,9 +266,11 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
+        cache = StepCache(denoisers, steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
+        self._made = cache.made if cache else []
+        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=cache is None)
         with self.progress.stage("denoise", total=len(steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, steps, on_step)
+            latent = denoise(cache or denoisers, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -289,10 +293,14 @@ class Pipeline(ABC):
             wanted = self.plan.request.preview_steps
             if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
-            self.progress.advance(1, str(step))
+            self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
 
         return self.sample_or_retry(video, show, **how)
+
+    def computed(self) -> dict[str, list[int]]:
+        """For the record of the last video: numbers of the steps that were computed, if some were left out."""
+        return {"computed_steps": [n for n, made in enumerate(self._made, 1) if made]} if self._made else {}
 
     # -- pixels
 

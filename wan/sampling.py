@@ -19,8 +19,7 @@ from torch import Tensor
 
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
-from wan.modules.model import Prompt, WanModel
-from wan.offload.networks import Experts
+from wan.modules.model import Prompt
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -71,16 +70,49 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Denoisers(Protocol):  # `Experts`, or what stands before them
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
+class Windows:
+    """Stands before the networks of one video, and asks them for one window of latent frames after the other.
+
+    Where windows share frames, their weights fall linearly (arXiv 2302.08113). windows: first, end and text of each.
+    """
+
+    def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:
+        self.inner, self.windows = inner, windows
+
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]:
+        model = self.inner.ready(name, lora)
+
+        def forward(latent: Tensor, timestep: float, prompts: Prompt | Sequence[Prompt], _: int) -> Tensor:
+            negative = () if isinstance(prompts, Prompt) else prompts[1:]
+            total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
+            for number, (first, end, text) in enumerate(self.windows):
+                next_first, _, next_text = self.windows[(number + 1) % len(self.windows)]
+                before, after = self.windows[number - 1][1] - first if number else 0, max(0, end - next_first)
+                frames = torch.arange(first, end, device=latent.device)[:, None, None]
+                rise, fall = (frames + 1 - first) / (1 + before), (end - frames) / (1 + after * bool(next_first))
+                weight = rise.minimum(fall).clamp(max=1)
+                total[:, :, first:end] += weight * model(latent[:, first:end], timestep, [text, *negative], 0)
+                weights[first:end] += weight
+                if text is not next_text:
+                    text.forget()  # its keys and values take memory
+            return total / weights if negative else total[0] / weights
+
+        return forward
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None if no step is guided
+    negative: Prompt | None = None  # of guided steps, or for NAG
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
     video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
-    windows: Sequence[tuple[int, int, Prompt]] = ()  # first and end of latent frames, and their text; none: all at once
 
 
 # Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
@@ -94,19 +126,17 @@ def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
 
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
-    """Return expert, guidance and LoRA scale of each timestep.
+    """Expert, guidance and LoRA scale of each timestep.
 
     boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
     single model.
     """
-    plan = []
+    plan, count = [], sampling.high_steps
     for index, timestep in enumerate(timesteps):
-        if boundary is None:
-            expert = "model"
-        elif sampling.high_steps is not None:
-            expert = "high" if index < sampling.high_steps else "low"
-        else:
-            expert = "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
+        expert = "model"
+        if boundary is not None:
+            is_high = timestep >= boundary * TRAIN_TIMESTEPS if count is None else index < count
+            expert = "high" if is_high else "low"
         guidance = sampling.guidance[0 if expert == "low" else 1]
         by_step, lora = sampling.guidance_steps, sampling.lora_steps
         plan.append(Step(timestep, expert, by_step[index] if by_step else guidance, lora[index] if lora else 1.0))
@@ -115,7 +145,7 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Experts,
+    experts: Denoisers,
     noise: Tensor,
     conditioning: Conditioning,
     schedule: Schedule,
@@ -128,7 +158,7 @@ def denoise(
     has its next step to do while the host waits.
     """
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
-    before = steps[0]
+    frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
     if conditioning.video is not None:
         sample = torch.lerp(conditioning.video, noise, float(schedule.sigmas[0]))
@@ -141,9 +171,12 @@ def denoise(
             if negative is not None:
                 negative.forget()
         latent = sample if conditioning.channels is None else torch.cat([sample, conditioning.channels])
-        velocity, *free = _velocities(model, latent, step, conditioning)
         if step.guided:
-            velocity = free[0] + step.guidance * (velocity - free[0])
+            assert negative is not None, "a guided step needs the negative prompt's encoding"
+            velocity, free = model(latent, step.timestep, (text, negative), frames)
+            velocity = free + step.guidance * (velocity - free)
+        else:
+            velocity = model(latent, step.timestep, text, frames)
         if check:
             check()
         if (changed := on_step(step, sample, velocity)) is not None:
@@ -153,28 +186,6 @@ def denoise(
     assert check, "a plan has steps"
     check()
     return sample
-
-
-def _velocities(model: WanModel, latent: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
-    """Velocities to the text and, in a guided step, to the negative prompt: [P, C, f, h, w].
-
-    Windows are blended by weights that fall linearly over the frames they share (arXiv 2302.08113).
-    """
-    pinned, windows = conditioning.first_frame, conditioning.windows
-    negative = [conditioning.negative] if step.guided and conditioning.negative else []
-    if not windows:
-        return model(latent, step.timestep, [conditioning.text, *negative], 0 if pinned is None else pinned.shape[1])
-    total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
-    for number, (first, end, text) in enumerate(windows):
-        next_first, _, next_text = windows[(number + 1) % len(windows)]
-        before, after = windows[number - 1][1] - first if number else 0, max(0, end - next_first) if next_first else 0
-        frames = torch.arange(first, end, device=latent.device)[:, None, None]
-        weight = ((frames + 1 - first) / (1 + before)).minimum((end - frames) / (1 + after)).clamp(max=1)
-        total[:, :, first:end] += weight * model(latent[:, first:end], step.timestep, [text, *negative])
-        weights[first:end] += weight
-        if text is not next_text:
-            text.forget()  # its keys and values take memory
-    return total / weights
 
 
 def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
@@ -192,10 +203,7 @@ def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
-            raise JobError(
-                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
-                "does this: on a GPU try --attention flash, or cudnn where flash was used"
-            )
+            raise JobError(f"the latent has NaN or Inf after {after}; on a GPU try another --attention")
 
     if arrived is None:
         check()
@@ -258,7 +266,6 @@ class RenoisingSchedule(EulerSchedule):
     """
 
     def __init__(self, sigmas: np.ndarray, draw: Draw | None) -> None:
-        """draw may be None where only the timesteps are wanted."""
         super().__init__(sigmas)
         self.noise_scale = float(self.sigmas[0])
         self.draw = draw

@@ -131,6 +131,9 @@ DECODE, EXTEND = ("decode_latents",), ("extend_only",)
 MODES = DECODE + EXTEND
 EXTENDS = ("use_prompt_extend", "extend_only")  # options that extend prompts
 LORAS = ("lora_dir", "lora")
+QUALITIES: dict[str, dict[str, Any]] = {  # what --quality sets of the options that are not given
+    "exact": {}, "high": {"vae_dtype": "bf16"}, "fast": {"vae_dtype": "bf16", "quantize": "auto", "cache": 0.05},
+}  # fmt: skip
 WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image_fit)
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
 WITH_VIDEO = " and ".join(name for name, config in TASKS.items() if not config.mask_channels)
@@ -225,6 +228,12 @@ class Request:
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
         f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
+    nag: float = option(SAMPLING, VIDEO, real, "SCALE",
+        "without guidance, attention leads away from the negative prompt at this scale, published: 11; default 1: off",
+        default=1.0, limits=(1, 100))
+    cache: float = option(SAMPLING, VIDEO, real, "T",
+        "leave out steps while the velocity's predicted change stays below T, published: 0.05; default 0: off",
+        default=0.0, limits=(0, 1))
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))
@@ -244,8 +253,11 @@ class Request:
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), or fp8: the experts' weights in 8 bits, except in the first and last blocks",
-        choices=("none", "fp8"))
+        "none (default), fp8 (the experts' inner blocks in 8 bits), or auto: fp8 where the GPU multiplies it",
+        choices=("none", "fp8", "auto"))
+    quality: str = option(MACHINE, START, text, "NAME",
+        "exact (default); high: --vae_dtype bf16; fast: also --quantize auto and, for base weights, --cache 0.05",
+        choices=tuple(QUALITIES), displaces=("vae_dtype", "quantize", "cache"), counts_with=DECODE)
     attention: str = option(MACHINE, VIDEO, text, "NAME",
         "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))

@@ -26,6 +26,7 @@ Tiles = tuple[int, int]  # rows and columns in which a frame is coded
 
 TILES: tuple[Tiles, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))
 LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
+CACHED = 4  # more with the step cache: a computed step's input and both passes, and the input before
 DECODING = 1.1  # times the predicted peak: allocations of many sizes leave gaps
 UNLIMITED = 1 << 60
 
@@ -107,14 +108,16 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
     vae, model = plan.checkpoint.vae.module, plan.transformer
     ranks, itemsize = plan.layout.sequence, plan.dtype.itemsize
-    latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
+    latents = (LATENTS + (CACHED if plan.request.cache else 0)) * math.prod(video.latent) * torch.float32.itemsize
     tokens, width = -(-video.tokens // ranks), model.num_heads * model.head_width
     work = sum([  # activations of one forward on a rank with `tokens`
         tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
         tokens * width * QUANTISED.get(plan.attention, 0),
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
-        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
+        # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
         working_bytes(model, plan.dtype),
     ])  # fmt: skip

@@ -120,6 +120,11 @@ class Plan:
         return sizes_of(self.checkpoint.text_encoder.module, lambda _: self.text_dtype)
 
     @property
+    def uses_negative(self) -> bool:
+        """Whether the negative prompt is encoded."""
+        return self.guided or self.request.nag != 1
+
+    @property
     def transformer(self) -> WanModel:
         """An expert, on the meta device; all have the same sizes."""
         return next(iter(self.checkpoint.experts.values())).module

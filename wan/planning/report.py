@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from wan.cli.options import QUALITIES
 from wan.distributed.mesh import Layout, divisors
 from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
@@ -167,6 +168,8 @@ def _settings_lines(plan: Plan) -> list[str]:
             runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
             steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
         lines.append(" | ".join(steps))
+    if options := QUALITIES[request.quality]:
+        lines.append(f"quality {request.quality}: {', '.join(f'--{n} {getattr(request, n)}' for n in options)}")
     for expert, loras in plan.coverage.items():
         lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():
@@ -177,6 +180,8 @@ def _settings_lines(plan: Plan) -> list[str]:
         how = f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
         extra = f", weights of inner blocks in fp8, {how}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
+    extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
+    extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
     if plan.variants:
         lines.append(_sweep_line(plan))

@@ -119,7 +119,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     denoise = max(computing, read / feed)
     vae, token = plan.checkpoint.vae.module, text_operations(plan.checkpoint.text_encoder.module, 1)
-    thinking = (1 + plan.guided) * token * plan.config.text_len / rates[MATMUL]
+    thinking = (1 + plan.uses_negative) * token * plan.config.text_len / rates[MATMUL]
     encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
     def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:

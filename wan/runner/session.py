@@ -97,7 +97,7 @@ class Session:
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
             video = self.decode(latent)
         spent = {name: round(whole - before.get(name, 0.0), 3) for name, whole in self.progress.seconds.items()}
-        record = {**describe(plan, job, pipe.info()), "seconds": spent}
+        record = {**describe(plan, job, pipe.info()), **pipe.computed(), "seconds": spent}
         return Result(video, latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:
