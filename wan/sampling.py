@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,31 +78,26 @@ class Denoisers(Protocol):  # `Experts`, or what stands before them
 class Windows:
     """Stands before the networks of one video, and asks them for one window of latent frames after the other.
 
-    Where windows share frames, their weights fall linearly (arXiv 2302.08113). windows: first, end and text of each.
+    Where windows meet, their weights fall linearly to their edges (arXiv 2302.08113). windows: first, end, text of each.
     """
 
     def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:
         self.inner, self.windows = inner, windows
 
     def ready(self, name: str, lora: float) -> Callable[..., Tensor]:
-        model = self.inner.ready(name, lora)
+        return partial(self._blend, self.inner.ready(name, lora))
 
-        def forward(latent: Tensor, timestep: float, prompts: Prompt | Sequence[Prompt], _: int) -> Tensor:
-            negative = () if isinstance(prompts, Prompt) else prompts[1:]
-            total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
-            for number, (first, end, text) in enumerate(self.windows):
-                next_first, _, next_text = self.windows[(number + 1) % len(self.windows)]
-                before, after = self.windows[number - 1][1] - first if number else 0, max(0, end - next_first)
-                frames = torch.arange(first, end, device=latent.device)[:, None, None]
-                rise, fall = (frames + 1 - first) / (1 + before), (end - frames) / (1 + after * bool(next_first))
-                weight = rise.minimum(fall).clamp(max=1)
-                total[:, :, first:end] += weight * model(latent[:, first:end], timestep, [text, *negative], 0)
-                weights[first:end] += weight
-                if text is not next_text:
-                    text.forget()  # its keys and values take memory
-            return total / weights if negative else total[0] / weights
-
-        return forward
+    def _blend(self, model: Callable[..., Tensor], latent: Tensor, time: float, prompts: Any, _: int) -> Tensor:
+        negative = () if isinstance(prompts, Prompt) else prompts[1:]
+        total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
+        for number, (first, end, text) in enumerate(self.windows, 1):
+            frames = torch.arange(first, end, device=latent.device)[:, None, None]
+            weight = (frames + 1 - first).minimum(end - frames)
+            total[:, :, first:end] += weight * model(latent[:, first:end], time, [text, *negative], 0)
+            weights[first:end] += weight
+            if text is not self.windows[number % len(self.windows)][2]:
+                text.forget()  # its keys and values take memory
+        return total / weights if negative else total[0] / weights
 
 
 @dataclass(frozen=True)
