@@ -76,10 +76,8 @@ class Denoisers(Protocol):  # `Experts`, or what stands before them
 
 
 class Windows:
-    """Stands before the networks of one video, and asks them for one window of latent frames after the other.
-
-    Where windows meet, their weights fall linearly to their edges (arXiv 2302.08113). windows: first, end, text of each.
-    """
+    """Stands before the networks of one video, and blends their answers for windows (first, end, text) of latent frames.
+    Weights fall linearly to a window's edges (arXiv 2302.08113)."""
 
     def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:
         self.inner, self.windows = inner, windows
