@@ -76,7 +76,7 @@ class Denoisers(Protocol):  # `Experts`, or what stands before them
 
 
 class Windows:
-    """Stands before the networks of one video, and blends their answers for windows (first, end, text) of latent frames.
+    """Stands before the networks of one video, and blends their answers for windows (first, end, text) of a latent.
     Weights fall linearly to a window's edges (arXiv 2302.08113)."""
 
     def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:
