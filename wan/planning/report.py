@@ -27,7 +27,7 @@ STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, t
 # Of an mp4. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain 0.71, pure noise 0.97.
 BYTES_OF_A_PIXEL = {"needed": 0.25, "least": 0.01, "most": 1.0}
 LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
-RECORD = 20_000  # bytes in the mp4 and beside it
+RECORD_BYTES = 20_000  # bytes in the mp4 and beside it
 
 
 class Outlook:
@@ -91,10 +91,11 @@ class Outlook:
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
-            first, steps = self.plan.video(job).first_step, len(self.plan.of(job).steps)
-            made_from = job.picture + (f", from step {first + 1} of {steps} on" if first else "")
+            video, steps = self.plan.video(job), len(self.plan.of(job).steps)
+            tokens = (f"{len(video.windows)} windows of " if video.windows else "") + f"{video.tokens:,}"
+            made_from = job.picture + (f", from step {video.first_step + 1} of {steps} on" if video.first_step else "")
             size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
-            size += f", {job.frame_num} frames, {self.plan.video(job).tokens:,} tokens, seed {job.seed}"
+            size += f", {job.frame_num} frames, {tokens} tokens, seed {job.seed}"
             mark = " (done)" if job.index in self.done else ""
             lines.append(f"job {job.number}{mark}: {prompt}: {size} -> {job.save_file}")
         if rest := jobs[len(shown) :]:
@@ -216,7 +217,7 @@ def disks(jobs: Sequence[Job], *, latents: bool) -> list[dict[str, Any]]:
         pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
         joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
         videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
-        beside = RECORD * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
+        beside = RECORD_BYTES * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
         spread = {name: rate * videos + beside for name, rate in BYTES_OF_A_PIXEL.items()}
         usage = shutil.disk_usage(folder)
         found.append({"folder": str(folder), **spread, "free": usage.free if usage.total else None})

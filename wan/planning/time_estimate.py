@@ -92,7 +92,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget, vae = plan.layout.sequence, video.budget, plan.checkpoint.vae.module
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    steps = plan.steps[video.first_step :]
+    steps = plan.steps[video.first_step :] * max(1, len(video.windows))
     forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
     passes = Counter(step.expert for step in steps) if batch_guidance else forwards
     read = 0.0
