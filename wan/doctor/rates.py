@@ -18,7 +18,6 @@ from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, 
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
 
-REPEATS = 3
 PIECE = 8 << 20  # bytes of one read, about as large as those of the loading code
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
 EXCHANGE_SECONDS = 90.0
@@ -130,7 +129,7 @@ def interleaved(
 def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     """Seconds of one call; a GPU gets several at a time, so that the wait for it does not count."""
     calls = 10 if machine.is_gpu else 1
-    (seconds,) = interleaved([lambda: [work() for _ in range(calls)]], repeats=REPEATS)
+    (seconds,) = interleaved([lambda: [work() for _ in range(calls)]], repeats=3)
     return seconds / calls
 
 
