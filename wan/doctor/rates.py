@@ -91,18 +91,17 @@ def disk_read(machine: Machine) -> Finding:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
     block, buffer = os.urandom(min(size, PIECE)), bytearray(PIECE)
-    with tempfile.NamedTemporaryFile(dir=machine.disk) as file:
+    with tempfile.TemporaryFile(dir=machine.disk, buffering=0) as file:
         for _ in range(size // len(block)):
             file.write(block)
-        file.flush()
         os.fsync(file.fileno())
         if dropped := hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with open(file.name, "rb", buffering=0) as reader:
-            began = time.perf_counter()
-            while reader.readinto(buffer):
-                pass
-            seconds = time.perf_counter() - began
+        file.seek(0)
+        began = time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        seconds = time.perf_counter() - began
     cache = "dropped from the page cache first" if dropped else "perhaps from the page cache"
     return _bytes(machine, {DISK: size / seconds}, f" ({machine.disk}; {cache})")
 
