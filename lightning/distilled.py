@@ -10,7 +10,7 @@ from lightning.lora_files import exists, weight_file
 from lightning.releases import Release, preset, recognise
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import EXPERT, kind_of, open_file
-from wan.utils.errors import LoraError, TensorFileError, in_one_line
+from wan.utils.errors import LoraError, TensorFileError, first_line
 from wan.utils.files import parse_json
 
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
@@ -44,7 +44,7 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
         raise LoraError(f"{file}: cannot be read ({e.strerror})") from e
     except (ValueError, TypeError, KeyError, AttributeError, LoraError) as e:
         raise LoraError(
-            f"{file} is damaged, unfinished or from another version ({in_one_line(e)}); bake again, or remove the file "
+            f"{file} is damaged, unfinished or from another version ({first_line(e)}); bake again, or remove the file "
             "to use the folder without its record"
         ) from e
     return record

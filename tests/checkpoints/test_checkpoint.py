@@ -421,7 +421,7 @@ def test_nan_is_found_while_reading_and_named(folder: Path) -> None:
     rewrite(folder / SHARD, change)
     part = open_checkpoint(folder, config_of(TASK)).experts["high"]
     with pytest.raises(InputError, match=f"{SHARD}: tensor {change.name} holds NaN or Inf".replace(".", r"\.")):
-        load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
+        load(part.module, Source(part.weights, lambda _: torch.float32), CPU)
 
 
 def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
 
 def test_loading_casts_each_parameter_to_its_dtype() -> None:
     part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["low"]
-    model = load(part.module, part.weights, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
+    model = load(part.module, Source(part.weights, parameter_dtypes(torch.bfloat16, False)), CPU)
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert "blocks.0.norm3.weight" in kept
     assert "head.modulation" in kept
@@ -447,7 +447,7 @@ def test_loading_casts_each_parameter_to_its_dtype() -> None:
 
 def test_convert_model_dtype_casts_everything() -> None:
     part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["low"]
-    model = load(part.module, part.weights, home=CPU, dtype=parameter_dtypes(torch.bfloat16, True))
+    model = load(part.module, Source(part.weights, parameter_dtypes(torch.bfloat16, True)), CPU)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -469,9 +469,9 @@ def test_read_ahead_gives_every_row_once(piece_bytes: int, rows: slice, monkeypa
 def test_weights_do_not_depend_on_the_pieces(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["high"]
     dtype = parameter_dtypes(torch.bfloat16, False)
-    want = load(part.module, part.weights, home=CPU, dtype=dtype).state_dict()
+    want = load(part.module, Source(part.weights, dtype), CPU).state_dict()
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)
-    found = load(part.module, part.weights, home=CPU, dtype=dtype).state_dict()
+    found = load(part.module, Source(part.weights, dtype), CPU).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
 
 
@@ -498,14 +498,14 @@ def test_a_pth_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     part = open_checkpoint(folder, config_of(TASK)).text_encoder
     monkeypatch.setattr("zipfile.ZipFile", lambda *_, **__: pytest.fail("opened again"))
     for _ in range(2):
-        load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
+        load(part.module, Source(part.weights, lambda _: torch.float32), CPU)
 
 
 def test_the_checkpoint_keeps_no_weights(folder: Path) -> None:
     """Each load builds a module of its own; when that is dropped, its memory is free."""
     opened = open_checkpoint(folder, config_of(TASK))
     for part in (opened.text_encoder, opened.vae, opened.experts["high"]):
-        module = load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
+        module = load(part.module, Source(part.weights, lambda _: torch.float32), CPU)
         weights = [weakref.ref(parameter) for parameter in module.parameters()]
         assert {p.device.type for p in part.module.parameters()} == {"meta"}
         del module

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from benchmarks.communication import count, model_of
 from tests.distributed.ranks import mesh_of, run_ranks, sharded
 from tests.support import manifest
+from wan.cli.options import Request
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
+from wan.distributed.mesh import Layout, device_problems, layout_problems
+from wan.planning.build import flag_conflicts
 from wan.planning.report import plan_lines
 from wan.planning.time_estimate import NetworkSizes, sent_bytes
 
@@ -66,27 +68,21 @@ def test_devices_of_several_processes(device: str, processes: int, uses_gpus: bo
     assert expected in "".join(found)
 
 
-PLAIN = {
-    "ring": 1, "attention": "auto", "t5_fsdp": False, "t5_cpu": False, "dit_fsdp": False, "lora_mode": "merge",
-    "quantize": "none",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({}, ""),
-        ({"ring": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
-        ({"ring": 2, "attention": "flash3"}, "--attention flash3: a ring"),
+        ({"ring_size": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
+        ({"ring_size": 2, "attention": "flash3"}, "--attention flash3: a ring"),
         ({"t5_fsdp": True, "t5_cpu": True}, "--t5_fsdp and --t5_cpu exclude each other"),
         ({"dit_fsdp": True, "quantize": "fp8"}, "--quantize fp8: FSDP"),
-        ({"ring": 2, "attention": "sage"}, "--attention sage: a ring"),
-        ({"ring": 2, "quantize": "fp8"}, ""),
+        ({"ring_size": 2, "attention": "sage"}, "--attention sage: a ring"),
+        ({"ring_size": 2, "quantize": "fp8"}, ""),
         ({"dit_fsdp": True, "lora_mode": "adapter"}, "with --dit_fsdp use --lora_mode merge"),
     ],
 )
 def test_settings_that_exclude_each_other(given: dict, expected: str) -> None:
-    found = flag_conflicts(**(PLAIN | given))
+    found = flag_conflicts(Request(**given), given.get("lora_mode", "merge"))
     assert len(found) == bool(expected)
     assert expected in "".join(found)
 

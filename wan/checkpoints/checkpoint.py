@@ -22,7 +22,7 @@ from wan.configs.task import PATCH
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
 from wan.modules.vae import WanVAE
-from wan.utils.errors import InputError, in_one_line
+from wan.utils.errors import InputError, first_line
 from wan.utils.files import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -172,7 +172,7 @@ class _Opener:
             if len(tokenizer("a cat")) < 2:
                 raise ValueError("it makes no tokens of a text")
         except Exception as e:  # the library raises nothing more special
-            raise misread(file, f"not a tokenizer ({in_one_line(e)}); get the file again") from e
+            raise misread(file, f"not a tokenizer ({first_line(e)}); get the file again") from e
         rows = text_encoder.weights["token_embedding.weight"].shape[0] if text_encoder else len(tokenizer)
         if len(tokenizer) > rows:
             raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
@@ -204,7 +204,7 @@ class _Opener:
             with torch.device("meta"):
                 module = build(store.shapes)
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
-            raise InputError(f"{path}: {in_one_line(e)}") from e
+            raise InputError(f"{path}: {first_line(e)}") from e
         return _matched(module, store, str(path))
 
 

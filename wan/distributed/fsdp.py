@@ -18,9 +18,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning.merge import Merge
 from wan.distributed.mesh import Mesh, Team
-from wan.offload.reader import Source, Store, read_ahead
+from wan.offload.reader import Source, read_ahead
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,14 +27,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @torch.no_grad()
 def load_sharded(
-    module: Module,
-    store: Store,
-    *,
-    mesh: Mesh,
-    home: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    merge: Merge | None = None,
-    report: Callable[[int], None] = lambda _: None,
+    module: Module, source: Source, mesh: Mesh, home: torch.device, report: Callable[[int], None] = lambda _: None
 ) -> Module:
     """Like `wan.offload.reader.load`, for this rank's rows of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
@@ -43,7 +35,7 @@ def load_sharded(
     assert mesh.shards is not None, "a rank alone loads whole weights"
     module = copy.deepcopy(module).eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
-        parameter.data = parameter.data.to(dtype(name))
+        parameter.data = parameter.data.to(source.dtype(name))
     for unit in _units(module):
         # the root stays gathered after a forward by default; torch before 2.8 needs the hook below, too
         fully_shard(unit, mesh=mesh.shards, reshard_after_forward=not _is_vector(unit))
@@ -55,7 +47,6 @@ def load_sharded(
     shards = dict(module.named_parameters())
     rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
-    source = Source(store, dtype, merge)
     pieces = list(source.pieces(mine, rows.__getitem__))
     for piece, tensor in read_ahead(pieces, max((piece.bytes for piece in pieces), default=0), home):
         report(tensor.nbytes)

@@ -221,22 +221,6 @@ def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> li
     return []
 
 
-def flag_conflicts(
-    *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
-) -> list[str]:
-    """The settings that exclude each other."""
-    rules = [
-        (ring > 1 and attention not in ("auto", "sdpa"),
-         f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
-        (t5_fsdp and t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
-        (dit_fsdp and quantize != "none",
-         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
-        (dit_fsdp and lora_mode == "adapter",
-         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
-    ]  # fmt: skip
-    return [problem for broken, problem in rules if broken]
-
-
 def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 

@@ -32,7 +32,6 @@ PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such si
 READERS = 4
 CPU = torch.device("cpu")
 Module = TypeVar("Module", bound=nn.Module)
-Store = TensorStore
 
 
 class ReadError(JobError):
@@ -56,7 +55,7 @@ class Source:
     """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge.
     The files must not change once it is made."""
 
-    def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
+    def __init__(self, store: TensorStore, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
         self._stamps = {file: _stamp(file) for file in store.files}
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
@@ -159,20 +158,8 @@ def allocate(count: int, device: torch.device = CPU, pin: bool = False) -> Tenso
         raise JobError(f"host memory is full: {count / 1e6:.0f} MB of weights do not fit ({first_line(e)})") from e
 
 
-def load(
-    module: Module,
-    store: Store,
-    *,
-    home: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    merge: Merge | None = None,
-    report: Callable[[int], None] = lambda _: None,
-) -> Module:
-    """A copy of a meta-built module with its weights on `home`.
-
-    dtype: of a parameter, by name. report: gets the bytes read. Errors as from `Source.read`.
-    """
-    source = Source(store, dtype, merge)
+def load(module: Module, source: Source, home: torch.device, report: Callable[[int], None] = lambda _: None) -> Module:
+    """A copy of a meta-built module with its weights on `home`. report: gets the bytes read. Errors: `Source.read`."""
     module = copy.deepcopy(module)
     fill(module, source, [name for name, _ in module.named_parameters()], home, report)
     return module.eval().requires_grad_(False)

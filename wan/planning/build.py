@@ -26,7 +26,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request, idle_on
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
+from wan.distributed.mesh import Layout, Team, device_problems, layout_problems
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.jobs.weights import PARTS
@@ -128,10 +128,7 @@ def open_plan(
     checkpoint = checkpoint or checks.attempt(
         partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought
     )
-    conflicts = flag_conflicts(
-        ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
-        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
-    )  # fmt: skip
+    conflicts = flag_conflicts(request, weights.lora_mode)
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
@@ -282,6 +279,21 @@ def compute_device(name: str) -> torch.device:
             f"--device {name}: the GPU cannot be used: {first_line(e)}; {unset}give --device cpu (slow)"
         ) from e
     return device
+
+
+def flag_conflicts(request: Request, lora_mode: str) -> list[str]:
+    """The settings that exclude each other."""
+    ring, kernel, fsdp, quantize = request.ring_size, request.attention, request.dit_fsdp, request.quantize
+    rules = [
+        (ring > 1 and kernel not in ("auto", "sdpa"),
+         f"--attention {kernel}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
+        (request.t5_fsdp and request.t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
+        (fsdp and quantize != "none",
+         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
+        (fsdp and lora_mode == "adapter",
+         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
+    ]  # fmt: skip
+    return [problem for broken, problem in rules if broken]
 
 
 def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str) -> list[str]:

@@ -60,19 +60,9 @@ def print_errors(problems: Iterable[str], code: int = BAD_INPUT) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a library's error; the name of its class where it has no text."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Class and text of an error in one line of at most `most` characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's text in one line of at most 200 characters."""
-    text = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-    return (text or type(error).__name__)[:200]
+    """First line of a library's error, at most 200 characters; the name of its class where it has no text."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return " ".join(next(filter(str.strip, text.splitlines()), type(error).__name__).split())[:200]
 
 
 def out_of_memory(error: BaseException) -> bool:
