@@ -138,8 +138,7 @@ def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
 
 class Failing:
     def __init__(self, vae: WanVAE, after: int) -> None:
-        self.decode_features = vae.decode_features
-        self.decode_region: Callable[..., object] = lambda *_: self.fail(vae, after)
+        self.decode: Callable[..., object] = lambda *_: self.fail(vae, after)
 
     def fail(self, vae: WanVAE, after: int) -> object:
         features = vae.decode_features(latent_of(vae), chunk=1)

@@ -62,7 +62,8 @@ class SplitVAE:
         counts[0] -= 3
         parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
-            parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
+            region = regions[self.rank]
+            parts = self.vae.decode(latent, chunk, fitting(tiles, region), region)
         for part, count in zip(parts, counts, strict=True):
             received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
@@ -71,18 +72,6 @@ class SplitVAE:
                     target = video[:, :, window.top : window.bottom, window.left : window.right]
                     target.copy_(flat[: target.numel()].view(target.shape))
                 yield video
-
-    @torch.no_grad()
-    def _decode_region(
-        self, latent: Tensor, region: Region, chunk: int, tiles: tuple[int, int], counts: list[int]
-    ) -> Iterator[Tensor]:
-        """One region's pixels in chunks of `counts` frames."""
-        features = self.vae.decode_features(latent, chunk)
-        if tiles == (1, 1):
-            yield from self.vae.decode_region(features, region, chunk)
-            return
-        for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
-            yield part.to(self.device)
 
     def _gather(self, sent: Tensor) -> list[Tensor]:
         """Every rank's tensor on rank 0."""
