@@ -25,7 +25,7 @@ from wan.runner.record import State, copy_video, find_video, find_videos, read_l
 from wan.runner.video_job import Event, clips_of, decode_and_save, hold_lock, join, join_chains, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.locks import LockedElsewhere, clean_up
+from wan.utils.files import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
 ALONE = Runtime()

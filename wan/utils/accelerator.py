@@ -43,7 +43,7 @@ class Accelerator:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """CUDA's compute capability, (major, minor); None for other kinds."""
+        """CUDA's, (major, minor)."""
         return self.api.get_device_capability(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -84,12 +84,11 @@ class Accelerator:
         except RuntimeError as e:
             if getattr(e, "error_code", None) != NO_KERNEL_IMAGE and "no kernel image" not in str(e):
                 raise
-            built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
-            major, minor = self.capability or (0, 0)
-            raise RuntimeError(
-                f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
-                f"{built_for}: install a PyTorch built for this GPU"
-            ) from e
+            capability = ".".join(map(str, self.capability or ()))
+            lack = (
+                f"{self.name} has compute capability {capability}, for which PyTorch {torch.__version__} is not built"
+            )
+            raise RuntimeError(f"{lack}: install a PyTorch built for this GPU") from e
 
     def _let_segments_grow(self) -> None:
         """Use `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit.
@@ -134,37 +133,32 @@ def allocator_setting() -> str:
 
 
 def gpu_kind() -> str:
-    """The kind of device with its own memory that this process can use; the first of all kinds where there is none."""
+    """The kind of GPU that this process can use; the first of all kinds where there is none."""
     return next((kind for kind in COLLECTIVES if torch.get_device_module(kind).is_available()), next(iter(COLLECTIVES)))
 
 
 def gpus() -> list[Accelerator]:
-    """All devices with their own memory that this process can use."""
+    """All that this process can use."""
     api = torch.get_device_module(gpu_kind())
     count = api.device_count() if api.is_available() else 0
     return [Accelerator(torch.device(gpu_kind(), index)) for index in range(count)]
 
 
-def gpu_or_cpu(index: int) -> str:
-    """Name of GPU number `index`; "cpu" on a machine without GPUs."""
-    return f"{gpu_kind()}:{index}" if torch.get_device_module(gpu_kind()).is_available() else "cpu"
-
-
 def peak_gpu_bytes() -> tuple[int, int]:
-    """(allocated, reserved) at the highest, over all GPUs that this process uses; zeros if none is in use."""
+    """(allocated, reserved) at the highest, over all GPUs; zeros if none is in use."""
     api = torch.get_device_module(gpu_kind())
     devices = range(api.device_count() if api.is_initialized() else 0)
     return sum(map(api.max_memory_allocated, devices)), sum(map(api.max_memory_reserved, devices))
 
 
 def synchronize() -> None:
-    """Wait until the device, if there is one beside the CPU, has done all work."""
+    """Wait for the device, if there is one beside the CPU."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def free_memory() -> None:
-    """Return unused memory to the device, after something large was dropped."""
+    """After something large was dropped."""
     gc.collect()  # models spread over devices refer to themselves
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()

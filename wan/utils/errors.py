@@ -1,10 +1,8 @@
-"""Expected failures, each with a message for the user; the one printer of `error:` lines; the packages that are needed.
-
-Anything that is not a `WanError` is a bug and keeps its traceback.
-"""
+"""Expected failures, each with a message for the user; all others are bugs and keep their traceback."""
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -53,7 +51,7 @@ class TensorFileError(InputError):
 
 
 def print_errors(problems: Iterable[str], code: int = BAD_INPUT) -> int:
-    """Print an `error:` line on stderr for each problem, and return the exit code."""
+    """Print an `error:` line for each problem, and return the exit code."""
     for problem in problems:
         tell(sys.stderr, f"error: {problem}\n")
     return code
@@ -73,11 +71,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def need_packages() -> None:
-    """SystemExit with code 2 and a sentence if this Python, which may be any, is too old or lacks the packages."""
-    version = ".".join(map(str, sys.version_info[:3]))
+    """SystemExit with code 2 if this Python, which may be any, is too old or lacks the packages."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if sys.version_info < (3, 11):  # noqa: UP036 - that is what an installation forbids, and a clone cannot
-        lack = f"Python 3.11 or newer is needed, and {sys.executable} is {version}; start it with such a one"
+        lack = f"Python 3.11 or newer is needed; {sys.executable} is {platform.python_version()}"
     elif missing:
         advice = "after make demo: source .venv/bin/activate; else: pip install -r requirements.txt"
         lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"

@@ -1,7 +1,6 @@
 """Progress of a run: stages with rate and time left on stderr, or JSON lines on stdout; a table of times at the end.
 
-Times are exclusive: a stage inside another one counts for itself only, so the shares add up to the whole.
-Use it from one thread. It imports no torch; it asks torch for memory only where somebody else has imported it.
+Times are exclusive: a stage inside another one counts for itself only. Use it from one thread. It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TextIO
@@ -31,14 +30,14 @@ UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 @dataclass
 class Stage:
-    """One open stage. Times are time.perf_counter() values in seconds."""
+    """One open stage. Times by time.perf_counter()."""
 
     name: str
     total: float | None
     unit: str
     began: float
     done: float = 0.0
-    notes: tuple[str, ...] = ()  # the different ones so far, the last one last
+    notes: set[str] = field(default_factory=set)
     shown_at: float = 0.0
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
@@ -68,10 +67,7 @@ class Batch:
             self.ahead -= work
 
     def left(self, now: float, stage: float = 0.0) -> str:
-        """`1 h 20 min left for all`; empty while no video is finished, and where there is only one.
-
-        stage: seconds that the stage of the present video takes yet; all cannot be done before.
-        """
+        """`1 h 20 min left for all`; empty while no video is finished. stage: seconds that the present stage takes."""
         if not self.done or self.count < 2:
             return ""
         spent = 0.0 if self._began is None else now - self._began
@@ -79,10 +75,7 @@ class Batch:
 
 
 class Progress:
-    """Stages, messages and times of one run.
-
-    json: JSON lines on stdout take the place of the text. stream: where text goes. quiet: only measure time.
-    """
+    """Stages, messages and times of one run. json: as lines on stdout. stream: for text. quiet: only measure time."""
 
     def __init__(self, json: bool = False, stream: TextIO | None = None, quiet: bool = False) -> None:
         self.json, self.quiet, self.stream = json, quiet, stream if stream is not None else sys.stderr
@@ -95,7 +88,7 @@ class Progress:
         self._start_up = 0.0  # seconds before the work
 
     def start(self) -> None:
-        """The work begins: the time until now, spent on checks and the plan, counts as start-up."""
+        """The time until now counts as start-up."""
         self._start_up = time.perf_counter() - self._began - sum(self.seconds.values())
 
     @contextmanager
@@ -105,8 +98,7 @@ class Progress:
         stage = Stage(name, total, unit, began=now, shown_at=now)
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
-        if self._terminal and self.stream is not None:
-            stage.bar = _bar(stage, self.stream)
+        stage.bar = _bar(stage, self.stream) if self._terminal and self.stream is not None else None
         whole = False
         try:
             yield
@@ -116,8 +108,7 @@ class Progress:
                 setattr(error, STAGE, name)
             raise
         finally:
-            now = time.perf_counter()
-            elapsed = now - stage.began
+            elapsed = time.perf_counter() - stage.began
             self._open.remove(stage)
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - stage.inner
             if self._open:
@@ -127,7 +118,7 @@ class Progress:
                 stage.bar.close()
                 tell(self.stream, "")  # clears a "^C" of the terminal's with the bar
             if whole:
-                note = f"({stage.notes[0]})" if len(stage.notes) == 1 else ""
+                note = f"({stage.notes.pop()})" if len(stage.notes) == 1 else ""
                 words = (name, extent(stage.done, None, unit), "in", duration(elapsed), note)
                 self._print(" ".join(filter(None, words)))
 
@@ -135,12 +126,10 @@ class Progress:
         """`amount` more of the innermost stage's unit is done; shown when it is worth a line."""
         stage = self._open[-1]
         stage.done += amount
-        if note:
-            stage.notes = (*(other for other in stage.notes if other != note), note)
+        stage.notes |= {note} - {""}
         now = time.perf_counter()
-        elapsed, left = now - stage.began, 0.0  # seconds left, at the rate so far; 0 while nothing is known
-        if stage.total and stage.done:
-            left = max(0.0, stage.total - stage.done) * elapsed / stage.done
+        elapsed = now - stage.began
+        left = max(0.0, (stage.total or 0.0) - stage.done) * elapsed / stage.done if stage.done else 0.0
         left_for_all = self.batch.left(now, left)
         if stage.bar is not None:
             stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
@@ -152,13 +141,13 @@ class Progress:
             return
         stage.shown_at, stage.shown_done = now, stage.done
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
-        self.event("advance", {**state, "seconds": elapsed})
+        self.event("advance", state | {"seconds": elapsed})
         parts = [f"{stage.name} {extent(stage.done, stage.total, stage.unit)}".rstrip(), left_for_all]
         if stage.done and elapsed > 0:
             rate = stage.done / elapsed
             each = f"{quantity(rate, stage.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each"
             parts += [f"{duration(left)} left" if left else "", each]
-        self._print(" | ".join(filter(None, (*parts, *stage.notes[-1:]))))
+        self._print(" | ".join(filter(None, (*parts, note))))
 
     def say(self, text: str) -> None:
         """A message of its own: one or more whole lines."""
@@ -166,13 +155,13 @@ class Progress:
         self._print(text)
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """One JSON line, for programs that read along; nothing in text mode."""
+        """A JSON line, with --json."""
         if self.json and not self.quiet:
             tell_event(kind, {**self.subject, **fields})
 
     @contextmanager
     def about(self, **subject: Any) -> Iterator[None]:
-        """Context manager around what concerns one job alone: its events say so."""
+        """Context manager: events of one job alone say so."""
         self.subject = subject
         try:
             yield
@@ -180,7 +169,7 @@ class Progress:
             self.subject = {}
 
     def table(self) -> str:
-        """Seconds and share by stage since this object was made, and the peak memory."""
+        """Seconds and share by stage, and the peak memory."""
         whole = time.perf_counter() - self._began
         rows = {"start-up": self._start_up} if self._start_up else {}
         rows |= self.seconds
@@ -246,7 +235,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest use so far in bytes: of this process in RAM, and of all CUDA devices together if any is in use."""
+    """Highest use so far in bytes: of this process in RAM, and of all GPUs together if any is in use."""
     peaks = {}
     with suppress(ImportError):  # on Windows
         import resource
