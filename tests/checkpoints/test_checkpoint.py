@@ -151,7 +151,7 @@ NESTED, DIGITS = '{"dim": ' + "[" * 100_000, '{"dim": ' + "7" * 5000 + "}"
         ({"eps": "1e-6"}, "eps is '1e-6'"),
         ({"eps": 5.0}, "eps is 5.0"),
         (NESTED, "(nested too deeply)"),
-        (DIGITS, "(a number of thousands of digits)"),
+        (DIGITS, "(Exceeds the limit"),
         ('{"dim": NaN}', "(NaN is not a number of JSON)"),
         (b"\xff\xfe\0", "not the configuration"),
         ("", "not the configuration"),

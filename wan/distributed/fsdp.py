@@ -45,7 +45,7 @@ def load_sharded(
     module.register_forward_pre_hook(partial(_gather_vectors, mesh.team))  # after FSDP's own, which readies the root
     module.to_empty(device=home)
     shards = dict(module.named_parameters())
-    rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
+    rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.team.rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
     pieces = list(source.pieces(mine, rows.__getitem__))
     for piece, tensor in read_ahead(pieces, max((piece.bytes for piece in pieces), default=0), home):

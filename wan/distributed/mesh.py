@@ -32,7 +32,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 PATIENCE_VARIABLE = "WAN_PATIENCE"
 PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
-ORIGIN = "origin"  # attribute of an exception that came from another process
 
 
 class Broken(BaseException):  # no Exception: nobody may go on after it
@@ -44,7 +43,7 @@ class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may ca
 
 
 def patience() -> timedelta:
-    """How long a process waits for another one before it counts as lost: WAN_PATIENCE, in minutes. InputError."""
+    """How long a process waits for another one: WAN_PATIENCE, in minutes. InputError."""
     text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_MINUTES))
     try:
         limit = timedelta(minutes=float(text))
@@ -140,12 +139,12 @@ def unbroken() -> Iterator[None]:
 
 
 def origin_of(error: BaseException) -> tuple[int, str]:
-    """The process that raised an exception, perhaps another one, and its traceback; "" where the message is enough."""
+    """The process that raised an exception and its traceback; "" where the message is enough."""
     import torch
     import torch.distributed as dist
 
-    if hasattr(error, ORIGIN):
-        return getattr(error, ORIGIN)
+    if found := getattr(error, "origin", None):
+        return found
     many = dist.is_available() and dist.is_initialized()
     process = dist.get_rank() if many else 0
     if isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
@@ -160,7 +159,7 @@ def _portable(error: Exception) -> Exception:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs
         copy = JobError(f"{type(error).__name__}: {error}")
-    setattr(copy, ORIGIN, origin_of(error))
+    copy.origin = origin_of(error)  # type: ignore[attr-defined]  # from another process
     return copy
 
 
@@ -188,8 +187,7 @@ class Layout:
 
 
 def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
-    """Why this layout is illegal for a model with `heads` attention heads, with the legal values.
-    sharded: over the ranks of a sequence group, which must then be at least two."""
+    """Why this layout is illegal, with the legal values. sharded: over the ranks of a sequence group."""
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
         return [f"--ring_size {ring}: must divide the {world} processes; legal here: {_listed(divisors(world))}"]
@@ -205,7 +203,7 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
 
 
 def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> list[str]:
-    """Why these processes cannot use `device`. uses_gpus: each process has taken a GPU of its own."""
+    """Why these processes cannot use `device`. uses_gpus: each has taken a GPU of its own."""
     if layout.world == 1 or device.type == "cpu":
         return []
     from wan.utils.accelerator import Accelerator
@@ -242,10 +240,6 @@ class Mesh:
     shards: DeviceMesh | None = None  # the same ranks, for FSDP
 
     @property
-    def sequence_rank(self) -> int:
-        return self.team.rank
-
-    @property
     def ring_rank(self) -> int:
         return self.team.rank // self.layout.ulysses
 
@@ -265,7 +259,7 @@ class Mesh:
 
 def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     """The groups of `layout` for tensors on a kind of device. Collective over all processes."""
-    data_rank, sequence_rank = divmod(rank, layout.sequence)
+    data_rank, own = divmod(rank, layout.sequence)
     if layout.sequence == 1:
         return Mesh(layout, data_rank)
     import torch.distributed as dist
@@ -276,7 +270,7 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
         return dist.new_subgroups_by_enumeration(members, timeout=patience(), backend=backend)[0]
 
     sequences = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
-    team = Team(sequence_rank, layout.sequence, mine(sequences, "gloo"))
+    team = Team(own, layout.sequence, mine(sequences, "gloo"))
     sequence, heads = mine(sequences), layout.ulysses
     ulysses, ring = sequence if heads > 1 else None, sequence if layout.ring > 1 else None
     if ulysses and ring:

@@ -40,7 +40,7 @@ class SequenceSplit(TokenSplit):
     """Each rank has the same number of consecutive tokens; the last ranks may have padding."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.rank, self.size = mesh, mesh.sequence_rank, mesh.layout.sequence
+        self.mesh, self.rank, self.size = mesh, mesh.team.rank, mesh.layout.sequence
 
     def span(self, total: int) -> tuple[int, int]:
         share = -(-total // self.size)

@@ -27,7 +27,7 @@ class SplitVAE:
     def __init__(self, vae: WanVAE, mesh: Mesh) -> None:
         assert mesh.sequence is not None, "a rank alone uses the WanVAE itself"
         self.vae, self.mesh = vae, mesh
-        self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
+        self.rank, self.size = mesh.team.rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
     def encode(

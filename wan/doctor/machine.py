@@ -83,7 +83,7 @@ def examine(check: DoctorCheck, machine: Machine) -> Finding:
     try:
         found = check.run(machine)
     except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
-        found = Finding(WRONG, f"fails with {first_line(e)}", check.advice)
+        found = Finding(WRONG, f"fails with {type(e).__name__}: {first_line(e)}", check.advice)
     return replace(found, name=check.name, seconds=time.perf_counter() - began)
 
 

@@ -2,10 +2,7 @@
 
 A block is a group of weights that is used together. A use is one block at work in one forward; a job's steps give the
 list of its uses. A slot holds one block. While a block is at work, those of the next `ahead` uses are in their slots or
-on their way, so the last `ahead` blocks before a use are never evicted for it.
-
-Belady's rule chooses the block to evict (the one whose next use is farthest ahead), which loads least. The usual cases
-follow from it: everything stays, one network hands its slots to the next, most blocks stream through two slots.
+on their way. Belady's rule evicts the block whose next use is farthest ahead, which loads least.
 """
 
 from __future__ import annotations
@@ -69,7 +66,7 @@ class Budget:
 
     @property
     def problem(self) -> str | None:
-        """Why the run does not fit, and which flags help; None if it fits."""
+        """Why the run does not fit, and which flags help."""
         if self.peak <= self.free:
             return None
         stage = max(self.peaks, key=self.peaks.__getitem__)
@@ -100,7 +97,6 @@ class Budget:
         return sizes.blocks if self.slots >= sizes.blocks else self.slots - min(AHEAD, self.slots - 1) - 1
 
     def _placement(self, sizes: Sizes) -> str:
-        """Slots serve one expert at a time; the last step of one hands them to the next."""
         if self.resident:
             return "all blocks stay"
         if self.slots >= sizes.blocks:
@@ -129,13 +125,13 @@ def fit(
     vae: int = 0,
     vae_stays: bool = False,
 ) -> Budget:
-    """The budget with as many slots as fit, at least `LEAST_SLOTS`; its `problem` says whether that is too many.
+    """The budget with as many slots as fit, at least `LEAST_SLOTS`. All in bytes.
 
-    free: bytes of the device that the run may use, or `--vram`. activations, decode, image: bytes that a forward,
-    decoding and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything stays
-    (`--offload_model False`). vae: bytes of its weights; where blocks stream, they leave while denoising unless
-    vae_stays. second_pass: further bytes if both passes of a guided step go through the blocks together; 0: no step is
-    guided. They do so where blocks stream: each then comes once a step, which saves more than the slots that it costs.
+    free: of the device, or `--vram`. activations, decode, image: what a forward, decoding and encoding an image need
+    beside weights. text: None if the encoder runs elsewhere. keep: everything stays (`--offload_model False`). vae: its
+    weights; where blocks stream, they leave while denoising unless vae_stays. second_pass: what it takes more if both
+    passes of a guided step go through the blocks together; 0: none is guided. They do where blocks stream: each then
+    comes once a step, which saves more than the slots that it costs.
     """
     total = sum(sizes.blocks for sizes in experts.values())
     resident = sum(sizes.resident for sizes in experts.values())
@@ -183,20 +179,13 @@ class Move:
 
 @dataclass
 class _Stay:
-    """One block in one slot, up to its last use there."""
-
     block: int | None
     slot: int
     after: int = 0  # uses that must be over before the slot may be written again
 
 
 def schedule(
-    uses: Sequence[int],
-    slots: int,
-    held: Mapping[int, int] | None = None,
-    *,
-    again: bool = True,
-    ahead: int = AHEAD,
+    uses: Sequence[int], slots: int, held: Mapping[int, int] | None = None, *, again: bool = True, ahead: int = AHEAD
 ) -> list[Move]:
     """The moves of one job, in the order in which they are needed.
 

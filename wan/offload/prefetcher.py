@@ -1,8 +1,7 @@
 """The prefetcher follows the known list of uses ahead of the computation and brings each block into its slot.
 
-Its thread takes the pieces that others read, merges, casts and writes them into the slot; the computation waits for the
-block it is about to run and says when it is done with it. Nothing is ever copied back: the file is the master copy,
-cached by the system. The numbers do not depend on the number of slots.
+Its thread takes the pieces that others read, merges, casts and writes them into the slot. Nothing is ever copied back:
+the file is the master copy, cached by the system. The numbers do not depend on the number of slots.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class CopyStream:
     """The plain case, a device that does one thing after the other: it only takes the time.
     The prefetching thread calls `write`, the computing thread the rest."""
 
-    def __init__(self) -> None:
-        self._waited = 0.0
+    _waited = 0.0
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -75,7 +73,6 @@ class GpuCopyStream(CopyStream):
     """A stream for copies beside the current stream of the computing thread."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self.device, self.api = device, Accelerator(device).api
         self.copies: torch.Stream = self.api.Stream(device)
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()  # not yet over when last looked at
@@ -110,7 +107,7 @@ class GpuCopyStream(CopyStream):
         self._sum_up()
 
     def _sum_up(self) -> None:
-        """Add the waits that are over and free their events: a long batch has millions."""
+        # and free the events of waits that are over: a long batch has millions
         while self._waits and self._waits[0][1].query():
             before, after = self._waits.popleft()
             self._waited += before.elapsed_time(after) / 1e3
@@ -145,11 +142,8 @@ class BlockWeights:
 
     def views(self, slot: Tensor) -> dict[str, Tensor]:
         """The parameters' memory in a slot, by name."""
-        return {
-            name: slot[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for name, start in self._offsets.items()
-            for tensor in [self._absent[name]]
-        }
+        places = [(name, self._offsets[name], absent) for name, absent in self._absent.items()]
+        return {name: slot[at : at + x.nbytes].view(x.dtype).view(x.shape) for name, at, x in places}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -165,8 +159,7 @@ def aligned(count: int) -> int:
 
 
 class Prefetcher:
-    """Brings blocks into slots of equal size. One job at a time.
-    brought: bytes read so far; copies: blocks brought so far."""
+    """Brings blocks into slots of equal size. brought: bytes read so far; copies: blocks brought so far."""
 
     def __init__(self, blocks: Sequence[BlockWeights], device: torch.device, stream: CopyStream | None = None) -> None:
         self.blocks, self.device, self.stream = list(blocks), device, stream or copy_stream(device)
@@ -181,7 +174,7 @@ class Prefetcher:
         self._changed = threading.Condition()
 
     def resize(self, count: int | None) -> None:
-        """Have `count` slots, at most and with None one for each block. JobError if host memory is full."""
+        """Have `count` slots; None: one for each block. JobError if host memory is full."""
         count = len(self.blocks) if count is None else min(count, len(self.blocks))
         while len(self.slots) > count:
             self._empty(self.slots[-1])
@@ -204,7 +197,7 @@ class Prefetcher:
 
     @contextmanager
     def job(self, uses: Sequence[int], again: bool = True) -> Iterator[None]:
-        """Inside this, `use` finds the blocks of `uses` in turn. All threads end with it. again: as for `schedule`."""
+        """Inside this, `use` finds the blocks of `uses` in turn. again: as for `schedule`."""
         assert self._uses is None, "one job at a time"
         self._uses, self._over = uses, 0
         try:
@@ -223,7 +216,7 @@ class Prefetcher:
 
     @contextmanager
     def _beside(self, moves: Sequence[Move]) -> Iterator[None]:
-        """Carry out `moves` in a thread; stop it at the end."""
+        """Carry out `moves` in a thread up to the end of the block."""
         self._stopped.clear()
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
@@ -265,7 +258,7 @@ class Prefetcher:
         return schedule(uses, len(self.slots), held, again=again)
 
     def _bring(self, moves: Sequence[Move], report: Callable[[int], None] = lambda _: None) -> None:
-        """Carry out `moves` in turn. However it ends, all copies are done then: slots may be freed."""
+        """Carry out `moves`. However it ends, all copies are done then: slots may be freed."""
         if not moves:
             return
         largest = max((piece.bytes for block in self.blocks for piece in block.pieces), default=PIECE_BYTES)

@@ -1,7 +1,7 @@
 """Tensors from disk to device: read, merged, cast and placed, one piece after the other.
 
-A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is placed, so the peak
-is the piece being placed and a few buffers, however large a tensor is.
+A piece is some rows of a tensor. Several are read ahead while one is placed, so the peak is the piece being placed and
+a few buffers, however large a tensor is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class ReadError(JobError):
-    """A weight file that could be opened cannot be read, or has changed. One of several processes alone may see it."""
+    """A weight file cannot be read, or has changed. One of several processes alone may see it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Piece:
 
 
 class Source:
-    """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge.
-    The files must not change once it is made."""
+    """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge."""
 
     def __init__(self, store: TensorStore, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
@@ -62,10 +61,7 @@ class Source:
         self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces stored in fp8
 
     def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
-        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size.
-
-        Scales of fp8 weights come with their weights, not as pieces of their own.
-        """
+        """`names` (or `rows` of each) in the order of the file, in nearly equal pieces; scales come with weights."""
         for name in self.store.in_file_order(name for name in names if name in self.store):
             entry = self.store[name]
             if not entry.shape:
@@ -102,10 +98,7 @@ class Source:
         return self.merge is not None and self.merge.touches(piece.name)
 
     def place(self, piece: Piece, tensor: Tensor, targets: Mapping[str, Tensor], start: int = 0) -> None:
-        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on.
-
-        targets: by parameter; an fp8 weight has another one for its scales.
-        """
+        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on."""
         target, rows = targets[piece.name], slice(None)
         if self.merge is not None and self._merged(piece):
             tensor = self.merge(piece.name, tensor, piece.rows)
@@ -128,9 +121,9 @@ class Source:
 def read_ahead(
     pieces: Iterable[Piece], largest: int = PIECE_BYTES, home: torch.device = CPU
 ) -> Generator[tuple[Piece, Tensor]]:
-    """Each piece and its tensor from `Source.read`; the next ones are read while the caller works on this.
+    """Each piece and its tensor, valid until the next; the next ones are read while the caller works on this.
 
-    largest: bytes of the largest piece. home: where the tensors go next. A tensor is valid until the next one.
+    largest: bytes of the largest piece. home: where the tensors go next.
     """
     pin = Accelerator(home).has_memory
     buffers = [allocate(largest, pin=pin) for _ in range(READERS + 1)]
@@ -187,7 +180,7 @@ def fill(
 def _place_by_threads(
     pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
 ) -> None:
-    """Each piece is read, cast and placed by one thread, while it is in that core's cache, in any order."""
+    # each by one thread, while it is in that core's cache
     buffers: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(allocate(largest))
@@ -206,7 +199,7 @@ def _place_by_threads(
 
 
 def set_parameter(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the parameter of its owner that the whole network calls `name`."""
+    """name: in the whole network."""
     setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
 
@@ -215,19 +208,12 @@ def parameter_dtypes(
 ) -> Callable[[str], torch.dtype]:
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
     convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
-    layers = module.named_modules() if module is not None else ()
-    kept = {
-        f"{name}.{leaf}": own for name, layer in layers if isinstance(layer, Fp8Linear) for leaf, own in layer.dtypes()
-    }
-
-    def dtype_of(name: str) -> torch.dtype:
-        return kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
-
-    return dtype_of
+    layers = [each for each in (module.named_modules() if module is not None else ()) if isinstance(each[1], Fp8Linear)]
+    kept = {f"{name}.{leaf}": own for name, layer in layers for leaf, own in layer.dtypes()}
+    return lambda name: kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Configurations hold dtypes or their names."""
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
@@ -239,6 +225,5 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns
