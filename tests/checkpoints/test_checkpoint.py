@@ -428,7 +428,7 @@ def test_large_finite_values_are_not_taken_for_inf(tmp_path: Path) -> None:
     big = torch.full((64,), 3e38)
     save_file({"x": big}, tmp_path / "big.safetensors")
     source = Source(TensorStore.open(tmp_path / "big.safetensors"), lambda _: torch.float32)
-    ((_, tensor),) = read_ahead(source.pieces(["x"]))
+    ((_, tensor),) = read_ahead(list(source.pieces(["x"])))
     assert torch.equal(tensor, big)
 
 
@@ -458,7 +458,7 @@ def test_read_ahead_gives_every_row_once(piece_bytes: int, rows: slice, monkeypa
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)
     store = TensorStore.open(checkpoint(TASK) / INDEX)
     found: dict[str, list[torch.Tensor]] = {}
-    for piece, tensor in read_ahead(Source(store, lambda _: torch.float32).pieces(store, lambda _: rows)):
+    for piece, tensor in read_ahead(list(Source(store, lambda _: torch.float32).pieces(store, lambda _: rows))):
         found.setdefault(piece.name, []).append(tensor.clone())
     assert found.keys() == {name for name, shape in store.shapes.items() if range(shape[0])[rows]}
     for name, parts in found.items():

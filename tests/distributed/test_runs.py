@@ -347,4 +347,4 @@ def test_a_dry_run_says_how_the_work_is_divided(tmp_path: Path) -> None:
     assert "a forward sends from each: ulysses" in plan
     codes, said = launched(partial(generate.main, flags(tmp_path, "--ulysses_size", "8", "--dry_run")), 8, tmp_path)
     assert codes == [2] * 8
-    assert "must divide the 8 processes and the model's 4 heads; legal: 1, 2 or 4" in said[0]
+    assert "must divide the 8 processes and the model's 4 heads; legal: 1, 2, 4" in said[0]

@@ -29,16 +29,16 @@ SMALL = NetworkSizes(dim=64, ffn_dim=96, num_heads=8, num_layers=3)
         (Layout(16, 8, 2), 40, True, ""),
         (Layout(6, 3), 24, True, ""),
         (Layout(8, 3), 40, False, "--ulysses_size 3: must divide the 8 processes and the model's 40 heads; "
-            "legal: 1, 2, 4 or 8"),
+            "legal: 1, 2, 4, 8"),
         (Layout(6, 6), 40, False, "--ulysses_size 6: must divide the 6 processes and the model's 40 heads; "
-            "legal: 1 or 2"),
+            "legal: 1, 2"),
         (Layout(16, 16), 40, False, "--ulysses_size 16: must divide the 16 processes and the model's 40 heads; "
-            "legal: 1, 2, 4 or 8"),
+            "legal: 1, 2, 4, 8"),
         (Layout(8, 8, 2), 40, False, "--ulysses_size 8: must divide the 8 processes / --ring_size 2 and the model's "
-            "40 heads; legal: 1, 2 or 4"),
-        (Layout(8, 1, 3), 40, False, "--ring_size 3: must divide the 8 processes; legal here: 1, 2, 4 or 8"),
+            "40 heads; legal: 1, 2, 4"),
+        (Layout(8, 1, 3), 40, False, "--ring_size 3: must divide the 8 processes; legal here: 1, 2, 4, 8"),
         (Layout(8, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
-            "works alone: --ulysses_size 2, 4 or 8"),
+            "works alone: --ulysses_size 8"),
         (Layout(7, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
             "works alone: --ring_size 7"),
     ],

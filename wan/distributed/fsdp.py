@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -47,11 +47,9 @@ def load_sharded(
     shards = dict(module.named_parameters())
     rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.team.rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
-    pieces = list(source.pieces(mine, rows.__getitem__))
-    for piece, tensor in read_ahead(pieces, max((piece.bytes for piece in pieces), default=0), home):
+    for piece, tensor in read_ahead(list(source.pieces(mine, rows.__getitem__)), home):
         report(tensor.nbytes)
-        shard = shards[piece.name]
-        assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
+        shard = cast("DTensor", shards[piece.name])  # fully_shard makes every parameter one
         source.place(piece, tensor, {piece.name: shard.to_local()}, rows[piece.name].start)
     return module
 

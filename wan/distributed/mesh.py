@@ -190,14 +190,13 @@ def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
     """Why this layout is illegal, with the legal values. sharded: over the ranks of a sequence group."""
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
-        return [f"--ring_size {ring}: must divide the {world} processes; legal here: {_listed(divisors(world))}"]
+        return [f"--ring_size {ring}: must divide the {world} processes; legal here: {str(divisors(world))[1:-1]}"]
     legal = [size for size in divisors(world // ring) if heads % size == 0]
     if ulysses not in legal:
-        share = f"the {world} processes" + (f" / --ring_size {ring}" if ring > 1 else "")
-        return [f"--ulysses_size {ulysses}: must divide {share} and the model's {heads} heads; legal: {_listed(legal)}"]
+        share = f"the {world} processes{f' / --ring_size {ring}' if ring > 1 else ''} and the model's {heads} heads"
+        return [f"--ulysses_size {ulysses}: must divide {share}; legal: {str(legal)[1:-1]}"]
     if sharded and layout.sequence == 1:
-        larger = [size for size in legal if size > 1]
-        hint = f"--ulysses_size {_listed(larger)}" if larger else f"--ring_size {world}"
+        hint = f"--ulysses_size {legal[-1]}" if legal[-1] > 1 else f"--ring_size {world}"
         return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each works alone: {hint}"]
     return []
 
@@ -221,10 +220,6 @@ def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> li
 
 def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _listed(sizes: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
 @dataclass(frozen=True)

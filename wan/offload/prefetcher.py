@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.offload.budget import Move, schedule
-from wan.offload.reader import PIECE_BYTES, Piece, Source, allocate, read_ahead, set_parameter
+from wan.offload.reader import Piece, Source, allocate, read_ahead, set_parameter
 from wan.utils.accelerator import Accelerator
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot: the widest loads of a GPU ask for it
@@ -259,12 +259,9 @@ class Prefetcher:
 
     def _bring(self, moves: Sequence[Move], report: Callable[[int], None] = lambda _: None) -> None:
         """Carry out `moves`. However it ends, all copies are done then: slots may be freed."""
-        if not moves:
-            return
-        largest = max((piece.bytes for block in self.blocks for piece in block.pieces), default=PIECE_BYTES)
-        pieces = (piece for move in moves for piece in self.blocks[move.block].pieces)
+        pieces = [piece for move in moves for piece in self.blocks[move.block].pieces]
         try:
-            with closing(read_ahead(pieces, largest, self.device)) as arriving:
+            with closing(read_ahead(pieces, self.device)) as arriving:
                 all(self._fill(move, arriving, report) for move in moves)
         finally:
             self.stream.drain()

@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -118,15 +117,9 @@ class Source:
             scale.copy_(self._scales[piece.name, piece.rows.start if piece.rows else 0])
 
 
-def read_ahead(
-    pieces: Iterable[Piece], largest: int = PIECE_BYTES, home: torch.device = CPU
-) -> Generator[tuple[Piece, Tensor]]:
-    """Each piece and its tensor, valid until the next; the next ones are read while the caller works on this.
-
-    largest: bytes of the largest piece. home: where the tensors go next.
-    """
-    pin = Accelerator(home).has_memory
-    buffers = [allocate(largest, pin=pin) for _ in range(READERS + 1)]
+def read_ahead(pieces: Sequence[Piece], home: torch.device = CPU) -> Generator[tuple[Piece, Tensor]]:
+    """Each piece and its tensor, valid until the next one. They are read ahead. home: where the tensors go next."""
+    buffers = _buffers(pieces, READERS + 1, pin=Accelerator(home).has_memory)
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
         turns = zip(pieces, cycle(buffers), strict=False)
 
@@ -139,6 +132,11 @@ def read_ahead(
             tensor = reading.result()
             ahead.extend(begin(1))  # into the buffer that the caller has just finished with
             yield piece, tensor
+
+
+def _buffers(pieces: Iterable[Piece], count: int, *, pin: bool = False) -> list[Tensor]:
+    largest = max((piece.bytes for piece in pieces), default=0)
+    return [allocate(largest, pin=pin) for _ in range(count)]
 
 
 def allocate(count: int, device: torch.device = CPU, pin: bool = False) -> Tensor:
@@ -166,31 +164,25 @@ def fill(
     targets = {
         name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
     }
-    largest = max((p.bytes for p in pieces), default=0)
     if home.type == "cpu" and source.merge is None:
-        _place_by_threads(pieces, largest, targets, report)
+        _place_by_threads(pieces, targets, report)
     else:  # one thread does a merge and the copies to a device
-        for piece, tensor in read_ahead(pieces, largest, home):
+        for piece, tensor in read_ahead(pieces, home):
             report(piece.bytes)
             source.place(piece, tensor, targets)
     for name, target in targets.items():
         set_parameter(module.get_submodule(name.rpartition(".")[0]), name, target)
 
 
-def _place_by_threads(
-    pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
-) -> None:
-    # each by one thread, while it is in that core's cache
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(READERS):
-        buffers.put(allocate(largest))
+def _place_by_threads(pieces: list[Piece], targets: Mapping[str, Tensor], report: Callable[[int], None]) -> None:
+    free = _buffers(pieces, READERS)  # one for each thread
 
-    def bring(piece: Piece) -> int:
-        buffer = buffers.get()
+    def bring(piece: Piece) -> int:  # in one thread, while it is in that core's cache
+        buffer = free.pop()
         try:
             piece.source.place(piece, piece.source.read(piece, buffer), targets)
         finally:
-            buffers.put(buffer)
+            free.append(buffer)
         return piece.bytes
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
@@ -208,8 +200,9 @@ def parameter_dtypes(
 ) -> Callable[[str], torch.dtype]:
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
     convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
-    layers = [each for each in (module.named_modules() if module is not None else ()) if isinstance(each[1], Fp8Linear)]
-    kept = {f"{name}.{leaf}": own for name, layer in layers for leaf, own in layer.dtypes()}
+    layers = [] if module is None else module.named_modules()
+    in_fp8 = {name: layer for name, layer in layers if isinstance(layer, Fp8Linear)}
+    kept = {f"{name}.{leaf}": own for name, layer in in_fp8.items() for leaf, own in layer.dtypes()}
     return lambda name: kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
 
 
