@@ -76,15 +76,17 @@ class SequenceAttention:
         out = self.attention.backend(q, k, v) if mesh.ring is None else ring_attention(q, k, v, real, mesh)
         if out.shape[0] < share:
             out = torch.cat([out, out.new_zeros(share - out.shape[0], *out.shape[1:])])
-        return out if mesh.ulysses is None else heads_to_tokens(out, mesh)
+        if mesh.ulysses is None:
+            return out
+        return rearrange(all_to_all(out.contiguous(), mesh), "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
 
 
 def exchange_bytes(layout: Layout, tokens: int, width: int, itemsize: int) -> int:
     """Peak bytes of attention over several ranks, beside a rank's queries, keys, values and their result.
 
-    tokens: of one rank. Ulysses holds three of these tensors while it sends and receives, or a result twice and what it
-    received. A ring holds, beside Ulysses' tensors, its keys and values and the next ones, the result of a step, and
-    four results in float32: the sum so far, both terms of the next sum, and the next sum.
+    tokens: of one rank. Ulysses holds three such tensors while it sends and receives, or a result twice and what it
+    received. A ring also holds its keys and values and the next ones, and the result of a step; in float32 the sum so
+    far, both terms of the next sum, and the next sum.
     """
     one = tokens * width * itemsize
     received = 3 * one if layout.ulysses > 1 else 0
@@ -104,14 +106,8 @@ def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor
     return q, k, v
 
 
-def heads_to_tokens(x: Tensor, mesh: Mesh) -> Tensor:
-    """Inverse: [P L, N / P, d] -> [L, N, d]."""
-    received = all_to_all(x.contiguous(), mesh)
-    return rearrange(received, "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
-
-
 def all_to_all(send: Tensor, mesh: Mesh) -> Tensor:
-    """Send the r-th of P equal parts of `send` to rank r of the Ulysses group; return the received parts by rank."""
+    """Send the r-th of P equal parts to rank r of the Ulysses group; the received parts by rank."""
     received = torch.empty_like(send)
     with mesh.team.exchange():
         dist.all_to_all_single(received, send, group=mesh.ulysses)
@@ -149,10 +145,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh:
 
 @contextmanager
 def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
-    """While the block runs, send to the next rank of the ring and receive from the one before; skip empty tensors.
-
-    Waits for the transfers even if the block fails: the neighbours take part in them, and they use the buffers.
-    """
+    """While the block runs, even if it fails, send to the next rank of the ring and receive from the one before."""
     group, transfers = mesh.ring, []
     assert group is not None, "called where there is a ring"
     for direction, tensor, way in ((dist.isend, sent, 1), (dist.irecv, received, -1)):

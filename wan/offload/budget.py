@@ -16,12 +16,10 @@ from functools import partial
 from wan.offload.reader import PIECE_BYTES
 
 AHEAD = 2  # uses; 1 would do if every read took as long as the last
-# Blocks that wait beside decoding leave this multiple of its predicted peak: 1.24 to 1.28 of it was reserved. A few
-# blocks fewer cost nothing; an allocation that fails stops the device to return what is unused.
+# Blocks that wait beside decoding leave this multiple of its predicted peak, of which 1.24 to 1.28 was reserved.
 BESIDE_DECODING = 1.35
 LEAST_SLOTS = 2  # with one, every read waits for the block before it
-# A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
-TRANSIT_BYTES = 6 * PIECE_BYTES
+TRANSIT_BYTES = 6 * PIECE_BYTES  # a piece on its way: as float32, its product with the LoRAs, and their sum
 MARGIN = 0.02  # of the free memory: rounding of allocations
 FLOOR_BYTES = 500_000_000  # of the free memory at least, else the allocator often fails, returns memory and tries again
 POOLS_BYTES = 256 << 20  # unused memory that PyTorch's allocator holds at a peak; each of two streams has a pool
@@ -29,7 +27,7 @@ POOLS_BYTES = 256 << 20  # unused memory that PyTorch's allocator holds at a pea
 
 @dataclass(frozen=True)
 class Sizes:
-    """One network's weights on the device. block_bytes: of the largest block; resident: bytes that are in no block."""
+    """One network's weights. block_bytes: of the largest block; resident: bytes that are in no block."""
 
     blocks: int
     block_bytes: int
@@ -179,7 +177,6 @@ class Move:
 
 @dataclass
 class _Stay:
-    block: int | None
     slot: int
     after: int = 0  # uses that must be over before the slot may be written again
 
@@ -203,22 +200,21 @@ def schedule(
             return known[index]
         return known[0] + len(uses) if known and again else math.inf
 
-    here = {block: _Stay(block, slot) for block, slot in (held or {}).items()}
-    over = [_Stay(None, slot) for slot in sorted(set(range(slots)) - {stay.slot for stay in here.values()})]
+    here = {block: _Stay(slot) for block, slot in (held or {}).items()}
+    over = [_Stay(slot) for slot in sorted(set(range(slots)) - {stay.slot for stay in here.values()})]
     brought: list[tuple[int, _Stay]] = []
     for index, block in enumerate(uses):
         if block not in here:
             if len(here) == slots:
                 over.append(here.pop(max(here, key=partial(next_use, start=max(0, index - ahead)))))
-            here[block] = _Stay(block, -1)
+            here[block] = _Stay(-1)
             brought.append((index, here[block]))
         here[block].after = index + 1
-    # Each takes the slot that is free first, whoever was evicted for it: the number of loads is the same, and reads
-    # start earlier. Sorted, the k-th slot is free in time for the k-th load because any k of them were.
+    # Each takes the slot that is free first, whoever was evicted for it: reads start earlier. Sorted, the k-th slot is
+    # free in time for the k-th load because any k of them were.
     over.sort(key=lambda stay: stay.after)
     moves = []
     for (index, stay), evicted in zip(brought, over, strict=False):
-        assert stay.block is not None
         stay.slot = evicted.slot
-        moves.append(Move(stay.block, stay.slot, index, evicted.after))
+        moves.append(Move(uses[index], stay.slot, index, evicted.after))
     return moves

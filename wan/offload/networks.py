@@ -79,7 +79,8 @@ class Networks(Generic[Network]):
             both, source.merge = [each for each in (source.merge, merge) if each], merge
             touched = [p for p in self._resident[name] if any(each.touches(p) for each in both)]
             fill(model, source, touched, self.prefetcher.device, lambda _: None)
-        self.prefetcher.forget()
+        for slot in self.prefetcher.slots:
+            self.prefetcher.empty(slot)
 
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
@@ -121,7 +122,7 @@ def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype])
 
 
 class FileTable(nn.Module):
-    """A row for each id, read from the file: a text needs a few hundred rows of a table of gigabytes."""
+    """A row for each id, read from the file: a text needs a few hundred of gigabytes of rows."""
 
     def __init__(self, source: Source, name: str, device: torch.device) -> None:
         super().__init__()

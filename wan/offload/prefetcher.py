@@ -27,7 +27,7 @@ ALIGNMENT = 256  # bytes, of each tensor in a slot: the widest loads of a GPU as
 
 @dataclass(eq=False)
 class Slot:
-    """Device memory for one block, and the events between which it is written and used."""
+    """Device memory for one block."""
 
     index: int
     memory: Tensor
@@ -97,7 +97,7 @@ class GpuCopyStream(CopyStream):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """By the device's clock: from the end of the work issued before to the start of the work issued after."""
+        # by the device's clock: from the end of the work issued before to the start of the work issued after
         before, after = (self.api.Event(enable_timing=True) for _ in range(2))
         stream = self.api.current_stream(self.device)
         before.record(stream)
@@ -118,10 +118,6 @@ class GpuCopyStream(CopyStream):
             self._waits[-1][1].synchronize()
             self._sum_up()
         return self._waited
-
-
-def copy_stream(device: torch.device) -> CopyStream:
-    return GpuCopyStream(device) if Accelerator(device).has_memory else CopyStream()
 
 
 class BlockWeights:
@@ -162,7 +158,8 @@ class Prefetcher:
     """Brings blocks into slots of equal size. brought: bytes read so far; copies: blocks brought so far."""
 
     def __init__(self, blocks: Sequence[BlockWeights], device: torch.device, stream: CopyStream | None = None) -> None:
-        self.blocks, self.device, self.stream = list(blocks), device, stream or copy_stream(device)
+        self.blocks, self.device = list(blocks), device
+        self.stream = stream or (GpuCopyStream(device) if Accelerator(device).has_memory else CopyStream())
         self.slot_bytes = max((block.bytes for block in blocks), default=0)
         self.slots: list[Slot] = []
         self.brought, self.copies = 0, 0
@@ -177,17 +174,12 @@ class Prefetcher:
         """Have `count` slots; None: one for each block. JobError if host memory is full."""
         count = len(self.blocks) if count is None else min(count, len(self.blocks))
         while len(self.slots) > count:
-            self._empty(self.slots[-1])
+            self.empty(self.slots[-1])
             self.slots.pop()
         while len(self.slots) < count:
             slot = Slot(len(self.slots), allocate(self.slot_bytes, self.device))
             self.stream.leave(slot)  # other work may have used its memory a moment ago
             self.slots.append(slot)
-
-    def forget(self) -> None:
-        """Empty the slots: weights have changed."""
-        for slot in self.slots:
-            self._empty(slot)
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Bring all blocks, to stay. Errors as from `Source.read`."""
@@ -234,24 +226,21 @@ class Prefetcher:
     def use(self, block: int) -> Iterator[None]:
         """The block is on the device inside this. An error while it was brought is raised here."""
         with self.stream.waiting():
-            slot = self._arrived(block)
+            with self._changed:
+                planned = self._uses[self._over] if self._uses is not None else block
+                assert block == planned, f"block {block} is used, {planned} was planned"
+                while block not in self._slot_of:
+                    assert self._bringing is not None, "outside of a job only blocks loaded before are there"
+                    if self._bringing.done():
+                        self._bringing.result()
+                    self._changed.wait()
+                slot = self._slot_of[block]
             self.stream.enter(slot)
         yield
         self.stream.leave(slot)
         with self._changed:
             self._over += 1
             self._changed.notify_all()
-
-    def _arrived(self, block: int) -> Slot:
-        with self._changed:
-            if self._uses is not None:
-                assert self._uses[self._over] == block, f"block {block} is used, {self._uses[self._over]} was planned"
-            while block not in self._slot_of:
-                assert self._bringing is not None, "outside of a job only blocks loaded before are there"
-                if self._bringing.done():
-                    self._bringing.result()
-                self._changed.wait()
-            return self._slot_of[block]
 
     def _schedule(self, uses: Sequence[int], again: bool) -> list[Move]:
         held = {block: slot.index for block, slot in self._slot_of.items()}
@@ -273,7 +262,7 @@ class Prefetcher:
             if self._stopped.is_set():
                 return False
         slot, block = self.slots[move.slot], self.blocks[move.block]
-        self._empty(slot)
+        self.empty(slot)
         views = block.views(slot.memory)
         with self.stream.write(slot):
             for _ in block.pieces:
@@ -290,7 +279,7 @@ class Prefetcher:
             self._changed.notify_all()
         return True
 
-    def _empty(self, slot: Slot) -> None:
+    def empty(self, slot: Slot) -> None:
         with self._changed:
             if slot.block is not None:
                 self.blocks[slot.block].remove()

@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 def make_part(path: Path) -> Path:
     """A new, empty file beside `path`, to become `path` once it is whole."""
-    part = _part(path, secrets.token_hex(4))
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return part
 
@@ -97,7 +97,7 @@ def remove_parts(video: Path) -> int:
 
 def longest_name(video: Path) -> str:
     """That of its latents while they are written."""
-    return _part(Beside.of(video).latents, "0" * 8).name
+    return f".{Beside.of(video).latents.name}.{'0' * 8}.part"
 
 
 @contextmanager
@@ -117,10 +117,6 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write `path` whole, text as UTF-8, or leave it as it was."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _part(path: Path, token: str) -> Path:
-    return path.parent / f".{path.name}.{token}.part"
 
 
 class LockedElsewhere(JobError):
