@@ -211,7 +211,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int, operation:
 
 @pytest.mark.parametrize("operation", [fcntl.LOCK_EX, fcntl.LOCK_UN])
 def test_a_stale_file_handle_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int) -> None:
-    monkeypatch.setattr(files, "PAUSE_SECONDS", 0)
     failing(monkeypatch, errno.ESTALE, 2, operation)
     with locked(tmp_path / "a.mp4", pytest.fail):
         pass
@@ -219,7 +218,6 @@ def test_a_stale_file_handle_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_file_system_that_stays_broken_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PAUSE_SECONDS", 0)
     failing(monkeypatch, errno.ESTALE, 100, fcntl.LOCK_EX)
     with pytest.raises(JobError, match=r"\.a\.mp4\.lock"), locked(tmp_path / "a.mp4", pytest.fail):
         pass

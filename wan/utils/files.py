@@ -33,14 +33,12 @@ LONGEST_PATH = 4095
 PRIVATE = "wan-lightning-"  # begin of the name of a folder for temporary files
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-ATTEMPTS = 5  # where a file server answers that it no longer knows the file
-PAUSE_SECONDS = 0.1
 LEFT_OVER = re.compile(r"\.(.+)\.(lock|softlock|[0-9a-f]{8}\.part)", re.DOTALL)
 _without_locks: set[Path] = set()  # folders
 
 
 class Beside(NamedTuple):
-    """Every file that may be written for one video."""
+    """The files of one video."""
 
     video: Path
     record: Path
@@ -87,8 +85,7 @@ def remove_parts(video: Path) -> int:
     """Remove the unfinished files of `video` and return how many; for the holder of its lock."""
     names, removed = {file.name for file in Beside.of(video)}, 0
     for entry in list(os.scandir(video.parent)):
-        found = PART.fullmatch(entry.name)
-        if found and found[1] in names:
+        if (found := PART.fullmatch(entry.name)) and found[1] in names:
             with suppress(OSError):  # another user's, or no file
                 os.unlink(entry.path)
                 removed += 1
@@ -173,8 +170,8 @@ def _acquire(video: Path, say: Callable[[str], None]) -> BaseFileLock:
             if error.errno in NO_LOCKS and path.parent not in _without_locks:
                 _without_locks.add(path.parent)
                 say(f"{path.parent}: this file system has no locks; files named .softlock mark the videos being made")
-            elif error.errno == errno.ESTALE and attempts < ATTEMPTS:
-                time.sleep(PAUSE_SECONDS)
+            elif error.errno == errno.ESTALE and attempts < 5:  # a file server no longer knows the file
+                time.sleep(0.1)
             else:
                 raise JobError(f"{path}: the lock cannot be taken ({error.strerror or error})") from error
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 STAGE = "stage"  # attribute of an exception: the innermost stage that it left
-LINE_SECONDS = 10.0  # without a terminal: a line every ten seconds, and one for every tenth of the work...
-TENTH_SECONDS = 0.5  # ...unless the last line is younger
+LINE_SECONDS, TENTH_SECONDS = 10.0, 0.5  # between lines without a terminal; where a tenth of the work is done
 CLEAR = "\r\x1b[K"  # empties a terminal's line: a bar, or the terminal's own "^C"
 # Control characters but for tab and line feed, marks that turn the direction of text, and bytes that are no text.
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -45,10 +44,7 @@ class Stage:
 
 
 class Batch:
-    """Videos made one after the other: how long the rest takes, judged by the finished ones.
-
-    Work is in any unit; a video that failed, or that another process makes, is work that is gone and tells nothing.
-    """
+    """How long the rest of several videos takes, judged by the work, in any unit, of the finished ones."""
 
     def __init__(self, works: Sequence[float]) -> None:
         self.ahead, self.count = sum(works), len(works)
@@ -82,7 +78,6 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self.batch = Batch([])
         self.subject: dict[str, Any] = {}  # joins every event
-        self._terminal = not json and not quiet and clearing(self.stream) != ""
         self._open: list[Stage] = []
         self._began = time.perf_counter()
         self._start_up = 0.0  # seconds before the work
@@ -98,7 +93,8 @@ class Progress:
         stage = Stage(name, total, unit, began=now, shown_at=now)
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
-        stage.bar = _bar(stage, self.stream) if self._terminal and self.stream is not None else None
+        if self.stream is not None and clearing(self.stream) and not self.json and not self.quiet:
+            stage.bar = _bar(stage, self.stream)
         whole = False
         try:
             yield
@@ -135,13 +131,12 @@ class Progress:
             stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
             stage.bar.update(amount)
             return
-        age = now - stage.shown_at
-        tenth = stage.total and stage.done - stage.shown_done >= stage.total / 10
-        if self.quiet or not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
+        age, tenth = now - stage.shown_at, stage.total and stage.done - stage.shown_done >= stage.total / 10
+        if not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
             return
         stage.shown_at, stage.shown_done = now, stage.done
-        state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
-        self.event("advance", state | {"seconds": elapsed})
+        state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit}
+        self.event("advance", state | {"note": note, "seconds": elapsed})
         parts = [f"{stage.name} {extent(stage.done, stage.total, stage.unit)}".rstrip(), left_for_all]
         if stage.done and elapsed > 0:
             rate = stage.done / elapsed
@@ -150,7 +145,6 @@ class Progress:
         self._print(" | ".join(filter(None, (*parts, note))))
 
     def say(self, text: str) -> None:
-        """A message of its own: one or more whole lines."""
         self.event("message", {"text": text})
         self._print(text)
 
@@ -191,12 +185,10 @@ def _bar(stage: Stage, stream: TextIO) -> tqdm:
 
     tqdm.monitor_interval = 0  # no thread
     _write(stream, CLEAR)  # the bar of the stage around this one
-    file = SimpleNamespace(
-        write=partial(_write, stream), flush=lambda: None, fileno=stream.fileno, encoding=stream.encoding
-    )
+    ours = {"write": partial(_write, stream), "flush": lambda: None, "fileno": stream.fileno}
     return tqdm(
-        desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", file=file,
-        dynamic_ncols=True, leave=False, position=0,
+        desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", dynamic_ncols=True,
+        leave=False, position=0, file=SimpleNamespace(**ours, encoding=stream.encoding),
     )  # fmt: skip
 
 
@@ -210,7 +202,7 @@ def tell(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with characters that move, hide or reorder what a terminal shows as JSON writes them: `\\u001b`."""
+    """`text` with characters that move, hide or reorder what a terminal shows as JSON writes them."""
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -222,7 +214,7 @@ def clearing(stream: TextIO | None) -> str:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    """Write while somebody takes it: a log that is lost (closed pipe, full disk) must not end the work."""
+    """A log that is lost (closed pipe, full disk) must not end the work."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
@@ -265,10 +257,8 @@ def quantity(value: float, unit: str) -> str:
     if unit != "B":
         number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {prefix}B"
-    return f"{value:.0f} B"
+    prefix, scale = next(((p, s) for p, s in zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True) if value >= s), ("", 1))
+    return f"{value / scale:.3g} {prefix}B"
 
 
 def duration(seconds: float) -> str:
