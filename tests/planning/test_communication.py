@@ -89,7 +89,7 @@ def test_settings_that_exclude_each_other(given: dict, expected: str) -> None:
 
 def places(runtime: Runtime) -> tuple[int, int, int, list[int]]:
     mesh = mesh_of(runtime, ulysses=1, ring=2)
-    return mesh.data_rank, mesh.ring_rank, mesh.team.rank, mesh.share(range(5))
+    return mesh.data_rank, mesh.ring_rank, mesh.team.rank, list(range(5))[mesh.data_rank :: mesh.layout.data]
 
 
 def test_neighbouring_ranks_share_a_video_and_jobs_are_dealt_out() -> None:

@@ -1,8 +1,8 @@
 """Weights sharded over the ranks of a sequence group with PyTorch's FSDP2.
 
-A block's weights are gathered when it runs and dropped after it. Every parameter is cut along its first axis; a rank
-reads only its rows of each tensor, and a LoRA is merged on those rows. Each parameter has its final dtype before it is
-sharded, and there is no mixed-precision policy: that would cast what enters a block, the timestep's rows included.
+A block's weights are gathered when it runs. Every parameter is cut along its first axis; a rank reads only its rows,
+and a LoRA is merged on those. Each parameter has its final dtype before it is sharded, and there is no mixed-precision
+policy: that would cast what enters a block, the timestep's rows included.
 """
 
 from __future__ import annotations
@@ -87,10 +87,8 @@ def _is_vector(unit: nn.Module) -> bool:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules to shard, inner ones first: each block and the rest; in each, layers of another dtype by themselves.
-
-    FSDP2 before torch 2.8 takes one dtype per unit.
-    """
+    """The modules to shard, inner ones first: each block and the rest; in each, layers of another dtype by themselves:
+    FSDP2 before torch 2.8 takes one dtype per unit."""
     blocks = list(module.get_submodule("blocks").children())
     for unit in [*blocks, module]:
         parts = [part for name, part in unit.named_modules() if unit is not module or not name.startswith("blocks.")]

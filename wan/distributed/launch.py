@@ -29,9 +29,6 @@ from wan.utils.progress import tell
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-CONNECT_LIMIT = timedelta(minutes=10)  # for all processes to start
-LAST_QUESTION = 5.0  # seconds for the store to say who failed first: its process may hang
-
 
 @dataclass(frozen=True)
 class Runtime:
@@ -59,7 +56,7 @@ class Runtime:
 
         rank, limit = _number("RANK", 0), patience()
         try:
-            store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_LIMIT))
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=10)))
             # a restarted run may find the store of the first attempt
             store = PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             uses_gpus = _take_gpu(store, rank, size)
@@ -96,8 +93,8 @@ class Runtime:
         error = (error.__cause__ or error) if isinstance(error, Broken) else error
         first = ThreadPoolExecutor(1).submit(self.store.add, "failed", 1)
         try:
-            words = _last_words(self.team.rank, error) if first.result(LAST_QUESTION) == 1 else ""
-        except TimeoutError:  # two messages are better than none
+            words = _last_words(self.team.rank, error) if first.result(timeout=5) == 1 else ""
+        except TimeoutError:  # the store's process hangs: two messages are better than none
             words = _last_words(self.team.rank, error)
         except RuntimeError:  # the store is gone with process 0; that nobody can ask who failed, only one says
             lost = "process 1 lost process 0, which was killed or crashed if it does not say itself why it ended"
@@ -156,7 +153,7 @@ def interrupts_held() -> Iterator[None]:
 def _handled(
     handler: Callable[[int, Any], None], names: Sequence[str], replaces: Callable[[Any], bool]
 ) -> Iterator[None]:
-    """Context manager: `handler` handles those of the signals whose present handler it `replaces`."""
+    """`handler` handles those of the signals whose present handler it `replaces`."""
     main = threading.current_thread() is threading.main_thread()  # no other thread may set one
     numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
     earlier = {number: signal.signal(number, handler) for number in numbers if replaces(signal.getsignal(number))}

@@ -1,12 +1,10 @@
 """Processes that work together: their division data x ring x ulysses, how they exchange values and fail together.
 
-Ulysses is the innermost axis, then the ring; together they form a sequence group, whose ranks make one video. Sequence
-groups take different jobs. A sequence group has neighbouring ranks: on one machine wherever it fits. Imports torch only
-for many processes.
+Ulysses is the innermost axis, then the ring; together they form a sequence group of neighbouring ranks, which make one
+video. Sequence groups take different jobs. Imports torch only for many processes.
 
 An exchange is collective: all ranks enter it, or none does. A barrier before it says whether one has failed; if so, all
-leave the common work there and learn why. So no rank waits for an exchange that never comes, and a job that fails on
-one rank fails on all. A barrier is an all-reduce of one number between the CPUs: it waits for no GPU.
+leave the common work there and learn why. A barrier is an all-reduce between the CPUs: it waits for no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,10 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 PATIENCE_VARIABLE = "WAN_PATIENCE"
-PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
 
 
 class Broken(BaseException):  # no Exception: nobody may go on after it
@@ -44,7 +40,7 @@ class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may ca
 
 def patience() -> timedelta:
     """How long a process waits for another one: WAN_PATIENCE, in minutes. InputError."""
-    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_MINUTES))
+    text = os.environ.get(PATIENCE_VARIABLE, "60")  # a network from a slow disk, a large file of prompts to extend
     try:
         limit = timedelta(minutes=float(text))
     except (ValueError, OverflowError):
@@ -81,7 +77,7 @@ class Team:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Context manager for a collective of all ranks and little else: an error inside ends the run."""
+        """For a collective of all ranks and little else: an error inside ends the run."""
         self.barrier()
         with unbroken():
             yield
@@ -237,10 +233,6 @@ class Mesh:
     @property
     def ring_rank(self) -> int:
         return self.team.rank // self.layout.ulysses
-
-    def share(self, items: Sequence[Item]) -> list[Item]:
-        """This sequence group's items: every data-th one."""
-        return list(items[self.data_rank :: self.layout.data])
 
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x` on all ranks of the group: random numbers depend on the kind of GPU."""

@@ -122,7 +122,10 @@ def vae_in_bf16(machine: Machine) -> Finding:
     with torch.inference_mode(), tf32(False):
         exact = on_cpu(vae.decode(latent))
         vae.decode_in(torch.bfloat16)
-        before = accelerator.reset_peak_bytes()
+        before = 0
+        if accelerator.has_memory:
+            accelerator.api.reset_peak_memory_stats(machine.device)
+            before = accelerator.api.memory_allocated(machine.device)
         found = on_cpu(vae.decode(latent))
     outcome = judge("root mean square error", rms_error(found, exact), VAE_BF16, "leave --vae_dtype out")
     if outcome.verdict != GOOD or not accelerator.has_memory:

@@ -19,7 +19,7 @@ COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device by its abilities. Those without memory of their own (CPU, MPS) compute in the host's."""
+    """A device by its abilities. CPU and MPS compute in the host's memory."""
 
     device: torch.device
 
@@ -46,7 +46,7 @@ class Accelerator:
 
     @property
     def free_bytes(self) -> int:
-        """Memory that this process can allocate now, unused memory that it holds included."""
+        """What this process can allocate now, unused memory that it holds included."""
         if not self.has_memory:
             return host_bytes()
         free, _ = self.api.mem_get_info(self.device)
@@ -60,15 +60,8 @@ class Accelerator:
         free, total = self.api.mem_get_info(self.device)
         return int(total - free - self.api.memory_reserved(self.device))
 
-    def reset_peak_bytes(self) -> int:
-        """Start to measure the peak of allocated bytes; the bytes allocated now."""
-        if not self.has_memory:
-            return 0
-        self.api.reset_peak_memory_stats(self.device)
-        return int(self.api.memory_allocated(self.device))
-
     def limit_memory(self, size: int | None) -> None:
-        """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
+        """Hold this process to `size` bytes of the device's own memory; None: no limit."""
         if self.has_memory:
             total = self.api.get_device_properties(self.device).total_memory
             self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
