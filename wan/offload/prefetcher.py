@@ -210,17 +210,15 @@ class Prefetcher:
     def _beside(self, moves: Sequence[Move]) -> Iterator[None]:
         """Carry out `moves` in a thread up to the end of the block."""
         self._stopped.clear()
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
-                self._bringing = pool.submit(self._bring, moves)
-                self._bringing.add_done_callback(lambda _: self._notify())
-                try:
-                    yield
-                finally:
-                    self._stopped.set()
-                    self._notify()
-        finally:
-            self._bringing = None
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
+            self._bringing = pool.submit(self._bring, moves)
+            self._bringing.add_done_callback(lambda _: self._notify())
+            try:
+                yield
+            finally:
+                self._bringing = None
+                self._stopped.set()
+                self._notify()
 
     @contextmanager
     def use(self, block: int) -> Iterator[None]:

@@ -67,24 +67,22 @@ class Accelerator:
             self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
 
     def check(self) -> None:
-        """Set up a GPU's allocator and run a kernel. RuntimeError if it cannot compute."""
-        self._let_segments_grow()
+        """Set up a GPU's allocator and run a kernel. RuntimeError if it cannot compute.
+
+        `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit. Under WSL and
+        on virtual GPUs drivers lack what it needs: a first allocation decides.
+        """
+        release = Path("/proc/sys/kernel/osrelease")
+        if release.exists() and "microsoft" not in release.read_text().lower() and not allocator_setting():
+            configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
+            configure = configure or torch.cuda.memory._set_allocator_settings
+            configure("expandable_segments:True")
+            try:
+                torch.empty(1, device=self.device)
+            except RuntimeError:
+                configure("expandable_segments:False")
         torch.zeros(1, device=self.device).add_(1)
         self.api.synchronize(self.device)
-
-    def _let_segments_grow(self) -> None:
-        """Use `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit.
-        Under WSL and on virtual GPUs drivers lack what it needs: a first allocation decides."""
-        release = Path("/proc/sys/kernel/osrelease")
-        if not release.exists() or "microsoft" in release.read_text().lower() or allocator_setting():
-            return
-        configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
-        configure = configure or torch.cuda.memory._set_allocator_settings
-        configure("expandable_segments:True")
-        try:
-            torch.empty(1, device=self.device)
-        except RuntimeError:
-            configure("expandable_segments:False")
 
     def current(self) -> AbstractContextManager[object]:
         """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of

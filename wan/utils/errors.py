@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -12,19 +13,14 @@ from wan.utils.progress import tell
 FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
 NEEDED = ("torch", "easydict")  # of all that requirements.txt brings, what nothing starts without
 # How PyTorch and CUDA's libraries report that they get no memory.
-NO_MEMORY = (
-    "out of memory",
-    "GET was unable to find an engine",
-    "Unable to find a valid cuDNN algorithm",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "DefaultCPUAllocator: ",  # "can't allocate memory", or "not enough memory"
+NO_MEMORY = re.compile(
+    "out of memory|GET was unable to find an engine|Unable to find a valid cuDNN algorithm|_STATUS_ALLOC_FAILED|"
+    "CUDA_ERROR_OUT_OF_MEMORY|DefaultCPUAllocator: "
 )
 
 
 class WanError(Exception):
-    """An expected failure, with one sentence for the user for each fault."""
+    """An expected failure, with a sentence for each fault."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -67,7 +63,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device has no memory left. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
 
 
 def need_packages() -> None:
