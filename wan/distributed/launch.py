@@ -107,7 +107,7 @@ class Runtime:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work, as Ctrl-C does; torchrun sends one to the others when one process has failed."""
+    """A signal ended the work; torchrun sends one to the others when one process has failed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -116,9 +116,7 @@ class Stopped(KeyboardInterrupt):
 
 def launch(work: Callable[[Runtime], int]) -> int:
     """Run `work` on every process; return the worst of its exit codes. An exception from it ends all processes.
-
-    SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages.
-    """
+    SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages."""
 
     def stop(number: int, _: Any) -> NoReturn:
         raise Stopped(number)
@@ -194,8 +192,8 @@ def _number(name: str, default: int) -> int:
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
     """Take this process's own GPU. False if there are fewer GPUs than processes.
 
-    Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then the processes that see the same
-    GPUs on the same machine are counted. One that alone sees its GPU takes number 0, whatever its rank.
+    Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then those that see the same GPUs on the
+    same machine are counted. One that alone sees its GPU takes number 0, whatever its rank.
     """
     import torch
 

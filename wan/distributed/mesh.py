@@ -95,9 +95,7 @@ class Team:
 
     def all_or_none(self, work: Callable[[], Result]) -> Result:
         """`work()` on every rank; if it fails on one, all ranks raise the error of the lowest rank that failed.
-
-        Inside it, all ranks make the same exchanges, and with no other process.
-        """
+        Inside it, all ranks make the same exchanges, and with no other process."""
         if self.group is None:
             return work()
         error: Exception | None = None

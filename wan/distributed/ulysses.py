@@ -2,12 +2,10 @@
 
 Shapes: L a rank's tokens, padding included (equal on all ranks), S = ranks x L, N heads, d head width, P Ulysses ranks,
 R ring ranks. A rank holds some tokens of all heads; for attention, all tokens of its Ulysses group and N / P heads.
-In a ring Lq are a rank's queries and Lk the keys that it holds now; ranks may hold different numbers, or none.
-Keys and values travel round the ranks, and partial results are merged:
-    o = sum_i exp(lse_i - lse) o_i,   lse = log sum_i exp(lse_i)        in float32
+In a ring Lq are a rank's queries and Lk the keys that it holds now, perhaps none. Keys and values travel round the
+ranks, and partial results are merged: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i), in float32.
 
-Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out,
-and comes back as zeros that the final gather drops.
+Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ aten = torch.ops.aten
 
 
 def split_tokens(model: WanModel, mesh: Mesh) -> None:
-    """Divide the tokens of every forward of `model` over the sequence group; the results are those of one process."""
+    """Divide the tokens of every forward of `model` over the sequence group."""
     if mesh.sequence is None:
         return
     model.tokens = SequenceSplit(mesh)
@@ -37,7 +35,7 @@ def split_tokens(model: WanModel, mesh: Mesh) -> None:
 
 
 class SequenceSplit(TokenSplit):
-    """Each rank has the same number of consecutive tokens; the last ranks may have padding."""
+    """Each rank has the same number of consecutive tokens, the last ones padding."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.rank, self.size = mesh, mesh.team.rank, mesh.layout.sequence

@@ -36,9 +36,7 @@ class Streamed(Residency):
 
 class Networks(Generic[Network]):
     """Networks by name, on `device`, their blocks in slots that all of them share; no slots before `resize`.
-
-    modules: (module on the meta device, its weights); `models` are copies. Weights in no block are loaded at once.
-    """
+    modules: (module on the meta device, its weights); `models` are copies. Weights in no block are loaded at once."""
 
     def __init__(
         self,
@@ -93,8 +91,7 @@ def group(
 ) -> tuple[list[str], list[list[str]], list[int], dict[str, int]]:
     """(parameters that stay, those of each block in the order of use, each unit's block, bytes of each in a slot).
 
-    A block is a unit, or neighbours that are no larger together than the largest unit: with fp8, the first and the
-    last unit are in bf16, and the others go in pairs.
+    A block is a unit, or neighbours no larger together than the largest: fp8 units go in pairs, as wide as one in bf16.
     """
     size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
@@ -157,9 +154,7 @@ def text_encoder(
 
 class Experts:
     """The denoising networks by name, set up for a step: on their device, or those of `networks`.
-
-    set_lora: changes the scale of a model's LoRA adapters; None if they are merged into the weights.
-    """
+    set_lora: changes the scale of a model's LoRA adapters; None if they are merged into the weights."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """Files that a run writes: their names beside a video, writing each whole or not at all, and the lock of each video.
 
-A file being made is called `.NAME.RANDOM.part`: hidden, and never the same for two processes. Whoever holds the lock of
-a video also owns its unfinished files. The lock of `NAME` is the file `.NAME.lock` beside it, locked by the kernel, who
-lets go when the holder ends, however it ends. A lock file that a killed process left holds nothing. On a file system
+A file being made is called `.NAME.RANDOM.part`. Whoever holds the lock of a video also owns its unfinished files. The
+lock of `NAME` is the file `.NAME.lock`, locked by the kernel, who lets go however the holder ends. On a file system
 without locks, `.NAME.softlock` marks the video by filelock's rules: another process on the same machine replaces the
 mark of a dead one; a mark from another machine counts until somebody removes it.
 """

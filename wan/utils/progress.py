@@ -37,7 +37,7 @@ class Stage:
     began: float
     done: float = 0.0
     notes: set[str] = field(default_factory=set)
-    shown_at: float = 0.0
+    shown_at: float = 0.0  # seconds after the begin
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
     bar: tqdm | None = None  # on a terminal
@@ -89,8 +89,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: float | None = None, unit: str = "") -> Iterator[None]:
         """Time a block as `name`; `advance` inside it counts towards `total` in `unit` ("B": bytes, "step", ...)."""
-        now = time.perf_counter()
-        stage = Stage(name, total, unit, began=now, shown_at=now)
+        stage = Stage(name, total, unit, began=time.perf_counter())
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
         if self.stream is not None and clearing(self.stream) and not self.json and not self.quiet:
@@ -131,10 +130,10 @@ class Progress:
             stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
             stage.bar.update(amount)
             return
-        age, tenth = now - stage.shown_at, stage.total and stage.done - stage.shown_done >= stage.total / 10
+        age, tenth = elapsed - stage.shown_at, stage.total and stage.done - stage.shown_done >= stage.total / 10
         if not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
             return
-        stage.shown_at, stage.shown_done = now, stage.done
+        stage.shown_at, stage.shown_done = elapsed, stage.done
         state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit}
         self.event("advance", state | {"note": note, "seconds": elapsed})
         parts = [f"{stage.name} {extent(stage.done, stage.total, stage.unit)}".rstrip(), left_for_all]
@@ -207,7 +206,7 @@ def visible(text: str) -> str:
 
 
 def clearing(stream: TextIO | None) -> str:
-    """The characters that empty the line before something is said on a terminal."""
+    """What empties a terminal's line."""
     with suppress(ValueError):  # closed
         return CLEAR if stream is not None and stream.isatty() else ""
     return ""
@@ -258,7 +257,7 @@ def quantity(value: float, unit: str) -> str:
         number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
     prefix, scale = next(((p, s) for p, s in zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True) if value >= s), ("", 1))
-    return f"{value / scale:.3g} {prefix}B"
+    return f"{value / scale:.3g} {prefix}B" if prefix else f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
