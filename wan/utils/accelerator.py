@@ -52,14 +52,6 @@ class Accelerator:
         free, _ = self.api.mem_get_info(self.device)
         return int(free + self.api.memory_reserved(self.device) - self.api.memory_allocated(self.device))
 
-    @property
-    def bytes_of_others(self) -> int:
-        """Memory that other processes and the drivers hold."""
-        if not self.has_memory:
-            return 0
-        free, total = self.api.mem_get_info(self.device)
-        return int(total - free - self.api.memory_reserved(self.device))
-
     def limit_memory(self, size: int | None) -> None:
         """Hold this process to `size` bytes of the device's own memory; None: no limit."""
         if self.has_memory:
@@ -73,7 +65,8 @@ class Accelerator:
         on virtual GPUs drivers lack what it needs: a first allocation decides.
         """
         release = Path("/proc/sys/kernel/osrelease")
-        if release.exists() and "microsoft" not in release.read_text().lower() and not allocator_setting():
+        chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()  # by the user
+        if release.exists() and "microsoft" not in release.read_text().lower() and not chosen:
             configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
             configure = configure or torch.cuda.memory._set_allocator_settings
             configure("expandable_segments:True")
@@ -102,12 +95,6 @@ class Accelerator:
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued so far; None where each operation ends before the next."""
         return self.api.current_stream(self.device).record_event() if self.has_memory else None
-
-
-def allocator_setting() -> str:
-    """The user's setting of PyTorch's allocator, as NAME=VALUE; "" without one. PyTorch 2.8 renamed the variable."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return next((f"{name}={os.environ[name]}" for name in names if name in os.environ), "")
 
 
 def gpu_kind() -> str:
