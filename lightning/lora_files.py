@@ -125,14 +125,12 @@ def weight_file(path: Path) -> Path:
     """The file of weights that `path` means: itself, or the one of a PEFT folder. LoraError if several may be meant."""
     if not path.is_dir():
         return path
-    files = weights_in(path)
-    names = ", ".join(file.name for file in files) or "no file of weights"
-    if not (path / PEFT_CONFIG).is_file():
-        raise LoraError(f"LoRA {path} is a folder without {PEFT_CONFIG}; name one file (it holds {names})")
-    files = [file for file in files if file.stem == PEFT_STEM] or files
-    if len(files) != 1:
-        raise LoraError(f"LoRA {path}: which of its files is meant? Name one (it holds {names})")
-    return files[0]
+    files, is_peft = weights_in(path), (path / PEFT_CONFIG).is_file()
+    own = [file for file in files if file.stem == PEFT_STEM] or files
+    if not is_peft or len(own) != 1:
+        fault = ": which of its files is meant?" if is_peft else f" is a folder without {PEFT_CONFIG};"
+        raise LoraError(f"LoRA {path}{fault} name one file ({', '.join(file.name for file in files) or 'it has none'})")
+    return own[0]
 
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
