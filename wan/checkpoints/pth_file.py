@@ -32,9 +32,9 @@ STORAGES = {
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
 RECORD_HEADER = 30  # bytes before a record's name in a zip; the last four are the lengths of name and padding
+MAX_DEPTH = 5  # of dictionaries in each other: one may hold itself
 # keys of dictionaries around the tensors
 NESTED = ("state_dict", "model_state_dict", "model", "module", "ema", "generator", "generator_ema", "generator_lora")
-MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,16 @@ def _records(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, i
         return dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
 
 
-def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:
-    """The dictionary of tensors, itself or under one of the usual keys. TensorFileError for none, or several."""
-    if isinstance(content, dict):
-        if content and all(isinstance(value, Pickled) for value in content.values()):
+def _find_tensors(path: Path, content: Any) -> dict[str, Pickled]:
+    """The dictionary of tensors, itself or under the usual keys. TensorFileError for none, or several."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(content, dict) or not content:
+            break
+        if all(isinstance(value, Pickled) for value in content.values()):
             return content
         networks = [key for key in NESTED if isinstance(content.get(key), dict)]
         if len(networks) > 1:
             names = ", ".join(networks)
             raise TensorFileError(f"{path}: holds several networks ({names}); save the one to use in a file of its own")
-        if networks and depth:
-            return _find_tensors(path, content[networks[0]], depth - 1)
+        content = content[networks[0]] if networks else None
     raise TensorFileError(f"{path}: holds no dictionary of tensors, itself or under {', '.join(NESTED)}")

@@ -15,14 +15,14 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan.utils.errors import InputError, TensorFileError, in_one_line
-from wan.utils.files import parse_json
+from wan.utils.files import parse_json, stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads of a few bytes: on the hub each is a request
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_AXES = 32
-# what the start of a file shows -> what the file is, and what to do
-STAND_INS = (
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
-    (rb"\s*<(!doctype\s+html|html|\?xml)", "an HTML page, such as a login or error page; download the file again"),
-    (rb"(\.\.?/)+[\w./@+-]{3,}\s*\Z", "the text of a link, not the file it points to; copy it again, following links"),
-    (rb"\0{64,}", "empty at its start: the download was not finished; download the file again"),
-)
 
 
 @dataclass(frozen=True)
@@ -243,11 +236,7 @@ def reading(path: Path, problem: str) -> Iterator[int]:
 
 def misread(path: Path, problem: str) -> TensorFileError:
     """The error for a file that is not what it should be: names what it is instead, if its start shows it."""
-    start = b""
-    with suppress(OSError), path.open("rb") as file:  # then the problem stays as it is
-        start = file.read(512)
-    known = (meaning for sign, meaning in STAND_INS if re.match(sign, start, re.IGNORECASE))
-    return TensorFileError(f"{path}: {next(known, problem)}")
+    return TensorFileError(f"{path}: {stand_in(path) or problem}")
 
 
 def size_of(path: Path) -> int:

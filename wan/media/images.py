@@ -21,6 +21,7 @@ from wan.configs import TaskConfig
 from wan.media.ffmpeg import is_video
 from wan.media.video import last_frame
 from wan.utils.errors import InputError
+from wan.utils.files import stand_in
 
 if TYPE_CHECKING:
     import numpy
@@ -31,12 +32,6 @@ MAX_PIXELS, MAX_SIDE = 100_000_000, 50_000
 # Pillow's formats that are read; others may start programs (EPS) or are no pictures.
 PICTURE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
 HEIC = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
-# How files begin that are often taken for pictures, in lower case.
-MISTAKEN = {
-    rb"version https://git-lfs": "a Git LFS pointer, not the picture itself; fetch it with git lfs pull",
-    rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
-    rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
-}
 EXIF_ORIENTATION = 0x0112
 TURNS = range(2, 9)  # its values that are not upright
 CHANGES = "changes"
@@ -106,7 +101,8 @@ def open_image(path: Path) -> Image:
             FileNotFoundError: "no such image file",
             PermissionError: "there is no permission to read the image",
             Image.DecompressionBombError: f"the image is too large; at most {most} are read",
-            UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
+            UnidentifiedImageError: stand_in(path)
+            or f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
         }
         raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
     picture.info = {CHANGES: changes}
@@ -114,14 +110,10 @@ def open_image(path: Path) -> Image:
 
 
 def _check_kind(path: Path) -> tuple[str, ...]:
-    """Pillow's format for HEIC if the file is one and can be read. InputError for files that are often mistaken."""
+    """Pillow's format for HEIC if the file is one and can be read, which needs a package."""
     with path.open("rb") as file:
-        head = file.read(1000).lstrip().lower()
-    for pattern, advice in MISTAKEN.items():
-        if re.match(pattern, head, re.DOTALL):
-            raise InputError(f"{path}: {advice}")
-    if not HEIC.match(head):
-        return ()
+        if not HEIC.match(file.read(12)):
+            return ()
     try:
         from pillow_heif import register_heif_opener
     except ImportError:

@@ -33,8 +33,6 @@ class PromptOutput:
 
 
 class _Expander:
-    """One call, one question, one outcome."""
-
     answer: ChatService | LocalQwen
     is_vl: bool
 
@@ -74,8 +72,7 @@ class DashScopePromptExpander(_Expander):
         self, api_key: str | None = None, model_name: str | None = None, task: str = "t2v-A14B", is_vl: bool = False,
         **unused: object,
     ) -> None:  # fmt: skip
-        """is_vl: a model that looks at images. task, unused: further arguments of the original; the instructions follow
-        from `is_vl`. InputError for what is missing."""
+        """is_vl: a model that looks at images. task, unused: arguments of the original without effect. InputError."""
         if problems := [] if api_key else list(service_problems("dashscope", model_name)):
             raise InputError(problems)
         self.is_vl = is_vl
