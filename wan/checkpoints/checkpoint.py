@@ -163,7 +163,7 @@ class _Opener:
 
     def tokenizer(self) -> UMT5Tokenizer:
         file = self.path("tokenizer")
-        with reading(file, "not a tokenizer; get the file again"):
+        with reading(file, "not a tokenizer"):
             file.open("rb").close()  # the library reports a file without permission as a damaged one
             tokenizer = UMT5Tokenizer(file.parent, self.config.text_len)
             if len(tokenizer("a cat")) < 2:
@@ -246,7 +246,8 @@ def transformer_sizes(
     if sizes["text_len"] > max_text:
         wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {max_text} is possible")
     if wrong:
-        raise InputError(f"{config}: does not fit {where}: {'; '.join(wrong)}")
+        blamed = config if where == str(config.parent) else where  # a file of its own, not the folder
+        raise InputError(f"{blamed}: the weights do not fit {config}: {'; '.join(wrong)}")
     return sizes
 
 

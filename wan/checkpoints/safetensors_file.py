@@ -1,7 +1,7 @@
 """Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
 
 The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
-until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
+until the file is closed.
 The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
 """
 
@@ -109,11 +109,11 @@ class TensorStore(dict[str, Entry]):
         shards = sorted(set(weight_map.values()))
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
-        by_shard = {s: read_header(path.parent / s) for s in shards}
+        by_shard, entries = {s: read_header(path.parent / s) for s in shards}, {}
         for name, shard in weight_map.items():
             if name not in by_shard[shard][0]:
                 raise TensorFileError(f"{path}: tensor {name} is not in {shard}, where the index puts it")
-        entries = {name: by_shard[shard][0][name] for name, shard in weight_map.items()}
+            entries[name] = by_shard[shard][0][name]
         return cls(entries, *(metadata for _, metadata in by_shard.values()))
 
     @property
@@ -192,8 +192,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             entries[name] = entry
     if end > size:
         cut = next(name for name, entry in entries.items() if entry.offset + entry.bytes > size)
-        sizes = f"{end:,} bytes expected, {size:,} found"
-        raise TensorFileError(f"{path}: truncated, {sizes}; tensor {cut:.100} is cut off")
+        raise TensorFileError(f"{path}: truncated, {size:,} of {end:,} bytes; tensor {cut:.100} is cut off")
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
@@ -217,7 +216,7 @@ def fingerprint(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path, problem: str) -> Iterator[int]:
-    """Context manager around code that interprets a file of the size given: whatever it raises is a TensorFileError.
+    """Context manager around code that interprets a file, of the size given: all that it raises is a TensorFileError.
 
     problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here.
     """

@@ -71,7 +71,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
     folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(PermissionError):  # reported when it is opened
+    with suppress(OSError):  # reported when it is opened
         if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
             # Without other problems the plan reports the files that are missing.
             check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
