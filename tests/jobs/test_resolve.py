@@ -514,7 +514,7 @@ def test_csv_file(tmp_path):
         ("p.txt", "", "p.txt: the prompt file holds no prompt"),
         ("p.txt", " \n\n", "holds no prompt"),
         ("p.txt", b"good\nb\xe4d\n", "p.txt line 2: is not UTF-8"),
-        ("p.txt", "text".encode("utf-16"), "p.txt line 1: is not UTF-8"),
+        ("p.txt", "text".encode("utf-16")[:-1], "p.txt line 1: is not UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl line 2: not valid JSON"),
         ("p.jsonl", '["a"]', "p.jsonl entry 1: a prompt with its settings is one JSON object"),
         ("p.jsonl", '{"prompt": "a", "sed": 3}', "p.jsonl line 1: unknown key 'sed'; did you mean seed?"),

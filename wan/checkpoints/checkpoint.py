@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan.checkpoints import layout
-from wan.checkpoints.safetensors_file import TensorStore, reading
+from wan.checkpoints.safetensors_file import TensorStore, fingerprint, reading
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_expert, open_file
 from wan.configs import TaskConfig, task_of
 from wan.configs.task import PATCH
@@ -96,9 +96,9 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
             problems.append(f"{opener.place(name)}: reads text of width {width}, the encoder has {text_width}")
     if problems:
         raise InputError(problems)
-    paths = {opener.path(name) for name in experts}
-    same = f"{min(paths)} serves as {' and '.join(experts)} noise expert: the same weights"
-    warnings = (same,) if len(paths) < len(experts) else ()
+    contents = {tuple(map(fingerprint, expert.weights.files)) for expert in experts.values()}
+    same = f"{opener.place(next(iter(experts)))} serves as {' and '.join(experts)} noise expert: the same weights"
+    warnings = (same,) if len(contents) < len(experts) else ()
     return OpenCheckpoint(folder, files, experts, found[TEXT_ENCODER], found[VAE], tokenizer, file, warnings)
 
 
@@ -121,20 +121,18 @@ def _readable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens the parts of one checkpoint; each method raises InputError with all problems of its part."""
+    """Each method raises InputError with all problems of its part."""
 
     folder: Path | None
     config: TaskConfig
     files: Mapping[str, Path]
 
     def path(self, part: str) -> Path:
-        """The file, or index, that holds the part."""
         if part in self.files or self.folder is None:
             return self.files[part]
         return layout.path_of(self.folder, self.config, part)
 
     def place(self, expert: str) -> Path:
-        """The expert in messages: its own file, or its folder."""
         return self.path(expert) if expert in self.files else self.path(expert).parent
 
     def expert(self, name: str) -> Part[WanModel]:

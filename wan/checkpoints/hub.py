@@ -96,8 +96,15 @@ class HubPath(LocalPath):
         return _open_remote(self, "none" if buffering == 0 else "readahead")
 
 
+def exists(path: Path) -> bool:
+    """Whether the path exists, here or on the hub; False for one that cannot be reached."""
+    try:
+        return path.exists()
+    except OSError:  # no permission, or a name too long
+        return False
+
+
 def _open_remote(path: HubPath, cache_type: str) -> Any:
-    """A file on the hub, read by ranges; reading raises InputError for what the hub does not give."""
     file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))
     fetch = file.cache.fetcher
 
@@ -150,7 +157,7 @@ def located(flag: str, name: str) -> Path:
 def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
 
-    patterns: of the files wanted of a folder, as `fnmatch` takes them; by default weights and settings right in it.
+    patterns: of the files wanted of a folder; by default weights and settings right in it.
     """
     if not isinstance(path, HubPath):
         return path

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -35,6 +36,7 @@ class Row:
     source: str  # for messages: "prompts.txt line 3"
     image: Path | None = None
     last_image: Path | None = None
+    video: Path | None = None
     negative_prompt: str | None = None
     seed: int | None = None
     size: str | None = None
@@ -47,7 +49,7 @@ class Row:
 OWN = tuple(field.name for field in fields(Row) if field.name not in ("source", "options"))
 KEYS = (*OWN, *(name for name in VARIED if name not in (*OWN, "base_seed")))
 WHOLE_NUMBERS = ("seed", "frame_num")
-PICTURES = ("image", "last_image")
+PICTURES = ("image", "last_image", "video")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 
@@ -200,12 +202,13 @@ def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     where = f"{flag} {path}"
     if not fault:
         try:
-            text = re.sub("\r\n?", "\n", content.decode("utf-8")).lstrip("\ufeff")
+            coding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8"  # spreadsheets write both
+            text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
             if "\0" not in text:
                 return text
             before, fault = text[: text.index("\0")], "holds a NUL character; save it as UTF-8 text"
         except UnicodeDecodeError as e:
-            before, fault = content[: e.start].decode("utf-8"), "is not UTF-8 text; save it as UTF-8"
+            before, fault = content[: e.start].decode(e.encoding), "is not UTF-8 text; save it as UTF-8"
         where += f" line {len(before.split(chr(10)))}"
     problems.append(f"{where}: {fault}")
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,16 +27,16 @@ from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
 from wan.jobs.sweep import combinations, label_of
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files, takes_cache, with_quality
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
 from wan.utils.errors import InputError
 from wan.utils.files import parse_json
 
 # Options that a record holds for its one video.
-OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "video", "size", "frame_num", "base_seed")
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
-LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention", "quantize")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 FOREIGN_TASKS = {  # by the begin of their names
     "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
@@ -58,7 +58,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
-    request = chosen_shard(request, check)
+    request = with_quality(chosen_shard(request, check), values)
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
@@ -69,7 +69,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     elif request.extend_only is not None:
         outcome = _extend_only(request, config, check)
     else:
-        outcome = replace(_generate(request, config, check), replayed=record)
+        outcome = replace(_generate(request, config, values, check), replayed=record)
     folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
     with suppress(OSError):  # reported when it is opened
         if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
@@ -99,7 +99,7 @@ def _checked(request: Request, check: Check) -> Request:
     return replace(request, **changed)
 
 
-def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
+def _generate(request: Request, config: TaskConfig, given: Collection[str], check: Check) -> Generate:
     """The videos of every combination of --sweep, and of rows with options of their own."""
     extend = _extension(request, check) if request.use_prompt_extend else None
     if request.sweep and request.chain:
@@ -114,13 +114,16 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
-            variants.append(_variant(asked, config, some, Variant(len(variants), label_of(values)), check))
+            made = _variant(asked, config, some, Variant(len(variants), label_of(values)), check)
+            cached = takes_cache(made.sampling, made.weights.distilled)
+            asked = with_quality(asked, {*given, *values, *dict(options)}, cached=cached)
+            variants.append(replace(made, request=asked))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
     if request.save_file is not None and not request.chain and len(jobs) > 1:
         check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
     jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
@@ -143,9 +146,16 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], vari
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    return Generate(
-        request, config, weights, sampling, tuple(make_jobs(request, config, weights, rows, variant, check))
-    )
+    jobs = make_jobs(request, config, weights, rows, variant, check)
+    made_from = any(job.video for job in jobs)
+    if rows and request.strength is not None and not made_from:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and sampling.first_step == sampling.steps:
+        least = f"{1 / sampling.steps:.3g}"
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+    if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
+        check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
+    return Generate(request, config, weights, sampling, tuple(jobs))
 
 
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
@@ -272,7 +282,8 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         }  # fmt: skip
         earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
         earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
-        earlier |= {"last_image": job.get("last_image")}  # records of the first version have none
+        earlier |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
+        earlier["strength"] = earlier.get("strength") if job.get("video") else None
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:

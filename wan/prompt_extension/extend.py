@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,32 +119,29 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
 
 
 def check_extension(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
-    """Raise InputError with everything that is wrong before a model is loaded or a service asked."""
+    """InputError with everything that is wrong before a model is loaded or a service asked."""
     local = settings.method == "local_qwen"
     problems = list(local_problems(settings.model) if local else service_problems(settings.method, settings.model))
     if local and settings.options:
         problems.append("--prompt_extend_options is for dashscope and openai: fields of their requests")
     if own := sorted({*OWN_FIELDS} & {*(settings.options or {})}):
         problems.append(f"--prompt_extend_options cannot set {', '.join(own)}")
-    if problems := [*problems, *_item_problems(settings.task, items)]:
-        raise InputError(problems)
-
-
-def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
     unreadable: dict[Path | None, str] = {}
-    for image in filter(None, dict.fromkeys(_image(task, item) for item in items)):
+    for image in filter(None, dict.fromkeys(_image(settings.task, item) for item in items)):
         try:
             open_image(image)
         except InputError as error:
             unreadable[image] = str(error)
     for number, item in enumerate(items, 1):
         title = f"prompt {number} of {len(items)}"
-        if not item.prompt.strip() and _image(task, item) is None:
-            yield f"{title} is empty, and there is no image to describe instead (--prompt)"
-        if TASKS[task].example_image and item.image is None:
-            yield f"{title} has no image, which {task} needs (--image)"
+        if not item.prompt.strip() and _image(settings.task, item) is None:
+            problems.append(f"{title} is empty, and there is no image to describe instead (--prompt)")
+        if TASKS[settings.task].example_image and item.image is None:
+            problems.append(f"{title} has no image, which {settings.task} needs (--image)")
         if item.image in unreadable:
-            yield f"{title}: {unreadable[item.image]}"
+            problems.append(f"{title}: {unreadable[item.image]}")
+    if problems:
+        raise InputError(problems)
 
 
 def _image(task: str, item: ExtendItem) -> Path | None:

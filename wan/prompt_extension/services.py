@@ -50,7 +50,7 @@ class Service:
 
     @property
     def key(self) -> str:
-        """The key, without the line end that a file may have left; "" if there is none."""
+        """Without the line end that a file may have left; "" if there is none."""
         return next(filter(None, (os.environ.get(variable, "").strip() for variable in self.keys)), "")
 
 
@@ -114,7 +114,6 @@ class ChatService:
         return text
 
     def _request(self, question: Question, seconds: float) -> str:
-        """The answer, asked for once. AnswerError."""
         import httpx
 
         try:
@@ -122,11 +121,19 @@ class ChatService:
         except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
             kind = type(error).__name__  # its text may hold a password
             raise AnswerError(f"a proxy variable of the environment cannot be used ({kind})", ends_all=True) from error
+        body, end = bytearray(), time.monotonic() + seconds
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            with client:
-                response, body = self._post(client, question, time.monotonic() + seconds)
-        except AnswerError:
-            raise
+            path, content = self._path_and_content(question)
+            data = json.dumps(content).encode()
+            with client, client.stream("POST", self.url + path, content=data, headers=headers) as response:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if time.monotonic() > end:  # the client's own limit counts from byte to byte
+                        raise httpx.ReadTimeout("the body takes too long")
+                    if len(body) > MOST_BYTES:
+                        break
         except httpx.TimeoutException as error:
             raise AnswerError(f"no answer within {seconds:.3g} s", passing=True) from error
         except httpx.TransportError as error:
@@ -139,27 +146,11 @@ class ChatService:
             values = None
         if response.status_code != 200:
             raise refused(response, _error_in(values) or response.reason_phrase)
+        if len(body) > MOST_BYTES:
+            raise AnswerError("the service's answer is larger than 1 MB")
         if values is None:
             raise AnswerError(f"the service's answer cannot be read: it is not JSON; is {self.url} its address?")
         return text_of(values.get("output") or values if self.native and isinstance(values, dict) else values)
-
-    def _post(self, client: httpx.Client, question: Question, end: float) -> tuple[httpx.Response, bytes]:
-        """The response and its body, unpacked; the client's own limit counts from byte to byte, `end` for all."""
-        import httpx
-
-        path, content = self._path_and_content(question)
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        body = bytearray()
-        with client.stream("POST", self.url + path, content=json.dumps(content).encode(), headers=headers) as response:
-            for chunk in response.iter_bytes():
-                body += chunk
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout("the body takes too long")
-                if len(body) > MOST_BYTES:
-                    problem = "the service's answer is larger than 1 MB"
-                    raise AnswerError(problem) if response.status_code == 200 else refused(response, problem)
-        return response, bytes(body)
 
     def _path_and_content(self, question: Question) -> tuple[str, dict[str, Any]]:
         """A request in OpenAI's protocol, or in DashScope's own."""
@@ -205,9 +196,9 @@ def refused(response: httpx.Response, details: str) -> AnswerError:
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
     status, retry_after, wait = response.status_code, response.headers.get("Retry-After", ""), 0.0
     no_credit = status == 402 or "quota" in details
-    with suppress(ValueError, TypeError):  # Retry-After may be a date, seconds or missing
+    with suppress(ValueError, TypeError):  # a date, seconds or nothing
         wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
-    with suppress(ValueError):  # it was a date, or nothing
+    with suppress(ValueError):
         wait = float(retry_after)
     return AnswerError(
         f"the service answered {status} ({details})",

@@ -26,9 +26,8 @@ import torch
 from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
 from wan.jobs.job import Job, chains, frames_joined
-from wan.media.ffmpeg import file_argument
-from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, publish, read_record
+from wan.media.images import save_contact_sheet
+from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
@@ -63,6 +62,7 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
         latent, kept = team.broadcast(lambda: _latents_of_before(plan, job, progress))
         if latent is None:
             latent = pipe.sample_job(job, again=again)
+            record |= pipe.computed()
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:
