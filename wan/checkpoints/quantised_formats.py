@@ -187,15 +187,15 @@ def entry_of(plain: str, layer: Layer, store: TensorStore) -> Entry:
         if marker or entry.dtype == "I8":
             raise ValueError(f"is {row.name} without a scale")
         return found
-    scale = store[layer.scale]
+    scale, whole = store[layer.scale], list(entry.shape)
     unit, rows, columns = _block(entry.shape, scale.shape)
     if scale.dtype not in FLOATS or unit not in row.scales:
         raise ValueError(f"is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
-    size, shape = marker.get("group_size", columns), marker.get("orig_shape", list(entry.shape))
+    size, shape = marker.get("group_size", columns), marker.get("orig_shape", whole)
     if columns not in (0, size) or (rows not in (1, size, entry.shape[0]) and "group_size" in marker):
         raise ValueError(f"has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
-    if shape != list(entry.shape):
-        raise ValueError(f"was {shape!r:.60}, and is {list(entry.shape)}")
+    if shape != whole:
+        raise ValueError(f"was {shape!r:.60}, and is {whole}")
     if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
         raise ValueError("is int8, and nothing in the file says how the convrot of its name was applied")
     return replace(found, scale=scale, height=rows, width=columns, rotation=_rotation(marker, entry.shape))

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,8 +172,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text by name")
         end = start = 8 + length
-        found = []
-        for name, value in values.items():
+        for name, value in sorted(values.items(), key=lambda item: item[1]["data_offsets"]):
             if not name.isprintable():
                 raise ValueError(f"a tensor is named {name[:60]!r}")
             dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
@@ -182,14 +180,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
             if dtype not in DTYPES:
                 raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
-            found.append((first, last, name, Entry(path, dtype, tuple(shape), start + first)))
-        for _, last, name, entry in sorted(found, key=itemgetter(0, 1)):
-            if start + last != entry.offset + entry.bytes:
-                raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
-            if entry.offset != end:
-                raise ValueError(f"tensor {name:.60} does not start where the one before it ends")
+            entries[name] = entry = Entry(path, dtype, tuple(shape), start + first)
+            if (entry.offset, start + last) != (end, end + entry.bytes):
+                raise ValueError(f"tensor {name:.60} does not fill the bytes from the one before it on")
             end += entry.bytes
-            entries[name] = entry
     if end > size:
         cut = next(name for name, entry in entries.items() if entry.offset + entry.bytes > size)
         raise TensorFileError(f"{path}: truncated, {size:,} of {end:,} bytes; tensor {cut:.100} is cut off")
