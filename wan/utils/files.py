@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
 PRIVATE = "wan-lightning-"  # begin of the name of a folder for temporary files
-STAND_INS = (  # how files begin that are often taken for others, what they are, and what to do
+STAND_INS = (  # how files begin that are often taken for others -> their kind, and the remedy
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
     (rb"\s*<(!doctype\s+html|html)", "an HTML page, such as a login or error page; download the file again"),
 )
@@ -112,7 +112,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def stand_in(path: Path) -> str | None:
-    """What is there in place of a file, and what to do; None where its start does not show it."""
+    """Names what the start of a file shows it to be, and the remedy; None if it shows none of `STAND_INS`."""
     start = b""
     with suppress(OSError), path.open("rb") as file:
         start = file.read(512)
