@@ -21,7 +21,6 @@ OTHER_NAMES: dict[str, str] = {
     "--task": "t task_name model_type", "--prompt": "p text positive_prompt",
     "--image": "i input_image img init_image first_frame start_image image_path",
     "--last_image": "end_image last_frame end_frame tail_image",
-    "--video": "v2v input_video src_video video_path",
     "--prompt_file": "prompts prompt_list prompt_path batch_file",
     "--negative_prompt": "negative neg_prompt n_prompt", "--size": "width height resolution video_size w h s",
     "--frame_num": "frames num_frames length video_length frame_count infer_frames",

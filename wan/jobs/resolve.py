@@ -151,8 +151,7 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], vari
     if rows and request.strength is not None and not made_from:
         check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
-        least = f"{1 / sampling.steps:.3g}"
-        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
     if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
         check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
     return Generate(request, config, weights, sampling, tuple(jobs))

@@ -42,8 +42,6 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
-        if each.warning:
-            check.warn(f"{each.name} ({each.source}): {each.warning}")
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
@@ -119,7 +117,7 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
         says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
         check.problem(f"{says}; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
-    strength = STRENGTH if request.strength is None else request.strength
+    strength = request.strength or STRENGTH
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
     check_choices(request, recipe, check, distilled=weights.distilled)
     _warn_of_mismatch(recipe, weights, release, check)

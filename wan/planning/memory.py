@@ -14,7 +14,7 @@ import torch
 from wan.configs.task import PATCH
 from wan.distributed.ulysses import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
-from wan.jobs.job import Job, Sampling
+from wan.jobs.job import Job, Sampling, windows_of
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
 from wan.offload.budget import Budget, fit, usable_bytes
@@ -57,23 +57,24 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: 
         clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
-    tokens = length * (rows // PATCH[1]) * (columns // PATCH[2])
+    windows = windows_of(frames, None if image or plan.config.mask_channels else plan.request.window)
+    tokens = (windows[0][1] if windows else length) * (rows // PATCH[1]) * (columns // PATCH[2])
     first_step = plan.sampling.first_step if video and plan.sampling else 0
-    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step)
+    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step, windows)
     return found if plan.request.dit_fsdp else replace(found, budget=_budget(plan, found))
 
 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
     size, frames, *given = kind
-    ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
+    ways = [("--lora_mode merge", replace(plan, lora_mode="merge"), frames)] if plan.lora_mode != "merge" else []
     if plan.dtype == torch.float32:
-        ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
-    ways["--offload_model True"] = replace(plan, offload=True)
-    videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
+        ways.append(("--dtype bf16", replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16), frames))
+    ways.append(("--offload_model True", replace(plan, offload=True), frames))
     step = plan.config.vae_stride[0]
-    videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
-    return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
+    ways += [(f"--frame_num {number}", plan, number) for number in range(frames - step, 0, -step)]
+    budgets = ((option, plan_video(way, size, number, *given).budget) for option, way, number in ways)
+    return next((option for option, budget in budgets if budget and not budget.problem), "")
 
 
 def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
@@ -81,10 +82,12 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
 
     As few as memory allows. finer: the next more, after the device ran out of memory.
     """
-    vae, (channels, length, height, width) = plan.checkpoint.vae.module, latent
-    shape, ranks = (channels, length, height, width), plan.layout.sequence
-    first = int(plan.request.vae_tiling)
-    return _fewest_tiles(plan, latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
+    vae, ranks, (channels, length, rows, columns) = plan.checkpoint.vae.module, plan.layout.sequence, latent
+
+    def peak(tiles: Tiles) -> int:
+        return decode_peak(vae, (channels, length, rows, columns), ranks, tiles=tiles)
+
+    return _fewest_tiles(plan, latent, peak, int(plan.request.vae_tiling), finer)
 
 
 def _fewest_tiles(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ class VideoPlan:
     tiles: tuple[int, int]
     encode_tiles: tuple[int, int]
     first_step: int = 0  # of the plan's, that is run
+    windows: Sequence[tuple[int, int]] = ()  # see `windows_of`; `tokens` are one's
     budget: Budget | None = None
 
 
@@ -94,6 +95,15 @@ class Plan:
         text = sum(p.numel() for p in self.checkpoint.text_encoder.module.parameters())
         sizes["text encoder"] = text * self.text_dtype.itemsize
         return sizes | {"VAE": sum(p.nbytes for p in self.checkpoint.vae.module.parameters())}
+
+    @cached_property
+    def file_bytes(self) -> dict[str, int]:
+        """Bytes of each expert's file; float32 where a released checkpoint is not here."""
+        return {
+            name: sum(part.weights.stored(tensor)[1] for tensor in part.weights)
+            or sum(4 * p.numel() for p in part.module.parameters())
+            for name, part in self.checkpoint.experts.items()
+        }
 
     @cached_property
     def expert_sizes(self) -> dict[str, Sizes]:
@@ -152,6 +162,7 @@ class Plan:
         values |= {
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
             **{name: path and digest(path, clip=name == "video") for name, path in job.pictures.items()},
+            "window": self.request.window if self.video(job).windows else None,
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._files() | self.lora_stacks(),
             "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
