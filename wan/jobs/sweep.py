@@ -12,7 +12,7 @@ from wan.cli.options import OPTIONS, VARIED, WEIGHTS
 from wan.utils.argument_parser import not_one_of
 
 IN_EVERY_NAME = ("base_seed",)  # options that all file names show
-LONGEST = 40  # characters of a value in a file name
+VALUE_LENGTH = 40  # characters of a value in a file name
 UNUSUAL = r"[^\w.,-]+"
 
 
@@ -43,4 +43,4 @@ def combinations(sweeps: Sequence[str], check: Check) -> list[dict[str, str]]:
 def label_of(values: Mapping[str, str]) -> str:
     """The part of a file name that says the values: "_lora_strength0.5"."""
     shown = {name: Path(value).name for name, value in values.items() if name not in IN_EVERY_NAME}
-    return "".join(f"_{name}{re.sub(UNUSUAL, '-', value)[:LONGEST]}" for name, value in shown.items())
+    return "".join(f"_{name}{re.sub(UNUSUAL, '-', value)[:VALUE_LENGTH]}" for name, value in shown.items())
