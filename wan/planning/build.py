@@ -18,7 +18,7 @@ import torch
 from lightning.lora import Coverage, Lora, check
 from lightning.releases import refuse_distilled_twice
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
@@ -66,7 +66,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
     checks = Check()
     checks.attempt(check_encoder)
     if (asked := weights.ckpt_dir) is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, config)))
+        weights = replace(weights, ckpt_dir=checks.attempt(partial(hub.located, "--ckpt_dir", asked.as_posix())))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(request, config, weights, runtime, checks, before=before)

@@ -30,6 +30,10 @@ from wan.utils.errors import JobError
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
 PRIVATE = "wan-lightning-"  # begin of the name of a folder for temporary files
+STAND_INS = (  # how files begin that are often taken for others -> their kind, and the remedy
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
+    (rb"\s*<(!doctype\s+html|html)", "an HTML page, such as a login or error page; download the file again"),
+)
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 LEFT_OVER = re.compile(r"\.(.+)\.(lock|softlock|[0-9a-f]{8}\.part)", re.DOTALL)
@@ -177,6 +181,14 @@ def _acquire(video: Path, say: Callable[[str], None]) -> BaseFileLock:
 
 def _lock_file(video: Path) -> Path:
     return video.with_name(f".{video.name}.lock")
+
+
+def stand_in(path: Path) -> str | None:
+    """Names what the start of a file shows it to be, and the remedy; None if it shows none of `STAND_INS`."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(512)
+    return next((meaning for sign, meaning in STAND_INS if re.match(sign, start, re.IGNORECASE)), None)
 
 
 def parse_json(text: str | bytes) -> Any:
