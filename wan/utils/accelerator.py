@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from wan.utils.errors import first_line
-
 COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
 
 
@@ -90,7 +88,7 @@ class Accelerator:
                 self.api.synchronize(self.device)
             return ""
         except RuntimeError as e:
-            return first_line(e)
+            return str(e).partition("\n")[0]
 
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued so far; None where each operation ends before the next."""
