@@ -71,7 +71,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     else:
         outcome = replace(_generate(request, config, values, check), replayed=record)
     folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(PermissionError):  # reported when it is opened
+    with suppress(OSError):  # reported when it is opened
         if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
             # Without other problems the plan reports the files that are missing.
             check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
@@ -215,8 +215,9 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     try:
         if not (path.is_dir() or place(given)):
             check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
-    except PermissionError:
-        check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
+    except OSError as e:
+        no_way = "there is no permission to reach it" if isinstance(e, PermissionError) else "no such folder"
+        check.problem(f"--ckpt_dir {given}: {no_way}")
     return path
 
 
