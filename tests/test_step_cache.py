@@ -135,7 +135,13 @@ def test_rank_0_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--sample_steps", "11"], ["--sample_steps", "20", "--sample_solver", "dmd"], ["--lora_dir"]]
+    "words",
+    [
+        ["--sample_steps", "11"],
+        ["--sample_steps", "20", "--sample_solver", "dmd"],
+        ["--lora_dir"],
+        ["--sample_steps", "20", "--window", "5"],
+    ],
 )
 def test_where_it_makes_no_sense_it_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     lora, rest = words == ["--lora_dir"], [word for word in words if word != "--lora_dir"]

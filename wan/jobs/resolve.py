@@ -115,7 +115,7 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
             made = _variant(asked, config, some, Variant(len(variants), label_of(values)), check)
-            cached = takes_cache(made.sampling, made.weights.distilled)
+            cached = takes_cache(made.sampling, made.weights.distilled) and asked.window is None
             asked = with_quality(asked, {*given, *values, *dict(options)}, cached=cached)
             variants.append(replace(made, request=asked))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
