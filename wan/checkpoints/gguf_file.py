@@ -2,8 +2,7 @@
 
 The header is read here, within bounds: the package's reader takes seconds for a text encoder's vocabulary and follows
 whatever length a file names. The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind
-and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned.
-"""
+and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned."""
 
 from __future__ import annotations
 

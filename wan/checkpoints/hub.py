@@ -1,8 +1,7 @@
 """Files on the Hugging Face hub by their place, `owner/name[@revision][/path]`, where no such file or folder is here.
 
-`located` finds a place, whose headers are read by ranges; `fetch` fetches the files before a run. The commit is part
-of a found path, so that a run uses what was planned.
-"""
+`located` finds a place, whose headers are read by ranges; `fetch` fetches the files before a run. The commit is part of
+a found path, so that a run uses what was planned."""
 
 from __future__ import annotations
 
@@ -126,10 +125,8 @@ def place(name: str) -> HubPath | None:
 
 
 def located(flag: str, name: str) -> Path:
-    """The path of the value of `flag`: here, or of a commit on the hub; without the hub, what was fetched before.
-
-    A name that means neither stays as it is. InputError if the hub does not give it.
-    """
+    """The path of the value of `flag`: here, or of a commit on the hub; without the hub, what was fetched before. A
+    name that means neither stays as it is. InputError if the hub does not give it."""
     local = os.path.expanduser(name)
     there = None if os.path.exists(local) else place(name)
     if there is None:
@@ -156,9 +153,7 @@ def located(flag: str, name: str) -> Path:
 
 def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
-
-    patterns: of the files wanted of a folder; by default weights and settings right in it.
-    """
+    patterns: of the files wanted of a folder; by default weights and settings right in it."""
     if not isinstance(path, HubPath):
         return path
     if path.is_file():

@@ -2,8 +2,7 @@
 
 A file names the format of a layer X in a tensor `X.comfy_quant` (JSON), in `_quantization_metadata` of its header (JSON
 by layer; of shards in each one), or nowhere: then the dtype, and names and shapes of the scales, decide. W = q * scale,
-with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1.
-"""
+with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1."""
 
 from __future__ import annotations
 
@@ -224,11 +223,9 @@ def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
 
 
 def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, int]:
-    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it.
-
-    A block has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each
-    column is not taken: it may be meant for the rows of a transposed matrix.
-    """
+    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it. A block
+    has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each column
+    is not taken: it may be meant for the rows of a transposed matrix."""
     count = shape[0] if shape else 1
     if math.prod(scale) == 1:
         return WHOLE, count, 0

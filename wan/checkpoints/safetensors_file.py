@@ -1,9 +1,8 @@
 """Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
 
-The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
-until the file is closed.
-The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
-"""
+The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory until
+the file is closed. The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the
+data."""
 
 from __future__ import annotations
 
@@ -150,17 +149,13 @@ class TensorStore(dict[str, Entry]):
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in its entry's dtype.
-
-        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
-        """
+        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use."""
         return self[name].read(name, rows, buffer)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
-
-    TensorFileError for a file that is truncated, corrupt, of another kind or not readable, OSError for other failures.
-    """
+    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read. TensorFileError for a
+    file that is truncated, corrupt, of another kind or not readable, OSError for other failures."""
     entries: dict[str, Entry] = {}
     with reading(path, "the safetensors header is corrupt") as size:
         with path.open("rb") as file:
@@ -211,9 +206,7 @@ def fingerprint(path: Path) -> str:
 @contextmanager
 def reading(path: Path, problem: str) -> Iterator[int]:
     """Context manager around code that interprets a file, of the size given: all that it raises is a TensorFileError.
-
-    problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here.
-    """
+    problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here."""
     size = size_of(path)
     try:
         yield size

@@ -2,8 +2,7 @@
 
 DashScope's own protocol is used where DASH_API_URL ends with /api/v1, as in the original. One POST per question,
 without the services' own packages: those read an answer of any size, and follow a file's name in a prompt. Keys and
-addresses come from the environment.
-"""
+addresses come from the environment."""
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from PIL.Image import Resampling
@@ -40,8 +38,7 @@ NO_TEXT = "the service's answer holds no text"
 BROKEN_OFF = ("length", "content_filter", "error", "tool_calls", "function_call")  # as a finish_reason
 
 
-@dataclass(frozen=True)
-class Service:
+class Service(NamedTuple):
     """Environment variables with its key and its address; the address where that variable is not set."""
 
     keys: tuple[str, ...]
@@ -61,8 +58,7 @@ SERVICES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Patience:
+class Patience(NamedTuple):
     """Limits for one question. Times in seconds."""
 
     attempts: int = 6
@@ -90,10 +86,8 @@ class ChatService:
         self.auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
 
     def __call__(self, question: Question) -> str:
-        """The answer, asked for again with growing waits while the failure may pass.
-
-        Neither the answer nor the reason in an AnswerError holds a secret.
-        """
+        """The answer, asked for again with growing waits while the failure may pass. Neither the answer nor the reason
+        in an AnswerError holds a secret."""
         end, attempt = time.monotonic() + PATIENCE.total, 0
         while True:
             attempt += 1
