@@ -32,7 +32,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 BESIDE = tuple(f"*{kind}" for kind in (*WEIGHT_SUFFIXES, ".json", ".model"))  # fetched of a folder
 SERVING = (*(f"*{kind}" for kind in WEIGHT_SUFFIXES), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers
-DOWNLOADS = 8  # at once
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
 
 
@@ -160,7 +159,7 @@ def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
         return _download(path)
     beside = [name for name in path.files() if patterns or "/" not in name]
     names = [name for name in beside if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
+    with ThreadPoolExecutor(8) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
 
@@ -238,7 +237,8 @@ def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
-    for wait in (*WAITS, None):
+    waits = list(WAITS)
+    while True:
         try:
             return work()
         except InputError as e:  # see _check_answer
@@ -248,8 +248,7 @@ def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
             raise InputError(f"{path.repository} is gated: {accept}") from e
         except Exception as e:  # the library lets through what its transport raises
             status = getattr(getattr(e, "response", None), "status_code", 0)
-            if wait is None or not (status == 429 or status >= 500):
+            if not waits or not (status == 429 or status >= 500):
                 failed = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
                 raise InputError(f"{failed}: {first_line(e)}") from e
-        time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+        time.sleep(waits.pop(0))

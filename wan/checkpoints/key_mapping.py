@@ -16,21 +16,14 @@ DIFFUSERS = (
     *((f"{ours}_attn.{x}", f"{theirs}.{y}") for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
       for x, y in (("q.", "to_q."), ("k.", "to_k."), ("v.", "to_v."), ("o.", "to_out.0."), ("norm_", "norm_"))),
     (".norm3.", ".norm2."),  # the norm before cross-attention; our norm2 has no parameters
-    (".ffn.0.", ".ffn.net.0.proj."),
-    (".ffn.2.", ".ffn.net.2."),
-    ("head.head.", "proj_out."),
-    ("head.modulation", "scale_shift_table"),
-    (".modulation", ".scale_shift_table"),
+    (".ffn.0.", ".ffn.net.0.proj."), (".ffn.2.", ".ffn.net.2."), ("head.head.", "proj_out."),
+    ("head.modulation", "scale_shift_table"), (".modulation", ".scale_shift_table"),
 )  # fmt: skip
 # our pattern -> diffusers', of both autoencoders, one after the other
 VAE_NAMES = (
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"\.conv1\.", ".conv_in."),
-    (r"\.head\.0\.", ".norm_out."),
-    (r"\.head\.2\.", ".conv_out."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
+    (r"\.conv1\.", ".conv_in."), (r"\.head\.0\.", ".norm_out."), (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
     # Wan2.2 nests a level's layers, Wan2.1 counts them on: three blocks and a sampler in each level of the decoder
     (r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.(?=resample|time_conv)", r".\1_blocks.\2.\1sampler."),

@@ -27,7 +27,6 @@ MARKER = ".comfy_quant"
 DATA = "._data"  # optimum-quanto: the numbers of the weight before it
 SCALES = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight._scale")  # multiply the weight
 UNUSED = (".input_scale", ".scale_input", ".output_scale")  # for activations in 8 bits; no weight depends on them
-MAX_MARKER_BYTES = 1 << 16
 KNOWN_FLAGS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # flags that leave the numbers alone
 WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
@@ -137,7 +136,7 @@ def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, entry in store.items():
         if name.endswith(MARKER):
             try:
-                if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
+                if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > 1 << 16:
                     raise ValueError("no text")
                 found.append((name.removesuffix(MARKER), parse_json(store.read(name).numpy().tobytes())))
             except ValueError as e:

@@ -36,7 +36,6 @@ DTYPES = {
 INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads of a few bytes: on the hub each is a request
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
-MAX_AXES = 32
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if not name.isprintable():
                 raise ValueError(f"a tensor is named {name[:60]!r}")
             dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
-            if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+            if len(shape) > 32 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
                 raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
             if dtype not in DTYPES:
                 raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")

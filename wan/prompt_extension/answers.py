@@ -17,16 +17,13 @@ MOST_TEXT = 10_000  # characters that are cleaned; a longer text is no prompt
 
 _TAG = r"(?:\w{1,12}:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
 REASONING_OPENS = re.compile(
-    rf"<{_TAG}>|◁think▷|\[THINK\]|<\|channel>|<\|channel\|>|<\|begin_of_thought\|>|\A(?-i:analysis(?=[A-Z]))",
-    re.IGNORECASE,
+    rf"(?i)<{_TAG}>|◁think▷|\[THINK\]|<\|channel>|<\|channel\|>|<\|begin_of_thought\|>|\A(?-i:analysis(?=[A-Z]))",
 )
 REASONING_CLOSES = re.compile(
-    rf"</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
-    re.IGNORECASE,
+    rf"(?i)</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
 )
 _WRAPPER_TAGS = re.compile(
-    r"</?(?:answer|output|prompt|start_of_turn|end_of_turn|s)>|\[/?INST\]|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>",
-    re.IGNORECASE,
+    r"(?i)</?(?:answer|output|prompt|start_of_turn|end_of_turn|s)>|\[/?INST\]|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>",
 )
 _REFUSAL = re.compile(
     r"""(?:unfortunately,\s+|i\s+apologi[sz]e\b[^.\n]{0,60}\bi\s)?

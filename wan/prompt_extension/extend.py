@@ -32,7 +32,6 @@ DEFAULT_MODELS = {  # (method, with an image)
 SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B")} | {
     f"QwenVL2.5_{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")
 }
-CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # The instructions given to the model: three kinds, in Chinese and in English.
 INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
 # (fewest, most) of the answer: characters in Chinese, words in English
@@ -83,7 +82,7 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     questions are asked once. Raises InputError: what `check_extension` finds, and with on_error "fail" the first item
     that gets no answer."""
     check_extension(settings, items)
-    if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
+    if settings.language == "zh" and not all(re.search(r"[\u4e00-\u9fff]", item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
     asks = [_ask_for(settings, item) for item in items]
     kept = {key: read_cached(key) for _, _, key in asks} if settings.use_cache else {}

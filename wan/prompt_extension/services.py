@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 SEEDS_OF_SERVICES = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
 MOST_BYTES = 1 << 20  # of an answer, unpacked
-MOST_REASON = 300  # characters of a service's own error text
-ERROR_NAMES = ("error", "detail", "message", "msg")
 OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request; options may set any other
 NO_TEXT = "the service's answer holds no text"
 BROKEN_OFF = ("length", "content_filter", "error", "tool_calls", "function_call")  # as a finish_reason
@@ -159,9 +157,8 @@ class ChatService:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         if not self.native:
             return "/chat/completions", {"model": self.model, "messages": messages} | fields
-        parameters = {"result_format": "message"} | fields
-        content = {"model": self.model, "input": {"messages": messages}, "parameters": parameters}
-        return f"/services/aigc/{kind}/generation", content
+        asked = {"input": {"messages": messages}, "parameters": {"result_format": "message"} | fields}
+        return f"/services/aigc/{kind}/generation", {"model": self.model, **asked}
 
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
@@ -205,9 +202,10 @@ def refused(response: httpx.Response, details: str) -> AnswerError:
 def _error_in(values: Any) -> str:
     """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
     while isinstance(values, (dict, list)) and values:
-        inner = [values.get(name) for name in ERROR_NAMES] if isinstance(values, dict) else values
+        names = ("error", "detail", "message", "msg")
+        inner = [values.get(name) for name in names] if isinstance(values, dict) else values
         values = next(filter(None, inner), None)
-    return " ".join(printable(values).split())[:MOST_REASON] if isinstance(values, str) else ""
+    return " ".join(printable(values).split())[:300] if isinstance(values, str) else ""
 
 
 def text_of(values: Any) -> str:
