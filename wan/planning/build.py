@@ -44,10 +44,7 @@ NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch 
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OF_CHECKPOINT = ("ckpt_dir", "expert", "vae", "text_encoder", "tokenizer", "quantize", "vae_dtype")  # options
-MPS_UNUSED = (
-    "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
-    "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
-)
+MPS_UNUSED = "--device auto uses the CPU: this machine's MPS device may drift in long videos; --device mps uses it"
 
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None = None) -> Plan:
