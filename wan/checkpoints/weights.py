@@ -1,7 +1,6 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored.
-"""
+Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored."""
 
 from __future__ import annotations
 
@@ -57,9 +56,7 @@ def open_file(path: Path) -> TensorStore:
 
 def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     """The network of this kind (EXPERT, TEXT_ENCODER or VAE) in a file, under our names.
-
-    where: the file in messages. LoraError for weights that are stored in a form that is not known here.
-    """
+    where: the file in messages. LoraError for weights that are stored in a form that is not known here."""
     parts = {name: _part_of(name) for name in source}
     wanted = kind if kind in parts.values() else None
     plain = {name: strip_prefixes(name) for name, part in parts.items() if part == wanted}
@@ -95,19 +92,13 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     return ours
 
 
-def kinds_in(names: Collection[str]) -> list[str]:
-    """The kinds of networks that have parameters of these names, in any spelling; none for a LoRA and other files."""
-    found = []
+def kind_of(names: Collection[str]) -> str | None:
+    """The kind of network that has parameters of these names, in any spelling; None for a LoRA and other files."""
     for kind, sign in SIGNS.items():
         plain = [strip_prefixes(name).removesuffix(DATA) for name in names if _part_of(name) in (None, kind)]
         if sign in _our_names(kind, plain).values():
-            found.append(kind)
-    return found
-
-
-def kind_of(names: Collection[str]) -> str | None:
-    """The first of `kinds_in`."""
-    return next(iter(kinds_in(names)), None)
+            return kind
+    return None
 
 
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
@@ -125,7 +116,7 @@ def open_expert(path: Path) -> TensorStore:
     source = open_file(path)
     if any(".proj_l." in name for name in source):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
-    if EXPERT not in kinds_in(source):
+    if kind_of(source) != EXPERT:
         raise LoraError(f"--expert {path}: not a full expert, {SIGNS[EXPERT]} is missing (a LoRA goes to --lora)")
     return as_ours(source, EXPERT, f"--expert {path}")
 
