@@ -129,7 +129,7 @@ def check_choices(request: Request, sampling: Sampling, check: Check, *, distill
     if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
         check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
     if request.cache and request.window:
-        check.problem("--cache skips whole steps, --window computes them in parts; leave one of them out")
+        check.problem(f"--cache {request.cache:g} skips whole steps, --window divides them; leave one of them out")
     if request.cache and not takes_cache(sampling, distilled):
         check.problem(f"--cache {request.cache:g} takes base weights, {LEAST_CACHED} steps or more, and not dmd")
 
