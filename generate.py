@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_request(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
-    """Run one process's part. All processes find the same input bad; rank 0 alone reports it."""
+    # all processes find the same input bad; rank 0 alone reports it
     from wan.jobs.job import Decode, Extend
     from wan.jobs.resolve import resolve
 
@@ -77,6 +77,7 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     from wan.jobs.prompt_files import write_rows
     from wan.prompt_extension.extend import check_extension
 
+    file = outcome.file
     check_extension(outcome.extend, _questions(outcome.rows))
     for warning in outcome.warnings:
         progress.say(f"warning: {warning}")
@@ -84,17 +85,14 @@ def _extend(outcome: Extend, progress: Progress) -> int:
         return _end_dry_run(progress)
     answers = _answers(outcome.extend, outcome.rows, progress)
     if all(answer.error for answer in answers.values()):
-        raise JobError(f"--extend_only {outcome.file}: not written, no prompt could be extended")
-    rows = [
-        replace(row, prompt=answers[row.prompt, row.image].prompt, original_prompt=row.original_prompt or row.prompt)
-        for row in outcome.rows
-    ]
+        raise JobError(f"--extend_only {file}: not written, no prompt could be extended")
+    new = [answers[row.prompt, row.image] for row in outcome.rows]
+    pairs = zip(outcome.rows, new, strict=True)
     try:
-        write_rows(outcome.file, rows)
+        write_rows(file, [replace(r, prompt=a.prompt, original_prompt=r.original_prompt or r.prompt) for r, a in pairs])
     except OSError as e:
-        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror}); the answers are cached") from e
-    _show(progress, "extended", {"file": str(outcome.file)}, str(outcome.file))
-    return 0
+        raise JobError(f"--extend_only {file}: not written ({e.strerror}); the answers are cached") from e
+    return _show(progress, "extended", {"file": str(file)}, str(file))
 
 
 def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
@@ -159,27 +157,26 @@ def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Pro
 
 
 def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
-    """Each prompt with its image, once."""
     from wan.prompt_extension.extend import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((one.prompt, one.image) for one in asked)]
 
 
 def _end_dry_run(progress: Progress) -> int:
-    _show(progress, "checked", {}, "dry run: nothing was made")
-    return 0
+    return _show(progress, "checked", {}, "dry run: nothing was made")
 
 
-def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> None:
+def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> int:
     """Print a result on stdout: as text, or as a JSON line with --json."""
     if progress.json:
         progress.event(kind, fields)
     elif not progress.quiet:
         tell(sys.stdout, f"{text}\n")
+    return 0
 
 
 def _report(error: WanError, code: int, words: Sequence[str], *, shown: bool = True) -> int:
-    """Print the error that ends the run, being handled now, and return its exit code. words: the command line."""
+    """Print the error that ends the run, and return its exit code."""
     from wan.distributed.launch import speaks_alone, tell_launcher
 
     if code == BAD_INPUT:

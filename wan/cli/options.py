@@ -317,11 +317,8 @@ class Request:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
-        """From words or JSON values (a record); a value that cannot be read is left out and noted in `problems`."""
-        given = {name: value for name, value in values.items() if value is not None}
-        reads = {name: read(name, value, problems) for name, value in given.items() if name in OPTIONS}
-        problems.extend(f"{name!r} is not a setting of this program" for name in given if name not in OPTIONS)
-        return cls(**{name: value for name, value in reads.items() if value is not None})
+        """From words or JSON values (a record), as `read_all` takes them."""
+        return cls(**read_all(values, problems))
 
 
 OPTIONS: dict[str, Option] = {row.name: row.metadata["option"] for row in dataclasses.fields(Request)}
@@ -342,6 +339,14 @@ def read(name: str, value: object, problems: list[str]) -> Any:
         shown = f"{value!r}"[:80]
         problems.append(f"--{name} takes {row.read.__doc__}, not {shown}")
         return None
+
+
+def read_all(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Values by option from words, JSON or Python; left out are None (not given) and what cannot be read."""
+    given = {name: value for name, value in values.items() if value is not None}
+    reads = {name: read(name, value, problems) for name, value in given.items() if name in OPTIONS}
+    problems.extend(f"{name!r} is not an option of this program" for name in given if name not in OPTIONS)
+    return {name: value for name, value in reads.items() if value is not None}
 
 
 def absolute(value: Any) -> Any:

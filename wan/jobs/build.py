@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from wan.cli.checks import Check
 from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
-from wan.jobs.job import Job, Weights, chains
+from wan.jobs.job import Generate, Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.ffmpeg import CONTAINERS, is_video
@@ -26,8 +25,9 @@ from wan.media.images import list_changes, open_image, video_size
 from wan.utils.argument_parser import short
 from wan.utils.progress import quantity
 
+Picture = tuple[tuple[int, int], str]  # its size; that and how it was changed, for the plan
 SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
-SLURM = "SLURM_ARRAY_TASK_"
+SLURM = {"ID": "", "COUNT": "", "MIN": "0", "STEP": "1"}  # the variables of an array's task, with usual values
 
 
 def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Check) -> list[Row]:
@@ -92,17 +92,19 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
-def make_jobs(
-    request: Request, config: TaskConfig, weights: Weights, rows: Mapping[int, Row], variant: Variant, check: Check
-) -> list[Job]:
-    """One job for each prompt and seed. rows: by the index of their first video."""
+def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Check) -> list[Job]:
+    """One job for each prompt and seed, but for their `variant`. rows: by the index of their first video.
+
+    label: the part of file names that says the options of --sweep.
+    """
+    request, config, count = generate.request, generate.config, generate.request.num_videos
     step, names = config.size_step, config.sizes_by_name()
     default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
     default_negative = config.sample_neg_prompt if request.negative_prompt is None else request.negative_prompt
     own_file = expanded(request.save_file) if request.save_file is not None and not request.chain else None
     folder = expanded(request.save_dir)
-    opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
+    opened: dict[Path, Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
             _open(f"--{name} ", expanded(path), opened, check)
@@ -111,23 +113,28 @@ def make_jobs(
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
-        _warn_of_extent(area, frames, config, weights, check)
+        _warn_of_extent(area, frames, config, generate.weights, check)
         size, picture = area, ""
         if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
-            size = _fitted(f"{origin}{row.image}", first.size, area, is_video(row.image), config, check)
-            picture = first.text if first.size == size == area else f"{first.text}, the area of {area[0]}x{area[1]}"
+            size = _fitted(f"{origin}{row.image}", first[0], area, is_video(row.image), config, check)
+            picture = first[1] if first[0] == size == area else f"{first[1]}, the area of {area[0]}x{area[1]}"
         if row.last_image:
             last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
-            picture += f", to {last.text}" if last else ""
+            picture += f", to {last[1]}" if last else ""
             check.several(f"{where}: a first and a last frame need", frames)
         file = own_file
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
-            file = file or named.with_stem(named.stem + variant.label)
+            file = file or named.with_stem(named.stem + label)
         original = row.original_prompt or row.prompt
-        slugged = f"{variant.label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
-        first_seed = _first_seed(request, row, check)
-        for number in range(request.num_videos):
+        slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
+        first_seed, where = request.base_seed, "--base_seed"
+        if row.seed is not None and row.seed >= 0:
+            first_seed, where = row.seed, f"{row.source}: seed"
+        if first_seed + count - 1 > LARGEST_SEED:
+            several = f" for --num_videos {count}" if count > 1 else ""
+            check.problem(f"{where} {first_seed} is too large{several}, at most {LARGEST_SEED - count + 1}")
+        for number in range(count):
             seed = first_seed + number
             name = f"{config.name}_{index + number:04d}_seed{seed}{slugged}"
             job = Job(
@@ -135,21 +142,9 @@ def make_jobs(
                 negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
                 image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
                 source=row.source, picture=picture, last_image=row.last_image, named=file is not None,
-                variant=variant.number,
             )  # fmt: skip
             jobs.append(job)
     return jobs
-
-
-def _first_seed(request: Request, row: Row, check: Check) -> int:
-    """Seed of the row's first video; the others have those after it."""
-    first, where, count = request.base_seed, "--base_seed", request.num_videos
-    if row.seed is not None and row.seed >= 0:
-        first, where = row.seed, f"{row.source}: seed"
-    if first + count - 1 > LARGEST_SEED:
-        several = f" for --num_videos {count}" if count > 1 else ""
-        check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
-    return first
 
 
 def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
@@ -181,24 +176,12 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
         check.warn(f"{more}; motion may repeat")
 
 
-class Variant(NamedTuple):
-    """One of the settings of a run. label: the part of file names that says them."""
-
-    number: int = 0
-    label: str = ""
-
-
-class _Picture(NamedTuple):
-    size: tuple[int, int]
-    text: str  # its size and how it was changed, for the plan
-
-
-def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: Check) -> _Picture | None:
+def _open(origin: str, path: Path, opened: dict[Path, Picture | None], check: Check) -> Picture | None:
     """The picture; None if it cannot be opened, which is a problem where it is first named."""
     if path not in opened:
         image = check.attempt(partial(open_image, path), begin=origin)
         text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
-        opened[path] = _Picture(image.size, text) if image else None
+        opened[path] = (image.size, text) if image else None
     return opened[path]
 
 
@@ -264,26 +247,18 @@ def chosen_shard(request: Request, check: Check) -> Request:
         return request
     if alone := [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]:
         check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
-    text = _slurm_shard(check) if text == "slurm" else text
-    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text or "1/1")
+    fault = f"takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}"
+    if text == "slurm":
+        fault = "slurm: not a task of a Slurm array whose ids follow each other evenly; give --shard I/N"
+        ids = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") or usual for name, usual in SLURM.items()]
+        with suppress(ValueError, ZeroDivisionError):  # reported below
+            task, count, first, step = map(int, ids)
+            text = f"{(task - first) // step + 1}/{count}" if (task - first) % step == 0 else text
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found and 1 <= int(found[1]) <= int(found[2]):
         return replace(request, shard=text if int(found[2]) > 1 else None)
-    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}")
+    check.problem(f"--shard {fault}")
     return replace(request, shard=None)
-
-
-def _slurm_shard(check: Check) -> str | None:
-    """I/N of this task in its Slurm array, whose ids may start anywhere."""
-    task, count, first, step = (os.environ.get(SLURM + name, "") for name in ("ID", "COUNT", "MIN", "STEP"))
-    if not (task and count):
-        check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
-        return None
-    with suppress(ValueError, ZeroDivisionError):  # reported below
-        place, rest = divmod(int(task) - int(first or 0), int(step or 1))
-        if not rest and 0 <= place < int(count):
-            return f"{place + 1}/{int(count)}"
-    check.problem("--shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
-    return None
 
 
 def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -65,56 +65,30 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
     text = _read_text(path, "--prompt_file", problems)
     if text is None:
         return []
-    before, lines = len(problems), text.split("\n")
-    filled = [(f"{path} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    blank = len(lines) - len(filled) - text.endswith("\n")
-    listed = _json_list(text) if kind not in TABLES else None
+    before, lines = len(problems), enumerate(map(str.strip, text.split("\n")), 1)
+    filled = [(f"{path} line {number}", line) for number, line in lines if line]
     if kind in TABLES:
-        rows, blank = _table_rows(path, text, problems, warnings), 0
-    elif kind in JSON_LINES and listed is not None:
-        found = [_row(path, f"{path} entry {number}", values, problems) for number, values in enumerate(listed, 1)]
-        rows, blank = list(filter(None, found)), 0
+        rows = _table_rows(path, text, problems, warnings)
     elif kind in JSON_LINES:
-        rows = list(filter(None, (_json_line(path, source, line, problems) for source, line in filled)))
+        rows = _json_rows(path, _json_list(text, r"\[|\{\s"), filled, problems)
     else:
         rows = [Row(line, source) for source, line in filled]
         problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
-        if data := "JSON" if _are_rows(listed) else next(filter(None, (_data_in(row.prompt) for row in rows)), None):
-            form = f"a .jsonl file, with one object such as {EXAMPLE} per line" if data[0] in "JY" else "a .csv file"
-            problems.append(f"--prompt_file {path}: holds {data}, not one prompt per line; write {form}")
-    if blank:
-        warnings.append(f"{path}: {blank} blank line{'s' if blank > 1 else ''} skipped")
+        if any(_json_list(each, r"[\[{]") for each in (text, *(row.prompt for row in rows))):
+            form = f"a .jsonl file, with one object such as {EXAMPLE} per line"
+            problems.append(f"--prompt_file {path}: holds JSON, not one prompt per line; write {form}")
     if not rows and len(problems) == before:
         problems.append(f"--prompt_file {path}: the prompt file holds no prompt")
     return rows
 
 
-def _json_list(text: str) -> list[object] | None:
-    """The values of a text that is one JSON list, or one object over several lines; else None."""
-    if re.match(r"\s*(\[|\{\s)", text):
-        with suppress(ValueError):  # no JSON: read line by line
-            whole = parse_json(text)
-            return whole if isinstance(whole, list) else [whole]
-    return None
-
-
-def _are_rows(values: object) -> bool:
-    return isinstance(values, list) and bool(values) and isinstance(values[0], dict | str)
-
-
-def _data_in(line: str) -> str | None:
-    """What a line of a text file holds if it is data and no prompt: "JSON", "YAML" or "a table ..."."""
-    if line[0] in "{[":
-        with suppress(ValueError):  # a prompt
-            values = parse_json(line)
-            if isinstance(values, dict) or _are_rows(values):
-                return "JSON"
-        return None
-    if re.match(r"-\s+prompt\s*:", line):
-        return "YAML"
-    cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line[:1000])]
-    if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
-        return f"a table with the columns {', '.join(cells)}"
+def _json_list(text: str, begin: str) -> list[object] | None:
+    """The rows of a text that is one JSON list or object and begins so; else None."""
+    with suppress(ValueError):  # no JSON
+        whole = parse_json(text) if re.match(rf"\s*({begin})", text) else None
+        values = [whole] if isinstance(whole, dict) else whole
+        if isinstance(values, list) and values and isinstance(values[0], dict | str):
+            return values
     return None
 
 
@@ -133,11 +107,11 @@ def text_problem(text: str) -> str | None:
 
 def read_paths(path: Path, problems: list[str]) -> list[tuple[str, Path]]:
     """(source, path) for each line of an image list; relative paths as `beside` finds them."""
-    text = _read_text(path, "--image_path_file", problems)
-    lines = enumerate(map(str.strip, text.split("\n")), 1) if text is not None else ()
+    if (text := _read_text(path, "--image_path_file", problems)) is None:
+        return []
+    lines = enumerate(map(str.strip, text.split("\n")), 1)
     found = [(f"{path} line {number}", beside(path, line)) for number, line in lines if line]
-    if not found and text is not None:
-        problems.append(f"--image_path_file {path}: the image list names no image")
+    problems += [] if found else [f"--image_path_file {path}: the image list names no image"]
     return found
 
 
@@ -155,13 +129,11 @@ def expanded(name: str) -> Path:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
-    lines: Iterable[str]
+    lines = [" ".join(row.prompt.split()) for row in rows]
     if path.suffix.lower() == ".jsonl":
-        given = ({key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows)
-        values = ({key: value for key, value in row.items() if value is not None} for row in given)
-        lines = (json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values)
-    else:
-        lines = (" ".join(row.prompt.split()) for row in rows)
+        given = [{key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows]
+        values = [{key: value for key, value in row.items() if value is not None} for row in given]
+        lines = [json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(f"{line}\n" for line in lines))
 
@@ -183,48 +155,48 @@ def normal(text: str) -> str:
 
 def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     """The file's text with `\\n` line ends and no byte order mark; None, and a problem, if there is none."""
-    fault, content = "", b""
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode) or stat.S_ISFIFO(mode):  # `<(command)` is a pipe
-            with path.open("rb") as file:
-                content = file.read(LARGEST_FILE + 1)
-        else:
-            fault = "cannot be read, it is no regular file"
-    except FileNotFoundError:
-        fault = "no such file"
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # `<(command)` is a pipe
+            raise OSError("it is no regular file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise OSError(f"it is larger than {LARGEST_FILE:,} bytes")
     except (OSError, ValueError) as e:  # ValueError: a name that cannot be one
-        fault = f"cannot be read ({getattr(e, 'strerror', None) or e})"
-    if len(content) > LARGEST_FILE:
-        fault = f"is larger than {LARGEST_FILE:,} bytes"
-    where = f"{flag} {path}"
-    if not fault:
-        try:
-            text = re.sub("\r\n?", "\n", content.decode("utf-8")).lstrip("\ufeff")
-            if "\0" not in text:
-                return text
-            before, fault = text[: text.index("\0")], "holds a NUL character; save it as UTF-8 text"
-        except UnicodeDecodeError as e:
-            before, fault = content[: e.start].decode("utf-8"), "is not UTF-8 text; save it as UTF-8"
-        where += f" line {len(before.split(chr(10)))}"
-    problems.append(f"{where}: {fault}")
+        reason = getattr(e, "strerror", None) or e
+        fault = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({reason})"
+        problems.append(f"{flag} {path}: {fault}")
+        return None
+    end, fault = content.find(0), "holds a NUL character"
+    try:
+        text = content.decode("utf-8")
+        if end < 0:
+            return re.sub("\r\n?", "\n", text).lstrip("\ufeff")
+    except UnicodeDecodeError as e:
+        end, fault = e.start, "is not UTF-8 text"
+    line = len(re.findall(b"\r\n?|\n", content[:end])) + 1
+    problems.append(f"{flag} {path} line {line}: {fault}; save it as UTF-8 text")
     return None
 
 
-def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row | None:
-    try:
-        values = parse_json(line)
-    except ValueError as e:
-        problems.append(f"{source}: not valid JSON ({e}); a line holds one object such as {EXAMPLE}")
-        return None
-    return _row(path, source, values, problems)
+def _json_rows(
+    path: Path, listed: list[object] | None, lines: Sequence[tuple[str, str]], problems: list[str]
+) -> list[Row]:
+    """Rows of a list, or else of lines with their sources."""
+    rows: list[Row | None] = []
+    for source, value in lines if listed is None else [(f"{path} entry {n}", v) for n, v in enumerate(listed, 1)]:
+        try:
+            rows.append(_row(path, source, parse_json(str(value)) if listed is None else value, problems))
+        except ValueError as e:
+            problems.append(f"{source}: not valid JSON ({e}); a line holds one object such as {EXAMPLE}")
+    return list(filter(None, rows))
 
 
 def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
-    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0].lower()
-    columns = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in signs}
-    start, separator = 1, next((s for s, names in columns.items() if "prompt" in names and len(names) > 1), signs[0])
+    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0]
+    start, separator = 1, max(signs, key=first.count)
     if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
         start, separator, text = 2, declared[1], text[declared.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

@@ -20,9 +20,9 @@ from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
-from wan.cli.parser import ANIMATE, COMMAND, S2V, program
+from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import Variant, check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
@@ -38,10 +38,6 @@ OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_n
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
-FOREIGN_TASKS = {  # by the begin of their names
-    "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
-    "t2i": "for a picture take t2v-A14B with --frame_num 1", "flf2v": "take i2v-A14B with --image and --last_image",
-}  # fmt: skip
 
 
 def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
@@ -83,19 +79,18 @@ def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
-        flag, value, default = f"--{name}", getattr(request, name), DEFAULTS[name]
+        flag, value = f"--{name}", getattr(request, name)
         texts = [text for text in (value if isinstance(value, tuple) else [value]) if isinstance(text, str)]
         faults = [f"{flag} {fault}" for text in texts if (fault := text_problem(text))]
-        foreign = FOREIGN_TASKS.get(str(value).lower().partition("-")[0]) if name == "task" else None
-        if foreign and not faults:
-            faults = [f"{flag} {value}: {foreign}; the tasks are {', '.join(TASKS)}"]
+        if name == "task" and not faults and value.lower().startswith(("s2v", "animate", "vace")):
+            faults = [f"{flag} {value}: {OTHER_TASK}; the tasks are {', '.join(TASKS)}"]
         if faults:
             check.problems += faults
-            changed[name] = default
+            changed[name] = DEFAULTS[name]
         elif row.choices:
             changed[name] = check.choice(flag, value, row.choices, row.pattern)
         elif row.limits and value is not None and check.number(flag, value, float("nan"), *row.limits) != value:
-            changed[name] = default
+            changed[name] = DEFAULTS[name]
     return replace(request, **changed)
 
 
@@ -114,7 +109,9 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
-            variants.append(_variant(asked, config, some, Variant(len(variants), label_of(values)), check))
+            variant = _variant(asked, config, check)
+            made = make_jobs(variant, some, label_of(values), check)
+            variants.append(replace(variant, jobs=tuple(replace(job, variant=len(variants)) for job in made)))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
     if request.save_file is not None and not request.chain and len(jobs) > 1:
         check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
@@ -135,17 +132,15 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     return replace(variants[0], request=request, jobs=tuple(own), extend=extend, variants=by_number)
 
 
-def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], variant: Variant, check: Check) -> Generate:
-    """The videos with one set of options. rows: by the index of their first video."""
+def _variant(request: Request, config: TaskConfig, check: Check) -> Generate:
+    """One set of options, with no video yet."""
     weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
     sampling = choose_sampling(request, config, weights, check)
     if sampling.lora_steps and request.lora_mode == "merge":
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    return Generate(
-        request, config, weights, sampling, tuple(make_jobs(request, config, weights, rows, variant, check))
-    )
+    return Generate(request, config, weights, sampling, jobs=())
 
 
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
@@ -162,16 +157,14 @@ def _with_options(request: Request, values: Mapping[str, object], check: Check, 
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
-    file = expanded(request.extend_only or "")
+    file, problem = expanded(request.extend_only or ""), None
     if file.suffix.lower() not in (".txt", ".jsonl"):
-        check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    elif problem := name_problem(file):
-        check.problem(f"--extend_only {str(file)!r}: the name {problem}")
-    elif file.is_dir():
-        check.problem(f"--extend_only {file}: is a folder, not a file")
-    elif os.path.lexists(file) and not request.overwrite:
-        check.problem(f"--extend_only {file} already exists; --overwrite replaces it")
-    elif problem := folder_problem(file.absolute().parent):
+        problem = f"{file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file"
+    elif unusable := name_problem(file):
+        problem = f"{str(file)!r}: the name {unusable}"
+    elif os.path.lexists(file) and (file.is_dir() or not request.overwrite):
+        problem = f"{file} already exists; --overwrite replaces a file"
+    if problem := problem or folder_problem(file.absolute().parent):
         check.problem(f"--extend_only {problem}")
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
@@ -191,16 +184,14 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
 
 def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Path | None:
     """A folder, or a hub id whose files are fetched later; None where single files replace all of it."""
-    get = f"get it with: {download_command(config.hub_id)}"
-    given = request.ckpt_dir
+    get, given = f"get it with: {download_command(config.hub_id)}", request.ckpt_dir
     if given is None:
-        own, parts = _replaced_parts(request), {name: f"--expert {name}=FILE" for name in config.experts}
-        parts |= {part: f"--{part}" for part in PARTS}
-        lacking = [flag for part, flag in parts.items() if part not in own]
+        flags = {name: f"--expert {name}=FILE" for name in config.experts} | {part: f"--{part}" for part in PARTS}
+        lacking = [flag for part, flag in flags.items() if part not in _replaced_parts(request)]
         if not lacking:
             return None
-        alone = "" if len(lacking) == len(parts) else f", or give {', '.join(lacking)} too"
-        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
+        get = get if len(lacking) == len(flags) else f"give it, or give {', '.join(lacking)} too"
+        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}")
         return Path(config.hub_id)
     path = expanded(given)
     try:
@@ -219,19 +210,16 @@ def _replaced_parts(request: Request) -> set[str]:
 
 def _check_processes(request: Request, check: Check) -> None:
     """Whether the flags fit the number of processes that torchrun started (1 without it)."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    ulysses, ring = request.ulysses_size, request.ring_size
+    processes, count = int(os.environ.get("WORLD_SIZE", "1")), request.ulysses_size * request.ring_size
     asked = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
-    asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
+    asked += [f"--{name} {n}" for name in ("ulysses_size", "ring_size") if (n := getattr(request, name)) > 1]
     if asked and processes == 1:
-        count = ulysses * ring if ulysses * ring > 1 else 8
         script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
-        command = f"torchrun --nproc-per-node {count} {script} ..."
+        command = f"torchrun --nproc-per-node {count if count > 1 else 8} {script} ..."
         check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
-    elif processes % (ulysses * ring):
+    elif processes % count:
         legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        sizes = f"--ulysses_size {ulysses} (x --ring_size {ring})"
-        check.problem(f"{sizes} must divide the {processes} processes; legal are {legal}")
+        check.problem(f"{' x '.join(asked)} must divide the {processes} processes; legal are {legal}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:
@@ -249,10 +237,9 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
 
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
-    """The request of a record, narrowed to its one video, with the flags of `given` on top.
+    """The request of a record, narrowed to its one video, with the flags of `given` on top. InputError.
 
-    The record's prompt is the extended one; it is not extended again. Options of one start or one machine are not
-    taken over. InputError if this is no record.
+    The record's prompt is the extended one; it is not extended again. Options of one start are not taken over.
     """
     try:
         record = read_record(path)
@@ -270,8 +257,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
             if not (row := OPTIONS.get(name)) or (row.scope is not START and row.into not in OF_A_JOB)
         }  # fmt: skip
         earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
-        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
-        earlier |= {"last_image": job.get("last_image")}  # records of the first version have none
+        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"], "last_image": job.get("last_image")}
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -286,10 +272,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
 
 
 def earlier_seed(request: Request) -> int | None:
-    """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
-
-    Until its first video is whole, a run's only record is the one in the latents that it kept.
-    """
+    """The seed that the run to be resumed had drawn: of the newest record, also in latents, that asks for the same."""
     named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
     swept = {text.partition("=")[0].strip() for text in request.sweep or ()}
 

@@ -50,8 +50,8 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
         check.warn(
-            "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
-            "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
+            "--lora_dir applies to the experts of --expert too, which must not be distilled twice; "
+            "--lora high=FILE or low=FILE gives one expert a LoRA"
         )
     known = bool(release and release.kind != "recipe")
     base = [file for file in experts.values() if re.search(BASE_NAME, file.name.lower())]
@@ -90,10 +90,9 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     base = Sampling(config.sample_solver, config.sample_steps, config.sample_shift, both(config.sample_guide_scale))
     usual: Release | Sampling = release if weights.distilled else base
     as_made = request.sample_solver in (None, release.solver) and request.sample_steps is None
+    timesteps = release.timesteps if weights.distilled and request.sample_shift is None and as_made else None
     if request.timesteps is not None:
         timesteps = check.timesteps(request.timesteps)
-    else:
-        timesteps = release.timesteps if weights.distilled and request.sample_shift is None and as_made else None
     fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
     solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
@@ -118,8 +117,7 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     lora_steps = release.lora_steps if free else None
     guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
-        check.problem(f"{says}; leave --sample_steps out")
+        check.problem(f"--preset {release.name} names {len(lora_steps)} steps; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
     _warn_of_mismatch(recipe, weights, release, check)
@@ -164,13 +162,8 @@ def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, chec
     for flag, given, made_for in (
         ("--sample_solver", recipe.solver, release.solver),
         ("--sample_steps", recipe.steps, release.steps),
-        ("--sample_shift", recipe.shift, release.shift),
+        ("--sample_shift", release.shift if recipe.timesteps else recipe.shift, release.shift),
+        ("--sample_guide_scale", "{:g},{:g}".format(*recipe.guidance), "{:g},{:g}".format(*release.guidance)),
     ):
-        if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
+        if given != made_for:
             check.warn(f"{flag} {short(given)}: {name} was made for {short(made_for)}")
-    if recipe.guidance != release.guidance:
-        low, high = recipe.guidance
-        check.warn(
-            f"--sample_guide_scale {low:g},{high:g}: {name} was made for guidance 1; "
-            "other values double the work and usually spoil the picture"
-        )

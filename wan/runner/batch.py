@@ -170,7 +170,7 @@ def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, 
             progress.say(traceback)
             if progress.quiet and team.is_rank0:  # the summary will not have it
                 tell(sys.stderr, f"{traceback}\n")
-        facts["reason"] = "; ".join([f"{job.source}: {reason(error, plan, job)}", *getattr(error, "__notes__", [])])
+        facts["reason"] = "; ".join([f"{job.source}: {reason(error, job)}", *getattr(error, "__notes__", [])])
         progress.say(f"failed: {facts['reason']}")
         return "failed", facts
 

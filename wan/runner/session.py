@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.cli.options import OPTIONS, path, paths, read, text
+from wan.cli.options import OPTIONS, path, paths, read_all, text
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
@@ -88,7 +88,9 @@ class Session:
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
-        job, pipe, before = plan.jobs[0], self._follow(plan), dict(self.progress.seconds)
+        self.pipe = pipe = self.pipe or open_pipeline(plan, self.progress, self.runtime)
+        pipe.follow(plan)
+        job, before = plan.jobs[0], dict(self.progress.seconds)
         with Accelerator(plan.device).current():  # the caller's thread may be another one than before
             pipe.encode(pipe.texts(job))
             pipe.release_text_encoder()
@@ -102,23 +104,12 @@ class Session:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
         if (pipe := self.pipe) is None:
             raise InputError("a session decodes once it has made a video")
-        return retry_smaller(
-            self.progress, FINER, lambda finer: torch.cat(list(pipe.decode(latent, finer=finer)), dim=1)
-        )
-
-    def _follow(self, plan: Plan) -> Pipeline:
-        if self.pipe is None:
-            self.pipe = open_pipeline(plan, self.progress, self.runtime)
-        else:
-            self.pipe.follow(plan)
-        return self.pipe
+        return retry_smaller(self.progress, FINER, lambda finer: torch.cat([*pipe.decode(latent, finer=finer)], dim=1))
 
 
 def _read(values: Mapping[str, object]) -> dict[str, Any]:
-    """Options by name as the command line reads them; None is not given."""
-    problems = [f"{name!r} is not an option of this program" for name in values if name not in OPTIONS]
-    given = {name: value for name, value in values.items() if name in OPTIONS and value is not None}
-    found = {name: read(name, _spelled(name, value), problems) for name, value in given.items()}
+    problems: list[str] = []
+    found = read_all({name: _spelled(name, value) for name, value in values.items()}, problems)
     if problems:
         raise InputError(problems)
     return found
@@ -126,9 +117,9 @@ def _read(values: Mapping[str, object]) -> dict[str, Any]:
 
 def _spelled(name: str, value: object) -> object:
     """`value` as the command line takes it: numbers, pairs, sizes and paths as text where the option is one."""
-    if OPTIONS[name].read is paths:
+    takes = OPTIONS[name].read if name in OPTIONS else None
+    if takes is paths:
         return [value] if isinstance(value, str) else value
     if isinstance(value, tuple | list):
         return ("*" if name == "size" else ",").join(map(str, value))
-    is_text = OPTIONS[name].read in (text, path)
-    return str(value) if is_text and isinstance(value, int | float | Path) else value
+    return str(value) if takes in (text, path) and isinstance(value, int | float | Path) else value

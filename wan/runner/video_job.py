@@ -71,9 +71,8 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
             hint = "and the finished latents could not be kept"
             if kept:  # on the CPU if the device had no memory for tiles
                 changes = {"device": "cpu", "vram": None} if out_of_memory(error) else {}
-                decode = to_decode(plan.request, decode_latents=str(kept), save_file=str(job.save_file), **changes)
-                hint = "the finished latents are kept; to make the video of them: "
-                hint += f"{program()} {shlex.join(words_of(decode))}"
+                words = words_of(to_decode(plan.request, kept, job.save_file, **changes))
+                hint = f"the finished latents are kept; to make the video of them: {program()} {shlex.join(words)}"
             error.add_note(hint)
             if not isinstance(error, Exception):  # interrupted: nobody reports it later
                 progress.say(hint)
@@ -134,17 +133,14 @@ def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
     locks.enter_context(locked(save_file, progress.say))
 
 
-def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
-    """Why a job failed, in a line; if memory ran out, with the size of the video and the plan's estimate."""
+def reason(error: Exception, job: Job | None = None) -> str:
+    """Why a job failed, in a line; if memory ran out, with the size of the video."""
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
         size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
-        budget = plan.video(job).budget if plan and job and plan.room is not None else None
-        peak = budget.peaks.get(stage) if budget else None
-        expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         where = f" in {stage}{size}" if stage else size
-        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{expected}{hint}"
+        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -222,7 +218,7 @@ def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Eve
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
     """The clips in the record of a joined video; None if there is no such video."""
     with suppress(InputError):  # no such record
-        clips = read_record(joined).get("clips") if joined.exists() else None
+        clips = read_record(joined).get("clips")
         return clips if isinstance(clips, list) else None
     return None
 
