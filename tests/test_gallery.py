@@ -19,7 +19,7 @@ import generate
 from tests.support import TINY
 from wan import gallery
 from wan.gallery import check_page, write_page
-from wan.media.previews import save_contact_sheet
+from wan.media.images import save_contact_sheet
 from wan.media.video import VideoWriter
 from wan.utils.errors import InputError
 

@@ -23,8 +23,7 @@ if __name__ == "__main__":
 
 from wan.cli.options import Request
 from wan.configs import TASKS
-from wan.media.ffmpeg import CONTAINERS
-from wan.media.video import read_record
+from wan.media.video import CONTAINERS, read_record
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, WanError, print_errors
 from wan.utils.files import Beside, write_file

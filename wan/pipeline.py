@@ -23,8 +23,7 @@ from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
-from wan.media.images import open_image
-from wan.media.previews import Strip
+from wan.media.images import Strip, open_image
 from wan.modules.attention import BACKENDS
 from wan.modules.fused import choose_passes
 from wan.modules.model import Prompt, WanModel

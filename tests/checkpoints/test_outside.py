@@ -60,6 +60,22 @@ def test_a_folder_one_level_too_high_or_too_deep_is_told_from_the_right_one(fold
         assert f"but {folder} has them all" in text
 
 
+def test_the_hubs_cache_folder_is_told_from_the_snapshot_in_it(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "models--Wan-AI--Wan2.2-T2V-A14B"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    for wrong in (cache, cache / "snapshots"):
+        (text,) = problems(wrong)
+        assert f"but {snapshot} has them all" in text
+
+
+def test_both_experts_from_the_same_weights_are_said(folder: Path) -> None:
+    assert not open_checkpoint(folder, config_of(TASK)).warnings
+    shutil.copytree(folder / "high_noise_model", folder / "low_noise_model", dirs_exist_ok=True)
+    (text,) = open_checkpoint(folder, config_of(TASK)).warnings
+    assert "the same weights" in text
+
+
 def test_an_expert_of_another_task_is_named(tmp_path: Path) -> None:
     source = TensorStore.open(checkpoint("i2v-A14B") / PLACES[0])
     file = saved({name: source.read(name) for name in source}, tmp_path / "x.safetensors")

@@ -61,6 +61,14 @@ def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentenc
 TABLE = ["Prompt ,SEED,Frame Num,negative-prompt,,", "a cat,3.0,5,,,", '"two\nlines", 4 ,9.,no,,', ",,,,,"]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_spreadsheets_encodings_are_read(coding: str, tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_bytes("prompt\tseed\nein Fuchs läuft\t7\n".encode(coding))
+    problems: list[str] = []
+    (row,) = read_rows(tmp_path / "p.tsv", problems, [])
+    assert (row.prompt, row.seed, problems) == ("ein Fuchs läuft", 7, [])
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
 @pytest.mark.parametrize(
     ("name", "sign", "first"),

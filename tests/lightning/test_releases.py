@@ -229,7 +229,7 @@ def outcome_of(name: str, tmp_path: Path, **more: object) -> Generate:
         ("SVI_v2_PRO_Wan2.2-I2V-A14B_lora", {}, "SVI 2 Pro"),
         ("ShotPlan_T2V", {}, "ShotPlan"),
         ("LongLive-Plug-Wan2.2-TI2V-5B-few-step", {}, "--sample_steps"),
-        ("FastWan2.2-TI2V-5B-lora", {"image": str(TINY / "input.png")}, "--image"),
+        ("FastWan2.2-TI2V-5B-lora", {"image": str(TINY / "input.png")}, "without images"),
     ],
 )
 def test_warnings_by_name(name: str, flags: dict, part: str, tmp_path: Path) -> None:

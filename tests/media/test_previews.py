@@ -15,7 +15,7 @@ from tests.support import TINY, checkpoint, lora_dir
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
-from wan.media.previews import GAP, LINE, Strip
+from wan.media.images import GAP, LINE, Strip
 from wan.planning.build import make_plan
 from wan.runner.batch import open_pipeline, run_jobs
 from wan.sampling import Step, predict_clean

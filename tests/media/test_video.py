@@ -14,10 +14,17 @@ import torch
 from PIL import Image
 
 from wan.media import video as module
-from wan.media.ffmpeg import CONTAINERS, Container, check_encoder, ffmpeg_command
-from wan.media.images import open_image
-from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, read_record, to_bytes
+from wan.media.images import open_image, save_contact_sheet
+from wan.media.video import (
+    CONTAINERS,
+    Container,
+    VideoWriter,
+    check_encoder,
+    count_frames,
+    ffmpeg_command,
+    read_record,
+    to_bytes,
+)
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import remove_parts
 

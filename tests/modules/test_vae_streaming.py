@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
-from wan.modules.vae import DECODER_RIM, ENCODER_RIM, CoderStage, WanVAE, reuse_constant_tail
-from wan.modules.vae_layers import ClipState, Region, add_average, add_repeated
+from wan.modules.vae import WanVAE
+from wan.modules.vae_layers import (
+    DECODER_RIM,
+    ENCODER_RIM,
+    ClipState,
+    CoderStage,
+    Region,
+    add_average,
+    add_repeated,
+    reuse_constant_tail,
+)
 
 ROUNDING = 1e-6  # of the largest value: the last bit of float32 and a little more
 

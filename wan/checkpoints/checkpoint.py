@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan.checkpoints import hub, layout
-from wan.checkpoints.safetensors_file import TensorStore, misread, reading, size_of
+from wan.checkpoints.safetensors_file import TensorStore, fingerprint, misread, reading, size_of
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, download_command, task_of
 from wan.configs.task import PATCH
@@ -187,9 +187,10 @@ class _Opener:
 
     def warnings(self, parts: Mapping[str, Part[Any]]) -> Iterator[str]:
         """Sentences on files that work, but may not be meant."""
-        paths = {name: self.path(name) for name in self.config.experts}
-        if len(paths) > len(set(paths.values())):
-            yield f"{next(iter(paths.values()))} serves as {' and '.join(paths)} noise expert: the same weights"
+        experts = self.config.experts
+        contents = {tuple(map(fingerprint, parts[name].weights.files)) for name in experts}
+        if len(contents) < len(experts):
+            yield f"{self.place(next(iter(experts)))} serves as {' and '.join(experts)} noise expert: the same weights"
         for name, part in parts.items():
             kind = name if name in (TEXT_ENCODER, VAE) else EXPERT
             if others := [other.replace("_", " ") for other in kinds_in(part.weights.source) if other != kind]:

@@ -77,7 +77,7 @@ def check_complete(folder: Path, config: TaskConfig, own: Collection[str] = ()) 
         get = configs.download_command(f"{config.hub_id}-Diffusers" if is_diffusers(folder) else config.hub_id)
         advice = f"; get them with: {get}"
         with suppress(OSError):  # a folder that cannot be listed gives no advice; the error stays
-            near = [folder.parent, *folder.iterdir()] if os.path.isdir(folder) else []
+            near = [folder.parent, *folder.iterdir(), *folder.rglob("snapshots/*")] if os.path.isdir(folder) else []
             if whole := next((each for each in near if each.is_dir() and not missing(each, config, own)), None):
                 advice = f", but {whole} has them all: give that folder"
         raise InputError(f"--ckpt_dir {folder} lacks {', '.join(lacking)}{advice}")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import wan
-from wan.media.ffmpeg import check_encoder, ffmpeg_command
+from wan.media.video import check_encoder, ffmpeg_command
 from wan.planning.build import compute_device
 from wan.utils.accelerator import gpus, host_bytes
 from wan.utils.errors import InputError, one_line

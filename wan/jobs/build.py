@@ -20,8 +20,8 @@ from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Generate, Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
-from wan.media.ffmpeg import CONTAINERS, is_video
-from wan.media.images import list_changes, open_image, video_size
+from wan.media.images import open_image, video_size
+from wan.media.video import CONTAINERS, is_video
 from wan.utils.argument_parser import short
 from wan.utils.progress import quantity
 
@@ -144,6 +144,9 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
                 source=row.source, picture=picture, last_image=row.last_image, named=file is not None,
             )  # fmt: skip
             jobs.append(job)
+    release, pictured = generate.weights.release, next((job for job in jobs if job.image), None)
+    if pictured and release and release.text_only:
+        check.warn(f"{pictured.source}: an image, but {release.name} was trained without images")
     return jobs
 
 
@@ -180,7 +183,7 @@ def _open(origin: str, path: Path, opened: dict[Path, Picture | None], check: Ch
     """The picture; None if it cannot be opened, which is a problem where it is first named."""
     if path not in opened:
         image = check.attempt(partial(open_image, path), begin=origin)
-        text = ", ".join([f"{image.width}x{image.height}", *list_changes(image)]) if image else ""
+        text = ", ".join([f"{image.width}x{image.height}", *image.info["changes"]]) if image else ""
         opened[path] = (image.size, text) if image else None
     return opened[path]
 

@@ -19,8 +19,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.jobs.prompt_files import normal, text_problem
-from wan.media.ffmpeg import CONTAINERS
-from wan.media.video import read_record
+from wan.media.video import CONTAINERS, read_record
 from wan.utils.errors import InputError, TensorFileError
 from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
 

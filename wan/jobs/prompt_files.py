@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -168,14 +169,15 @@ def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
         fault = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({reason})"
         problems.append(f"{flag} {path}: {fault}")
         return None
-    end, fault = content.find(0), "holds a NUL character"
+    coding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8"  # spreadsheets write both
     try:
-        text = content.decode("utf-8")
-        if end < 0:
-            return re.sub("\r\n?", "\n", text).lstrip("\ufeff")
+        text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
+        if "\0" not in text:
+            return text
+        before, fault = text[: text.index("\0")], "holds a NUL character"
     except UnicodeDecodeError as e:
-        end, fault = e.start, "is not UTF-8 text"
-    line = len(re.findall(b"\r\n?|\n", content[:end])) + 1
+        before, fault = content[: e.start].decode(e.encoding), "is not UTF-8 text"
+    line = len(re.split("\r\n?|\n", before))
     problems.append(f"{flag} {path} line {line}: {fault}; save it as UTF-8 text")
     return None
 

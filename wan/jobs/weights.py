@@ -43,8 +43,6 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
         if each.warning:
             check.warn(f"{each.name} ({each.source}): {each.warning}")
-        if each.text_only and request.image is not None:
-            check.warn(f"--image: {each.name} ({each.source}) was trained without images")
     check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")

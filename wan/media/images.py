@@ -1,4 +1,5 @@
-"""Pictures that condition a video: opening them, the size of the video they lead to, and their tensors.
+"""Pictures that condition a video: their files, the size of its frames, their tensors. Pictures that show a video: a
+contact sheet of the finished one, and a strip that grows with each denoising step.
 
 Shapes: H, W rows and columns. Sizes are (width, height).
 """
@@ -17,14 +18,14 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
 from wan.configs import TaskConfig
-from wan.media.ffmpeg import is_video
-from wan.media.video import last_frame
-from wan.utils.errors import InputError
+from wan.media.video import EXACT, file_argument, is_video, last_frame, messages, run_ffmpeg, to_bytes, video_input
+from wan.utils.errors import InputError, JobError
+from wan.utils.files import Beside, replacing
 
 if TYPE_CHECKING:
-    import numpy
-    from PIL.Image import Image
     from torch import Tensor
 
 MAX_PIXELS, MAX_SIDE = 100_000_000, 50_000
@@ -37,12 +38,12 @@ MISTAKEN = {
     rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
     rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
 }
-EXIF_ORIENTATION = 0x0112
-TURNS = range(2, 9)  # its values that are not upright
-CHANGES = "changes"
 DIGESTS: dict[tuple[Path, int, int], str] = {}  # by path, time and size
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
+COLUMNS = 3  # of a contact sheet, and rows
+WIDTH = 320  # pixels of one picture at most
+GAP, LINE = 4, 14  # pixels between pictures, and of a line of text
 
 
 def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -50,42 +51,36 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
 
     Sides are multiples of the task's step. "squeeze": the picture's ratio, about the area. "crop": at most the area; of
     the size found width first and the one found height first the one nearer the picture's ratio, the latter on a tie.
-    Both are the original pipelines' rules, evaluated in binary64 in the original's order: another order rounds to
-    another multiple for some pictures. InputError if a side would vanish.
+    Both are the original pipelines' rules in binary64 and in its order: another one rounds to another multiple for some
+    pictures. InputError if a side would vanish.
     """
-    (width, height), area = picture, size[0] * size[1]
-
-    def whole(length: float) -> int:
-        return math.floor(length / config.size_step) * config.size_step
-
+    (width, height), area, step = picture, size[0] * size[1], config.size_step
     if config.image_fit == "crop":
-        ideal_width = math.sqrt(area * (width / height))
-        columns, rows = whole(ideal_width), whole(area / ideal_width)
+        ideal = math.sqrt(area * (width / height))
+        lengths = ideal, area / ideal
     else:
-        ratio = height / width
-        columns, rows = whole(math.sqrt(area / ratio)), whole(math.sqrt(area * ratio))
+        lengths = math.sqrt(area / (height / width)), math.sqrt(area * (height / width))
+    columns, rows = (math.floor(length / step) * step for length in lengths)
     if not (columns and rows):
         raise InputError(f"an image of {width}x{height} is too long and thin for this --size, which is used as an area")
     if config.image_fit != "crop":
         return columns, rows
-    first, second = (columns, whole(area / columns)), (whole(area / rows), rows)
 
     def ratio_error(found: tuple[int, int]) -> float:
         ratio, reached = width / height, found[0] / found[1]
         return max(ratio / reached, reached / ratio)
 
-    return first if ratio_error(first) < ratio_error(second) else second
+    height_first = math.floor(area / rows / step) * step, rows
+    return min(height_first, (columns, math.floor(area / columns / step) * step), key=ratio_error)
 
 
-def open_image(path: Path) -> Image:
-    """The whole picture, decoded, as 8-bit RGB; of a video the last frame. `list_changes` says what was changed.
+def open_image(path: Path) -> Image.Image:
+    """The whole picture, decoded, as 8-bit RGB; of a video the last frame. `info["changes"]` lists what was changed.
 
     Colour profiles become sRGB and EXIF orientation is applied (the original ignores both), deeper greys are scaled to
     8 bits, alpha is dropped as by convert("RGB"). InputError for a file that is absent, no regular file, of another
-    kind than `FORMATS`, damaged, or too large.
+    kind than `PICTURE_FORMATS`, damaged, or too large.
     """
-    from PIL import Image, UnidentifiedImageError
-
     changes: list[str] = []
     try:
         if re.match(r"\w+:/", str(path)) and not path.exists():
@@ -109,7 +104,7 @@ def open_image(path: Path) -> Image:
             UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
         }
         raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
-    picture.info = {CHANGES: changes}
+    picture.info = {"changes": changes}
     return picture
 
 
@@ -130,47 +125,37 @@ def _check_kind(path: Path) -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def list_changes(image: Image) -> list[str]:
-    """How `open_image` changed the picture, in words for the plan; empty if it did not."""
-    return list(image.info.get(CHANGES, ()))
-
-
 def digest(path: Path) -> str:
-    """SHA-256 of the picture's file; of a video that of its last frame alone. OSError, InputError.
-
-    So a clip that was made again, with other times in its record, still gives the same picture.
-    """
+    """SHA-256 of the picture's file; of a video that of its last frame alone: a clip that was made again, with other
+    times in its record, still gives the same picture. OSError, InputError."""
     key = path, path.stat().st_mtime_ns, path.stat().st_size
     if key not in DIGESTS:
         DIGESTS[key] = hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
     return DIGESTS[key]
 
 
-def _as_rgb(image: Image, changes: list[str]) -> Image:
+def _as_rgb(image: Image.Image, changes: list[str]) -> Image.Image:
     """8-bit RGB, upright; adds to `changes`."""
-    from PIL import Image, ImageOps
-
-    turned, profile, dpi = _orientation(image), image.info.get("icc_profile"), image.info.get("dpi", (1, 1))
+    turned, profile, dpi = _is_turned(image), image.info.get("icc_profile"), image.info.get("dpi", (1, 1))
     if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # of a phone's JPEG with a depth map
         changes.append(f"the first of {frames} frames")
     image.load()
-    if _orientation(image) in TURNS:  # some readers have turned it by now
+    if _is_turned(image):  # some readers have turned it by now
         image = ImageOps.exif_transpose(image)
-    if turned in TURNS:
+    if turned:
         changes.append("turned as its EXIF orientation says")
     if min(dpi) > 0 and not 0.98 < dpi[0] / dpi[1] < 1.02:
         changes.append(f"its pixels are not square ({dpi[0]:g}x{dpi[1]:g} dpi) and were taken as square")
     if image.mode[0] in "IF":
-        image = Image.fromarray(_to_8_bits(image, changes))
+        image = _to_8_bits(image, changes)
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         changes.append("its transparency was dropped")
     return _as_srgb(image, profile, changes) if profile else image.convert("RGB")
 
 
-def _as_srgb(image: Image, profile: bytes, changes: list[str]) -> Image:
+def _as_srgb(image: Image.Image, profile: bytes, changes: list[str]) -> Image.Image:
     """8-bit RGB by the picture's ICC profile; a profile that means sRGB leaves the pixels as they are."""
     import numpy
-    from PIL import Image, ImageCms
 
     image = image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")
     probe = Image.frombytes("RGB", (27, 1), bytes(chain(*product((0, 128, 255), repeat=3)))).convert(image.mode)
@@ -189,18 +174,17 @@ def _as_srgb(image: Image, profile: bytes, changes: list[str]) -> Image:
     return converted
 
 
-def _orientation(image: Image) -> int:
+def _is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF orientation is not upright."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except (*DAMAGED, KeyError, TypeError):  # the picture may be whole although this is not
-        return 1
+        return False
 
 
-def _to_8_bits(image: Image, changes: list[str]) -> numpy.ndarray:
-    """Greys of 16 or 32 bits or floats [H, W] as uint8, by the first of the usual ranges that holds them all.
-
-    convert("RGB") would clip them at 255. ValueError for NaN or Inf.
-    """
+def _to_8_bits(image: Image.Image, changes: list[str]) -> Image.Image:
+    """Greys of 16 or 32 bits or floats in 8 bits, by the first of the usual ranges that holds them all; convert("RGB")
+    would clip them at 255. ValueError for NaN or Inf."""
     import numpy
 
     values = numpy.asarray(image)
@@ -215,23 +199,19 @@ def _to_8_bits(image: Image, changes: list[str]) -> numpy.ndarray:
     scaled = numpy.empty(values.shape, numpy.uint8)
     for row in range(0, len(values), 64):  # a few rows at a time: float64 takes eight times the memory
         scaled[row : row + 64] = ((values[row : row + 64].astype(numpy.float64) - start) * factor).round()
-    return scaled
+    return Image.fromarray(scaled)
 
 
-def i2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
-    """The picture squeezed to `size`: float32 [3, H, W], nominally in [-1, 1].
-
-    Bicubic without antialiasing and not clamped, on the CPU, as in the original: it overshoots at edges.
-    """
+def i2v_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The picture squeezed to `size`: float32 [3, H, W], nominally in [-1, 1]. Bicubic without antialiasing and not
+    clamped, on the CPU, as in the original: it overshoots at edges."""
     from torch.nn.functional import interpolate
 
     return interpolate(_normalised(image)[None], size=size[::-1], mode="bicubic")[0]
 
 
-def ti2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
+def ti2v_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """The picture scaled to cover `size` (Lanczos, 8 bits) and cropped at its centre: float32 [3, H, W] in [-1, 1]."""
-    from PIL import Image
-
     width, height = size
     scale = max(width / image.width, height / image.height)
     covering = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -239,10 +219,61 @@ def ti2v_tensor(image: Image, size: tuple[int, int]) -> Tensor:
     return _normalised(covering.crop((left, top, left + width, top + height)))
 
 
-def _normalised(image: Image) -> Tensor:
+def _normalised(image: Image.Image) -> Tensor:
     """float32 [3, H, W] in [-1, 1]."""
     import numpy
     import torch
 
     pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
     return (pixels.contiguous().float() / 255 - 0.5) / 0.5
+
+
+def save_contact_sheet(video: Path, frames: int) -> Path:
+    """A PNG beside `video` with up to nine of its `frames` and their times, first and last among them."""
+    count = min(COLUMNS**2, frames)
+    wanted = [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+    columns = min(COLUMNS, count)
+    select = "+".join(f"eq(n,{n})" for n in wanted)
+    grid = f"tile={columns}x{-(-count // columns)}:nb_frames={count}:padding={GAP}:margin={GAP}"
+    filters = f"select='{select}',scale='min({WIDTH},iw)':-1:flags={EXACT},format=rgb24,{grid}"
+    sheet = Beside.of(video).sheet
+    with replacing(sheet) as part:
+        picture = ["-frames:v", "1", "-c:v", "png", "-f", "image2", "-update", "1", file_argument(part)]
+        done = run_ffmpeg("-loglevel", "info", *video_input(video), "-vf", filters, *picture)
+        fps = re.search(rb" ([\d.]+) fps", done.stderr)
+        if done.returncode != 0 or not part.stat().st_size or fps is None:
+            raise JobError(f"{sheet}: the contact sheet could not be made{messages(done.stderr)}")
+        with Image.open(part) as pictures:
+            width, height = (pictures.width - GAP) // columns, (pictures.height - GAP) // -(-count // columns)
+            for place, n in enumerate(wanted):
+                left, top = GAP + place % columns * width, (place // columns + 1) * height - LINE
+                _write_text(pictures, f"{n / float(fps[1]):.2f} s", left, top)
+            pictures.save(part, "PNG")
+    return sheet
+
+
+class Strip:
+    """The pictures so far, left to right, each above the number of its step; the file is whole at every moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pictures: list[Image.Image] = []
+
+    def add(self, frame: Tensor) -> None:
+        """frame: [3, H, W] in [-1, 1]."""
+        picture = Image.fromarray(to_bytes(frame[:, None])[0])
+        picture.thumbnail((WIDTH, picture.height))
+        self.pictures.append(picture)
+        width, height = picture.size
+        sheet = Image.new("RGB", (len(self.pictures) * (width + GAP) - GAP, height + LINE))
+        for index, earlier in enumerate(self.pictures):
+            sheet.paste(earlier, (index * (width + GAP), 0))
+            _write_text(sheet, f"step {index + 1}", index * (width + GAP), height)
+        with replacing(self.path) as part:
+            sheet.save(part, "PNG")
+
+
+def _write_text(picture: Image.Image, text: str, left: int, top: int) -> None:
+    """White letters with a black edge, readable on any picture."""
+    font = ImageFont.load_default(10)
+    ImageDraw.Draw(picture).text((left + 2, top), text, "white", font, stroke_width=1, stroke_fill="black")

@@ -1,15 +1,17 @@
-"""Video files: frames are encoded while later ones are decoded, and a file is whole or absent.
+"""Video files, by the ffmpeg of imageio-ffmpeg: whole or absent, and encoded while later frames are decoded.
 
-One pass of ffmpeg encodes. A second one copies the packets and adds the record (in the comment tag), which is complete
-only at the end, and puts the index in front, so that browsers start at once.
+One pass encodes. A second one copies the packets, adds the record (in the comment tag), which is complete only at the
+end, and puts the index in front, so that browsers start at once.
 
-Shapes: t frames of one chunk, H height, W width.
+Shapes: t frames of one chunk, H height, W width, B videos side by side.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections import deque
@@ -17,20 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from wan.media.ffmpeg import (
-    CONTAINERS,
-    ffmpeg_command,
-    file_argument,
-    frames_reported,
-    how_it_ended,
-    is_video,
-    messages,
-    run_ffmpeg,
-    video_input,
-)  # fmt: skip
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, make_part, parse_json, replacing
 
@@ -41,6 +31,7 @@ if TYPE_CHECKING:
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 LONGEST_RECORD = 20_000_000  # bytes of a .json; the rest of a longer file is not read, and so it is no record
 STALL_SECONDS = 600.0  # an encoder that takes no frame for this long has failed
+BORDER = 2  # pixels around each of several videos
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: convert by BT.709 and tag the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
 EXACT = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's quick conversion to RGB is up to 3 of 255 too dark
@@ -50,17 +41,36 @@ HDR = {b"arib-std-b67": "HLG", b"smpte2084": "PQ"}
 Tag = Callable[[dict[str, Any]], dict[str, Any] | None]  # what the video file holds of a record
 
 
-class VideoWriter:
-    """Writes one video file: `write` chunks, then `finish`. Leaving the block without `finish` leaves no file.
+class Container(NamedTuple):
+    """A kind of video file that is written."""
 
-    Errors: JobError if the encoder fails, dies or stalls, OSError from the file system.
-    """
+    muxer: str  # ffmpeg's name
+    encode: tuple[str, ...]  # options of the pass that encodes
+    complete: tuple[str, ...] = ()  # options of the pass that copies packets
+
+
+# crf: x264's constant quality that the original reaches with imageio's quality 8. rc-lookahead: x264's own 40 frames
+# would leave half of an 81-frame video to be encoded after the last frame; at this quality a longer look changes
+# neither size nor error. threads: the output depends on it, so it is the same on every machine.
+X264 = ("-c:v", "libx264", "-crf", "10", "-rc-lookahead", "8", "-threads", "8")
+CONTAINERS = {".mp4": Container("mp4", X264, ("-movflags", "+faststart"))}
+READ = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
+# Only these demuxers and protocols: a playlist under a video's name could open other files and addresses.
+SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe")
+
+
+def is_video(path: Path) -> bool:
+    """True if the file name ends like that of a video that is read."""
+    return path.suffix.lower() in (*READ, *CONTAINERS)
+
+
+class VideoWriter:
+    """Writes one video file: `write` chunks, then `finish`. Leaving the block without `finish` leaves no file. JobError
+    if the encoder fails, dies or stalls, OSError from the file system."""
 
     def __init__(self, path: Path, fps: float, *, follows: bool = False) -> None:
         """follows: this clip continues another one, so decoding must be able to start at its second frame."""
-        self.path = path
-        self.fps = fps
-        self.follows = follows
+        self.path, self.fps, self.follows = path, fps, follows
         self.frames = 0
         self.size: tuple[int, int] | None = None  # width, height; known from the first chunk
         self._encoded: Path | None = None
@@ -74,8 +84,7 @@ class VideoWriter:
         """chunk: float32 [3, t, H, W] in [-1, 1]; returns once the frames are queued."""
         frames = to_bytes(chunk)
         count, height, width, _ = frames.shape
-        if self._pipe is None:
-            self.size = (width, height)
+        if self._encoder is None:
             self._start(width, height)
         assert self._pipe is not None
         if self.size != (width, height):
@@ -86,7 +95,7 @@ class VideoWriter:
 
     def finish(self, record: dict[str, Any] | None, tag: Tag = dict) -> None:
         """Complete the video, with `tag(record)` in its comment tag and `record` beside it; then both files appear."""
-        if self._encoder is None or self._pipe is None:
+        if self._encoder is None or self._pipe is None or self._encoded is None:
             raise JobError(f"{self.path}: no frames were decoded, so there is no video to save")
         self._waiting.append(self._feeder.submit(self._pipe.close))
         self._wait_for(0)
@@ -94,13 +103,12 @@ class VideoWriter:
             self._encoder.wait(STALL_SECONDS)
         if self._encoder.returncode != 0:
             raise self._failure()
-        assert self._encoded is not None, "the encoder has started"
         publish(self.path, ["-i", file_argument(self._encoded)], self.frames, record, tag)
 
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             if self._encoder is not None and self._pipe is not None:
                 self._encoder.kill()
@@ -114,6 +122,7 @@ class VideoWriter:
                 self._encoded.unlink(missing_ok=True)
 
     def _start(self, width: int, height: int) -> None:
+        self.size = (width, height)
         container = CONTAINERS[self.path.suffix.lower()]
         pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"  # 4:2:0 cannot hold odd sizes
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self.fps), "-i", "pipe:0"]
@@ -122,11 +131,9 @@ class VideoWriter:
         self._encoded = make_part(self.path)
         self._encoder = subprocess.Popen(
             [*ffmpeg_command(), *raw, *words, "-f", container.muxer, file_argument(self._encoded)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._messages,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._messages,
             start_new_session=True,  # Ctrl-C is ours to handle: it must not stop the encoder first
-        )
+        )  # fmt: skip
         self._pipe = self._encoder.stdin
 
     def _wait_for(self, most: int) -> None:
@@ -142,17 +149,15 @@ class VideoWriter:
         assert self._encoder is not None
         reason = f"it took no frames for {STALL_SECONDS:.0f} s"
         with suppress(subprocess.TimeoutExpired):  # it still runs: the reason above holds
-            reason = how_it_ended(self._encoder.wait(1.0))
+            reason = _how_it_ended(self._encoder.wait(1.0))
         self._messages.seek(0)
         return JobError(f"{self.path}: the video encoder failed: {reason}{messages(self._messages.read())}")
 
 
 def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, Any] | None, tag: Tag = dict) -> None:
-    """The second pass: the packets of `source` (an input in ffmpeg's words) become the video `path`, flushed to disk.
-
-    record: goes beside the video as .json, and `tag(record)` into the comment tag. frames: how many there must be.
-    JobError, OSError; then neither file appears.
-    """
+    """The second pass: the packets of `source` (an input in ffmpeg's words), `frames` of them, become the video `path`,
+    flushed to disk; `record` goes beside it as .json, and `tag(record)` into its comment tag. JobError, OSError; then
+    neither file appears."""
     container = CONTAINERS[path.suffix.lower()]
     with ExitStack() as files:
         beside = None if record is None else files.enter_context(replacing(Beside.of(path).record))
@@ -160,21 +165,13 @@ def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, An
         inside = None if record is None else tag(record)
         comment = "" if inside is None else json.dumps(inside, ensure_ascii=False)
         escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
-        tags = ["-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v", "-map_metadata", "1"]
-        target = ["-c", "copy", *container.complete, "-f", container.muxer, file_argument(whole)]
-        done = run_ffmpeg(
-            "-xerror",
-            *source,
-            *tags,
-            *target,
-            "-progress",
-            "pipe:1",
-            stdin=f";FFMETADATA1\ncomment={escaped}\n".encode(),
-        )
+        tags = ["-f", "ffmetadata", "-i", "pipe:0", "-map", "0:v", "-map_metadata", "1", "-c", "copy"]
+        target = [*container.complete, "-f", container.muxer, file_argument(whole), "-progress", "pipe:1"]
+        done = run_ffmpeg("-xerror", *source, *tags, *target, stdin=f";FFMETADATA1\ncomment={escaped}\n".encode())
         if done.returncode != 0:
-            reason = how_it_ended(done.returncode) + messages(done.stderr)
+            reason = _how_it_ended(done.returncode) + messages(done.stderr)
             raise JobError(f"{path}: the video could not be completed: {reason}")
-        if (found := frames_reported(done.stdout)) != frames:
+        if (found := _frames_reported(done.stdout)) != frames:
             raise JobError(f"{path}: the encoder kept {found} of {frames} frames")
         if beside is not None:
             beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -182,10 +179,8 @@ def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, An
 
 def to_bytes(chunk: torch.Tensor) -> numpy.ndarray:
     """[3, t, H, W] in [-1, 1] -> uint8 [t, H, W, 3], rounded on the chunk's device: a quarter of it is copied."""
-    import torch
-
     scaled = chunk.float().mul(127.5).add_(127.5).round_().clamp_(0, 255)
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return scaled.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -219,17 +214,15 @@ def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
     target = ["-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
     done = run_ffmpeg("-xerror", *video_input(path), *target)
-    return frames_reported(done.stdout) if done.returncode == 0 else 0
+    return _frames_reported(done.stdout) if done.returncode == 0 else 0
 
 
 def last_frame(path: Path, changes: list[str] | None = None) -> bytes:
     """The last frame of a whole video, as a PNG; notes for the plan go into `changes`. InputError for any other file.
-
-    The video is decoded: one that was cut without encoding it again holds packets before its first frame.
-    """
+    The video is decoded: one that was cut without encoding it again holds packets before its first frame."""
     decode = [*video_input(path), "-map", "0:v:0", "-fps_mode", "passthrough"]
     counted = run_ffmpeg("-loglevel", "info", "-xerror", *decode, "-f", "null", "-progress", "pipe:1", "-")
-    if counted.returncode != 0 or not (frames := frames_reported(counted.stdout)):
+    if counted.returncode != 0 or not (frames := _frames_reported(counted.stdout)):
         raise InputError(f"{path}: not a whole video, so it has no last frame")
     picked = ["-vf", f"select='eq(n,{frames - 1})',{TO_RGB}", "-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "-"]
     done = run_ffmpeg(*decode, *picked)
@@ -239,3 +232,112 @@ def last_frame(path: Path, changes: list[str] | None = None) -> bytes:
         hdr = next((f", {name} colours unconverted" for tag, name in HDR.items() if tag in counted.stderr), "")
         changes.append(f"the last frame of the video{hdr}")
     return done.stdout
+
+
+# ffmpeg's command line and messages
+
+
+def ffmpeg_command() -> list[str]:
+    """First words of every command: quiet but for errors, overwriting (our output names are temporary)."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    return [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostats", "-y"]
+
+
+def run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run one command in a session of its own, so that Ctrl-C does not reach it."""
+    words = [*ffmpeg_command(), *arguments]
+    return subprocess.run(words, input=stdin, capture_output=True, check=False, start_new_session=True)
+
+
+def file_argument(path: Path) -> str:
+    """The path for ffmpeg: bare, `-1.mp4` would be an option and `12:30.mp4` a network address."""
+    return f"file:{path}"
+
+
+def video_input(path: Path) -> list[str]:
+    """A file of unknown origin as an input."""
+    return [*SAFE, "-i", file_argument(path)]
+
+
+def _frames_reported(progress: bytes) -> int:
+    """The last frame count in the output of `-progress`."""
+    return int((re.findall(rb"^frame=\s*(\d+)", progress, re.MULTILINE) or [b"0"])[-1])
+
+
+def _how_it_ended(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
+
+
+def messages(stderr: bytes) -> str:
+    """` (LINE; LINE)` with the different lines of ffmpeg's messages; empty if there are none."""
+    text = re.sub(r"\[[^\]]* @ 0x\w+\]", "", stderr.decode("utf-8", "replace"))
+    lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
+    return f" ({'; '.join(lines)[:300]})" if lines else ""
+
+
+def check_encoder() -> None:
+    """Encode one small frame and drop it. InputError if there is no ffmpeg, or one without H.264."""
+    advice = "install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
+    frame = ["-f", "lavfi", "-i", "color=size=16x16", "-frames:v", "1"]
+    try:
+        done = run_ffmpeg(*frame, *X264, "-f", "null", "-")
+    except (ImportError, RuntimeError, OSError) as e:
+        raise InputError(f"no video encoder: ffmpeg cannot be run ({e}); {advice}") from e
+    if done.returncode != 0:
+        raise InputError(f"no video encoder: ffmpeg cannot encode H.264{messages(done.stderr)}; {advice}")
+
+
+# The original's functions
+
+
+def save_video(
+    tensor: torch.Tensor,
+    save_file: str | Path | None = None,
+    fps: float = 30,
+    suffix: str = ".mp4",
+    nrow: int = 8,
+    normalize: bool = True,
+    value_range: tuple[float, float] = (-1, 1),
+) -> str:
+    """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path. JobError, OSError.
+
+    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file.
+    """
+    if save_file is None:
+        handle, save_file = tempfile.mkstemp(suffix)
+        os.close(handle)
+    low, high = value_range
+    videos = tensor.float().clamp(low, high)
+    if not normalize:
+        low, high = 0.0, 1.0
+    # this form leaves values of [-1, 1] as they are, to the bit
+    videos = videos * (2 / (high - low)) - (high + low) / (high - low)
+    path = Path(save_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, fps) as writer:
+        writer.write(_grid(videos, nrow) if len(videos) > 1 else videos[0])
+        writer.finish(None)
+    return str(path)
+
+
+def _grid(videos: torch.Tensor, columns: int) -> torch.Tensor:
+    """[B, 3, T, H, W] -> [3, T, rows, columns]: a grid with black borders."""
+    (count, channels, frames, height, width), columns = videos.shape, min(columns, len(videos))
+    down, right = height + BORDER, width + BORDER
+    grid = videos.new_full((channels, frames, -(-count // columns) * down + BORDER, columns * right + BORDER), -1.0)
+    for index, video in enumerate(videos):
+        top, left = BORDER + index // columns * down, BORDER + index % columns * right
+        grid[:, :, top : top + height, left : left + width] = video
+    return grid
+
+
+def merge_video_audio(video_path: str | Path, audio_path: str | Path) -> None:
+    """Add the sound of `audio_path` to the video, which is replaced; the shorter one ends both. JobError, OSError."""
+    video = Path(video_path)
+    with replacing(video) as part:
+        sources = ["-i", file_argument(video), "-i", file_argument(Path(audio_path)), "-map", "0:v:0", "-map", "1:a:0"]
+        target = ["-c:v", "copy", "-c:a", "aac", "-shortest", "-f", CONTAINERS[video.suffix.lower()].muxer]
+        done = run_ffmpeg(*sources, *target, file_argument(part))
+        if done.returncode != 0:
+            raise JobError(f"{video}: the sound of {audio_path} could not be added{messages(done.stderr)}")

@@ -55,68 +55,55 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SageAttention 2 (package `sageattention`): queries and keys in 8 bits, so another result than all the others'.
-
-    Not version 1: it overwrites the keys, which others still need, and where their number is no multiple of 64 it
-    attends to the missing ones, as if they were zeros.
-    """
-    from sageattention import sageattn
-
-    _refuse_sage_1()
-    return sageattn(q[None], k[None], v[None], tensor_layout="NHD", is_causal=False)[0]
+    """SageAttention 2 (package `sageattention`): queries and keys in 8 bits, so another result than all the others'."""
+    return _sage_kernel()(q[None], k[None], v[None], tensor_layout="NHD", is_causal=False)[0]
 
 
 @cache
-def _refuse_sage_1() -> None:
+def _sage_kernel() -> Callable[..., Tensor]:
+    """Not of version 1: it overwrites the keys, which others still need, and where their number is no multiple of 64
+    it attends to the missing ones, as if they were zeros."""
+    from sageattention import sageattn
+
     found = version("sageattention")
     if int(found.partition(".")[0]) < 2:
         raise ImportError(f"sageattention {found} attends to keys that are not there; build version 2")
+    return sageattn
 
 
-BACKENDS: dict[str, Attend] = {
-    "sdpa": sdpa, "flash": flash, "cudnn": cudnn, "flash2": flash2, "flash3": flash3, "sage": sage,
-}  # fmt: skip
-# Change the numbers: never taken unless named. The bytes that each makes of a token's channel of queries, keys and
-# values beside them: SageAttention on compute capability 9.0, where it takes most, 8 bits of each, and of values two
-# copies in 16 bits.
+BACKENDS: dict[str, Attend] = {each.__name__: each for each in (sdpa, flash, cudnn, flash2, flash3, sage)}
+# Change the numbers: never taken unless named. Bytes that each adds per channel of a token: SageAttention 8 bits of
+# queries, keys and values and, on compute capability 9.0, where it takes most, two copies of values in 16 bits.
 QUANTISED = {"sage": 7}
 WRONG_RESULT = "its result is wrong on this GPU"
 RIGHT = 0.1  # of a result's length: farther from the formula is no rounding, not even to 8 bits
 
 
 class Choice(NamedTuple):
-    """A back end's name, and a sentence for each that was left out because it failed."""
-
     name: str
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # a sentence for each that was left out because it failed
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of the back ends that are installed and made for this device, `sdpa` first. They may still fail."""
-    names = ["sdpa"]
     if device.type != "cuda" or dtype == torch.float32:
-        return names
+        return ["sdpa"]
     generation = torch.cuda.get_device_capability(device)[0]
-    if generation >= 8:
-        names.append("flash")
-    if torch.backends.cudnn.is_available():
-        names.append("cudnn")
-    if find_spec("flash_attn"):
-        names.append("flash2")
-    if find_spec("flash_attn_interface") and generation == 9:
-        names.append("flash3")
-    if find_spec("sageattention") and generation >= 8:
-        names.append("sage")
-    return names
+    usable = {
+        "sdpa": True,
+        "flash": generation >= 8,
+        "cudnn": torch.backends.cudnn.is_available(),
+        "flash2": find_spec("flash_attn"),
+        "flash3": find_spec("flash_attn_interface") and generation == 9,
+        "sage": find_spec("sageattention") and generation >= 8,
+    }
+    return [name for name, here in usable.items() if here]
 
 
 @cache
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> Choice:
-    """The back end to use: `name`, or for "auto" the one that measures fastest of those that compute exactly.
-
-    A package that cannot be imported and a kernel that fails its first call, or computes something else, are left out.
-    InputError if `name` is.
-    """
+    """The back end to use: `name`, or for "auto" the one that measures fastest of those that compute exactly. One that
+    cannot be imported, fails its first call or computes something else is left out; InputError if `name` is."""
     names = available(device, dtype)
     if name not in ("auto", *names):
         raise InputError(f"--attention {name} cannot run here: on this machine choose auto, {', '.join(names)}")
@@ -156,8 +143,8 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, head
 
 
 def _check(found: Tensor, q: Tensor, k: Tensor) -> None:
-    """ValueError if `found`, attention to keys that are their own values, is not what the formula gives; the ends are
-    looked at. Kernels have been released that are wrong on one kind of GPU."""
+    """ValueError if the ends of `found`, attention to keys that are their own values, are not what the formula gives:
+    kernels have been released that are wrong on one kind of GPU."""
     for rows in (slice(0, 32), slice(-32, None)):
         scores = torch.einsum("qnd,knd->nqk", q[rows].float(), k.float()) * q.shape[-1] ** -0.5
         exact = torch.einsum("nqk,knd->qnd", scores.softmax(-1), k.float())

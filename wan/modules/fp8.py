@@ -7,7 +7,6 @@ Shapes: R rows (tokens), I and O channels in and out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -19,9 +18,7 @@ from wan.modules.fused import EAGER, FP8, quantise
 
 QUANTISED_ROWS = 2048  # quantised at a time: eager, that takes their float32
 MULTIPLE = 16  # of channels, for the kernels; all published networks have such
-# Of products in fp8 against the same numbers in float32: a result in bf16 is off by 2^-9 at most.
-RIGHT_PRODUCT = 1e-2
-NAN = 0x7F  # of e4m3, beside the sign; the format has no infinities
+RIGHT_PRODUCT = 1e-2  # against the same fp8 numbers multiplied in float32: a result in bf16 is off by 2^-9 at most
 
 
 class Quantised(NamedTuple):
@@ -35,27 +32,19 @@ class Quantised(NamedTuple):
 class Fp8Linear(nn.Linear):
     """A linear layer with its weights in fp8; the bias, what comes in and what goes out are as without."""
 
+    DTYPES = ("weight", FP8), ("weight_scale", torch.float32)  # of the parameters for which the run's does not matter
+
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "meta") -> None:
         super().__init__(inputs, outputs, device=device)
-        self.weight_scale: nn.Parameter
-        shapes = {"weight": (outputs, inputs), "weight_scale": (outputs,)}
-        for leaf, dtype in self.dtypes():
-            memory = torch.empty(shapes[leaf], dtype=dtype, device=device)
-            setattr(self, leaf, nn.Parameter(memory, requires_grad=False))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=FP8, device=device), requires_grad=False)
+        scale = torch.empty(outputs, dtype=torch.float32, device=device)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.passes = EAGER
-
-    @staticmethod
-    def dtypes() -> Iterator[tuple[str, torch.dtype]]:
-        """The parameters whose dtype does not depend on the run's, with it."""
-        yield "weight", FP8
-        yield "weight_scale", torch.float32
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
         """[R, I] -> [R, O] in x's dtype: in fp8 where the device can, else with the weights in x's dtype."""
-        if isinstance(x, Quantised):
-            return self.product(x)
-        if self.multiplies(x):
-            return self.product(self.quantised(x))
+        if isinstance(x, Quantised) or self.multiplies(x):
+            return self.product(x if isinstance(x, Quantised) else self.quantised(x))
         return F.linear(x, self.weight.to(x.dtype).mul_(self.weight_scale[:, None]), self.bias)
 
     def multiplies(self, x: Tensor) -> bool:
@@ -65,7 +54,7 @@ class Fp8Linear(nn.Linear):
     def quantised(self, x: Tensor) -> Quantised:
         """Each row of x [R, I] with a scale of its own."""
         q, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
-        for share in zip(x.split(QUANTISED_ROWS), q.split(QUANTISED_ROWS), scale.split(QUANTISED_ROWS), strict=True):
+        for share in zip(*(each.split(QUANTISED_ROWS) for each in (x, q, scale)), strict=True):
             self.passes.quantise(*share)
         return Quantised(q, scale, x.dtype)
 
@@ -85,14 +74,11 @@ def shared(x: Tensor, *layers: nn.Module) -> Tensor | Quantised:
 
 
 def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """The most that a product of one of the model's fp8 layers takes beside its input and result.
-
-    Not counted are inputs in fp8: they are half of what attention keeps in their place.
-    """
+    """The most that a product of one of the model's fp8 layers takes beside its input and result: the weight unpacked,
+    or rows while they are quantised. Not counted are inputs in fp8, half of what attention keeps in their place."""
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
-    unpacked = (layer.in_features * layer.out_features * dtype.itemsize for layer in layers)
-    quantised = (layer.in_features * QUANTISED_ROWS * torch.float32.itemsize for layer in layers)
-    return max((*unpacked, *quantised), default=0)
+    taken = [layer.in_features * max(layer.out_features * dtype.itemsize, QUANTISED_ROWS * 4) for layer in layers]
+    return max(taken, default=0)
 
 
 def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
@@ -102,12 +88,9 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def why_unpacked(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the device does not multiply fp8 with a scale a row into `dtype`; empty if it does.
-
-    Kernels for a scale a row came with PyTorch's releases, for one kind of GPU after the other, and only into bf16 on
-    all; some releases have but one scale a tensor for a GPU. So a product is tried, and must be right. Rows: an odd
-    number, and enough of them for the kernels that a run has.
-    """
+    """Why the device does not multiply fp8 with a scale a row into `dtype`; empty if it does. Kernels for it came with
+    PyTorch's releases, for one kind of GPU after the other; some releases have but one scale a tensor for a GPU. So a
+    product is tried, and must be right. Its rows are an odd number, and enough for the kernels that a run has."""
     if device.type != "cuda":
         return "no CUDA GPU"
     if dtype != torch.bfloat16:
@@ -138,11 +121,6 @@ def product_error(x: Tensor, weight: Tensor) -> float:
     given = layer.quantised(x)
     exact = (given.q.float() * given.scale) @ (layer.weight.float() * layer.weight_scale[:, None]).t()
     return ((layer.product(given).float() - exact).norm() / exact.norm()).item()
-
-
-def is_finite(q: Tensor) -> bool:
-    """Whether e4m3 numbers hold no NaN."""
-    return not (q.view(torch.uint8) & NAN == NAN).any()
 
 
 def scale_name(weight: str) -> str:

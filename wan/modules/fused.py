@@ -1,10 +1,8 @@
 """The passes over rows of tokens between the transformer's matrix products: norms, modulation, rotation, residuals.
 
 Shapes: R rows (tokens), D width, d head width. Rows do not depend on each other, so a pass may be given any share of
-them; each writes its result where it is told, and nothing of the size of its input is kept.
-
-A pass reads and writes memory far longer than it computes. PyTorch's compiler makes one kernel of each, which reads its
-inputs once and writes its output once; without a compiler the same functions run operation by operation.
+them. A pass reads and writes memory far longer than it computes. PyTorch's compiler makes one kernel of each, which
+reads its inputs once and writes its output once; without a compiler the same functions run operation by operation.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +55,9 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> No
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each adjacent pair of a head's channels by its angle: float32 [L, N, d] and [L, d/2, 2] -> [L, N, d].
-
-    It is a product of complex numbers. PyTorch has a fast kernel for it, which overwrites `x`; its compiler makes no
-    code for complex numbers, but fuses the product written out, of which the last bit may differ.
-    """
+    """Turn each adjacent pair of a head's channels by its angle: float32 [L, N, d] and [L, d/2, 2] -> [L, N, d], a
+    product of complex numbers. PyTorch has a fast kernel for it, which overwrites `x`; its compiler makes no code for
+    complex numbers, but fuses the product written out, of which the last bit may differ."""
     pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
@@ -71,9 +67,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 def quantise(x: Tensor, q: Tensor, scale: Tensor) -> None:
     """x [R, I] as e4m3 q [R, I] times float32 scale [R, 1]: each row's largest magnitude becomes the format's largest.
-
-    In float32 up to the one rounding to q, so that the result is the same on every device and for any share of rows.
-    """
+    In float32 up to the one rounding to q, so that the result is the same on every device and for any share of rows."""
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     scale.copy_(largest.clamp_(min=LEAST) / LARGEST)
     q.copy_(x / scale)
@@ -94,8 +88,6 @@ def _into(out: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> N
 
 
 class Passes(NamedTuple):
-    """The functions above, as they are or each wrapped."""
-
     norm: Callable[[Tensor, Tensor, Tensor, float, Tensor], None] = norm
     add: Callable[[Tensor, Tensor, Tensor], None] = add
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = add_norm
@@ -106,7 +98,6 @@ class Passes(NamedTuple):
 
 EAGER = Passes()
 
-
 SAVED = 74  # bytes that compiled passes do not move, for each token, channel and layer of a forward (bf16; counted)
 RATE = 2e12  # bytes a second of a device's memory, about: cards differ by a factor of five
 COMPILING = 20  # seconds at most; a few when the compiler's cache on disk has them
@@ -116,13 +107,14 @@ SHAPES = 128  # of rows, times their dtypes, that one process compiles a pass fo
 @cache
 def compiled() -> Passes:
     """Each made one kernel by PyTorch's compiler, at its first call and for the shapes of that call."""
+    options: dict[str, Any] = {"dynamic": False}
     if "recompile_limit" in signature(torch.compile).parameters:  # there the setting below is the calling thread's own
-        options = {"dynamic": False, "recompile_limit": SHAPES}
-        return Passes(*(torch.compile(each, **options) for each in EAGER))  # type: ignore[call-overload]
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
-    setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8, is two sizes of videos that pin an image
-    return Passes(*(torch.compile(each, dynamic=False) for each in EAGER))
+        options["recompile_limit"] = SHAPES
+    else:
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
+        setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8: two sizes of videos that pin an image
+    return Passes(*(torch.compile(each, **options) for each in EAGER))
 
 
 def choose_passes(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
@@ -135,6 +127,5 @@ def choose_passes(device: torch.device, tokens: int, width: int, layers: int, fo
         compiled().add(*(torch.zeros(size, device=device) for size in ((16, width), (16, width), (width,))))
     except Exception as e:  # noqa: BLE001 - a compiler on the user's machine may fail in any way
         return EAGER, f"warning: the passes between matrix products are not compiled ({one_line(e)})"
-    return compiled(), (
-        f"compiling the passes between matrix products: about {COMPILING} s, and {gain:.0f} s less in this run"
-    )
+    note = f"compiling the passes between matrix products: about {COMPILING} s, and {gain:.0f} s less in this run"
+    return compiled(), note

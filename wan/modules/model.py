@@ -1,20 +1,18 @@
 """The Wan2.2 diffusion transformer (DiT).
 
-Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned),
-F, H, W token grid, C latent channels. There is no batch axis: of a guided step's two passes one follows the other,
-through the whole network or, where weights are streamed, through each block (`Residency.batch_guidance`).
+Shapes: L tokens, D width, N heads, d = D / N, T timesteps (one, or two when the first frame is pinned), F, H, W token
+grid, C latent channels. There is no batch axis: of a guided step's two passes one follows the other, through the whole
+network or, where weights are streamed, through each block (`Residency.batch_guidance`).
 
 Precision follows the parameters: a linear layer runs in the dtype of its bias, but the time layers and the head
-multiply in float32; the residual stream, the norms' statistics, the modulation and the output are float32. Which
-parameter has which dtype is decided when loading.
+multiply in float32; the residual stream, the norms' statistics, the modulation and the output are float32.
 
 There are three seams and no second forward: `WanModel.tokens` (how tokens are divided over ranks),
 `SelfAttention.attend` (attention over all tokens) and `WanModel.residency` (where the weights are). Their defaults are
-the plain case. So are `Attention.backend` (the kernel) and `passes` (what is between the matrix products).
+the plain case. So are `Attention.backend` (the kernel) and `passes` (the work between the matrix products).
 
-Memory: what is done row by row goes over `WanModel.rows` tokens at a time. At 1280x720x81 what is alive at once is the
-float32 residual stream, the normed input, and queries and keys, of 1.5 and thrice 0.8 GB, or values in place of rows.
-Passes that go through the blocks together have a residual stream each, the rest in turn.
+Memory: row-wise work takes `WanModel.rows` tokens at a time. At 1280x720x81 the residual stream has 1.5 GB; the normed
+input, queries and keys (later values) have 0.8 GB each. Passes that share the blocks have a residual stream each.
 """
 
 from __future__ import annotations
@@ -41,6 +39,7 @@ ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps o
 THETA = 10000.0
 # (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]
+Texts = Sequence[tuple["Prompt", Tensor]]  # with what the text embedding has made of each
 Made = TypeVar("Made")
 
 
@@ -83,11 +82,8 @@ class WanModel(nn.Module):
     def forward(
         self, latent: Tensor, timestep: float, prompt: Prompt | Sequence[Prompt], pinned_frames: int = 0
     ) -> Tensor:
-        """[C_in, f, h, w] latent at `timestep` (0 to 1000) -> float32 [C_out, f, h, w] velocity, for each prompt.
-
-        Of P prompts in a sequence the velocities are stacked, [P, C_out, f, h, w].
-        The tokens of the first `pinned_frames` latent frames are clean and get timestep 0.
-        """
+        """[C_in, f, h, w] latent at `timestep` (0 to 1000) -> float32 velocity [C_out, f, h, w]; of P prompts in a
+        sequence [P, C_out, f, h, w]. The tokens of the first `pinned_frames` latent frames are clean: timestep 0."""
         if isinstance(prompt, Prompt):
             return self._velocities(latent, timestep, [prompt], pinned_frames)[0]
         groups = [prompt] if self.residency.batch_guidance else [[each] for each in prompt]
@@ -110,12 +106,12 @@ class WanModel(nn.Module):
             rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
         spans = spans_of(pinned_frames * h * w, start, stop, self.rows)
 
-        texts = [each.once(self, lambda each=each: self._text(each)) for each in prompts]  # type: ignore[misc]
+        texts = [(each, each.once(self, self._text, each)) for each in prompts]
         streams = [x, *(x.clone() for _ in prompts[1:])]
         del x
         for unit, block in enumerate(self.blocks, 1):
             with self.residency.use(unit):
-                streams = block(streams, rows, spans, rotary, total, prompts, texts)
+                streams = block(streams, rows, spans, rotary, total, texts)
         sizes = {"f": f, "h": h, "w": w, "q": PATCH[1], "r": PATCH[2]}
         return [
             rearrange(
@@ -125,19 +121,16 @@ class WanModel(nn.Module):
         ]
 
     def _text(self, prompt: Prompt) -> Tensor:
-        """[text_len, D] in the dtype of the weights."""
-        return self.text_embedding(prompt.padded(self.text_len).to(next(self.text_embedding.parameters()).dtype))
+        """[text_len, D]."""
+        padded = F.pad(prompt.rows, (0, 0, 0, self.text_len - len(prompt.rows)))
+        return self.text_embedding(padded.to(next(self.text_embedding.parameters()).dtype))
 
     @staticmethod
     def unit_of(name: str) -> int | None:
-        """The unit of a parameter, None for the small ones that are always there.
-
-        Unit 0 is the time projection, nearly a block in size because it is float32; then come the blocks.
-        """
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return 0 if part == "time_projection" else None
+        """The unit of a parameter: 0 for the time projection, nearly a block in size because it is float32; then come
+        the blocks. None for the small ones that are always there."""
+        part, number, *_ = name.split(".")
+        return 1 + int(number) if part == "blocks" else 0 if part == "time_projection" else None
 
     def use_attention(self, attend: Attend) -> None:
         """Let every attention of the model run through this back end."""
@@ -204,7 +197,10 @@ class Head(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep.
+
+    Norms hold their weights only: `passes` computes them.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -212,46 +208,32 @@ class Block(nn.Module):
         self.passes = EAGER
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.self_attn = SelfAttention(dim, num_heads, eps)
-        self.norm3 = Norm(dim, bias=True)
+        self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(
-        self,
-        streams: list[Tensor],
-        rows: Tensor,
-        spans: Spans,
-        rotary: Tensor,
-        total: int,
-        prompts: Sequence[Prompt],
-        texts: Sequence[Tensor],
+        self, streams: list[Tensor], rows: Tensor, spans: Spans, rotary: Tensor, total: int, texts: Texts
     ) -> list[Tensor]:
-        """One pass after the other, each with its residual stream, its prompt and that prompt's text.
-
-        streams [L, D] (overwritten once they are float32), rows float32 [T, 6, D], texts [text_len, D] -> float32
-        [L, D], in the same list: nobody keeps a stream that has been converted.
-        """
-        for prompt, text in zip(prompts, texts, strict=True):
-            streams.append(self._pass(streams.pop(0), rows, spans, rotary, total, prompt, text))
-        return streams
-
-    def _pass(
-        self, x: Tensor, rows: Tensor, spans: Spans, rotary: Tensor, total: int, prompt: Prompt, text: Tensor
-    ) -> Tensor:
+        """One pass for each residual stream [L, D] (overwritten once float32), prompt and text [text_len, D]; rows are
+        float32 [T, 6, D]. Returns float32 [L, D] in the same list: nobody keeps a converted stream."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
-
-        # attentions run by `forward`: a module called as such keeps what it was given until it returns
-        y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
-        # x arrives in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
-        x = x.float()
-        for row, span in spans:
-            self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
-        y = self.cross_attn.forward(y, prompt, text, spans)
-        for row, span in spans:
-            self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
-            self.passes.add(x[span], self.ffn(y[span]), gate2[row])
-        return x
+        for prompt, text in texts:
+            x = streams.pop(0)
+            # attentions run by `forward`: a module called as such keeps what it was given until it returns
+            y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
+            # x comes in the patch embedding's dtype; from the first gated addition on it is float32, as in the original
+            x = x.float()
+            for row, span in spans:
+                self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
+            y = self.cross_attn.forward(y, prompt, text, spans)
+            for row, span in spans:
+                self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
+                self.passes.add(x[span], self.ffn(y[span]), gate2[row])
+            streams.append(x)
+            del x, y  # before the next pass
+        return streams
 
     def normed(self, x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
         """LayerNorm(x) * scale + shift with each token's row of [T, D]: [L, D] -> `dtype` [L, D]."""
@@ -270,7 +252,7 @@ class Attention(nn.Module):
         self.backend: Attend = sdpa
         self.passes = EAGER
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = Norm(dim), Norm(dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
     def heads(self, x: Tensor) -> Tensor:
         """[L, D] -> [L, N, d]."""
@@ -281,15 +263,15 @@ class SelfAttention(Attention):
     """Attention of all video tokens to each other, with rotary positions."""
 
     def forward(self, x: Tensor, rotary: Tensor, total: int, spans: Spans) -> Tensor:
-        """This rank's tokens [L, D] -> [L, D]; `total` is the number of real tokens over all ranks."""
+        """This rank's tokens [L, D] -> [L, D]; total: real tokens of all ranks."""
         given = shared(x, self.q, self.k, self.v)
         del x
         q, k = self.q(given), self.k(given)
-        for y, scale in ((q, self.norm_q), (k, self.norm_k)):
-            for _, span in spans:
-                self.passes.rms_norm_rotate(y[span], scale.weight, rotary[span], self.eps)
+        for _, span in spans:
+            self.passes.rms_norm_rotate(q[span], self.norm_q.weight, rotary[span], self.eps)
+            self.passes.rms_norm_rotate(k[span], self.norm_k.weight, rotary[span], self.eps)
         v = self.v(given)
-        del given, y
+        del given
         x = self.attend(self.heads(q), self.heads(k), self.heads(v), total).flatten(1)
         del q, k, v
         return self.o(x)
@@ -304,7 +286,7 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
         """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
-        k, v = prompt.once(self, lambda: self._keys_values(text))
+        k, v = prompt.once(self, self._keys_values, text)
         x = self.q(x)
         for _, span in spans:
             self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
@@ -317,33 +299,18 @@ class CrossAttention(Attention):
         return self.heads(k), self.heads(self.v(text))
 
 
-class Norm(nn.Module):
-    """The weight [D] of an RMS norm; with the bias [D], of a LayerNorm."""
-
-    def __init__(self, dim: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(dim))
-
-
 class Prompt:
-    """One encoded prompt, and what each layer has made of it so far: both depend on nothing else.
-
-    rows: [n, text_dim] encoder output, n at most the model's `text_len`.
-    """
+    """One encoded prompt, and what each layer has made of it so far: both depend on nothing else."""
 
     def __init__(self, rows: Tensor) -> None:
+        """rows: [n, text_dim] encoder output, n at most the model's `text_len`."""
         self.rows = rows
         self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
-    def padded(self, length: int) -> Tensor:
-        return F.pad(self.rows, (0, 0, 0, length - self.rows.shape[0]))
-
-    def once(self, layer: nn.Module, make: Callable[[], Made]) -> Made:
-        """`make()` for this layer, or what it gave the first time. Forgotten when the layer is."""
+    def once(self, layer: nn.Module, make: Callable[..., Made], *arguments: object) -> Made:
+        """`make(*arguments)` for this layer, or what it gave the first time. Forgotten when the layer is."""
         if layer not in self._made:
-            self._made[layer] = make()
+            self._made[layer] = make(*arguments)
         return self._made[layer]  # type: ignore[return-value]  # each layer stores one kind of thing
 
     def forget(self) -> None:
@@ -354,12 +321,10 @@ class Prompt:
 class Residency:
     """Where a network's weights are when it computes. The plain case: all of them on the device, always.
 
-    A unit is a group of weights that is used together, numbered in the order in which a forward uses them; a network's
-    `unit_of` tells a parameter's.
-    batch_guidance: each unit runs all passes over one latent before the next unit begins, so it is brought once.
+    A unit is a group of weights that is used together, numbered in the order of their use; see `unit_of`.
     """
 
-    batch_guidance = False
+    batch_guidance = False  # each unit runs all passes over one latent before the next begins, so it is brought once
 
     def use(self, unit: int) -> AbstractContextManager[None]:
         """The weights of `unit` are on the device inside this."""

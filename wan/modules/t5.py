@@ -37,7 +37,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
         self.residency: Residency = Residency()
-        self.token_embedding: nn.Module = Table(vocab, dim)
+        self.token_embedding: nn.Module = table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
 
@@ -46,13 +46,12 @@ class UMT5Encoder(nn.Module):
         """Build from the checkpoint's tensor shapes. ValueError naming the tensor that is missing."""
         try:
             vocab, dim = shapes["token_embedding.weight"]
-            dim_attn = shapes["blocks.0.attn.q.weight"][0]
-            dim_ffn = shapes["blocks.0.ffn.fc1.weight"][0]
-            num_heads = shapes["blocks.0.pos_embedding.embedding.weight"][1]
+            dim_attn, dim_ffn = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.ffn.fc1.weight"][0]
+            heads = shapes["blocks.0.pos_embedding.embedding.weight"][1]
         except KeyError as e:
             raise ValueError(f"not a UMT5 encoder: tensor {e.args[0]} is missing") from e
-        num_layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-        return cls(vocab=vocab, dim=dim, dim_attn=dim_attn, dim_ffn=dim_ffn, num_heads=num_heads, num_layers=num_layers)
+        layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        return cls(vocab=vocab, dim=dim, dim_attn=dim_attn, dim_ffn=dim_ffn, num_heads=heads, num_layers=layers)
 
     def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
         """int64 [n] of each text -> [n, D] in the weights' dtype. A block does all texts before the next one begins."""
@@ -82,10 +81,12 @@ class T5Block(nn.Module):
         self.attn = T5Attention(dim, dim_attn, num_heads)
         self.norm2 = T5Norm(dim)
         self.ffn = T5FeedForward(dim, dim_ffn)
-        self.pos_embedding = PositionBias(num_heads)
+        self.pos_embedding = nn.ModuleDict({"embedding": table(BUCKETS, num_heads)})
 
     def forward(self, x: Tensor, bucket: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), self.pos_embedding(bucket))
+        """x [n, D], bucket int64 [n, n] -> [n, D]."""
+        bias = self.pos_embedding["embedding"](bucket).permute(2, 0, 1)
+        x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
 
 
@@ -111,28 +112,15 @@ class T5FeedForward(nn.Module):
         self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * gelu_tanh(self.gate(x)))
+        # GELU, tanh form (arXiv 1606.08415, eq. 2), one operation at a time: in bf16 each rounds, as in training
+        gate = self.gate(x)
+        gate = 0.5 * gate * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (gate + 0.044715 * torch.pow(gate, 3.0))))
+        return self.fc2(self.fc1(x) * gate)
 
 
-class PositionBias(nn.Module):
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.embedding = Table(BUCKETS, num_heads)
-
-    def forward(self, bucket: Tensor) -> Tensor:
-        """int64 [n, n] -> [N, n, n]."""
-        return self.embedding(bucket).permute(2, 0, 1)
-
-
-class Table(nn.Module):
-    """A row for each id. nn.Embedding would draw random ones; on the meta device that takes a second of imports."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight)
+def table(rows: int, width: int) -> nn.Embedding:
+    """A row for each id. Drawing random ones would take a second of imports on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class T5Norm(nn.Module):
@@ -146,11 +134,6 @@ class T5Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return x.to(self.weight.dtype) * self.weight
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU, tanh form (arXiv 1606.08415, eq. 2), one operation at a time: in bf16 each rounds, as in training."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def position_buckets(length: int) -> Tensor:

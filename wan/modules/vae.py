@@ -10,10 +10,8 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +21,17 @@ from torch import Tensor, nn
 from wan.configs import TASKS
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.modules.vae_layers import (
+    ENCODER_RIM,
     ClipState,
-    Downsample,
-    FrameAttention,
-    Level,
+    Decoder,
+    Encoder,
     Region,
-    ResidualBlock,
-    RMSNorm,
-    Upsample,
-    add_average,
-    add_repeated,
+    Tiles,
     convolve,
-    join_history,
+    reuse_constant_tail,
 )
 
 VAES = {16: (16, 96, 96, False), 48: (48, 160, 256, True)}  # latent channels -> the arguments of WanVAE
-WIDTHS = (1, 2, 4, 4)  # of the encoder's levels, in multiples of the first; the decoder's in reverse
-HALVES_TIME = (1, 2)  # encoder levels
-DOUBLES_TIME = (0, 1)  # decoder levels
-DECODER_RIM = (13, 12, 10, 7)  # cells of a level's own grid that influence a region from outside it
-ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad the far side only
 ENCODING = 36  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
 STARTING = 5  # the same of the decoder's middle, beside what it has made: in chunks of its features
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
@@ -64,10 +53,8 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> WanVAE:
-        """Build the autoencoder that a checkpoint's tensor shapes describe, on torch's default device.
-
-        Raises ValueError with the names that do not fit if it is neither of the two.
-        """
+        """Build the autoencoder that a checkpoint's tensor shapes describe, on torch's default device. ValueError with
+        the names that do not fit if it is neither of the two."""
         try:
             z_dim, encoder_width = shapes["conv2.weight"][0], shapes["encoder.conv1.weight"][0]
             decoder_width = shapes["decoder.head.0.gamma"][0]
@@ -77,13 +64,10 @@ class WanVAE(nn.Module):
             raise ValueError(f"not a Wan video autoencoder: conv2.weight has {z_dim} latent channels, not 16 or 48")
         vae = cls(z_dim, encoder_width, decoder_width, nested=NESTED_NAME in shapes)
         own = {name: tuple(parameter.shape) for name, parameter in vae.named_parameters()}
-        wrong = [f"{name} is missing" for name in own if name not in shapes]
-        wrong += [f"{name} is not part of it" for name in shapes if name not in own]
-        wrong += [
-            f"{name} is {tuple(shapes[name])}, not {shape}"
-            for name, shape in own.items()
-            if name in shapes and tuple(shapes[name]) != shape
-        ]
+        found = {name: tuple(shape) for name, shape in shapes.items()}
+        wrong = [f"{name} is missing" for name in own if name not in found]
+        wrong += [f"{name} is not part of it" for name in found if name not in own]
+        wrong += [f"{n} is {found[n]}, not {shape}" for n, shape in own.items() if found.get(n, shape) != shape]
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError(f"not a Wan video autoencoder: {', '.join(wrong[:4])}{more}")
@@ -105,13 +89,9 @@ class WanVAE(nn.Module):
 
     # Pixels to latents
 
-    def encode(
-        self, video: Tensor, chunk: int = 1, tiles: tuple[int, int] = (1, 1), frames: int | None = None
-    ) -> Tensor:
-        """[3, T, H, W] -> [z, (T-1)//4 + 1, h, w] float32, normalised; up to 3 frames beyond 4k+1 are left out.
-
-        The latent is the mean; nothing is drawn. Other arguments: see `encode_region`.
-        """
+    def encode(self, video: Tensor, chunk: int = 1, tiles: Tiles = (1, 1), frames: int | None = None) -> Tensor:
+        """[3, T, H, W] -> [z, (T-1)//4 + 1, h, w] float32, normalised: the mean, nothing is drawn. Up to 3 frames
+        beyond 4k+1 are left out. Other arguments: see `encode_region`."""
         return self.encode_features(self.encode_region(video, None, frames, chunk, tiles), chunk)
 
     @torch.no_grad()
@@ -121,7 +101,7 @@ class WanVAE(nn.Module):
         region: Region | None = None,
         frames: int | None = None,
         chunk: int = 1,
-        tiles: tuple[int, int] = (1, 1),
+        tiles: Tiles = (1, 1),
     ) -> Tensor:
         """What `encode_features` wants, [L, rows, columns, C], for one region of the latent grid or all of it.
 
@@ -174,14 +154,9 @@ class WanVAE(nn.Module):
             part = F.pad(part, (0, 0, 0, 0, 0, end - start - part.shape[1]))
             yield rearrange(part, "c t (h p) (w q) -> t h w (c q p)", p=self.patch, q=self.patch)
 
-    def encode_peak(
-        self, shape: tuple[int, int, int], tiles: tuple[int, int] = (1, 1), region: Region | None = None
-    ) -> int:
-        """Bytes alive at once, at most, in `encode_region`, weights and the clip itself aside: about.
-
-        shape: L, h, w. What comes out of a tile, with its rim, and of the tiles before it counts, too; when they are
-        put together all is there twice.
-        """
+    def encode_peak(self, shape: tuple[int, int, int], tiles: Tiles = (1, 1), region: Region | None = None) -> int:
+        """Bytes alive at once, at most, in `encode_region`, weights and the clip itself aside: about. shape: L, h, w.
+        The features of this tile, with its rim, and of those before it count, too; put together all are there twice."""
         length, *grid = shape
         frame = Region(0, grid[0], 0, grid[1])
         region = region or frame
@@ -195,13 +170,13 @@ class WanVAE(nn.Module):
         return most
 
     def encoded_bytes(self, cells: int) -> int:
-        """Of what `encode_region` gives for so many cells, frames x rows x columns."""
+        """Bytes of the result of `encode_region` for this number of cells, frames x rows x columns."""
         return cells * self.encoder.last[1].in_channels * self.conv1.weight.element_size()
 
     # Latents to pixels
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
+    def decode(self, latent: Tensor, chunk: int = 2, tiles: Tiles = (1, 1)) -> Iterator[Tensor]:
         """[z, L, h, w] -> chunks [3, t, H, W] float32 in [-1, 1], in order of time, 4L - 3 frames in all.
 
         chunk: latent frames per call of the network: more is faster and takes more memory. tiles: see `decode_tiles`.
@@ -237,12 +212,9 @@ class WanVAE(nn.Module):
             pixels = rearrange(pixels, "t h w (c q p) -> c t (h p) (w q)", p=self.patch, q=self.patch)
             yield pixels.float().clamp_(-1, 1)
 
-    def decode_tiles(self, features: Tensor, region: Region, chunk: int, tiles: tuple[int, int]) -> Tensor:
-        """The region's pixels [3, T, rows, columns], made in `tiles`, rows and columns of them.
-
-        Each is decoded for the whole clip before the next, with far less memory and the same numbers. A GPU's pixels
-        wait in host memory: its own is for work.
-        """
+    def decode_tiles(self, features: Tensor, region: Region, chunk: int, tiles: Tiles) -> Tensor:
+        """The region's pixels [3, T, rows, columns], made in rows and columns of `tiles`: each is decoded for the whole
+        clip before the next, with far less memory and the same numbers. A GPU's pixels wait in host memory."""
         frame = region.scaled(self.stride[1])
         device = torch.device("cpu") if features.device.type == "cuda" else features.device
         video = torch.empty(3, 4 * len(features) - 3, *frame.sides, device=device)
@@ -254,21 +226,16 @@ class WanVAE(nn.Module):
         return video
 
     def decode_peak(
-        self,
-        shape: tuple[int, int, int, int],
-        chunk: int = 2,
-        tiles: tuple[int, int] = (1, 1),
-        region: Region | None = None,
+        self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: Tiles = (1, 1), region: Region | None = None
     ) -> int:
-        """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights aside; within
-        10 %. Of tiles what waits is not counted: a GPU's is in host memory. region: what is decoded of the frame."""
+        """Bytes of the device alive at once, at most, in a `decode` of a latent of this shape, weights and the pixels
+        of finished tiles aside; within 10 %. region: the part of the frame that is decoded."""
         _, length, height, width = shape
         regions = (region or Region(0, height, 0, width)).divided(*tiles)
-        pixels = 3 * max(part.area for part in regions) * self.stride[1] * self.stride[2]
+        video = 8 * chunk * 3 * max(part.area for part in regions) * self.stride[1] * self.stride[2]
         features = length * height * width * self.decoder.conv1.out_channels
         inside = self.decoder.peak((height, width), regions, min(chunk, length))
         before = features + STARTING * min(chunk, length) * features // length  # its parts are put together at the end
-        video = 8 * pixels * chunk
         itemsize = self.conv2.weight.element_size()
         return max(itemsize * (inside + features) + 4 * video, itemsize * (before + features))
 
@@ -283,153 +250,3 @@ def released_vae(task: str) -> WanVAE:
     """The autoencoder of `task` on the meta device."""
     with torch.device("meta"):
         return WanVAE(*VAES[TASKS[task].out_dim])
-
-
-class Coder(nn.Module):
-    """What encoder and decoder have in common: the first convolution, the middle, the head.
-
-    Encoder levels halve H and W (all but the last), decoder levels double them; two of each also change the frame rate.
-    """
-
-    def __init__(self, channels: int, first: int, middle: int, last: int, out_channels: int) -> None:
-        super().__init__()
-        self.levels: list[Level] = []
-        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
-        self.middle = nn.ModuleList(
-            [ResidualBlock(middle, middle), FrameAttention(middle), ResidualBlock(middle, middle)]
-        )
-        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
-        self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
-
-    def register(self, name: str, nested: bool) -> nn.ModuleList:
-        """The levels' layers under the checkpoint's names: `name.N`, or nested `name.LEVEL.name.N`."""
-        if nested:
-            return nn.ModuleList(nn.ModuleDict({name: nn.ModuleList(level.layers)}) for level in self.levels)
-        return nn.ModuleList(layer for level in self.levels for layer in level.layers)
-
-    def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve(self.conv1, join_history(self.conv1, x, state))
-
-    def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
-        before, attention, after = self.middle
-        return after(attention(before(x, state)), state)
-
-    def run_head(self, x: Tensor, state: ClipState) -> Tensor:
-        norm, conv = self.last
-        return convolve(conv, join_history(conv, x, state, norm.activate))
-
-
-class Encoder(Coder):
-    """[T, H, W, C] pixels -> [L, H/8, W/8, out_channels]: mean and log-variance of the latent."""
-
-    def __init__(self, channels: int, width: int, out_channels: int, nested: bool) -> None:
-        widths = [width * multiple for multiple in (1, *WIDTHS)]
-        super().__init__(channels, widths[0], widths[-1], widths[-1], out_channels)
-        for index, (before, after) in enumerate(pairwise(widths)):
-            layers: list[nn.Module] = [ResidualBlock(before, after), ResidualBlock(after, after)]
-            in_time, last = index in HALVES_TIME, index == 3
-            if not last:
-                layers.append(Downsample(after, in_time))
-            shortcut = partial(add_average, frames=2 if in_time else 1, space=1 if last else 2) if nested else None
-            self.levels.append(Level(layers, shortcut))
-        self.downsamples = self.register("downsamples", nested)
-
-    def stages(self, state: ClipState) -> list[CoderStage]:
-        """All that comes before the middle."""
-        stages = [CoderStage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
-        for index, level in enumerate(self.levels):
-            stages.append(CoderStage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
-        return stages
-
-    def finish(self, x: Tensor, state: ClipState) -> Tensor:
-        return self.run_head(self.run_middle(x, state), state)
-
-
-class Decoder(Coder):
-    """[L, h, w, z] latents -> [T, 8h, 8w, out_channels] pixels."""
-
-    def __init__(self, z_dim: int, width: int, out_channels: int, nested: bool) -> None:
-        widths = [width * multiple for multiple in reversed(WIDTHS)]
-        super().__init__(z_dim, widths[0], widths[0], widths[-1], out_channels)
-        before = widths[0]
-        for index, after in enumerate(widths):
-            layers: list[nn.Module] = [ResidualBlock(before, after)]
-            layers += [ResidualBlock(after, after), ResidualBlock(after, after)]
-            in_time, last = index in DOUBLES_TIME, index == 3
-            before = after if nested else after // 2  # Wan2.1's upsampling halves the channels
-            if not last:
-                layers.append(Upsample(after, before, in_time))
-            shortcut = partial(add_repeated, frames=2 if in_time else 1) if nested and not last else None
-            self.levels.append(Level(layers, shortcut))
-        self.upsamples = self.register("upsamples", nested)
-
-    def start(self, x: Tensor, state: ClipState) -> Tensor:
-        """All that needs whole frames."""
-        return self.run_middle(self.run_first(x, state), state)
-
-    def finish(self, x: Tensor, region: Region, state: ClipState) -> Tensor:
-        """From whole frames of the latent grid to the region's pixels. Each level takes in the region and its rim; what
-        its convolutions get wrong beyond an inner edge is cut off before it can reach the region."""
-        frame = window = Region(0, x.shape[1], 0, x.shape[2])
-        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
-            wanted = region.grown(rim, rim, frame)
-            x = level(wanted.cut(x, window), state)
-            scale = x.shape[1] // wanted.sides[0]
-            region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
-        return region.cut(self.run_head(x, state), window)
-
-    def peak(self, grid: tuple[int, int], regions: Sequence[Region], chunk: int) -> int:
-        """Numbers alive at once, at most, while `finish` runs for the largest region of a latent grid, chunk by chunk.
-
-        A level holds its input, a residual block's input, what comes out of its first convolution, the second's buffer
-        with two frames of history, and the two that the next chunk will need beside those; every convolution of every
-        level keeps two frames from chunk to chunk. taken: cells of a level's input, with the rim of the level before.
-        """
-        frame, factor, frames, kept, taken = Region(0, grid[0], 0, grid[1]), 1, chunk, 0, 0
-        transient: list[int] = []
-        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
-            area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
-            block, last = level.layers[0], level.layers[-1]
-            assert isinstance(block, ResidualBlock)
-            before, width = block.channels
-            taken = max(taken, area)
-            transient.append(taken * frames * before + area * (3 * frames + 4) * width)
-            if block.shortcut is not None:  # a GPU's product copies an input of which the rim was cut off
-                copied = before if taken > area else 0
-                transient.append(frames * (taken * before + area * (copied + 2 * width)))
-            kept += area * 2 * (before + 5 * width)
-            if isinstance(last, Upsample):
-                rate = 2 if last.time_conv else 1
-                kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
-                frames, factor = frames * rate, 2 * factor
-                inside = area * (width + rate * (width + 4 * last.out_channels))
-                transient.append(frames // rate * (taken * before + inside))
-                taken = 4 * area
-        return max(transient) + kept + area * 2 * width
-
-
-class CoderStage(NamedTuple):
-    """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
-
-    run: Callable[[Tensor], Tensor]
-    convolutions: int
-    halves_time: bool
-
-    def constant_after(self, frame: int) -> int:
-        """From which frame on its output is constant, if its input is so from `frame` on.
-
-        Each causal convolution reads two frames back; the halving one reads 2j-2 to 2j for its frame j.
-        """
-        frame += 2 * self.convolutions
-        return (frame + 3) // 2 if self.halves_time else frame
-
-
-def reuse_constant_tail(run: Callable[[Tensor], Tensor], chunks: Iterable[Tensor], constant: int) -> Iterator[Tensor]:
-    """Run each chunk, but once an output begins at frame `constant` or later hand it out again for all to come."""
-    out, start, settled = torch.empty(0), 0, False
-    for chunk in chunks:
-        if not settled:
-            out = run(chunk)
-            settled = start >= constant
-            start += len(out)
-        yield out

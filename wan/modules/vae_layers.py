@@ -12,7 +12,8 @@ own: it is neither doubled nor halved in time, and the time convolution of `Upsa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -21,6 +22,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+WIDTHS = (1, 2, 4, 4)  # of the encoder's levels, in multiples of the first; the decoder's in reverse
+HALVES_TIME = (1, 2)  # encoder levels
+DOUBLES_TIME = (0, 1)  # decoder levels
+DECODER_RIM = (13, 12, 10, 7)  # cells of a level's own grid that influence a region from outside it
+ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad the far side only
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -51,18 +57,11 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return rearrange(conv(x[None].permute(0, 4, 1, 2, 3))[0], "c t h w -> t h w c")
 
 
-def copy(x: Tensor, out: Tensor) -> None:
-    out.copy_(x)
-
-
 def join_history(
-    conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[[Tensor, Tensor], None] = copy
+    conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[..., object] = lambda x, out: out.copy_(x)
 ) -> Tensor:
-    """A chunk behind the frames before it that `conv` reads: what to convolve.
-
-    `write(x, out)` puts the chunk straight behind the history, so joining the two costs no pass of its own; the border
-    in space is the convolution's own padding.
-    """
+    """What to convolve: a chunk behind the frames before it that `conv` reads. `write(x, out)` puts the chunk straight
+    behind the history, so that joining the two costs no pass of its own."""
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
     if conv in state.kept:
@@ -87,8 +86,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, gamma.shape, gamma, NORM_EPSILON)
 
     def activate(self, x: Tensor, out: Tensor) -> None:
-        """The norm of x [T, H, W, C] through SiLU, into `out`. In strips of rows: what is between the two operations
-        is read back before it has left the device's cache."""
+        """The norm of x [T, H, W, C] through SiLU, into `out`. In strips of rows: the norm's result is read back before
+        it has left the device's cache."""
         rows = max(1, STRIPS.get(x.device.type, x[0].nbytes) // x[0, 0].nbytes)
         for frame, target in zip(x, out, strict=True):
             for strip, written in zip(frame.split(rows), target.split(rows), strict=True):
@@ -142,8 +141,8 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
-        """The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
-        first row and column gives the same numbers without a padded copy of the input."""
+        # The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
+        # first row and column gives the same numbers without a padded copy of the input.
         x = convolve(self.resample["1"], x)[:, 1:, 1:]
         if self.time_conv is None:
             return x
@@ -186,9 +185,9 @@ class Upsample(nn.Module):
 def doubling(weight: Tensor) -> Tensor:
     """The transposed convolution [C, O, 4, 4] of stride 2 that is nearest doubling and then `weight` [O, C, 3, 3].
 
-    The three rows that row 2i of the result sees are rows i-1, i, i of the small one, those of row 2i+1 are i, i, i+1;
-    columns alike. Adding the weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity:
-    4/9 of the products, and no enlarged copy to read. Equal to rounding.
+    Row 2i of the result sees rows i-1, i, i of the small one, row 2i+1 sees i, i, i+1; columns alike. Adding the
+    weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity: 4/9 of the products, equal
+    to rounding.
     """
     for axis in (2, 3):
         first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
@@ -197,21 +196,17 @@ def doubling(weight: Tensor) -> Tensor:
 
 
 def add_average(y: Tensor, x: Tensor, starts: bool, *, frames: int, space: int) -> Tensor:
-    """Add a level's input x, averaged over `space` x `space` pixels, to its output y.
-
-    With frames=2 each channel c becomes the channels 2c (earlier frame) and 2c+1 (later frame); the clip counts as
-    preceded by one frame of zeros. starts: x begins the clip.
-    """
+    """Add a level's input x, averaged over `space` x `space` pixels, to its output y. With frames=2 each channel c
+    becomes 2c (earlier frame) and 2c+1 (later frame), and a frame of zeros precedes the clip. starts: x begins the
+    clip."""
     if starts and frames == 2:
         x = F.pad(x, (0, 0) * 3 + (1, 0))
     return y.add_(reduce(x, "(t f) (h p) (w q) c -> t h w (c f)", "mean", f=frames, p=space, q=space))
 
 
 def add_repeated(y: Tensor, x: Tensor, starts: bool, *, frames: int) -> Tensor:
-    """Add a level's input x, each pixel repeated over what it covers in the output, to that output y.
-
-    Where the level halves the channels, channels 2o and 2o+1 go to the even and the odd rows of output channel o.
-    """
+    """Add a level's input x, each pixel repeated over the output pixels it covers, to that output y. Where the level
+    halves the channels, channels 2o and 2o+1 go to the even and the odd rows of output channel o."""
     coarse = rearrange(x, "t h w (o p) -> t 1 h p w 1 o", p=x.shape[-1] // y.shape[-1])
     alone = 1 if starts and frames == 2 else 0
     for fine, part, f in ((y[:alone], coarse[:alone], 1), (y[alone:], coarse[alone:], frames)):
@@ -220,10 +215,8 @@ def add_repeated(y: Tensor, x: Tensor, starts: bool, *, frames: int) -> Tensor:
 
 
 class Level:
-    """The layers that work at one resolution, inside a parameter-free shortcut if there is one.
-
-    Not a module: checkpoints name the same layers in two ways, and the owner registers them.
-    """
+    """The layers that work at one resolution, inside a parameter-free shortcut if there is one. Not a module:
+    checkpoints name the same layers in two ways, and the owner registers them."""
 
     def __init__(self, layers: list[nn.Module], shortcut: Callable[[Tensor, Tensor, bool], Tensor] | None) -> None:
         self.layers, self.shortcut = layers, shortcut
@@ -233,6 +226,152 @@ class Level:
         for layer in self.layers:
             y = layer(y, state)
         return y if self.shortcut is None else self.shortcut(y, x, state.starts_clip(self))
+
+
+class Coder(nn.Module):
+    """What encoder and decoder have in common: the first convolution, the middle, the head. All levels but the last
+    halve or double H and W; two also change the frame rate."""
+
+    def __init__(self, channels: int, first: int, inner: int, last: int, out_channels: int) -> None:
+        super().__init__()
+        self.levels: list[Level] = []
+        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
+        self.middle = nn.ModuleList([ResidualBlock(inner, inner), FrameAttention(inner), ResidualBlock(inner, inner)])
+        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
+
+    def register(self, name: str, nested: bool) -> nn.ModuleList:
+        """The levels' layers under the checkpoint's names: `name.N`, or nested `name.LEVEL.name.N`."""
+        if nested:
+            return nn.ModuleList(nn.ModuleDict({name: nn.ModuleList(level.layers)}) for level in self.levels)
+        return nn.ModuleList(layer for level in self.levels for layer in level.layers)
+
+    def run_first(self, x: Tensor, state: ClipState) -> Tensor:
+        return convolve(self.conv1, join_history(self.conv1, x, state))
+
+    def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
+        before, attention, after = self.middle
+        return after(attention(before(x, state)), state)
+
+    def run_head(self, x: Tensor, state: ClipState) -> Tensor:
+        norm, conv = self.last
+        return convolve(conv, join_history(conv, x, state, norm.activate))
+
+
+class Encoder(Coder):
+    """[T, H, W, C] pixels -> [L, H/8, W/8, out_channels]: mean and log-variance of the latent."""
+
+    def __init__(self, channels: int, width: int, out_channels: int, nested: bool) -> None:
+        widths = [width * multiple for multiple in (1, *WIDTHS)]
+        super().__init__(channels, widths[0], widths[-1], widths[-1], out_channels)
+        for index, (before, after) in enumerate(pairwise(widths)):
+            layers: list[nn.Module] = [ResidualBlock(before, after), ResidualBlock(after, after)]
+            in_time, last = index in HALVES_TIME, index == 3
+            if not last:
+                layers.append(Downsample(after, in_time))
+            shortcut = partial(add_average, frames=2 if in_time else 1, space=1 if last else 2) if nested else None
+            self.levels.append(Level(layers, shortcut))
+        self.downsamples = self.register("downsamples", nested)
+
+    def stages(self, state: ClipState) -> list[CoderStage]:
+        """All that comes before the middle."""
+        stages = [CoderStage(partial(self.run_first, state=state), convolutions=1, halves_time=False)]
+        for index, level in enumerate(self.levels):
+            stages.append(CoderStage(partial(level, state=state), convolutions=4, halves_time=index in HALVES_TIME))
+        return stages
+
+    def finish(self, x: Tensor, state: ClipState) -> Tensor:
+        return self.run_head(self.run_middle(x, state), state)
+
+
+class Decoder(Coder):
+    """[L, h, w, z] latents -> [T, 8h, 8w, out_channels] pixels."""
+
+    def __init__(self, z_dim: int, width: int, out_channels: int, nested: bool) -> None:
+        widths = [width * multiple for multiple in reversed(WIDTHS)]
+        super().__init__(z_dim, widths[0], widths[0], widths[-1], out_channels)
+        before = widths[0]
+        for index, after in enumerate(widths):
+            layers: list[nn.Module] = [ResidualBlock(each, after) for each in (before, after, after)]
+            in_time, last = index in DOUBLES_TIME, index == 3
+            before = after if nested else after // 2  # Wan2.1's upsampling halves the channels
+            if not last:
+                layers.append(Upsample(after, before, in_time))
+            shortcut = partial(add_repeated, frames=2 if in_time else 1) if nested and not last else None
+            self.levels.append(Level(layers, shortcut))
+        self.upsamples = self.register("upsamples", nested)
+
+    def start(self, x: Tensor, state: ClipState) -> Tensor:
+        """All that needs whole frames."""
+        return self.run_middle(self.run_first(x, state), state)
+
+    def finish(self, x: Tensor, region: Region, state: ClipState) -> Tensor:
+        """From whole frames of the latent grid to the region's pixels. Each level takes in the region and its rim:
+        errors beyond an inner edge are cut off before they can reach the region."""
+        frame = window = Region(0, x.shape[1], 0, x.shape[2])
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            wanted = region.grown(rim, rim, frame)
+            x = level(wanted.cut(x, window), state)
+            scale = x.shape[1] // wanted.sides[0]
+            region, frame, window = region.scaled(scale), frame.scaled(scale), wanted.scaled(scale)
+        return region.cut(self.run_head(x, state), window)
+
+    def peak(self, grid: tuple[int, int], regions: Sequence[Region], chunk: int) -> int:
+        """Numbers alive at once, at most, while `finish` runs for the largest region of a latent grid, chunk by chunk.
+
+        A level holds its input, a residual block's input, the result of its first convolution, the second's buffer with
+        two frames of history, and the two kept for the next chunk; every convolution of every level keeps two frames.
+        """
+        # taken: cells of a level's input, with the rim of the level before
+        frame, factor, frames, kept, taken = Region(0, grid[0], 0, grid[1]), 1, chunk, 0, 0
+        transient: list[int] = []
+        for level, rim in zip(self.levels, DECODER_RIM, strict=True):
+            area = max(region.scaled(factor).grown(rim, rim, frame.scaled(factor)).area for region in regions)
+            block, last = level.layers[0], level.layers[-1]
+            assert isinstance(block, ResidualBlock)
+            before, width = block.channels
+            taken = max(taken, area)
+            transient.append(taken * frames * before + area * (3 * frames + 4) * width)
+            if block.shortcut is not None:  # a GPU's product copies an input of which the rim was cut off
+                copied = before if taken > area else 0
+                transient.append(frames * (taken * before + area * (copied + 2 * width)))
+            kept += area * 2 * (before + 5 * width)
+            if isinstance(last, Upsample):
+                rate = 2 if last.time_conv else 1
+                kept += area * 2 * width * (rate - 1) + 16 * width * last.out_channels  # and the doubling kernel
+                frames, factor = frames * rate, 2 * factor
+                inside = area * (width + rate * (width + 4 * last.out_channels))
+                transient.append(frames // rate * (taken * before + inside))
+                taken = 4 * area
+        return max(transient) + kept + area * 2 * width
+
+
+class CoderStage(NamedTuple):
+    """A part of the encoder that runs by itself: what it does, and how far back in time it reads."""
+
+    run: Callable[[Tensor], Tensor]
+    convolutions: int
+    halves_time: bool
+
+    def constant_after(self, frame: int) -> int:
+        """From which frame on its output is constant, if its input is so from `frame` on: each causal convolution reads
+        two frames back; the halving one reads 2j-2 to 2j for its frame j."""
+        frame += 2 * self.convolutions
+        return (frame + 3) // 2 if self.halves_time else frame
+
+
+def reuse_constant_tail(run: Callable[[Tensor], Tensor], chunks: Iterable[Tensor], constant: int) -> Iterator[Tensor]:
+    """Run each chunk, but once an output begins at frame `constant` or later hand it out again for all to come."""
+    out, start, settled = torch.empty(0), 0, False
+    for chunk in chunks:
+        if not settled:
+            out = run(chunk)
+            settled = start >= constant
+            start += len(out)
+        yield out
+
+
+Tiles = tuple[int, int]  # rows and columns
 
 
 class Region(NamedTuple):
@@ -265,9 +404,8 @@ class Region(NamedTuple):
 
     def grown(self, before: int, after: int, frame: Region) -> Region:
         """Wider by `before` cells to the top and left and `after` to the bottom and right, within the frame."""
-        near = max(self.top - before, frame.top), max(self.left - before, frame.left)
-        far = min(self.bottom + after, frame.bottom), min(self.right + after, frame.right)
-        return Region(near[0], far[0], near[1], far[1])
+        top, bottom = max(self.top - before, frame.top), min(self.bottom + after, frame.bottom)
+        return Region(top, bottom, max(self.left - before, frame.left), min(self.right + after, frame.right))
 
     def cut(self, x: Tensor, window: Region) -> Tensor:
         """This region of [T, H, W, C], of which `window` says where in the frame it lies."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning.merge import Merge
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
-from wan.modules.fp8 import Fp8Linear, is_finite, scale_name
+from wan.modules.fp8 import Fp8Linear, scale_name
 from wan.modules.fused import FP8, quantise
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
@@ -229,9 +229,8 @@ def parameter_dtypes(
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
     convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
     layers = module.named_modules() if module is not None else ()
-    kept = {
-        f"{name}.{leaf}": own for name, layer in layers if isinstance(layer, Fp8Linear) for leaf, own in layer.dtypes()
-    }
+    fp8 = [(name, layer) for name, layer in layers if isinstance(layer, Fp8Linear)]
+    kept = {f"{name}.{leaf}": own for name, layer in fp8 for leaf, own in layer.DTYPES}
 
     def dtype_of(name: str) -> torch.dtype:
         return kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
@@ -246,7 +245,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype == FP8:
-        return is_finite(tensor)
+        return not (tensor.view(torch.uint8) & 0x7F == 0x7F).any()  # NaN, beside the sign; e4m3 has no infinities
     # the sum of finite numbers may overflow: then look at each
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
 

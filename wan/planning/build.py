@@ -30,8 +30,8 @@ from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, 
 from wan.jobs.job import Decode, Generate, Weights
 from wan.jobs.prompt_files import expanded
 from wan.jobs.weights import PARTS
-from wan.media.ffmpeg import check_encoder
 from wan.media.images import digest
+from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits

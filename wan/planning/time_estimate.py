@@ -21,8 +21,17 @@ from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
 from wan.modules.t5 import UMT5Encoder
-from wan.modules.vae import DECODER_RIM, ENCODER_RIM, Coder, WanVAE
-from wan.modules.vae_layers import ClipState, Downsample, FrameAttention, Region, Upsample
+from wan.modules.vae import WanVAE
+from wan.modules.vae_layers import (
+    DECODER_RIM,
+    ENCODER_RIM,
+    ClipState,
+    Coder,
+    Downsample,
+    FrameAttention,
+    Region,
+    Upsample,
+)
 from wan.offload.budget import Budget
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator

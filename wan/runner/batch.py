@@ -17,7 +17,7 @@ from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import origin_of
 from wan.jobs.job import Job, chains
-from wan.media.previews import save_contact_sheet
+from wan.media.images import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan

@@ -23,7 +23,7 @@ from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.options import SCHEMA
 from wan.configs import TaskConfig
 from wan.jobs.job import Job, Replayed
-from wan.media.previews import save_contact_sheet
+from wan.media.images import save_contact_sheet
 from wan.media.video import count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict

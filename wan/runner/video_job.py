@@ -26,9 +26,8 @@ import torch
 from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
 from wan.jobs.job import Job, chains, frames_joined
-from wan.media.ffmpeg import file_argument
-from wan.media.previews import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, publish, read_record
+from wan.media.images import save_contact_sheet
+from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
