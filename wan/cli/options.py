@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -98,7 +98,6 @@ class Option:
     displaces: tuple[str, ...] = ()  # options of a record that no longer count once this one is beside --replay
     needs: tuple[str, ...] = ()  # without any of these it has no effect
     beaten_by: str = ""  # beside this one it has no effect
-    idle_on: str = ""  # on this device, or in this dtype, it has no effect
     counts_with: tuple[str, ...] = ()  # which of MODES, starts that make no video from a prompt, it affects
 
 
@@ -242,13 +241,13 @@ class Request:
         choices=("fp32", "bf16"), counts_with=DECODE)
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
         "keep on the GPU what fits, read the rest when needed; default True, under torchrun False",
-        idle_on="cpu", counts_with=DECODE)
+        counts_with=DECODE)
     vram: float | None = option(MACHINE, HOW, real, "GB",
         "use at most this much of the GPU's memory; default: what is free", limits=(0.001, 10_000),
         counts_with=DECODE, example="12")
-    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU", idle_on="cpu")
+    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU")
     convert_model_dtype: bool = option(MACHINE, VIDEO, truth, "",
-        "cast every parameter, also those kept in float32 otherwise", idle_on="float32")
+        "cast every parameter, also those kept in float32 otherwise")
     vae_tiling: bool = option(MACHINE, HOW, truth, "", "decode in tiles: less memory", counts_with=DECODE)
     t5_fsdp: bool = option(MACHINE, START, truth, "", "shard the text encoder over the processes (torchrun)")
     dit_fsdp: bool = option(MACHINE, START, truth, "", "shard the experts over the processes (torchrun)")
@@ -365,31 +364,14 @@ def absolute(value: Any) -> Any:
 
 
 def without_effect(values: Mapping[str, Any], request: Request) -> list[str]:
-    """Warnings about flags in `values` that this start, whose request is `request`, ignores: one for each reason."""
+    """Warnings about flags in `values` that this start, whose request is `request`, ignores."""
     active = {name for name in OPTIONS if getattr(request, name) != DEFAULTS[name]}
-    flags = [name for name in values if name in active]
     warnings = []
-    for mode in MODES:
-        if mode in active and (idle := [name for name in flags if mode not in OPTIONS[name].counts_with]):
-            has = "has" if len(idle) == 1 else "have"
-            warnings.append(f"{_list(idle, 'and')} {has} no effect beside --{mode}: {OPTIONS[mode].help}")
-            flags = [name for name in flags if name not in idle]
-    for name in flags:
+    for name in values:
         row = OPTIONS[name]
-        if row.needs and not active.intersection(row.needs):
-            warnings.append(f"--{name} has no effect without {_list(row.needs, 'or')}")
-        elif row.beaten_by in active:
-            warnings.append(f"--{name} has no effect beside --{row.beaten_by}")
+        mode = next((mode for mode in MODES if mode in active and mode not in row.counts_with), row.beaten_by)
+        if name in active and mode in active:
+            warnings.append(f"--{name} has no effect beside --{mode}")
+        elif name in active and row.needs and not active.intersection(row.needs):
+            warnings.append(f"--{name} has no effect without {' or '.join(f'--{other}' for other in row.needs)}")
     return warnings
-
-
-def idle_on(request: Request, device: str, dtype: str) -> list[str]:
-    """Warnings about flags that have no effect on this device ("cpu") or in this dtype ("float32")."""
-    rows = {name: row for name, row in OPTIONS.items() if row.idle_on and getattr(request, name) != DEFAULTS[name]}
-    places = {device: "the CPU", dtype: f"a run in {dtype}"}
-    return [f"--{n} has no effect on {places[row.idle_on]}" for n, row in rows.items() if row.idle_on in places]
-
-
-def _list(names: Collection[str], joint: str) -> str:
-    *first, last = [f"--{name}" for name in names]
-    return f"{', '.join(first)} {joint} {last}" if first else last
