@@ -12,7 +12,7 @@ import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from wan.cli.options import VARIED
@@ -53,10 +53,9 @@ NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 
 def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]:
-    """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file in UTF-8; faults go to `problems`, with file and line.
+    """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file; faults go to `problems`, with file and line.
 
-    Text files (also names without an end) hold one prompt per line; `.jsonl` and `.json` one object per line, or one
-    list of objects. In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given).
+    In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given).
     """
     kind = path.suffix.lower()
     if kind not in (*TEXT, *JSON_LINES, *TABLES):
@@ -242,8 +241,10 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
     meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
-    hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
-    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in zip(meant, hints, strict=True)]
+    hints = {
+        key: f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for key, close in meant.items()
+    }
+    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in hints.items()]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
@@ -265,8 +266,7 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         return None
     given |= {key: beside(path, given[key]) for key in PICTURES if key in given}
     options = tuple((key, given.pop(key)) for key in KEYS if key in given and key not in OWN)
-    row = replace(Row("", source, options=options), **given)
-    return replace(row, prompt=row.prompt.strip())
+    return Row(given.pop("prompt").strip(), source, options=options, **given)
 
 
 def _whole(value: object) -> int | None:

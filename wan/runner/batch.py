@@ -105,7 +105,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
 
 def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
-    """Give an equal video the name that the user chose; "nothing" where that fails and the video is to be made."""
+    # an equal video gets the name that the user chose; where that fails, it is made
     try:
         with ExitStack() as locks:
             hold_lock(locks, job.save_file, progress)
@@ -118,7 +118,6 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
 
 
 def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
-    """Make this group's jobs one after the other, and append the outcome of each to `events`."""
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     shared, last = dict(progress.seconds), {job.variant: job for job in jobs}
     progress.batch = Batch([plan.video(job).tokens for job in jobs])
@@ -137,9 +136,8 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
                     runtime.stop()
                     return
             if kind in ("failed", "elsewhere"):
-                if left := chain[number:]:
-                    more = f", nor are the {len(left) - 1} after it" if left[1:] else ""
-                    progress.say(f"{left[0].save_file} is not made: it goes on from {job.save_file}{more}")
+                for left in chain[number:]:
+                    progress.say(f"{left.save_file} is not made: it goes on from {job.save_file}")
                 break
         else:
             if joined := chain[0].joined:  # with the clips that were there before
@@ -148,7 +146,7 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
 
 
 def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
-    """Make one video and return the outcome. again: another video with the same settings follows."""
+    # again: another video with the same settings follows
     team, progress = pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
@@ -228,7 +226,6 @@ def _within_memory(work: Callable[[], Result]) -> Result:
 
 
 def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> None:
-    """Say how many videos were made, where they are, why others failed, and how to go on."""
     kinds, jobs = [kind for kind, _ in events], len(plan.jobs)
     saved, there, failed, elsewhere = map(kinds.count, ("saved", "there", "failed", "elsewhere"))
     counts = {
@@ -238,12 +235,11 @@ def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> 
     }  # fmt: skip
     progress.event("summary", counts)
     progress.say(progress.table())
-    folders = dict.fromkeys(str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined"))
-    more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
-    where = f" in {next(iter(folders))}{more}" if folders else ""
+    folders = sorted({str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined")})
+    where = f" in {', '.join(folders)}" if folders else ""
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count) + where)
-    if jobs > 1:
-        for facts in (facts for kind, facts in events if kind in FAILURES):
+    for kind, facts in events if jobs > 1 else ():
+        if kind in FAILURES:
             progress.say(f"  {facts['reason']}")
     if counts["failed"] or counts["not tried"] or counts["not joined"]:
         command = shlex.join(words_of(replace(plan.request, resume=True, overwrite=False)))

@@ -1,11 +1,7 @@
 """One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
 
-Nothing finished is lost. Of the processes that make a video together only the first writes files; all of them see the
-same errors. A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the
-packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made
-of the frame before; decoding can start at its second frame (`VideoWriter.follows`).
-
-Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
+Joining copies packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which
+the model made of the last frame before; decoding can start at its second frame (`VideoWriter.follows`).
 """
 
 from __future__ import annotations
@@ -49,10 +45,9 @@ LESS_MEMORY = {
 
 
 def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
-    """Make the video of `job` and return the number of its frames. shared: seconds by stage that all jobs share.
+    """Make the video of `job` and return the number of its frames. JobError, OSError, LockedElsewhere, out of memory.
 
-    again: another video follows.
-    JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
+    shared: seconds by stage that all jobs share. again: another video follows.
     """
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     with ExitStack() as locks:
@@ -120,10 +115,7 @@ def decode_and_save(
 
 
 def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
-    """Check that the folder takes files, and hold the lock of the video until `locks` closes.
-
-    JobError; LockedElsewhere if another process makes the video.
-    """
+    """Hold the lock of the video until `locks` closes. LockedElsewhere; JobError if the folder takes no files."""
     try:
         save_file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_file.parent).close()
@@ -204,10 +196,9 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
 
 def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Event]:
     """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
-    unfinished, events = {job.joined for job in todo}, list[Event]()
+    unfinished, events = {None, *(job.joined for job in todo)}, list[Event]()
     for chain in chains(plan.jobs):
-        joined = chain[0].joined
-        if joined is None or joined in unfinished:
+        if (joined := chain[0].joined) is None or joined in unfinished:
             continue
         if clips_of(joined) != _entries(plan, chain) or count_frames(joined) != frames_joined(chain):
             events += join(plan, chain, progress)
