@@ -115,6 +115,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
         from wan.planning.report import Outlook, check_disks
+        from wan.runner.batch import run_jobs
         from wan.runner.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
@@ -134,9 +135,6 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
         return _end_dry_run(progress)
-
-    with interrupts_held():
-        from wan.runner.batch import run_jobs
 
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.broadcast(lambda: _answers(extend, outcome.jobs, progress))

@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from wan.cli.checks import Check
-from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, Request
+from wan.cli.options import LARGEST_SEED, OPTIONS, VARIED, WEIGHTS, WITH_IMAGE, WITH_LAST_IMAGE, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Generate, Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.images import open_image, video_size
 from wan.media.video import CONTAINERS, is_video
-from wan.utils.argument_parser import short
+from wan.utils.argument_parser import not_one_of, short
 from wan.utils.progress import quantity
 
 Picture = tuple[tuple[int, int], str]  # its size; that and how it was changed, for the plan
@@ -34,8 +35,6 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
     """The prompts, each with its images; the task's example if neither prompt nor image was given."""
     pictured = request.image is not None or request.image_path_file is not None
     if request.prompt_file is not None:
-        if request.prompt is not None:
-            check.problem("--prompt and --prompt_file exclude each other; give one of them")
         rows = read_rows(expanded(request.prompt_file), check.problems, check.warnings)
     elif request.prompt is not None or (pictured and config.image_fit):
         rows = [Row((request.prompt or "").strip(), "--prompt")]
@@ -64,8 +63,6 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
         return [replace(row, image=None) for row in rows]
     if request.image_path_file is not None:
         images = read_paths(expanded(request.image_path_file), check.problems)
-        if request.image is not None:
-            check.problem("--image and --image_path_file exclude each other; give one of them")
         if named:
             check.problem(f"{named} names an image, and so does --image_path_file; give one of them")
         if rows and images and len(rows) != len(images):
@@ -90,6 +87,34 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
         )
         return rows
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
+
+
+def combinations(sweeps: Sequence[str], check: Check) -> list[dict[str, str]]:
+    """Values by option, one for each combination of `--sweep NAME=V,V`; `[{}]` without sweeps."""
+    axes: dict[str, list[str]] = {}
+    for text in sweeps:
+        name, equals, listed = text.partition("=")
+        name = name.strip().lstrip("-")
+        values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
+        if not equals or not all(values):
+            check.problem(f"--sweep {text}: write NAME=VALUE,VALUE, such as lora_strength=0.5,1")
+        elif name not in VARIED:
+            check.problem(f"--sweep {text}: {not_one_of('', name, VARIED)}")
+        elif name in axes:
+            check.problem(f"--sweep {name} is given twice; give all its values at once")
+        elif len(set(values)) < len(values):
+            check.problem(f"--sweep {text}: names a value twice")
+        else:
+            axes[name] = values
+    # a change of weights reads them again
+    slowest_first = sorted(axes, key=lambda name: OPTIONS[name].group != WEIGHTS)
+    return [dict(zip(slowest_first, values, strict=True)) for values in product(*(axes[n] for n in slowest_first))]
+
+
+def label_of(values: Mapping[str, str]) -> str:
+    """The part of a file name that says the values: "_lora_strength0.5"."""
+    shown = {name: re.sub(r"[^\w.,-]+", "-", Path(value).name)[:40] for name, value in values.items()}
+    return "".join(f"_{name}{value}" for name, value in shown.items() if name != "base_seed")  # which all names show
 
 
 def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Check) -> list[Job]:
@@ -151,11 +176,8 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
 
 
 def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
-    if request.seconds is None:
+    if request.seconds is None or request.frame_num is not None:
         return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
-    if request.frame_num is not None:
-        check.problem("--seconds and --frame_num exclude each other; give one of them")
-        return config.frame_num
     seconds = check.number("--seconds", request.seconds, 1.0, 1 / config.sample_fps, 600)
     frames = math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
     return check.frames(f"--seconds {short(seconds)}: frame_num", frames)

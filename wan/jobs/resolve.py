@@ -22,11 +22,10 @@ from wan.cli.checks import Check, no_file
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
 from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.build import check_chain, chosen_shard, combinations, label_of, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
-from wan.jobs.sweep import combinations, label_of
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
@@ -77,6 +76,9 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
 
 def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
+    for one, other in (("prompt", "prompt_file"), ("image", "image_path_file"), ("seconds", "frame_num")):
+        if getattr(request, one) is not None and getattr(request, other) is not None:
+            check.problem(f"--{one} and --{other} exclude each other; give one of them")
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         flag, value = f"--{name}", getattr(request, name)
