@@ -11,12 +11,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wan.checkpoints.hub import place
-from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check, no_file
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
@@ -57,7 +55,13 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
-    _check_processes(request, check)
+    processes = request.ulysses_size * request.ring_size
+    shared = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
+    shared += [f"--{name} {n}" for name in ("ulysses_size", "ring_size") if (n := getattr(request, name)) > 1]
+    if shared and os.environ.get("WORLD_SIZE", "1") == "1":
+        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
+        command = f"torchrun --nproc-per-node {processes if processes > 1 else 8} {script} ..."
+        check.problem(f"{' '.join(shared)} needs several processes; start it with: {command}")
     check_chain(request, config, check)
     if request.decode_latents is not None:
         outcome: Outcome = _decode(request, config, check)
@@ -65,11 +69,6 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, check), replayed=record)
-    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(PermissionError):  # reported when it is opened
-        if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
-            # Without other problems the plan reports the files that are missing.
-            check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
     return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
@@ -189,7 +188,9 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     get, given = f"get it with: {download_command(config.hub_id)}", request.ckpt_dir
     if given is None:
         flags = {name: f"--expert {name}=FILE" for name in config.experts} | {part: f"--{part}" for part in PARTS}
-        lacking = [flag for part, flag in flags.items() if part not in _replaced_parts(request)]
+        own = {text.partition("=")[0] for text in request.expert or ()}
+        own |= {part for part in PARTS if getattr(request, part) is not None}
+        lacking = [flag for part, flag in flags.items() if part not in own]
         if not lacking:
             return None
         get = get if len(lacking) == len(flags) else f"give it, or give {', '.join(lacking)} too"
@@ -202,22 +203,6 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     except PermissionError:
         check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
     return path
-
-
-def _replaced_parts(request: Request) -> set[str]:
-    """The parts for which flags name files that replace the checkpoint's."""
-    experts = {text.partition("=")[0] for text in request.expert or ()}
-    return experts | {part for part in PARTS if getattr(request, part) is not None}
-
-
-def _check_processes(request: Request, check: Check) -> None:
-    count = request.ulysses_size * request.ring_size
-    asked = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
-    asked += [f"--{name} {n}" for name in ("ulysses_size", "ring_size") if (n := getattr(request, name)) > 1]
-    if asked and os.environ.get("WORLD_SIZE", "1") == "1":  # how many there are is checked with the model's heads
-        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
-        command = f"torchrun --nproc-per-node {count if count > 1 else 8} {script} ..."
-        check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:

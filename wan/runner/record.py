@@ -92,9 +92,7 @@ def _without_paths(value: Any) -> Any:
 class State(NamedTuple):
     """State of the file at a job's output path."""
 
-    # "nothing", "whole" (this very video), "equal" (nothing, but `file` is this very video under another name),
-    # "damaged" (this video, cut off), "other" (video or file), "later" (the job follows a clip that is not made yet)
-    kind: str
+    kind: str  # "nothing" (whole), "whole", "equal" (nothing, but `file` is this very video), "other" (video or file)
     file: Path
     trouble: str = "already exists"  # why "other" is in the way, as the end of a sentence
 
@@ -119,14 +117,13 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
             job = replace(job, image=before.file)
         if not resume:
             state = State("other" if job.save_file.exists() else "nothing", job.save_file)
-        elif before and before.kind not in ("whole", "equal"):
-            state = State("later", job.save_file)
+        elif before and before.kind not in ("whole", "equal"):  # this clip hangs on one that is still to be made
+            state = State("nothing", job.save_file)
         else:
             state = find_video(plan, job)
-            if state.kind == "nothing" and (other := elsewhere.get(key_of(plan.meaning(job)))):
-                moved = find_video(plan, replace(job, save_file=other))
-                if moved.kind == "whole":
-                    state = State("equal" if job.named else "whole", other)
+            other = elsewhere.get(key_of(plan.meaning(job))) if state.kind == "nothing" else None
+            if other and find_video(plan, replace(job, save_file=other)).kind == "whole":
+                state = State("equal" if job.named else "whole", other)
         last[job.joined] = state
         found.append((job, state))
     return found
@@ -144,7 +141,7 @@ def find_video(plan: Plan, job: Job) -> State:
             if differing:
                 return State("other", video, f"{trouble} ({', '.join(differing)})")
             whole = _count_frames(video, video.stat().st_mtime_ns, video.stat().st_size) == job.frame_num
-            return State("whole" if whole else "damaged", video)
+            return State("whole" if whole else "nothing", video)
     return State("other", video, trouble)
 
 
