@@ -1,8 +1,6 @@
 """Make videos with Wan2.2 and Wan2.2-Lightning from the command line: flags -> request -> run.
-
-Exit codes: 0 all videos saved, 1 a job failed, 2 nothing was started, 128 + the signal's number when interrupted
-(130: Ctrl-C). `--help` and every bad flag are answered without importing torch.
-"""
+Exit codes: 0 all videos saved, 1 a job failed, 2 nothing was started, 128 + the signal's number when interrupted (130:
+Ctrl-C). `--help` and every bad flag are answered without importing torch."""
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ class Check:
         self, work: Callable[[], Found], brought: Mapping[str, str] | None = None, begin: str = ""
     ) -> Found | None:
         """`work()`, or None if it raises InputError, whose problems are noted, with `begin` in front of each.
-
-        brought: flags by path; a problem that begins with one of these paths gets its flag.
-        """
+        brought: flags by path; a problem that begins with one of these paths gets its flag."""
         try:
             return work()
         except InputError as e:

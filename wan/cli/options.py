@@ -1,7 +1,5 @@
 """The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come.
-
-A `Request` holds one value for each row, as given; the row's default where none was given. No torch.
-"""
+A `Request` holds one value for each row, as given; the row's default where none was given. No torch."""
 
 from __future__ import annotations
 

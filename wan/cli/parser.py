@@ -52,9 +52,7 @@ class _Help(argparse.Action):
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; sentences about values that cannot be read).
-
-    InputError naming every flag that does not exist, with one suggestion for each.
-    """
+    InputError naming every flag that does not exist, with one suggestion for each."""
     problems: list[str] = []
     given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems

@@ -54,9 +54,7 @@ NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file; faults go to `problems`, with file and line.
-
-    In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given).
-    """
+    In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given)."""
     kind = path.suffix.lower()
     if kind not in (*TEXT, *JSON_LINES, *TABLES):
         kinds = ".txt (one prompt per line), .jsonl, .csv or .tsv (rows)"
@@ -140,9 +138,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def slug(text: str) -> str:
     """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes.
-
-    Marks count as letters: without its vowel signs a word of many scripts is another word.
-    """
+    Marks count as letters: without its vowel signs a word of many scripts is another word."""
     kept = "".join(c if c in "_-" or unicodedata.category(c)[0] in "LMN" else " " for c in normal(text))
     short = "_".join(kept.split())[:SLUG_LENGTH].encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
     return short.strip("_-") or "video"

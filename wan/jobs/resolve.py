@@ -1,7 +1,5 @@
 """From the flags as given to an outcome that can start: defaults by task and weights, prompts and images read.
-
-Everything here needs no weight and no torch. All problems are collected into one `InputError`.
-"""
+Everything here needs no weight and no torch. All problems are collected into one `InputError`."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     """Fill every default and make every check that needs no weight. InputError with all problems.
-
-    values: by option, only those that were given. problems: those found before.
-    """
+    values: by option, only those that were given. problems: those found before."""
     check = Check(problems)
     if {"save_dir", "save_file"} <= values.keys() and not os.path.dirname(values["save_file"]):
         inside = os.path.join(values["save_dir"], values["save_file"])
@@ -221,9 +217,7 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     """The request of a record, narrowed to its one video, with the flags of `given` on top. InputError.
-
-    The record's prompt is the extended one; it is not extended again. Options of one start are not taken over.
-    """
+    The record's prompt is the extended one; it is not extended again. Options of one start are not taken over."""
     try:
         record = read_record(path)
     except InputError as e:

@@ -1,7 +1,5 @@
 """Records of videos: enough to make a video again, to judge it, and to see that it is there already.
-
-A record holds nothing of the environment: no variables, no keys, no host names.
-"""
+A record holds nothing of the environment: no variables, no keys, no host names."""
 
 from __future__ import annotations
 
@@ -98,11 +96,8 @@ class State(NamedTuple):
 
 
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
-    """Each job with the state of its file; a job that follows a whole clip starts from that clip.
-
-    With `--resume` a video also counts under another number, for rows may have been inserted; but names that the user
-    chose are kept.
-    """
+    """Each job with the state of its file; a job that follows a whole clip starts from that clip. With `--resume` a
+    video also counts under another number, for rows may have been inserted; but names that the user chose are kept."""
     resume, found = plan.request.resume, []
     elsewhere: dict[str, Path] = {}  # videos with a record in the folders of the jobs, by the key of their meaning
     folders = {job.save_file.parent for job in plan.jobs} if resume else ()

@@ -1,7 +1,5 @@
 """`wan.open(...)`: a task's networks stay loaded for one video after another, with every option of the command line.
-
-Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W those of the video.
-"""
+Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W those of the video."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ class Session:
         self, task: str, ckpt_dir: str | Path | None = None, *, progress: Progress | None = None, **options: object
     ) -> None:
         """options: of the command line, by name; they hold for every video, unless `generate` is given others.
-
-        Nothing is loaded yet. InputError for an option that does not exist or cannot be read.
-        """
+        Nothing is loaded yet. InputError for an option that does not exist or cannot be read."""
         self.progress, self.runtime = progress or Progress(quiet=True), Runtime()
         self.pipe: Pipeline | None = None
         self._values = _read({"task": task, "ckpt_dir": ckpt_dir and str(ckpt_dir), **options})
@@ -76,12 +72,9 @@ class Session:
         schedule: Schedule | None = None,
         **options: object,
     ) -> Result:
-        """Make one video. Only the weights that these options change are read again.
-
-        on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
-        schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it.
-        InputError with all problems; JobError.
-        """
+        """Make one video. Only the weights that these options change are read again. on_step: see
+        `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's. schedule: a solver with
+        its timesteps, instead of --sample_solver and what belongs to it. InputError with all problems; JobError."""
         plan = self.plan(prompt, **options)
         if schedule is not None:
             assert plan.sampling is not None, "a plan with a video has a sampling"

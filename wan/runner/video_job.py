@@ -1,8 +1,6 @@
 """One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
-
 Joining copies packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which
-the model made of the last frame before; decoding can start at its second frame (`VideoWriter.follows`).
-"""
+the model made of the last frame before; decoding can start at its second frame (`VideoWriter.follows`)."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ LESS_MEMORY = {
 
 def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
     """Make the video of `job` and return the number of its frames. JobError, OSError, LockedElsewhere, out of memory.
-
-    shared: seconds by stage that all jobs share. again: another video follows.
-    """
+    shared: seconds by stage that all jobs share. again: another video follows."""
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     with ExitStack() as locks:
         team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
@@ -79,9 +75,7 @@ def decode_and_save(
     pipe: Pipeline, latent: torch.Tensor, path: Path, record: dict[str, Any], earlier: dict[str, float]
 ) -> int:
     """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
-
-    earlier: seconds by stage that are not this video's.
-    """
+    earlier: seconds by stage that are not this video's."""
     team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
