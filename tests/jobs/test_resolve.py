@@ -546,7 +546,7 @@ def test_image_counts(tmp_path):
     assert found.startswith("--image_path_file: 3 prompts but 2 images")
     assert "exclude each other" in problems("i2v-A14B", prompt=None, prompt_file=prompts, image_path_file=images)[0]
     missing = problem("i2v-A14B", prompt=None, prompt_file=prompts, image=None)
-    assert missing.startswith(f"{prompts} line 1: i2v-A14B needs an image for every prompt")
+    assert missing.startswith(f"{prompts} line 1: i2v-A14B needs an image")
     assert "--image_path_file absent.txt: no such file" in problem("i2v-A14B", image=None, image_path_file="absent.txt")
     empty = write(tmp_path / "empty.txt", "\n")
     assert "names no image" in problem("i2v-A14B", image=None, image_path_file=empty)

@@ -354,7 +354,7 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"use_prompt_extend": True}, "--extend_only FILE.txt and without --chain"),
         ({"extend_only": "x.txt"}, "--extend_only FILE.txt and without --chain"),
         ({"decode_latents": "x.safetensors"}, "--chain is of prompts; leave it out with --decode_latents"),
-        ({"image": None}, "needs an image for the first row of a chain"),
+        ({"image": None}, "needs an image"),
         ({"given": ROWS[:1]}, "--chain: no row of rows.jsonl "),
         ({"given": [{"prompt": "a"}, {"prompt": "b", "size": "32*32"}]}, "a chain has the size of its first clip"),
         ({"frame_num": 1}, "line 1: a clip of a chain needs 5 frames or more, not 1"),

@@ -73,10 +73,10 @@ def _number(value: Any, kind: type[Number]) -> Number:
 
 def truth(value: object) -> bool:
     """True or False"""
-    word = str(value).lower()
-    if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
+    word, yes = str(value).lower(), ("true", "yes", "t", "y", "1")
+    if word not in (*yes, "false", "no", "f", "n", "0"):
         raise ValueError
-    return word in ("true", "yes", "t", "y", "1")
+    return word in yes
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Option:
 def option(
     group: str, scope: Scope, read: Callable[[Any], Any], takes: str, help: str, default: Any = None, **more: Any
 ) -> Any:
-    """A row of the table. The default of a choice is its first value, of a switch False."""
+    # the default of a choice is its first value, of a switch False
     row = Option(group, scope, read, takes, help, **more)
     if default is None:
         default = row.choices[0] if row.choices else None if takes else False

@@ -78,11 +78,8 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
         own = Path(config.example_image)
         check.warn(f"no --image given: the example picture {own} is used")
     else:
-        every = "the first row of a chain" if request.chain else "every prompt"
-        check.problem(
-            f"{rows[min(bare)].source}: {config.name} needs an image for {every}: give one --image for all, "
-            "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
-        )
+        ways = "--image for all, --image_path_file, or an 'image' in each row of a .jsonl or .csv file"
+        check.problem(f"{rows[min(bare)].source}: {config.name} needs an image; give one {ways}")
         return rows
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
@@ -193,8 +190,7 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
         check.warn(f"size {size[0]}*{size[1]} is none of those that {name!r} was trained for ({listed})")
     if frames > config.frame_num:
-        more = f"{frames} frames are more than the {config.frame_num} {config.name} was trained for"
-        check.warn(f"{more}; motion may repeat")
+        check.warn(f"{frames} frames are more than the {config.frame_num} that {config.name} was trained for")
 
 
 def _open(origin: str, path: Path, opened: dict[Path, Picture | None], check: Check) -> Picture | None:

@@ -72,9 +72,9 @@ class Session:
         schedule: Schedule | None = None,
         **options: object,
     ) -> Result:
-        """Make one video. Only the weights that these options change are read again. on_step: see
-        `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's. schedule: a solver with
-        its timesteps, instead of --sample_solver and what belongs to it. InputError with all problems; JobError."""
+        """Make one video; only the weights that these options change are read again. InputError, JobError.
+        on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
+        schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it."""
         plan = self.plan(prompt, **options)
         if schedule is not None:
             assert plan.sampling is not None, "a plan with a video has a sampling"

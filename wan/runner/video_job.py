@@ -159,9 +159,9 @@ def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: 
             kept.unlink()
     if request.save_latents and kept != beside.latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
-    written = [beside.record, *([save_contact_sheet(job.save_file, frames)] if request.preview else [])]
-    endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
-    progress.say(f"saved {job.save_file} with {endings} beside it")
+    if request.preview:
+        save_contact_sheet(job.save_file, frames)
+    progress.say(f"saved {job.save_file}")
 
 
 def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
@@ -175,8 +175,9 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
         with ExitStack() as locks, progress.stage("join"):
             hold_lock(locks, joined, progress)
             copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
-        written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
-        progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+        if plan.request.preview:
+            save_contact_sheet(joined, frames)
+        progress.say(f"joined {len(clips)} videos, {frames} frames: {joined}")
     except LockedElsewhere as error:
         progress.say(str(error))
         return []
