@@ -54,7 +54,7 @@ def static_block(fused: bool = True, tokens: int = 75_600, in_fp8: bool = False)
         model.use_attention(attention)
         x, rows, text = torch.empty(tokens, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()
         rotary, prompt = torch.empty(tokens, 64, 2), Prompt(torch.empty(100, 4096).bfloat16())
-        arguments = ([x], rows, [(0, slice(0, tokens))], rotary, tokens, [(prompt, text)])
+        arguments = ([x], rows, [(0, slice(0, tokens))], rotary, tokens, [[(prompt, text)]])
         model.blocks[0](*arguments)
         counter = CostCounter()
         if fused:

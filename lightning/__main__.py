@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.inspect_weights import inspect_path, settings_line
-from lightning.lora import Lora
-from lightning.lora_files import Choices, choose_loras
-from lightning.releases import Release, preset, recognise
+from lightning.lora import Lora, check
+from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
+from lightning.lora_matching import Shapes
+from lightning.releases import Release, preset, recognise, record_of, release_in
+from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
-from wan.configs import TASKS
+from wan.checkpoints.layout import MODEL_INDEX
+from wan.checkpoints.safetensors_file import INDEX_SUFFIX
+from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
+from wan.configs import TASKS, task_of
+from wan.configs.task import PATCH
+from wan.modules.model import released_shapes
 from wan.utils.argument_parser import Parser, outside, pair
 from wan.utils.errors import InputError, LoraError, WanError, print_errors
 from wan.utils.progress import tell
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
 BAKED_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
+NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
+Models = Mapping[str, Mapping[str, Shapes]]  # networks that files are judged by: shapes by task and expert
+SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,22 +89,20 @@ def _build_parser() -> Parser:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    path = located("inspect", args.path)
-    if not path.exists():
+    if not (path := located("inspect", args.path)).exists():
         raise LoraError(f"{path}: no such file or folder")
     files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
     if args.json:
         tell(sys.stdout, json.dumps(files, indent=2) + "\n")
     else:
-        known = [file for file in files if file["stored"] or file["release"]]  # the error describes the others
-        blocks = [*map(_text_of, known), *uses]
+        # the error describes the others
+        blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
         tell(sys.stdout, "\n\n".join(blocks) + ("\n" if blocks else ""))
     errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
 
 def _text_of(report: dict[str, Any]) -> str:
-    """One file's report as text."""
     coverage, settings, stored = report["coverage"] or {}, report["settings"] or {}, report["stored"]
     gigabytes = report["gigabytes"]
     size = f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.3g} MB"
@@ -112,13 +123,164 @@ def _text_of(report: dict[str, Any]) -> str:
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
 
 
+def inspect_path(
+    path: Path, task: str | None, ckpt_dir: Path | None, alpha: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each file as plain data, and sentences on how a run takes the path as a whole.
+
+    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
+    It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
+    """
+    tasks, models, hint = [task] if task else list(TASKS), _models_in(ckpt_dir or path), ""
+    if ckpt_dir and not models:
+        raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
+    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):  # a checkpoint has its own sizes
+        models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
+        hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
+    if (path / MODEL_INDEX).is_file():
+        uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
+        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in _models_in(path)]
+    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
+        return [_examine(path, models, hint, alpha)], []
+    folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
+    # each index for its shards, else every file
+    files = [file for each in folders for file in sorted(each.glob(f"*{INDEX_SUFFIX}")) or weights_in(each)]
+    files = [file for file in files if file.suffix.lower() not in PICKLED] or files
+    if not files:
+        raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
+    reports = [_examine(file, models, hint, alpha) for file in files]
+    return reports, _uses(path, reports)
+
+
+def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
+    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else what is there."""
+    found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
+    _, stores = max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))
+    kinds = dict.fromkeys(task_of(store.shapes) or "an unknown task" for store in stores.values())
+    return {kind: {expert: store.shapes for expert, store in stores.items()} for kind in kinds}
+
+
+def _command(task: str | None, *words: object) -> str:
+    return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
+
+
+def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
+    """All that header and name tell about one file. `error`: why it fits none of the models, else None."""
+    release = recognise(file)
+    report: dict[str, Any] = {
+        "path": str(file), "kind": "LoRA",
+        "release": release and release.name, "source": release and release.source,
+        "settings": release and release_settings(release),
+        "note": (release and release.note) or "", "licence": (release and release.licence) or "",
+        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+    }  # fmt: skip
+    try:
+        if release:
+            release.check_supported(str(file))
+        if file.is_file() and (kind := kind_of(store := open_file(file))):
+            judged = _judge_network(file, kind, models) | {"kind": NAMES[kind]}
+        else:
+            lora = Lora.open(file, default_alpha=alpha)
+            if not lora.keys:
+                raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
+            store = lora.store
+            judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
+    except InputError as e:
+        return report | {"error": "; ".join(e.problems)}
+    if judged.get("error"):
+        judged["error"] += hint
+    kinds, sizes = zip(*map(store.stored, store), strict=True)
+    stored = dict(sorted(Counter(kinds).items()))  # how many tensors are of which type
+    return report | judged | {"stored": stored, "gigabytes": round(sum(sizes) / 1e9, 6)}
+
+
+def _judge_lora(file: Path, models: Models, alpha: float | None, release: Release | None) -> dict[str, Any]:
+    """The tasks that the LoRA fits and its coverage of the likeliest, as a run finds them: expert by expert."""
+    named, errors, fits, report = named_expert(file), list[str](), list[str](), dict[str, Any]()
+    for task, experts in sorted(models.items(), key=lambda item: not (release and item[0] in release.tasks)):
+        chosen = [named] if named and named in experts else list(experts)
+        try:
+            found = {e: check(Lora.open(file, default_alpha=alpha, expert=e), experts[e]) for e in chosen}
+        except LoraError as e:
+            errors += e.problems
+            continue
+        fits.append(task)
+        summary = "; ".join(f"{expert}: {coverage.summary()}" for expert, coverage in found.items())
+        if len({coverage.summary() for coverage in found.values()}) == 1:
+            summary = found[chosen[0]].summary()
+        warnings = list(dict.fromkeys(warning for coverage in found.values() for warning in coverage.warnings))
+        report = report or {"coverage": asdict(found[chosen[0]]) | {"warnings": warnings, "summary": summary}}
+    if not fits:
+        return {"error": errors[0]}
+    return report | {"fits": fits, "use": shlex.join(["--lora", f"{named}={file}" if named else str(file)])}
+
+
+def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
+    """The tasks that a file with one network's own weights fits, and its flags."""
+    opened = open_expert(file) if kind == EXPERT else open_single(kind, file, next(iter(TASKS.values()))).weights
+    shapes = opened.shapes
+
+    def belongs_to(expert: Shapes) -> bool:
+        """Whether it is that expert, or goes with it: the same text width, the same channels."""
+        if kind == TEXT_ENCODER:
+            return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
+        if kind == VAE:
+            return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
+        return shapes == expert
+
+    fits = [task for task, experts in models.items() if any(map(belongs_to, experts.values()))]
+    if not fits:
+        return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
+    named = expert_of(file) or expert_of(file.absolute().parent)
+    single = all(list(models[task]) == ["model"] for task in fits)
+    uses = [f"{expert}={file}" for expert in (["model"] if single else [named] if named else ["high", "low"])]
+    uses = [shlex.join(["--expert", use]) for use in uses] if kind == EXPERT else [shlex.join([f"--{kind}", str(file)])]
+    # the shards of a checkpoint are used through its folder
+    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else " or ".join(uses)}
+
+
+def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
+    published = [preset(report["release"]).tasks if report["release"] else TASKS for report in reports]
+    fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
+    tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
+    kinds, uses = {report["kind"] for report in reports}, list[str]()
+    if kinds == {"LoRA"}:
+        for task in tasks:
+            with suppress(LoraError):  # no file for some expert: not a release of this task
+                files_of(path, TASKS[task].experts)
+                uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
+    elif kinds == {NAMES[EXPERT]}:
+        experts = {task: TASKS[task].experts for task in tasks}
+        whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
+        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
+    if kinds == {"LoRA"} or not uses:
+        return uses  # each file's own report names its use
+    if record := record_of(path):
+        merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
+        uses.append(f"merged into it: {', '.join(merged)}")
+    if release := release_in(path):
+        uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
+    return uses
+
+
+def release_settings(release: Release) -> dict[str, Any]:
+    """The settings that a release is sampled with, by name."""
+    return {name: value for name in SHOWN_SETTINGS if (value := getattr(release, name)) is not None}
+
+
+def settings_line(settings: dict[str, Any]) -> str:
+    """Settings, without the sizes, as one line; a slash between the numbers of a pair."""
+    numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
+    numbers.pop("sizes", None)
+    texts = {name: [n if isinstance(n, str) else f"{n:g}" for n in several] for name, several in numbers.items()}
+    return ", ".join(f"{name} {'/'.join(several)}" for name, several in texts.items())
+
+
 def _bake(args: argparse.Namespace) -> int:
     import torch
 
     from lightning.bake import Bake
 
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
-        raise LoraError(f"--lora_alpha must be a number above 0, not {args.lora_alpha:g}")
     chosen = choose_loras(TASKS[args.task].experts.keys(), args.lora_dir, args.lora_strength, args.lora)
     loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
@@ -145,18 +307,16 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
 
     A LoRA of no known release counts as a distillation if it came with settings or, as in generate.py, as --lora_dir.
     """
-    numbers: list[tuple[str, Any, float, float]]
     numbers = [("steps", args.sample_steps, 1, 1000), ("shift", args.sample_shift, 0.01, 100)]
-    changes = {name: value for name, value, *_ in numbers if value is not None}
+    changes: dict[str, Any] = {name: value for name, value, *_ in numbers if value is not None}
     changes |= {"timesteps": None} if changes else {}
     if args.sample_guide_scale is not None:
         try:
             changes["guidance"] = pair("--sample_guide_scale", args.sample_guide_scale)
-            numbers += [("guide_scale", scale, 0, 100) for scale in dict.fromkeys(changes["guidance"])]
+            numbers += [("guide_scale", scale, 0, 100) for scale in {*changes["guidance"]}]
         except InputError as e:
             chosen.problems += e.problems
-    faults = (outside(f"--sample_{name}", value, *ends) for name, value, *ends in numbers if value is not None)
-    chosen.problems += filter(None, faults)
+    chosen.problems += filter(None, (outside(f"--sample_{n}", x, *ends) for n, x, *ends in numbers if x is not None))
     paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:
         release = preset(args.preset)

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-from lightning.distilled import RECORD, SETTINGS, distilled_twice, record_of, release_in
 from lightning.lora import Lora, check
 from lightning.merge import Merge
-from lightning.releases import Release
+from lightning.releases import RECORD, SETTINGS, Release, record_of, refuse_distilled_twice, release_in
 from wan.checkpoints import layout as layouts
 from wan.checkpoints.checkpoint import transformer_sizes
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
@@ -67,16 +66,12 @@ class Bake:
     shard_bytes: int = 10_000_000_000
     report: Callable[[str], None] = print
 
-    @property
-    def to_diffusers(self) -> bool:
-        return self.layout == "diffusers"
-
     def write(self) -> None:
         """Write the folder. Everything is checked before: one InputError with all faults."""
         self._check_request()
-        out, config, ckpt_dir = self.out, TASKS[self.task], self.ckpt_dir
+        out, config, ckpt_dir, to_diffusers = self.out, TASKS[self.task], self.ckpt_dir, self.layout == "diffusers"
         places, parts = layouts.places_in(ckpt_dir, config), list(config.experts)
-        if self.to_diffusers:
+        if to_diffusers:
             layouts.check_complete(ckpt_dir, config)
             parts += [TEXT_ENCODER, VAE]
         stores = open_parts(ckpt_dir, config, parts)
@@ -85,8 +80,8 @@ class Bake:
         sources = self._sources({name: stores[name] for name in config.experts})
         release = self.release or release_in(ckpt_dir)
         sources["release"] = release and {name: getattr(release, name) for name in SETTINGS}
-        settings = _diffusers_settings(stores, ckpt_dir, config, release) if self.to_diffusers else {}
-        if self.to_diffusers and release and release.solver == "dmd":
+        settings = _diffusers_settings(stores, ckpt_dir, config, release) if to_diffusers else {}
+        if to_diffusers and release and release.solver == "dmd":
             why = "is made for re-noising (dmd); generate.py does it, diffusers does not"
             self.report(f"warning: {release.name} {why}")
         networks = [self._network(part, store) for part, store in stores.items()]
@@ -95,7 +90,7 @@ class Bake:
                 self._check_request()  # another bake may have written it meanwhile
                 partial = _prepare(out, sources)
                 digests = self._write_weights(networks, partial)
-                if self.to_diffusers:
+                if to_diffusers:
                     tokenizer = (ckpt_dir / places["tokenizer"]).parent
                     shutil.copytree(tokenizer, partial / "tokenizer", dirs_exist_ok=True)
                 else:
@@ -105,31 +100,29 @@ class Bake:
                 write_json(partial / RECORD, {**sources, "shards": digests})
                 os.replace(partial, out)
         except LockedElsewhere:
-            advice = "wait for it, or give another name"
-            raise LoraError(f"--out {out}: another bake is writing it; {advice}") from None
+            raise LoraError(f"--out {out}: another bake is writing it; wait, or give another name") from None
         self.report(f"baked: {out}")
 
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out, fp8 = self.ckpt_dir, self.out, self.dtype == FP8
+        ckpt_dir, out, fp8, to_diffusers = self.ckpt_dir, self.out, self.dtype == FP8, self.layout == "diffusers"
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
         if out.exists():
             raise LoraError(f"--out {out} already exists; give another name or remove it")
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
-        if self.to_diffusers and fp8:
+        if to_diffusers and fp8:
             raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
-        if not self.to_diffusers and layouts.is_diffusers(ckpt_dir):
+        if not to_diffusers and layouts.is_diffusers(ckpt_dir):
             raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if not (self.to_diffusers or fp8 or any(self.loras.values())):
+        if not (to_diffusers or fp8 or any(self.loras.values())):
             raise LoraError("nothing to bake: give --lora_dir or --lora")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
         """The sources of the result, for its record. LoraError with everything that does not fit."""
         problems: list[str] = []
-        before = (record_of(self.ckpt_dir) or {"loras": {}})["loras"]
-        dtype = str(self.dtype).removeprefix("torch.")
+        before, dtype = record_of(self.ckpt_dir) or {"loras": {}}, str(self.dtype).removeprefix("torch.")
         sources: dict[str, Any] = {"task": self.task, "dtype": dtype, "base": {}, "loras": {}, "layout": self.layout}
         for expert, store in experts.items():
             if (found := task_of(store.shapes)) not in (None, self.task):
@@ -137,31 +130,31 @@ class Bake:
             if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
                 problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
             sources["base"][expert] = [_identity(file) for file in store.files]
-            sources["loras"][expert] = merged = list(before.get(expert, ()))
+            sources["loras"][expert] = merged = list(before["loras"].get(expert, ()))
             for lora in self.loras.get(expert, ()):
+                file = lora.store.files[0]
                 try:
-                    merged.append(self._source_of(lora, expert, store))
+                    if not self.allow_partial:
+                        refuse_distilled_twice(self.ckpt_dir, file, expert)
+                    coverage = check(lora, store.shapes, allow_partial=self.allow_partial)
                 except LoraError as e:
                     problems += [problem for problem in e.problems if problem not in problems]
+                    continue
+                for line in (
+                    f"{expert}: {lora.path}: {coverage.summary()}",
+                    *(f"warning: {each}" for each in coverage.warnings),
+                ):
+                    self.report(line)
+                identity = {"fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
+                merged.append(asdict(coverage) | identity)
         if problems:
             raise LoraError(problems)
         return sources
 
-    def _source_of(self, lora: Lora, expert: str, store: TensorStore) -> dict[str, Any]:
-        """One LoRA's coverage and identity. LoraError if it does not fit, or is merged already."""
-        if (twice := distilled_twice(self.ckpt_dir, lora.path, expert)) and not self.allow_partial:
-            raise LoraError(f"--ckpt_dir {twice}; --lora_allow_partial merges it all the same")
-        coverage = check(lora, store.shapes, expert=expert, allow_partial=self.allow_partial)
-        self.report(f"{expert}: {lora.path}: {coverage.summary()}")
-        for warning in coverage.warnings:
-            self.report(f"warning: {warning}")
-        file = lora.store.files[0]
-        return {**asdict(coverage), "fingerprint": fingerprint(file), "sha256": {file.name: sha256(file)}}
-
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
         """One network to write: an expert with its LoRAs merged, another part as it is."""
-        place_of = layouts.diffusers if self.to_diffusers else layouts.released
-        place = Path(place_of(TASKS[self.task])[part])
+        to_diffusers = self.layout == "diffusers"
+        place = Path((layouts.diffusers if to_diffusers else layouts.released)(TASKS[self.task])[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
@@ -171,7 +164,7 @@ class Bake:
                 return torch.float32
             return self.dtype if self.dtype != FP8 or takes_fp8(name, blocks) else torch.bfloat16
 
-        rename = OTHER_NAMES.get(part) or (diffusers_name if self.to_diffusers else str)
+        rename = OTHER_NAMES.get(part) or (diffusers_name if to_diffusers else str)
         merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing
         return NetworkToWrite(part, store, place.parent, stored, place.stem, rename, merge)
 
@@ -180,8 +173,8 @@ class Bake:
         plans = [(network, plan_shards(network, self.shard_bytes)) for network in networks]
         needed = sum(shard.bytes for _, plan in plans for shard in plan if not (partial / shard.file).exists())
         if needed > (free := shutil.disk_usage(partial).free):
-            where = f"the disk of {partial.parent} has {free / 1e9:.1f} GB free"
-            raise LoraError(f"--out needs {needed / 1e9:.1f} GB, {where}")
+            has = f"the disk of {partial.parent} has {free / 1e9:.1f} GB free"
+            raise LoraError(f"--out needs {needed / 1e9:.1f} GB, {has}")
         digests = {}
         for network, plan in plans:
             for shard in plan:
@@ -201,17 +194,16 @@ def _identity(file: Path) -> dict[str, Any]:
 
 
 def _prepare(out: Path, sources: dict[str, Any]) -> Path:
-    """`OUT.partial`, empty or left by an earlier run of the same command; never one of another bake."""
+    """`OUT.partial`, empty or left by an earlier run of the same command; LoraError for another one's."""
     partial = out.with_name(out.name + ".partial")
-    if (partial / RECORD).is_file():
-        same = False
-        with suppress(ValueError, TypeError):  # not JSON, or no object
-            before = {**parse_json((partial / RECORD).read_bytes()), "shards": 0}
-            same = before == json.loads(json.dumps({**sources, "shards": 0}))
-        if not same:
-            raise LoraError(f"{partial} was left by a bake from other sources or settings; remove it and run again")
-    elif partial.exists() and any(partial.iterdir()):
-        raise LoraError(f"{partial} is in the way, and not from an earlier bake; remove it and run again")
+    record = json.loads(json.dumps(sources))
+    if partial.exists() and any(partial.iterdir()):
+        before = None
+        with suppress(OSError, ValueError, TypeError):  # no file, not JSON, or no object
+            before = {**parse_json((partial / RECORD).read_bytes())}
+            before.pop("shards", None)  # of a run that was stopped before the last rename
+        if before != record:
+            raise LoraError(f"{partial} is not from this command; remove it and run again")
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / RECORD, sources)
     for rest in partial.rglob(".*.part"):
@@ -264,17 +256,16 @@ def _diffusers_settings(
     }  # fmt: skip
     found = {layouts.MODEL_INDEX: index, "scheduler/scheduler_config.json": scheduler}
     for part, store in stores.items():
+        file = ckpt_dir / sources[part]
         try:
-            if part == VAE:
-                settings = _vae_config(store.shapes)
-            elif part == TEXT_ENCODER:
-                settings = _text_config(store.shapes)
+            if part in OTHER_NAMES:
+                settings = (_vae_config if part == VAE else _text_config)(store.shapes)
             else:
-                file = ckpt_dir / layouts.config_json(sources[part])
-                sizes = transformer_sizes(file, store.shapes, str(file.parent), config.text_len)
+                config_file = ckpt_dir / layouts.config_json(sources[part])
+                sizes = transformer_sizes(config_file, store.shapes, str(file.parent), config.text_len)
                 settings = _transformer_config(sizes, store.shapes)
         except ValueError as e:
-            raise InputError(f"--ckpt_dir: {ckpt_dir / sources[part]}: {e}") from e
+            raise InputError(f"--ckpt_dir: {file}: {e}") from e
         found[layouts.config_json(places[part])] = settings
     return found
 
@@ -293,7 +284,6 @@ def _transformer_config(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 
 def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """ValueError for another network."""
     with torch.device("meta"):
         vae = WanVAE.from_shapes(shapes)
     channels = 3 * vae.patch**2
@@ -312,7 +302,6 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """ValueError for another network."""
     with torch.device("meta"):
         encoder = UMT5Encoder.from_shapes(shapes)
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]

@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file, weights_in
-from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, Shapes, parse_key, resolve_names
+from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, Shapes, find, parse_key, spellings
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import kind_of, open_file
@@ -64,10 +65,8 @@ class Lora:
         cls, path: Path, strength: float = 1.0, default_alpha: float | None = None, expert: str | None = None
     ) -> Lora:
         """`path` is a file of weights or a PEFT folder. Raises LoraError if it cannot be one."""
-        if not math.isfinite(strength):
-            raise LoraError(f"LoRA {path}: the strength must be a finite number, not {strength}")
-        if default_alpha is not None and not (math.isfinite(default_alpha) and default_alpha > 0):
-            raise LoraError(f"LoRA {path}: alpha must be a number above 0, not {default_alpha}")
+        if default_alpha is not None and not 0 < default_alpha < math.inf:
+            raise LoraError(f"--lora_alpha must be a number above 0, not {default_alpha:g}")
         file = weight_file(path)
         if not file.is_file():
             raise LoraError(f"LoRA {file}: no such file")
@@ -103,13 +102,34 @@ class Lora:
 
     def resolve(self, shapes: Shapes) -> Resolved:
         """The place of every tensor in a model with these parameters."""
-        return resolve_names(self.store, self.keys, self.scale, shapes, self.expert)
+        out, table = Resolved(self.store, shapes, self.scale), spellings(shapes)
+        halves = {key.expert for key in self.keys.values()}
+        modules: dict[str, dict[str, str]] = {}  # stem -> role -> tensor
+        spelled: dict[str, Key] = {}  # parameter -> the first tensor that names it
+        for name in self.store:
+            key = self.keys.get(name)
+            if UNSUPPORTED.search(name):
+                out.unsupported.append(name)
+            elif key is None:
+                out.set_aside(name)
+            elif len(halves) > 1 and self.expert in ("high", "low") and (key.expert or "high") != self.expert:
+                out.ignored.append(name)
+            elif (first := modules.setdefault(key.stem, {}).setdefault(key.role, name)) != name:
+                out.conflicts[name] = f"says the same as {first}"
+            elif (target := find(table, key.stem, key.role)) and spelled.setdefault(target, key).stem != key.stem:
+                out.conflicts[name] = f"is for the same weight as {spelled[target].raw}, in another spelling"
+        for stem, names in modules.items():
+            targets = {role: target for role in names if (target := find(table, stem, role))}
+            for role, name in names.items():
+                if role not in targets:
+                    out.set_aside(name)
+            out.place(stem, {role: names[role] for role in targets}, targets)
+        return out
 
     def deltas(self, shapes: Shapes) -> list[Delta]:
         """The changes of a model with these parameters; LoraError if something in the file does not fit."""
         found = self.resolve(shapes)
-        if found.conflicts:
-            name, reason = next(iter(found.conflicts.items()))
+        for name, reason in found.conflicts.items():
             raise LoraError(f"LoRA {self.path}: {name} {reason}")
         return found.deltas
 
@@ -146,30 +166,25 @@ class Coverage:
 
     def summary(self) -> str:
         kinds = " and ".join(kind for kind in self.kinds if kind != "pair") or "pairs"
-        parts = [f"{self.pairs[0]}/{self.pairs[1]} {kinds}"] if self.pairs[1] else []
-        if self.differences[1]:
-            parts.append(f"{self.differences[0]}/{self.differences[1]} differences")
-        if self.scales:
-            ends = dict.fromkeys((self.scales[0], self.scales[-1]))
-            parts.append("alpha/rank " + " to ".join(f"{scale:g}" for scale in ends))
-        if self.strength != 1.0:
-            parts.append(f"strength {self.strength:g}")
-        if self.ignored:
-            parts.append(f"{len(self.ignored)} ignored (Wan2.1 image branch, the other expert, or of rank 0)")
-        if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped (patch embedding for another number of channels)")
-        return ", ".join([*parts, f"{len(self.unmatched)} unmatched"])
+        scales = " to ".join(f"{scale:g}" for scale in dict.fromkeys(self.scales[:1] + self.scales[-1:]))
+        parts = (
+            (self.pairs[1], f"{self.pairs[0]}/{self.pairs[1]} {kinds}"),
+            (self.differences[1], f"{self.differences[0]}/{self.differences[1]} differences"),
+            (self.scales, f"alpha/rank {scales}"),
+            (self.strength != 1.0, f"strength {self.strength:g}"),
+            (self.ignored, f"{len(self.ignored)} ignored (Wan2.1 image branch, the other expert, or of rank 0)"),
+            (self.skipped, f"{len(self.skipped)} skipped (patch embedding for another number of channels)"),
+            (True, f"{len(self.unmatched)} unmatched"),
+        )
+        return ", ".join(text for shown, text in parts if shown)
 
     as_dict = asdict
 
 
-def check(
-    lora: Lora, shapes: Shapes, *, expert: str | None = None, allow_partial: bool = False, as_adapter: bool = False
-) -> Coverage:
+def check(lora: Lora, shapes: Shapes, *, allow_partial: bool = False, as_adapter: bool = False) -> Coverage:
     """The effect of `lora` on the model whose parameters are `shapes`; from headers, in milliseconds.
 
-    expert: that the file is used for, to warn if its name says another. allow_partial: names that nothing explains
-    are a warning. as_adapter: the pairs stay beside the weights.
+    allow_partial: names that nothing explains are a warning. as_adapter: the pairs stay beside the weights.
     Raises LoraError for a file that matches nothing, does not fit, or holds something that is not read.
     """
     found = lora.resolve(shapes)
@@ -188,7 +203,7 @@ def check(
         ranks=tuple(sorted({delta.rank for delta in changes if delta.rank})),
         scales=tuple(sorted({delta.scale for delta in changes})),
         ignored=found.ignored, skipped=found.skipped, unmatched=found.unmatched,
-        warnings=list(_warnings(lora, found, shapes, expert or lora.expert, as_adapter)),
+        warnings=list(_warnings(lora, found, shapes, as_adapter)),
         kinds=tuple(sorted(names)),
     )  # fmt: skip
 
@@ -205,74 +220,54 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool
         first, reason = next(iter(found.conflicts.items()))
         problems.append(f"{len(found.conflicts)} of {total} tensors do not fit the model (first: {first} {reason})")
     if not found.deltas and not problems:
-        kind = kind_of(lora.store) or ("expert" if found.is_full_weights else None)
+        kind = kind_of(lora.store)
         reason = f"is a full weight file, not a LoRA (see --{kind})" if kind else "nothing in it matches"
-        names = _first(found.unmatched or found.ignored)
-        problems.append(f"{reason}: 0 of {total} tensors belong to this model{names}")
+        problems.append(f"{reason}: 0 of {total} tensors belong to this model (first: {next(iter(lora.store), None)})")
     elif found.unmatched and not allow_partial:
         rest = "" if problems else "; --lora_allow_partial applies the rest"  # which does not help against the others
         problems.append(f"{_some(found.unmatched, total)} match no part of the model{rest}")
     return problems
 
 
-def _warnings(lora: Lora, found: Resolved, shapes: Shapes, expert: str | None, as_adapter: bool) -> Iterator[str]:
+def _warnings(lora: Lora, found: Resolved, shapes: Shapes, as_adapter: bool) -> Iterator[str]:
     name, release = f"LoRA {lora.path}", lora.release
     halves = {key.expert for key in lora.keys.values()}
     named = "low" if halves == {"low"} else expert_of(lora.path) or expert_of(lora.path.absolute().parent)
-    if {named, expert} == {"high", "low"}:
-        yield f"{name} is named after the {named}-noise expert but used for the {expert}-noise one"
+    if {named, lora.expert} == {"high", "low"}:
+        yield f"{name} is named after the {named}-noise expert but used for the {lora.expert}-noise one"
     task = task_of(shapes)
     if release and task and task not in release.tasks:
         yield f"{name} was published for {' and '.join(release.tasks)}, this is {task}"
-    layers = {parameter for parameter, shape in shapes.items() if parameter.startswith("blocks.") and len(shape) == 2}
-    reached = layers & {delta.target for delta in found.deltas}
-    if release and release.kind == "lora" and len(reached) < len(layers):
-        yield f"{name} changes {len(reached)} of the {len(layers)} layers that its release changes"
     if found.unmatched:
         yield f"{name}: {_some(found.unmatched, len(lora.store))} match no part of the model"
     kinds = {delta.kind.name for delta in found.deltas if delta.kind and delta.kind is not PAIR}
     if as_adapter and kinds:
         yield f"{name}: --lora_mode adapter keeps pairs only; its {' and '.join(kinds)} changes are merged"
-    if lora.settings and lora.store.files[0].stem != PEFT_STEM and METADATA not in lora.store.metadata:
-        yield f"{name} is scaled by the alpha in {PEFT_CONFIG} beside it"
-    if not lora.alphas and lora.settings is None and lora.default_alpha is None:
-        if lora.assumed_alpha is not None:
-            what = f"{lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"
-            yield f"{name} stores no alpha; {what}"
-        elif {delta.rank for delta in found.deltas if delta.rank} == {64} and all(
-            e.dtype == "F32" and tensor.startswith("blocks.") and ".lora_" in tensor for tensor, e in lora.store.items()
-        ):  # the only published file that lacks the alpha it needs
-            what = "looks like the first Lightning upload, which needs --lora_alpha 8; alpha/rank 1 is applied"
-            yield f"{name} stores no alpha and {what}"
+    if lora.assumed_alpha is not None and not lora.alphas and lora.settings is None and lora.default_alpha is None:
+        what = f"{lora.assumed_alpha:g}/rank is applied, as this release needs (--lora_alpha overrides)"
+        yield f"{name} stores no alpha; {what}"
 
 
 def _some(tensors: Sequence[str], total: int) -> str:
-    return f"{len(tensors)} of {total} tensors" + _first(tensors)
-
-
-def _first(tensors: Sequence[str]) -> str:
-    more = ", ..." if len(tensors) > 3 else ""
-    return f" (first: {', '.join(tensors[:3])}{more})" if tensors else ""
+    return f"{len(tensors)} of {total} tensors (first: {tensors[0]})"
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """alpha and rank of each module: the first of the patterns that fits its name, else the common one."""
+    """Numbers of each module: that of the first pattern that fits its name, else the common one, under ""."""
 
-    alpha: float  # 8 where the settings name none, as in PEFT; the rank too
-    patterns: Mapping[str, float]
-    rslora: bool  # alpha / sqrt(rank)
-    rank: float
+    alphas: Mapping[str, float]
     ranks: Mapping[str, float]
+    rslora: bool  # alpha / sqrt(rank)
 
     def scale(self, module: str, rank: int) -> float:
         """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
 
-        def first_fitting(patterns: Mapping[str, float], otherwise: float) -> float:  # the whole name or its last parts
-            return next((n for p, n in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), otherwise)
+        def fitting(numbers: Mapping[str, float]) -> float:  # a pattern is of the whole name or of its last parts
+            return next((n for p, n in numbers.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), numbers[""])
 
-        rank_used = rank or first_fitting(self.ranks, self.rank)
-        return first_fitting(self.patterns, self.alpha) / (math.sqrt(rank_used) if self.rslora else rank_used)
+        rank_used = rank or fitting(self.ranks)
+        return fitting(self.alphas) / (math.sqrt(rank_used) if self.rslora else rank_used)
 
 
 def settings_of(
@@ -298,10 +293,9 @@ def settings_of(
 
 
 def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
-    try:
+    settings: Any = None
+    with suppress(ValueError):
         settings = parse_json(text)
-    except ValueError as e:
-        raise LoraError(f"{file}: the adapter settings are not JSON") from e
     if not isinstance(settings, dict):
         raise LoraError(f"{file}: the adapter settings are not a JSON object")
     if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
@@ -311,8 +305,7 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
             raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
         start = f"{transformers[0]}."
         settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
-    kind = str(settings.get("peft_type") or "LORA")
-    kind = next((kind for name, kind in NOT_PLAIN.items() if settings.get(name)), kind)
+    kind = next((k for name, k in NOT_PLAIN.items() if settings.get(name)), str(settings.get("peft_type") or "LORA"))
     if kind not in PEFT_KINDS:
         raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
@@ -320,8 +313,8 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
     name = PEFT_KINDS[kind]
     try:
         alphas, ranks = (
-            {key: float(n) for key, n in ({"": settings.get(common, 8.0)} | (settings.get(patterns) or {})).items()}
-            for common, patterns in ((name, "alpha_pattern"), ("r", "rank_pattern"))
+            {key: float(n) for key, n in ((settings.get(patterns) or {}) | {"": settings.get(common, 8.0)}).items()}
+            for common, patterns in ((name, "alpha_pattern"), ("r", "rank_pattern"))  # 8 as in PEFT
         )
         for pattern, value in (*alphas.items(), *ranks.items()):
             re.compile(pattern)
@@ -329,4 +322,4 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
                 raise ValueError(value)
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as e:
         raise LoraError(f"{file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
-    return AdapterSettings(alphas.pop(""), alphas, bool(settings.get("use_rslora")), ranks.pop(""), ranks)
+    return AdapterSettings(alphas, ranks, bool(settings.get("use_rslora")))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning.releases import recognise
-from wan.checkpoints.hub import located
+from wan.checkpoints.hub import exists, located
 from wan.checkpoints.layout import WEIGHTS
 from wan.checkpoints.weights import GGUF, PICKLED
 from wan.configs import download_command
@@ -73,11 +73,9 @@ def choose_loras(
             out.problems += e.problems
         if len(experts) == 1 and high != low:
             out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
-        if faults := list(filter(None, (outside("--lora_strength", n, *RANGE) for n in (high, low)))):
-            out.problems += dict.fromkeys(faults)
-            high = low = 1.0
+        out.problems += filter(None, (outside("--lora_strength", n, *RANGE) for n in dict.fromkeys((high, low))))
         try:
-            files = _files_of_flag(lora_dir, experts, "--lora_dir")
+            files = files_of(located("--lora_dir", lora_dir), experts)
             out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
         except InputError as e:
             out.problems += e.problems
@@ -95,22 +93,17 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
     if not match:
         raise LoraError("--lora is empty; it takes PATH[:STRENGTH], high=PATH[:STRENGTH] or low=PATH[:STRENGTH]")
     expert, (name, strength) = match[1], split_strength(match[2])
-    if fault := outside(f"--lora {text}: strength", strength, *RANGE):
-        out.problems.append(fault)
-        strength = 1.0
+    out.problems += filter(None, [outside(f"--lora {text}: strength", strength, *RANGE)])
     if expert and expert not in experts:
         raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    path = located("--lora", name)
-    if not exists(path):
-        among = f"; an expert goes before =, {' or '.join(experts)}" if "=" in name else ""
-        raise LoraError(f"--lora {path}: no such file{among}")
+    if not exists(path := located("--lora", name)):
+        raise LoraError(f"--lora {path}: no such file")
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
-        files = _files_of_flag(str(path), [expert] if expert else experts, "--lora")
+        files = files_of(path, [expert] if expert else experts, "--lora")
         return [LoraChoice(one, file, strength) for one, file in files.items()]
     if not expert and (named := named_expert(path)) in experts:
         expert = named
-        advice = "write high=PATH and low=PATH to choose yourself"
-        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says; {advice}")
+        out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says")
     return [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
 
 
@@ -121,26 +114,6 @@ def split_strength(text: str) -> tuple[str, float]:
     if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
         return os.path.expanduser(text), 1.0
     return os.path.expanduser(path), strength
-
-
-def _files_of_flag(folder: str, experts: Collection[str], flag: str) -> dict[str, Path]:
-    """`files_of`; of a missing folder that a download would create, with the command."""
-    try:
-        return files_of(located(flag, folder), experts, flag)
-    except InputError as e:
-        release = None if os.path.exists(folder) else recognise(Path(folder))
-        if release is None or not folder.startswith(f"{release.source.rpartition('/')[2]}/"):
-            raise
-        advice = f"; get it with: {download_command(release.source)}"
-        raise LoraError(f"{problem}{advice}" for problem in e.problems) from e
-
-
-def exists(path: Path) -> bool:
-    """Whether the path exists, here or on the hub; False for one that cannot be reached."""
-    try:
-        return path.exists()
-    except OSError:  # no permission, or a name too long
-        return False
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -168,7 +141,9 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
     It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`).
     """
     if not lora_dir.is_dir():
-        raise LoraError(f"{flag} {lora_dir}: no such folder")
+        release = recognise(lora_dir)
+        advice = f"; get it with: {download_command(release.source)}" if release else ""
+        raise LoraError(f"{flag} {lora_dir}: no such folder{advice}")
     here = weights_in(lora_dir)
     files: dict[str, Path] = {}
     for expert in experts:

@@ -186,7 +186,8 @@ class Delta:
     """One change of parameter `target`: scale * the change of `kind`, or scale * one tensor where kind is None.
 
     roles: of `tensors`, in their order. scale: alpha / rank, without the strength. rank: 0 for a whole difference.
-    magnitude: the tensor of row norms that DoRA gives the changed weight.
+    magnitude: the tensor of row norms that DoRA gives the changed weight. is_adapter: a pair on a linear layer, which
+    can stay beside the weight.
     """
 
     target: str
@@ -196,137 +197,86 @@ class Delta:
     scale: float
     rank: int = 0
     magnitude: str | None = None
-    on_linear: bool = False
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it can stay beside the weight: a pair on a linear layer."""
-        return self.kind is PAIR and self.on_linear and self.magnitude is None
+    is_adapter: bool = False
 
 
 @dataclass
 class Resolved:
-    """The place of every tensor: in one of the deltas, as their alpha, or in one of the lists."""
+    """The place of every tensor (`entries`) in a model (`shapes`): in a delta, as its alpha, or in one of the lists."""
 
+    entries: Mapping[str, Entry]
+    shapes: Shapes
+    scale: Scale  # ValueError for an alpha that is unusable
     deltas: list[Delta] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # Wan2.1's image branch, the other expert's half, empty pairs
     skipped: list[str] = field(default_factory=list)  # a patch embedding for another number of channels
     unmatched: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
     conflicts: dict[str, str] = field(default_factory=dict)  # tensor -> why it does not fit
-    is_full_weights: bool = False
 
     def set_aside(self, name: str) -> None:
         """Take a tensor that changes nothing in the model."""
         (self.ignored if IMAGE_BRANCH.search(name) else self.unmatched).append(name)
 
-
-def resolve_names(
-    entries: Mapping[str, Entry], keys: Mapping[str, Key], scale: Scale, shapes: Shapes, expert: str | None
-) -> Resolved:
-    """Match tensors (`entries`, with their names taken apart in `keys`) with the parameters in `shapes`.
-
-    expert picks the half of a file that holds both experts. scale raises ValueError for an alpha that is unusable.
-    """
-    out, table = Resolved(), spellings(shapes)
-    halves = {key.expert for key in keys.values()}
-    modules: dict[str, dict[str, str]] = {}  # stem -> role -> tensor
-    spelled: dict[str, Key] = {}  # parameter -> the first tensor that names it
-    for name in entries:
-        key = keys.get(name)
-        if UNSUPPORTED.search(name):
-            out.unsupported.append(name)
-        elif key is None:
-            out.set_aside(name)
-        elif len(halves) > 1 and expert in ("high", "low") and (key.expert or "high") != expert:
-            out.ignored.append(name)
-        elif (first := modules.setdefault(key.stem, {}).setdefault(key.role, name)) != name:
-            out.conflicts[name] = f"says the same as {first}"
-        elif (target := find(table, key.stem, key.role)) and spelled.setdefault(target, key).stem != key.stem:
-            out.conflicts[name] = f"is for the same weight as {spelled[target].raw}, in another spelling"
-    for stem, names in modules.items():
-        targets = {role: target for role in names if (target := find(table, stem, role))}
-        for role, name in names.items():
-            if role not in targets:
-                out.set_aside(name)
-        _Module(out, entries, shapes, stem, scale, {role: names[role] for role in targets}, targets).place()
-    bare = (name.removeprefix("model.").removeprefix("diffusion_model.") for name in entries)
-    out.is_full_weights = any(flat(name) in table for name in bare)
-    return out
-
-
-@dataclass(frozen=True)
-class _Module:
-    """All tensors of one module, by role, and the parameters that they change."""
-
-    out: Resolved
-    entries: Mapping[str, Entry]
-    shapes: Shapes
-    stem: str
-    scale: Scale
-    names: Mapping[str, str]
-    targets: Mapping[str, str]
-
-    def place(self) -> None:
-        out, names = self.out, self.names
-        if PATCH_EMBEDDING in self.targets.values():
+    def place(self, stem: str, names: Mapping[str, str], targets: Mapping[str, str]) -> None:
+        """Place a module's tensors (`names`), which change these parameters; both by role."""
+        if PATCH_EMBEDDING in targets.values():
             name, shape = names.get("diff") or names.get("down"), self.shapes[PATCH_EMBEDDING]
             found = self.entries[name].shape if name else ()
             if len(found) == len(shape) and found[1] != shape[1] and found[2:] == shape[2:]:
-                out.skipped.extend(names.values())
+                self.skipped += names.values()
                 return
         kinds = [kind for kind in KINDS if not names.keys().isdisjoint(kind.roles)]
         scale = 1.0
         for kind in kinds:
-            scale = self._add_change(kind)
+            scale = self._add_change(kind, stem, names, targets)
         if MAGNITUDE in names and not kinds:
-            out.conflicts[names[MAGNITUDE]] = "has no LoRA beside it"
+            self.conflicts[names[MAGNITUDE]] = "has no LoRA beside it"
         for role in ("diff", "diff_b", "diff_m", "up_bias"):
             if role in names:
-                fits = self.entries[names[role]].shape == self.shapes[self.targets[role]]
-                factor = scale if role == "up_bias" else 1.0
-                self._add(Delta(self.targets[role], None, (role,), (names[role],), factor), fits)
+                delta = Delta(targets[role], None, (role,), (names[role],), scale if role == "up_bias" else 1.0)
+                self._add(delta, self.entries[names[role]].shape == self.shapes[targets[role]])
         if names.keys() == {"alpha"}:  # beside a difference alone it means nothing; alone it explains nothing
-            out.unmatched.append(names["alpha"])
+            self.unmatched.append(names["alpha"])
 
-    def _add_change(self, kind: Kind) -> float:
+    def _add_change(self, kind: Kind, stem: str, names: Mapping[str, str], targets: Mapping[str, str]) -> float:
         """Add the module's change of this kind; the scale that it has."""
-        roles = tuple(role for role in kind.roles if role in self.names)
-        names = tuple(self.names[role] for role in roles)
-        own = {role: self.entries[self.names[role]].shape for role in roles}
+        roles = tuple(role for role in kind.roles if role in names)
+        tensors = tuple(names[role] for role in roles)
+        own = {role: self.entries[names[role]].shape for role in roles}
         products = [factor for factor in kind.factors if factor.whole not in own]
         if missing := [role for factor in products for role in (factor.a, factor.b) if role not in own]:
-            self.out.conflicts[names[0]] = f"has no {missing[0]} matrix beside it"
+            self.conflicts[tensors[0]] = f"has no {missing[0]} matrix beside it"
             return 1.0
         if any(0 in shape for shape in own.values()):
-            self.out.ignored += names  # a rank of 0 changes nothing
+            self.ignored += tensors  # a rank of 0 changes nothing
             return 1.0
-        target = self.targets[roles[0]]
-        shape = self.shapes[target]
+        target = targets[roles[0]]
+        shape, scale = self.shapes[target], 1.0
         rows, columns, rank = kind.sizes(own) or (0, 0, 0)
         fits = len(shape) > 1 and (rows, columns) == (shape[0], math.prod(shape[1:]))
-        scale = 1.0
         try:
-            scale = self.scale(self.stem, self.names.get("alpha"), rank) if fits else 1.0
+            scale = self.scale(stem, names.get("alpha"), rank) if fits else 1.0
         except ValueError as e:
-            self.out.conflicts[self.names["alpha"]] = str(e)
-        magnitude = self.names.get(MAGNITUDE)
+            self.conflicts[names["alpha"]] = str(e)
+        magnitude = names.get(MAGNITUDE)
         norms = self.entries[magnitude].shape if magnitude else ()
         by_column = len(shape) == len(norms) == 2 and norms[0] == 1
         if magnitude and (math.prod(norms) != shape[0] or by_column):
             found = f"is {list(norms)}, not one norm for each of the {shape[0]} rows of {target}"
-            self.out.conflicts[magnitude] = found
-        self._add(Delta(target, kind, roles, names, scale, rank, magnitude, len(shape) == 2), fits)
+            self.conflicts[magnitude] = found
+        is_adapter = kind is PAIR and len(shape) == 2 and magnitude is None
+        self._add(Delta(target, kind, roles, tensors, scale, rank, magnitude, is_adapter), fits)
         return scale
 
     def _add(self, delta: Delta, fits: bool) -> None:
         """Take a delta whose shapes and dtypes fit its parameter; note it as a conflict otherwise."""
         names = [*delta.tensors, *filter(None, [delta.magnitude])]
         if odd := [name for name in names if self.entries[name].dtype not in LORA_FLOATS]:
-            self.out.conflicts[odd[0]] = f"is stored as {self.entries[odd[0]].dtype}, not as floating point"
+            self.conflicts[odd[0]] = f"is stored as {self.entries[odd[0]].dtype}, not as floating point"
         elif not fits:
             found = " x ".join(str(list(self.entries[name].shape)) for name in delta.tensors)
             wanted = list(self.shapes[delta.target])
-            self.out.conflicts[names[0]] = f"is {found} where the model's {delta.target} is {wanted}"
+            self.conflicts[names[0]] = f"is {found} where the model's {delta.target} is {wanted}"
         else:
-            self.out.deltas.append(delta)
+            self.deltas.append(delta)

@@ -40,7 +40,7 @@ class Merge:
     ) -> None:
         self.shapes = shapes
         self.device = device or torch.device("cpu")
-        self.deltas: dict[str, list[tuple[Lora, Delta]]] = {}
+        self.deltas: dict[str, list[tuple[Lora, Delta]]] = {}  # by parameter
         for lora in sorted(loras, key=lambda lora: (str(lora.path), lora.strength)):
             for delta in lora.deltas(shapes):
                 if lora.strength and (linear_pairs or not delta.is_adapter):
@@ -102,11 +102,11 @@ class Merge:
         The result puts rows `block` of the delta, which are `weight` [rows, I] before the merge, into `out` [rows, I].
         """
         tensors = {
-            role: _matrix(self._read(lora, name, rows)) if role in BY_ROWS else self._read_once(lora, name)
+            role: _matrix(self._read(lora, name, rows)) if role in BY_ROWS else self._read(lora, name)
             for role, name in zip(delta.roles, delta.tensors, strict=True)
         }
         change = delta.kind.change(tensors) if delta.kind and delta.kind is not PAIR else None
-        norms = self._read_once(lora, delta.magnitude).flatten()[rows, None] if delta.magnitude else None
+        norms = self._read(lora, delta.magnitude).flatten()[rows, None] if delta.magnitude else None
         factor = delta.scale if delta.magnitude else delta.scale * lora.strength
 
         def write(block: slice, weight: Tensor, out: Tensor) -> None:
@@ -127,21 +127,23 @@ class Merge:
 
         return write
 
-    def _read_once(self, lora: Lora, name: str) -> Tensor:
-        """A whole tensor, kept until the next weight."""
-        if (lora.path, name) not in self._kept:
-            self._kept[lora.path, name] = self._read(lora, name)
-        return self._kept[lora.path, name]
-
     def _read(self, lora: Lora, name: str, rows: slice | None = None) -> Tensor:
-        """A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is."""
+        """A tensor, kept until the next weight, or these rows of it; float32 on the device.
+
+        A GPU gets it from pinned memory, which is free again when this returns; on a CPU it stays where it is.
+        """
+        if rows is None and (lora.path, name) in self._kept:
+            return self._kept[lora.path, name]
         buffer = None
         if Accelerator(self.device).has_memory:
             size = lora.store[name].rows(rows).bytes
             if self._staging.numel() < size:
                 self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             buffer = self._staging
-        return lora.read(name, rows, buffer).to(self.device).float()
+        tensor = lora.read(name, rows, buffer).to(self.device).float()
+        if rows is None:
+            self._kept[lora.path, name] = tensor
+        return tensor
 
 
 def _matrix(tensor: Tensor) -> Tensor:

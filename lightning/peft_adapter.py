@@ -28,12 +28,11 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers: dict[str, Any] = dict(model.named_modules())
-    plans = [(lora, [delta for delta in lora.deltas(shapes) if delta.is_adapter]) for lora in loras]
-    for number, (lora, deltas) in enumerate(plans):
+    for number, lora in enumerate(loras):
+        deltas = [delta for delta in lora.deltas(shapes) if delta.is_adapter]
         if not deltas:
             continue
-        name = f"lora_{number}"
-        modules = {delta.target.removesuffix(".weight"): delta for delta in deltas}
+        name, modules = f"lora_{number}", {delta.target.removesuffix(".weight"): delta for delta in deltas}
         alphas = {module: delta.scale * delta.rank for module, delta in modules.items()}
         config = LoraConfig(
             r=deltas[0].rank, rank_pattern={module: delta.rank for module, delta in modules.items()},

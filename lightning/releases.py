@@ -1,23 +1,29 @@
 """The published releases for Wan2.2: one row per release, with the settings it was trained for.
 
-`recognise(path)` knows a release by its folder or file name; `preset(name)` finds one by its own name.
-Guidance pairs read (low noise, high noise).
+`recognise` knows a release by its folder or file name, `preset` finds one by its own name, `release_in` finds the one
+that a checkpoint is, by its name or the record that `bake` wrote. Guidance pairs read (low noise, high noise).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wan.checkpoints.hub import exists
+from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import SPARSE
 from wan.configs import SIZE_CONFIGS, TASKS
-from wan.utils.errors import LoraError
+from wan.utils.errors import LoraError, in_one_line
+from wan.utils.files import parse_json
 
+RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
+SETTINGS = ("name", "steps", "solver", "shift", "guidance", "timesteps", "licence")  # of the release, in the record
 T2V, I2V, TI2V = TASKS
 SIZES = {task: tuple(SIZE_CONFIGS[size] for size in config.sizes) for task, config in TASKS.items()}
 LIGHTNING = "lightx2v/Wan2.2-Lightning"
@@ -73,29 +79,80 @@ def recognise(path: Path) -> Release | None:
     The nearest name is asked first: a file of one release may lie in a folder named after another.
     """
     parts = [part.lower().replace("_", "-") for part in path.absolute().parts[-4:]]
-    for first in reversed(range(len(parts))):
-        text = "/".join(parts[first:])
-        for release in RELEASES:
-            if any(re.search(pattern, text) for pattern in release.patterns):
-                return release
-    return None
+    texts = ["/".join(parts[first:]) for first in reversed(range(len(parts)))]
+    found = (each for text in texts for each in RELEASES if any(re.search(p, text) for p in each.patterns))
+    return next(found, None)
 
 
 def preset(name: str) -> Release:
     """The release or recipe called `name`. LoraError with the names that run, and the nearest one, if there is none."""
     named = {release.name: release for release in RELEASES}
-    if name.lower() in named:
-        return named[name.lower()]
-    near = get_close_matches(name.lower(), named, 1)
-    suggestion = f"; did you mean {near[0]}?" if near else ""
+    if found := named.get(name.lower()):
+        return found
+    near = "".join(f"; did you mean {each}?" for each in get_close_matches(name.lower(), named, 1))
     usable = ", ".join(release.name for release in RELEASES if not release.refused)
-    raise LoraError(f"no preset {name!r}; there are {usable}{suggestion}")
+    raise LoraError(f"no preset {name!r}; there are {usable}{near}")
 
 
-def caution(path: Path) -> str | None:
-    """Why a LoRA has less effect here than in its own pipeline, None if its name says nothing."""
-    name = path.name.lower().replace("_", "-")
-    return next((reason for pattern, reason in CONDITIONED.items() if re.search(pattern, name)), None)
+def release_in(base: Path) -> Release | None:
+    """The distillation that a full expert's file or a checkpoint folder is, with its settings; None if nothing says so.
+
+    A baked folder keeps them in its record, others may be named after a release (`FastVideo/FastWan2.2-TI2V-5B-...`).
+    """
+    if record := record_of(base):
+        return _recorded_release(record)
+    release = recognise(base if exists(base) and base.is_file() else Path(base.absolute().name))
+    return release if release and release.kind == "full" else None
+
+
+def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
+    """The record that `bake` wrote into a checkpoint folder, None for any other folder. LoraError if it is damaged."""
+    file = ckpt_dir / RECORD
+    if not exists(file):
+        return None
+    try:
+        record: dict[str, Any] = parse_json(file.read_bytes())
+        experts = record["loras"].items()
+        record["loras"] = {expert: [{**lora, "path": str(lora["path"])} for lora in loras] for expert, loras in experts}
+        record["shards"] = dict(record["shards"])
+        _recorded_release(record)
+    except OSError as e:
+        raise LoraError(f"{file}: cannot be read ({e.strerror})") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise LoraError(
+            f"{file} is damaged, unfinished or from another version ({in_one_line(e)}); bake again, or remove the file "
+            "to use the folder without its record"
+        ) from e
+    return record
+
+
+def _recorded_release(record: Mapping[str, Any]) -> Release | None:
+    """The settings in a bake's record. ValueError, TypeError or KeyError for those that are unusable."""
+    if record["release"] is None:
+        return None
+    values = {name: record["release"][name] for name in SETTINGS}
+    low, high = map(float, values["guidance"])
+    steps, shift, times = int(values["steps"]), float(values["shift"]), tuple(map(float, values["timesteps"] or ()))
+    if steps < 1 or shift <= 0 or min(low, high, *times) < 0:
+        raise ValueError("a setting is out of range")
+    values |= {"steps": steps, "shift": shift, "guidance": (low, high), "timesteps": times or None}
+    return Release(tasks=(record["task"],), kind="full", source="bake", **values)
+
+
+def refuse_distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> None:
+    """LoraError if this LoRA must not go onto `base`: it is merged already, or both are distillations.
+
+    base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
+    """
+    record, advice = record_of(base), "--lora_allow_partial does it all the same"
+    for name, loras in record["loras"].items() if record else ():
+        for merged in loras if expert in (None, name) else ():
+            if merged.get("fingerprint") == fingerprint(lora_file):
+                raise LoraError(f"{base} has the LoRA {lora_file} merged in already, as {merged['path']}; {advice}")
+    before, lora = release_in(base), recognise(lora_file)
+    if before and lora:
+        what = f"the LoRA {lora_file} ({lora.name}) would do it again"
+        raise LoraError(f"{base} is distilled already ({before.name}); {what}; {advice}")
 
 
 _END = r"(?!\.?\d)"  # so that v1 is not found in v1.1
@@ -122,10 +179,6 @@ _FASTWAN: dict[str, Any] = {
     "note": "trained at these three timesteps, with fresh noise after each",
 }  # fmt: skip
 _BY_HAND = "its card names no number of steps; --sample_steps sets them"
-CONDITIONED = {  # LoRAs that need more than prompt and image: pattern of the name -> reason
-    r"svi-v?2.*pro": "is SVI 2 Pro, which needs the anchor image's and the last clip's latents; they are not given",
-    r"shot-?plan": "is ShotPlan, which needs tokens at the cuts of its shots; they are not given",
-}
 
 # The first row that matches is the one: a longer name comes before a shorter one that it contains.
 RELEASES: tuple[Release, ...] = (

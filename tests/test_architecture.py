@@ -21,6 +21,7 @@ FLOORS = [
     "wan.text2video", "wan.image2video", "wan.textimage2video",
     "wan.original_api",
     "wan.pipeline",
+    "wan.step_cache",
     "wan.planning",
     "wan.sampling", "wan.gallery",
     "wan.jobs",

@@ -172,7 +172,7 @@ def outcome(**flags: object) -> Generate:
         ),
         (
             {"last_image": str(TINY / "input.png"), "task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B"))},
-            "ti2v-5B takes no last image; i2v-A14B does",
+            "ti2v-5B takes no last image; --task i2v-A14B",
         ),
     ],
 )

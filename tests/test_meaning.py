@@ -5,6 +5,7 @@ detector, which knows nothing of the program, looks at the mp4.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from PIL import Image
 
 import generate
+from benchmarks import nag
 from examples.shapes import gallery, train
 from examples.shapes.detector import judge
-from examples.shapes.world import HELD_OUT, Scene, draw, held_out, render, scenes, trained
+from examples.shapes.world import COLOURS, HELD_OUT, Scene, draw, held_out, render, scenes, trained
 from tests.support import TESTS, read_frames
 
 SHAPES = TESTS.parent / "examples" / "shapes"
@@ -119,6 +121,18 @@ def test_in_fp8_they_show_the_same(four_steps: Videos, task: str, tmp_path: Path
     nearness = [decibels(frames, four_steps[task][place]) for place, frames in videos.items()]
     assert min(nearness) > 40
     assert max(nearness) < 60, "another video, if not by much"
+
+
+def test_nag_avoids_the_colour_that_a_negative_prompt_names() -> None:
+    """A prompt without a colour; what the video shows without NAG is what the same seed is then to avoid."""
+    scenes = [ASKED[0], ASKED[3]]
+    plain, led = (nag.open_shapes(scale) for scale in (1, 11))
+    colours = [nag.make(plain, scene, seed).colour for seed, scene in enumerate(scenes)]
+    asked = [replace(scene, colour=colour) for scene, colour in zip(scenes, colours, strict=True)]
+    found = [nag.make(led, scene, seed).colour for seed, scene in enumerate(asked)]
+    assert set(colours) <= set(COLOURS)
+    assert all(now != then for now, then in zip(found, colours, strict=True)), (colours, found)
+    assert set(found) & set(COLOURS), "another colour, not none"
 
 
 def test_the_first_frame_is_the_picture(four_steps: Videos) -> None:

@@ -15,6 +15,7 @@ from benchmarks import documents, pictures
 from benchmarks.full_run import write_headers
 from benchmarks.sparse import sparse
 from lightning.__main__ import main as lightning
+from tests.media.test_video import save, smooth
 from tests.support import FOLDERS, TESTS, TINY, checkpoint, lora_dir, manifest
 from wan import gallery
 from wan.doctor.__main__ import main as doctor
@@ -101,6 +102,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("prompts.txt", "prompts.csv", "extended.jsonl"):
         (tmp_path / name).write_text("prompt\na cat\na dog\n" if name.endswith("csv") else "a cat\na dog\n")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    save(tmp_path / "clip.mp4", smooth(5, 64, 64))
+    (tmp_path / "clip.mp4").rename(tmp_path / "clip.mov")
     return tmp_path
 
 
@@ -115,6 +118,7 @@ def on_small_checkpoints(words: list[str], folder: Path) -> list[str]:
     replaced = {
         "--ckpt_dir": str(parts), "--lora_dir": str(lora), "--size": "64*64", "--vae": str(parts / "Wan2.1_VAE.pth"),
         "--image": str(TINY / "input.png"), "--last_image": str(TINY / "input.png"),
+        "--video": str(folder / "clip.mov"),
         "--tokenizer": str(parts / "google" / "umt5-xxl"),
         "--text_encoder": str(parts / "models_t5_umt5-xxl-enc-bf16.pth"), "--out": str(folder / "baked"),
     }  # fmt: skip

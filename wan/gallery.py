@@ -38,8 +38,7 @@ HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 def page_folder(request: Request) -> Path:
     """The folder that the page of a run covers."""
-    named = Path(request.save_file).parent if request.save_file is not None else Path(request.save_dir)
-    return named.expanduser()
+    return (Path(request.save_dir) if request.save_file is None else Path(request.save_file).parent).expanduser()
 
 
 def check_page(folder: Path) -> None:
@@ -84,19 +83,16 @@ def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, Any]:
-    def address(file: Path) -> str:
-        """From the page to the file; "./" in front, so that no name is taken for an address with a scheme."""
+    def address(file: Path) -> str:  # "./" in front, so that no name is taken for an address with a scheme
         return "./" + quote(os.fsencode(file.relative_to(folder).as_posix()))
 
     output = record["output"]
     width, height, frames, fps = (_finite(output[name]) for name in ("width", "height", "frames", "fps"))
     entry = {
         "file": beside.video.relative_to(folder).as_posix(),
-        "video": address(beside.video),
-        "record": address(beside.record),
+        "video": address(beside.video), "record": address(beside.record),
         "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
-        "width": width, "height": height,
-        "middle": _finite(frames / fps / 2),  # seconds
+        "width": width, "height": height, "middle": _finite(frames / fps / 2),  # seconds
         "finished": str(record["finished"]),
     }  # fmt: skip
     length = f"{frames:g} frames, {frames / fps:.1f} s"
@@ -106,8 +102,7 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         entry |= {"prompt": "\n".join(prompts), "seed": ", ".join(dict.fromkeys(seeds)), "seconds": 0}
         settings |= {"task": record["task"], "joined of": "\n".join(files)}
     else:
-        job = record["job"]
-        seconds = _finite(sum(map(_finite, record["seconds"].values())))
+        job, seconds = record["job"], _finite(sum(map(_finite, record["seconds"].values())))
         # the seed as text: JavaScript's numbers end at 2^53
         entry |= {"prompt": str(job["prompt"]), "seed": str(job["seed"]), "seconds": seconds}
         settings |= _video_settings(record)
@@ -118,7 +113,6 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
 def _video_settings(record: dict[str, Any]) -> dict[str, Any]:
     job, meaning, plan, request = (record[name] for name in ("job", "meaning", "plan", "request"))
     steps, usual = meaning["sample_steps"], TASKS[meaning["task"]].sample_neg_prompt
-    times = [f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps]
     experts = [str(each).partition("=") for each in request.get("expert", ())]
     loras = []
     for expert, lora in ((expert, lora) for expert, files in plan["loras"].items() for lora in files):
@@ -130,20 +124,19 @@ def _video_settings(record: dict[str, Any]) -> dict[str, Any]:
         "steps": f"{len(steps)} {meaning['sample_solver']}",
         "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
         "shift": plan.get("shift"),
-        "timesteps": ", ".join(times),
+        "timesteps": ", ".join(f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps),
         "preset": plan.get("preset"),
         "weights": Path(request.get("ckpt_dir") or "").name,
         "experts": "\n".join(f"{name}={Path(file).name}" for name, _, file in experts),
         "LoRA": "\n".join(loras),
         "quantize": "" if meaning.get("quantize") == "none" else meaning.get("quantize"),
-        "dtype": meaning["dtype"],
-        "device": record["pipeline"]["device"],
+        "dtype": meaning["dtype"], "device": record["pipeline"]["device"],
         "image": Path(job["image"]).name if job["image"] else "",
         "negative prompt": "" if job["negative_prompt"] == usual else job["negative_prompt"],
         "written": job["original_prompt"] if job["original_prompt"] != job["prompt"] else "",
         "number": job.get("index"),
         "row": "" if str(job.get("source")).startswith("--") else job.get("source"),
-    }
+    }  # fmt: skip
 
 
 def _finite(value: Any) -> float:
@@ -155,10 +148,8 @@ def _finite(value: Any) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with an error on stderr if no page was written."""
-    parser = Parser(
-        prog="python -m wan.gallery",
-        description="Write one page over the videos in a folder and below it: with prompts, seeds and settings.",
-    )
+    text = "Write one page over the videos in a folder and below it: with prompts, seeds and settings."
+    parser = Parser(prog="python -m wan.gallery", description=text)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")
     try:
         folder = parser.read(sys.argv[1:] if argv is None else argv).folder

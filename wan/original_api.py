@@ -20,7 +20,7 @@ from wan.configs import TASKS, TaskConfig
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
-from wan.jobs.weights import SOLVERS, both, choose_weights
+from wan.jobs.weights import SOLVERS, both, check_choices, choose_weights, with_quality
 from wan.media.images import video_size
 from wan.offload.reader import as_dtype
 from wan.pipeline import FINER, Pipeline, retry_smaller
@@ -61,7 +61,7 @@ class Original(Pipeline):
             "convert_model_dtype": convert_model_dtype, "device": str(device or gpu_or_cpu(device_id)),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
-        request = Request.from_dict({**values, **more}, check.problems)
+        request = with_quality(Request.from_dict({**values, **more}, check.problems), more)
         weights = choose_weights(request, config, Path(checkpoint_dir), check)
         mode = check.choice("lora_mode", request.lora_mode, ("merge", "adapter"))
         check.stop()
@@ -78,11 +78,11 @@ class Original(Pipeline):
 
         None on all but the first of the processes that make it together. InputError for what the command line refuses.
         """
-        config, check, team, size = self.plan.config, Check(), self.mesh.team, video.size
+        config, check, team, (width, height) = self.plan.config, Check(), self.mesh.team, video.size
         if video.image is None:
-            size = check.size("size", f"{size[0]}*{size[1]}", config.size_step)
+            size = check.size("size", f"{width}*{height}", config.size_step)
         else:
-            size = video_size(config, video.image.size, size)
+            size = video_size(config, video.image.size, video.size)
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
@@ -92,6 +92,7 @@ class Original(Pipeline):
             check.number("shift", shift, 1.0, 0.01, 100),
             both(guidance),
         )
+        check_choices(self.plan.request, sampling, check)
         check.stop()
         seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))
         negative = video.negative_prompt or config.sample_neg_prompt

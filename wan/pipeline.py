@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
 from wan.jobs.job import Job
 from wan.media.images import Strip, open_image
+from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
 from wan.modules.fused import choose_passes
 from wan.modules.model import Prompt, WanModel
@@ -33,6 +35,7 @@ from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.step_cache import StepCache
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import Beside
@@ -49,10 +52,11 @@ TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all te
 
 
 class Start(NamedTuple):
-    """An image as a task's conditioning (see `Conditioning`); both None without one."""
+    """An image or a clip as a task's conditioning (see `Conditioning`); all None without one."""
 
     channels: Tensor | None = None
     first_frame: Tensor | None = None
+    video: Tensor | None = None
 
 
 class Pipeline(ABC):
@@ -66,6 +70,7 @@ class Pipeline(ABC):
         self.experts: Experts | None = None
         self.vae: WanVAE | SplitVAE | None = None
         self.offload = plan.offload  # the experts give their memory back for decoding
+        self._made: list[bool] = []  # with the step cache: of each step of the last video, whether it was computed
         self._again = False  # whether another video follows
         self._text_encoder: Encode | None = None
         self._contexts: dict[str, Tensor] = {}
@@ -84,8 +89,8 @@ class Pipeline(ABC):
     # -- text
 
     def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only where a step is guided."""
-        return [video.prompt, video.negative_prompt] if self.plan.of(video).guided else [video.prompt]
+        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
+        return [video.prompt, video.negative_prompt] if self.plan.of(video).uses_negative else [video.prompt]
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -122,12 +127,12 @@ class Pipeline(ABC):
         """InputError for a corrupt file."""
         if self.experts is not None:
             return self.experts
-        plan, merges = self.plan, self._merges()
+        plan, merges, sharded = self.plan, self._merges(), self.plan.request.dit_fsdp
         sources: dict[str, tuple[WanModel, Source]] = {}
         for name, part in plan.checkpoint.experts.items():
             dtype = parameter_dtypes(plan.dtype, plan.request.convert_model_dtype, part.module)
             sources[name] = part.module, Source(part.weights, dtype, merges.get(name))
-        networks, sharded = None, plan.request.dit_fsdp
+        networks = None
         with self._loading("experts", [source for _, source in sources.values()], sharded=sharded) as report:
             if sharded:
                 models = {name: self.load(*each, plan.device, report, sharded=True) for name, each in sources.items()}
@@ -154,11 +159,9 @@ class Pipeline(ABC):
 
     def _merges(self) -> dict[str, Merge]:
         """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
-        plan, merged = self.plan, self.plan.lora_mode == "merge"
-        shapes = {name: part.weights.shapes for name, part in plan.checkpoint.experts.items()}
-        return {
-            name: Merge(loras, shapes[name], plan.device, linear_pairs=merged) for name, loras in plan.loras.items()
-        }
+        plan, experts, merged = self.plan, self.plan.checkpoint.experts, self.plan.lora_mode == "merge"
+        shapes = {name: part.weights.shapes for name, part in experts.items()}
+        return {n: Merge(loras, shapes[n], plan.device, linear_pairs=merged) for n, loras in plan.loras.items()}
 
     def follow(self, plan: Plan) -> None:
         """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
@@ -232,17 +235,19 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        texts = self.texts(video)
-        schedule = make_schedule(plan.sampling, draw) if schedule is None else copy.deepcopy(schedule)  # it keeps state
+        texts, facts = self.texts(video), plan.video(video)
+        steps = plan.steps[facts.first_step :]
+        schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
-        text, *negative = (Prompt(self._contexts[text].to(plan.device)) for text in texts)
-        conditioning = Conditioning(text, negative[0] if negative else None, *self.start(video))
-        experts, facts = self.load_experts(), plan.video(video)
-        budget = facts.budget
+        rows, *others = (self._contexts[text].to(plan.device) for text in texts)
+        negative = Prompt(others[0]) if others else None
+        text = Prompt(rows) if plan.request.nag == 1 else Prompt(rows, negative, plan.request.nag)
+        conditioning = Conditioning(text, negative, *self.start(video))
+        experts, budget = self.load_experts(), facts.budget
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in plan.steps]
+        forwards = [(step.expert, 1 + step.guided) for step in steps]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it
@@ -257,9 +262,11 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        job = experts.job(forwards, slots, batch_guidance, again=again or not self.offload)
-        with self.progress.stage("denoise", total=len(plan.steps), unit="step"), job:
-            latent = denoise(experts, noise, conditioning, schedule, plan.steps, on_step)
+        cache = StepCache(experts, steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
+        self._made = cache.made if cache else []
+        job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=cache is None)
+        with self.progress.stage("denoise", total=len(steps), unit="step"), job:
+            latent = denoise(cache or experts, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)
@@ -267,10 +274,13 @@ class Pipeline(ABC):
 
     def sample_job(self, job: Job, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """The planned job's final latent. JobError if it stops being finite. how: see `sample`."""
-        pictures = self.mesh.team.all_or_none(
-            lambda: {name: open_image(path) if path else None for name, path in job.pictures.items()}
-        )
-        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **pictures)
+
+        def read(name: str, path: Path) -> Any:
+            fps = self.plan.config.sample_fps
+            return read_clip(path, job.frame_num, fps, job.size) if name == "video" else open_image(path)
+
+        given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
+        video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
         strip = Strip(Beside.of(job.save_file).strip)
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
@@ -279,10 +289,14 @@ class Pipeline(ABC):
             wanted = self.plan.request.preview_steps
             if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
-            self.progress.advance(1, str(step))
+            self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
 
         return self.sample_or_retry(video, show, **how)
+
+    def computed(self) -> dict[str, list[int]]:
+        """For the record of the last video: numbers of the steps that were computed, if some were left out."""
+        return {"computed_steps": [n for n, made in enumerate(self._made, 1) if made]} if self._made else {}
 
     # -- pixels
 
@@ -296,6 +310,13 @@ class Pipeline(ABC):
             vae.use_channels_last()
             self.vae = vae if self.mesh.sequence is None else SplitVAE(vae, self.mesh)
         return self.vae
+
+    def encode_video(self, video: Video) -> Tensor | None:
+        """The latent of the clip that `video` is made from; None without one."""
+        if video.video is None:
+            return None
+        with self.progress.stage("image"), torch.no_grad():
+            return self.load_vae().encode(video.video, tiles=self.plan.video(video).encode_tiles)
 
     def load_networks(self) -> None:
         """Load all that a video needs once its text is encoded."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from wan.configs.task import TRAIN_TIMESTEPS
 from wan.jobs.job import Sampling
 from wan.modules.model import Prompt
-from wan.offload.networks import Experts
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import JobError
 
@@ -33,6 +32,7 @@ class Schedule(Protocol):
     """A solver over its timesteps, for one video: multistep solvers keep state."""
 
     timesteps: list[float]
+    sigmas: Any  # noise levels: that of each timestep, and the last step's end
     noise_scale: float  # factor of the initial noise
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor: ...
@@ -49,6 +49,7 @@ class Video:
     seed: int
     image: Image.Image | None = None
     last_image: Image.Image | None = None
+    video: Tensor | None = None  # [3, F, H, W] in [-1, 1], which it is made from
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,19 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
+class Denoisers(Protocol):  # `Experts`, or what stands before them
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Input of the loop besides noise."""
 
     text: Prompt
-    negative: Prompt | None = None  # None if no step is guided
+    negative: Prompt | None = None  # of guided steps, or for NAG
     channels: Tensor | None = None  # [20, f, h, w] mask and image latent, beside the noisy latent (I2V)
     first_frame: Tensor | None = None  # [C, 1, h, w] clean latent that stays the first frame (TI2V)
+    video: Tensor | None = None  # [C, f, h, w] clean latent that the noise of the first level is added to
 
 
 # Called in each step with the sample and the velocity there, guidance included, both [C, f, h, w]. A tensor that it
@@ -90,19 +96,17 @@ def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
 
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
-    """Return expert, guidance and LoRA scale of each timestep.
+    """Expert, guidance and LoRA scale of each timestep.
 
     boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
     single model.
     """
-    plan = []
+    plan, count = [], sampling.high_steps
     for index, timestep in enumerate(timesteps):
-        if boundary is None:
-            expert = "model"
-        elif sampling.high_steps is not None:
-            expert = "high" if index < sampling.high_steps else "low"
-        else:
-            expert = "high" if timestep >= boundary * TRAIN_TIMESTEPS else "low"
+        expert = "model"
+        if boundary is not None:
+            is_high = timestep >= boundary * TRAIN_TIMESTEPS if count is None else index < count
+            expert = "high" if is_high else "low"
         guidance = sampling.guidance[0 if expert == "low" else 1]
         by_step, lora = sampling.guidance_steps, sampling.lora_steps
         plan.append(Step(timestep, expert, by_step[index] if by_step else guidance, lora[index] if lora else 1.0))
@@ -111,7 +115,7 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Experts,
+    experts: Denoisers,
     noise: Tensor,
     conditioning: Conditioning,
     schedule: Schedule,
@@ -126,6 +130,8 @@ def denoise(
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
+    if conditioning.video is not None:
+        sample = torch.lerp(conditioning.video, noise, float(schedule.sigmas[0]))
     check: Callable[[], None] | None = None
     for index, step in enumerate(steps):
         model = experts.ready(step.expert, step.lora)
@@ -167,10 +173,7 @@ def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
         if arrived is not None:
             arrived.synchronize()
         if not finite:
-            raise JobError(
-                f"the latent has NaN or Inf after {after}; a corrupt weight file or an unsuitable attention kernel "
-                "does this: on a GPU try --attention flash, or cudnn where flash was used"
-            )
+            raise JobError(f"the latent has NaN or Inf after {after}; on a GPU try another --attention")
 
     if arrived is None:
         check()
@@ -181,18 +184,21 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
     return sample if frame is None else torch.cat([frame, sample[:, frame.shape[1] :]], dim=1)
 
 
-def make_schedule(sampling: Sampling, draw: Draw | None = None) -> Schedule:
-    """Return a fresh schedule, for one video. draw: source of its noise; without it only the timesteps are of use."""
+def make_schedule(sampling: Sampling, draw: Draw | None = None, first_step: int = 0) -> Schedule:
+    """Return a fresh schedule, for one video, from `first_step` on.
+
+    draw: source of its noise; without it only the timesteps are of use.
+    """
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
-        sigmas = spaced(steps, shift) if timesteps is None else levels_at(timesteps)
+        sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first_step:]
         return EulerSchedule(sigmas) if sampling.solver == "euler" else RenoisingSchedule(sigmas, draw)
     if timesteps is not None:
         levels, shift = np.array(timesteps) / TRAIN_TIMESTEPS, 1.0
     else:  # the original's grid for UniPC starts at the largest training level, 0.999 in float32
         first = float(np.float32(0.999)) if sampling.solver == "unipc" else 1.0
         levels = np.linspace(first, 0.0, steps + 1)[:-1]
-    return _LibrarySchedule(sampling.solver, levels, shift)
+    return _LibrarySchedule(sampling.solver, levels[first_step:], shift)
 
 
 def spaced(steps: int, shift: float) -> np.ndarray:
@@ -230,7 +236,6 @@ class RenoisingSchedule(EulerSchedule):
     """
 
     def __init__(self, sigmas: np.ndarray, draw: Draw | None) -> None:
-        """draw may be None where only the timesteps are wanted."""
         super().__init__(sigmas)
         self.noise_scale = float(self.sigmas[0])
         self.draw = draw
@@ -264,6 +269,7 @@ class _LibrarySchedule:
             self.scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
         self.scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
         self.timesteps = [float(t) for t in self.scheduler.timesteps]
+        self.sigmas = self.scheduler.sigmas
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         timestep = self.scheduler.timesteps[index]

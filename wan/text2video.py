@@ -1,4 +1,4 @@
-"""Text to video with Wan2.2-T2V-A14B: the video starts from noise of the size asked for."""
+"""Text to video with Wan2.2-T2V-A14B: the video starts from noise, or from a clip with noise added."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ class WanT2V(Original):
     task = "t2v-A14B"
 
     def start(self, video: Video) -> Start:
-        return Start()
+        return Start(video=self.encode_video(video))
 
     def generate(
         self, input_prompt: str, size: tuple[int, int] = (1280, 720), frame_num: int = 81, shift: float = 5.0,

@@ -17,7 +17,7 @@ class WanTI2V(Original):
 
     def start(self, video: Video) -> Start:
         if video.image is None:
-            return Start()
+            return Start(video=self.encode_video(video))
         with self.progress.stage("image"), torch.no_grad():
             frame = ti2v_tensor(video.image, video.size)[:, None].to(self.plan.device)
             tiles = self.plan.video(video).encode_tiles

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import generate
-from lightning.__main__ import main
 from tests.checkpoints.gguf_support import SCALES_AT, drawn_blocks, write_gguf
 from tests.checkpoints.test_files import SOURCE, T5_FILE, TASK, VAE_FILE, comfy_files, expert, saved
 from tests.checkpoints.test_layouts import bake
@@ -215,20 +214,3 @@ def test_blocks_that_are_no_numbers_stop_the_run(tmp_path: Path, capsys: pytest.
     assert generate.main([*command("--ckpt_dir", str(SOURCE), *flags), "--save_dir", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "tensor blocks.1.ffn.0.weight holds NaN or Inf: the file is corrupt" in line
-
-
-def test_inspect_tells_the_command_for_a_folder_of_single_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = gguf_files(tmp_path, linear("Q8_0", "F32"))
-    flags += ["--vae", str(saved(torch.load(VAE_FILE), tmp_path / "wan_2.1_vae.safetensors"))]
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path), "--ckpt_dir", str(SOURCE)]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith(f"{tmp_path} holds weights in single files: generate.py --task {TASK} --")
-    words = said.split("generate.py ")[1].replace(" DIR", f" {SOURCE / 'google' / 'umt5-xxl'}").split(" ")
-    assert sorted(words[2:-2]) == sorted(flags)
-    assert generate.main([*words, "--ckpt_dir", str(SOURCE), "--prompt", "a cat", "--size", "64*64", "--dry_run"]) == 0
-    (tmp_path / "wan2.2_low.gguf").unlink()
-    assert main(["inspect", str(tmp_path), "--ckpt_dir", str(SOURCE)]) == 0
-    assert "generate.py" not in capsys.readouterr().out

@@ -30,14 +30,14 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "diffusers", "safetensors", "h
 
 # The flags are a promise to everybody's scripts: a change here is a change of the product.
 FLAGS = """
-    attention base_seed chain ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype expert
-    extend_only frame_num gallery high_steps ignore_disk image image_path_file json last_image lora lora_allow_partial
-    lora_alpha lora_dir lora_mode lora_strength negative_prompt no_extend_cache noise_device num_videos offload_model
-    on_error overwrite preset preview preview_steps prompt prompt_extend_method prompt_extend_model
-    prompt_extend_on_error prompt_extend_options prompt_extend_target_lang prompt_file quantize record replay resume
-    ring_size sample_guide_scale sample_shift sample_solver sample_steps save_dir save_file save_latents seconds shard
-    size sweep t5_cpu t5_fsdp task text_encoder timesteps tokenizer ulysses_size use_prompt_extend vae vae_dtype
-    vae_tiling vram
+    attention base_seed cache chain ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype
+    expert extend_only frame_num gallery high_steps ignore_disk image image_path_file json last_image lora
+    lora_allow_partial lora_alpha lora_dir lora_mode lora_strength nag negative_prompt no_extend_cache noise_device
+    num_videos offload_model on_error overwrite preset preview preview_steps prompt prompt_extend_method
+    prompt_extend_model prompt_extend_on_error prompt_extend_options prompt_extend_target_lang prompt_file quality
+    quantize record replay resume ring_size sample_guide_scale sample_shift sample_solver sample_steps save_dir
+    save_file save_latents seconds shard size strength sweep t5_cpu t5_fsdp task text_encoder timesteps tokenizer
+    ulysses_size use_prompt_extend vae vae_dtype vae_tiling video vram
 """
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.media.test_video import save, smooth
 from tests.support import TINY, checkpoint, lora_dir
 from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
 from wan.distributed.launch import Runtime
@@ -25,12 +26,15 @@ USUAL = {
     "image": str(TINY / "input.png"), "size": "64*64", "frame_num": 9, "base_seed": 3, "save_dir": "absent",
     "device": "cpu",
 }  # fmt: skip
+TI2V = {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))}
 # What changes the video: for each option a value other than the usual one, with what it needs beside it.
 OTHERS: dict[str, dict[str, Any]] = {
-    "task": {"task": "ti2v-5B", "ckpt_dir": str(checkpoint("ti2v-5B")), "lora_dir": str(lora_dir("ti2v-5B"))},
+    "task": TI2V,
     "prompt": {"prompt": "a dog"},
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
+    "video": {**TI2V, "image": None, "video": "clip.mp4"},
+    "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
     "negative_prompt": {"negative_prompt": "bad"},
@@ -53,6 +57,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sample_steps": {"sample_steps": 5},
     "sample_shift": {"sample_shift": 3.0},
     "sample_guide_scale": {"sample_guide_scale": "2"},
+    "cache": {"lora_dir": None, "cache": 0.1},
+    "nag": {"nag": 11.0},
     "timesteps": {"timesteps": "1000,500"},
     "high_steps": {"high_steps": 1},
     "noise_device": {},  # the CPU's noise is the CPU's noise
@@ -71,6 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that `OTHERS` names; no test writes into those."""
     folder, source = tmp_path_factory.mktemp("files"), checkpoint("i2v-A14B")
     Image.new("RGB", (64, 64), "red").save(folder / "other.png")
+    save(folder / "clip.mp4", smooth(9, 64, 64), 24)
     (folder / "prompts.txt").write_text("a bird")
     (folder / "images.txt").write_text("other.png")
     (folder / "other").mkdir()
@@ -173,5 +180,5 @@ def test_a_drawn_seed_is_not_found_for_other_videos() -> None:
     drawn = Request(**{**USUAL, "save_dir": ".", "resume": True, "base_seed": 77})
     Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
     for name, change in OTHERS.items():
-        if change and name not in ("base_seed", "dtype", "attention"):
+        if change and name not in ("base_seed", "dtype", "attention", "quantize"):
             assert earlier_seed(dataclasses.replace(drawn, base_seed=-1, **change)) is None, name

@@ -70,7 +70,7 @@ def random_model(heads: int, width: int, text_dim: int = 32) -> WanModel:
 
 
 def forwards(model: WanModel, grids: list[tuple[int, int, int]]) -> list[Tensor]:
-    """Each grid at one timestep, then with the first frame pinned (two timesteps)."""
+    """Each grid at one timestep, with the first frame pinned (two timesteps), and led away from a negative prompt."""
     found = []
     for grid in grids:
         generator = torch.Generator().manual_seed(1)
@@ -78,6 +78,8 @@ def forwards(model: WanModel, grids: list[tuple[int, int, int]]) -> list[Tensor]
         prompt = Prompt(torch.randn(5, 32, generator=generator))
         with torch.no_grad():
             found += [model(latent, 625.0, prompt, pinned) for pinned in (0, 1)]
+            negative = Prompt(torch.randn(3, 32, generator=generator))
+            found.append(model(latent, 625.0, Prompt(prompt.rows, negative, 11.0)))
     return found
 
 

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from lightning import bake as bake_module
 from lightning.__main__ import main
 from lightning.bake import RECORD, Bake
-from lightning.distilled import distilled_twice, record_of, release_in
 from lightning.lora import Lora
 from lightning.lora_files import files_of
 from lightning.merge import Merge
-from lightning.releases import Release, preset
+from lightning.releases import Release, preset, record_of, refuse_distilled_twice, release_in
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
 from wan.checkpoints import writer
@@ -254,11 +253,11 @@ def test_a_partial_of_another_bake_is_left_alone(tmp_path: Path, monkeypatch: py
         kill_at(patch, "_bring_others", 1)
         with pytest.raises(Killed):
             run(tmp_path / "out")
-    with pytest.raises(LoraError, match=r"out\.partial was left by a bake from other sources or settings"):
+    with pytest.raises(LoraError, match=r"out\.partial is not from this command"):
         run(tmp_path / "out", loras=loras_of("t2v-A14B", strength=0.5))
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine.txt").write_text("keep")
-    with pytest.raises(LoraError, match="is in the way, and not from an earlier bake"):
+    with pytest.raises(LoraError, match=r"other\.partial is not from this command"):
         run(tmp_path / "other")
 
 
@@ -380,7 +379,7 @@ def test_a_damaged_record_is_one_sentence_everywhere(change, fault: str, tmp_pat
     for read in (
         lambda: record_of(once),
         lambda: release_in(once),
-        lambda: distilled_twice(once, lora_dir("t2v-A14B") / "high_noise_model.safetensors"),
+        lambda: refuse_distilled_twice(once, lora_dir("t2v-A14B") / "high_noise_model.safetensors"),
         lambda: run(tmp_path / "again", ckpt_dir=once),
         lambda: resolve({"task": "t2v-A14B", "ckpt_dir": str(once), "prompt": "a cat"}),
     ):

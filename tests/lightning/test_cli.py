@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.sparse import sparse
 from lightning.__main__ import main
-from lightning.distilled import record_of
+from lightning.releases import record_of
 from tests.lightning.support import AB, STORED, diffusers_module, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.launch import Runtime

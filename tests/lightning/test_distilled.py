@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning.distilled import distilled_twice, is_full_expert
+from lightning.releases import refuse_distilled_twice
 from tests.lightning.support import base, write
 from tests.support import lora_dir
 from wan.checkpoints.weights import open_expert
@@ -119,18 +119,13 @@ def test_what_is_no_expert(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:99])
     with pytest.raises(TensorFileError, match="cut off"):
         open_expert(tmp_path / "cut.safetensors")
-    assert not is_full_expert(lora)
-    assert not is_full_expert(tmp_path / "cut.safetensors")
-    assert not is_full_expert(tmp_path / "absent.safetensors")
 
 
 def test_distilling_twice(tmp_path: Path) -> None:
     expert = write(tmp_path / "wan2.2_i2v_A14b_high_noise_lightx2v_4step.safetensors", weights())
     lora = tmp_path / "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1" / "high_noise_model.safetensors"
     write(lora, load_file(lora_dir("i2v-A14B") / "high_noise_model.safetensors"))
-    assert is_full_expert(expert)
-    said = distilled_twice(expert, lora)
-    assert said is not None
-    assert "is distilled already (i2v-distill-model)" in said
-    assert distilled_twice(expert, tmp_path / "style.safetensors") is None
-    assert distilled_twice(write(tmp_path / "tuned.safetensors", weights()), lora) is None
+    with pytest.raises(LoraError, match=r"is distilled already \(i2v-distill-model\)"):
+        refuse_distilled_twice(expert, lora)
+    refuse_distilled_twice(expert, tmp_path / "style.safetensors")
+    refuse_distilled_twice(write(tmp_path / "tuned.safetensors", weights()), lora)

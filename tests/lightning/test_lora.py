@@ -142,22 +142,13 @@ def test_first_upload_needs_alpha_that_it_does_not_store(tmp_path: Path) -> None
     tensors = {n: t for n, t in spelled(small_pairs(), "{}.", alpha=STORED).items() if not n.endswith(".alpha")}
     folder = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-V1"
     path = write(folder / "high_noise_model.safetensors", tensors)
-    coverage = check(Lora.open(path), SHAPES, expert="high")
+    coverage = check(Lora.open(path, expert="high"), SHAPES)
     assert coverage.scales == (2.0,)  # 8 / 4
     assert "stores no alpha; 8/rank" in coverage.warnings[0]
     assert_is_the_small_lora(Lora.open(path, default_alpha=2.0), 0.5)
     assert not check(Lora.open(path, default_alpha=2.0), SHAPES).warnings
     reupload = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1" / "high_noise_model.safetensors"
     assert check(Lora.open(write(reupload, tensors)), SHAPES).scales == (1.0,)
-
-
-def test_warns_of_a_renamed_first_upload(tmp_path: Path) -> None:
-    pairs = {"blocks.0.self_attn.q": (torch.ones(64, 64), torch.ones(64, 64))}
-    tensors = {name: t for name, t in spelled(pairs, "{}.", alpha=STORED).items() if not name.endswith(".alpha")}
-    lora = lora_of(tmp_path, tensors)
-    assert any("needs --lora_alpha 8" in warning for warning in check(lora, SHAPES).warnings)
-    halves = lora_of(tmp_path / "half", {name: t.half() for name, t in tensors.items()})
-    assert not check(halves, SHAPES).warnings
 
 
 @pytest.mark.parametrize("alpha", [0.0, math.nan, math.inf])
@@ -261,7 +252,7 @@ def test_published_layout_covers_the_released_networks(network: str, tmp_path: P
     alphas = {name: struct.pack("<q", 8) for name, (dtype, _) in tensors.items() if dtype == "I64"}
     path = sparse(tmp_path / "high_noise_model.safetensors", tensors, alphas)
     assert path.stat().st_size == 1_226_977_424  # the size of the published files
-    coverage = check(Lora.open(path), manifest(network), expert="high")
+    coverage = check(Lora.open(path, expert="high"), manifest(network))
     assert coverage.summary() == "400/400 pairs, alpha/rank 0.125, 0 unmatched"
     assert coverage.tensors == 1200
     assert not coverage.warnings
@@ -278,7 +269,7 @@ def test_experts_of_different_rank(tmp_path: Path) -> None:
         alphas = {name: struct.pack("<d", 8) for name, (dtype, _) in tensors.items() if dtype == "F64"}
         sparse(folder / f"{expert}_noise_model.safetensors", tensors, alphas)
     for expert, path in files_of(folder, ("high", "low")).items():
-        coverage = check(Lora.open(path), released_shapes("t2v-A14B"), expert=expert)
+        coverage = check(Lora.open(path, expert=expert), released_shapes("t2v-A14B"))
         rank = {"high": 128, "low": 64}[expert]
         assert (coverage.release, coverage.ranks, coverage.scales) == ("t2v-250928", (rank,), (8 / rank,))
 
@@ -404,13 +395,13 @@ def test_partial_is_allowed_on_request_only(tmp_path: Path) -> None:
     assert "1 of 61 tensors (first: blocks.9" in coverage.warnings[0]
 
 
-def test_wrong_model_size_and_full_weights() -> None:
+def test_wrong_model_size_and_full_weights(tmp_path: Path) -> None:
     lora = Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")
     with pytest.raises(LoraError, match="20 of 60 tensors do not fit the model"):
         check(lora, released_shapes("ti2v-5B"))
     with pytest.raises(LoraError, match=r"do not fit the model .* match no part of the model$"):  # no partial way out
         check(lora, {"blocks.0.cross_attn.k.weight": (8, 8)})
-    full = next(iter(base().values())).file
+    full = write(tmp_path / "full.safetensors", {name: base().read(name) for name in base()})
     with pytest.raises(LoraError, match="is a full weight file, not a LoRA"):
         check(Lora.open(full), SHAPES)
 
@@ -439,7 +430,7 @@ def test_corrupt_header(tmp_path: Path) -> None:
         ('{"lora_alpha": "x"}', "in the adapter settings are unusable"),
         ('{"alpha_pattern": {"(": 4}}', "in the adapter settings are unusable"),
         ('{"alpha_pattern": {"q": 0}}', "in the adapter settings are unusable"),
-        ("{", "the adapter settings are not JSON"),
+        ("{", "the adapter settings are not a JSON object"),
         ("[]", "the adapter settings are not a JSON object"),
         (None, "is a folder without adapter_config.json; name one file"),
     ],
@@ -454,8 +445,6 @@ def test_folders_that_are_no_plain_lora(settings: str | None, sentence: str, tmp
 
 def test_arguments_of_open(tmp_path: Path) -> None:
     path = write(tmp_path / "l.safetensors", lightning_tensors())
-    with pytest.raises(LoraError, match="the strength must be a finite number, not nan"):
-        Lora.open(path, math.nan)
     with pytest.raises(LoraError, match="alpha must be a number above 0, not -1"):
         Lora.open(path, default_alpha=-1)
     with pytest.raises(LoraError, match="no such file"):
@@ -498,26 +487,17 @@ def test_expert_of(name: str, expert: str | None) -> None:
 
 def test_warnings_about_expert_and_task(tmp_path: Path) -> None:
     folder = tmp_path / "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1"
-    lora = Lora.open(write(folder / "high_noise_model.safetensors", lightning_tensors()))
-    said = check(lora, SHAPES, expert="low").warnings
+    path = write(folder / "high_noise_model.safetensors", lightning_tensors())
+    said = check(Lora.open(path, expert="low"), SHAPES).warnings
     assert "is named after the high-noise expert but used for the low-noise one" in said[0]
     assert "was published for i2v-A14B, this is t2v-A14B" in said[1]
-    assert not check(lora, base("i2v-A14B").shapes, expert="high").warnings
-
-
-def test_warns_of_a_release_that_lacks_layers(tmp_path: Path) -> None:
-    few = {name: tensor for name, tensor in lightning_tensors().items() if "ffn" not in name}
-    path = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1" / "high_noise_model.safetensors"
-    assert (
-        "changes 16 of the 20 layers that its release changes" in check(Lora.open(write(path, few)), SHAPES).warnings[0]
-    )
-    assert not check(lora_of(tmp_path, few), SHAPES).warnings
+    assert not check(Lora.open(path, expert="high"), base("i2v-A14B").shapes).warnings
 
 
 def test_names_can_say_the_expert_too(tmp_path: Path) -> None:
-    lora = Lora.open(family("diffusers, low half only", tmp_path))
-    assert "is named after the low-noise expert" in check(lora, SHAPES, expert="high").warnings[0]
-    assert not check(lora, SHAPES, expert="low").warnings
+    path = family("diffusers, low half only", tmp_path)
+    assert "is named after the low-noise expert" in check(Lora.open(path, expert="high"), SHAPES).warnings[0]
+    assert not check(Lora.open(path, expert="low"), SHAPES).warnings
 
 
 def test_coverage_is_plain_data() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lightning.__main__ import main
-from lightning.distilled import record_of
 from lightning.lora_files import Choices, LoraChoice, choose_loras, split_strength
+from lightning.releases import record_of
 from tests.lightning.support import family
 from tests.support import checkpoint, lora_dir
 from wan.jobs.resolve import resolve

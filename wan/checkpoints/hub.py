@@ -96,6 +96,14 @@ class HubPath(LocalPath):
         return _open_remote(self, "none" if buffering == 0 else "readahead")
 
 
+def exists(path: Path) -> bool:
+    """Whether the path exists, here or on the hub; False for one that cannot be reached."""
+    try:
+        return path.exists()
+    except OSError:  # no permission, or a name too long
+        return False
+
+
 def _open_remote(path: HubPath, cache_type: str) -> Any:
     """A file on the hub, read by ranges; reading raises InputError for what the hub does not give."""
     file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))

@@ -128,8 +128,13 @@ DECODE, EXTEND = ("decode_latents",), ("extend_only",)
 MODES = DECODE + EXTEND
 EXTENDS = ("use_prompt_extend", "extend_only")  # options that extend prompts
 LORAS = ("lora_dir", "lora")
+QUALITIES: dict[str, dict[str, Any]] = {  # what --quality sets of the options that are not given
+    "exact": {}, "high": {"vae_dtype": "bf16"}, "fast": {"vae_dtype": "bf16", "quantize": "auto", "cache": 0.05},
+}  # fmt: skip
 WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image_fit)
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
+WITH_VIDEO = " and ".join(name for name, config in TASKS.items() if not config.mask_channels)
+STRENGTH = 0.75
 SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
 
 
@@ -147,10 +152,14 @@ class Request:
     last_image: str | None = option(MAKE, VIDEO, path, "FILE",
         f"the last frame ({WITH_LAST_IMAGE}), squeezed to the video's size; one serves every prompt",
         counts_with=EXTEND)
+    video: str | None = option(MAKE, VIDEO, path, "FILE",
+        f"a video to make this one from ({WITH_VIDEO}), scaled and cropped to --size; one serves every prompt",
+        counts_with=EXTEND)
     prompt_file: str | None = option(MAKE, VIDEO, path, "FILE",
         "a .txt with one prompt per line, or a .jsonl/.csv/.tsv with rows of prompt, image, last_image, "
-        "negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
-        displaces=("prompt", "image", "last_image", "negative_prompt"), counts_with=EXTEND, example="prompts.csv")
+        "video, negative_prompt, seed, size, frame_num, save_file (inside --save_dir)", into="prompt",
+        displaces=("prompt", "image", "last_image", "video", "negative_prompt"), counts_with=EXTEND,
+        example="prompts.csv")
     chain: bool = option(MAKE, START, truth, "",
         "rows of --prompt_file continue each other: a row without an image starts from the last frame of the row "
         "before; the clips are joined into one .mp4 too")
@@ -216,11 +225,20 @@ class Request:
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
         f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
+    nag: float = option(SAMPLING, VIDEO, real, "SCALE",
+        "without guidance, attention leads away from the negative prompt at this scale, published: 11; default 1: off",
+        default=1.0, limits=(1, 100))
+    cache: float = option(SAMPLING, VIDEO, real, "T",
+        "leave out steps while the velocity's predicted change stays below T, published: 0.05; default 0: off",
+        default=0.0, limits=(0, 1))
     timesteps: str | None = option(SAMPLING, VIDEO, text, "T,T,T",
         "final timesteps, after the shift, such as 1000,937.5,833.33,625",
         displaces=("sample_steps", "sample_shift", "sample_solver"))
     high_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         "steps of the high-noise expert; default: by the model's boundary", limits=(0, 1000))
+    strength: float | None = option(SAMPLING, VIDEO, real, "S",
+        f"how far --video is changed: the share of the steps that are run; default {STRENGTH:g}", limits=(0.001, 1),
+        into="sample_steps")
     noise_device: str = option(SAMPLING, VIDEO, text, "DEVICE",
         "auto (where the model runs) or cpu: the same noise on every machine", choices=("auto", "cpu"))
 
@@ -229,8 +247,11 @@ class Request:
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), or fp8: the experts' weights in 8 bits, except in the first and last blocks",
-        choices=("none", "fp8"))
+        "none (default), fp8 (the experts' inner blocks in 8 bits), or auto: fp8 where the GPU multiplies it",
+        choices=("none", "fp8", "auto"))
+    quality: str = option(MACHINE, START, text, "NAME",
+        "exact (default); high: --vae_dtype bf16; fast: also --quantize auto and, for base weights, --cache 0.05",
+        choices=tuple(QUALITIES), displaces=("vae_dtype", "quantize", "cache"), counts_with=DECODE)
     attention: str = option(MACHINE, VIDEO, text, "NAME",
         "auto, sdpa, flash, cudnn, flash2, flash3, or sage: in 8 bits, which changes the numbers and is never auto",
         choices=("auto", "sdpa", "flash", "cudnn", "flash2", "flash3", "sage"))

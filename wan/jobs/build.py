@@ -12,15 +12,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from wan.cli.checks import Check
-from wan.cli.options import LARGEST_SEED, OPTIONS, VARIED, WEIGHTS, WITH_IMAGE, WITH_LAST_IMAGE, Request
+from wan.cli.options import LARGEST_SEED, OPTIONS, VARIED, WEIGHTS, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
 from wan.jobs.job import Generate, Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.images import open_image, video_size
-from wan.media.video import CONTAINERS, is_video
+from wan.media.video import CONTAINERS, describe_clip, is_video
 from wan.utils.argument_parser import not_one_of, short
 from wan.utils.progress import quantity
 
@@ -34,18 +35,22 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
     pictured = request.image is not None or request.image_path_file is not None
     if request.prompt_file is not None:
         rows = read_rows(expanded(request.prompt_file), check.problems, check.warnings)
-    elif request.prompt is not None or (pictured and config.image_fit):
+    elif request.prompt is not None or request.video is not None or (pictured and config.image_fit):
         rows = [Row((request.prompt or "").strip(), "--prompt")]
     else:
         rows = [Row(config.example_prompt, "the example prompt")]
         check.warn(f"no --prompt given: the example is used, {config.example_prompt!r}")
     rows = _with_images(request, config, rows, check)
-    if request.last_image is not None:
-        last = expanded(request.last_image)
-        rows = [row if row.last_image else replace(row, last_image=last) for row in rows]
-    if not config.mask_channels and (first := next((row for row in rows if row.last_image), None)):
-        where = _origin(request, first, "last_image")
-        check.problem(f"{where}{first.last_image}: {config.name} takes no last image; {WITH_LAST_IMAGE} does")
+    for name, tasks in (("last_image", WITH_LAST_IMAGE), ("video", WITH_VIDEO)):
+        if (given := getattr(request, name)) is not None:
+            file: dict[str, Any] = {name: expanded(given)}
+            rows = [row if getattr(row, name) else replace(row, **file) for row in rows]
+        if config.name not in tasks and (first := next((row for row in rows if getattr(row, name)), None)):
+            where, what = f"{_origin(request, first, name)}{getattr(first, name)}", name.replace("_", " ")
+            check.problem(f"{where}: {config.name} takes no {what}; --task {tasks}")
+    made_from = next((row for row in rows if row.video), None)
+    if made_from and (request.chain or any(row.video and row.image for row in rows)):
+        check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
     for row in rows:
         if not row.prompt and not (extended and row.image):
             check.problem(f"{row.source}: the prompt is empty; only --use_prompt_extend with an image can do without")
@@ -140,6 +145,9 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
             last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
             picture += f", to {last[1]}" if last else ""
             check.several(f"{where}: a first and a last frame need", frames)
+        if row.video and not config.mask_channels:
+            flag = {str(row.video): _origin(request, row, "video").strip()}
+            picture = check.attempt(partial(describe_clip, row.video, frames, config.sample_fps), flag) or ""
         file = own_file
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
@@ -159,7 +167,8 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
                 index=index + number, prompt=row.prompt, original_prompt=original,
                 negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
                 image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
-                source=row.source, picture=picture, last_image=row.last_image, named=file is not None,
+                source=row.source, picture=picture, last_image=row.last_image, video=row.video,
+                named=file is not None,
             )  # fmt: skip
             jobs.append(job)
     release, pictured = generate.weights.release, next((job for job in jobs if job.image), None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.lora_files import LoraChoice
 from lightning.releases import Release
-from wan.cli.options import Request
+from wan.cli.options import STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.prompt_files import Row
 
@@ -42,6 +42,12 @@ class Sampling:
     high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
     lora_steps: tuple[float, ...] | None = None  # LoRA scale by step (motion recipes); None: 1 at every step
     guidance_steps: tuple[float, ...] | None = None  # guidance by step; None: `guidance`
+    strength: float = STRENGTH  # share of the steps that a video made from another one takes
+
+    @property
+    def first_step(self) -> int:
+        """The step that a video made from another one starts at: the first i >= steps * (1 - strength)."""
+        return self.steps - int(round(self.steps * self.strength, 6))
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Job:
     source: str  # where it came from, for messages: "prompts.txt line 3"
     picture: str = ""  # how an image led to `size`, for the plan: "600x400, the area of 832x480"
     last_image: Path | None = None
+    video: Path | None = None  # that it is made from
     follows: bool = False  # `image` is the video before it in its chain, whose last frame is its first
     named: bool = False  # the user chose the name of `save_file`
     joined: Path | None = None  # what its chain is joined into; None: it is in none
@@ -73,8 +80,8 @@ class Job:
 
     @property
     def pictures(self) -> dict[str, Path | None]:
-        """Every picture that the video may be made from, by the name of its option."""
-        return {"image": self.image, "last_image": self.last_image}
+        """Every picture, and the clip, that the video may be made from, by the name of its option."""
+        return {"image": self.image, "last_image": self.last_image, "video": self.video}
 
 
 def chains(jobs: Iterable[Job]) -> list[list[Job]]:

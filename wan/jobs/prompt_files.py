@@ -36,6 +36,7 @@ class Row:
     source: str  # for messages: "prompts.txt line 3"
     image: Path | None = None
     last_image: Path | None = None
+    video: Path | None = None
     negative_prompt: str | None = None
     seed: int | None = None
     size: str | None = None
@@ -48,7 +49,7 @@ class Row:
 OWN = tuple(field.name for field in fields(Row) if field.name not in ("source", "options"))
 KEYS = (*OWN, *(name for name in VARIED if name not in (*OWN, "base_seed")))
 WHOLE_NUMBERS = ("seed", "frame_num")
-PICTURES = ("image", "last_image")
+PICTURES = ("image", "last_image", "video")
 NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 

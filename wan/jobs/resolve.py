@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +22,16 @@ from wan.jobs.build import check_chain, chosen_shard, combinations, label_of, li
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
-from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files
+from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files, takes_cache, with_quality
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
 from wan.utils.errors import InputError
 from wan.utils.files import parse_json
 
 # Options that a record holds for its one video.
-OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "size", "frame_num", "base_seed")
+OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "video", "size", "frame_num", "base_seed")
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
-LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention")
+LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention", "quantize")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
 
 
@@ -47,7 +47,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
-    request = chosen_shard(request, check)
+    request = with_quality(chosen_shard(request, check), values)
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
@@ -64,7 +64,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     elif request.extend_only is not None:
         outcome = _extend_only(request, config, check)
     else:
-        outcome = replace(_generate(request, config, check), replayed=record)
+        outcome = replace(_generate(request, config, values, check), replayed=record)
     check.stop()
     return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
@@ -91,7 +91,7 @@ def _checked(request: Request, check: Check) -> Request:
     return replace(request, **changed)
 
 
-def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
+def _generate(request: Request, config: TaskConfig, given: Collection[str], check: Check) -> Generate:
     """The videos of every combination of --sweep, and of rows with options of their own."""
     extend = _extension(request, check) if request.use_prompt_extend else None
     if request.sweep and request.chain:
@@ -106,15 +106,17 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
-            variant = _variant(asked, config, check)
-            made = make_jobs(variant, some, label_of(values), check)
-            variants.append(replace(variant, jobs=tuple(replace(job, variant=len(variants)) for job in made)))
+            made = _variant(asked, config, some, label_of(values), check)
+            cached = takes_cache(made.sampling, made.weights.distilled)
+            asked = with_quality(asked, {*given, *values, *dict(options)}, cached=cached)
+            numbered = tuple(replace(job, variant=len(variants)) for job in made.jobs)
+            variants.append(replace(made, request=asked, jobs=numbered))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
     if request.save_file is not None and not request.chain and len(jobs) > 1:
         check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
     jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
-    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image) if path]
+    read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
@@ -129,15 +131,23 @@ def _generate(request: Request, config: TaskConfig, check: Check) -> Generate:
     return replace(variants[0], request=request, jobs=tuple(own), extend=extend, variants=by_number)
 
 
-def _variant(request: Request, config: TaskConfig, check: Check) -> Generate:
-    """One set of options, with no video yet."""
+def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], label: str, check: Check) -> Generate:
+    """The videos with one set of options. rows: by the index of their first video."""
     weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
     sampling = choose_sampling(request, config, weights, check)
     if sampling.lora_steps and request.lora_mode == "merge":
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    return Generate(request, config, weights, sampling, jobs=())
+    variant = Generate(request, config, weights, sampling, jobs=())
+    jobs = make_jobs(variant, rows, label, check)
+    made_from = any(job.video for job in jobs)
+    if rows and request.strength is not None and not made_from:
+        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    if made_from and sampling.first_step == sampling.steps:
+        least = f"{1 / sampling.steps:.3g}"
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+    return replace(variant, jobs=tuple(jobs))
 
 
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
@@ -234,7 +244,9 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
             if not (row := OPTIONS.get(name)) or (row.scope is not START and row.into not in OF_A_JOB)
         }  # fmt: skip
         earlier |= {name: job[name] for name in ("frame_num", "prompt", "negative_prompt", "image")}
-        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"], "last_image": job.get("last_image")}
+        earlier |= {"size": f"{width}*{height}", "base_seed": job["seed"]}
+        earlier |= {name: job.get(name) for name in ("last_image", "video")}  # older records have none
+        earlier["strength"] = earlier.get("strength") if job.get("video") else None
         if not all(isinstance(record.get(name, {}), dict) for name in ("meaning", "versions")):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as e:

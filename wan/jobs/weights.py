@@ -4,16 +4,16 @@ A distilled weight changes every sampling default: few Euler steps without guida
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lightning.distilled import release_in
 from lightning.lora_files import choose_loras
-from lightning.releases import Release, caution, preset, recognise
+from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check, no_file
-from wan.cli.options import Request
+from wan.cli.options import QUALITIES, STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
@@ -22,6 +22,7 @@ from wan.utils.argument_parser import pair, short
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
+LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
 GUIDANCES = (0.0, 100.0)
 BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
@@ -41,7 +42,6 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
         if each.warning:
             check.warn(f"{each.name} ({each.source}): {each.warning}")
-    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
@@ -115,9 +115,30 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     if lora_steps and len(lora_steps) != steps:
         check.problem(f"--preset {release.name} names {len(lora_steps)} steps; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
-    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps)
+    strength = STRENGTH if request.strength is None else request.strength
+    recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
+    check_choices(request, recipe, check, distilled=weights.distilled)
     _warn_of_mismatch(recipe, weights, release, check)
     return recipe
+
+
+def check_choices(request: Request, sampling: Sampling, check: Check, *, distilled: bool = False) -> None:
+    """Options that do not go together with these steps."""
+    if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
+        check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
+    if request.cache and not takes_cache(sampling, distilled):
+        check.problem(f"--cache {request.cache:g} takes base weights, {LEAST_CACHED} steps or more, and not dmd")
+
+
+def takes_cache(sampling: Sampling, distilled: bool) -> bool:
+    """Whether steps may be left out: not of a few, nor where each draws fresh noise."""
+    return not distilled and sampling.steps >= LEAST_CACHED and sampling.solver != "dmd"
+
+
+def with_quality(request: Request, given: Collection[str], *, cached: bool = False) -> Request:
+    """`request` with the options that `--quality` sets, but those `given`; the step cache only if `cached`."""
+    chosen = {name: value for name, value in QUALITIES[request.quality].items() if name not in given}
+    return replace(request, **{name: value for name, value in chosen.items() if name != "cache" or cached})
 
 
 def both(guidance: float | Sequence[float]) -> tuple[float, float]:

@@ -38,7 +38,7 @@ MISTAKEN = {
     rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
     rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
 }
-DIGESTS: dict[tuple[Path, int, int], str] = {}  # by path, time and size
+DIGESTS: dict[tuple[Path, int, int, bool], str] = {}  # by path, time, size and what of it
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
 COLUMNS = 3  # of a contact sheet, and rows
@@ -125,12 +125,13 @@ def _check_kind(path: Path) -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of the picture's file; of a video that of its last frame alone: a clip that was made again, with other
-    times in its record, still gives the same picture. OSError, InputError."""
-    key = path, path.stat().st_mtime_ns, path.stat().st_size
+def digest(path: Path, *, clip: bool = False) -> str:
+    """SHA-256 of the picture's file; of a video, unless it is a `clip`, of its last frame alone: a clip that was made
+    again, with other times in its record, still gives the same picture. OSError, InputError."""
+    key = path, path.stat().st_mtime_ns, path.stat().st_size, clip
     if key not in DIGESTS:
-        DIGESTS[key] = hashlib.sha256(last_frame(path) if is_video(path) else path.read_bytes()).hexdigest()
+        with BytesIO(last_frame(path)) if is_video(path) and not clip else path.open("rb") as file:
+            DIGESTS[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return DIGESTS[key]
 
 

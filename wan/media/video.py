@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -215,6 +216,43 @@ def count_frames(path: Path) -> int:
     target = ["-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
     done = run_ffmpeg("-xerror", *video_input(path), *target)
     return _frames_reported(done.stdout) if done.returncode == 0 else 0
+
+
+@cache
+def describe_clip(path: Path, frames: int, fps: int) -> str:
+    """The part of a clip that `read_clip` takes, for the plan. InputError for any other file, or too few frames."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such video file")
+    counted = _run_clip(path, frames + 1, f"fps={fps}", "-f", "null", "-loglevel", "info", "-progress", "pipe:1")
+    if counted.returncode != 0 or not (found := _frames_reported(counted.stdout)):
+        raise InputError(f"{path}: not a video that can be read ({', '.join(READ)} are)")
+    if found < frames:
+        fitting = f"--frame_num {(found - 1) // 4 * 4 + 1}"
+        raise InputError(f"{path}: it has {found} frames at {fps} a second, and {frames} are needed; {fitting} fits")
+    hdr = next((f", {name} colours unconverted" for tag, name in HDR.items() if tag in counted.stderr), "")
+    part = f"the first {frames} frames of " if found > frames else ""
+    return f"{part}{path.name}{hdr}"
+
+
+def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch.Tensor:
+    """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre.
+
+    float32 [3, F, H, W] in [-1, 1]. InputError if they cannot be read.
+    """
+    import torch
+
+    width, height = size
+    cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags={EXACT},crop={width}:{height}"
+    done = _run_clip(path, frames, f"fps={fps},{TO_RGB},format=rgb24,{cover}", "-f", "rawvideo")
+    if len(done.stdout) != frames * height * width * 3:
+        raise InputError(f"{path}: the video cannot be read{messages(done.stderr)}")
+    pixels = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8).view(frames, height, width, 3)
+    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def _run_clip(path: Path, frames: int, filters: str, *target: str) -> subprocess.CompletedProcess[bytes]:
+    """Decode at most `frames` frames."""
+    return run_ffmpeg(*video_input(path), "-map", "0:v:0", "-vf", filters, "-frames:v", str(frames), *target, "-")
 
 
 def last_frame(path: Path, changes: list[str] | None = None) -> bytes:

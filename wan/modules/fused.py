@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wan.utils.errors import one_line
 
+TAU, ALPHA = 2.5, 0.25  # of normalised attention guidance, as published for Wan
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
 LARGEST = torch.finfo(FP8).max
 LEAST = 1e-12  # taken for a row's largest magnitude where it is smaller: a row of zeros has a scale too
@@ -52,6 +53,16 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> No
     scaled = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     _into(scaled, torch.mul, x, weight)
     x.copy_(rotate(scaled.float().unflatten(-1, (-1, 2 * rotary.shape[1])), rotary).flatten(1))
+
+
+def guide(x: Tensor, away: Tensor, scale: float) -> None:
+    """x [R, D] led away from `away`, both results of attention (NAG, arXiv 2505.21179): x and scale * x - (scale - 1) *
+    away, whose L1 norm is limited to TAU times x's in each row, mixed by ALPHA."""
+    plain = x.float()
+    guided = away.float().lerp_(plain, scale)  # a float32 `away` is overwritten: nobody needs it again
+    before, after = (torch.linalg.vector_norm(each, ord=1, dim=-1, keepdim=True) for each in (plain, guided))
+    limit = (TAU * before / after.clamp_(min=LEAST)).clamp_(max=1.0)
+    x.copy_(plain.lerp_(guided.mul_(limit), ALPHA))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -93,6 +104,7 @@ class Passes(NamedTuple):
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = add_norm
     rms_norm: Callable[[Tensor, Tensor, float], None] = rms_norm
     rms_norm_rotate: Callable[[Tensor, Tensor, Tensor, float], None] = rms_norm_rotate
+    guide: Callable[[Tensor, Tensor, float], None] = guide
     quantise: Callable[[Tensor, Tensor, Tensor], None] = quantise
 
 

@@ -39,7 +39,8 @@ ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps o
 THETA = 10000.0
 # (row of the time embedding, some tokens that it applies to): what a row-wise pass takes at a time
 Spans = Sequence[tuple[int, slice]]
-Texts = Sequence[tuple["Prompt", Tensor]]  # with what the text embedding has made of each
+# a pass's prompt, then the one that attention leads away from, with what the text embedding has made of each
+Texts = Sequence[tuple["Prompt", Tensor]]
 Made = TypeVar("Made")
 
 
@@ -106,7 +107,7 @@ class WanModel(nn.Module):
             rows = _in_float32(self.time_projection, time).unflatten(-1, (6, -1))
         spans = spans_of(pinned_frames * h * w, start, stop, self.rows)
 
-        texts = [(each, each.once(self, self._text, each)) for each in prompts]
+        texts = [[(each, each.once(self, self._text, each)) for each in prompt.attended] for prompt in prompts]
         streams = [x, *(x.clone() for _ in prompts[1:])]
         del x
         for unit, block in enumerate(self.blocks, 1):
@@ -213,13 +214,13 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(
-        self, streams: list[Tensor], rows: Tensor, spans: Spans, rotary: Tensor, total: int, texts: Texts
+        self, streams: list[Tensor], rows: Tensor, spans: Spans, rotary: Tensor, total: int, texts: Sequence[Texts]
     ) -> list[Tensor]:
         """One pass for each residual stream [L, D] (overwritten once float32), prompt and text [text_len, D]; rows are
         float32 [T, 6, D]. Returns float32 [L, D] in the same list: nobody keeps a converted stream."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
         norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
-        for prompt, text in texts:
+        for attended in texts:
             x = streams.pop(0)
             # attentions run by `forward`: a module called as such keeps what it was given until it returns
             y = self.self_attn.forward(self.normed(x, 1 + scale1, shift1, spans, dtype), rotary, total, spans)
@@ -227,7 +228,7 @@ class Block(nn.Module):
             x = x.float()
             for row, span in spans:
                 self.passes.add_norm(x[span], y[span], gate1[row], norm3.weight, norm3.bias, self.eps)
-            y = self.cross_attn.forward(y, prompt, text, spans)
+            y = self.cross_attn.forward(y, attended, spans)
             for row, span in spans:
                 self.passes.add_norm(x[span], y[span], ungated[row], 1 + scale2[row], shift2[row], self.eps)
                 self.passes.add(x[span], self.ffn(y[span]), gate2[row])
@@ -284,13 +285,18 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, all `text_len` rows of it: the padding is attended, as in training."""
 
-    def forward(self, x: Tensor, prompt: Prompt, text: Tensor, spans: Spans) -> Tensor:
-        """x [L, D], text [text_len, D] -> [L, D]. Keys and values depend on the prompt alone and are made once."""
-        k, v = prompt.once(self, self._keys_values, text)
+    def forward(self, x: Tensor, texts: Texts, spans: Spans) -> Tensor:
+        """x [L, D], texts [text_len, D] -> [L, D]. Keys and values depend on a prompt alone and are made once."""
         x = self.q(x)
         for _, span in spans:
             self.passes.rms_norm(x[span], self.norm_q.weight, self.eps)
-        x = self.backend(self.heads(x), k, v).flatten(1)
+        q = self.heads(x)
+        made = [prompt.once(self, self._keys_values, text) for prompt, text in texts]
+        x, *away = (self.backend(q, k, v).flatten(1) for k, v in made)
+        del q
+        for y in away:
+            for _, span in spans:
+                self.passes.guide(x[span], y[span], texts[0][0].nag)
         return self.o(x)
 
     def _keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,10 +308,15 @@ class CrossAttention(Attention):
 class Prompt:
     """One encoded prompt, and what each layer has made of it so far: both depend on nothing else."""
 
-    def __init__(self, rows: Tensor) -> None:
-        """rows: [n, text_dim] encoder output, n at most the model's `text_len`."""
-        self.rows = rows
+    def __init__(self, rows: Tensor, negative: Prompt | None = None, nag: float = 1.0) -> None:
+        """rows: [n, text_dim] encoder output, n at most the model's `text_len`. negative: the prompt that attention
+        leads away from at scale `nag` (see `guide`), in the same pass."""
+        self.rows, self.negative, self.nag = rows, negative, nag
         self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+    @property
+    def attended(self) -> list[Prompt]:
+        return [self] if self.negative is None else [self, self.negative]
 
     def once(self, layer: nn.Module, make: Callable[..., Made], *arguments: object) -> Made:
         """`make(*arguments)` for this layer, or what it gave the first time. Forgotten when the layer is."""

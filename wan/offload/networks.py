@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.modules.model import Residency, WanModel
+from wan.modules.model import Prompt, Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
@@ -185,6 +185,7 @@ class Experts:
         self._set_lora = set_lora
         self._lora_scale: dict[str, float] = dict.fromkeys(models, 1.0)
         self._forwards: list[str] = []  # of the last job
+        self._known = True  # whether all of them run
 
     @contextmanager
     def job(
@@ -193,12 +194,14 @@ class Experts:
         slots: int | None = None,
         batch_guidance: bool = False,
         again: bool = False,
+        known: bool = True,
     ) -> Iterator[None]:
         """Context manager: runs the passes of each step, given as (network's name, passes).
 
         slots: None: one for each block. batch_guidance: the passes of a step go through the blocks together.
-        again: a job with the same steps follows.
+        again: a job with the same steps follows. known: False if some of the steps may be left out.
         """
+        self._known = known
         for model in self.models.values():
             model.residency.batch_guidance = batch_guidance
         self._forwards = [name for name, passes in steps for _ in range(1 if batch_guidance else passes)]
@@ -206,7 +209,7 @@ class Experts:
             yield
             return
         self.networks.prefetcher.resize(slots)
-        with self.networks.job(self._forwards, again):
+        with self.networks.job(self._forwards, again) if known else nullcontext():
             yield
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -214,14 +217,22 @@ class Experts:
         networks = self.networks
         return networks.prefetcher.ahead(networks.uses(self._forwards)) if networks else nullcontext()
 
-    def ready(self, name: str, lora: float) -> WanModel:
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]:
         """The network, its LoRAs at scale `lora`."""
         model = self.models[name]
         if lora != self._lora_scale[name]:
             assert self._set_lora is not None, "a LoRA merged into the weights has one strength"
             self._set_lora(name, lora)
             self._lora_scale[name] = lora
-        return model
+        if self._known or (networks := self.networks) is None:
+            return model
+
+        def forward(latent: Tensor, timestep: float, prompts: Prompt | Sequence[Prompt], *pinned: int) -> Tensor:
+            passes = 1 if isinstance(prompts, Prompt) or model.residency.batch_guidance else len(prompts)
+            with networks.job([name] * passes, again=True):  # its own: nothing is read for steps that are left out
+                return model(latent, timestep, prompts, *pinned)
+
+        return forward
 
     def forget_scales(self) -> None:
         """Set the scale of every adapter at the next step: strengths have changed."""

@@ -16,8 +16,8 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 
-from lightning.distilled import distilled_twice
 from lightning.lora import Coverage, Lora, check
+from lightning.releases import refuse_distilled_twice
 from wan.checkpoints import hub
 from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
 from wan.checkpoints.layout import patterns
@@ -33,6 +33,7 @@ from wan.jobs.weights import PARTS
 from wan.media.images import digest
 from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
+from wan.modules.fp8 import multiplies_fp8
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
@@ -88,8 +89,8 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
             raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}{others}")
     if not outcome.extend:
         warnings += cut_prompts(plan)
-    if not plan.guided and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
-        warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1)")
+    if not plan.uses_negative and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
+        warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1, no --nag)")
     return replace(plan, warnings=tuple(warnings))
 
 
@@ -121,6 +122,9 @@ def open_plan(
         on_cpu = device.type == "cpu" and not is_absent(request, device)
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
+    if request.quantize == "auto":
+        fp8 = multiplies_fp8(device, dtypes[0]) and not request.dit_fsdp
+        request = replace(request, quantize="fp8" if fp8 else "none")
     brought = _brought(request, weights)
     opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
     checkpoint = before.checkpoint if before and opened else None
@@ -190,11 +194,10 @@ def _open_loras(
             continue
         shapes = checkpoint.experts[choice.expert].weights.shapes
         base = checkpoint.files.get(choice.expert) or checkpoint.folder
-        twice = checks.attempt(partial(distilled_twice, base, lora.path, choice.expert)) if base else None
-        if twice and not request.lora_allow_partial:
-            checks.problem(f"{twice}; --lora_allow_partial does it all the same")
+        if base and not request.lora_allow_partial:
+            checks.attempt(partial(refuse_distilled_twice, base, lora.store.files[0], choice.expert))
         settings = {"allow_partial": request.lora_allow_partial, "as_adapter": weights.lora_mode == "adapter"}
-        if found := checks.attempt(partial(check, lora, shapes, expert=choice.expert, **settings), brought):
+        if found := checks.attempt(partial(check, lora, shapes, **settings), brought):
             loras.setdefault(choice.expert, []).append(lora)
             coverage.setdefault(choice.expert, []).append(found)
             warnings += found.warnings
@@ -207,10 +210,12 @@ def check_ranks(team: Team, plan: Plan) -> None:
         return
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     own = {**plan.fingerprints, "the program's code": hashlib.sha256(code).hexdigest()}
-    for path in {path for job in plan.jobs if not job.follows for path in job.pictures.values() if path}:
+    for name, path in {named for job in plan.jobs if not job.follows for named in job.pictures.items()}:
+        if path is None:
+            continue
         own[str(path)] = "unreadable"  # on all ranks: that job alone fails
         with suppress(OSError, InputError):
-            own[str(path)] = digest(path)
+            own[str(path)] = digest(path, clip=name == "video")
     (first, want), *others = team.gather((socket.gethostname(), own))
     problems = [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"
@@ -226,7 +231,7 @@ def cut_prompts(plan: Plan) -> list[str]:
     """A warning about prompts that are longer than the model reads."""
     tokenizer = plan.checkpoint.tokenizer
     sources = {job.prompt: job.source for job in reversed(plan.jobs)}
-    for job in plan.jobs if plan.guided else ():
+    for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
     lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}

@@ -26,6 +26,7 @@ Tiles = tuple[int, int]  # rows and columns in which a frame is coded
 
 TILES: tuple[Tiles, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))
 LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
+CACHED = 4  # more with the step cache: a computed step's input and both passes, and the input before
 DECODING = 1.1  # times the predicted peak: allocations of many sizes leave gaps
 UNLIMITED = 1 << 60
 
@@ -47,29 +48,31 @@ def memory_now(plan: Plan) -> int:
     return free if vram is None else min(free, int(vram * 1e9))
 
 
-def plan_video(plan: Plan, size: Size, frames: int, image: bool = False) -> VideoPlan:
-    """Memory of a video of `size` (width, height). image: whether one is encoded before the first step."""
+def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: bool = False) -> VideoPlan:
+    """Memory of a video of `size` (width, height). image, video: whether one is encoded before the first step."""
     channels, length, rows, columns = latent = plan.config.latent_shape(size, frames)
     encoded, encode_tiles = None, TILES[0]
-    if plan.config.mask_channels or image:  # an image beside the noise is encoded as a whole clip, a first frame alone
-        vae, ranks, clip = plan.checkpoint.vae.module, plan.layout.sequence, length if plan.config.mask_channels else 1
+    if plan.config.mask_channels or image or video:  # only a first frame that stays is encoded alone
+        vae, ranks = plan.checkpoint.vae.module, plan.layout.sequence
+        clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
     tokens = length * (rows // PATCH[1]) * (columns // PATCH[2])
-    video = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles)
-    return video if plan.request.dit_fsdp else replace(video, budget=_budget(plan, video))
+    first_step = plan.sampling.first_step if video and plan.sampling else 0
+    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step)
+    return found if plan.request.dit_fsdp else replace(found, budget=_budget(plan, found))
 
 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
-    size, frames, image = kind
+    size, frames, *given = kind
     ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
     if plan.dtype == torch.float32:
         ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     ways["--offload_model True"] = replace(plan, offload=True)
-    videos = {option: plan_video(way, size, frames, image) for option, way in ways.items()}
+    videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
     step = plan.config.vae_stride[0]
-    videos |= {f"--frame_num {n}": plan_video(plan, size, n, image) for n in range(frames - step, 0, -step)}
+    videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
     return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
 
 
@@ -104,14 +107,16 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
     """How the networks share the device; without a limit all of them stay there."""
     vae, model = plan.checkpoint.vae.module, plan.transformer
     ranks, itemsize = plan.layout.sequence, plan.dtype.itemsize
-    latents = LATENTS * math.prod(video.latent) * torch.float32.itemsize
+    latents = (LATENTS + (CACHED if plan.request.cache else 0)) * math.prod(video.latent) * torch.float32.itemsize
     tokens, width = -(-video.tokens // ranks), model.num_heads * model.head_width
     work = sum([  # activations of one forward on a rank with `tokens`
         tokens * width * (4 + 4 * itemsize),  # the residual stream in float32; queries, keys, values, their result
         tokens * width * QUANTISED.get(plan.attention, 0),
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
-        (1 + plan.guided) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # keys and values of the texts
+        # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
         working_bytes(model, plan.dtype),
     ])  # fmt: skip

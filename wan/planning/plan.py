@@ -25,14 +25,14 @@ from wan.offload.reader import parameter_dtypes
 from wan.sampling import Step, Video
 
 Size = tuple[int, int]  # width, height
-VideoKind = tuple[Size, int, bool]  # size, frames, whether an image is given: decides memory and time of a video
+VideoKind = tuple[Size, int, bool, bool]  # size, frames, with an image, from a clip: decides memory and time of a video
 
 
 @dataclass(frozen=True)
 class VideoPlan:
     """Facts of all videos of one kind. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
 
-    encoded: the latent that an image becomes before the first step. budget: None for sharded experts.
+    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts.
     """
 
     latent: tuple[int, int, int, int]
@@ -40,6 +40,7 @@ class VideoPlan:
     encoded: tuple[int, int, int, int] | None
     tiles: tuple[int, int]
     encode_tiles: tuple[int, int]
+    first_step: int = 0  # of the plan's, that is run
     budget: Budget | None = None
 
 
@@ -118,6 +119,11 @@ class Plan:
         return sizes_of(self.checkpoint.text_encoder.module, lambda _: self.text_dtype)
 
     @property
+    def uses_negative(self) -> bool:
+        """Whether the negative prompt is encoded."""
+        return self.guided or self.request.nag != 1
+
+    @property
     def transformer(self) -> WanModel:
         """An expert, on the meta device; all have the same sizes."""
         return next(iter(self.checkpoint.experts.values())).module
@@ -145,11 +151,12 @@ class Plan:
         values = {name: getattr(self.request, name) for name, row in OPTIONS.items() if row.scope is VIDEO}
         values |= {
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
-            **{name: path and digest(path) for name, path in job.pictures.items()},
+            **{name: path and digest(path, clip=name == "video") for name, path in job.pictures.items()},
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._files() | self.lora_stacks(),
             "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
-            "sample_solver": self.sampling.solver, "sample_steps": [asdict(step) for step in self.steps],
+            "sample_solver": self.sampling.solver,
+            "sample_steps": [asdict(step) for step in self.steps[self.video(job).first_step :]],
             "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
             "noise_device": self.noise_device.type, "device": self.device.type, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
@@ -185,7 +192,7 @@ def is_absent(request: Request, device: torch.device) -> bool:
 
 
 def video_kind(video: Job | Video) -> VideoKind:
-    return video.size, video.frame_num, video.image is not None
+    return video.size, video.frame_num, video.image is not None, video.video is not None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

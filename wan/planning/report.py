@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from wan.cli.options import QUALITIES
 from wan.distributed.mesh import Layout, divisors
 from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
@@ -103,7 +104,9 @@ class Outlook:
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
-            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {job.picture})" if job.picture else "")
+            first, steps = self.plan.video(job).first_step, len(self.plan.of(job).steps)
+            made_from = job.picture + (f", from step {first + 1} of {steps} on" if first else "")
+            size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
             size += f", {job.frame_num} frames, {self.plan.video(job).tokens:,} tokens, seed {job.seed}"
             mark = " (done)" if job.index in self.done else ""
             lines.append(f"job {job.number}{mark}: {prompt}: {size} -> {job.save_file}")
@@ -164,6 +167,8 @@ def _settings_lines(plan: Plan) -> list[str]:
             runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
             steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
         lines.append(" | ".join(steps))
+    if options := QUALITIES[request.quality]:
+        lines.append(f"quality {request.quality}: {', '.join(f'--{n} {getattr(request, n)}' for n in options)}")
     for expert, loras in plan.coverage.items():
         lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
     for part, path in plan.checkpoint.files.items():
@@ -174,6 +179,8 @@ def _settings_lines(plan: Plan) -> list[str]:
         how = f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
         extra = f", weights of inner blocks in fp8, {how}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
+    extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
+    extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
     if plan.variants:
         lines.append(_sweep_line(plan))

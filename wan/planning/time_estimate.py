@@ -12,6 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget = plan.layout.sequence, video.budget
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    forwards = Counter(step.expert for step in plan.steps for _ in range(1 + step.guided))
-    passes = Counter(step.expert for step in plan.steps) if batch_guidance else forwards
+    steps = plan.steps[video.first_step :]
+    forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
+    passes = Counter(step.expert for step in steps) if batch_guidance else forwards
     read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
     feed = min(rates[DISK], rates.get(PINNED, math.inf))
     network = network_of(plan)
@@ -117,7 +119,8 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     denoise = max(computing, read / feed)
     vae, token = plan.checkpoint.vae.module, text_operations(plan.checkpoint.text_encoder.module, 1)
-    thinking = (1 + plan.guided) * token * plan.config.text_len / rates[MATMUL]
+    thinking = (1 + plan.uses_negative) * token * plan.config.text_len / rates[MATMUL]
+    encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
     def coding(count: Callable[..., float], latent: Sequence[int], tiles: tuple[int, int]) -> float:
         """Seconds of the process that has most to do."""
@@ -126,7 +129,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
 
     return Seconds(
         text=max(thinking, token / feed),  # two bytes of a weight, two operations
-        image=coding(encode_operations, video.encoded, video.encode_tiles) if video.encoded else 0.0,
+        image=coding(encode, video.encoded, video.encode_tiles) if video.encoded else 0.0,
         denoise=denoise,
         decode=coding(decode_operations, video.latent, video.tiles),
         again=computing if budget is None or budget.resident else denoise,
@@ -230,11 +233,12 @@ def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Regi
     return total
 
 
-def encode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
-    """Encoding a picture as the start of a clip of this `latent` [C, f, h, w]; regions as for `decode_operations`.
+def encode_operations(
+    vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None, *, still: bool = True
+) -> float:
+    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`.
 
-    The picture's chunk of one frame, and those of four after it until a stage's output is constant (see
-    `reuse_constant_tail`).
+    The first frame's chunk, and those of four after it until a stage's output is constant (see `reuse_constant_tail`).
     """
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
     frames, frame = latent[1], Region(0, latent[2], 0, latent[3])
@@ -242,7 +246,7 @@ def encode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Regi
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
     for window in [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]:
         rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
-        constant, length = 1, 4  # length: of a chunk where the stage begins
+        constant, length = 1 if still else 4 * frames - 3, 4  # length: of a chunk where the stage begins
         for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
             constant = stage.constant_after(constant)
             shorter = length // 2 if stage.halves_time else length  # where it ends

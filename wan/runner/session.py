@@ -78,6 +78,8 @@ class Session:
         plan = self.plan(prompt, **options)
         if schedule is not None:
             assert plan.sampling is not None, "a plan with a video has a sampling"
+            if plan.jobs[0].video:
+                raise InputError("schedule: a video made from another one follows the planned solver; leave it out")
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
@@ -90,7 +92,7 @@ class Session:
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
             video = self.decode(latent)
         spent = {name: round(whole - before.get(name, 0.0), 3) for name, whole in self.progress.seconds.items()}
-        record = {**describe(plan, job, pipe.info()), "seconds": spent}
+        record = {**describe(plan, job, pipe.info()), **pipe.computed(), "seconds": spent}
         return Result(video, latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:

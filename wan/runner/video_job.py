@@ -53,6 +53,7 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
         latent, kept = team.broadcast(lambda: _latents_of_before(plan, job, progress))
         if latent is None:
             latent = pipe.sample_job(job, again=again)
+            record |= pipe.computed()
             # before decoding: not even a killed process loses the steps
             kept = team.broadcast(lambda: _keep(job.save_file, latent, record, progress))
         try:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from wan.utils.progress import tell
 
 FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
+LONGEST = 1500  # characters of a problem
 NEEDED = ("torch", "easydict")  # of all that requirements.txt brings, what nothing starts without
 # How PyTorch and CUDA's libraries report that they get no memory.
 NO_MEMORY = (
@@ -29,7 +30,10 @@ class WanError(Exception):
     """An expected failure, with one sentence for the user for each fault."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        listed = [problems] if isinstance(problems, str) else problems
+        self.problems = [
+            p if len(p) <= LONGEST else f"{p[:LONGEST]}..." for p in listed
+        ]  # values of files are any size
         super().__init__(self.problems)  # from which pickle makes it anew in another process
 
     def __str__(self) -> str:
