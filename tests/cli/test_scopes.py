@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.media.test_video import save, smooth
 from tests.support import TINY, checkpoint, lora_dir
-from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope
+from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope, paths
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import earlier_seed, resolve
@@ -146,6 +146,7 @@ def test_what_changes_the_video_is_told_apart(name: str) -> None:
 def test_what_does_not_change_the_video_is_not(name: str) -> None:
     row, made = OPTIONS[name], usual_plan()
     other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
+    other = ("sample_steps=2,3",) if row.read is paths else other
     changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: other}))
     assert meaning(changed) == usual()
 
@@ -171,6 +172,7 @@ def test_a_drawn_seed_is_found_again_after_a_change_of(name: str) -> None:
     Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
     row, free = OPTIONS[name], dataclasses.replace(drawn, base_seed=-1)
     other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
+    other = ("sample_steps=2,3",) if row.read is paths else other
     if name != "save_dir":
         free = dataclasses.replace(free, **{name: other})
     assert earlier_seed(free) == 77

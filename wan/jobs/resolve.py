@@ -112,8 +112,6 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
             numbered = tuple(replace(job, variant=len(variants)) for job in made.jobs)
             variants.append(replace(made, request=asked, jobs=numbered))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
-    if request.save_file is not None and not request.chain and len(jobs) > 1:
-        check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
     jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
@@ -121,7 +119,10 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
     own_files = {file for job in own for file in (job.save_file, job.joined) if file}
-    check_outputs(request, files, check, read, own=own_files)
+    if request.save_file is not None and not request.chain and len(jobs) > 1:
+        check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
+    else:
+        check_outputs(request, files, check, read, own=own_files)
     if len(variants) == 1 and not request.sweep:
         return replace(variants[0], jobs=tuple(own), extend=extend)
     by_number = {
