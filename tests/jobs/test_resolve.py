@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from wan.cli.options import OPTIONS, Request, path, paths, real, text, truth, whole
+from wan.cli.options import OPTIONS, Request, path, paths, read_all, real, text, truth, whole
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime, Team
 from wan.jobs.job import Decode, Extend, Generate
@@ -744,14 +744,14 @@ FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 @pytest.mark.parametrize("request_", [Request(), FULL, Request(lora=("a:0.5",), offload_model=False, base_seed=0)])
 def test_request_survives_json(request_):
     found: list[str] = []
-    assert Request.from_dict(json.loads(json.dumps(request_.recorded())), found) == request_
+    assert Request(**read_all(json.loads(json.dumps(request_.recorded())), found)) == request_
     assert found == []
 
 
 def test_requests_that_cannot_be_read():
     found: list[str] = []
     given = {"frame_num": "8o", "seconds": [], "offload_model": "maybe", "lora": "a", "task": 3, "colour": 1}
-    assert Request.from_dict(given | {"sample_steps": "4"}, found) == Request(sample_steps=4)
+    assert Request(**read_all(given | {"sample_steps": "4"}, found)) == Request(sample_steps=4)
     assert found == [
         "--frame_num takes a whole number, not '8o'",
         "--seconds takes a number, not []",

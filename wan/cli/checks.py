@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TypeVar
 
 from wan.utils.argument_parser import not_one_of, outside, real, short
@@ -119,8 +118,3 @@ class Check:
         if fault:
             self.problem(f"--timesteps{fault}")
         return None if fault else timesteps
-
-
-def no_file(path: Path) -> str:
-    """The reason why `path` is no file."""
-    return "is a folder, not a file" if path.is_dir() else "no such file"

@@ -333,11 +333,6 @@ class Request:
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
-        """From words or JSON values (a record), as `read_all` takes them."""
-        return cls(**read_all(values, problems))
-
 
 OPTIONS: dict[str, Option] = {row.name: row.metadata["option"] for row in dataclasses.fields(Request)}
 # Options that --sweep varies, and that columns of a prompt file may give.

@@ -73,12 +73,9 @@ def words_of(request: Request) -> list[str]:
 
 def program() -> str:
     """The start of the user's own command, for commands in messages."""
-    name, spec = Path(sys.argv[0]).name.removesuffix(".exe"), getattr(sys.modules["__main__"], "__spec__", None)
-    if name == COMMAND:
-        return COMMAND
-    if spec is not None and spec.name == "generate":
-        return "python -m generate"
-    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    script = shlex.quote(sys.argv[0]) if name == "generate.py" else "generate.py"
+    return COMMAND if name == COMMAND else f"python {script}"
 
 
 def to_decode(request: Request, latents: Path, video: Path, **changes: Any) -> Request:

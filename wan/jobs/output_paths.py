@@ -108,9 +108,9 @@ def _check_meetings(files: Sequence[Path], places: dict[Path, list[str]], check:
     first_of: dict[str, int] = {}
     met: list[tuple[int, int, Path]] = []
     for index, file in enumerate(files):
-        firsts = [first_of.setdefault(place, index) for place in places.get(file, [])]
-        if firsts and min(firsts) != index:
-            met.append((min(firsts), index, file))
+        first = min((first_of.setdefault(place, index) for place in places.get(file, [])), default=index)
+        if first != index:
+            met.append((first, index, file))
     if met:
         one, two, file = met[0]
         more = f"; {len(met) - 1:,} more meet likewise" if len(met) > 1 else ""

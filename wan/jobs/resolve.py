@@ -14,8 +14,8 @@ from typing import Any
 
 from wan.checkpoints.hub import place
 from wan.checkpoints.safetensors_file import read_header
-from wan.cli.checks import Check, no_file
-from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
+from wan.cli.checks import Check
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read_all, without_effect
 from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
 from wan.jobs.build import check_chain, chosen_shard, combinations, label_of, linked, make_jobs, own_jobs, prompt_rows
@@ -154,11 +154,8 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
     """`request` with other values of options, checked; problems begin with their source."""
     own = Check()
-    given = {
-        name: read(name, [value] if OPTIONS[name].read is paths else value, own.problems)
-        for name, value in values.items()
-    }
-    changed = _checked(replace(request, sweep=None, **given), own)
+    listed = {name: [value] if OPTIONS[name].read is paths else value for name, value in values.items()}
+    changed = _checked(replace(request, sweep=None, **read_all(listed, own.problems)), own)
     check.problems += [f"{source}{problem}" for problem in own.problems]
     check.warnings += own.warnings
     return changed
@@ -182,7 +179,7 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
     """The video goes beside its latents unless --save_file names another place."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
-        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: no such file")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents])
@@ -254,7 +251,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         raise InputError(f"--replay {path}: not the record of a video") from e
     problems, displaced = list[str](), {other for name in given for other in OPTIONS[name].displaces}
     earlier = {name: value for name, value in earlier.items() if name not in displaced}
-    request = Request.from_dict({**earlier, **given}, problems)
+    request = Request(**read_all({**earlier, **given}, problems))
     if problems:
         raise InputError([f"--replay {path}: {problem}" for problem in problems])
     others = {name for name in OPTIONS if name in given or name in displaced or OPTIONS[name].into in given}

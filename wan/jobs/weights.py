@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning.lora_files import choose_loras
 from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
-from wan.cli.checks import Check, no_file
+from wan.cli.checks import Check
 from wan.cli.options import QUALITIES, STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
@@ -24,7 +24,6 @@ SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
 FEW_STEPS = 15  # fewer steps than this need a distilled weight
-GUIDANCES = (0.0, 100.0)
 BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
 
 
@@ -73,8 +72,9 @@ def part_files(request: Request, config: TaskConfig, check: Check) -> dict[str, 
             if file.is_file():
                 found[part] = file
             else:
-                wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
-                check.problem(f"{flag} {text}: {wanted}")
+                check.problem(
+                    f"{flag} {text}: no such {'folder with a tokenizer.json' if part == PARTS[2] else 'file'}"
+                )
     return found
 
 
@@ -94,7 +94,7 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
     flag, scale = "--sample_guide_scale", request.sample_guide_scale
     given = check.attempt(partial(pair, flag, scale)) if scale is not None else None
-    low, high = (check.number(flag, number, usual.guidance[0], *GUIDANCES) for number in given or usual.guidance)
+    low, high = (check.number(flag, number, usual.guidance[0], 0.0, 100.0) for number in given or usual.guidance)
     if single and low != high:
         check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
     if timesteps is not None and not free:  # which excludes other flags

@@ -53,8 +53,7 @@ def differences(plan: Plan, replayed: Replayed) -> list[str]:
     then, now = record.get("meaning", {}), plain(plan.meaning(plan.jobs[0]))
     changed = [name for name in now if name not in replayed.others and name in then and then[name] != now[name]]
     lines = [f"{file}: --{name} is not what the record was made with" for name in changed]
-    others = {name: other for name, other in record.get("versions", {}).items() if name in versions()}
-    here = versions().items()
+    here, others = versions().items(), record.get("versions", {})
     return lines + [f"{file}: made with {n} {others[n]}, here is {v}" for n, v in here if others.get(n, v) != v]
 
 
