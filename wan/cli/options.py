@@ -259,8 +259,7 @@ class Request:
         "fp32 (default) or bf16 for the decode: less time and memory, 47 to 61 dB from fp32",
         choices=("fp32", "bf16"), counts_with=DECODE)
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
-        "keep on the GPU what fits, read the rest when needed; default True, under torchrun False",
-        counts_with=DECODE)
+        "keep on the GPU what fits, read the rest when needed; default True, under torchrun False", counts_with=DECODE)
     vram: float | None = option(MACHINE, HOW, real, "GB",
         "use at most this much of the GPU's memory; default: what is free", limits=(0.001, 10_000),
         counts_with=DECODE, example="12")

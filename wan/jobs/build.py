@@ -21,12 +21,11 @@ from wan.jobs.job import Generate, Job, Weights, chains
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.images import open_image, video_size
-from wan.media.video import CONTAINERS, describe_clip, is_video
+from wan.media.video import describe_clip, is_video
 from wan.utils.argument_parser import not_one_of, short
 from wan.utils.progress import quantity
 
 Picture = tuple[tuple[int, int], str]  # its size; that and how it was changed, for the plan
-SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
 SLURM = {"ID": "", "COUNT": "", "MIN": "0", "STEP": "1"}  # the variables of an array's task, with usual values
 
 
@@ -153,7 +152,7 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
             named = row_file(folder, row.save_file, row.source, check)
             file = file or named.with_stem(named.stem + label)
         original = row.original_prompt or row.prompt
-        slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
+        slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}.mp4"
         first_seed, where = request.base_seed, "--base_seed"
         if row.seed is not None and row.seed >= 0:
             first_seed, where = row.seed, f"{row.source}: seed"

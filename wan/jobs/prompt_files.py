@@ -19,11 +19,9 @@ from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
-SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
 # What the end of a prompt file's name means; tables by separator, the usual one first.
 TEXT, JSON_LINES, TABLES = ("", ".txt"), (".jsonl", ".json"), {".csv": ",;\t", ".tsv": "\t,;"}
 EXAMPLE = '{"prompt": "a cat"}'
-LONGEST_NUMBER = 30  # digits; the checks of each number tell what fits
 LONGEST_TEXT = 20_000  # characters; a model reads 512 tokens of a prompt
 LARGEST_FILE = 256 * 2**20  # bytes
 
@@ -141,7 +139,7 @@ def slug(text: str) -> str:
     """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes.
     Marks count as letters: without its vowel signs a word of many scripts is another word."""
     kept = "".join(c if c in "_-" or unicodedata.category(c)[0] in "LMN" else " " for c in normal(text))
-    short = "_".join(kept.split())[:SLUG_LENGTH].encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
+    short = "_".join(kept.split())[:50].encode("utf-8", "ignore")[:150].decode("utf-8", "ignore")
     return short.strip("_-") or "video"
 
 
@@ -271,5 +269,5 @@ def _whole(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
-    found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
+    found = re.fullmatch(r"([+-]?[0-9]{1,30})(\.0*)?", text)
     return int(found[1]) if found else None

@@ -23,8 +23,6 @@ PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its exp
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
-FEW_STEPS = 15  # fewer steps than this need a distilled weight
-BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
 
 
 def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, check: Check) -> Weights:
@@ -49,10 +47,9 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
             "--lora high=FILE or low=FILE gives one expert a LoRA"
         )
     known = bool(release and release.kind != "recipe")
-    base = [file for file in experts.values() if re.search(BASE_NAME, file.name.lower())]
-    if base and not (known or request.lora_dir or request.preset):
-        check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
-    distilled = bool(request.lora_dir or request.preset or known or len(experts) > len(base))
+    # a file that is named after the model, and is no known release, is not distilled
+    others = [file for file in experts.values() if not re.search(r"wan[-_]?2[-_.]2", file.name.lower())]
+    distilled = bool(request.lora_dir or request.preset or known or others)
     return Weights(ckpt_dir, tuple(chosen.loras), files, release=release, distilled=distilled)
 
 
@@ -172,7 +169,7 @@ def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -
 
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
     if not weights.distilled:
-        if recipe.steps < FEW_STEPS:
+        if recipe.steps < 15:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")
         return
     name = release.name or "a distilled weight"

@@ -29,7 +29,6 @@ from wan.utils.locks import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
 ALONE = Runtime()
-LONG_WAIT = 0.5  # seconds of computation spent waiting for weights that are worth a line
 Result = TypeVar("Result")
 FAILURES = ("failed", "not joined")
 Load = Callable[[Plan, Progress, Runtime], Pipeline]
@@ -70,7 +69,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
         for kind, facts in (event for group in by_group[1:] for event in group):
             progress.event(kind, facts)
         events = [event for group in by_group for event in group]
-        if pipe.experts and not Accelerator(plan.device).failure and pipe.experts.waited > LONG_WAIT:
+        if pipe.experts and not Accelerator(plan.device).failure and pipe.experts.waited > 0.5:
             waited, read = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
             progress.say(f"computation waited {waited} for weights, of which {read} were read")
     events = joined + events
