@@ -1,4 +1,4 @@
-"""Ten tasks of a newcomer with the README alone: `python -m tests.newcomer [N ...] [--columns 80] [--install]`.
+"""Thirteen tasks of newcomers with the README and docs: `python -m tests.newcomer [N ...] [--columns 80] [--install]`.
 
 Each is carried out in a fresh clone of the last commit, with an empty environment, in a terminal: what that shows
 is printed with the exit codes. A step that ends otherwise than it should is a finding, and exit code 1. It takes some
@@ -93,6 +93,24 @@ def mend_prompts(clone: Path) -> None:
     file.write_text(file.read_text().replace(', "size": "100*64"', ""))
 
 
+def write_sheet(clone: Path) -> None:
+    rows = [f"a {shape} moves up on a black background;{number}.0;" for number, shape in enumerate(SHAPES)]
+    (clone / "sheet.csv").write_bytes("\r\n".join(["sep=;", "Prompt;Seed;Notes", *rows]).encode("utf-16"))
+
+
+def write_script(clone: Path) -> None:
+    """As the original's examples call it."""
+    shapes = "examples/shapes/Wan2.2-T2V-A14B"
+    (clone / "script.py").write_text(
+        "import wan\nfrom wan.configs import SIZE_CONFIGS, WAN_CONFIGS\n"
+        "from wan.utils.utils import merge_video_audio, save_video, str2bool\n"
+        f"pipe = wan.WanT2V(config=WAN_CONFIGS['t2v-A14B'], checkpoint_dir={shapes!r}, device_id=0, rank=0)\n"
+        "video = pipe.generate('a red square moves left on a white background', size=(64, 64), frame_num=9, "
+        "sampling_steps=4, seed=1)\nsave_video(tensor=video[None], save_file='script.mp4', fps=16, nrow=1, "
+        "normalize=True, value_range=(-1, 1))\n"
+    )
+
+
 def interrupt(_: int, terminal: int) -> None:
     os.write(terminal, b"\x03")
 
@@ -171,6 +189,30 @@ TASKS: dict[str, list[Step]] = {
              "--prompt_file examples/prompt_list.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {LONG} {PROMPT} --ulysses_size 2 --save_dir three", 1,
              ("error: ", "SIGKILL"), at="| 2/200 ", do=kill_one, foreign=True),
+    ],
+    "11 a 12 GB card and a spreadsheet": [
+        Step(f"python generate.py --task t2v-A14B --size 720p --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} "
+             "--prompt 'a cat' --vram 12 --dry_run", told=("of 41 blocks stay", "81 frames"), before=write_weights),
+        Step(f"python generate.py {T2V} {SMALL} --prompt_file sheet.csv --save_dir sheet --gallery --resume",
+             told=("5 saved", "'notes'", "sheet/index.html"), files=("sheet/*_0004_seed4_*.mp4",), before=write_sheet),
+        Step(f"python generate.py {T2V} {SMALL} --prompt_file sheet.csv --save_dir sheet --resume",
+             told=("5 there already",)),
+    ],
+    "12 the original's scripts and a folder of LoRAs": [
+        Step("python script.py", files=("script.mp4",), before=write_script),
+        Step(f"python generate.py {T2V.replace('--lora_dir', '--lora')}/high_noise_model.safetensors:0.8 {SMALL} "
+             f"{PROMPT} --dry_run", told=("strength 0.8",)),
+        Step(f"python generate.py {T2V} {SMALL} {PROMPT} --sweep lora_strength=0.5,1 --sweep base_seed=1,2 "
+             "--save_dir sweep", told=("4 saved", "read again 1 time"), files=("sweep/*_0003_*lora_strength1*.mp4",)),
+        Step(f"python generate.py {T2V} {SMALL} {PROMPT} --task s2v-14B", 2, ("S2V",)),
+    ],
+    "13 eight GPUs and Slurm": [
+        Step(f"python generate.py {T2V} {SMALL} {PROMPT} --dit_fsdp --ulysses_size 8", 2, ("torchrun",)),
+        Step("env SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 "
+             f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt "
+             "--shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
+        Step(f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard 1/2 --base_seed 1 "
+             "--save_dir array --resume", told=("2 saved",), files=("array/*_0002_*.mp4",)),
     ],
 }  # fmt: skip
 

@@ -53,6 +53,28 @@ def test_what_is_given_wins() -> None:
     assert chosen(quality="high", cache=0.2) == ("bf16", "none", 0.2)
 
 
+def test_in_a_sweep_each_video_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--quality",
+        "fast",
+        "--sample_guide_scale",
+        "1",
+        "--sample_steps",
+        "14",
+        "--sweep",
+        "nag=1,11",
+        "--dry_run",
+    ]
+    assert generate.main(command("t2v-A14B", *words, lora=False)) == 0
+    out = capsys.readouterr().out
+    assert "--quantize none, --cache 0.05" in out
+    assert "unpacked" not in out
+    assert "_nag11_" in out
+    swept = resolve({**USUAL, "quality": "fast", "sweep": ("cache=0,0.2",)})
+    assert isinstance(swept, Generate)
+    assert [variant.request.cache for variant in swept.variants.values()] == [0.0, 0.2], "what is swept wins"
+
+
 def test_the_record_holds_what_was_set() -> None:
     """A replay needs no name of a set, whose meaning may change."""
     recorded = request_of(quality="fast", vae_dtype="fp32").recorded()

@@ -156,7 +156,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def _settings_lines(plan: Plan) -> list[str]:
     """Sampling, weights, device."""
-    request, sampling, lines = plan.request, plan.sampling, []
+    request, sampling, lines = next(iter(plan.variants.values()), plan).request, plan.sampling, []
     if sampling is not None:
         preset = f", settings of {plan.preset}" if plan.preset else ""
         count, where = quantity(len(plan.steps), "step"), request.ckpt_dir or "files"
