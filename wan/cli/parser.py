@@ -54,8 +54,8 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(values by option, only those given; sentences about values that cannot be read).
     InputError naming every flag that does not exist, with one suggestion for each."""
     problems: list[str] = []
-    given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems
+    given = vars(_parser(problems).read(words)).items()
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in given if v is not None}, problems
 
 
 def words_of(request: Request) -> list[str]:

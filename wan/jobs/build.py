@@ -99,10 +99,8 @@ def combinations(sweeps: Sequence[str], check: Check) -> list[dict[str, str]]:
             check.problem(f"--sweep {text}: write NAME=VALUE,VALUE, such as lora_strength=0.5,1")
         elif name not in VARIED:
             check.problem(f"--sweep {text}: {not_one_of('', name, VARIED)}")
-        elif name in axes:
-            check.problem(f"--sweep {name} is given twice; give all its values at once")
-        elif len(set(values)) < len(values):
-            check.problem(f"--sweep {text}: names a value twice")
+        elif name in axes or len(set(values)) < len(values):
+            check.problem(f"--sweep {text}: an option or a value is given twice")
         else:
             axes[name] = values
     # a change of weights reads them again

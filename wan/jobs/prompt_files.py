@@ -95,11 +95,8 @@ def text_problem(text: str) -> str | None:
         return f"has {len(text):,} characters; at most {LONGEST_TEXT:,} are possible"
     if "\0" in text:
         return "holds a NUL character; remove it"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        return f"is not valid Unicode text at character {e.start + 1} (bytes that are not UTF-8, or half a character)"
-    return None
+    half = re.search("[\ud800-\udfff]", text)  # what Python makes of bytes that are not UTF-8, or half a character
+    return f"is not valid Unicode text at character {half.start() + 1}" if half else None
 
 
 def read_paths(path: Path, problems: list[str]) -> list[tuple[str, Path]]:

@@ -42,10 +42,7 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
-        check.warn(
-            "--lora_dir applies to the experts of --expert too, which must not be distilled twice; "
-            "--lora high=FILE or low=FILE gives one expert a LoRA"
-        )
+        check.warn("--lora_dir applies to the experts of --expert too, which must not be distilled twice")
     known = bool(release and release.kind != "recipe")
     # a file that is named after the model, and is no known release, is not distilled
     others = [file for file in experts.values() if not re.search(r"wan[-_]?2[-_.]2", file.name.lower())]

@@ -123,9 +123,9 @@ def reason(error: Exception, job: Job | None = None) -> str:
     """Why a job failed, in a line; if memory ran out, with the size of the video."""
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
-        size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
+        where = f" in {stage}" if stage else ""
+        where += f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
-        where = f" in {stage}{size}" if stage else size
         return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
