@@ -51,8 +51,7 @@ class _Help(argparse.Action):
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(values by option, only those given; sentences about values that cannot be read).
-    InputError naming every flag that does not exist, with one suggestion for each."""
+    """(values by option; problems with values). InputError names flags that do not exist, with one suggestion each."""
     problems: list[str] = []
     given = vars(_parser(problems).read(words)).items()
     return {n: tuple(v) if isinstance(v, list) else v for n, v in given if v is not None}, problems

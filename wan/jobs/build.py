@@ -1,5 +1,4 @@
-"""The videos to make: prompts with their images, seeds, sizes and output files, each checked.
-Faults go to a `Check`; nothing is raised and nothing is loaded."""
+"""The videos to make: prompts with their images, seeds, sizes and output files. Faults go to a `Check`."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ def label_of(values: Mapping[str, str]) -> str:
 
 
 def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Check) -> list[Job]:
-    """One job for each prompt and seed, but for their `variant`. rows: by the index of their first video.
-    label: the part of file names that says the options of --sweep."""
+    """One job for each prompt and seed. rows: by the index of their first video. label: --sweep in file names."""
     request, config, count = generate.request, generate.config, generate.request.num_videos
     step, names = config.size_step, config.sizes_by_name()
     default_size = check.size("--size", request.size or config.sizes[0], step, names)

@@ -1,5 +1,4 @@
-"""Checks of output files: inside the right folder, with names that work, replacing nothing by accident.
-Faults go to a `Check`, one sentence for each kind, however many files it concerns."""
+"""Checks of output files: inside the right folder, with names that work, replacing nothing by accident."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def check_outputs(
     request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), own: set[Path] | None = None
 ) -> None:
     """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
-    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced. own: those of
-    the videos that this process makes, None: all; others' may be there already."""
+    inputs: what the run reads. own: videos of this process, None: all; those of others may be there already."""
     flag = "--save_file " if request.save_file is not None else ""
     folder_of = cache(lambda folder: os.path.normcase(normal(os.path.realpath(folder))))
 

@@ -133,8 +133,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes.
-    Marks count as letters: without its vowel signs a word of many scripts is another word."""
+    """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes."""
+    # marks count as letters: without its vowel signs a word of many scripts is another word
     kept = "".join(c if c in "_-" or unicodedata.category(c)[0] in "LMN" else " " for c in normal(text))
     short = "_".join(kept.split())[:50].encode("utf-8", "ignore")[:150].decode("utf-8", "ignore")
     return short.strip("_-") or "video"

@@ -1,5 +1,4 @@
-"""From the flags as given to an outcome that can start: defaults by task and weights, prompts and images read.
-Everything here needs no weight and no torch. All problems are collected into one `InputError`."""
+"""From the flags as given to an outcome that can start, without weights or torch; all problems in one `InputError`."""
 
 from __future__ import annotations
 
@@ -225,7 +224,7 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
     """The request of a record, narrowed to its one video, with the flags of `given` on top. InputError.
-    The record's prompt is the extended one; it is not extended again. Options of one start are not taken over."""
+    The record's prompt is the extended one; it is not extended again."""
     try:
         record = read_record(path)
     except InputError as e:

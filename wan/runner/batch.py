@@ -41,9 +41,8 @@ def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
 
 
 def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline) -> int:
-    """Make every video of `plan` that is not there yet, and return the number of failed jobs of all processes.
-    A failed job is reported and the others go on, unless `on_error` is "stop". load: makes the pipeline. InputError,
-    before anything is made: a file is in the way, or the models cannot be loaded."""
+    """Make every video of `plan` that is not there yet; return the number of failed jobs of all processes. `load` makes
+    the pipeline. InputError, before anything is made: a file is in the way, or the models cannot be loaded."""
     world = runtime.team
     check_ranks(world, plan)
     progress.start()
@@ -78,8 +77,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
 
 
 def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ...]]:
-    """(jobs that `--resume` does not find done; all jobs, each with the path where its video is or will be).
-    InputError naming every file that is in the way."""
+    """(jobs that are not done; all jobs, each with the path of its video). InputError names every file in the way."""
     todo, whole, places, problems = list[Job](), list[Job](), list[Job](), list[str]()
     for job, state in find_videos(plan):
         if state.kind == "equal":

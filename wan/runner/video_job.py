@@ -75,8 +75,7 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
 def decode_and_save(
     pipe: Pipeline, latent: torch.Tensor, path: Path, record: dict[str, Any], earlier: dict[str, float]
 ) -> int:
-    """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
-    earlier: seconds by stage that are not this video's."""
+    """Decode into the file; return the number of frames. earlier: seconds by stage that are not this video's."""
     team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
