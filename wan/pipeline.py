@@ -23,7 +23,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.jobs.job import Job
+from wan.jobs.job import Job, prompts_by_window
 from wan.media.images import Strip, open_image
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
@@ -34,7 +34,7 @@ from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
-from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, denoise, make_schedule, predict_clean
+from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Windows, denoise, make_schedule, predict_clean
 from wan.step_cache import StepCache
 from wan.utils.accelerator import Accelerator, free_memory
 from wan.utils.errors import InputError, out_of_memory
@@ -90,7 +90,9 @@ class Pipeline(ABC):
 
     def texts(self, video: Video | Job) -> list[str]:
         """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
-        return [video.prompt, video.negative_prompt] if self.plan.of(video).uses_negative else [video.prompt]
+        plan = self.plan.of(video)
+        prompts = prompts_by_window(video.prompt, len(plan.video(video).windows))
+        return [*prompts, video.negative_prompt] if plan.uses_negative else prompts
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -239,15 +241,17 @@ class Pipeline(ABC):
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
-        rows, *others = (self._contexts[text].to(plan.device) for text in texts)
-        negative = Prompt(others[0]) if others else None
-        text = Prompt(rows) if plan.request.nag == 1 else Prompt(rows, negative, plan.request.nag)
-        conditioning = Conditioning(text, negative, *self.start(video))
+        rows = {text: self._contexts[text].to(plan.device) for text in texts}
+        negative, nag = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.nag
+        prompts = {t: Prompt(rows[t]) if nag == 1 else Prompt(rows[t], negative, nag) for t in dict.fromkeys(texts)}
+        conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video))
         experts, budget = self.load_experts(), facts.budget
+        windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
+        denoisers = Windows(experts, windows) if windows else experts
         noise = draw(facts.latent) if noise is None else noise.to(plan.device, torch.float32)
         if noise.shape != facts.latent:
             raise InputError(f"noise: a tensor {list(facts.latent)}, not {list(noise.shape)}")
-        forwards = [(step.expert, 1 + step.guided) for step in steps]
+        forwards = [(step.expert, 1 + step.guided) for step in steps for _ in range(max(1, len(windows)))]
         model, count = plan.transformer, sum(count for _, count in forwards)
         width = model.num_heads * model.head_width
         # the passes between the matrix products are compiled if the run is long enough to gain from it
@@ -262,11 +266,11 @@ class Pipeline(ABC):
         if budget and budget.vae_leaves:
             self.vae = None
             free_memory()
-        cache = StepCache(experts, steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
+        cache = StepCache(denoisers, steps, plan.request.cache, self.mesh.same) if plan.request.cache else None
         self._made = cache.made if cache else []
         job = experts.job(forwards, slots, batch_guidance, again or not self.offload, known=cache is None)
         with self.progress.stage("denoise", total=len(steps), unit="step"), job:
-            latent = denoise(cache or experts, noise, conditioning, schedule, steps, on_step)
+            latent = denoise(cache or denoisers, noise, conditioning, schedule, steps, on_step)
         if self.offload:
             # decoding needs the memory; where none was counted, all of it
             experts.leave(budget.between if budget and again and plan.room is not None else 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,29 @@ class Step:
 
 class Denoisers(Protocol):  # `Experts`, or what stands before them
     def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
+
+
+class Windows:
+    """Stands before the networks of one video, and blends their answers for windows (first, end, text) of a latent.
+    Weights fall linearly to a window's edges (arXiv 2302.08113)."""
+
+    def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:
+        self.inner, self.windows = inner, windows
+
+    def ready(self, name: str, lora: float) -> Callable[..., Tensor]:
+        return partial(self._blend, self.inner.ready(name, lora))
+
+    def _blend(self, model: Callable[..., Tensor], latent: Tensor, time: float, prompts: Any, _: int) -> Tensor:
+        negative = () if isinstance(prompts, Prompt) else prompts[1:]
+        total, weights = latent.new_zeros(1 + len(negative), *latent.shape), latent.new_zeros(latent.shape[1], 1, 1)
+        for number, (first, end, text) in enumerate(self.windows, 1):
+            frames = torch.arange(first, end, device=latent.device)[:, None, None]
+            weight = (frames + 1 - first).minimum(end - frames)
+            total[:, :, first:end] += weight * model(latent[:, first:end], time, [text, *negative], 0)
+            weights[first:end] += weight
+            if text is not self.windows[number % len(self.windows)][2]:
+                text.forget()  # its keys and values take memory
+        return total / weights if negative else total[0] / weights
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ FLAGS = """
     prompt_extend_model prompt_extend_on_error prompt_extend_options prompt_extend_target_lang prompt_file quality
     quantize record replay resume ring_size sample_guide_scale sample_shift sample_solver sample_steps save_dir
     save_file save_latents seconds shard size strength sweep t5_cpu t5_fsdp task text_encoder timesteps tokenizer
-    ulysses_size use_prompt_extend vae vae_dtype vae_tiling video vram
+    ulysses_size use_prompt_extend vae vae_dtype vae_tiling video vram window
 """
 
 

@@ -34,6 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
     "video": {**TI2V, "image": None, "video": "clip.mp4"},
+    "window": {**TI2V, "image": None, "frame_num": 17, "window": 9},
     "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},

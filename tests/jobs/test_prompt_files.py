@@ -233,3 +233,13 @@ def test_digits_grouped_as_in_python_are_no_number() -> None:
     with pytest.raises(InputError) as raised:
         pair("--sample_guide_scale", "1_0")
     assert raised.value.problems == ["--sample_guide_scale takes one number or two with a comma between, not '1_0'"]
+
+
+def test_extended_rows_name_their_images_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are written to another folder than the one that a relative path counts from."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").touch()
+    extended = Row("a cat", "", image=Path("a.png"), options=(("sample_shift", "3"),))
+    write_rows(tmp_path / "sub" / "rows.jsonl", [extended])
+    (row,) = read_rows(tmp_path / "sub" / "rows.jsonl", [], [])
+    assert (row.image, row.options) == (tmp_path / "a.png", (("sample_shift", "3"),))

@@ -236,6 +236,9 @@ class Request:
         displaces=("sample_steps", "sample_shift", "sample_solver"))
     high_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         "steps of the high-noise expert; default: by the model's boundary", limits=(0, 1000))
+    window: int | None = option(SAMPLING, VIDEO, whole, "N",
+        f"4n+1 frames that the model has at a time ({WITH_VIDEO}, no image), in a longer video: windows that share a "
+        "quarter are blended; 'first | second' are prompts one after the other", limits=(5, 4093), example="81")
     strength: float | None = option(SAMPLING, VIDEO, real, "S",
         f"how far --video is changed: the share of the steps that are run; default {STRENGTH:g}", limits=(0.001, 1),
         into="sample_steps")

@@ -18,13 +18,13 @@ COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 # What other programs call a flag of ours.
 OTHER_NAMES: dict[str, str] = {
     "--prompt": "p text", "--image": "i img init_image first_frame", "--last_image": "end_image last_frame",
-    "--video": "v2v input_video src_video", "--negative_prompt": "negative n_prompt",
-    "--size": "width height resolution w h s", "--frame_num": "frames num_frames length", "--base_seed": "seed",
-    "--num_videos": "n batch_size num_samples", "--ckpt_dir": "model model_path model_id checkpoint",
-    "--sample_solver": "solver sampler scheduler", "--sample_steps": "steps num_inference_steps",
-    "--sample_guide_scale": "cfg guidance guidance_scale", "--sample_shift": "shift flow_shift",
-    "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32", "--offload_model": "offload cpu_offload",
-    "--save_dir or --save_file": "output out o output_dir save_path", "--overwrite": "force y", "--debug": "verbose v",
+    "--negative_prompt": "negative n_prompt", "--size": "width height resolution w h s",
+    "--frame_num": "frames num_frames length", "--base_seed": "seed", "--num_videos": "n batch_size num_samples",
+    "--ckpt_dir": "model model_path model_id checkpoint", "--sample_solver": "solver sampler scheduler",
+    "--sample_steps": "steps num_inference_steps", "--sample_guide_scale": "cfg guidance guidance_scale",
+    "--sample_shift": "shift flow_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
+    "--offload_model": "offload cpu_offload", "--save_dir or --save_file": "output out o output_dir save_path",
+    "--overwrite": "force y", "--debug": "verbose v",
 }  # fmt: skip
 OTHER_TASK = "this toolkit does not make videos by S2V, Animate or VACE"
 # Why there is no such flag.

@@ -16,7 +16,7 @@ from typing import Any
 from wan.cli.checks import Check
 from wan.cli.options import LARGEST_SEED, OPTIONS, VARIED, WEIGHTS, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
-from wan.jobs.job import Generate, Job, Weights, chains
+from wan.jobs.job import Generate, Job, Weights, chains, windows_of
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.images import open_image, video_size
@@ -46,6 +46,10 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
         if config.name not in tasks and (first := next((row for row in rows if getattr(row, name)), None)):
             where, what = f"{_origin(request, first, name)}{getattr(first, name)}", name.replace("_", " ")
             check.problem(f"{where}: {config.name} takes no {what}; --task {tasks}")
+    if request.window is not None:
+        check.frames("--window", request.window)
+        if request.use_prompt_extend or config.name not in WITH_VIDEO or any(row.image for row in rows):
+            check.problem(f"--window is of {WITH_VIDEO}; leave it out with images and --use_prompt_extend")
     made_from = next((row for row in rows if row.video), None)
     if made_from and (request.chain or any(row.video and row.image for row in rows)):
         check.problem(f"{_origin(request, made_from, 'video')}{made_from.video}: leave it out with an image or --chain")
@@ -131,7 +135,7 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
-        _warn_of_extent(area, frames, config, generate.weights, check)
+        _warn_of_extent(area, min(frames, request.window or frames), config, generate.weights, check)
         size, picture = area, ""
         if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
             size = _fitted(f"{origin}{row.image}", first[0], area, is_video(row.image), config, check)
@@ -147,6 +151,9 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
             file = file or named.with_stem(named.stem + label)
+        parts = row.prompt.split("|") if request.window else [row.prompt]
+        if len(parts) > max(1, len(windows_of(frames, request.window))):
+            check.problem(f"{row.source}: {len(parts)} parts of the prompt, and fewer --window in {frames} frames")
         original = row.original_prompt or row.prompt
         slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}.mp4"
         first_seed, where = request.base_seed, "--base_seed"

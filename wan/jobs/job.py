@@ -84,6 +84,22 @@ class Job:
         return {"image": self.image, "last_image": self.last_image, "video": self.video}
 
 
+def windows_of(frames: int, window: int | None) -> list[tuple[int, int]]:
+    """First and end of each window's latent frames, neighbours sharing a quarter or more; none if one holds all."""
+    length, size = frames // 4 + 1, (window or frames) // 4 + 1
+    if length <= size:
+        return []
+    shared = max(1, size // 4)
+    last = -(-(length - shared) // (size - shared)) - 1
+    return [(first, first + size) for first in (round(n * (length - size) / last) for n in range(last + 1))]
+
+
+def prompts_by_window(prompt: str, windows: int) -> list[str]:
+    """The parts of a prompt, divided by "|", shared out evenly over the windows; all of it without windows."""
+    parts = [part.strip() for part in prompt.split("|")] if windows else [prompt]
+    return [parts[n * len(parts) // windows] for n in range(windows)] or parts
+
+
 def chains(jobs: Iterable[Job]) -> list[list[Job]]:
     """Units of work in order: the clips of a chain, or one video that is in none."""
     found: dict[Path, list[Job]] = {}

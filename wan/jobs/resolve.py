@@ -145,8 +145,7 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
     if rows and request.strength is not None and not made_from:
         check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
-        least = f"{1 / sampling.steps:.3g}"
-        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; {least} leaves one")
+        check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
     return replace(variant, jobs=tuple(jobs))
 
 

@@ -109,7 +109,7 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     if lora_steps and len(lora_steps) != steps:
         check.problem(f"--preset {release.name} names {len(lora_steps)} steps; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
-    strength = STRENGTH if request.strength is None else request.strength
+    strength = request.strength or STRENGTH
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
     check_choices(request, recipe, check, distilled=weights.distilled)
     _warn_of_mismatch(recipe, weights, release, check)

@@ -230,8 +230,7 @@ def describe_clip(path: Path, frames: int, fps: int) -> str:
         fitting = f"--frame_num {(found - 1) // 4 * 4 + 1}"
         raise InputError(f"{path}: it has {found} frames at {fps} a second, and {frames} are needed; {fitting} fits")
     hdr = next((f", {name} colours unconverted" for tag, name in HDR.items() if tag in counted.stderr), "")
-    part = f"the first {frames} frames of " if found > frames else ""
-    return f"{part}{path.name}{hdr}"
+    return (f"the first {frames} frames of " if found > frames else "") + path.name + hdr
 
 
 def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch.Tensor:
@@ -251,7 +250,6 @@ def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch
 
 
 def _run_clip(path: Path, frames: int, filters: str, *target: str) -> subprocess.CompletedProcess[bytes]:
-    """Decode at most `frames` frames."""
     return run_ffmpeg(*video_input(path), "-map", "0:v:0", "-vf", filters, "-frames:v", str(frames), *target, "-")
 
 

@@ -27,7 +27,7 @@ from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
-from wan.jobs.job import Decode, Generate, Weights
+from wan.jobs.job import Decode, Generate, Weights, prompts_by_window
 from wan.jobs.prompt_files import expanded
 from wan.jobs.weights import PARTS
 from wan.media.images import digest
@@ -230,7 +230,9 @@ def check_ranks(team: Team, plan: Plan) -> None:
 def cut_prompts(plan: Plan) -> list[str]:
     """A warning about prompts that are longer than the model reads."""
     tokenizer = plan.checkpoint.tokenizer
-    sources = {job.prompt: job.source for job in reversed(plan.jobs)}
+    sources: dict[str, str] = {}
+    for job in reversed(plan.jobs):
+        sources |= dict.fromkeys(prompts_by_window(job.prompt, len(plan.video(job).windows)), job.source)
     for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"

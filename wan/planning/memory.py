@@ -14,7 +14,7 @@ import torch
 from wan.configs.task import PATCH
 from wan.distributed.ulysses import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
-from wan.jobs.job import Job, Sampling
+from wan.jobs.job import Job, Sampling, windows_of
 from wan.modules.attention import QUANTISED
 from wan.modules.fp8 import working_bytes
 from wan.offload.budget import Budget, fit, usable_bytes
@@ -57,9 +57,10 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: 
         clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
-    tokens = length * (rows // PATCH[1]) * (columns // PATCH[2])
+    windows = windows_of(frames, None if image or plan.config.mask_channels else plan.request.window)
+    tokens = (windows[0][1] if windows else length) * (rows // PATCH[1]) * (columns // PATCH[2])
     first_step = plan.sampling.first_step if video and plan.sampling else 0
-    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step)
+    found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step, windows)
     return found if plan.request.dit_fsdp else replace(found, budget=_budget(plan, found))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ class VideoPlan:
     tiles: tuple[int, int]
     encode_tiles: tuple[int, int]
     first_step: int = 0  # of the plan's, that is run
+    windows: Sequence[tuple[int, int]] = ()  # see `windows_of`; `tokens` are one's
     budget: Budget | None = None
 
 
@@ -152,6 +153,7 @@ class Plan:
         values |= {
             "prompt": job.prompt, "negative_prompt": job.negative_prompt,
             **{name: path and digest(path, clip=name == "video") for name, path in job.pictures.items()},
+            "window": self.request.window if self.video(job).windows else None,
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
             "ckpt_dir": self._files() | self.lora_stacks(),
             "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,

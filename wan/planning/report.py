@@ -104,10 +104,11 @@ class Outlook:
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
-            first, steps = self.plan.video(job).first_step, len(self.plan.of(job).steps)
-            made_from = job.picture + (f", from step {first + 1} of {steps} on" if first else "")
+            video, steps = self.plan.video(job), len(self.plan.of(job).steps)
+            tokens = (f"{len(video.windows)} windows of " if video.windows else "") + f"{video.tokens:,}"
+            made_from = job.picture + (f", from step {video.first_step + 1} of {steps} on" if video.first_step else "")
             size = f"{job.size[0]}x{job.size[1]}" + (f" (from {made_from})" if made_from else "")
-            size += f", {job.frame_num} frames, {self.plan.video(job).tokens:,} tokens, seed {job.seed}"
+            size += f", {job.frame_num} frames, {tokens} tokens, seed {job.seed}"
             mark = " (done)" if job.index in self.done else ""
             lines.append(f"job {job.number}{mark}: {prompt}: {size} -> {job.save_file}")
         if rest := jobs[len(shown) :]:

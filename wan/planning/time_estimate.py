@@ -107,7 +107,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget = plan.layout.sequence, video.budget
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    steps = plan.steps[video.first_step :]
+    steps = plan.steps[video.first_step :] * max(1, len(video.windows))
     forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
     passes = Counter(step.expert for step in steps) if batch_guidance else forwards
     read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
