@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.utils.errors import need_packages
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from wan.jobs.job import Decode, Extend, Generate, Job
     from wan.jobs.prompt_files import Row
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
-
-    Prompt = tuple[str, Path | None]  # with its image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +143,8 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     return FAILED if failed else 0
 
 
-def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Prompt, Extended]:
+def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Any, Extended]:
+    # by prompt and image
     from wan.prompt_extension.extend import extend
 
     return {(a.original, a.image): a for a in extend(settings, _questions(asked), progress.say)}

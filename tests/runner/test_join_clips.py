@@ -353,7 +353,7 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"image": None, "image_path_file": "p.txt"}, "--chain and --image_path_file exclude each other"),
         ({"use_prompt_extend": True}, "--extend_only FILE.txt and without --chain"),
         ({"extend_only": "x.txt"}, "--extend_only FILE.txt and without --chain"),
-        ({"decode_latents": "x.safetensors"}, "--chain is of prompts; leave it out with --decode_latents"),
+        ({"decode_latents": "x.safetensors"}, "--chain lets the rows of a --prompt_file continue each other"),
         ({"image": None}, "needs an image"),
         ({"given": ROWS[:1]}, "--chain: no row of rows.jsonl "),
         ({"given": [{"prompt": "a"}, {"prompt": "b", "size": "32*32"}]}, "a chain has the size of its first clip"),

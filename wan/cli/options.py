@@ -1,5 +1,4 @@
-"""The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come.
-A `Request` holds one value for each row, as given; the row's default where none was given. No torch."""
+"""The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come."""
 
 from __future__ import annotations
 
@@ -329,8 +328,7 @@ class Request:
     # fmt: on
 
     def recorded(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON takes them; with absolute paths of files that exist here,
-        so that a record can be read elsewhere."""
+        """The values that differ from the defaults, as JSON takes them; paths of files that exist here are absolute."""
         values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}

@@ -160,8 +160,8 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
         if row.seed is not None and row.seed >= 0:
             first_seed, where = row.seed, f"{row.source}: seed"
         if first_seed + count - 1 > LARGEST_SEED:
-            several = f" for --num_videos {count}" if count > 1 else ""
-            check.problem(f"{where} {first_seed} is too large{several}, at most {LARGEST_SEED - count + 1}")
+            most = LARGEST_SEED - count + 1
+            check.problem(f"{where} {first_seed} is too large for --num_videos {count}, at most {most}")
         for number in range(count):
             seed = first_seed + number
             name = f"{config.name}_{index + number:04d}_seed{seed}{slugged}"
@@ -226,12 +226,11 @@ def _fitted(
 
 def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
     """Check the options that `--chain` excludes or needs."""
-    decodes, extends = request.decode_latents is not None, request.use_prompt_extend or request.extend_only is not None
+    extends = request.use_prompt_extend or request.extend_only is not None
     faults = {
         f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one": config.image_fit is None,
-        "--chain is of prompts; leave it out with --decode_latents": decodes,
         "--chain lets the rows of a --prompt_file continue each other; give one":
-            not decodes and request.prompt_file is None,
+            request.prompt_file is None or request.decode_latents is not None,
         "--chain and --image_path_file exclude each other; give --image for the first row":
             request.image_path_file is not None,
         "--chain: extend the prompts first, with --extend_only FILE.txt and without --chain": extends,

@@ -63,8 +63,7 @@ def check_outputs(
     misnamed = set(wrong)
     refuse(wrong, f"{flag}{{}}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
     names = {file: name_problem(file) for file in dict.fromkeys(files) if file not in misnamed}
-    for problem in filter(None, dict.fromkeys(names.values())):
-        refuse([file for file in names if names[file] == problem], f"{{!r}}: the name of the video {problem}")
+    check.problems += [f"{str(file)!r}: the name of the video {problem}" for file, problem in names.items() if problem]
     samples = request.decode_latents is None  # then latents are kept, until the video is whole
     asked = (True, True, samples, request.preview, request.preview_steps and samples)
     written = {file: list(compress(Beside.of(file), asked)) for file, problem in names.items() if problem is None}

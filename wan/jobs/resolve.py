@@ -70,9 +70,6 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
 
 def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
-    for one, other in (("prompt", "prompt_file"), ("image", "image_path_file"), ("seconds", "frame_num")):
-        if getattr(request, one) is not None and getattr(request, other) is not None:
-            check.problem(f"--{one} and --{other} exclude each other; give one of them")
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         flag, value = f"--{name}", getattr(request, name)
@@ -87,7 +84,11 @@ def _checked(request: Request, check: Check) -> Request:
             changed[name] = check.choice(flag, value, row.choices, row.pattern)
         elif row.limits and value is not None and check.number(flag, value, float("nan"), *row.limits) != value:
             changed[name] = DEFAULTS[name]
-    return replace(request, **changed)
+    request = replace(request, **changed)
+    for one, other in (("prompt", "prompt_file"), ("image", "image_path_file"), ("seconds", "frame_num")):
+        if getattr(request, one) is not None and getattr(request, other) is not None:
+            check.problem(f"--{one} and --{other} exclude each other; give one of them")
+    return request
 
 
 def _generate(request: Request, config: TaskConfig, given: Collection[str], check: Check) -> Generate:
@@ -98,7 +99,7 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
     variants: list[Generate] = []
     rows: list[Row] = []
     for values in combinations(request.sweep or (), check):
-        swept = _with_options(request, values, check, "--sweep: ")
+        swept = _with_options(request, values, check, "--sweep: ") if values else request
         own_rows = dict(enumerate(prompt_rows(swept, config, extend is not None, check), len(rows)))
         rows += own_rows.values()
         for options in dict.fromkeys(row.options for row in own_rows.values()) or [()]:  # no rows have faults too

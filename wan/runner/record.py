@@ -200,8 +200,8 @@ def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> No
     """Write `latent` (float32 [C, T, h, w]) whole or not at all, with the record in the file's metadata."""
     from safetensors.torch import save
 
-    metadata = {"record": json.dumps(record, ensure_ascii=False)}
-    write_file(path, save({"latent": latent.detach().cpu().contiguous()}, metadata))
+    kept = {"latent": latent.detach().cpu().contiguous()}
+    write_file(path, save(kept, {"record": json.dumps(record, ensure_ascii=False)}))
 
 
 def read_latents(path: Path, config: TaskConfig) -> tuple[torch.Tensor, dict[str, Any]]:
