@@ -17,7 +17,7 @@ from typing import Any
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
 from lightning.lora_matching import Shapes
-from lightning.releases import Release, preset, recognise, record_of, release_in
+from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
 from wan.checkpoints.layout import MODEL_INDEX
@@ -91,13 +91,11 @@ def _build_parser() -> Parser:
 def _inspect(args: argparse.Namespace) -> int:
     if not (path := located("inspect", args.path)).exists():
         raise LoraError(f"{path}: no such file or folder")
-    files, uses = inspect_path(path, args.task, args.ckpt_dir, args.lora_alpha)
-    if args.json:
-        tell(sys.stdout, json.dumps(files, indent=2) + "\n")
-    else:
-        # the error describes the others
-        blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
-        tell(sys.stdout, "\n\n".join(blocks) + ("\n" if blocks else ""))
+    files, uses = _examine_all(path, args)
+    # the error describes the others
+    blocks = [*(_text_of(file) for file in files if file["stored"] or file["release"]), *uses]
+    shown = json.dumps(files, indent=2) if args.json else "\n\n".join(blocks)
+    tell(sys.stdout, f"{shown}\n" if shown else "")
     errors = [file["error"] for file in files if file["error"]]
     return print_errors(errors) if errors else 0
 
@@ -115,7 +113,7 @@ def _text_of(report: dict[str, Any]) -> str:
         "coverage": coverage.get("summary"),
         "rank": coverage and (", ".join(map(str, coverage["ranks"])) or "-"),
         "alpha": coverage and (", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"),
-        "settings": settings and settings_line(settings),
+        "settings": settings and _settings_line(settings),
         "sizes": ", ".join(f"{width}*{height}" for width, height in settings.get("sizes", ())),
         **{name: report[name] for name in ("note", "licence", "use")},
     }
@@ -123,18 +121,16 @@ def _text_of(report: dict[str, Any]) -> str:
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
 
 
-def inspect_path(
-    path: Path, task: str | None, ckpt_dir: Path | None, alpha: float | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
 
-    path: a file, a folder of files, one that PEFT saved, or a whole checkpoint. InputError if it is none of these.
-    It is judged by the experts of `ckpt_dir`, without one by the released networks of the task, or of all.
+    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks.
     """
-    tasks, models, hint = [task] if task else list(TASKS), _models_in(ckpt_dir or path), ""
+    ckpt_dir, tasks, alpha, hint = args.ckpt_dir, [args.task] if args.task else list(TASKS), args.lora_alpha, ""
+    models = _models_in(ckpt_dir or path)
     if ckpt_dir and not models:
         raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
-    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):  # a checkpoint has its own sizes
+    if not models or (not ckpt_dir and not models.keys() <= set(tasks)):
         models = {each: dict.fromkeys(TASKS[each].experts, released_shapes(each)) for each in tasks}
         hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
     if (path / MODEL_INDEX).is_file():
@@ -160,8 +156,8 @@ def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
     return {kind: {expert: store.shapes for expert, store in stores.items()} for kind in kinds}
 
 
-def _command(task: str | None, *words: object) -> str:
-    return shlex.join(["generate.py", "--task", str(task), *map(str, words)])
+def _command(task: str, flag: str, folder: Path) -> str:
+    return shlex.join(["generate.py", "--task", task, flag, str(folder)])
 
 
 def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
@@ -170,7 +166,7 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
     report: dict[str, Any] = {
         "path": str(file), "kind": "LoRA",
         "release": release and release.name, "source": release and release.source,
-        "settings": release and release_settings(release),
+        "settings": release and _settings_of(release),
         "note": (release and release.note) or "", "licence": (release and release.licence) or "",
         "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
     }  # fmt: skip
@@ -221,7 +217,6 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     shapes = opened.shapes
 
     def belongs_to(expert: Shapes) -> bool:
-        """Whether it is that expert, or goes with it: the same text width, the same channels."""
         if kind == TEXT_ENCODER:
             return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
         if kind == VAE:
@@ -233,10 +228,11 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
         return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
     named = expert_of(file) or expert_of(file.absolute().parent)
     single = all(list(models[task]) == ["model"] for task in fits)
-    uses = [f"{expert}={file}" for expert in (["model"] if single else [named] if named else ["high", "low"])]
-    uses = [shlex.join(["--expert", use]) for use in uses] if kind == EXPERT else [shlex.join([f"--{kind}", str(file)])]
+    experts = ["model"] if single else [named] if named else ["high", "low"]
+    values = [f"{expert}={file}" for expert in experts] if kind == EXPERT else [str(file)]
+    use = " or ".join(shlex.join([f"--{kind}", value]) for value in values)
     # the shards of a checkpoint are used through its folder
-    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else " or ".join(uses)}
+    return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else use}
 
 
 def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
@@ -244,31 +240,24 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
     fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
     tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
     kinds, uses = {report["kind"] for report in reports}, list[str]()
-    if kinds == {"LoRA"}:
-        for task in tasks:
+    for task in tasks:  # of several kinds of files each one's report names its use
+        experts = TASKS[task].experts
+        if kinds == {"LoRA"}:
             with suppress(LoraError):  # no file for some expert: not a release of this task
-                files_of(path, TASKS[task].experts)
+                files_of(path, experts)
                 uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
-    elif kinds == {NAMES[EXPERT]}:
-        experts = {task: TASKS[task].experts for task in tasks}
-        whole = [task for task in tasks if len(open_parts(path, TASKS[task], experts[task])) == len(experts[task])]
-        uses = [f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}" for task in whole]
-    if kinds == {"LoRA"} or not uses:
-        return uses  # each file's own report names its use
-    if record := record_of(path):
-        merged = sorted({lora["path"] for loras in record["loras"].values() for lora in loras})
-        uses.append(f"merged into it: {', '.join(merged)}")
-    if release := release_in(path):
-        uses.append(f"it is sampled as {release.name}: {settings_line(release_settings(release))}")
+        elif kinds == {NAMES[EXPERT]} and len(open_parts(path, TASKS[task], experts)) == len(experts):
+            uses.append(f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}")
+    if kinds == {NAMES[EXPERT]} and (release := release_in(path)):
+        uses.append(f"it is sampled as {release.name}: {_settings_line(_settings_of(release))}")
     return uses
 
 
-def release_settings(release: Release) -> dict[str, Any]:
-    """The settings that a release is sampled with, by name."""
+def _settings_of(release: Release) -> dict[str, Any]:
     return {name: value for name in SHOWN_SETTINGS if (value := getattr(release, name)) is not None}
 
 
-def settings_line(settings: dict[str, Any]) -> str:
+def _settings_line(settings: dict[str, Any]) -> str:
     """Settings, without the sizes, as one line; a slash between the numbers of a pair."""
     numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
     numbers.pop("sizes", None)

@@ -1,12 +1,8 @@
-"""Write a checkpoint with its LoRAs merged in, in the released layout or diffusers': a start reads half the bytes.
+"""Write a checkpoint with its LoRAs merged in, in the released layout or in diffusers'.
 
-Every tensor is stored as a bf16 run keeps it (bf16, or float32 for the few that stay in it; with --dtype fp8 as a run
-with `--quantize fp8` keeps it, with a scale per row), so that running the baked folder equals merging on the fly,
-tensor for tensor. Files are written into `OUT.partial`, which becomes `OUT` by one rename at the end: a stopped run
-leaves nothing under that name, and the next one finishes it.
-
-diffusers' layout, which `diffusers.WanPipeline.from_pretrained` loads: model_index.json, scheduler/, tokenizer/,
-text_encoder/, vae/, transformer/ (the high-noise expert, or the only one), transformer_2/ (the low-noise one).
+Every tensor is stored as a run keeps it (bf16, float32 for a few, fp8 as with `--quantize fp8`), so that running the
+baked folder equals merging on the fly, tensor for tensor. `OUT.partial` becomes `OUT` by one rename at the end: a
+stopped run leaves nothing under that name, and the next one finishes it.
 """
 
 from __future__ import annotations

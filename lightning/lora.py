@@ -1,21 +1,17 @@
 """LoRA files: open one of any kind and spelling, account for every tensor against the model's names, or refuse it.
 
-Everything here works on headers (names, shapes, dtypes) and the few bytes of the alphas; no torch is imported.
-
     W' = W + strength * scale * change        scale: alpha / rank; change: of a kind in `lora_matching`
     W' = W + strength * (m C / |C| - W)       DoRA: C = W + scale * change, m the norm of each row
     p' = p + strength * diff                  whole differences of weights, biases, modulation
 
-The alpha that PEFT's and diffusers' LoRAs store in no tensor is in `adapter_config.json` beside the weights (PEFT), or
-JSON in the file's metadata (diffusers): under their plain names (a model's `save_lora_adapter`) or each behind the name
-of its component (a pipeline's `save_lora_weights`).
+Everything here works on headers and the few bytes of the alphas; no torch is imported.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +29,7 @@ from wan.utils.files import parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = "lora_adapter_metadata"
+AdapterScale = Callable[[str, int], float]  # module, rank of its matrices or 0 for that of the settings -> alpha / rank
 PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # kinds read -> the setting of their alpha
 ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations whose LoRA belongs to a changed base
 NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
@@ -55,7 +51,7 @@ class Lora:
     store: TensorStore
     keys: Mapping[str, Key]  # by tensor name, where a LoRA family explains the name
     alphas: Mapping[str, float]  # by tensor name
-    settings: AdapterSettings | None  # PEFT's, where the file comes with them
+    settings: AdapterScale | None  # by PEFT's settings, where the file comes with them
     default_alpha: float | None
     release: Release | None
     expert: str | None
@@ -97,7 +93,7 @@ class Lora:
                 raise ValueError(f"is {alpha}, which is no usable alpha")
             return alpha / rank
         if self.settings is not None and alpha_name is None:
-            return self.settings.scale(stem, rank)
+            return self.settings(stem, rank)
         return 1.0 if self.assumed_alpha is None or not rank else self.assumed_alpha / rank
 
     def resolve(self, shapes: Shapes) -> Resolved:
@@ -209,7 +205,6 @@ def check(lora: Lora, shapes: Shapes, *, allow_partial: bool = False, as_adapter
 
 
 def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool) -> list[str]:
-    """Why this file is refused: one clause per reason, with counts and the first names."""
     total, problems = len(lora.store), []
     if found.unsupported:
         kinds = sorted({m[1] for name in found.unsupported if (m := UNSUPPORTED.search(name))})
@@ -252,47 +247,27 @@ def _some(tensors: Sequence[str], total: int) -> str:
     return f"{len(tensors)} of {total} tensors (first: {tensors[0]})"
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """Numbers of each module: that of the first pattern that fits its name, else the common one, under ""."""
-
-    alphas: Mapping[str, float]
-    ranks: Mapping[str, float]
-    rslora: bool  # alpha / sqrt(rank)
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of a module's change. rank: of its matrices; 0 takes the rank of the settings."""
-
-        def fitting(numbers: Mapping[str, float]) -> float:  # a pattern is of the whole name or of its last parts
-            return next((n for p, n in numbers.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), numbers[""])
-
-        rank_used = rank or fitting(self.ranks)
-        return fitting(self.alphas) / (math.sqrt(rank_used) if self.rslora else rank_used)
-
-
 def settings_of(
     file: Path, metadata: Mapping[str, str], expert: str | None, *, has_alphas: bool = False
-) -> AdapterSettings | None:
+) -> AdapterScale | None:
     """The settings that belong to a file of weights, None if there are none. LoraError for a kind that is not read.
 
-    `adapter_config.json` belongs to `adapter_model.*`, else to the only file of weights beside it; of several it must
-    be known which, except for a file that stores its own alphas. expert: "low" reads the settings of `transformer_2`.
+    PEFT's `adapter_config.json` belongs to `adapter_model.*`, else to the only file beside it, unless that stores its
+    own alphas. diffusers writes JSON into the metadata, perhaps by component: "low" reads that of `transformer_2`.
     """
-    beside, text = file.parent / PEFT_CONFIG, metadata.get(METADATA)
+    beside, text = file.parent / PEFT_CONFIG, metadata.get("lora_adapter_metadata")
     if beside.is_file():
         weights = weights_in(file.parent)
         own = [each for each in weights if each.stem == PEFT_STEM] or weights
         if own == [file]:
             return _parse_settings(f"LoRA {beside}", beside.read_bytes(), expert)
         if file in own and text is None and not has_alphas:
-            raise LoraError(
-                f"LoRA {file}: {PEFT_CONFIG} beside it may belong to any of {len(own)} files; give the file a folder "
-                "of its own, with the settings if they are its own"
-            )
+            beside_others = f"{PEFT_CONFIG} beside it may belong to any of {len(own)} files"
+            raise LoraError(f"LoRA {file}: {beside_others}; give the file a folder of its own")
     return None if text is None else _parse_settings(f"LoRA {file}", text, expert)
 
 
-def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterSettings:
+def _parse_settings(file: str, text: str | bytes, expert: str | None) -> AdapterScale:
     settings: Any = None
     with suppress(ValueError):
         settings = parse_json(text)
@@ -322,4 +297,12 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
                 raise ValueError(value)
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as e:
         raise LoraError(f"{file}: {name}, r or their patterns in the adapter settings are unusable ({e})") from e
-    return AdapterSettings(alphas, ranks, bool(settings.get("use_rslora")))
+
+    def scale(module: str, rank: int) -> float:
+        def fitting(numbers: Mapping[str, float]) -> float:  # a pattern is of the whole name or of its last parts
+            return next((n for p, n in numbers.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), numbers[""])
+
+        rank_used = rank or fitting(ranks)
+        return fitting(alphas) / (math.sqrt(rank_used) if settings.get("use_rslora") else rank_used)
+
+    return scale

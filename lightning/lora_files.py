@@ -112,7 +112,7 @@ def split_strength(text: str) -> tuple[str, float]:
     path, colon, tail = text.rpartition(":")
     strength = real(tail)
     if not colon or strength is None or len(path) <= 1 or os.path.exists(os.path.expanduser(text)):
-        return os.path.expanduser(text), 1.0
+        path, strength = text, 1.0
     return os.path.expanduser(path), strength
 
 

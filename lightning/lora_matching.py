@@ -24,8 +24,7 @@ from wan.checkpoints.safetensors_file import Entry
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, tuple[int, ...]]
 Rows = Callable[[slice], "Tensor"]  # rows of a weight -> its change there, float32 [rows, I]
 Scale = Callable[[str, str | None, int], float]  # module, alpha tensor, rank -> alpha / rank
 LORA_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -161,24 +160,19 @@ def parse_key(raw: str) -> Key | None:
     return Key(raw, _FLAT.sub("", found["stem"], count=1), found.lastgroup, expert)
 
 
-def flat(name: str) -> str:
-    """A name as kohya's trainers spell it."""
-    return name.replace(".", "_")
-
-
 def spellings(parameters: Iterable[str]) -> dict[str, str]:
-    """The original and diffusers' name of every parameter, flattened -> its name in the model.
+    """The original and diffusers' name of every parameter, with underscores as kohya's trainers spell it -> its name.
 
-    A table and not a rule, because a flattened name cannot be taken apart: module names contain underscores.
+    A table and not a rule, because such a name cannot be taken apart: module names contain underscores.
     """
-    return {flat(spelling): name for name in parameters for spelling in (name, diffusers_name(name))}
+    return {each.replace(".", "_"): name for name in parameters for each in (name, diffusers_name(name))}
 
 
 def find(table: Mapping[str, str], stem: str, role: str) -> str | None:
     """The parameter that a tensor of this role changes, looked up in the table of `spellings`."""
     leaf = {"up_bias": "bias", "diff_b": "bias", "diff_m": "modulation"}.get(role, "weight")
-    target = table.get(f"{flat(stem)}_{leaf}")
-    return target or (table.get(flat(stem)) if role == "diff" else None)  # `blocks.0.modulation.diff` names it in full
+    flat = stem.replace(".", "_")
+    return table.get(f"{flat}_{leaf}") or (table.get(flat) if role == "diff" else None)  # the whole name before `.diff`
 
 
 @dataclass(frozen=True)
@@ -259,12 +253,12 @@ class Resolved:
             scale = self.scale(stem, names.get("alpha"), rank) if fits else 1.0
         except ValueError as e:
             self.conflicts[names["alpha"]] = str(e)
-        magnitude = names.get(MAGNITUDE)
-        norms = self.entries[magnitude].shape if magnitude else ()
-        by_column = len(shape) == len(norms) == 2 and norms[0] == 1
-        if magnitude and (math.prod(norms) != shape[0] or by_column):
-            found = f"is {list(norms)}, not one norm for each of the {shape[0]} rows of {target}"
-            self.conflicts[magnitude] = found
+        if magnitude := names.get(MAGNITUDE):
+            norms = self.entries[magnitude].shape
+            by_column = len(shape) == len(norms) == 2 and norms[0] == 1
+            if math.prod(norms) != shape[0] or by_column:
+                fault = f"is {list(norms)}, not one norm for each of the {shape[0]} rows of {target}"
+                self.conflicts[magnitude] = fault
         is_adapter = kind is PAIR and len(shape) == 2 and magnitude is None
         self._add(Delta(target, kind, roles, tensors, scale, rank, magnitude, is_adapter), fits)
         return scale

@@ -1,11 +1,8 @@
 """The deltas of all LoRAs of one expert, added to its weights one tensor at a time while they stream in.
 
-    W' = W + sum over the LoRAs of strength * (scale * change  or  diff  or  DoRA's change), see `lightning.lora`
-
 Product and sum are float32 and rounded once, by whoever casts the result. The product is made in blocks of rows that
 stay in the processor's cache, in buffers that are kept from call to call: a fresh 100 MB of memory for each temporary
 costs several times the arithmetic. On a CPU the result is that of the plain expression, bit for bit.
-
 Shapes: O rows of the weight, I columns (all further axes of a convolution flattened), R rank.
 """
 
@@ -30,8 +27,7 @@ BY_ROWS = {"up", "up_bias", "diff", "diff_b", "diff_m"}  # tensors with a row pe
 class Merge:
     """The changes by the LoRAs of one expert to a model with parameters `shapes`; call it on each weight.
 
-    Run `lightning.lora.check` on every LoRA first: here, tensors that match nothing are simply not used, and one with
-    NaN or Inf is found when it is read (LoraError). The order of the LoRAs does not matter, to the bit.
+    Tensors that match nothing are not used: run `lightning.lora.check` first. The order of the LoRAs changes no bit.
     device: of computation and results. linear_pairs=False leaves out the pairs on 2-D weights, for adapters.
     """
 
@@ -66,7 +62,7 @@ class Merge:
         if name != self._kept_of:
             self._kept, self._kept_of = {}, name
         terms = [self._term(lora, delta, slice(start, stop)) for lora, delta in self.deltas[name]]
-        source = _matrix(weight)
+        source = weight[:, None].flatten(1)  # of a vector one column
         result = self._buffer("result", source.shape)
         step = self._rows_at_once(*source.shape)
         for top in range(0, len(source), step):
@@ -102,7 +98,7 @@ class Merge:
         The result puts rows `block` of the delta, which are `weight` [rows, I] before the merge, into `out` [rows, I].
         """
         tensors = {
-            role: _matrix(self._read(lora, name, rows)) if role in BY_ROWS else self._read(lora, name)
+            role: self._read(lora, name, rows)[:, None].flatten(1) if role in BY_ROWS else self._read(lora, name)
             for role, name in zip(delta.roles, delta.tensors, strict=True)
         }
         change = delta.kind.change(tensors) if delta.kind and delta.kind is not PAIR else None
@@ -144,8 +140,3 @@ class Merge:
         if rows is None:
             self._kept[lora.path, name] = tensor
         return tensor
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """All axes but the first flattened; a vector becomes a column."""
-    return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]

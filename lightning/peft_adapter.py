@@ -2,8 +2,7 @@
 
     y = W x + b + scale * strength * (alpha / rank) * up (down x)
 
-Only pairs on linear layers can be adapters. Everything else a LoRA brings (differences, pairs on the patch embedding)
-is merged while loading, by `Merge(loras, shapes, linear_pairs=False)`, and keeps the strength it had then.
+Only pairs on linear layers can be adapters; `Merge(..., linear_pairs=False)` merges the rest while loading.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from lightning.lora import Lora
 
 
 def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device | None = None) -> None:
-    """Put the pairs of `loras` on the linear layers of a model, in each layer's dtype and on `device`, or the layer's.
+    """Put the pairs of `loras` on a loaded model's linear layers, in each layer's dtype, on `device` or the layer's.
 
-    The model's parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`): load the weights first.
-    LoraError for a tensor that holds NaN or Inf.
+    Parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`). LoraError for NaN or Inf.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers: dict[str, Any] = dict(model.named_modules())
@@ -53,10 +51,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
 
 
 def set_scale(model: nn.Module, scale: float, loras: Sequence[Lora]) -> None:
-    """Scale all adapters, those of `loras` as `add_adapters` got them, by `scale` and each LoRA's strength of now.
-
-    At 0 they cost nothing.
-    """
+    """Scale all adapters by `scale` and the strengths of `loras`, those of `add_adapters`; at 0 they cost nothing."""
     strengths = {f"lora_{number}": lora.strength for number, lora in enumerate(loras)}
     for module in model.modules():
         if not isinstance(module, LoraLayer):

@@ -40,11 +40,9 @@ class Release:
 
     kind: "lora", "full" (whole expert weights) or "recipe" (settings only, for any LoRA of its tasks).
     patterns: regular expressions on the last parts of a path, lower case, `_` read as `-`.
-    default_alpha: what the loader must assume where the file stores none.
-    timesteps: the final timesteps, where steps and shift do not give them.
-    lora_steps, guidance_steps: LoRA scale and guidance by step, where they are not the same at every step.
-    licence: where it does not allow every use. refused: why this toolkit cannot run it, "" if it can.
-    warning: shown with every run. text_only: trained without images.
+    default_alpha: for a file that stores none. timesteps: final ones, where steps and shift do not give them.
+    lora_steps, guidance_steps: LoRA scale and guidance by step, where they differ from step to step.
+    licence: where it does not allow every use. refused: why this toolkit cannot run it.
     """
 
     name: str
@@ -64,8 +62,7 @@ class Release:
     note: str = ""
     licence: str = ""
     refused: str = ""
-    warning: str = ""
-    text_only: bool = False
+    text_only: bool = False  # trained without images
 
     def check_supported(self, what: str) -> None:
         """LoraError with the reason if this release cannot be run; `what` names it."""
@@ -116,13 +113,8 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
         record["loras"] = {expert: [{**lora, "path": str(lora["path"])} for lora in loras] for expert, loras in experts}
         record["shards"] = dict(record["shards"])
         _recorded_release(record)
-    except OSError as e:
-        raise LoraError(f"{file}: cannot be read ({e.strerror})") from e
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise LoraError(
-            f"{file} is damaged, unfinished or from another version ({in_one_line(e)}); bake again, or remove the file "
-            "to use the folder without its record"
-        ) from e
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise LoraError(f"{file} cannot be used ({in_one_line(e)}); bake again, or remove it") from e
     return record
 
 
@@ -178,7 +170,6 @@ _FASTWAN: dict[str, Any] = {
     "solver": "dmd", "steps": 3, "timesteps": (1000.0, 757.0, 522.0), "text_only": True,
     "note": "trained at these three timesteps, with fresh noise after each",
 }  # fmt: skip
-_BY_HAND = "its card names no number of steps; --sample_steps sets them"
 
 # The first row that matches is the one: a longer name comes before a shorter one that it contains.
 RELEASES: tuple[Release, ...] = (
@@ -193,7 +184,7 @@ RELEASES: tuple[Release, ...] = (
     _lora(TI2V, "ti2v-longlive-block8", r"block8-single", source=BLOCKS),
     _refused("longlive-blocks", (TI2V,), BLOCKS, r"longlive-stepdistill", _CAUSAL),
     *(
-        _lora(TI2V, f"ti2v-longlive-{name}", rf"longlive-plug-[^/]*{name}", note=note, warning=_BY_HAND,
+        _lora(TI2V, f"ti2v-longlive-{name}", rf"longlive-plug-[^/]*{name}", note=note,
               source=f"Efficient-Large-Model/LongLive-Plug-Wan2.2-TI2V-5B-{name}")
         for name, note in (("few-step", "with ti2v-longlive-cfg at a strength of 0.5"), ("cfg", "at a strength of 0.5"))
     ),

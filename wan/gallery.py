@@ -1,7 +1,6 @@
 """`python -m wan.gallery DIR`: one static page over the videos of a folder, from the records beside them.
 
-The page needs no network and no server: it names videos and contact sheets by their paths relative to itself. Text from
-records is data in it and never markup. No torch.
+It names files by paths relative to itself, and needs no server. Text from records is data in it, never markup.
 """
 
 from __future__ import annotations
@@ -120,13 +119,11 @@ def _video_settings(record: dict[str, Any]) -> dict[str, Any]:
         name = path.parent.name if path.stem in ("high_noise_model", "low_noise_model") else path.name
         loras.append(f"{expert}: {name} at {_finite(lora.get('strength', 1)):g}")
     return {
-        "task": meaning["task"],
-        "steps": f"{len(steps)} {meaning['sample_solver']}",
+        "task": meaning["task"], "steps": f"{len(steps)} {meaning['sample_solver']}",
         "guidance": ", ".join(dict.fromkeys(f"{_finite(step['guidance']):g}" for step in steps)),
         "shift": plan.get("shift"),
         "timesteps": ", ".join(f"{_finite(step['timestep']):.1f} {step['expert']}" for step in steps),
-        "preset": plan.get("preset"),
-        "weights": Path(request.get("ckpt_dir") or "").name,
+        "preset": plan.get("preset"), "weights": Path(request.get("ckpt_dir") or "").name,
         "experts": "\n".join(f"{name}={Path(file).name}" for name, _, file in experts),
         "LoRA": "\n".join(loras),
         "quantize": "" if meaning.get("quantize") == "none" else meaning.get("quantize"),

@@ -40,9 +40,6 @@ class WanI2V(Original):
         sample_solver: str = "unipc", sampling_steps: int = 40, guide_scale: float | tuple[float, float] = 5.0,
         n_prompt: str = "", seed: int = -1, offload_model: bool = True, *, last_image: Image.Image | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise).
-
-        last_image: the last frame, squeezed to the video's size; frame_num must then be 5 or more.
-        """
+        """The original's call: float32 [3, F, H, W] in [-1, 1]; guide_scale (low, high noise). last_image: the end."""
         video = Video(input_prompt, n_prompt, (max_area, 1), frame_num, seed, img, last_image)
         return self._generate(video, sample_solver, sampling_steps, shift, guide_scale, offload_model)

@@ -1,7 +1,4 @@
-"""The original's public call, on top of a pipeline: its constructor's and its `generate`'s arguments make a plan.
-
-Shapes: F, H, W frames, rows, columns of the video.
-"""
+"""The original's public call, on top of a pipeline: its constructor's and its `generate`'s arguments make a plan."""
 
 from __future__ import annotations
 
@@ -43,12 +40,10 @@ class Original(Pipeline):
         device: torch.device | str | None = None, runtime: Runtime | None = None, progress: Progress | None = None,
         **more: object,
     ) -> None:  # fmt: skip
-        """The original's arguments, then ours.
+        """The original's arguments, then ours. InputError with all problems of arguments and files.
 
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
-        processes make one video, those of `runtime` or of torch.distributed. more: options of the command line by name
-        (`ulysses_size=2`, `lora_mode="adapter"`).
-        InputError with all problems of arguments and files.
+        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name.
         """
         if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
             own = vars(TASKS[self.task])
@@ -86,12 +81,9 @@ class Original(Pipeline):
         frame_num = check.frames("frame_num", video.frame_num)
         if video.last_image is not None:
             check.several("frame_num: a first and a last frame need", frame_num)
-        sampling = Sampling(
-            check.choice("sample_solver", solver, SOLVERS),
-            int(check.number("sampling_steps", steps, 1, 1, 1000)),
-            check.number("shift", shift, 1.0, 0.01, 100),
-            both(guidance),
-        )
+        solver = check.choice("sample_solver", solver, SOLVERS)
+        count = int(check.number("sampling_steps", steps, 1, 1, 1000))
+        sampling = Sampling(solver, count, check.number("shift", shift, 1.0, 0.01, 100), both(guidance))
         check_choices(self.plan.request, sampling, check)
         check.stop()
         seed = video.seed if video.seed >= 0 else team.broadcast(lambda: secrets.randbelow(DRAWN_SEEDS))

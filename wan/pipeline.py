@@ -1,6 +1,5 @@
 """The networks of a plan, loaded, and one video through them: text -> conditioning -> latent -> frames.
 
-Nothing is decided here: the plan says what was opened and chosen. Each network is loaded by the method named so.
 Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W frames, rows, columns of the video.
 """
 
@@ -216,14 +215,9 @@ class Pipeline(ABC):
         return retry_smaller(self.progress, "denoise: once more, with fewer blocks on the device", attempt)
 
     def sample(
-        self,
-        video: Video,
-        on_step: OnStep = lambda *_: None,
-        *,
-        again: bool = False,
-        noise: Tensor | None = None,
+        self, video: Video, on_step: OnStep = lambda *_: None, *, again: bool = False, noise: Tensor | None = None,
         schedule: Schedule | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
 
         again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
@@ -290,8 +284,7 @@ class Pipeline(ABC):
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
             changed = on_step(step, sample, velocity)
             now = velocity if changed is None else changed
-            wanted = self.plan.request.preview_steps
-            if wanted and (frame := self.look(predict_clean(step, sample, now))) is not None:
+            if self.plan.request.preview_steps and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
             self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed

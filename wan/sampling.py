@@ -139,13 +139,9 @@ def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float |
 
 @torch.no_grad()
 def denoise(
-    experts: Denoisers,
-    noise: Tensor,
-    conditioning: Conditioning,
-    schedule: Schedule,
-    steps: Sequence[Step],
+    experts: Denoisers, noise: Tensor, conditioning: Conditioning, schedule: Schedule, steps: Sequence[Step],
     on_step: OnStep = lambda *_: None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Noise float32 [C, f, h, w] -> latent of the same shape.
 
     JobError naming the step after which the latent is not finite. On a GPU it comes one step late, so that the device

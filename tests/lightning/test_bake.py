@@ -383,7 +383,7 @@ def test_a_damaged_record_is_one_sentence_everywhere(change, fault: str, tmp_pat
         lambda: run(tmp_path / "again", ckpt_dir=once),
         lambda: resolve({"task": "t2v-A14B", "ckpt_dir": str(once), "prompt": "a cat"}),
     ):
-        with pytest.raises(InputError, match=r"once/bake\.json is damaged"):
+        with pytest.raises(InputError, match=r"once/bake\.json cannot be used"):
             read()
     assert main(["inspect", str(once), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 2
     error = capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_the_component_that_is_read() -> None:
     for expert, alpha in ((None, 2), ("high", 2), ("model", 2), ("low", 3)):
         settings = settings_of(FILE, both, expert)
         assert settings is not None
-        assert settings.scale("blocks.0.attn1.to_q", 1) == alpha
+        assert settings("blocks.0.attn1.to_q", 1) == alpha
     with pytest.raises(LoraError, match="the adapter settings are those of text_encoder, unet, not a transformer"):
         settings_of(FILE, metadata_of(**{"text_encoder.r": 1, "unet.r": 2}), None)
 

@@ -226,7 +226,6 @@ def outcome_of(name: str, tmp_path: Path, **more: object) -> Generate:
 @pytest.mark.parametrize(
     ("name", "flags", "part"),
     [
-        ("LongLive-Plug-Wan2.2-TI2V-5B-few-step", {}, "--sample_steps"),
         ("FastWan2.2-TI2V-5B-lora", {"image": str(TINY / "input.png")}, "without images"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import generate
 from tests.support import command
 from wan.planning import report as module
-from wan.planning.report import RECORD
+from wan.planning.report import RECORD_BYTES
 
 GB = 1e9
 
@@ -37,7 +37,7 @@ def test_a_batch_on_a_disk_that_holds_all_but_ten(
     words.remove("--prompt")
     assert generate.main(words) == 0
     capsys.readouterr()
-    free(6 * RECORD)
+    free(6 * RECORD_BYTES)
     assert generate.main([*words, "--resume", "--dry_run"]) == 0, "nothing is left to do"
     assert "disk:" not in capsys.readouterr().out
     for video in sorted((tmp_path / "out").glob("*.mp4"))[3:5]:

@@ -37,8 +37,6 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
-        if each.warning:
-            check.warn(f"{each.name} ({each.source}): {each.warning}")
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:

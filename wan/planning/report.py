@@ -30,7 +30,7 @@ STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, t
 # 0.71, pure noise 0.97.
 LEAST, LIKELY, MOST = 0.01, 0.25, 1.0
 LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
-RECORD = 20_000  # bytes in the mp4 and beside it
+RECORD_BYTES = 20_000  # bytes in the mp4 and beside it
 
 # What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
 # H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
@@ -270,7 +270,7 @@ def disks(jobs: Sequence[Job], *, latents: bool) -> list[Disk]:
         pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
         joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
         videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
-        beside = RECORD * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
+        beside = RECORD_BYTES * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
         usage = shutil.disk_usage(folder)
         needed, least, most = (rate * videos + beside for rate in (LIKELY, LEAST, MOST))
         found.append(Disk(folder, needed, least, most, usage.free if usage.total else None))

@@ -28,7 +28,7 @@ from wan.utils.progress import Progress
 
 
 @dataclass(frozen=True)
-class Result:
+class Generation:
     """A video float32 [3, F, H, W] in [-1, 1], its latent float32 [C, f, h, w], and its record as in a .json file."""
 
     video: Tensor
@@ -71,7 +71,7 @@ class Session:
         noise: Tensor | None = None,
         schedule: Schedule | None = None,
         **options: object,
-    ) -> Result:
+    ) -> Generation:
         """Make one video; only the weights that these options change are read again. InputError, JobError.
         on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
         schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it."""
@@ -93,7 +93,7 @@ class Session:
             video = self.decode(latent)
         spent = {name: round(whole - before.get(name, 0.0), 3) for name, whole in self.progress.seconds.items()}
         record = {**describe(plan, job, pipe.info()), **pipe.computed(), "seconds": spent}
-        return Result(video, latent, record, plan.config.sample_fps)
+        return Generation(video, latent, record, plan.config.sample_fps)
 
     def decode(self, latent: Tensor) -> Tensor:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
