@@ -103,6 +103,9 @@ class Models(nn.Module):
                 self.progress.advance(1)
         return latent
 
+    def computed(self) -> dict[str, list[int]]:
+        return {}
+
     @torch.no_grad()
     def decode(self, latent: Tensor, *, finer: bool = False) -> Iterator[Tensor]:
         self.calls.append("decode tiled" if finer else "decode")
