@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from wan.jobs.prompt_files import Row
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
+DRY_RUN = "dry run: nothing was made"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
@@ -77,7 +79,7 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     for warning in outcome.warnings:
         progress.say(f"warning: {warning}")
     if outcome.request.dry_run:
-        return _end_dry_run(progress)
+        return _show(progress, "checked", {}, DRY_RUN)
     answers = _answers(outcome.extend, outcome.rows, progress)
     if all(answer.error for answer in answers.values()):
         raise JobError(f"--extend_only {file}: not written, no prompt could be extended")
@@ -99,7 +101,7 @@ def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
     plan = runtime.team.all_or_none(lambda: make_plan(outcome, runtime))
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
-    return _end_dry_run(progress) if outcome.request.dry_run else 0
+    return _show(progress, "checked", {}, DRY_RUN) if outcome.request.dry_run else 0
 
 
 def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
@@ -129,7 +131,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     if page:
         team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
-        return _end_dry_run(progress)
+        return _show(progress, "checked", {}, DRY_RUN)
 
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.broadcast(lambda: _answers(extend, outcome.jobs, progress))
@@ -154,10 +156,6 @@ def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
     from wan.prompt_extension.extend import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((one.prompt, one.image) for one in asked)]
-
-
-def _end_dry_run(progress: Progress) -> int:
-    return _show(progress, "checked", {}, "dry run: nothing was made")
 
 
 def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> int:

@@ -30,8 +30,7 @@ LARGEST_SEED = 2**63 - 1
 SCHEMA = 2  # of records, which hold requests
 
 
-# Readers of a value, from a word or from what JSON makes of it. They raise TypeError, ValueError or OverflowError;
-# their docstrings say what they take.
+# Readers of a word or a JSON value; their docstrings say what they take. TypeError, ValueError, OverflowError.
 
 
 def text(value: object) -> str:

@@ -153,11 +153,10 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
         with suppress(OSError):  # the video is whole, whatever the file server says to this
             kept.unlink()
-    if request.save_latents and kept != beside.latents:
+    if request.save_latents and kept != Beside.of(job.save_file).latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
     if request.preview:
         save_contact_sheet(job.save_file, frames)
