@@ -273,11 +273,9 @@ def _bake(args: argparse.Namespace) -> int:
     chosen = choose_loras(TASKS[args.task].experts.keys(), args.lora_dir, args.lora_strength, args.lora)
     loras: dict[str, list[Lora]] = {expert: [] for expert in TASKS[args.task].experts}
     for choice in chosen.loras:
-        try:
+        with chosen.noting():
             path = fetch(choice.path)
             loras[choice.expert].append(Lora.open(path, choice.strength, args.lora_alpha, choice.expert))
-        except InputError as e:
-            chosen.problems += [problem for problem in e.problems if problem not in chosen.problems]
     release = _settings_kept(args, chosen)
     if chosen.problems:
         raise LoraError(chosen.problems)
@@ -300,11 +298,9 @@ def _settings_kept(args: argparse.Namespace, chosen: Choices) -> Release | None:
     changes: dict[str, Any] = {name: value for name, value, *_ in numbers if value is not None}
     changes |= {"timesteps": None} if changes else {}
     if args.sample_guide_scale is not None:
-        try:
+        with chosen.noting():
             changes["guidance"] = pair("--sample_guide_scale", args.sample_guide_scale)
             numbers += [("guide_scale", scale, 0, 100) for scale in {*changes["guidance"]}]
-        except InputError as e:
-            chosen.problems += e.problems
     chosen.problems += filter(None, (outside(f"--sample_{n}", x, *ends) for n, x, *ends in numbers if x is not None))
     paths = [*([Path(args.lora_dir)] if args.lora_dir else []), *(choice.path for choice in chosen.loras)]
     if args.preset:

@@ -7,11 +7,9 @@ stopped run leaves nothing under that name, and the next one finishes it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -125,7 +123,7 @@ class Bake:
                 raise LoraError(f"--task {self.task}: the checkpoint in {self.ckpt_dir} is one of {found}")
             if odd := next((name for name in store if store[name].dtype not in FLOATS), None):
                 problems.append(f"--ckpt_dir: {store[odd].file}: tensor {odd} is {store[odd].dtype}, not a float")
-            sources["base"][expert] = [_identity(file) for file in store.files]
+            sources["base"][expert] = {file.name: fingerprint(file) for file in store.files}
             sources["loras"][expert] = merged = list(before["loras"].get(expert, ()))
             for lora in self.loras.get(expert, ()):
                 file = lora.store.files[0]
@@ -178,15 +176,6 @@ class Bake:
                 digests[str(shard.file)] = write_shard(partial / shard.file, shard, network)
             write_index(partial, network, plan)
         return digests
-
-
-def _identity(file: Path) -> dict[str, Any]:
-    """Identifies a base file, which was opened before, without reading all of it."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        digest = hashlib.sha256(start + stream.read(struct.unpack("<Q", start)[0])).hexdigest()
-    state = file.stat()
-    return {"file": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns, "header_sha256": digest}
 
 
 def _prepare(out: Path, sources: dict[str, Any]) -> Path:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,14 @@ class Choices:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Context manager: an InputError inside ends it, and its problems are noted."""
+        try:
+            yield
+        except InputError as e:
+            self.problems += [problem for problem in e.problems if problem not in self.problems]
+
 
 def choose_loras(
     experts: Collection[str], lora_dir: str | None = None, lora_strength: str | None = None, loras: Sequence[str] = ()
@@ -67,23 +76,17 @@ def choose_loras(
         out.problems.append("--lora_strength scales --lora_dir, which is not given; for --lora write PATH:STRENGTH")
     elif lora_dir is not None:
         high = low = 1.0
-        try:
+        with out.noting():
             high, low = pair("--lora_strength", lora_strength or "1")
-        except InputError as e:
-            out.problems += e.problems
         if len(experts) == 1 and high != low:
             out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
         out.problems += filter(None, (outside("--lora_strength", n, *RANGE) for n in dict.fromkeys((high, low))))
-        try:
+        with out.noting():
             files = files_of(located("--lora_dir", lora_dir), experts)
             out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
-        except InputError as e:
-            out.problems += e.problems
     for text in loras:
-        try:
+        with out.noting():
             out.loras += _choose(text, experts, out)
-        except InputError as e:
-            out.problems += e.problems
     return out
 
 
@@ -125,14 +128,12 @@ def weight_file(path: Path) -> Path:
     """The file of weights that `path` means: itself, or the one of a PEFT folder. LoraError if several may be meant."""
     if not path.is_dir():
         return path
-    files = weights_in(path)
-    names = ", ".join(file.name for file in files) or "no file of weights"
-    if not (path / PEFT_CONFIG).is_file():
-        raise LoraError(f"LoRA {path} is a folder without {PEFT_CONFIG}; name one file (it holds {names})")
-    files = [file for file in files if file.stem == PEFT_STEM] or files
-    if len(files) != 1:
-        raise LoraError(f"LoRA {path}: which of its files is meant? Name one (it holds {names})")
-    return files[0]
+    files, is_peft = weights_in(path), (path / PEFT_CONFIG).is_file()
+    own = [file for file in files if file.stem == PEFT_STEM] or files
+    if not is_peft or len(own) != 1:
+        fault = ": which of its files is meant?" if is_peft else f" is a folder without {PEFT_CONFIG};"
+        raise LoraError(f"LoRA {path}{fault} name one file ({', '.join(file.name for file in files) or 'it has none'})")
+    return own[0]
 
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:

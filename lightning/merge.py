@@ -20,7 +20,6 @@ from lightning.lora_matching import PAIR, Delta, Shapes
 from wan.utils.accelerator import Accelerator
 
 BLOCK_BYTES = 2 << 20  # of float32 product a thread at a time: about the second-level cache of one core
-Term = Callable[[slice, Tensor, Tensor], None]
 BY_ROWS = {"up", "up_bias", "diff", "diff_b", "diff_m"}  # tensors with a row per row of the weight
 
 
@@ -92,7 +91,7 @@ class Merge:
             kept = self._buffers[use] = torch.empty(count, device=self.device)
         return kept[:count].view(*shape)
 
-    def _term(self, lora: Lora, delta: Delta, rows: slice) -> Term:
+    def _term(self, lora: Lora, delta: Delta, rows: slice) -> Callable[[slice, Tensor, Tensor], None]:
         """Read one delta's tensors; only these rows of those that have the weight's rows.
 
         The result puts rows `block` of the delta, which are `weight` [rows, I] before the merge, into `out` [rows, I].

@@ -18,7 +18,7 @@ from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.forecast import HEADING, Estimate, forecast, notes, released_plan, table
+from wan.doctor.forecast import forecast, notes, released_plan, table
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
 
 
 def test_processes_exchange() -> None:
-    outcome = rates.exchange_between(2, "cpu", 1 << 20)
+    outcome = rates.exchange(machine(), 2, 1 << 20)
     assert outcome.verdict == GOOD
     assert outcome.values[EXCHANGE] > 0
 
@@ -250,13 +250,14 @@ def test_a_forecast_divides_by_the_rates(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_longest_rows_and_notes_fit_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = Estimate(
-        "t2v-A14B", "1280x704", 121, 50, 100, True, "", "10 of 41 stay", 11, (10, 10), 131 * 10**8, 1, 1.0, 1.0, 1.0,
-        863_000.0, 863_000.0,
-    )  # fmt: skip
+    row = {
+        "task": "t2v-A14B", "size": "1280x704", "frames": 121, "steps": 50, "fits": True, "advice": "",
+        "mode": "10 of 41 stay", "vram": 11, "tiles": (10, 10), "peak": 131 * 10**8, "first": 863_000.0,
+        "next": 863_000.0,
+    }  # fmt: skip
     advice = "use --vae_tiling, a smaller --size or fewer frames"
-    rows = [row, replace(row, mode="one at a time", vram=None), replace(row, fits=False, advice=advice)]
-    below = [*table([HEADING, *(each.row() for each in rows)]), *notes(rows)]
+    rows = [row, row | {"mode": "one at a time", "vram": None}, row | {"fits": False, "advice": advice}]
+    below = [*table(rows), *notes(rows)]
     long = Finding(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
     assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     piped = capsys.readouterr().out
@@ -296,8 +297,10 @@ def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest
     alone, groups = expect(plan, jobs), expect(replace(plan, layout=Layout(2, 1)), jobs)
     assert alone is not None
     assert groups is not None
-    assert alone.whole == pytest.approx(alone.longest.first + 4 * alone.longest.next)
-    assert groups.whole == pytest.approx(alone.longest.first + 2 * alone.longest.next)
+    (one,) = (seconds(plan, video, SPEED) for video in plan.videos.values())
+    assert sum(alone["stages"].values()) == pytest.approx(one.first)
+    assert alone["whole"] == pytest.approx(one.first + 4 * one.next)
+    assert groups["whole"] == pytest.approx(one.first + 2 * one.next)
     assert expect(plan, []) is None
 
 

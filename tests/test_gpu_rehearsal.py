@@ -125,22 +125,11 @@ def test_sharded_weights_on_four_gpus(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "sentence"),
     [
-        (
-            {"FAKE_GPU_ERROR": 35},
-            "auto",
-            "this machine has an NVIDIA driver, but PyTorch cannot use a GPU: its driver is too old for this PyTorch, "
-            "made for CUDA 13.0, which needs driver 580 or newer: update it, or install a PyTorch made for an older "
-            "CUDA; repair that, or give --device cpu (slow)",
-        ),
-        ({"FAKE_GPU_ERROR": 35}, "cuda", "--device cuda: there is no such device here (its driver is too old"),
+        ({"FAKE_GPU_ERROR": 35}, "auto", "but PyTorch cannot use a GPU: The NVIDIA driver on your system is too old"),
+        ({"FAKE_GPU_ERROR": 35}, "cuda", "there is no such device here (The NVIDIA driver on your system is too old"),
         ({"FAKE_GPU_ERROR": 803}, "auto", "but PyTorch cannot use a GPU: Unexpected error from cudaGetDeviceCount"),
         ({"FAKE_GPU_ERROR": 100}, "cuda", "there is no such device here (No CUDA GPUs are available); usable: auto"),
-        (
-            {"FAKE_GPU_ERROR": 100, "CUDA_VISIBLE_DEVICES": ""},
-            "cuda",
-            "(No CUDA GPUs are available; CUDA_VISIBLE_DEVICES is ''); usable: auto, cpu",
-        ),
-        ({}, "cuda:7", "--device cuda:7: there is no such GPU here; there is cuda:0 ("),
+        ({}, "cuda:7", "--device cuda:7: there is no such device here; usable: auto, cuda"),
         ({"FAKE_GPU_GB": 0.05}, "cuda", "0.0 GB are free"),
         ({"FAKE_GPU_CC": 75}, "auto", "use --dtype fp32"),
     ],

@@ -307,7 +307,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> Non
 
 
 FAULTS = {  # by the name of the repository, see `Answer`; the words that the message holds besides it and the address
-    "page": ("http://127.0.0.1", "page"),
+    "page": ("http://127.0.0.1",),
     "pointer": ("pointer", "bytes"),
     "whole": ("part", "HF_ENDPOINT"),
     "gated": ("licence", "hf auth login"),

@@ -375,8 +375,8 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(60_000, 60_000), "too large; at most 100 megapixels"),  # Pillow's own bomb check
         (png_header(1, 90_000_000), "too large; .* 50000 pixels a side"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "of a kind that is not read"),  # starts Ghostscript
-        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"\n<!DOCTYPE html><html>404</html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "git lfs pull"),
         (png_header(64, 64), "cannot be read"),  # pixels missing
     ],

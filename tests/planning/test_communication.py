@@ -1,5 +1,6 @@
 """Layouts, their limits and costs: legal sizes by name, and the formulas of the plan against counted bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ from safetensors.torch import save_file
 
 from benchmarks.communication import count, model_of
 from tests.distributed.ranks import mesh_of, run_ranks, sharded
-from tests.support import manifest
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
-from wan.planning.report import plan_lines
+from wan.doctor.forecast import released_plan
+from wan.doctor.machine import Machine
+from wan.jobs.job import Job
+from wan.planning.memory import plan_video
+from wan.planning.plan import video_kind
+from wan.planning.report import process_lines
 from wan.planning.time_estimate import NetworkSizes, sent_bytes
 
 A14B = NetworkSizes(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -127,18 +132,21 @@ def test_bytes_of_sharded_weights(tmp_path: Path) -> None:
 
 
 def test_plan_of_the_released_model() -> None:
-    size = 2 * sum(torch.Size(shape).numel() for shape in manifest("dit_t2v_a14b").values())
-    given = {"tokens": 75_600, "jobs": 5, "element_bytes": 2}
-    weights = {"high expert": size // 8, "VAE": 508_000_000}
-    assert plan_lines(Layout(8, 8), A14B, **given, weights=weights, sharded_bytes=size) == [
+    plan = released_plan("t2v-A14B", True, 10**12, Machine(torch.device("cpu"), Path(), Path()))
+    size = (1280, 720)
+    jobs = tuple(Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5))
+    plan = replace(plan, jobs=jobs, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
+    plan = replace(plan, videos={video_kind(jobs[0]): plan_video(plan, size, 81)})
+    request = replace(plan.request, dit_fsdp=True, convert_model_dtype=True)
+    held, sent = process_lines(replace(plan, layout=Layout(8, 8), request=request))
+    assert held == (
         "8 processes = data 1 x ulysses 8: one video at a time, 8 processes each; weights in each: high expert 3.57 GB "
-        "+ VAE 508 MB",
-        "a forward sends from each: ulysses 13.5 GB + weights 25 GB; estimated share of its time at most 9% over "
-        "NVLink, 26% over PCIe",
-    ]
+        "+ low expert 3.57 GB + text encoder 11.4 GB + VAE 508 MB"
+    )
+    assert sent == "a forward sends from each: ulysses 13.5 GB + weights 25 GB"
     assert A14B.operations(75_600) == pytest.approx(6.5e15, rel=0.01)
-    first, warning = plan_lines(Layout(8), A14B, **given, weights={"VAE": 508_000_000}, sharded_bytes=0)
-    assert first == "8 processes = data 8 x ulysses 1: 8 videos at a time, 1 process each; weights in each: VAE 508 MB"
+    first, warning = process_lines(replace(plan, layout=Layout(8)))
+    assert first.startswith("8 processes = data 8 x ulysses 1: 8 videos at a time, 1 process each; weights in each: ")
     assert warning == (
         "warning: 5 videos for 8 groups: some have nothing to do; --ulysses_size 8 puts more of them on one video"
     )

@@ -79,7 +79,7 @@ def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.Capt
     assert "...: 64x64, 5 frames" in line(lines, "job 0000: ")
     assert lines[-1] == "dry run: nothing was made"
     lines = plan(capsys, "--num_videos", "40")
-    assert sum(each.startswith("job ") for each in lines) == report.MOST_JOBS_SHOWN
+    assert sum(each.startswith("job ") for each in lines) == report.MOST_SHOWN
     assert line(lines, "... and 28 more, the last one ")
 
 
@@ -89,8 +89,8 @@ def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     lines = plan(capsys, "--num_videos", "2", "--resume")
     assert line(lines, "job 0000 (done): ")
     assert line(lines, "job 0001: ")
-    assert line(lines, "2 videos, of which 1 is done already")
-    assert "the video is done already" in plan(capsys, "--resume")
+    assert line(lines, "1 of 2 videos done already")
+    assert "1 of 1 video done already" in plan(capsys, "--resume")
 
 
 def test_memory_of_the_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

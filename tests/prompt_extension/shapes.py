@@ -85,17 +85,17 @@ BAD_TEXTS = {
 }
 # body of the answer -> no prompt; a word of the reason
 BAD_BODIES: dict[str, tuple[Any, str]] = {
-    "length": (choice(GOOD[:40], "length"), "cut off"),
+    "length": (choice(GOOD[:40], "length"), "length"),
     "filter": (choice(GOOD[:40], "content_filter"), "filter"),
     "filtered away": (choice(None, "content_filter"), "filter"),
     "refusal": (choice(None, refusal="I can't help with that."), "refused"),
     "tool": (choice(None, "tool_calls", tool_calls=[{"id": "1", "type": "function"}]), "tool"),
-    "reasoning alone": (choice("", reasoning_content=REASONING), "reasoning"),
-    "reasoning cut": (choice(None, "length", reasoning_content=REASONING), "cut off"),
+    "reasoning alone": (choice("", reasoning_content=REASONING), "no text"),
+    "reasoning cut": (choice(None, "length", reasoning_content=REASONING), "length"),
     "error with status 200": ({"error": {"message": "No endpoints found", "code": 404}}, "No endpoints found"),
     "error as text": ({"error": "model not found"}, "model not found"),
     "broken off": ({"choices": [{**choice("A t", "error")["choices"][0], "error": {"message": "gone"}}]}, "gone"),
-    "stream": (b'data: {"choices": []}\n\ndata: [DONE]\n\n', "stream"),
+    "stream": (b'data: {"choices": []}\n\ndata: [DONE]\n\n', "not JSON"),
     "page": (b"<html>captive portal</html>", "not JSON"),
     "deep": (b"[" * 200_000, "not JSON"),
     "number of many digits": (b"1" * 5000, "not JSON"),

@@ -238,16 +238,6 @@ def test_a_proxy_that_cannot_be_used_keeps_the_prompts(monkeypatch, proxy):
     assert all("proxy" in result.error for result in results)
 
 
-def test_a_proxy_before_this_machine_is_named(monkeypatch):
-    monkeypatch.delenv("NO_PROXY")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
-    (result,), _ = ask("a cat")
-    assert "HTTP_PROXY" in result.error
-    assert "NO_PROXY=127.0.0.1" in result.error
-    assert "secret" not in result.error
-
-
 def test_a_prompt_with_a_lone_surrogate_is_asked(service):
     (result,), _ = ask("a cat \ud83d", use_cache=True)
     assert result.error is None

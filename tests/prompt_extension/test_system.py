@@ -8,10 +8,9 @@ from PIL import Image
 from wan.prompt_extension import LANGUAGES
 from wan.prompt_extension.answers import Question, clean
 from wan.prompt_extension.extend import (
-    MOTION_EXAMPLES,
+    INSTRUCTIONS,
     MOTION_LENGTH,
     NO_WORDS,
-    TEXT_EXAMPLES,
     TEXT_LENGTH,
     ExtendItem,
     ExtendSettings,
@@ -138,9 +137,9 @@ def test_what_the_system_prompts_ask_for(has_image, has_words):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize(("examples", "length"), [(TEXT_EXAMPLES, TEXT_LENGTH), (MOTION_EXAMPLES, MOTION_LENGTH)])
+@pytest.mark.parametrize(("examples", "length"), [("text_examples", TEXT_LENGTH), ("motion_examples", MOTION_LENGTH)])
 def test_the_examples_keep_the_rules(language, examples, length):
-    for example in examples[language]:
+    for example in INSTRUCTIONS[language][examples]:
         assert length[0] <= (len(example.split()) if language == "en" else len(example)) <= length[1]
         assert clean(example) == example
         assert bool(CHINESE.search(example)) == (language == "zh")

@@ -14,10 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from wan.checkpoints import hub, layout
-from wan.checkpoints.safetensors_file import TensorStore, fingerprint, misread, reading, size_of
-from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
-from wan.configs import TaskConfig, download_command, task_of
+from wan.checkpoints import layout
+from wan.checkpoints.safetensors_file import TensorStore, fingerprint, reading
+from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_expert, open_file
+from wan.configs import TaskConfig, task_of
 from wan.configs.task import PATCH
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
@@ -26,7 +26,6 @@ from wan.utils.errors import InputError, in_one_line
 from wan.utils.files import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
-Result = TypeVar("Result")
 
 HEAD_WIDTH = 128  # of every published Wan transformer; it does not follow from the weights
 # sizes in config.json -> the tensor, its axis, and how many times the size that axis is
@@ -71,35 +70,36 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
 
     files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them.
     """
-    files = dict(files or {})
-    opener, problems = _Opener(folder, config, files), list[str]()
-
-    def attempt(work: Callable[[], Result]) -> Result | None:
-        try:
-            with _readable():
-                return work()
-        except InputError as e:
-            problems.extend(e.problems)
-        return None
-
+    files, problems = dict(files or {}), list[str]()
+    opener = _Opener(folder, config, files)
     if folder is not None:
         with _readable():
             layout.check_complete(folder, config, files)
-    experts = {name: attempt(partial(opener.expert, name)) for name in config.experts}
-    text_encoder = attempt(opener.text_encoder)
-    tokenizer = attempt(partial(opener.tokenizer, text_encoder))
-    vae = attempt(opener.vae)
-    opened = {name: part for name, part in experts.items() if part is not None}
-    if vae is None or text_encoder is None or tokenizer is None or len(opened) < len(experts):
+    ways: dict[str, Callable[[], Any]] = {name: partial(opener.expert, name) for name in config.experts}
+    ways |= {TEXT_ENCODER: opener.text_encoder, VAE: opener.vae, "tokenizer": opener.tokenizer}
+    found: dict[str, Any] = {}
+    for part, way in ways.items():
+        try:
+            with _readable():
+                found[part] = way()
+        except InputError as e:
+            problems += e.problems
+    if problems:
         raise InputError(problems)
-    text_width = text_encoder.weights["token_embedding.weight"].shape[1]
-    for name, part in opened.items():
-        if (width := part.weights["text_embedding.0.weight"].shape[1]) != text_width:
+    tokenizer, file = found.pop("tokenizer"), opener.path("tokenizer")
+    rows, text_width = found[TEXT_ENCODER].weights["token_embedding.weight"].shape
+    if len(tokenizer) > rows:
+        problems.append(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
+    experts = {name: found[name] for name in config.experts}
+    for name, expert in experts.items():
+        if (width := expert.weights["text_embedding.0.weight"].shape[1]) != text_width:
             problems.append(f"{opener.place(name)}: reads text of width {width}, the encoder has {text_width}")
     if problems:
         raise InputError(problems)
-    warnings = tuple(opener.warnings({**opened, TEXT_ENCODER: text_encoder, VAE: vae}))
-    return OpenCheckpoint(folder, files, opened, text_encoder, vae, tokenizer, opener.path("tokenizer"), warnings)
+    contents = {tuple(map(fingerprint, expert.weights.files)) for expert in experts.values()}
+    same = f"{opener.place(next(iter(experts)))} serves as {' and '.join(experts)} noise expert: the same weights"
+    warnings = (same,) if len(contents) < len(experts) else ()
+    return OpenCheckpoint(folder, files, experts, found[TEXT_ENCODER], found[VAE], tokenizer, file, warnings)
 
 
 def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:
@@ -121,20 +121,18 @@ def _readable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens the parts of one checkpoint; each method raises InputError with all problems of its part."""
+    """Each method raises InputError with all problems of its part."""
 
     folder: Path | None
     config: TaskConfig
     files: Mapping[str, Path]
 
     def path(self, part: str) -> Path:
-        """The file, or index, that holds the part."""
         if part in self.files or self.folder is None:
             return self.files[part]
         return layout.path_of(self.folder, self.config, part)
 
     def place(self, expert: str) -> Path:
-        """The expert in messages: its own file, or its folder."""
         return self.path(expert) if expert in self.files else self.path(expert).parent
 
     def expert(self, name: str) -> Part[WanModel]:
@@ -147,9 +145,7 @@ class _Opener:
             needed = f"--task {self.config.name} needs {self.config.in_dim}"
             raise InputError(f"{where} has {channels} input channels: {belongs}{needed}")
         config = layout.path_of(self.folder, self.config, name).with_name("config.json") if self.folder else None
-        if name in self.files and config and not config.is_file():
-            config = None
-        sizes = transformer_sizes(config, shapes, where, self.config.text_len)
+        sizes = transformer_sizes(config if config and config.is_file() else None, shapes, where, self.config.text_len)
         with torch.device("meta"):
             module = WanModel.from_config(sizes, text_dim=shapes["text_embedding.0.weight"][1])
         return _matched(module, store, where)
@@ -163,38 +159,21 @@ class _Opener:
             raise InputError(f"{where}: not a UMT5 encoder: {heads} heads do not divide a width of {width}")
         return part
 
-    def tokenizer(self, text_encoder: Part[UMT5Encoder] | None) -> UMT5Tokenizer:
+    def tokenizer(self) -> UMT5Tokenizer:
         file = self.path("tokenizer")
-        size_of(file)
-        file.open("rb").close()  # the library reports a file without permission as a damaged one
-        try:
+        with reading(file, "not a tokenizer"):
+            file.open("rb").close()  # the library reports a file without permission as a damaged one
             tokenizer = UMT5Tokenizer(file.parent, self.config.text_len)
             if len(tokenizer("a cat")) < 2:
                 raise ValueError("it makes no tokens of a text")
-        except Exception as e:  # the library raises nothing more special
-            raise misread(file, f"not a tokenizer ({in_one_line(e)}); get the file again") from e
-        rows = text_encoder.weights["token_embedding.weight"].shape[0] if text_encoder else len(tokenizer)
-        if len(tokenizer) > rows:
-            raise InputError(f"{file}: has {len(tokenizer):,} tokens, the text encoder {rows:,}: not of one model")
         return tokenizer
 
     def vae(self) -> Part[WanVAE]:
-        part, config = self._sized_by_weights(VAE, WanVAE.from_shapes), self.config
-        if part.module.stride != config.vae_stride:
+        part = self._sized_by_weights(VAE, WanVAE.from_shapes)
+        if part.module.stride != self.config.vae_stride:
             stride = f"has stride {part.module.stride}"
-            raise InputError(f"{self.path(VAE)}: {stride}, --task {config.name} needs another VAE")
+            raise InputError(f"{self.path(VAE)}: {stride}, --task {self.config.name} needs another VAE")
         return part
-
-    def warnings(self, parts: Mapping[str, Part[Any]]) -> Iterator[str]:
-        """Sentences on files that work, but may not be meant."""
-        experts = self.config.experts
-        contents = {tuple(map(fingerprint, parts[name].weights.files)) for name in experts}
-        if len(contents) < len(experts):
-            yield f"{self.place(next(iter(experts)))} serves as {' and '.join(experts)} noise expert: the same weights"
-        for name, part in parts.items():
-            kind = name if name in (TEXT_ENCODER, VAE) else EXPERT
-            if others := [other.replace("_", " ") for other in kinds_in(part.weights.source) if other != kind]:
-                yield f"{self.path(name)}: besides, it holds the {' and '.join(others)}, left out for --{kind}"
 
     def _sized_by_weights(self, part: str, build: Callable[[Mapping[str, tuple[int, ...]]], Module]) -> Part[Module]:
         """A network whose sizes follow from the shapes of its weights."""
@@ -233,11 +212,11 @@ def transformer_sizes(
     where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit.
     """
     found: dict[str, float] = {}
-    for key, (name, axis, times) in SIZED_BY.items():
-        if len(shapes.get(name, ())) <= max(axis, 1):
-            raise InputError(f"{where}: not a Wan transformer: tensor {name} is missing, or has too few axes")
-        found[key] = shapes[name][axis] / times
     try:
+        for key, (name, axis, times) in SIZED_BY.items():
+            if len(shapes.get(name, ())) < 2:
+                raise ValueError(f"tensor {name} is missing, or has too few axes")
+            found[key] = shapes[name][axis] / times
         found["num_layers"] = _count_blocks(shapes)
     except ValueError as e:
         raise InputError(f"{where}: not a Wan transformer: {e}") from e
@@ -260,14 +239,13 @@ def transformer_sizes(
         raise InputError(f"{config}: not the configuration of a Wan transformer: {', '.join(bad)}")
     differ = [(key, size) for key, size in found.items() if size != sizes[key]]
     wrong = [f"{key} is {sizes[key]!r:.40}, but the weights have {size:g}" for key, size in differ]
-    if wrong and where != str(config.parent):  # the weights are a file of their own, which is to blame
-        raise InputError(f"{where}: of another size than the checkpoint: in {config} {'; '.join(wrong)}")
     if sizes["dim"] % (2 * sizes["num_heads"]):
         wrong.append(f"num_heads {sizes['num_heads']!r:.40} does not divide dim {sizes['dim']} into an even width")
     if sizes["text_len"] > max_text:
         wrong.append(f"text_len is {sizes['text_len']!r:.40}, at most {max_text} is possible")
     if wrong:
-        raise InputError(f"{config}: does not fit its weights: {'; '.join(wrong)}")
+        blamed = config if where == str(config.parent) else where  # a file of its own, not the folder
+        raise InputError(f"{blamed}: the weights do not fit {config}: {'; '.join(wrong)}")
     return sizes
 
 
@@ -277,19 +255,3 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
     if odd := found - {str(number) for number in range(len(found))}:
         raise ValueError(f"a tensor is of block {min(odd)!r:.40}, but there are {len(found)} blocks")
     return len(found)
-
-
-def checkpoint_folder(ckpt_dir: Path, config: TaskConfig) -> Path:
-    """A local folder as it is, or a place on the hub such as `Wan-AI/Wan2.2-T2V-A14B`. InputError if it is neither."""
-    try:
-        if ckpt_dir.is_dir():
-            return ckpt_dir
-        what = "is a file, not a folder" if ckpt_dir.exists() else ""
-    except PermissionError:
-        raise InputError(f"--ckpt_dir {ckpt_dir}: there is no permission to reach it") from None
-    except OSError as e:
-        raise InputError(f"--ckpt_dir {ckpt_dir}: no such folder ({e.strerror})") from None
-    if what or not hub.place(ckpt_dir.as_posix()):
-        get = f"get the checkpoint with: {download_command(config.hub_id)}"
-        raise InputError(f"--ckpt_dir {ckpt_dir}: {what or 'no such folder'}; {get}")
-    return hub.located("--ckpt_dir", ckpt_dir.as_posix())

@@ -1,9 +1,8 @@
 """The tensors of a GGUF file as a TensorStore; quantised ones are float32, computed as they are read, by rows.
 
-The package `gguf` knows what a block of numbers means. The header is read here, within bounds: the package's reader
-makes an array of each of the 256,000 words of a text encoder's vocabulary, which takes seconds, and follows whatever
-length a file names. The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind and
-value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned.
+The header is read here, within bounds: the package's reader takes seconds for a text encoder's vocabulary and follows
+whatever length a file names. The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind
+and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 TEXT, ARRAY = 8, 9
 MOST_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
 SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
-ALIGNMENT_KEY = "general.alignment"
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
 VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
 Listed = tuple[str, tuple[int, ...], int, int]  # name, axes from the innermost, number of the type, offset in the data
@@ -73,17 +71,16 @@ def open_gguf(path: Path) -> TensorStore:
             kind = gguf.GGMLQuantizationType(number)
             values, width = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            unknown = f"of the type {number}, which the installed package gguf does not know"
-            raise TensorFileError(f"{path}: tensor {name} is {unknown}") from None
+            unknown = f"tensor {name} is of the type {number}, which the installed package gguf does not know"
+            raise TensorFileError(f"{path}: {unknown}") from None
         if (row := (axes or (1,))[0]) % values:
-            rows = f"rows of {row:,} values, {kind.name} blocks of {values}"
-            raise TensorFileError(f"{path}: tensor {name} has {rows}")
+            raise TensorFileError(f"{path}: tensor {name} has rows of {row:,} values, {kind.name} blocks of {values}")
         if name in entries:
             raise TensorFileError(f"{path}: the header names tensor {name} twice")
-        shape = tuple(reversed(axes))
+        shape = axes[::-1]
         if (original := settings.get(SHAPE_KEY + name)) is not None:
-            whole = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
-            if not whole or not original or math.prod(original) != math.prod(shape):
+            sizes = isinstance(original, tuple) and original and all(type(n) is int and n > 0 for n in original)
+            if not sizes or math.prod(original) != math.prod(shape):
                 raise TensorFileError(f"{path}: {SHAPE_KEY}{name} is not a shape of {math.prod(shape):,} values")
             shape = original
         elif name.endswith(TABLES) and len(shape) == 2:
@@ -106,18 +103,15 @@ def _check(store: TensorStore, path: Path, gguf: ModuleType) -> None:
             raise TensorFileError(f"{path}: tensor {name} starts inside the one before it")
         end = store[name].offset + store.stored(name)[1]
         if end > size:
-            sizes = f"{end:,} bytes at least, {size:,} found"
-            raise TensorFileError(f"{path}: truncated, {sizes}; tensor {name} is cut off")
+            raise TensorFileError(f"{path}: truncated, at {size:,} bytes tensor {name} is cut off")
     for stored in sorted({entry.stored[0] for entry in store.values() if entry.stored}):
         kind = gguf.GGMLQuantizationType[stored]
         try:
             gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
-            names = [name for name in store if store.stored(name)[0] == stored]
-            raise TensorFileError(
-                f"{path}: {len(names)} tensors are stored as {stored} (first: {names[0]}), which the package "
-                "gguf cannot dequantise; get a file of another quantisation, such as Q8_0, Q6_K or Q4_K_M"
-            ) from None
+            first = next(name for name in store if store.stored(name)[0] == stored)
+            what = f"tensors are stored as {stored} (first: {first}), which the package gguf cannot dequantise"
+            raise TensorFileError(f"{path}: {what}; get another quantisation, such as Q8_0") from None
 
 
 def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
@@ -127,7 +121,7 @@ def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
         if header.take(4) != GGUF_MAGIC:
             raise misread(path, "not a GGUF file")
         if (version := header.number("I")) not in (2, 3):
-            raise TensorFileError(f"{path}: a GGUF file of version {version:#x}, not of 2 or 3 (little-endian)")
+            raise ValueError(f"of version {version:#x}, not of 2 or 3 (little-endian)")
         tensor_count, setting_count = header.number("Q"), header.number("Q")
         settings: dict[str, Any] = {}
         for _ in range(setting_count):
@@ -137,9 +131,9 @@ def _read_header(path: Path) -> tuple[list[Listed], dict[str, Any], int]:
             settings[key] = header.value(header.number("I"))
         tensors = [header.tensor() for _ in range(tensor_count)]
         end = file.tell()
-    alignment = settings.get(ALIGNMENT_KEY, 32)
-    if type(alignment) is not int or alignment < 1:
-        raise TensorFileError(f"{path}: {ALIGNMENT_KEY} must be a whole number above 0, not {alignment!r:.40}")
+        alignment = settings.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment must be a whole number above 0, not {alignment!r:.40}")
     return tensors, settings, -(-end // alignment) * alignment
 
 

@@ -105,16 +105,12 @@ def exists(path: Path) -> bool:
 
 
 def _open_remote(path: HubPath, cache_type: str) -> Any:
-    """A file on the hub, read by ranges; reading raises InputError for what the hub does not give."""
     file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))
     fetch = file.cache.fetcher
 
     def fetch_whole(start: int, end: int) -> bytes:
-        end = min(end, file.size)
-        data: bytes = _ask_hub(path, lambda: fetch(start, end))
-        if len(data) != end - start:
-            sent = f"{len(data):,} bytes instead of {end - start:,}"
-            raise TensorFileError(f"{path.as_posix()}: the hub sent {sent}; try again")
+        data: bytes = _ask_hub(path, lambda: fetch(start, min(end, file.size)))
+        _check_size(path, len(data), min(end, file.size) - start)
         return data
 
     file.cache.fetcher = fetch_whole
@@ -161,7 +157,7 @@ def located(flag: str, name: str) -> Path:
 def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
 
-    patterns: of the files wanted of a folder, as `fnmatch` takes them; by default weights and settings right in it.
+    patterns: of the files wanted of a folder; by default weights and settings right in it.
     """
     if not isinstance(path, HubPath):
         return path
@@ -193,12 +189,18 @@ def _download(path: HubPath) -> Path:
     from huggingface_hub import hf_hub_download
 
     local = Path(_ask_hub(path, lambda: hf_hub_download(path.repository, path.inside, revision=path.revision)))
-    size, expected = local.stat().st_size, path.stat().st_size
-    if size != expected:
+    try:
+        _check_size(path, local.stat().st_size, path.stat().st_size)
+    except TensorFileError:
         local.resolve().unlink()
         local.unlink(missing_ok=True)
-        raise InputError(f"{path.as_posix()}: the hub sent {size:,} bytes instead of {expected:,}; try again")
+        raise
     return local
+
+
+def _check_size(path: HubPath, size: int, expected: int) -> None:
+    if size != expected:
+        raise TensorFileError(f"{path.as_posix()}: the hub sent {size:,} bytes instead of {expected:,}; try again")
 
 
 @cache
@@ -216,16 +218,15 @@ def _file_system() -> Any:
 
 
 def _check_answer(response: Any) -> None:
-    """Refuse pages, a fetch file in answer to a range, and names that would lead the library out of its cache."""
-    server = f"{response.url.scheme}://{response.url.netloc.decode()}"
-    part = response.request.headers.get("Range", "-")
-    if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
-        raise InputError(f"{server} sends a page instead of data; does the network ask you to log in?")
+    """Refuse a whole file in answer to a range, and names that would lead the library out of its cache."""
+    part, fault = response.request.headers.get("Range", "-"), ""
     if response.status_code == 200 and not part.endswith("-"):
-        raise InputError(f"{server} sends fetch files where a part is asked for; is HF_ENDPOINT a hub?")
+        fault = "sends whole files where a part is asked for"
     for name in ("X-Repo-Commit", "X-Linked-ETag", "ETag") if "/resolve/" in response.url.path else ():
         if re.search(r"[/\\]|\.\.", response.headers.get(name, "").removeprefix("W/")):
-            raise InputError(f"{server} sends an impossible {name}; is HF_ENDPOINT a hub?")
+            fault = f"sends an impossible {name}"
+    if fault:
+        raise InputError(f"the server {fault}; is HF_ENDPOINT a hub?")
 
 
 @cache

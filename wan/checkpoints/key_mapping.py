@@ -1,13 +1,12 @@
 """Names of the three kinds of networks in diffusers, transformers and llama.cpp, and the way back to ours.
 
-ours -> theirs: `diffusers_name` (transformer), `vae_name`, `text_name`; back: `original`, `original_vae`,
-`original_text`, which take all names of a file, because the two autoencoders use one name for different parameters.
+The way back takes all names of a file, because the two autoencoders use one name for different parameters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 
 # Our fragment of a name -> diffusers' (WanTransformer3DModel); each name has at most one of them.
@@ -30,11 +29,28 @@ DIFFUSERS = (
     ("head.modulation", "scale_shift_table"),
     (".modulation", ".scale_shift_table"),
 )
-MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
-RESIDUAL = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
-            ("shortcut", "conv_shortcut"))  # fmt: skip
-ENDS = (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
-RESNETS = 3  # of a decoder level, after which the 2.1 autoencoder counts its upsampling on
+# our pattern -> diffusers', of both autoencoders, one after the other
+VAE_NAMES = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"\.conv1\.", ".conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    # Wan2.2 nests a level's layers, Wan2.1 counts them on: three blocks and a sampler in each level of the decoder
+    (r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.(?=resample|time_conv)", r".\1_blocks.\2.\1sampler."),
+    (r"\.(down|up)samples\.(\d+)\.\1samples\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.downsamples\.(\d+)\.", r".down_blocks.\1."),
+    *((rf"\.upsamples\.{4 * level + n}\.", f".up_blocks.{level}.{name}.") for level in range(4)
+      for n, name in enumerate(("resnets.0", "resnets.1", "resnets.2", "upsamplers.0"))),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)  # fmt: skip
 # a text encoder's names: ours, transformers', llama.cpp's
 TEXT_BLOCKS = ("blocks.", "encoder.block.", "enc.blk.")
 TEXT = (
@@ -52,43 +68,20 @@ OURS, TRANSFORMERS, LLAMA = range(3)  # columns of these tables
 
 def diffusers_name(name: str) -> str:
     """diffusers' name of the parameter that the original network calls `name`."""
-    for ours, theirs in DIFFUSERS:
-        if ours in name:
-            return name.replace(ours, theirs)
-    return name
+    return next((name.replace(ours, theirs) for ours, theirs in DIFFUSERS if ours in name), name)
 
 
 def original(names: Iterable[str]) -> dict[str, str]:
     """diffusers' names of a transformer's parameters -> ours."""
-    found = {}
-    for name in names:  # the more particular of the two modulations is at the end of the table
-        ours, theirs = next((pair for pair in reversed(DIFFUSERS) if pair[1] in name), ("", ""))
-        found[name] = name.replace(theirs, ours)
-    return found
+    rows = DIFFUSERS[::-1]  # the more particular of the two modulations is at the end of the table
+    return {name: next((name.replace(theirs, ours) for ours, theirs in rows if theirs in name), name) for name in names}
 
 
 def vae_name(name: str) -> str:
     """diffusers' name of a parameter of either autoencoder's checkpoint."""
-    half, _, rest = name.partition(".")
-    if half in ("conv1", "conv2"):
-        return f"{'quant_conv' if half == 'conv1' else 'post_quant_conv'}.{rest}"
-    if rest.startswith("middle."):
-        rest = f"mid_block.{MIDDLE[int(rest[7])]}{rest[8:]}"
-    rest = _renamed(rest, ENDS)
-    if level := re.match(r"(down|up)samples\.(\d+)\.(?:\1samples\.(\d+)\.)?", rest):
-        inner, way = rest[level.end() :], level[1]
-        sampler = inner.startswith(("resample.", "time_conv."))
-        if level[3]:  # Wan2.2 nests a level's layers
-            layer = f"{level[2]}.{f'{way}sampler' if sampler else f'resnets.{level[3]}'}"
-        elif way == "down":
-            layer = level[2]
-        else:
-            block, number = divmod(int(level[2]), RESNETS + 1)
-            layer = f"{block}.{'upsamplers.0' if sampler else f'resnets.{number}'}"
-        rest = f"{way}_blocks.{layer}.{inner}"
-    for ours, theirs in RESIDUAL:  # of a residual block, anywhere in the name
-        rest = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", rest)
-    return f"{half}.{rest}"
+    for ours, theirs in VAE_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def original_vae(names: Iterable[str]) -> dict[str, str]:
@@ -111,9 +104,12 @@ def _vae_names(channels: int) -> dict[str, str]:
 
 def text_name(name: str, source: int = OURS, target: int = TRANSFORMERS) -> str:
     """One spelling of a parameter of the text encoder's checkpoint in another."""
-    if block := re.match(re.escape(TEXT_BLOCKS[source]) + r"(\d+)\.", name):
-        return f"{TEXT_BLOCKS[target]}{block[1]}.{_renamed(name[block.end() :], TEXT, source, target)}"
-    return _renamed(name, TEXT_ENDS, source, target)
+    block = re.match(re.escape(TEXT_BLOCKS[source]) + r"(\d+)\.", name)
+    start, rest = (f"{TEXT_BLOCKS[target]}{block[1]}.", name[block.end() :]) if block else ("", name)
+    for row in TEXT if block else TEXT_ENDS:
+        if rest.startswith(f"{row[source]}."):
+            return start + row[target] + rest.removeprefix(row[source])
+    return start + rest
 
 
 def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[str, str]:
@@ -121,11 +117,3 @@ def original_text(names: Iterable[str], spelling: int = TRANSFORMERS) -> dict[st
     names, repeated = list(names), "encoder.embed_tokens.weight"  # transformers' repeats `shared`, if there is one
     listed = [name for name in names if name != repeated or "shared.weight" not in names]
     return {name: text_name(name.replace(repeated, "shared.weight"), spelling, OURS) for name in listed}
-
-
-def _renamed(name: str, table: Iterable[Sequence[str]], source: int = 0, target: int = 1) -> str:
-    """`name` with its beginning, up to a dot, replaced."""
-    for row in table:
-        if name.startswith(f"{row[source]}."):
-            return row[target] + name.removeprefix(row[source])
-    return name

@@ -64,10 +64,9 @@ def missing(folder: Path, config: TaskConfig, own: Collection[str] = ()) -> list
             continue
         if part in config.experts and not (folder / config_json(name)).is_file():
             lacking.append(config_json(name))
-        file = folder / name
         if not path_of(folder, config, part).is_file():
-            in_shards = any(file.parent.glob(f"{file.stem}-*.safetensors"))
-            lacking.append(name.removesuffix(".safetensors") + INDEX_SUFFIX if in_shards else name)
+            stem = name.removesuffix(".safetensors")
+            lacking.append(stem + INDEX_SUFFIX if any(folder.glob(f"{stem}-*.safetensors")) else name)
     return lacking
 
 

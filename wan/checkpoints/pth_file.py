@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan.checkpoints.safetensors_file import AT_ONCE, DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
 from wan.utils.errors import TensorFileError, in_one_line
@@ -32,13 +32,12 @@ STORAGES = {
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
 RECORD_HEADER = 30  # bytes before a record's name in a zip; the last four are the lengths of name and padding
+MAX_DEPTH = 5  # of dictionaries in each other: one may hold itself
 # keys of dictionaries around the tensors
 NESTED = ("state_dict", "model_state_dict", "model", "module", "ema", "generator", "generator_ema", "generator_lora")
-MAX_DEPTH = 4
 
 
-@dataclass(frozen=True)
-class Pickled:
+class Pickled(NamedTuple):
     """A tensor as it is pickled; offset, strides and the storage's size count elements."""
 
     dtype: str
@@ -46,17 +45,6 @@ class Pickled:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-    @property
-    def extent(self) -> int:
-        """Elements of its storage from the first to the last of its own."""
-        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        return last + 1 if math.prod(self.shape) else 0
-
-    @property
-    def contiguous(self) -> bool:
-        steps = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
-        return all(n < 2 or step == own for n, step, own in zip(self.shape, steps, self.stride, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +81,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as a n
 
 
 def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: object = None) -> Pickled:
-    """dtype: of a tensor that `_rebuild_tensor_v3` makes from bytes."""
-    kind = dtype if isinstance(dtype, str) else storage[0]
+    kind = dtype if isinstance(dtype, str) else storage[0]  # `_rebuild_tensor_v3` makes tensors from bytes
     tensor = Pickled(kind, storage, offset, tuple(shape), tuple(stride))
     numbers = (offset, storage[2], *tensor.shape, *tensor.stride)
     if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
@@ -103,7 +90,7 @@ def _rebuild(storage: Any, offset: int, shape: Any, stride: Any, _: Any, __: Any
 
 
 def open_pickle(path: Path) -> TensorStore:
-    """The tensors of a `.pth` file. TensorFileError if it is damaged, or holds no dictionary of tensors."""
+    """TensorFileError if the file is damaged, or holds no dictionary of tensors."""
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -124,14 +111,17 @@ def open_pickle(path: Path) -> TensorStore:
             raise TensorFileError(f"{path}: tensor {name} has the unsupported dtype {tensor.dtype:.40}")
         kind, key, count = tensor.storage
         start, size = records.get(key, (0, 0))
-        width = DTYPES[tensor.dtype][1]
-        needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + tensor.extent) * width)
+        width, shape = DTYPES[tensor.dtype][1], tensor.shape
+        last = sum((n - 1) * step for n, step in zip(shape, tensor.stride, strict=True))
+        extent = last + 1 if math.prod(shape) else 0  # elements of its storage from its first to its last
+        needed = max(count * DTYPES.get(kind, ("", 1))[1], (tensor.offset + extent) * width)
         if needed > size:
             what = f"the record of tensor {name:.100} has {size:,} of {needed:,} bytes"
             raise TensorFileError(f"{path}: truncated or damaged: {what}")
-        store[name] = Entry(path, tensor.dtype, tensor.shape, start + tensor.offset * width)
-        if tensor.extent and not tensor.contiguous:
-            store[name] = Strided(**vars(store[name]), extent=tensor.extent, stride=tensor.stride)
+        store[name] = Entry(path, tensor.dtype, shape, start + tensor.offset * width)
+        packed = [n < 2 or tensor.stride[axis] == math.prod(shape[axis + 1 :]) for axis, n in enumerate(shape)]
+        if extent and not all(packed):
+            store[name] = Strided(**vars(store[name]), extent=extent, stride=tensor.stride)
     return store
 
 
@@ -149,15 +139,16 @@ def _records(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, i
         return dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
 
 
-def _find_tensors(path: Path, content: Any, depth: int = MAX_DEPTH) -> dict[str, Pickled]:
-    """The dictionary of tensors, itself or under one of the usual keys. TensorFileError for none, or several."""
-    if isinstance(content, dict):
-        if content and all(isinstance(value, Pickled) for value in content.values()):
+def _find_tensors(path: Path, content: Any) -> dict[str, Pickled]:
+    """The dictionary of tensors, itself or under the usual keys. TensorFileError for none, or several."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(content, dict) or not content:
+            break
+        if all(isinstance(value, Pickled) for value in content.values()):
             return content
         networks = [key for key in NESTED if isinstance(content.get(key), dict)]
         if len(networks) > 1:
             names = ", ".join(networks)
             raise TensorFileError(f"{path}: holds several networks ({names}); save the one to use in a file of its own")
-        if networks and depth:
-            return _find_tensors(path, content[networks[0]], depth - 1)
+        content = content[networks[0]] if networks else None
     raise TensorFileError(f"{path}: holds no dictionary of tensors, itself or under {', '.join(NESTED)}")

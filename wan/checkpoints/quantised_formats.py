@@ -1,9 +1,8 @@
-"""How quantised weights become numbers: one table of formats, a row each.
+"""How quantised weights become numbers: one table of formats; what no row knows is refused by name.
 
 A file names the format of a layer X in a tensor `X.comfy_quant` (JSON), in `_quantization_metadata` of its header (JSON
 by layer; of shards in each one), or nowhere: then the dtype, and names and shapes of the scales, decide. W = q * scale,
 with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1.
-A format, flag or companion tensor that no row knows is refused by name.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan.checkpoints.safetensors_file import Entry, TensorStore
 from wan.utils.files import parse_json
@@ -34,10 +33,7 @@ KNOWN_FLAGS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape
 WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
 
-@dataclass(frozen=True)
-class Format:
-    """One row of the table."""
-
+class Format(NamedTuple):
     name: str
     dtype: str = ""
     scales: tuple[str, ...] = ()  # what one scale may be for; none: the numbers are the weight
@@ -141,9 +137,9 @@ def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
             found += content["layers"].items()
     for name, entry in store.items():
         if name.endswith(MARKER):
-            if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
-                raise ValueError(f"its marker {name:.100} is no text")
             try:
+                if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
+                    raise ValueError("no text")
                 found.append((name.removesuffix(MARKER), parse_json(store.read(name).numpy().tobytes())))
             except ValueError as e:
                 raise ValueError(f"its marker {name:.100} is no JSON: {e}") from e
@@ -173,9 +169,8 @@ def layers_of(names: Mapping[str, str], marked: Mapping[str, dict[str, Any]]) ->
     for weight, layer in layers.items():
         if layer.scale or layer.marker:
             stem = weight.removesuffix(".weight")
-            layer.others = tuple(
-                name for name in by_stem[stem] + by_stem[weight] if name not in (weight, f"{stem}.bias")
-            )
+            beside = by_stem[stem] + by_stem[weight]
+            layer.others = tuple(name for name in beside if name not in (weight, f"{stem}.bias"))
     return layers
 
 
@@ -192,36 +187,34 @@ def entry_of(plain: str, layer: Layer, store: TensorStore) -> Entry:
         if marker or entry.dtype == "I8":
             raise ValueError(f"is {row.name} without a scale")
         return found
-    scale = store[layer.scale]
+    scale, whole = store[layer.scale], list(entry.shape)
     unit, rows, columns = _block(entry.shape, scale.shape)
     if scale.dtype not in FLOATS or unit not in row.scales:
         raise ValueError(f"is {row.name} with a scale of {list(scale.shape)} {scale.dtype}")
-    size, shape = marker.get("group_size", columns), marker.get("orig_shape", list(entry.shape))
+    size, shape = marker.get("group_size", columns), marker.get("orig_shape", whole)
     if columns not in (0, size) or (rows not in (1, size, entry.shape[0]) and "group_size" in marker):
         raise ValueError(f"has a group_size of {size!r:.40}, which its scale of {list(scale.shape)} is not")
-    if shape != list(entry.shape):
-        raise ValueError(f"was {shape!r:.60}, and is {list(entry.shape)}")
+    if shape != whole:
+        raise ValueError(f"was {shape!r:.60}, and is {whole}")
     if layer.marker is None and entry.dtype == "I8" and "convrot" in entry.file.name.lower():
         raise ValueError("is int8, and nothing in the file says how the convrot of its name was applied")
     return replace(found, scale=scale, height=rows, width=columns, rotation=_rotation(marker, entry.shape))
 
 
 def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
-    """The row of the table; None for plain floats. ValueError for a format that is not read."""
-    names = (plain, *layer.others)
-    foreign = [row for row in TABLE if row.tensors and any(name.endswith(row.tensors) for name in names)]
-    row = foreign[0] if foreign else UNMARKED.get(entry.dtype)
-    if layer.marker:
-        row = FORMATS.get(layer.marker["format"])
-        if row is None:
-            raise ValueError(f"is in the format {layer.marker['format']!r:.60}, which is not known here")
-    elif row is None and entry.dtype in FLOATS and not layer.scale:
+    """The row of the table; None for plain floats."""
+    names, marker = (plain, *layer.others), layer.marker or {}
+    foreign = (row for row in TABLE if row.tensors and any(name.endswith(row.tensors) for name in names))
+    row = FORMATS.get(marker["format"]) if marker else next(foreign, UNMARKED.get(entry.dtype))
+    if row is None and marker:
+        raise ValueError(f"is in the format {marker['format']!r:.60}, which is not known here")
+    if row is None and entry.dtype in FLOATS and not layer.scale:
         return None
     if row is None:
         raise ValueError(f"is stored as {entry.dtype}{' with a scale' if layer.scale else ''}")
     if row.runs:
         raise ValueError(f"is in the format {row.name}, which is not read here; {row.runs} may run it")
-    if flags := set(layer.marker or ()) - {*KNOWN_FLAGS, *row.flags}:
+    if flags := set(marker) - {*KNOWN_FLAGS, *row.flags}:
         raise ValueError(f"is {row.name} with the unknown flag {min(flags)!r:.60}")
     if layer.others:
         raise ValueError(f"is {row.name} with the unknown tensor {layer.others[0]:.100}")
@@ -250,7 +243,7 @@ def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, in
 
 
 def _rotation(marker: Mapping[str, Any], shape: tuple[int, ...]) -> int:
-    """Inputs that were rotated together, 0 for none. ValueError for what is no rotation."""
+    """Inputs that were rotated together, 0 for none."""
     rotated, size = marker.get("convrot", False), marker.get("convrot_groupsize", 256)
     if type(rotated) is not bool or ("convrot_groupsize" in marker and "convrot" not in marker):
         raise ValueError(f"is marked with convrot {rotated!r:.40}, neither true nor false")

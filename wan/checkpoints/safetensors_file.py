@@ -1,7 +1,7 @@
 """Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
 
 The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
-until the file is closed, which for a 57 GB float32 expert is twice the size of the model being built.
+until the file is closed.
 The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
 """
 
@@ -15,14 +15,13 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan.utils.errors import InputError, TensorFileError, in_one_line
-from wan.utils.files import parse_json
+from wan.utils.files import parse_json, stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +38,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads of a few bytes: on the hub each is a request
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_AXES = 32
-# what the start of a file shows -> what the file is, and what to do
-STAND_INS = (
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
-    (rb"\s*<(!doctype\s+html|html|\?xml)", "an HTML page, such as a login or error page; download the file again"),
-    (rb"(\.\.?/)+[\w./@+-]{3,}\s*\Z", "the text of a link, not the file it points to; copy it again, following links"),
-    (rb"\0{64,}", "empty at its start: the download was not finished; download the file again"),
-)
 
 
 @dataclass(frozen=True)
@@ -116,11 +108,11 @@ class TensorStore(dict[str, Entry]):
         shards = sorted(set(weight_map.values()))
         if absent := [s for s in shards if not (path.parent / s).is_file()]:
             raise TensorFileError(f"{path}: names shards that are not there: {', '.join(absent)}")
-        by_shard = {s: read_header(path.parent / s) for s in shards}
+        by_shard, entries = {s: read_header(path.parent / s) for s in shards}, {}
         for name, shard in weight_map.items():
             if name not in by_shard[shard][0]:
                 raise TensorFileError(f"{path}: tensor {name} is not in {shard}, where the index puts it")
-        entries = {name: by_shard[shard][0][name] for name, shard in weight_map.items()}
+            entries[name] = by_shard[shard][0][name]
         return cls(entries, *(metadata for _, metadata in by_shard.values()))
 
     @property
@@ -180,8 +172,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text by name")
         end = start = 8 + length
-        found = []
-        for name, value in values.items():
+        for name, value in sorted(values.items(), key=lambda item: item[1]["data_offsets"]):
             if not name.isprintable():
                 raise ValueError(f"a tensor is named {name[:60]!r}")
             dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
@@ -189,18 +180,13 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
             if dtype not in DTYPES:
                 raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
-            found.append((first, last, name, Entry(path, dtype, tuple(shape), start + first)))
-        for _, last, name, entry in sorted(found, key=itemgetter(0, 1)):
-            if start + last != entry.offset + entry.bytes:
-                raise ValueError(f"tensor {name:.60} has a shape that does not fit its bytes")
-            if entry.offset != end:
-                raise ValueError(f"tensor {name:.60} does not start where the one before it ends")
+            entries[name] = entry = Entry(path, dtype, tuple(shape), start + first)
+            if (entry.offset, start + last) != (end, end + entry.bytes):
+                raise ValueError(f"tensor {name:.60} does not fill the bytes from the one before it on")
             end += entry.bytes
-            entries[name] = entry
     if end > size:
         cut = next(name for name, entry in entries.items() if entry.offset + entry.bytes > size)
-        sizes = f"{end:,} bytes expected, {size:,} found"
-        raise TensorFileError(f"{path}: truncated, {sizes}; tensor {cut:.100} is cut off")
+        raise TensorFileError(f"{path}: truncated, {size:,} of {end:,} bytes; tensor {cut:.100} is cut off")
     if end < size:
         raise TensorFileError(f"{path}: {size - end:,} bytes at its end belong to no tensor")
     return entries, metadata
@@ -224,7 +210,7 @@ def fingerprint(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path, problem: str) -> Iterator[int]:
-    """Context manager around code that interprets a file of the size given: whatever it raises is a TensorFileError.
+    """Context manager around code that interprets a file, of the size given: all that it raises is a TensorFileError.
 
     problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here.
     """
@@ -243,11 +229,7 @@ def reading(path: Path, problem: str) -> Iterator[int]:
 
 def misread(path: Path, problem: str) -> TensorFileError:
     """The error for a file that is not what it should be: names what it is instead, if its start shows it."""
-    start = b""
-    with suppress(OSError), path.open("rb") as file:  # then the problem stays as it is
-        start = file.read(512)
-    known = (meaning for sign, meaning in STAND_INS if re.match(sign, start, re.IGNORECASE))
-    return TensorFileError(f"{path}: {next(known, problem)}")
+    return TensorFileError(f"{path}: {stand_in(path) or problem}")
 
 
 def size_of(path: Path) -> int:

@@ -1,8 +1,6 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Files: safetensors (whole or shards by their index), PyTorch pickles, GGUF. Names: the released ones, behind the
-prefixes that other programs add, diffusers', transformers' and llama.cpp's. Quantised weights are given as float32 (see
-`quantised_formats` and `gguf_file`), e4m3 also as it is stored. All else is refused.
+Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored.
 """
 
 from __future__ import annotations
@@ -42,8 +40,8 @@ SPELLINGS: dict[str, dict[str, Callable[[Iterable[str]], dict[str, str]]]] = {
     VAE: {"quant_conv.": original_vae},
 }
 WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")  # anywhere in a name
-NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in ComfyUI's files
 SPARSE = "its weights need sparse linear attention (their proj_l tensors), without which they make other videos"
+NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in ComfyUI's files
 
 
 def open_file(path: Path) -> TensorStore:
@@ -92,8 +90,8 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
         except ValueError as e:
             problems.append(f"{own} {e}")
     if problems:
-        count = f"{len(problems)} tensors are stored in a form that is not read here"
-        raise LoraError(f"{where}: {count} (first: {min(problems)})")
+        what = f"{len(problems)} tensors are stored in a form that is not read here (first: {min(problems)})"
+        raise LoraError(f"{where}: {what}")
     return ours
 
 
@@ -108,7 +106,7 @@ def kinds_in(names: Collection[str]) -> list[str]:
 
 
 def kind_of(names: Collection[str]) -> str | None:
-    """The first of `kinds_in`, None if there is none."""
+    """The first of `kinds_in`."""
     return next(iter(kinds_in(names)), None)
 
 
@@ -116,11 +114,9 @@ def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict
     """Networks of a checkpoint folder of either layout under our names; those whose files are missing are left out."""
     found = {}
     for part in parts:
-        path = layout.path_of(folder, config, part)
-        if path.is_file():
-            is_expert = part in config.experts
-            where = str(path.parent if is_expert else path)
-            found[part] = as_ours(open_file(path), EXPERT if is_expert else part, where)
+        if (path := layout.path_of(folder, config, part)).is_file():
+            kind, where = (EXPERT, path.parent) if part in config.experts else (part, path)
+            found[part] = as_ours(open_file(path), kind, str(where))
     return found
 
 
@@ -135,7 +131,6 @@ def open_expert(path: Path) -> TensorStore:
 
 
 def _part_of(name: str) -> str | None:
-    """The kind of network that a name in a checkpoint of one file belongs to; None without such a prefix."""
     return next((kind for prefix, kind in ALL_IN_ONE.items() if name.startswith(prefix)), None)
 
 
@@ -148,7 +143,6 @@ def strip_prefixes(name: str) -> str:
 
 
 def _our_names(kind: str, names: Collection[str]) -> dict[str, str]:
-    """Names without prefixes -> ours."""
     for sign, rename in SPELLINGS[kind].items():
         if any(name.startswith(sign) for name in names):
             return rename(names)

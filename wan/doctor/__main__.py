@@ -25,16 +25,15 @@ if __name__ == "__main__":
 
 import torch
 
+from wan.doctor import rates
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, versions, video_encoder
 from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
-from wan.doctor.rates import rate_checks
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell
 
 ROOT = Path(__file__).parents[2]  # of a clone; an installed package has no examples there
-SENTENCE, INDENT = 9, 6  # columns that indent the further lines of a finding, and of a line of its table
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -72,25 +71,19 @@ def _print(text: str) -> None:
     """Print; a terminal gets lines no longer than it is wide, their further lines indented."""
     if sys.stdout.isatty():
         wrap = partial(fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-        indents = {True: " " * INDENT, False: " " * SENTENCE}
         lines = text.splitlines()
-        text = "\n".join(wrap(line, subsequent_indent=indents[line.startswith(" ")]) for line in lines)
+        text = "\n".join(wrap(line, subsequent_indent=" " * (6 if line.startswith(" ") else 9)) for line in lines)
     tell(sys.stdout, f"{text}\n")
 
 
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
     """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
-    first = [
-        DoctorCheck("versions", versions),
-        DoctorCheck("packages", packages),
-        DoctorCheck("ffmpeg", video_encoder),
-        DoctorCheck("devices", partial(devices, device)),
-    ]
-    for check in first:
-        yield examine(check, machine)
-    for check in checks_of(machine):
-        yield examine(check, machine)
+    yield examine(DoctorCheck("versions", versions), machine)
+    yield examine(DoctorCheck("packages", packages), machine)
+    yield examine(DoctorCheck("ffmpeg", video_encoder), machine)
+    yield examine(DoctorCheck("devices", partial(devices, device)), machine)
+    yield from (examine(check, machine) for check in checks_of(machine))
 
 
 def checks_of(machine: Machine) -> list[DoctorCheck]:
@@ -101,7 +94,13 @@ def checks_of(machine: Machine) -> list[DoctorCheck]:
         DoctorCheck("weights in fp8", fp8_layer),
         DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
-        *rate_checks(),
+        DoctorCheck("exchange between GPUs", rates.exchange),
+        DoctorCheck("rate: matmul", rates.matmul),
+        DoctorCheck("rate: attention", rates.attention),
+        DoctorCheck("rate: VAE", rates.vae),
+        DoctorCheck("rate: device copy", rates.device_copy),
+        DoctorCheck("rate: host to device", rates.host_to_device),
+        DoctorCheck("rate: disk read", rates.disk_read, "give --disk FOLDER where 300 MB can be written"),
         DoctorCheck("forecast", forecast),
     ]
 

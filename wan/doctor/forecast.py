@@ -6,9 +6,8 @@ the plans of later runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,44 +30,7 @@ from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
 
-HEADING = ["task", "video", "steps", "weights", "tiles", "first video", "next"]
 ALL, ONE = "all stay", "one at a time"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One row. Bytes and seconds; a stage takes the longer of computing and reading its weights.
-
-    mode: how the weights are held. tiles: in which a frame is decoded. advice: flags that would make it fit, "" if it
-    fits. vram: GB to ask for on a CPU, where blocks stream only on demand. first: the first video. next: a further one
-    of the same run.
-    """
-
-    task: str
-    size: str
-    frames: int
-    steps: int
-    forwards: int
-    fits: bool
-    advice: str
-    mode: str
-    vram: int | None
-    tiles: tuple[int, int]
-    peak: int
-    read: int
-    text: float
-    denoise: float
-    decode: float
-    first: float
-    next: float
-
-    def row(self) -> list[str]:
-        """The row's cells, for a terminal of 80 columns."""
-        tiles = "-" if self.tiles == (1, 1) else "x".join(map(str, self.tiles))
-        times = [self.mode, tiles, duration(self.first), duration(self.next)]
-        if not self.fits:
-            times = [f"needs {quantity(self.peak, 'B')}", tiles, "does not fit", "-"]
-        return [self.task, f"{self.size}x{self.frames}", str(self.steps), *times]
 
 
 def forecast(machine: Machine) -> Finding:
@@ -92,12 +54,11 @@ def forecast(machine: Machine) -> Finding:
         for width, height in (map(int, size.split("*")) for size in plan.config.sizes)
         if width > height  # portrait costs the same
     ]
+    fits = any(estimate["fits"] for estimate in estimates)
     sentence = f"with {quantity(room, 'B')} of {place}, in {short(machine.usual)} (all seconds are estimates)"
-    below = [*table([HEADING, *(estimate.row() for estimate in estimates)]), *notes(estimates)]
-    values = {"estimates": [asdict(estimate) for estimate in estimates], "room": room}
-    if any(estimate.fits for estimate in estimates):
-        return Finding(GOOD, "\n  ".join([sentence, *below]), values=values)
-    return Finding(WRONG, "\n  ".join([f"{sentence}: nothing fits", *below]), "free memory of the device", values)
+    lines = [sentence if fits else f"{sentence}: nothing fits", *table(estimates), *notes(estimates)]
+    advice = "" if fits else "free memory of the device"
+    return Finding(GOOD if fits else WRONG, "\n  ".join(lines), advice, {"estimates": estimates, "room": room})
 
 
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
@@ -119,46 +80,57 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
     return plan_videos(plan, choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check()), [])
 
 
-def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> Estimate:
+def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> dict[str, Any]:
+    """One row. Bytes and seconds; a stage takes the longer of computing and reading its weights.
+
+    mode: how the weights are held. tiles: in which a frame is decoded. advice: flags that would make it fit. vram: GB
+    to ask for on a CPU, where blocks stream only on demand. first, next: videos of the same run.
+    """
     video = plan_video(plan, size, plan.config.frame_num)
     budget, found = video.budget, seconds(plan, video, machine.rates)
     assert budget is not None, "the plan has a limit"
     sizes = next(iter(budget.experts.values()))
     stay = budget.staying(sizes)
-    mode = ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay"
-    return Estimate(
-        task=plan.request.task, size=f"{size[0]}x{size[1]}", frames=plan.config.frame_num, steps=len(plan.steps),
-        forwards=sum(1 + step.guided for step in plan.steps), fits=budget.problem is None,
-        advice=(budget.problem or "").rpartition(": ")[2], mode=mode,
-        vram=int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None,
-        tiles=budget.tiles, peak=budget.peak, read=found.read, text=found.text, denoise=found.denoise,
-        decode=found.decode, first=found.first, next=found.next,
-    )  # fmt: skip
+    vram = int(budget.free / 1e9) if machine.device.type == "cpu" and not budget.resident else None
+    return {
+        "task": plan.request.task, "size": f"{size[0]}x{size[1]}", "frames": plan.config.frame_num,
+        "steps": len(plan.steps), "forwards": sum(1 + step.guided for step in plan.steps),
+        "fits": budget.problem is None, "advice": (budget.problem or "").rpartition(": ")[2],
+        "mode": ALL if budget.resident else ONE if stay == sizes.blocks else f"{stay} of {sizes.blocks} stay",
+        "vram": vram, "tiles": budget.tiles, "peak": budget.peak, "read": found.read, "text": found.text,
+        "denoise": found.denoise, "decode": found.decode, "first": found.first, "next": found.next,
+    }  # fmt: skip
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned lines; the first row is the heading."""
+def table(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Aligned lines, for a terminal of 80 columns; the first is the heading."""
+    rows = [["task", "video", "steps", "weights", "tiles", "first video", "next"]]
+    for one in estimates:
+        tiles = "-" if one["tiles"] == (1, 1) else "x".join(map(str, one["tiles"]))
+        times = [one["mode"], tiles, duration(one["first"]), duration(one["next"])]
+        if not one["fits"]:
+            times = [f"needs {quantity(one['peak'], 'B')}", tiles, "does not fit", "-"]
+        rows.append([one["task"], f"{one['size']}x{one['frames']}", str(one["steps"]), *times])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def notes(estimates: Sequence[Estimate]) -> list[str]:
+def notes(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
     """The legend: a line for each thing in these rows that needs one."""
-    fitting = [estimate for estimate in estimates if estimate.fits]
-    modes = {estimate.mode for estimate in fitting}
-    vram = next((estimate.vram for estimate in fitting if estimate.vram), None)
+    fitting = [one for one in estimates if one["fits"]]
+    modes, vram = {one["mode"] for one in fitting}, next((one["vram"] for one in fitting if one["vram"]), None)
     legend = {
         "few steps: with few-step weights; many: the released ones alone, with guidance": True,
         f"{ONE}: the expert at work stays, then the other one takes its memory": ONE in modes,
         "N of M stay: of an expert's M blocks; the others are read when needed": bool(modes - {ALL, ONE}),
         f"not all stay: only with --vram {vram} on a CPU": vram is not None,
-        "tiles: a frame is decoded in this many pieces": any(estimate.tiles != (1, 1) for estimate in estimates),
+        "tiles: a frame is decoded in this many pieces": any(one["tiles"] != (1, 1) for one in estimates),
         "next: each further video of the same run": bool(fitting),
     }
     videos: dict[str, dict[str, None]] = {}  # by advice
-    for estimate in estimates:
-        if not estimate.fits:
-            videos.setdefault(estimate.advice, {})[f"{estimate.task} {estimate.size}"] = None
+    for one in estimates:
+        if not one["fits"]:
+            videos.setdefault(one["advice"], {})[f"{one['task']} {one['size']}"] = None
     return [
         *(note for note, needed in legend.items() if needed),
         *(f"does not fit: {advice} ({', '.join(named)})" for advice, named in videos.items()),

@@ -9,6 +9,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import wan
 from wan.media.video import check_encoder, ffmpeg_command
 from wan.planning.build import compute_device
-from wan.utils.accelerator import gpus, host_bytes
+from wan.utils.accelerator import Accelerator, gpus, host_bytes
 from wan.utils.errors import InputError, one_line
 from wan.utils.progress import duration, quantity
 
@@ -30,17 +31,17 @@ REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)")
 
 @dataclass
 class Machine:
-    """The machine that the checks examine.
-
-    root: of the repository, with `examples` and `tests`. disk: the folder whose disk is measured. small: sizes that
-    take milliseconds, for a test of the doctor itself. rates: measured so far, by name, in units per second.
-    """
+    """The machine that the checks examine."""
 
     device: torch.device
-    root: Path
-    disk: Path
-    small: bool = False
-    rates: dict[str, float] = field(default_factory=dict)
+    root: Path  # of the repository, with `examples` and `tests`
+    disk: Path  # the folder whose disk is measured
+    small: bool = False  # sizes that take milliseconds, for a test of the doctor itself
+    rates: dict[str, float] = field(default_factory=dict)  # measured so far, by name, in units per second
+
+    @property
+    def is_gpu(self) -> bool:
+        return Accelerator(self.device).has_memory
 
     @property
     def usual(self) -> torch.dtype:
@@ -50,17 +51,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check, in a sentence. advice: what to do if it is wrong. values: its numbers, for `--json`.
-
-    name, seconds: of the check, added by `examine`.
-    """
+    """The result of a check, in a sentence. name, seconds: of the check, added by `examine`."""
 
     name: str = field(default="", kw_only=True)
     verdict: str
     sentence: str
     seconds: float = field(default=0.0, kw_only=True)
-    advice: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
+    advice: str = ""  # what to do if it is wrong
+    values: dict[str, Any] = field(default_factory=dict)  # its numbers, for `--json`
 
     def line(self) -> str:
         """The finding, with the lines of its table below it."""
@@ -70,11 +68,9 @@ class Finding:
 
 
 class DoctorCheck(NamedTuple):
-    """advice: what to do if `run` raises."""
-
     name: str
     run: Callable[[Machine], Finding]
-    advice: str = "put this report into a bug report"
+    advice: str = "put this report into a bug report"  # what to do if `run` raises
 
 
 def examine(check: DoctorCheck, machine: Machine) -> Finding:
@@ -93,15 +89,14 @@ def short(dtype: torch.dtype) -> str:
 
 def versions(machine: Machine) -> Finding:
     """The versions that a bug report needs; none is wrong by itself."""
-    driver = re.search(r"\d{3,}\.\d[\d.]*", _text("/proc/driver/nvidia/version"))
-    try:
+    commit = ""
+    with suppress(OSError):  # no git
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, cwd=machine.root, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
     found = {
         "wan": wan.__version__, "commit": commit or "unknown", "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "driver": driver[0] if driver else "none",
+        "torch": torch.__version__, "cuda": torch.version.cuda or "none",
+        "driver": _search(r"\d{3,}\.\d[\d.]*", "/proc/driver/nvidia/version") or "none",
         "cudnn": str(torch.backends.cudnn.version() or "none"), "system": platform.platform(),
     }  # fmt: skip
     return Finding(GOOD, ", ".join(f"{name} {value}" for name, value in found.items()), values=found)
@@ -117,19 +112,16 @@ def packages(machine: Machine) -> Finding:
             declared = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
     except (PackageNotFoundError, KeyError):
         return Finding(SKIPPED, f"neither pyproject.toml nor an installed {DISTRIBUTION} declares any")
-    found, wrong, needed = dict[str, str](), list[str](), list[str]()
+    found, wrong = dict[str, str](), dict[str, str]()  # wrong: what to install -> why
     for name, least in (match.groups() for line in declared if (match := REQUIREMENT.match(line))):
         try:
             found[name] = version(name)
+            if _numbers(found[name]) < _numbers(least):
+                wrong[f"'{name}>={least}'"] = f"{name} is {found[name]}, at least {least} is needed"
         except PackageNotFoundError:
-            wrong.append(f"{name} is not installed")
-        else:
-            if _numbers(found[name]) >= _numbers(least):
-                continue
-            wrong.append(f"{name} is {found[name]}, at least {least} is needed")
-        needed.append(f"'{name}>={least}'")
+            wrong[f"'{name}>={least}'"] = f"{name} is not installed"
     if wrong:
-        return Finding(WRONG, "; ".join(wrong), f"pip install {' '.join(needed)}", values=found)
+        return Finding(WRONG, "; ".join(wrong.values()), f"pip install {' '.join(wrong)}", found)
     return Finding(GOOD, ", ".join(f"{name} {number}" for name, number in found.items()), values=found)
 
 
@@ -153,8 +145,7 @@ def devices(name: str, machine: Machine) -> Finding:
         return Finding(WRONG, str(e), "the checks below examine the CPU")
     memory = host_bytes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = re.search(r"^model name.*?:(.*)", _text("/proc/cpuinfo"), re.MULTILINE)
-    processor = model[1].strip() if model else platform.machine()
+    processor = _search(r"(?<=^model name\t: ).*", "/proc/cpuinfo") or platform.machine()
     parts = [f"{machine.device} examined; {processor}, {cores} cores, {quantity(memory, 'B')} of host memory available"]
     values: dict[str, object] = {"device": str(machine.device), "cores": cores, "host_bytes": memory}
     for gpu in gpus():
@@ -165,8 +156,10 @@ def devices(name: str, machine: Machine) -> Finding:
     return Finding(GOOD, "; ".join(parts), values=values)
 
 
-def _text(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+def _search(pattern: str, path: str) -> str:
+    """Where the pattern is in a file; "" if it is not there, or there is no file."""
+    found = re.search(pattern, Path(path).read_text() if Path(path).exists() else "", re.MULTILINE)
+    return found[0] if found else ""
 
 
 def _numbers(text: str) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.vae import VAES, WanVAE
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
@@ -24,29 +24,17 @@ VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
 EXCHANGE_SECONDS = 90.0
 
 
-def rate_checks() -> list[DoctorCheck]:
-    return [
-        DoctorCheck("exchange between GPUs", exchange),
-        DoctorCheck("rate: matmul", matmul),
-        DoctorCheck("rate: attention", attention_rate),
-        DoctorCheck("rate: VAE", vae),
-        DoctorCheck("rate: device copy", device_copy),
-        DoctorCheck("rate: host to device", host_to_device),
-        DoctorCheck("rate: disk read", disk_read, "give --disk FOLDER where 300 MB can be written"),
-    ]
-
-
 def matmul(machine: Machine) -> Finding:
     """Square matrices in the transformer's usual precision."""
-    size = 64 if machine.small else 8192 if _is_gpu(machine) else 1024
+    size = 64 if machine.small else 8192 if machine.is_gpu else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
     rate = 2 * size**3 / _seconds(machine, lambda: a @ b)
     return _operations(machine, MATMUL, rate, f"{short(machine.usual)} {size}x{size}")
 
 
-def attention_rate(machine: Machine) -> Finding:
+def attention(machine: Machine) -> Finding:
     """Self-attention of the 14B network's heads through the back end that `--attention auto` picks."""
-    tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if _is_gpu(machine) else (1024, 8, 128)
+    tokens, heads, width = (64, 2, 128) if machine.small else (16384, 40, 128) if machine.is_gpu else (1024, 8, 128)
     name = choose("auto", machine.device, machine.usual, heads, width).name
     q, k, v = (torch.randn(tokens, heads, width, device=machine.device, dtype=machine.usual) for _ in range(3))
     rate = 4 * tokens**2 * heads * width / _seconds(machine, lambda: BACKENDS[name](q, k, v))
@@ -67,7 +55,7 @@ def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
     kind, shape = VAES[16], (16, 3, 8, 8)
     if machine.small:
         kind, shape = (16, 16, 16, False), (16, 3, 2, 2)
-    elif _is_gpu(machine):
+    elif machine.is_gpu:
         shape = (16, 3, 60, 104) if Accelerator(machine.device).free_bytes > VAE_ROOM else (16, 3, 20, 36)
     with torch.device("meta"):
         module = WanVAE(*kind)
@@ -81,14 +69,14 @@ def random_vae(machine: Machine) -> tuple[WanVAE, torch.Tensor]:
 def device_copy(machine: Machine) -> Finding:
     """Bytes read and bytes written count."""
     size = 1 << 20 if machine.small else 1 << 27
-    if _is_gpu(machine):
+    if machine.is_gpu:
         size = min(1 << 30, Accelerator(machine.device).free_bytes // 8)
     source, target = (torch.ones(size // 4, device=machine.device) for _ in range(2))
     return _bytes(machine, {COPY: 2 * size / _seconds(machine, lambda: target.copy_(source))})
 
 
 def host_to_device(machine: Machine) -> Finding:
-    if not _is_gpu(machine):
+    if not machine.is_gpu:
         return Finding(SKIPPED, f"{machine.device} computes in the host's memory")
     size = 1 << 28
     target = torch.empty(size, dtype=torch.uint8, device=machine.device)
@@ -128,26 +116,20 @@ def interleaved(
 ) -> list[float]:
     """Median seconds of each candidate; they take turns, so that drift of the machine affects all of them alike."""
     times: list[list[float]] = [[] for _ in candidates]
-    for candidate in candidates:
-        for _ in range(warm_up):
-            candidate()
-    for _ in range(repeats):
+    for turn in range(warm_up + repeats):
         for candidate, series in zip(candidates, times, strict=True):
             synchronize()
             start = clock()
             candidate()
             synchronize()
-            series.append(clock() - start)
+            if turn >= warm_up:
+                series.append(clock() - start)
     return [statistics.median(series) for series in times]
-
-
-def _is_gpu(machine: Machine) -> bool:
-    return Accelerator(machine.device).has_memory
 
 
 def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     """Seconds of one call; a GPU gets several at a time, so that the wait for it does not count."""
-    calls = 10 if _is_gpu(machine) else 1
+    calls = 10 if machine.is_gpu else 1
     (seconds,) = interleaved([lambda: [work() for _ in range(calls)]], repeats=REPEATS)
     return seconds / calls
 
@@ -163,49 +145,44 @@ def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Find
     return Finding(GOOD, ", ".join(parts) + details, values=dict(rates))
 
 
-def exchange(machine: Machine) -> Finding:
-    """One all-to-all over all GPUs, a process each, as sequence parallelism makes them."""
-    count = len(gpus()) if _is_gpu(machine) else 0
-    if count < 2:
-        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
-    outcome = exchange_between(count, machine.device.type)
-    machine.rates |= {name: rate for name, rate in outcome.values.items() if name == EXCHANGE}
-    return outcome
+def exchange(machine: Machine, count: int = 0, size: int = 1 << 28) -> Finding:
+    """One all-to-all of `size` bytes over all GPUs, a process each, as sequence parallelism makes them.
 
-
-def exchange_between(count: int, kind: str, size: int = 1 << 28) -> Finding:
-    """`count` processes on devices of a kind exchange distinct numbers; then, timed, `size` bytes each."""
+    count: of processes, if not one for each GPU.
+    """
     from torch.multiprocessing.spawn import spawn
 
+    kind, count = machine.device.type, count or (len(gpus()) if machine.is_gpu else 0)
+    if count < 2:
+        return Finding(SKIPPED, "fewer than two GPUs: nothing to exchange")
     backend = COLLECTIVES.get(kind, "gloo")
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(_exchange, (count, kind, folder, size), nprocs=count, join=False)
+        context = spawn(_exchange, (count, kind, backend, folder, size), nprocs=count, join=False)
         assert context is not None, "not joined"
         end = time.monotonic() + EXCHANGE_SECONDS
         try:
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
-                    advice = "try NCCL_P2P_DISABLE=1 (broken peer access); NCCL_DEBUG=INFO shows where it waits"
-                    return Finding(WRONG, f"{count} processes by {backend} hang", advice)
+                    return Finding(WRONG, f"{count} processes by {backend} hang", "try NCCL_P2P_DISABLE=1")
         except Exception as e:  # noqa: BLE001 - a process's own words
             last = str(e).strip().splitlines()[-1]
-            return Finding(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where; check the driver")
+            return Finding(WRONG, f"by {backend} fails: {last}", "NCCL_DEBUG=INFO shows where")
         finally:
             for process in context.processes:
                 process.kill()
         rate = size * (count - 1) / count / float(Path(folder, "seconds").read_text())
+    machine.rates[EXCHANGE] = rate
     sentence = f"{count} processes by {backend}: all received the right numbers, {quantity(rate, 'B')}/s from each"
     return Finding(GOOD, sentence, values={"processes": count, EXCHANGE: rate})
 
 
-def _exchange(rank: int, count: int, kind: str, folder: str, size: int) -> None:
+def _exchange(rank: int, count: int, kind: str, backend: str, folder: str, size: int) -> None:
     import torch.distributed as dist
 
     device = torch.device(kind)
     if kind in COLLECTIVES:
         device = torch.device(kind, rank)
         Accelerator(device).api.set_device(device)
-    backend = COLLECTIVES.get(kind, "gloo")
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     numbers = torch.arange(count, device=device).repeat_interleave(1024)
     got = torch.empty_like(numbers)

@@ -203,8 +203,9 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
     try:
         if not (path.is_dir() or place(given)):
             check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
-    except PermissionError:
-        check.problem(f"--ckpt_dir {given}: there is no permission to reach it")
+    except OSError as e:
+        no_way = "there is no permission to reach it" if isinstance(e, PermissionError) else "no such folder"
+        check.problem(f"--ckpt_dir {given}: {no_way}")
     return path
 
 

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, Unide
 from wan.configs import TaskConfig
 from wan.media.video import EXACT, file_argument, is_video, last_frame, messages, run_ffmpeg, to_bytes, video_input
 from wan.utils.errors import InputError, JobError
-from wan.utils.files import Beside, replacing
+from wan.utils.files import Beside, replacing, stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +32,6 @@ MAX_PIXELS, MAX_SIDE = 100_000_000, 50_000
 # Pillow's formats that are read; others may start programs (EPS) or are no pictures.
 PICTURE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")
 HEIC = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
-# How files begin that are often taken for pictures, in lower case.
-MISTAKEN = {
-    rb"version https://git-lfs": "a Git LFS pointer, not the picture itself; fetch it with git lfs pull",
-    rb"(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->)?\s*(?:<!doctype svg[^>]*>)?\s*<svg": "an SVG drawing; save it as PNG",
-    rb"<(?:!doctype html|html|head|body)": "a web page, not the picture itself; download the picture",
-}
 DIGESTS: dict[tuple[Path, int, int, bool], str] = {}  # by path, time, size and what of it
 # what Pillow's decoders raise for damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, OverflowError, RuntimeError)
@@ -101,7 +95,8 @@ def open_image(path: Path) -> Image.Image:
             FileNotFoundError: "no such image file",
             PermissionError: "there is no permission to read the image",
             Image.DecompressionBombError: f"the image is too large; at most {most} are read",
-            UnidentifiedImageError: f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
+            UnidentifiedImageError: stand_in(path)
+            or f"not an image, or of a kind that is not read ({', '.join(PICTURE_FORMATS)} are)",
         }
         raise InputError(f"{path}: {reasons.get(type(e), f'the image cannot be read ({e})')}") from e
     picture.info = {"changes": changes}
@@ -109,14 +104,10 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _check_kind(path: Path) -> tuple[str, ...]:
-    """Pillow's format for HEIC if the file is one and can be read. InputError for files that are often mistaken."""
+    """Pillow's format for HEIC if the file is one and can be read, which needs a package."""
     with path.open("rb") as file:
-        head = file.read(1000).lstrip().lower()
-    for pattern, advice in MISTAKEN.items():
-        if re.match(pattern, head, re.DOTALL):
-            raise InputError(f"{path}: {advice}")
-    if not HEIC.match(head):
-        return ()
+        if not HEIC.match(file.read(12)):
+            return ()
     try:
         from pillow_heif import register_heif_opener
     except ImportError:

@@ -6,7 +6,6 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 from lightning.lora import Coverage, Lora, check
 from lightning.releases import refuse_distilled_twice
 from wan.checkpoints import hub
-from wan.checkpoints.checkpoint import OpenCheckpoint, checkpoint_folder, open_checkpoint
+from wan.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
@@ -37,16 +36,14 @@ from wan.modules.fp8 import multiplies_fp8
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.utils.accelerator import Accelerator, allocator_setting, gpu_kind, gpus
+from wan.utils.accelerator import Accelerator, gpu_kind, gpus
 from wan.utils.errors import InputError, first_line
 from wan.utils.progress import quantity
 
-LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # by CUDA's major version: NVIDIA's minor version compatibility
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OF_CHECKPOINT = ("ckpt_dir", "expert", "vae", "text_encoder", "tokenizer", "quantize", "vae_dtype")  # options
-OWN_BYTES = int(1e9)  # a process's context on a GPU, which PyTorch does not count, and what a desktop shows
 MPS_UNUSED = (
     "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
     "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
@@ -69,7 +66,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
     checks = Check()
     checks.attempt(check_encoder)
     if (asked := weights.ckpt_dir) is not None:
-        weights = replace(weights, ckpt_dir=checks.attempt(lambda: checkpoint_folder(asked, config)))
+        weights = replace(weights, ckpt_dir=checks.attempt(partial(hub.located, "--ckpt_dir", asked.as_posix())))
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(request, config, weights, runtime, checks, before=before)
@@ -83,10 +80,8 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
     plan = replace(plan, jobs=outcome.jobs, preset=weights.release.name if weights.release else None)
     for kind, video in plan.videos.items():
         if video.budget and video.budget.problem:
-            fits = what_fits(plan, kind)
-            hint = f" ({fits} fits)" if fits else ""
-            others = held_by_others(plan.device) if request.vram is None else ""
-            raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}{others}")
+            hint = f" ({fits} fits)" if (fits := what_fits(plan, kind)) else ""
+            raise InputError(f"in {dtype_name(plan.dtype)} {video.budget.problem}{hint}")
     if not outcome.extend:
         warnings += cut_prompts(plan)
     if not plan.uses_negative and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
@@ -127,10 +122,8 @@ def open_plan(
         request = replace(request, quantize="fp8" if fp8 else "none")
     brought = _brought(request, weights)
     opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
-    checkpoint = before.checkpoint if before and opened else None
-    checkpoint = checkpoint or checks.attempt(
-        partial(open_checkpoint, weights.ckpt_dir, config, weights.files), brought
-    )
+    opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
+    checkpoint = before.checkpoint if before and opened else checks.attempt(opening, brought)
     conflicts = flag_conflicts(
         ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
         dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
@@ -174,8 +167,7 @@ def _brought(request: Request, weights: Weights) -> dict[str, str]:
     """The flag of each file or folder of weights, by its path."""
     flags = {str(path): f"--{part}" if part in PARTS else "--expert" for part, path in weights.files.items()}
     folder = str(expanded(request.lora_dir)) if request.lora_dir else None
-    for choice in weights.loras:
-        path = str(choice.path)
+    for path in (str(choice.path) for choice in weights.loras):
         flags[path] = "--lora_dir" if folder and path.startswith(folder) else "--lora"
     return flags | ({str(weights.ckpt_dir): "--ckpt_dir"} if weights.ckpt_dir else {})
 
@@ -184,9 +176,7 @@ def _open_loras(
     request: Request, weights: Weights, checkpoint: OpenCheckpoint | None, checks: Check, brought: dict[str, str]
 ) -> tuple[dict[str, list[Lora]], dict[str, list[Coverage]], list[str]]:
     """(LoRAs by expert, their coverage by expert, warnings). Headers only."""
-    loras: dict[str, list[Lora]] = {}
-    coverage: dict[str, list[Coverage]] = {}
-    warnings: list[str] = []
+    loras, coverage, warnings = dict[str, list[Lora]](), dict[str, list[Coverage]](), list[str]()
     for choice in weights.loras:
         opening = partial(Lora.open, choice.path, choice.strength, request.lora_alpha, choice.expert)
         lora = checks.attempt(opening, brought)
@@ -217,13 +207,12 @@ def check_ranks(team: Team, plan: Plan) -> None:
         with suppress(OSError, InputError):
             own[str(path)] = digest(path, clip=name == "video")
     (first, want), *others = team.gather((socket.gethostname(), own))
-    problems = [
+    if problems := [
         f"{name}: rank {rank} on {host} has other contents than rank 0 on {first}; copy rank 0's there"
         for rank, (host, found) in enumerate(others, 1)
         for name in found
         if found[name] != want.get(name)
-    ]
-    if problems:
+    ]:
         raise InputError(problems)
 
 
@@ -236,14 +225,12 @@ def cut_prompts(plan: Plan) -> list[str]:
     for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
-    lost = {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}
-    if not lost:
+    if not (lost := {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}):
         return []
     most = max(lost, key=lost.__getitem__)
     others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
-    cut = "token is" if lost[most] == 1 else "tokens are"
-    read = f"the model reads {tokenizer.text_len} tokens of a prompt"
-    return [f"{most}: {read}; the last {lost[most]} {cut} cut off{others}"]
+    cut = f"the last {lost[most]} {'token is' if lost[most] == 1 else 'tokens are'} cut off{others}"
+    return [f"{most}: the model reads {tokenizer.text_len} tokens of a prompt; {cut}"]
 
 
 def compute_device(name: str) -> torch.device:
@@ -254,56 +241,56 @@ def compute_device(name: str) -> torch.device:
     """
     with catch_warnings():
         simplefilter("ignore")  # the messages below say what PyTorch warns of
-        gpu = gpu_kind()
-        api = torch.get_device_module(gpu)
-        usable = {gpu: bool(gpus()), "mps": torch.backends.mps.is_available(), "cpu": True}
+        gpu, there = gpu_kind(), gpus()
+        usable = {gpu: bool(there), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        reason = "" if usable[gpu] else _why_no_cuda()
+        reason = "" if there else _why_no_cuda()
         driver = Path("/proc/driver/nvidia/version").exists()  # absent on Windows: PyTorch's words must do
         if reason and (driver or not reason.startswith(NOTHING_THERE)):
             raise InputError(
                 f"this machine has an NVIDIA driver, but PyTorch cannot use a GPU: {reason}; "
                 "repair that, or give --device cpu (slow)"
             )
-        name = gpu if usable[gpu] else "cpu"
+        name = gpu if there else "cpu"
     device = torch.device(name)
-    if not usable.get(device.type):
+    if not usable.get(device.type) or (device.type == gpu and (device.index or 0) >= len(there)):
         kinds = ", ".join(kind for kind, can in usable.items() if can)
-        reason = f" ({_why_no_cuda()})" if device.type == "cuda" else ""
+        reason = f" ({_why_no_cuda()})" if device.type == gpu and not there else ""
         raise InputError(f"--device {name}: there is no such device here{reason}; usable: auto, {kinds}")
     if not Accelerator(device).has_memory:
         return device
-    count = api.device_count()
+    api = torch.get_device_module(gpu)
     device = torch.device(gpu, api.current_device() if device.index is None else device.index)
-    if device.index >= count:
-        there = ", ".join(f"{each.device} ({each.name})" for each in gpus())
-        raise InputError(f"--device {name}: there is no such GPU here; there {'is' if count == 1 else 'are'} {there}")
     try:
         api.set_device(device)  # streams and events made without naming a device belong to this one
         api.mem_get_info(device)
         Accelerator(device).check()
     except RuntimeError as e:
-        unset = f"unset {setting}, or " if (setting := allocator_setting()) else ""
-        raise InputError(
-            f"--device {name}: the GPU cannot be used: {first_line(e)}; {unset}give --device cpu (slow)"
-        ) from e
+        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; give --device cpu (slow)") from e
     return device
+
+
+def _why_no_cuda() -> str:
+    """PyTorch's own words."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        return first_line(e).rstrip(".")
+    return NOTHING_THERE[1]
 
 
 def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str) -> list[str]:
     """Why the transformer cannot run in `dtype` on the device, or the autoencoder decode with `--vae_dtype`."""
-    problems, accelerator, cudnn = [], Accelerator(device), torch.backends.cudnn.version() or 0
-    if accelerator.capability is None:
-        return []
-    if dtype == torch.bfloat16 and accelerator.capability < BF16_CAPABILITY:
+    problems, capability, cudnn = [], Accelerator(device).capability, torch.backends.cudnn.version() or 0
+    if capability and dtype == torch.bfloat16 and capability < BF16_CAPABILITY:
         problems.append(
-            f"--dtype bf16: {accelerator.name} has no bf16 attention kernel that fits in memory (they need compute "
-            "capability 8.0); use --dtype fp32"
+            f"--dtype bf16: {Accelerator(device).name} has no bf16 attention kernel that fits in memory (they need "
+            "compute capability 8.0); use --dtype fp32"
         )
-    if vae_dtype == "bf16" and torch.__version__.startswith("2.9.") and cudnn < CUDNN_FOR_29:
+    if capability and vae_dtype == "bf16" and torch.__version__.startswith("2.9.") and cudnn < CUDNN_FOR_29:
         problems.append(
-            f"--vae_dtype bf16: PyTorch {torch.__version__} computes it without cuDNN, which takes more memory and may "
-            f"be wrong, unless cuDNN is 9.15 or newer (here {cudnn}); leave it out, or install another PyTorch"
+            f"--vae_dtype bf16: PyTorch {torch.__version__} may compute it wrongly, with a cuDNN older than 9.15 "
+            f"(here {cudnn}); leave it out, or install another PyTorch"
         )
     return problems
 
@@ -323,28 +310,3 @@ def limit_memory(device: torch.device, vram: float | None) -> int | None:
         return free
     accelerator.limit_memory(wanted)
     return wanted
-
-
-def held_by_others(device: torch.device) -> str:
-    """The GPU memory that other processes hold, as the end of a sentence; "" if it is next to nothing."""
-    held = Accelerator(device).bytes_of_others
-    return f"; other processes hold {held / 1e9:.1f} GB of it (nvidia-smi names them)" if held > OWN_BYTES else ""
-
-
-def _why_no_cuda() -> str:
-    """Why PyTorch can use no GPU: a driver that is too old, else in its own words (no driver, a build without CUDA)."""
-    try:
-        torch.cuda.init()
-        said = "No CUDA GPUs are available"
-    except (RuntimeError, AssertionError) as e:
-        said = first_line(e).rstrip(".")
-    if "driver on your system is too old" in said:
-        made_for = torch.version.cuda or "a newer CUDA"
-        least = LEAST_DRIVER.get(made_for.partition(".")[0])
-        needed = f", which needs driver {least} or newer" if least else ""
-        return (
-            f"its driver is too old for this PyTorch, made for CUDA {made_for}{needed}: "
-            "update it, or install a PyTorch made for an older CUDA"
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return said if visible is None else f"{said}; CUDA_VISIBLE_DEVICES is '{visible}'"

@@ -67,14 +67,14 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: 
 def what_fits(plan: Plan, kind: VideoKind) -> str:
     """The option with which a video of this kind fits after all; "" if none does alone."""
     size, frames, *given = kind
-    ways = {"--lora_mode merge": replace(plan, lora_mode="merge")} if plan.lora_mode != "merge" else {}
+    ways = [("--lora_mode merge", replace(plan, lora_mode="merge"), frames)] if plan.lora_mode != "merge" else []
     if plan.dtype == torch.float32:
-        ways["--dtype bf16"] = replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16)
-    ways["--offload_model True"] = replace(plan, offload=True)
-    videos = {option: plan_video(way, size, frames, *given) for option, way in ways.items()}
+        ways.append(("--dtype bf16", replace(plan, dtype=torch.bfloat16, text_dtype=torch.bfloat16), frames))
+    ways.append(("--offload_model True", replace(plan, offload=True), frames))
     step = plan.config.vae_stride[0]
-    videos |= {f"--frame_num {n}": plan_video(plan, size, n, *given) for n in range(frames - step, 0, -step)}
-    return next((option for option, video in videos.items() if video.budget and not video.budget.problem), "")
+    ways += [(f"--frame_num {number}", plan, number) for number in range(frames - step, 0, -step)]
+    budgets = ((option, plan_video(way, size, number, *given).budget) for option, way, number in ways)
+    return next((option for option, budget in budgets if budget and not budget.problem), "")
 
 
 def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
@@ -82,10 +82,12 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
 
     As few as memory allows. finer: the next more, after the device ran out of memory.
     """
-    vae, (channels, length, height, width) = plan.checkpoint.vae.module, latent
-    shape, ranks = (channels, length, height, width), plan.layout.sequence
-    first = int(plan.request.vae_tiling)
-    return _fewest_tiles(plan, latent, lambda tiles: decode_peak(vae, shape, ranks, tiles=tiles), first, finer)
+    vae, ranks, (channels, length, rows, columns) = plan.checkpoint.vae.module, plan.layout.sequence, latent
+
+    def peak(tiles: Tiles) -> int:
+        return decode_peak(vae, (channels, length, rows, columns), ranks, tiles=tiles)
+
+    return _fewest_tiles(plan, latent, peak, int(plan.request.vae_tiling), finer)
 
 
 def _fewest_tiles(

@@ -97,6 +97,15 @@ class Plan:
         return sizes | {"VAE": sum(p.nbytes for p in self.checkpoint.vae.module.parameters())}
 
     @cached_property
+    def file_bytes(self) -> dict[str, int]:
+        """Bytes of each expert's file; float32 where a released checkpoint is not here."""
+        return {
+            name: sum(part.weights.stored(tensor)[1] for tensor in part.weights)
+            or sum(4 * p.numel() for p in part.module.parameters())
+            for name, part in self.checkpoint.experts.items()
+        }
+
+    @cached_property
     def expert_sizes(self) -> dict[str, Sizes]:
         """Each expert's weights on the device, with the LoRA adapters kept beside them."""
         found = {}

@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from wan.cli.options import QUALITIES
-from wan.distributed.mesh import Layout, divisors
+from wan.distributed.mesh import divisors
 from wan.jobs.job import Job, chains, frames_joined
 from wan.modules.fp8 import why_unpacked
 from wan.planning.plan import Plan, dtype_name, is_absent
-from wan.planning.time_estimate import NetworkSizes, expect, network_of, sent_bytes, sharded_bytes
+from wan.planning.time_estimate import expect, network_of, sent_bytes, sharded_bytes
 from wan.utils.accelerator import Accelerator, host_bytes
 from wan.utils.errors import InputError
 from wan.utils.progress import duration, quantity
 
-MOST_STEPS_SHOWN = 12
-MOST_JOBS_SHOWN = 12  # of more, the first ones
+MOST_SHOWN = 12  # steps, and jobs: of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
-# Bytes of an mp4 for each pixel of each frame. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain
-# 0.71, pure noise 0.97.
-LEAST, LIKELY, MOST = 0.01, 0.25, 1.0
+# Of an mp4. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain 0.71, pure noise 0.97.
+BYTES_OF_A_PIXEL = {"needed": 0.25, "least": 0.01, "most": 1.0}
 LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
 RECORD_BYTES = 20_000  # bytes in the mp4 and beside it
 
-# What one GPU does on a machine with such links: bytes sent and floating-point operations a second. Round figures for
-# H100-class GPUs on NVLink and for consumer cards on PCIe 4; good for a warning, not for a forecast.
-MACHINES = {"NVLink": (300e9, 600e12), "PCIe": (20e9, 150e12)}
-
 
 class Outlook:
-    """A plan on this machine as it is now. Bytes; host memory is what all processes here need together.
-
-    done: indices of the jobs whose videos exist.
-    """
+    """A plan on this machine as it is now. Bytes; host memory is what all processes here need together."""
 
     def __init__(self, plan: Plan, done: Collection[int] = ()) -> None:
+        """done: indices of the jobs whose videos exist."""
         self.plan, self.done = plan, frozenset(done)
         self.budget = plan.largest().budget if plan.jobs else None
         self.absent = is_absent(plan.request, plan.device)
@@ -59,28 +50,23 @@ class Outlook:
 
     def lines(self) -> list[str]:
         """The plan as printed before the run starts."""
-        lines = [*_settings_lines(self.plan), *self._memory_lines(), *_process_lines(self.plan), *self._job_lines()]
-        return lines + [f"warning: {text}" for text in self.plan.warnings]
+        warnings = [f"warning: {text}" for text in self.plan.warnings]
+        return [*_settings(self.plan), *self._memory(), *process_lines(self.plan), *self._jobs(), *warnings]
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for `--json`: unlike a record of it, with this machine's state."""
-        whole, expected = as_dict(self.plan), self.expected
+        whole = as_dict(self.plan)
         whole["jobs"] = [{**job, "done": job["index"] in self.done} for job in whole["jobs"]]
         return whole | {
-            "expected": expected and {
-                "stages": expected.stages, "whole": expected.whole, "communication": expected.communication,
-            },
+            "expected": self.expected,
             "host": {"needed": self.host_needed, "available": self.host_available},
-            "disk": [asdict(disk) | {"folder": str(disk.folder)} for disk in self.disks],
-        }  # fmt: skip
+            "disk": self.disks,
+        }
 
-    def _memory_lines(self) -> list[str]:
-        plan, budget, host, lines = self.plan, self.budget, quantity(self.host_available, "B"), []
-        if not plan.jobs:
-            return []
-        if budget and plan.room is not None:
-            lines.append(budget.line("GPU" if self.absent else str(plan.device)))
-        if Accelerator(plan.device).has_memory:
+    def _memory(self) -> list[str]:
+        plan, budget, host = self.plan, self.budget, quantity(self.host_available, "B")
+        lines = [budget.line("GPU" if self.absent else str(plan.device))] if budget and plan.room is not None else []
+        if plan.jobs and Accelerator(plan.device).has_memory:
             lines.append(f"host memory: about {quantity(self.host_needed or 0, 'B')} of {host} available")
         elif budget and plan.room is None:
             each = f", for each of {self.here} processes" if self.here > 1 else ""
@@ -89,18 +75,19 @@ class Outlook:
             if self.host_needed and self.host_needed > self.host_available:
                 lines.append("warning: not enough memory; use --vram GB to stream weights from disk")
         for disk in self.disks:
-            spread = f"{quantity(disk.least, 'B')} to {quantity(disk.most, 'B')}, by content"
-            free = "free space unknown" if disk.free is None else f"{quantity(disk.free, 'B')} free"
-            lines.append(f"disk: about {quantity(disk.needed, 'B')} to write in {disk.folder} ({spread}), {free}")
-            if disk.free is not None and disk.needed > disk.free:
-                problem = "may be full before the last video; a video that does not fit fails alone"
-                lines.append(f"warning: {disk.folder} {problem}")
+            needed, least, most = (quantity(disk[name], "B") for name in BYTES_OF_A_PIXEL)
+            free = "free space unknown" if disk["free"] is None else f"{quantity(disk['free'], 'B')} free"
+            lines.append(f"disk: about {needed} to write in {disk['folder']} ({least} to {most}, by content), {free}")
+            if disk["free"] is not None and disk["needed"] > disk["free"]:
+                lines.append(
+                    f"warning: {disk['folder']} may be full before the last video; what does not fit fails alone"
+                )
         return lines
 
-    def _job_lines(self) -> list[str]:
+    def _jobs(self) -> list[str]:
         """The jobs, of many the first ones; how many are done; seconds for the others."""
         jobs, videos, done, lines = self.plan.jobs, len(self.plan.jobs), len(self.done), []
-        shown = jobs[: MOST_JOBS_SHOWN if videos > MOST_JOBS_SHOWN + 1 else None]
+        shown = jobs[: MOST_SHOWN if videos > MOST_SHOWN + 1 else None]
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
@@ -117,18 +104,16 @@ class Outlook:
             if joined := chain[0].joined:
                 numbers = ", ".join(job.number for job in chain)
                 lines.append(f"jobs {numbers} joined, {frames_joined(chain)} frames -> {joined}")
-        if done and done == videos:
-            lines.append("the video is done already" if videos == 1 else f"all {videos:,} videos are done already")
-        elif done:
-            lines.append(f"{videos:,} videos, of which {done:,} {'is' if done == 1 else 'are'} done already")
+        if done:
+            lines.append(f"{done:,} of {quantity(videos, 'video')} done already")
         if done == videos or self.absent:
             return lines
         if (expected := self.expected) is None:
             return [*lines, "expected time: unknown (python -m wan.doctor measures it)"]
-        stages = ", ".join(f"{name} {duration(spent)}" for name, spent in expected.stages.items())
-        rest_time = f"; {videos - done:,} videos {duration(expected.whole)}" if videos - done > 1 else ""
-        without = "" if expected.communication else ", without communication"
-        return [*lines, f"expected time, by the rates that wan.doctor measured here{without}: {stages}{rest_time}"]
+        stages = ", ".join(f"{name} {duration(spent)}" for name, spent in expected["stages"].items())
+        whole = f"; {videos - done:,} videos {duration(expected['whole'])}" if videos - done > 1 else ""
+        without = "" if expected["communication"] else ", without communication"
+        return [*lines, f"expected time, by the rates that wan.doctor measured here{without}: {stages}{whole}"]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -155,7 +140,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _settings_lines(plan: Plan) -> list[str]:
+def _settings(plan: Plan) -> list[str]:
     """Sampling, weights, device."""
     request, sampling, lines = next(iter(plan.variants.values()), plan).request, plan.sampling, []
     if sampling is not None:
@@ -163,125 +148,87 @@ def _settings_lines(plan: Plan) -> list[str]:
         count, where = quantity(len(plan.steps), "step"), request.ckpt_dir or "files"
         lines.append(f"{request.task} from {where}, {sampling.solver}, shift {sampling.shift:g}, {count}{preset}")
         steps = [f"step {number} {step}" for number, step in enumerate(plan.steps, 1)]
-        if len(steps) > MOST_STEPS_SHOWN:  # one entry for each run of steps that differ in their time alone
+        if len(steps) > MOST_SHOWN:  # one entry for each run of steps that differ in their time alone
             groups = groupby(enumerate(plan.steps, 1), lambda numbered: replace(numbered[1], timestep=0.0))
             runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
             steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
         lines.append(" | ".join(steps))
     if options := QUALITIES[request.quality]:
         lines.append(f"quality {request.quality}: {', '.join(f'--{n} {getattr(request, n)}' for n in options)}")
-    for expert, loras in plan.coverage.items():
-        lines += [f"LoRA {expert}: {lora.path}: {lora.summary()}" for lora in loras]
+    lines += [f"LoRA {name}: {lora.path}: {lora.summary()}" for name, found in plan.coverage.items() for lora in found]
     for part, path in plan.checkpoint.files.items():
         lines.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
     extra = ""
     if request.quantize != "none":
         reason = why_unpacked(plan.device, plan.dtype)
-        how = f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
-        extra = f", weights of inner blocks in fp8, {how}"
+        extra = ", weights of inner blocks in fp8, "
+        extra += f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
     extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
     extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
     if plan.variants:
-        lines.append(_sweep_line(plan))
+        plans = list(plan.variants.values())
+        again = sum(now.lora_stacks() != then.lora_stacks() for then, now in pairwise(plans))
+        cost = "the weights are read once"
+        if again and plan.lora_mode == "merge":
+            cost = f"the experts are read again {again} times, to merge other LoRAs"
+        if anew := sum(now.networks() != then.networks() for then, now in pairwise(plans)):
+            cost = f"all networks are loaded anew {anew} times"
+        lines.append(f"{len(plans)} settings in turn, first those above; {cost}")
     sizes = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in plan.weight_bytes.items())
     return [*lines, f"size of the weights: {sizes}"]
 
 
-def _sweep_line(plan: Plan) -> str:
-    """How many settings the run goes through, and what that reads again."""
-    plans = list(plan.variants.values())
-    again = sum(now.lora_stacks() != then.lora_stacks() for then, now in pairwise(plans))
-    anew = sum(now.networks() != then.networks() for then, now in pairwise(plans))
-    experts = sum(size for name, size in plan.weight_bytes.items() if name.endswith("expert"))
-    cost = "the weights are read once"
-    if again and plan.lora_mode == "merge":
-        cost = f"the experts ({quantity(experts, 'B')}) are read again {again} times, to merge other LoRAs"
-    if anew:
-        cost = f"all networks are loaded anew {anew} times"
-    return f"{len(plans)} settings in turn, first those above; {cost}"
-
-
-def _process_lines(plan: Plan) -> list[str]:
+def process_lines(plan: Plan) -> list[str]:
     """How several processes divide the work, and what that costs."""
-    layout, request = plan.layout, plan.request
+    layout, request, groups, each = plan.layout, plan.request, plan.layout.data, plan.layout.sequence
     if layout.world == 1 or not plan.jobs:
         return []
-    experts = [f"{name} expert" for name in plan.checkpoint.experts]
-    sharded = (experts if request.dit_fsdp else []) + (["text encoder"] if request.t5_fsdp else [])
-    weights = {name: size // (layout.sequence if name in sharded else 1) for name, size in plan.weight_bytes.items()}
-    return plan_lines(
-        layout, network_of(plan), tokens=plan.largest().tokens, jobs=len(plan.jobs), element_bytes=plan.dtype.itemsize,
-        weights=weights, sharded_bytes=sharded_bytes(plan),
-    )  # fmt: skip
-
-
-def plan_lines(
-    layout: Layout, network: NetworkSizes, *, tokens: int, jobs: int, element_bytes: int, weights: Mapping[str, int],
-    sharded_bytes: int,
-) -> list[str]:  # fmt: skip
-    """tokens: of the largest job. weights: bytes in each process, by network. sharded_bytes: see `sent_bytes`."""
-    groups, each = layout.data, layout.sequence
-    at_once = f"{groups} videos at a time" if groups > 1 else "one video at a time"
+    shared = [f"{name} expert" for name in plan.checkpoint.experts] if request.dit_fsdp else []
+    shared += ["text encoder"] if request.t5_fsdp else []
+    weights = {name: size // (each if name in shared else 1) for name, size in plan.weight_bytes.items()}
     held = " + ".join(f"{name} {quantity(size, 'B')}" for name, size in weights.items())
+    at_once = f"{groups} videos at a time" if groups > 1 else "one video at a time"
     lines = [f"{layout}: {at_once}, {each} process{'es' if each > 1 else ''} each; weights in each: {held}"]
-    sent = sent_bytes(layout, network, tokens, element_bytes, sharded_bytes)
-    if any(sent.values()):
-        parts = " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size)
-        shares = []
-        for link, (rate, speed) in MACHINES.items():
-            sending, computing = sum(sent.values()) / rate, network.operations(tokens) / each / speed
-            shares.append(f"{sending / (sending + computing):.0%} over {link}")
-        lines.append(f"a forward sends from each: {parts}; estimated share of its time at most {', '.join(shares)}")
-    if jobs < groups:
+    network = network_of(plan)
+    sent = sent_bytes(layout, network, plan.largest().tokens, plan.dtype.itemsize, sharded_bytes(plan))
+    if parts := " + ".join(f"{purpose} {quantity(size, 'B')}" for purpose, size in sent.items() if size):
+        lines.append(f"a forward sends from each: {parts}")
+    if len(plan.jobs) < groups:
         legal = [n for n in divisors(layout.world // layout.ring) if network.num_heads % n == 0]
         hint = f"; --ulysses_size {legal[-1]} puts more of them on one video" if legal[-1] > layout.ulysses else ""
-        videos = f"{jobs} video{'s' if jobs > 1 else ''}"
+        videos = quantity(len(plan.jobs), "video")
         lines.append(f"warning: {videos} for {groups} groups: some have nothing to do{hint}")
     return lines
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes to write to one file system, an estimate with its spread, and bytes free (None: it does not say)."""
+def disks(jobs: Sequence[Job], *, latents: bool) -> list[dict[str, Any]]:
+    """Bytes that `jobs` need, by file system: an estimate, its spread, and what is free (None: it does not say).
 
-    folder: Path
-    needed: float
-    least: float
-    most: float
-    free: int | None
-
-
-def disks(jobs: Sequence[Job], *, latents: bool) -> list[Disk]:
-    """The space that `jobs` need, by file system. latents: they are kept for good."""
-
-    @cache
-    def file_system(folder: Path) -> tuple[int, Path]:
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        return nearest.stat().st_dev, nearest
-
+    latents: they are kept for good.
+    """
     groups: dict[int, tuple[Path, list[Job]]] = {}
-    for job in jobs:
-        device, folder = file_system(job.save_file.parent)
-        groups.setdefault(device, (folder, []))[1].append(job)
+    for parent, there in groupby(jobs, lambda job: job.save_file.parent):
+        folder = next(path for path in (parent.absolute(), *parent.absolute().parents) if path.exists())
+        groups.setdefault(folder.stat().st_dev, (folder, []))[1].extend(there)
     found = []
     for folder, here in groups.values():
         pixels = [job.frame_num * job.size[0] * job.size[1] for job in here]
         joined = sum(size for job, size in zip(here, pixels, strict=True) if job.joined)
         videos = sum(pixels) + joined + max(pixels)  # one file at a time is there twice, while it is completed
         beside = RECORD_BYTES * len(here) + LATENT * (sum(pixels) if latents else max(pixels))
+        spread = {name: rate * videos + beside for name, rate in BYTES_OF_A_PIXEL.items()}
         usage = shutil.disk_usage(folder)
-        needed, least, most = (rate * videos + beside for rate in (LIKELY, LEAST, MOST))
-        found.append(Disk(folder, needed, least, most, usage.free if usage.total else None))
+        found.append({"folder": str(folder), **spread, "free": usage.free if usage.total else None})
     return found
 
 
-def check_disks(found: Sequence[Disk]) -> None:
+def check_disks(found: Sequence[dict[str, Any]]) -> None:
     """InputError where the videos cannot fit, whatever they show."""
-    if full := [disk for disk in found if disk.free is not None and disk.least > disk.free]:
+    if full := [disk for disk in found if disk["free"] is not None and disk["least"] > disk["free"]]:
         raise InputError(
-            f"--save_dir: {quantity(disk.free or 0, 'B')} free in {disk.folder}, the videos need at least "
-            f"{quantity(disk.least, 'B')}; free some, choose another --save_dir, or make what fits with --ignore_disk"
+            f"--save_dir: {quantity(disk['free'], 'B')} free in {disk['folder']}, the videos need at least "
+            f"{quantity(disk['least'], 'B')}; free some, or make what fits with --ignore_disk"
             for disk in full
         )

@@ -11,7 +11,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,6 @@ from wan.modules.vae_layers import (
     Region,
     Upsample,
 )
-from wan.offload.budget import Budget
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, write_file
@@ -43,7 +42,6 @@ COPY, PINNED, PAGEABLE, DISK = "device copy", "host to device, pinned", "host to
 EXCHANGE = "exchange"  # bytes that a process sends, while all of them do
 NEEDED_RATES = (MATMUL, ATTENTION, VAE, DISK)
 RATES_FILE = "rates.json"
-STORED = 4  # bytes of a weight in a released expert's file: float32
 DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the kernel it is made of
 
 
@@ -70,47 +68,40 @@ class Seconds:
         return self.image + self.again + self.decode
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Seconds of a run: its longest video, and all of it. communication: whether time to send is included."""
+def expect(plan: Plan, todo: Sequence[Job]) -> dict[str, Any] | None:
+    """Seconds of a run that makes these jobs: its longest video by stage, and all of it; None without rates or jobs.
 
-    longest: Seconds
-    whole: float
-    communication: bool
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """Seconds of the longest video, by the stages that it has."""
-        return {n: spent for n in ("text", "image", "denoise", "decode") if (spent := getattr(self.longest, n))}
-
-
-def expect(plan: Plan, todo: Sequence[Job]) -> Expected | None:
-    """Seconds of a run that makes these jobs; None without rates or jobs."""
+    communication: whether time to send is included.
+    """
     rates = kept_rates(plan.device)
     if rates is None or not todo:
         return None
     plans = plan.variants or {todo[0].variant: plan}
-    found = {
-        (number, kind): seconds(each, video, rates)
-        for number, each in plans.items()
-        for kind, video in each.videos.items()
-    }
+    found = {(n, kind): seconds(each, video, rates) for n, each in plans.items() for kind, video in each.videos.items()}
     shares = (chains(todo)[group :: plan.layout.data] for group in range(plan.layout.data))
     spent = [[found[job.variant, video_kind(job)] for chain in share for job in chain] for share in shares]
     wholes = [sum(one.next for one in made) + max(one.first - one.next for one in made) for made in spent if made]
-    longest = max((one for made in spent for one in made), key=lambda one: one.first)
-    return Expected(longest, max(wholes), plan.layout.sequence == 1 or EXCHANGE in rates)
+    longest = asdict(max((one for made in spent for one in made), key=lambda one: one.first))
+    stages = {name: longest[name] for name in ("text", "image", "denoise", "decode") if longest[name]}
+    communication = plan.layout.sequence == 1 or EXCHANGE in rates
+    return {"stages": stages, "whole": max(wholes), "communication": communication}
 
 
 def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds:
     """Seconds of one video. Processes that make it together share tokens and frames evenly, and read the same files."""
-    ranks, budget = plan.layout.sequence, video.budget
+    ranks, budget, vae = plan.layout.sequence, video.budget, plan.checkpoint.vae.module
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
     steps = plan.steps[video.first_step :] * max(1, len(video.windows))
     forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
     passes = Counter(step.expert for step in steps) if batch_guidance else forwards
-    read = sum(_bytes_read(plan, budget, name, count) for name, count in passes.items())
+    read = 0.0
+    for name, count in passes.items():
+        share = 1.0  # of the expert's file: blocks that stay come once, the others once in each forward
+        if budget and not budget.resident:
+            sizes, stay = budget.experts[name], budget.staying(budget.experts[name])
+            share = (stay + (sizes.blocks - stay) * count) * sizes.block_bytes / plan.weight_bytes[f"{name} expert"]
+        read += share * plan.file_bytes[name]
     feed = min(rates[DISK], rates.get(PINNED, math.inf))
     network = network_of(plan)
     forward = network.linear(video.tokens) / rates[MATMUL] + network.attention(video.tokens) / rates[ATTENTION]
@@ -118,7 +109,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     denoise = max(computing, read / feed)
-    vae, token = plan.checkpoint.vae.module, text_operations(plan.checkpoint.text_encoder.module, 1)
+    token = text_operations(plan.checkpoint.text_encoder.module, 1)
     thinking = (1 + plan.uses_negative) * token * plan.config.text_len / rates[MATMUL]
     encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
@@ -133,20 +124,8 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
         denoise=denoise,
         decode=coding(decode_operations, video.latent, video.tiles),
         again=computing if budget is None or budget.resident else denoise,
-        read=read,
+        read=int(read),
     )
-
-
-def _bytes_read(plan: Plan, budget: Budget | None, expert: str, forwards: int) -> int:
-    """Bytes of the expert's file for one video: blocks that stay once, the others once in each forward."""
-    part, stored = plan.checkpoint.experts[expert], float(STORED)
-    if store := part.weights:  # of a released checkpoint that is not here it is empty
-        stored = sum(store.stored(name)[1] for name in store) / sum(math.prod(entry.shape) for entry in store.values())
-    if budget is None or budget.resident:
-        return int(stored * sum(parameter.numel() for parameter in part.module.parameters()))
-    sizes = budget.experts[expert]
-    stay = budget.staying(sizes)
-    return int((stay + (sizes.blocks - stay) * forwards) * sizes.block_bytes * stored / plan.dtype.itemsize)
 
 
 # -- counted work
@@ -214,11 +193,11 @@ def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
 
 def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
     """Decoding a `latent` [C, f, h, w]: the middle of whole frames, then each region (None: the frame is one)."""
-    decoder, whole = vae.decoder, Region(0, latent[2], 0, latent[3])
-    total = _products(latent[1] * whole.area, vae.conv2, decoder.conv1) + _middle(decoder, latent[1], whole.area)
+    whole = Region(0, latent[2], 0, latent[3])
+    total = _middle(vae.decoder, latent[1], whole.area, vae.conv2, vae.decoder.conv1)
     for region in regions or [whole]:
         frames, frame, area = latent[1], whole, 0
-        for level, rim in zip(decoder.levels, DECODER_RIM, strict=True):
+        for level, rim in zip(vae.decoder.levels, DECODER_RIM, strict=True):
             area = region.grown(rim, rim, frame).area
             for layer in level.layers:
                 if not isinstance(layer, Upsample):
@@ -229,7 +208,7 @@ def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Regi
                     frames = 2 * frames - 1
                 total += DOUBLING * _products(frames * area, layer.resample)
                 region, frame = region.scaled(2), frame.scaled(2)
-        total += _products(frames * area, decoder.head)
+        total += _products(frames * area, vae.decoder.head)
     return total
 
 
@@ -242,7 +221,7 @@ def encode_operations(
     """
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
     frames, frame = latent[1], Region(0, latent[2], 0, latent[3])
-    total = _products(frames * frame.area, encoder.head, vae.conv1) + _middle(encoder, frames, frame.area)
+    total = _middle(encoder, frames, frame.area, encoder.head, vae.conv1)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
     for window in [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]:
         rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
@@ -263,16 +242,16 @@ def encode_operations(
     return total
 
 
-def _middle(coder: Coder, frames: int, area: int) -> float:
-    """The part with attention over the `area` of each frame."""
+def _middle(coder: Coder, frames: int, area: int, *beside: nn.Module) -> float:
+    """The part with attention over the `area` of each frame, and the layers `beside` it."""
     attention = coder.middle[1]
     assert isinstance(attention, FrameAttention)
-    return _products(frames * area, coder.middle) + 4.0 * frames * area**2 * attention.proj.out_channels
+    return _products(frames * area, coder.middle, *beside) + 4.0 * frames * area**2 * attention.proj.out_channels
 
 
 def _products(positions: int, *modules: nn.Module) -> float:
     """Convolutions at `positions`: one product with each weight."""
-    found = [part for module in modules for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
+    found = (part for module in modules for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
     return 2.0 * positions * sum(conv.weight.numel() for conv in found)
 
 

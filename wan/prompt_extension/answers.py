@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ _CUTS = tuple(
         r"\*\*",
     )
 )
-_ROUNDS = 12  # one answer has few layers of markup
+_LAYERS = 6  # of markup, at most
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "「": "」", "『": "』", "«": "»"}
 _JSON_NAMES = ("prompt", "description", "caption", "text", "output", "answer", "result", "提示词", "描述")
 
@@ -89,9 +90,7 @@ class AnswerError(Exception):
 
     def __init__(self, reason: str, *, passing: bool = False, ends_all: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.passing = passing
-        self.ends_all = ends_all
-        self.wait = wait
+        self.passing, self.ends_all, self.wait = passing, ends_all, wait
 
 
 def neutralise(text: str) -> str:
@@ -110,28 +109,23 @@ def clean(answer: str) -> str:
     Takes time linear in the length. AnswerError for a refusal, reasoning without an end, nothing or too much text.
     """
     text = without_reasoning(answer).strip()
-    if len(text) > MOST_TEXT:
-        raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
-    text = _WRAPPER_TAGS.sub("", text).strip()
-    before, fence, rest = text.partition("```")
-    inside, closed, _ = rest.partition("```")
-    if fence and (closed or not before.strip()):  # the inside of the first fence
-        text = re.sub(r"\A[\w+-]{0,20}\n", "", inside).strip()
-    text = _from_json(text)
-    for _ in range(_ROUNDS):
-        before, text = text, _peeled(text)
-        if text == before:
+    if len(text) <= MOST_TEXT:
+        text = _WRAPPER_TAGS.sub("", text).strip()
+        before, fence, rest = text.partition("```")
+        inside, closed, _ = rest.partition("```")
+        if fence and (closed or not before.strip()):  # the inside of the first fence
+            text = re.sub(r"\A[\w+-]{0,20}\n", "", inside).strip()
+        text = _from_json(text)
+        for _ in range(2):  # in lines, and as the one line they become
+            for _ in range(_LAYERS):
+                text = _peeled(text)
             text = " ".join(text.split())
-            if text == before:
-                break
-    else:
-        raise AnswerError("the answer has too many layers of markup")
+    if len(text) > LONGEST_ANSWER:
+        raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
     if not any(sign.isalnum() for sign in text):
         raise AnswerError("the answer is empty")
     if _REFUSAL.match(text):
         raise AnswerError(f'the model refused: "{text[:100]}"')
-    if len(text) > LONGEST_ANSWER:
-        raise AnswerError(f"the answer is {len(text)} characters long; at most {LONGEST_ANSWER} are of use")
     return text
 
 
@@ -174,13 +168,13 @@ def _from_json(text: str) -> str:
         if re.match(r'[{\[]\s*["{\[]', text):
             raise AnswerError("the answer is damaged JSON") from None
         return text
-    while isinstance(values, (dict, list)):
-        items = values if isinstance(values, list) else list(values.values())
-        texts = [value for value in items if isinstance(value, str)]
-        if isinstance(values, dict):  # a text with a fitting name before others, texts before what holds some
-            named = [key for key in values if any(name in key.lower() for name in _JSON_NAMES)]
-            texts = [values[key] for key in named if isinstance(values[key], str)] or texts
-        values = next(iter([*texts, *(item for item in items if isinstance(item, (dict, list)))]), None)
+    while isinstance(values, (dict, list)):  # a text before what holds some, one with a fitting name before others
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        ranked = [
+            (not isinstance(value, str), not any(name in str(key).lower() for name in _JSON_NAMES), value)
+            for key, value in pairs if isinstance(value, (str, dict, list))
+        ]  # fmt: skip
+        values = min(ranked, key=itemgetter(0, 1), default=(None,))[-1]
     if not isinstance(values, str):
         raise AnswerError("the answer is JSON without a prompt")
     return values

@@ -10,11 +10,11 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wan.configs import TASKS
 from wan.media.images import open_image
@@ -30,20 +30,14 @@ DEFAULT_MODELS = {  # (method, with an image)
     ("local_qwen", False): "Qwen/Qwen2.5-14B-Instruct",
     ("local_qwen", True): "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-SHORT_NAMES = {
-    "Qwen2.5_3B": "Qwen/Qwen2.5-3B-Instruct",
-    "Qwen2.5_7B": "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen2.5_14B": "Qwen/Qwen2.5-14B-Instruct",
-    "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B")} | {
+    f"QwenVL2.5_{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")
 }
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # The instructions given to the model: three kinds, in Chinese and in English.
 INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
 # (fewest, most) of the answer: characters in Chinese, words in English
 TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
-TEXT_EXAMPLES = {language: texts["text_examples"] for language, texts in INSTRUCTIONS.items()}
-MOTION_EXAMPLES = {language: texts["motion_examples"] for language, texts in INSTRUCTIONS.items()}
 # In place of the user's text when there is only an image: chat models want some text in the turn.
 NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
 
@@ -84,14 +78,7 @@ class Extended:
 
 
 Answered = tuple[str | None, str | None]  # an extended prompt, or the reason why there is none
-
-
-class _Ask(NamedTuple):
-    """One item as it is asked: the question, the model that gets it, and the cache's name for the pair."""
-
-    question: Question
-    model: str
-    key: str
+Ask = tuple[Question, str, str]  # a question, the model that gets it, and the cache's name for the pair
 
 
 def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
@@ -104,22 +91,22 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
     if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
     asks = [_ask_for(settings, item) for item in items]
-    kept = {ask.key: read_cached(ask.key) for ask in asks} if settings.use_cache else {}
+    kept = {key: read_cached(key) for _, _, key in asks} if settings.use_cache else {}
     outcomes: dict[str, Answered] = {key: (prompt, None) for key, prompt in kept.items() if prompt is not None}
     cached = set(outcomes)
     results: dict[int, Extended] = {}
-    for model in dict.fromkeys(ask.model for ask in asks):  # one model at a time in memory
-        numbers = [number for number, ask in enumerate(asks) if ask.model == model]
-        missing = {asks[number].key: asks[number] for number in numbers if asks[number].key not in outcomes}
+    for model in dict.fromkeys(model for _, model, _ in asks):  # one model at a time in memory
+        missing = {ask[2]: ask for ask in asks if ask[1] == model and ask[2] not in outcomes}
         with closing(_answers(settings, model, list(missing.values()), report)) as answers:
-            for number in numbers:
-                key, item, title = asks[number].key, items[number], f"prompt {number + 1} of {len(items)}"
+            for number, (item, (_, asked, key)) in enumerate(zip(items, asks, strict=True), 1):
+                if asked != model:
+                    continue
                 if key not in outcomes:
                     outcomes[key] = next(answers)
-                prompt, error = outcomes[key]
-                prompt = item.prompt if prompt is None else prompt
+                answer, error = outcomes[key]
+                prompt = item.prompt if answer is None else answer
                 results[number] = Extended(prompt, item.prompt, item.image, model, key in cached, error)
-                original = " ".join(item.prompt.split())
+                original, title = " ".join(item.prompt.split()), f"prompt {number} of {len(items)}"
                 if error is None:
                     source = f"{model}, cached" if key in cached else model
                     report(f'{title} ({source}): "{original}" -> "{prompt}"')
@@ -128,37 +115,33 @@ def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callab
                     raise InputError(f'{title}, "{short}", was not extended: {error}')
                 else:
                     report(f'warning: {title} is kept as written, "{original}", because it was not extended: {error}')
-    return [results[number] for number in range(len(items))]
+    return [result for _, result in sorted(results.items())]
 
 
 def check_extension(settings: ExtendSettings, items: Sequence[ExtendItem]) -> None:
-    """Raise InputError with everything that is wrong before a model is loaded or a service asked."""
+    """InputError with everything that is wrong before a model is loaded or a service asked."""
     local = settings.method == "local_qwen"
     problems = list(local_problems(settings.model) if local else service_problems(settings.method, settings.model))
     if local and settings.options:
         problems.append("--prompt_extend_options is for dashscope and openai: fields of their requests")
     if own := sorted({*OWN_FIELDS} & {*(settings.options or {})}):
         problems.append(f"--prompt_extend_options cannot set {', '.join(own)}")
-    if problems := [*problems, *_item_problems(settings.task, items)]:
-        raise InputError(problems)
-
-
-def _item_problems(task: str, items: Sequence[ExtendItem]) -> Iterator[str]:
     unreadable: dict[Path | None, str] = {}
-    for image in dict.fromkeys(_image(task, item) for item in items):
+    for image in filter(None, dict.fromkeys(_image(settings.task, item) for item in items)):
         try:
-            if image is not None:
-                open_image(image)
+            open_image(image)
         except InputError as error:
             unreadable[image] = str(error)
     for number, item in enumerate(items, 1):
         title = f"prompt {number} of {len(items)}"
-        if not item.prompt.strip() and _image(task, item) is None:
-            yield f"{title} is empty, and there is no image to describe instead (--prompt)"
-        if TASKS[task].example_image and item.image is None:
-            yield f"{title} has no image, which {task} needs (--image)"
+        if not item.prompt.strip() and _image(settings.task, item) is None:
+            problems.append(f"{title} is empty, and there is no image to describe instead (--prompt)")
+        if TASKS[settings.task].example_image and item.image is None:
+            problems.append(f"{title} has no image, which {settings.task} needs (--image)")
         if item.image in unreadable:
-            yield f"{title}: {unreadable[item.image]}"
+            problems.append(f"{title}: {unreadable[item.image]}")
+    if problems:
+        raise InputError(problems)
 
 
 def _image(task: str, item: ExtendItem) -> Path | None:
@@ -179,33 +162,30 @@ def model_for(method: str, model: str | None, *, has_image: bool) -> str:
 def system_prompt(language: str, *, has_image: bool, has_words: bool) -> str:
     """The instructions for one item; with an image its motion is asked for, without one the whole scene."""
     texts = INSTRUCTIONS[language]
-    if has_image:
-        (fewest, most), examples = MOTION_LENGTH, MOTION_EXAMPLES[language]
-        text = texts["image" if has_words else "image_only"] + texts["motion_rules"]
-    else:
-        (fewest, most), examples, text = TEXT_LENGTH, TEXT_EXAMPLES[language], texts["text"]
-    filled: str = text.format(fewest=fewest, most=most, examples="\n".join(examples))
-    return filled
+    fewest, most = MOTION_LENGTH if has_image else TEXT_LENGTH
+    motion = texts["image" if has_words else "image_only"] + texts["motion_rules"]
+    examples = "\n".join(texts["motion_examples" if has_image else "text_examples"])
+    return str((motion if has_image else texts["text"]).format(fewest=fewest, most=most, examples=examples))
 
 
-def _ask_for(settings: ExtendSettings, item: ExtendItem) -> _Ask:
+def _ask_for(settings: ExtendSettings, item: ExtendItem) -> Ask:
     image, words = _image(settings.task, item), item.prompt.strip()
     system = system_prompt(settings.language, has_image=image is not None, has_words=bool(words))
     question = Question(system, neutralise(words) or NO_WORDS[settings.language], image)
     model = model_for(settings.method, settings.model, has_image=image is not None)
     key = cache_key(question, settings.method, model, settings.language, settings.seed, settings.options)
-    return _Ask(question, model, key)
+    return question, model, key
 
 
 def _answers(
-    settings: ExtendSettings, model: str, asks: Sequence[_Ask], report: Callable[[str], None]
+    settings: ExtendSettings, model: str, asks: Sequence[Ask], report: Callable[[str], None]
 ) -> Generator[Answered]:
     """One outcome for each question. The model is opened at the first and freed at the end.
 
     A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
     twice in a row) ends the asking; the rest get the same reason.
     """
-    answered, failed_in_row, ended = 0, 0, ""
+    answered, failed_in_row = 0, 0
     opened: AbstractContextManager[Callable[[Question], str]]
     if settings.method == "local_qwen":
         opened = LocalQwen(model, settings.seed, settings.device)
@@ -213,10 +193,10 @@ def _answers(
         opened = nullcontext(ChatService(settings.method, model, settings.seed, settings.options))
     try:
         with opened as answer:
-            for ask in asks:
+            for question, _, key in asks:
                 prompt, reason = None, None
                 try:
-                    prompt = clean(answer(ask.question))
+                    prompt = clean(answer(question))
                     failed_in_row = 0
                 except AnswerError as error:
                     failed_in_row = failed_in_row + 1 if error.passing else 0
@@ -225,15 +205,13 @@ def _answers(
                     reason = str(error)
                 if settings.use_cache and prompt is not None:
                     try:
-                        write_cached(ask.key, prompt, ask.question, ask.model)
+                        write_cached(key, prompt, question, model)
                     except (OSError, RuntimeError) as error:
                         report(f"warning: the extended prompt is not kept for later runs: {error}")
                 yield prompt, reason
                 answered += 1
     except AnswerError as error:
-        ended = str(error)
-    for _ in asks[answered:]:
-        yield None, ended
+        yield from [(None, str(error))] * (len(asks) - answered)
 
 
 def prompts_folder() -> Path:

@@ -47,7 +47,7 @@ class LocalQwen:
         free_memory()
 
     def __call__(self, question: Question) -> str:
-        """The answer, after the tag with which the model's template opens its reasoning."""
+        """The answer, after the tag with which the model's template opens its reasoning. AnswerError."""
         import torch
 
         if question.image is not None and self.image_processor is None:
@@ -79,18 +79,16 @@ class LocalQwen:
         own_code: dict[str, Any] = {"trust_remote_code": False}  # never run, and no question on the terminal
         options: dict[str, Any] = {"dtype": torch.float32}
         if self.device != "cpu" and (self.device != "auto" or torch.accelerator.is_available()):
-            device_map = "auto" if self.device == "auto" else {"": self.device}
-            options = {"dtype": torch.bfloat16, "device_map": device_map}
+            options = {"dtype": torch.bfloat16, "device_map": "auto" if self.device == "auto" else {"": self.device}}
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # without a network each attempt would be a line
         try:
             sees = hasattr(transformers.AutoConfig.from_pretrained(self.name, **own_code), "vision_config")
             auto_class = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
             loaded: Any = auto_class.from_pretrained(self.name, output_loading_info=True, **options, **own_code)
-            self.model, found = loaded
-            if missing := found["missing_keys"]:
+            self.model = loaded[0].eval()
+            if missing := loaded[1]["missing_keys"]:
                 raise ValueError(f"{len(missing)} weights are missing, first {min(missing)}")
-            self.model.eval()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, **own_code)
             if sees:
                 self.image_processor = transformers.AutoImageProcessor.from_pretrained(
@@ -119,11 +117,9 @@ class LocalQwen:
         raise ValueError(f"its chat template cannot be used: {first_line(failure)}") from failure
 
     def _inputs(self, text: str, question: Question) -> Any:
-        """The model's arguments for one templated question.
+        """The model's arguments. The image token is repeated once per merged patch, and its positions are marked.
 
-        The image half is done here and not by transformers' AutoProcessor, which for these models cannot be built
-        without torchvision (its video half needs it): the one image token of the templated text is repeated once per
-        merged patch, and its positions are marked where the model asks for that.
+        Not by transformers' AutoProcessor, which for these models cannot be built without torchvision.
         """
         if question.image is None:
             return self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
@@ -133,8 +129,6 @@ class LocalQwen:
         token_id = self.model.config.image_token_id
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         patches = int(pixels["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        if text.count(token) != 1:
-            raise ValueError(f"its chat template places {text.count(token)} image tokens for one image")
         inputs = self.tokenizer([text.replace(token, token * patches)], return_tensors="pt", add_special_tokens=False)
         inputs.update(pixels)
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # from transformers 5 on

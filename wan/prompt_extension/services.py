@@ -12,18 +12,14 @@ import io
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
-from urllib.request import getproxies, proxy_bypass
 
 from PIL.Image import Resampling
 
@@ -41,13 +37,7 @@ MOST_REASON = 300  # characters of a service's own error text
 ERROR_NAMES = ("error", "detail", "message", "msg")
 OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request; options may set any other
 NO_TEXT = "the service's answer holds no text"
-FINISHES = {  # the reasons for which a service ends an answer that is no whole prompt
-    "length": "the answer was cut off at its longest length",
-    "content_filter": "the service's content filter stopped the answer",
-    "error": "the service broke off the answer",
-    "tool_calls": "the model called a tool instead of answering",
-    "function_call": "the model called a tool instead of answering",
-}
+BROKEN_OFF = ("length", "content_filter", "error", "tool_calls", "function_call")  # as a finish_reason
 
 
 @dataclass(frozen=True)
@@ -60,16 +50,15 @@ class Service:
 
     @property
     def key(self) -> str:
-        """The key, without the line end that a file may have left; "" if there is none."""
+        """Without the line end that a file may have left; "" if there is none."""
         return next(filter(None, (os.environ.get(variable, "").strip() for variable in self.keys)), "")
 
 
 SERVICES = {
-    "dashscope": Service(
-        ("DASH_API_KEY", "DASHSCOPE_API_KEY"), "DASH_API_URL", "https://dashscope.aliyuncs.com/compatible-mode/v1"
-    ),
+    "dashscope": Service(("DASH_API_KEY", "DASHSCOPE_API_KEY"), "DASH_API_URL",
+                         "https://dashscope.aliyuncs.com/compatible-mode/v1"),
     "openai": Service(("OPENAI_API_KEY",), "OPENAI_BASE_URL", "https://api.openai.com/v1"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,19 +94,19 @@ class ChatService:
 
         Neither the answer nor the reason in an AnswerError holds a secret.
         """
-        end = time.monotonic() + PATIENCE.total
-        for attempt in count(1):
+        end, attempt = time.monotonic() + PATIENCE.total, 0
+        while True:
+            attempt += 1
             try:
                 return self._hide_secrets(self._request(question, min(PATIENCE.request, end - time.monotonic())))
             except AnswerError as error:
-                wait = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait) * random.uniform(0.75, 1.25)
-                wait = max(wait, error.wait)
+                usual = min(PATIENCE.first_wait * 2 ** (attempt - 1), PATIENCE.longest_wait)
+                wait = max(usual * random.uniform(0.75, 1.25), error.wait)
                 if not error.passing or attempt == PATIENCE.attempts or time.monotonic() + wait >= end:
                     reason = self._hide_secrets(" ".join(str(error).split()))
                     reason += f" ({attempt} attempts)" if attempt > 1 else ""
                     raise AnswerError(reason, passing=error.passing, ends_all=error.ends_all) from None
             time.sleep(wait)
-        raise AssertionError("count never ends")
 
     def _hide_secrets(self, text: str) -> str:
         for secret in filter(None, (self.key, self.auth and self.auth[1])):
@@ -125,7 +114,6 @@ class ChatService:
         return text
 
     def _request(self, question: Question, seconds: float) -> str:
-        """The answer, within `seconds`: the client's own limits count from byte to byte, so a thread asks."""
         import httpx
 
         try:
@@ -133,63 +121,41 @@ class ChatService:
         except Exception as error:  # a proxy variable that the client cannot use raises whatever it trips over
             kind = type(error).__name__  # its text may hold a password
             raise AnswerError(f"a proxy variable of the environment cannot be used ({kind})", ends_all=True) from error
-        outcome: Future[tuple[httpx.Response, bytes]] = Future()
-
-        def work() -> None:
-            try:
-                outcome.set_result(self._post(client, question))
-            except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
-                outcome.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
+        body, end = bytearray(), time.monotonic() + seconds
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            response, body = outcome.result(timeout=seconds + 0.5)  # the client's own error first, where it has one
-        except AnswerError:
-            raise
-        except (TimeoutError, httpx.TimeoutException) as error:
+            path, content = self._path_and_content(question)
+            data = json.dumps(content).encode()
+            with client, client.stream("POST", self.url + path, content=data, headers=headers) as response:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if time.monotonic() > end:  # the client's own limit counts from byte to byte
+                        raise httpx.ReadTimeout("the body takes too long")
+                    if len(body) > MOST_BYTES:
+                        break
+        except httpx.TimeoutException as error:
             raise AnswerError(f"no answer within {seconds:.3g} s", passing=True) from error
         except httpx.TransportError as error:
-            raise AnswerError(f"no connection to {self.url}{_by_proxy(self.url)}", passing=True) from error
+            raise AnswerError(f"no connection to {self.url}", passing=True) from error
         except Exception as error:  # the client raises many kinds on a malformed answer
             raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
-        finally:
-            client.close()  # ends the thread's reading, too
         try:
             values = json.loads(body)
         except (ValueError, RecursionError):
             values = None
         if response.status_code != 200:
             raise refused(response, _error_in(values) or response.reason_phrase)
+        if len(body) > MOST_BYTES:
+            raise AnswerError("the service's answer is larger than 1 MB")
         if values is None:
-            kind = "a stream" if body.lstrip().startswith((b"data:", b"event:")) else "not JSON"
-            raise AnswerError(f"the service's answer cannot be read: it is {kind}; is {self.url} its address?")
+            raise AnswerError(f"the service's answer cannot be read: it is not JSON; is {self.url} its address?")
         return text_of(values.get("output") or values if self.native and isinstance(values, dict) else values)
-
-    def _post(self, client: httpx.Client, question: Question) -> tuple[httpx.Response, bytes]:
-        """The response and its body, unpacked. AnswerError for a body that is too large, or packed in another way."""
-        path, content = self._path_and_content(question)
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        problem, body = "", bytearray()
-        with client.stream("POST", self.url + path, content=json.dumps(content).encode(), headers=headers) as response:
-            packed = response.headers.get("Content-Encoding", "identity").lower()
-            if packed not in ("identity", "gzip", "deflate"):
-                problem = f"the service's answer cannot be read: it is packed as {packed:.20}"
-            for chunk in () if problem else response.iter_bytes():
-                body += chunk
-                if len(body) > MOST_BYTES:
-                    problem = "the service's answer is larger than 1 MB"
-                    break
-        if problem:
-            raise AnswerError(problem) if response.status_code == 200 else refused(response, problem)
-        return response, bytes(body)
 
     def _path_and_content(self, question: Question) -> tuple[str, dict[str, Any]]:
         """A request in OpenAI's protocol, or in DashScope's own."""
         fields = {name: value for name, value in ({"seed": self.seed} | self.options).items() if value is not None}
-        kind = "text-generation"
-        system: Any = question.system
-        user: Any = question.text
+        kind, system, user = "text-generation", cast(Any, question.system), cast(Any, question.text)
         if question.image is not None:
             picture = data_uri(question.image)
             if self.native:
@@ -226,20 +192,13 @@ def shown(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _by_proxy(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in getproxies() or proxy_bypass(parts.hostname or ""):
-        return ""
-    return f" by the proxy in {parts.scheme.upper()}_PROXY; NO_PROXY={parts.hostname} goes without it"
-
-
 def refused(response: httpx.Response, details: str) -> AnswerError:
     """The meaning of an HTTP status: 408, 409, 429 and 5xx may pass; key, credit and model hold for every question."""
     status, retry_after, wait = response.status_code, response.headers.get("Retry-After", ""), 0.0
     no_credit = status == 402 or "quota" in details
-    with suppress(ValueError, TypeError):  # Retry-After may be a date, seconds or missing
+    with suppress(ValueError, TypeError):  # a date, seconds or nothing
         wait = parsedate_to_datetime(retry_after).timestamp() - time.time()
-    with suppress(ValueError):  # it was a date, or nothing
+    with suppress(ValueError):
         wait = float(retry_after)
     return AnswerError(
         f"the service answered {status} ({details})",
@@ -261,31 +220,29 @@ def text_of(values: Any) -> str:
     """The text of the first choice. AnswerError for one that is cut, refused, filtered or not there."""
     try:
         choice = values["choices"][0]
-        message, finish = choice["message"], FINISHES.get(str(choice.get("finish_reason")))
-        refusal, content = message.get("refusal"), message.get("content")
+        refusal, content = choice["message"].get("refusal"), choice["message"].get("content")
+        finish, error = choice.get("finish_reason"), _error_in(choice.get("error"))
     except (TypeError, LookupError, AttributeError):  # of another layout
         reason = _error_in(values)
         raise AnswerError(f"the service answered with an error ({reason})" if reason else NO_TEXT) from None
     if refusal:
         raise AnswerError(f"the model refused ({_error_in(refusal)})")
-    if finish:
-        raise AnswerError(" ".join(filter(None, [finish, _error_in(choice.get("error"))])))
+    if finish in BROKEN_OFF:
+        raise AnswerError(f"the answer was broken off ({finish}{': ' if error else ''}{error})")
     if isinstance(content, list):  # a multimodal one comes in parts
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
         content = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or not content.strip():
-        only_reasoning = message.get("reasoning_content") or message.get("reasoning")
-        raise AnswerError("the answer holds reasoning and no prompt" if only_reasoning else NO_TEXT)
+        raise AnswerError(NO_TEXT)
     return content
 
 
 def data_uri(path: Path) -> str:
     """The image as a PNG within the request: RGB, at most `IMAGE_AREA` pixels, aspect kept."""
     image = open_image(path)
-    scale = (IMAGE_AREA / (image.width * image.height)) ** 0.5
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Resampling.BICUBIC)
+    if (scale := (IMAGE_AREA / (image.width * image.height)) ** 0.5) < 1:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

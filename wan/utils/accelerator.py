@@ -54,21 +54,6 @@ class Accelerator:
         free, _ = self.api.mem_get_info(self.device)
         return int(free + self.api.memory_reserved(self.device) - self.api.memory_allocated(self.device))
 
-    @property
-    def bytes_of_others(self) -> int:
-        """Memory that other processes and the drivers hold."""
-        if not self.has_memory:
-            return 0
-        free, total = self.api.mem_get_info(self.device)
-        return int(total - free - self.api.memory_reserved(self.device))
-
-    def reset_peak_bytes(self) -> int:
-        """Start to measure the peak of allocated bytes; the bytes allocated now."""
-        if not self.has_memory:
-            return 0
-        self.api.reset_peak_memory_stats(self.device)
-        return int(self.api.memory_allocated(self.device))
-
     def limit_memory(self, size: int | None) -> None:
         """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
         if self.has_memory:
@@ -97,7 +82,8 @@ class Accelerator:
         Not under WSL and on virtual GPUs, whose drivers lack what it needs: a first allocation decides.
         """
         release = Path("/proc/sys/kernel/osrelease")
-        if not release.exists() or "microsoft" in release.read_text().lower() or allocator_setting():
+        chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()  # by the user
+        if not release.exists() or "microsoft" in release.read_text().lower() or chosen:
             return
         configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
         configure = configure or torch.cuda.memory._set_allocator_settings
@@ -125,12 +111,6 @@ class Accelerator:
     def record_event(self) -> torch.Event | None:
         """An event behind all work issued to the device so far; None where each operation ends before the next."""
         return self.api.current_stream(self.device).record_event() if self.has_memory else None
-
-
-def allocator_setting() -> str:
-    """The user's setting of PyTorch's allocator, as NAME=VALUE; "" without one. PyTorch 2.8 renamed the variable."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return next((f"{name}={os.environ[name]}" for name in names if name in os.environ), "")
 
 
 def gpu_kind() -> str:

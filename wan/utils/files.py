@@ -21,6 +21,10 @@ from typing import Any, NamedTuple
 LONGEST_NAME = 255  # bytes of one name: the limit of the file systems of Linux, and not above those of the others
 LONGEST_PATH = 4095
 PRIVATE = "wan-lightning-"  # begin of the name of a folder for temporary files
+STAND_INS = (  # how files begin that are often taken for others -> their kind, and the remedy
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
+    (rb"\s*<(!doctype\s+html|html)", "an HTML page, such as a login or error page; download the file again"),
+)
 PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 
 
@@ -105,6 +109,14 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write `path` whole, text as UTF-8, or leave it as it was."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def stand_in(path: Path) -> str | None:
+    """Names what the start of a file shows it to be, and the remedy; None if it shows none of `STAND_INS`."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(512)
+    return next((meaning for sign, meaning in STAND_INS if re.match(sign, start, re.IGNORECASE)), None)
 
 
 def _part(path: Path, token: str) -> Path:
