@@ -56,11 +56,9 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
     In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given)."""
     kind = path.suffix.lower()
     if kind not in (*TEXT, *JSON_LINES, *TABLES):
-        kinds = ".txt (one prompt per line), .jsonl, .csv or .tsv (rows)"
-        problems.append(f"--prompt_file {path}: a prompt file is a {kinds}, not {kind}; write it as one")
+        problems.append(f"--prompt_file {path}: a prompt file is a .txt, .jsonl, .csv or .tsv, not {kind}; write one")
         return []
-    text = _read_text(path, "--prompt_file", problems)
-    if text is None:
+    if (text := _read_text(path, "--prompt_file", problems)) is None:
         return []
     before, lines = len(problems), enumerate(map(str.strip, text.split("\n")), 1)
     filled = [(f"{path} line {number}", line) for number, line in lines if line]
@@ -72,8 +70,7 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
         rows = [Row(line, source) for source, line in filled]
         problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
         if any(_json_list(each, r"[\[{]") for each in (text, *(row.prompt for row in rows))):
-            form = f"a .jsonl file, with one object such as {EXAMPLE} per line"
-            problems.append(f"--prompt_file {path}: holds JSON, not one prompt per line; write {form}")
+            problems.append(f"--prompt_file {path}: holds JSON, not one prompt per line; write a .jsonl file")
     if not rows and len(problems) == before:
         problems.append(f"--prompt_file {path}: the prompt file holds no prompt")
     return rows

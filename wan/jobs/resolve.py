@@ -204,8 +204,7 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
         if not (path.is_dir() or place(given)):
             check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
     except OSError as e:
-        no_way = "there is no permission to reach it" if isinstance(e, PermissionError) else "no such folder"
-        check.problem(f"--ckpt_dir {given}: {no_way}")
+        check.problem(f"--ckpt_dir {given}: cannot be reached ({e.strerror})")
     return path
 
 

@@ -40,8 +40,7 @@ class Generation:
         """Write the H.264 file that the command line writes, with the record in it and beside it."""
         with VideoWriter(Path(file), self.fps) as writer:
             writer.write(self.video)
-            size = writer.size or (0, 0)
-            writer.finish({**self.record, **outcome(writer.path, writer.frames, size, self.fps)})
+            writer.finish({**self.record, **outcome(writer.path, writer.frames, writer.size or (0, 0), self.fps)})
 
 
 class Session:

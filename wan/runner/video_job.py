@@ -30,7 +30,6 @@ from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.locks import LockedElsewhere, locked
 from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
-MICROSECONDS = 1_000_000
 # The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
 Event = tuple[str, dict[str, Any]]
 # Flags that lower the memory of a stage.
@@ -212,7 +211,7 @@ def copy_together(
 ) -> None:
     """Copy `clips`, which follow each other, into `joined`, of `frames` frames. JobError if one does not follow."""
     listing = make_part(joined)
-    second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
+    second = math.ceil(1e6 / fps) / 1e6  # where the second frame is; the list counts in microseconds
     try:
         with listing.open("w", encoding="utf-8") as file:
             file.write("ffconcat version 1.0\n")
