@@ -229,7 +229,8 @@ def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> 
     progress.event("summary", counts)
     progress.say(progress.table())
     folders = sorted({str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined")})
-    where = f" in {', '.join(folders)}" if folders else ""
+    more = f" and {len(folders) - 1} more folders" if folders[1:] else ""
+    where = f" in {folders[0]}{more}" if folders else ""
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count) + where)
     for kind, facts in events if jobs > 1 else ():
         if kind in FAILURES:
