@@ -23,8 +23,7 @@ OTHER_NAMES: dict[str, str] = {
     "--ckpt_dir": "model model_path model_id checkpoint", "--sample_solver": "solver sampler scheduler",
     "--sample_steps": "steps num_inference_steps", "--sample_guide_scale": "cfg guidance guidance_scale",
     "--sample_shift": "shift flow_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
-    "--offload_model": "offload cpu_offload", "--save_dir or --save_file": "output out o output_dir save_path",
-    "--overwrite": "force y", "--debug": "verbose v",
+    "--save_dir or --save_file": "output out o output_dir save_path", "--overwrite": "force y", "--debug": "verbose v",
 }  # fmt: skip
 OTHER_TASK = "this toolkit does not make videos by S2V, Animate or VACE"
 # Why there is no such flag.

@@ -139,7 +139,6 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
 
 
 def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
-    # again: another video with the same settings follows
     team, progress = pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
