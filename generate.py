@@ -140,8 +140,9 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
+    axes = [text.partition("=")[0] for text in outcome.request.sweep or ()][:2]
     if page:
-        progress.say(f"gallery: {team.broadcast(lambda: write_page(page))}")
+        progress.say(f"gallery: {team.broadcast(lambda: write_page(page, axes))}")
     return FAILED if failed else 0
 
 

@@ -21,7 +21,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.configs import TASKS
 from wan.media.images import i2v_tensor, open_image
 from wan.modules.vae import WanVAE
-from wan.offload.reader import load
+from wan.offload.reader import Source, load
 
 SHAPES = ROOT / "examples" / "shapes"
 FLAGS = ["--task", "i2v-A14B", "--ckpt_dir", str(SHAPES / "Wan2.2-I2V-A14B"), "--lora_dir", str(SHAPES / "lora-i2v"),
@@ -42,7 +42,7 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 def main() -> None:
     print(machine())
     part = open_checkpoint(SHAPES / "Wan2.2-I2V-A14B", TASKS["i2v-A14B"]).vae
-    vae = load(part.module, part.weights, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+    vae = load(part.module, Source(part.weights, lambda _: torch.float32), torch.device("cpu"))
     vae.use_channels_last()
     rows = [["video", "the mp4's frame, encoded", "the decoded frame, encoded", "the last latent as a first"]]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -29,6 +29,7 @@ from wan.distributed.fsdp import load_sharded
 from wan.distributed.mesh import Layout, make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.modules.model import Prompt, WanModel
+from wan.offload.reader import Source
 from wan.planning.time_estimate import NetworkSizes, sent_bytes
 
 LAYOUTS = [Layout(2, 2), Layout(4, 4), Layout(2, 1, 2), Layout(4, 2, 2)]
@@ -64,7 +65,7 @@ def count(layout: Layout, rank: int, network: NetworkSizes, tokens: int, file: P
     with torch.device("meta"):
         model = model_of(network)
     if file:
-        model = load_sharded(model, TensorStore.open(file), mesh=mesh, home=device, dtype=lambda _: torch.bfloat16)
+        model = load_sharded(model, Source(TensorStore.open(file), lambda _: torch.bfloat16), mesh, device)
     else:
         model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
     split_tokens(model, mesh)

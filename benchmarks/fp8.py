@@ -102,10 +102,10 @@ def by_step(plan: Plan, slots: int, file: str) -> list[int]:
     numbers: dict[str, list[int]] = {}
     for name, part in plan.checkpoint.experts.items():
         model = part.module
-        grouping = group(model, parameter_dtypes(plan.dtype, False, model))
-        numbers[name] = [len(block_bytes) + block for block in grouping.block_of]
+        _, blocks, block_of, _ = group(model, parameter_dtypes(plan.dtype, False, model))
+        numbers[name] = [len(block_bytes) + block for block in block_of]
         stored = file_bytes(model, file)
-        block_bytes += [sum(stored[each] for each in names) for names in grouping.blocks]
+        block_bytes += [sum(stored[each] for each in names) for names in blocks]
     for index, step in enumerate(plan.steps):
         uses += numbers[step.expert]
         step_of += [index] * len(numbers[step.expert])

@@ -46,7 +46,7 @@ def measure(path: Path) -> tuple[float, float]:
     source = Source(open_gguf(path), lambda _: torch.bfloat16)
     pieces = list(source.pieces(source.store))
     before, most, values, start = resident(), 0.0, 0, time.process_time()
-    for _, tensor in read_ahead(pieces, max(piece.bytes for piece in pieces)):
+    for _, tensor in read_ahead(pieces):
         values, most = values + tensor.numel(), max(most, resident())
     return 1e9 * (time.process_time() - start) / values, most - before
 

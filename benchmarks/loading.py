@@ -58,14 +58,14 @@ def write_text_encoder(path: Path, layers: int) -> None:
 def load_transformer(path: Path) -> torch.nn.Module:
     store = TensorStore.open(path)
     layers = sum(name.endswith(".modulation") for name in store) - 1
-    return load(transformer(layers), store, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False))
+    return load(transformer(layers), Source(store, parameter_dtypes(torch.bfloat16, False)), CPU)
 
 
 def load_text_encoder(path: Path) -> torch.nn.Module:
     store = open_pickle(path)
     with torch.device("meta"):
         module = UMT5Encoder.from_shapes(store.shapes)
-    return load(module, store, home=CPU, dtype=lambda _: torch.float32)
+    return load(module, Source(store, lambda _: torch.float32), CPU)
 
 
 def load_naively(path: Path) -> torch.nn.Module:

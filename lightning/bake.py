@@ -35,8 +35,7 @@ from wan.modules.fused import FP8
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, LoraError
-from wan.utils.files import parse_json
-from wan.utils.locks import LockedElsewhere, locked
+from wan.utils.files import LockedElsewhere, locked, parse_json
 
 OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
 

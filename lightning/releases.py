@@ -19,7 +19,7 @@ from wan.checkpoints.hub import exists
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import SPARSE
 from wan.configs import SIZE_CONFIGS, TASKS
-from wan.utils.errors import LoraError, in_one_line
+from wan.utils.errors import LoraError, first_line
 from wan.utils.files import parse_json
 
 RECORD = "bake.json"  # inside a baked checkpoint: sources, settings, sha256 of every shard
@@ -114,7 +114,7 @@ def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
         record["shards"] = dict(record["shards"])
         _recorded_release(record)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise LoraError(f"{file} cannot be used ({in_one_line(e)}); bake again, or remove it") from e
+        raise LoraError(f"{file} cannot be used ({first_line(e)}); bake again, or remove it") from e
     return record
 
 

@@ -39,7 +39,7 @@ from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.jobs.prompt_files import KEYS, read_rows, text_problem
 from wan.media.video import read_record
-from wan.offload.reader import load
+from wan.offload.reader import Source, load
 from wan.utils.errors import InputError
 
 SECONDS = 120.0  # for one case; a tenth of a second is usual, but machines do other work
@@ -249,7 +249,7 @@ def expert_case(rng: random.Random, folder: Path) -> None:
         save_file(state, plain)
     path.write_bytes(damaged_safetensors(plain.read_bytes(), rng))
     part = open_checkpoint(checkpoint(TASK), config_of(TASK), {"low": path}).experts["low"]
-    load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
+    load(part.module, Source(part.weights, lambda _: torch.float32), CPU)
 
 
 def checkpoint_case(rng: random.Random, folder: Path) -> None:
@@ -274,7 +274,7 @@ def checkpoint_case(rng: random.Random, folder: Path) -> None:
     try:
         opened = open_checkpoint(good, config_of(TASK))
         for part in (*opened.experts.values(), opened.text_encoder, opened.vae):
-            load(part.module, part.weights, home=CPU, dtype=lambda _: torch.float32)
+            load(part.module, Source(part.weights, lambda _: torch.float32), CPU)
         if max(opened.tokenizer("a cat 猫")) >= len(opened.tokenizer):
             raise Unmeant("tokens outside the table")
     finally:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import generate
-from tests.support import TINY
+from tests.support import TINY, command, read_frames
 from wan import gallery
 from wan.gallery import check_page, write_page
 from wan.media.images import save_contact_sheet
@@ -311,3 +312,24 @@ def test_a_thousand_videos_in_a_browser(browser: Any, tmp_path: Path, size: tupl
     assert view.title() == "Videos"
     assert trouble == []
     assert {url.split(":")[0] for url in asked} == {"file"}
+
+
+def test_a_grid_of_two_options_with_its_montage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["--sweep", "lora_strength=0.5,1", "--sweep", "base_seed=1,2", "--gallery"]
+    assert generate.main(command("t2v-A14B", "--save_dir", str(tmp_path), *sweep)) == 0
+    page = (tmp_path / "index.html").read_text()
+    table = json.loads(re.search(r'id="table">(.*?)</script>', page)[1])
+    assert (table["columns"], table["rows"]) == (["0.5", "1"], ["1", "2"])
+    assert [[cell["options"]["lora_strength"] for cell in row] for row in table["cells"]] == [["0.5", "1"]] * 2
+    assert table["cells"][0][0]["metrics"] == "equal"
+    assert "dB" in table["cells"][1][1]["metrics"]
+    frames = read_frames(tmp_path / "grid.mp4")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (frames.shape[2], frames.shape[1])
+    assert gallery.main(["--grid", "x=base_seed", "y=lora_strength", str(tmp_path)]) == 0
+    assert json.loads(re.search(r'id="table">(.*?)</script>', (tmp_path / "index.html").read_text())[1])["columns"] == [
+        "1", "2",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert gallery.main(["--grid", "x=seed", "y=lora_strength", str(tmp_path)]) == 2
+    assert "--grid" in capsys.readouterr().err

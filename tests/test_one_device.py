@@ -93,7 +93,7 @@ def open_on_meta(
 def test_nothing_is_on_two_devices(
     task: str, lora_mode: str | None, offload: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
+    monkeypatch.setattr("wan.offload.prefetcher.CopyStream", WatchedStream)
     image = None if task == "t2v-A14B" else Image.open(TINY / "input.png").convert("RGB")
     for dtype, samplings, tiles in RUNS:
         pipe = open_on_meta(task, dtype, lora_mode, offload, room)
@@ -115,7 +115,7 @@ def test_nothing_is_on_two_devices(
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks."""
-    monkeypatch.setattr("wan.offload.prefetcher.copy_stream", lambda _: WatchedStream())
+    monkeypatch.setattr("wan.offload.prefetcher.CopyStream", WatchedStream)
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
     monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
     pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from wan.utils.errors import need_packages
 if __name__ == "__main__":
     need_packages()
 
-from wan.cli.options import Request
+from wan.cli.options import VARIED, Request
 from wan.configs import TASKS
 from wan.media.video import CONTAINERS, read_record
-from wan.utils.argument_parser import Parser
+from wan.utils.argument_parser import Parser, not_one_of
 from wan.utils.errors import InputError, WanError, print_errors
 from wan.utils.files import Beside, write_file
 from wan.utils.progress import tell
@@ -47,12 +48,16 @@ def check_page(folder: Path) -> None:
         raise InputError(f"{page} already exists and is no gallery page; move it away, or choose another folder")
 
 
-def write_page(folder: Path) -> Path:
-    """Write the page over the videos in `folder` and below it; return its path. InputError, WanError."""
+def write_page(folder: Path, axes: Sequence[str] = ()) -> Path:
+    """Write the page over the videos in `folder` and below it; return its path. InputError, WanError.
+
+    axes: one or two options whose values become the columns and rows of a table of videos, and a montage of it.
+    """
     check_page(folder)
     entries, unread = find_entries(folder)
+    grid = _grid(folder, entries, axes) if axes else None
     page, text = folder / PAGE, TEMPLATE.read_text(encoding="utf-8")
-    for name, data in (("entries", entries), ("unread", unread)):
+    for name, data in (("entries", entries), ("unread", unread), ("grid", grid)):
         shown = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(HARMLESS)
         text = text.replace(f"[/* {name} */]", shown)
     try:
@@ -61,6 +66,34 @@ def write_page(folder: Path) -> Path:
     except OSError as e:
         raise WanError(f"{page}: the gallery page cannot be written ({e.strerror})") from e
     return page
+
+
+def _grid(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, Any] | None:
+    """The newest video of each pair of values, with PSNR and SSIM to the first; also written as grid.mp4 and .png."""
+    from wan.media.montage import compare, save_montage
+
+    across, down = (*axes, "")[:2]
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in reversed(entries):
+        if "options" in entry:
+            kept[entry["options"].get(across, "default"), entry["options"].get(down, "default" if down else "")] = entry
+    if not kept:
+        return None
+    columns, rows = ([*dict.fromkeys(key[axis] for key in sorted(kept, key=_natural))] for axis in (0, 1))
+    first = kept[min(kept, key=_natural)]
+    files = {key: folder / entry["file"] for key, entry in kept.items()}
+    found = {files[key]: compare(files[key], folder / first["file"]) for key in kept}
+    cells = [[(f"{across} {x} {down} {y}".rstrip(), files.get((x, y))) for x in columns] for y in rows]
+    frames = min(entry["frames"] for entry in kept.values())
+    save_montage(cells, (first["width"], first["height"]), frames, first["fps"], folder / "grid.mp4")
+    shown = [[kept[x, y] | {"metrics": found[files[x, y]]} if (x, y) in kept else None for x in columns] for y in rows]
+    return {"across": across, "down": down, "columns": columns, "rows": rows, "cells": shown}
+
+
+def _natural(key: tuple[str, str]) -> tuple[tuple[float, str], ...]:
+    """Sorts numbers by value, other values by letter."""
+    number = r"-?\d+(\.\d+)?"
+    return tuple((float(value) if re.fullmatch(number, value) else math.inf, value) for value in reversed(key))
 
 
 def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -91,7 +124,8 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         "file": beside.video.relative_to(folder).as_posix(),
         "video": address(beside.video), "record": address(beside.record),
         "sheet": address(beside.sheet) if beside.sheet.is_file() else "",
-        "width": width, "height": height, "middle": _finite(frames / fps / 2),  # seconds
+        "width": width, "height": height, "frames": int(frames), "fps": fps,
+        "middle": _finite(frames / fps / 2),  # seconds
         "finished": str(record["finished"]),
     }  # fmt: skip
     length = f"{frames:g} frames, {frames / fps:.1f} s"
@@ -104,6 +138,8 @@ def _entry(folder: Path, record: dict[str, Any], beside: Beside) -> dict[str, An
         job, seconds = record["job"], _finite(sum(map(_finite, record["seconds"].values())))
         # the seed as text: JavaScript's numbers end at 2^53
         entry |= {"prompt": str(job["prompt"]), "seed": str(job["seed"]), "seconds": seconds}
+        values = {name: record["request"][name] for name in VARIED if name in record["request"]}
+        entry["options"] = {name: str(value) for name, value in values.items()} | {"base_seed": str(job["seed"])}
         settings |= _video_settings(record)
         settings["replay"] = shlex.join(["python", "generate.py", "--replay", str(beside.video)])
     return {**entry, "settings": {name: str(value) for name, value in settings.items() if value not in ("", None)}}
@@ -148,11 +184,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "Write one page over the videos in a folder and below it: with prompts, seeds and settings."
     parser = Parser(prog="python -m wan.gallery", description=text)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")
+    grid = "a table of the videos by two options, such as --grid x=lora_strength y=base_seed, and a montage"
+    parser.add_argument("--grid", metavar=("x=NAME", "y=NAME"), nargs=2, default=[], help=grid)
     try:
-        folder = parser.read(sys.argv[1:] if argv is None else argv).folder
+        given = parser.read(sys.argv[1:] if argv is None else argv)
+        folder, axes = given.folder, [axis.removeprefix("x=").removeprefix("y=") for axis in given.grid]
+        if odd := [axis for axis in axes if axis not in VARIED]:
+            raise InputError(f"--grid {not_one_of('', odd[0], VARIED)}")
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
-        tell(sys.stdout, f"{write_page(folder)}\n")
+        tell(sys.stdout, f"{write_page(folder, axes)}\n")
     except WanError as e:
         return print_errors(e.problems)
     return 0

@@ -24,7 +24,7 @@ from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.build import open_plan
 from wan.planning.memory import plan_videos
 from wan.sampling import Video
-from wan.utils.accelerator import Accelerator, gpu_or_cpu
+from wan.utils.accelerator import Accelerator, gpu_kind, gpus
 from wan.utils.progress import Progress
 
 
@@ -53,7 +53,8 @@ class Original(Pipeline):
         values = {
             "task": self.task, "ckpt_dir": str(checkpoint_dir), "lora_dir": lora_dir and str(lora_dir),
             "t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "t5_cpu": t5_cpu, "offload_model": init_on_cpu,
-            "convert_model_dtype": convert_model_dtype, "device": str(device or gpu_or_cpu(device_id)),
+            "convert_model_dtype": convert_model_dtype,
+            "device": str(device or (f"{gpu_kind()}:{device_id}" if gpus() else "cpu")),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
         request = with_quality(Request(**read_all({**values, **more}, check.problems)), more)

@@ -347,12 +347,11 @@ class Pipeline(ABC):
 
     def load(self, module: Module, source: Source, home: torch.device, report: Report, *, sharded: bool) -> Module:
         """`module` with its weights on `home`, or with this process's shards of them."""
-        how: dict[str, Any] = {"home": home, "dtype": source.dtype, "merge": source.merge, "report": report}
         if not sharded or self.mesh.shards is None:
-            return load(module, source.store, **how)
+            return load(module, source, home, report)
         from wan.distributed.fsdp import load_sharded  # takes seconds to import
 
-        return load_sharded(module, source.store, mesh=self.mesh, **how)
+        return load_sharded(module, source, self.mesh, home, report)
 
     @contextmanager
     def _loading(self, name: str, sources: Iterable[Source], *, sharded: bool = False) -> Iterator[Report]:

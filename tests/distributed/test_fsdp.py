@@ -24,7 +24,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Mesh
 from wan.distributed.ulysses import split_tokens
 from wan.modules.model import Prompt, WanModel
-from wan.offload.reader import Store, load, parameter_dtypes
+from wan.offload.reader import Source, load, parameter_dtypes
 from wan.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -35,12 +35,16 @@ def open_tiny(task: str) -> OpenCheckpoint:
 
 
 def load_share(
-    module: torch.nn.Module, store: Store, mesh: Mesh, dtype: Callable[[str], torch.dtype], **more: Any
+    module: torch.nn.Module,
+    store: TensorStore,
+    mesh: Mesh,
+    dtype: Callable[[str], torch.dtype],
+    merge: Merge | None = None,
 ) -> Any:
     """This rank's part of the weights; all of them in a process alone."""
     if mesh.shards is None:
-        return load(module, store, home=CPU, dtype=dtype, **more)
-    return load_sharded(module, store, mesh=mesh, home=CPU, dtype=dtype, **more)
+        return load(module, Source(store, dtype, merge), CPU)
+    return load_sharded(module, Source(store, dtype, merge), mesh, CPU)
 
 
 def load_expert(dtype: torch.dtype, mesh: Mesh, split: bool) -> WanModel:
@@ -48,7 +52,7 @@ def load_expert(dtype: torch.dtype, mesh: Mesh, split: bool) -> WanModel:
     part = open_tiny("t2v-A14B").experts["high"]
     merge = Merge([Lora.open(lora_dir("t2v-A14B") / "high_noise_model.safetensors")], part.weights.shapes)
     dtypes = parameter_dtypes(dtype, convert_all=False)
-    model = load_share(part.module, part.weights, mesh, dtypes, merge=merge)
+    model = load_share(part.module, part.weights, mesh, dtypes, merge)
     if split:
         split_tokens(model, mesh)
     return model
@@ -142,7 +146,7 @@ def test_a_torch_too_old_for_shards_on_a_cpu_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
     part = open_tiny("t2v-A14B").experts["high"]
     with pytest.raises(InputError, match=r"on a CPU need PyTorch 2\.7 or newer, this is 2\.6\.0"):
-        load_sharded(part.module, part.weights, mesh=Mesh(), home=CPU, dtype=lambda _: torch.float32)
+        load_sharded(part.module, Source(part.weights, lambda _: torch.float32), Mesh(), CPU)
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 4), (3, 4), (8, 4), (9, 4), (6, 4), (5, 2)])
@@ -189,7 +193,7 @@ def load_and_count(runtime: Runtime, file: Path) -> tuple[int, int]:
     fully_shard(torch.nn.Linear(8, 8), mesh=mesh.shards)  # what its first call takes is code, not weights
     watch = PeakMemory()
     watch.start()
-    load_sharded(module, TensorStore.open(file), mesh=mesh, home=CPU, dtype=lambda _: torch.float32)
+    load_sharded(module, Source(TensorStore.open(file), lambda _: torch.float32), mesh, CPU)
     watch.done.set()
     return sum(count), watch.peak
 

@@ -1,6 +1,7 @@
 """Tokens divided over ranks give the numbers of one process: attention alone, and whole forwards."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks.counters import CostCounter
 from tests.distributed.ranks import mesh_of, run_ranks
 from tests.support import relative_error
-from wan.distributed import ring, ulysses
+from wan.distributed import ulysses
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout
 from wan.distributed.ulysses import SequenceAttention, SequenceSplit, exchange_bytes, split_tokens
@@ -130,10 +131,9 @@ def test_what_a_ring_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors of logarithms are a tenth."""
     layout = Layout(4, 1, 4)
     mesh = cast(Any, SimpleNamespace(layout=layout, ulysses=None, ring="a group", ring_rank=0))
-    monkeypatch.setattr(ring, "_passed_on", lambda *_: nullcontext())
-    monkeypatch.setattr(
-        ring, "attention_and_weight", lambda q, *_: (torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32))
-    )
+    monkeypatch.setattr(ulysses, "_passed_on", lambda *_: nullcontext())
+    weights = partial(torch.empty, dtype=torch.float32)
+    monkeypatch.setattr(ulysses, "attention_and_weight", lambda q, *_: (torch.empty_like(q), weights(q.shape[:2])))
     with torch.device("meta"):
         q, k, v = (torch.empty(300, 8, 128, dtype=torch.bfloat16) for _ in range(3))
         attend = SequenceAttention(SelfAttention(1024, 8, 1e-6), mesh)

@@ -19,7 +19,7 @@ from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
 from wan.modules.vae import WanVAE, released_vae
 from wan.modules.vae_layers import Region
-from wan.offload.reader import load
+from wan.offload.reader import Source, load
 from wan.planning.memory import plan_video
 from wan.utils.errors import JobError
 
@@ -32,7 +32,7 @@ def vae_of(task: str) -> WanVAE:
     store = open_pickle(checkpoint(task) / config_of(task).vae_checkpoint)
     with torch.device("meta"):
         vae = WanVAE.from_shapes(store.shapes)
-    return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+    return load(vae, Source(store, lambda _: torch.float32), torch.device("cpu"))
 
 
 def latent_of(vae: WanVAE, grid: tuple[int, int] = GRID) -> Tensor:
@@ -138,8 +138,7 @@ def decode_and_fail(runtime: Runtime, failing: int, after: int) -> str:
 
 class Failing:
     def __init__(self, vae: WanVAE, after: int) -> None:
-        self.decode_features = vae.decode_features
-        self.decode_region: Callable[..., object] = lambda *_: self.fail(vae, after)
+        self.decode: Callable[..., object] = lambda *_: self.fail(vae, after)
 
     def fail(self, vae: WanVAE, after: int) -> object:
         features = vae.decode_features(latent_of(vae), chunk=1)

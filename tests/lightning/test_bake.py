@@ -29,7 +29,7 @@ from wan.configs.precision import keeps_float32
 from wan.jobs.resolve import resolve
 from wan.modules.fused import FP8
 from wan.modules.model import WanModel
-from wan.offload.reader import load, parameter_dtypes
+from wan.offload.reader import Source, load, parameter_dtypes
 from wan.utils.errors import InputError, LoraError, TensorFileError
 
 SHARD = 100_000
@@ -82,8 +82,8 @@ def test_in_fp8_it_is_what_a_run_in_fp8_makes(with_lora: bool, tmp_path: Path) -
         file = tmp_path / "out" / where[expert] / INDEX
         dtype = parameter_dtypes(torch.bfloat16, False, model)
         merge = Merge(loras.get(expert, ()), stores[expert].shapes)
-        merged = load(model, stores[expert], home=CPU, dtype=dtype, merge=merge)
-        baked = load(model, as_ours(TensorStore.open(file), EXPERT, str(file)), home=CPU, dtype=dtype)
+        merged = load(model, Source(stores[expert], dtype, merge), CPU)
+        baked = load(model, Source(as_ours(TensorStore.open(file), EXPERT, str(file)), dtype), CPU)
         expected = dict(merged.named_parameters())
         assert {p.dtype for p in expected.values()} == {torch.bfloat16, torch.float32, FP8}
         for name, found in baked.named_parameters():

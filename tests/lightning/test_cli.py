@@ -227,7 +227,7 @@ def test_a_style_leaves_the_checkpoint_what_it_is(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (["--sample_steps", "0"], "--sample_steps 0 is out of range"),
-        (["--sample_shift", "nan"], "--sample_shift must be a finite number from 0.01 to 100, not nan"),
+        (["--sample_shift", "nan"], "--sample_shift nan is out of range: must be between 0.01 and 100"),
         (["--sample_guide_scale", "1,2,3"], "takes one number or two with a comma between, not '1,2,3'"),
         (["--sample_guide_scale", "x"], "takes one number or two"),
         (["--preset", "seko"], "no preset 'seko'"),

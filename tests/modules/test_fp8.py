@@ -16,7 +16,7 @@ from wan.modules import fp8
 from wan.modules.fp8 import Fp8Linear, in_fp8, multiplies_fp8, product_error, shared, why_unpacked, working_bytes
 from wan.modules.fused import EAGER, FP8, compiled, quantise
 from wan.modules.model import Prompt, WanModel
-from wan.offload.reader import load, parameter_dtypes
+from wan.offload.reader import Source, load, parameter_dtypes
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def with_fp8_weights(model: WanModel, file: Path) -> WanModel:
     save_file(dict(model.named_parameters()), file)
     model = model.to("meta")
     model.use_fp8(kept=0)
-    return load(model, TensorStore.open(file), home=CPU, dtype=parameter_dtypes(torch.bfloat16, False, model))
+    return load(model, Source(TensorStore.open(file), parameter_dtypes(torch.bfloat16, False, model)), CPU)
 
 
 def test_a_cpu_unpacks() -> None:

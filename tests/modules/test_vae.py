@@ -16,7 +16,7 @@ from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manif
 from wan.checkpoints.pth_file import open_pickle
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
 from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Region, RMSNorm, convolve, doubling
-from wan.offload.reader import load
+from wan.offload.reader import Source, load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
 KINDS = {"2.1": (16, 8, 8, False), "2.2": (48, 8, 12, True)}
@@ -189,7 +189,7 @@ def trained() -> WanVAE:
     store = open_pickle(SHAPES / "Wan2.1_VAE.pth")
     with torch.device("meta"):
         vae = WanVAE.from_shapes(store.shapes)
-    return load(vae, store, home=torch.device("cpu"), dtype=lambda _: torch.float32)
+    return load(vae, Source(store, lambda _: torch.float32), torch.device("cpu"))
 
 
 def test_bf16_decode_stays_near_and_encode_stays_the_same() -> None:

@@ -150,7 +150,7 @@ def test_constant_tail_is_counted_from_the_layers() -> None:
 def test_tiles_decode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tuple[int, int]) -> None:
     latent = random_latent(vae, 2, *grid)
     parts = list(vae.decode(latent, 1, tiles))
-    assert [part.shape[1] for part in parts] == [4, 1]
+    assert [part.shape[1] for part in parts] == [1, 4]
     assert_same(torch.cat(parts, dim=1), whole(vae, latent))
 
 

@@ -63,7 +63,7 @@ def merge_of(folder: Path) -> Merge:
 
 def loaded(store: TensorStore, merge: Merge | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     model = blueprint()
-    model = load(model, store, home=CPU, dtype=parameter_dtypes(dtype, False, model), merge=merge)
+    model = load(model, Source(store, parameter_dtypes(dtype, False, model), merge), CPU)
     return dict(model.named_parameters())
 
 
@@ -134,7 +134,7 @@ def test_streamed_weights_are_those_of_a_whole_load(slots: int, with_lora: bool,
             y = streamed(x, 500.0, Prompt(torch.ones(3, 8)))
     assert seen.keys() == {name for name in whole if name.startswith("blocks.")}
     assert all(same(seen[name], whole[name]) for name in seen)
-    again = load(blueprint(), store, home=CPU, dtype=parameter_dtypes(torch.float32, False, model), merge=merge)
+    again = load(blueprint(), Source(store, parameter_dtypes(torch.float32, False, model), merge), CPU)
     with torch.no_grad():
         assert torch.equal(again(x, 500.0, Prompt(torch.ones(3, 8))), y)
 
@@ -205,7 +205,7 @@ def test_nan_in_an_fp8_file_is_found(wrong: str, tmp_path: Path) -> None:
 
 def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None:
     store, model, lora = store_of(tmp_path, weights()), blueprint(), lora_of(tmp_path)
-    model = load(model, store, home=CPU, dtype=parameter_dtypes(torch.bfloat16, False, model))
+    model = load(model, Source(store, parameter_dtypes(torch.bfloat16, False, model)), CPU)
     x = torch.randn(6, 32).bfloat16()
     plain = model.blocks[2].self_attn.q(x)
     add_adapters(model, [lora])

@@ -232,7 +232,7 @@ def wanted(file: Path, count: int) -> list[Tensor]:
 
 
 def test_streaming_equals_a_plain_load(file: Path) -> None:
-    model = load(blueprint(), TensorStore.open(file), home=CPU, dtype=lambda _: torch.float32)
+    model = load(blueprint(), Source(TensorStore.open(file), lambda _: torch.float32), CPU)
     x = torch.linspace(-1, 1, 4 * 2 * 4 * 4).reshape(4, 2, 4, 4)
     with torch.no_grad():
         want = model(x, 500.0, Prompt(torch.ones(3, 8)))
@@ -567,7 +567,7 @@ def texts() -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_text_encoder_streams(slots: int | None, dtype: torch.dtype) -> None:
     part = open_checkpoint(checkpoint(TASK), config_of(TASK)).text_encoder
-    whole = load(part.module, part.weights, home=CPU, dtype=lambda _: dtype)
+    whole = load(part.module, Source(part.weights, lambda _: dtype), CPU)
     encode = text_encoder(part.module, Source(part.weights, lambda _: dtype), CPU, slots)
     with torch.no_grad():
         want = [whole([ids])[0] for ids in texts()]

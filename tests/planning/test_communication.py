@@ -9,11 +9,13 @@ from safetensors.torch import save_file
 
 from benchmarks.communication import count, model_of
 from tests.distributed.ranks import mesh_of, run_ranks, sharded
+from wan.cli.options import Request
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, device_problems, flag_conflicts, layout_problems
+from wan.distributed.mesh import Layout, device_problems, layout_problems
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
 from wan.jobs.job import Job
+from wan.planning.build import flag_conflicts
 from wan.planning.memory import plan_video
 from wan.planning.plan import video_kind
 from wan.planning.report import process_lines
@@ -32,16 +34,16 @@ SMALL = NetworkSizes(dim=64, ffn_dim=96, num_heads=8, num_layers=3)
         (Layout(16, 8, 2), 40, True, ""),
         (Layout(6, 3), 24, True, ""),
         (Layout(8, 3), 40, False, "--ulysses_size 3: must divide the 8 processes and the model's 40 heads; "
-            "legal: 1, 2, 4 or 8"),
+            "legal: 1, 2, 4, 8"),
         (Layout(6, 6), 40, False, "--ulysses_size 6: must divide the 6 processes and the model's 40 heads; "
-            "legal: 1 or 2"),
+            "legal: 1, 2"),
         (Layout(16, 16), 40, False, "--ulysses_size 16: must divide the 16 processes and the model's 40 heads; "
-            "legal: 1, 2, 4 or 8"),
+            "legal: 1, 2, 4, 8"),
         (Layout(8, 8, 2), 40, False, "--ulysses_size 8: must divide the 8 processes / --ring_size 2 and the model's "
-            "40 heads; legal: 1, 2 or 4"),
-        (Layout(8, 1, 3), 40, False, "--ring_size 3: must divide the 8 processes; legal here: 1, 2, 4 or 8"),
+            "40 heads; legal: 1, 2, 4"),
+        (Layout(8, 1, 3), 40, False, "--ring_size 3: must divide the 8 processes; legal here: 1, 2, 4, 8"),
         (Layout(8, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
-            "works alone: --ulysses_size 2, 4 or 8"),
+            "works alone: --ulysses_size 8"),
         (Layout(7, 1), 40, True, "--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each "
             "works alone: --ring_size 7"),
     ],
@@ -71,34 +73,28 @@ def test_devices_of_several_processes(device: str, processes: int, uses_gpus: bo
     assert expected in "".join(found)
 
 
-PLAIN = {
-    "ring": 1, "attention": "auto", "t5_fsdp": False, "t5_cpu": False, "dit_fsdp": False, "lora_mode": "merge",
-    "quantize": "none",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({}, ""),
-        ({"ring": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
-        ({"ring": 2, "attention": "flash3"}, "--attention flash3: a ring"),
+        ({"ring_size": 2, "attention": "sdpa", "t5_fsdp": True, "dit_fsdp": True}, ""),
+        ({"ring_size": 2, "attention": "flash3"}, "--attention flash3: a ring"),
         ({"t5_fsdp": True, "t5_cpu": True}, "--t5_fsdp and --t5_cpu exclude each other"),
         ({"dit_fsdp": True, "quantize": "fp8"}, "--quantize fp8: FSDP"),
-        ({"ring": 2, "attention": "sage"}, "--attention sage: a ring"),
-        ({"ring": 2, "quantize": "fp8"}, ""),
+        ({"ring_size": 2, "attention": "sage"}, "--attention sage: a ring"),
+        ({"ring_size": 2, "quantize": "fp8"}, ""),
         ({"dit_fsdp": True, "lora_mode": "adapter"}, "with --dit_fsdp use --lora_mode merge"),
     ],
 )
 def test_settings_that_exclude_each_other(given: dict, expected: str) -> None:
-    found = flag_conflicts(**(PLAIN | given))
+    found = flag_conflicts(Request(**given), given.get("lora_mode", "merge"))
     assert len(found) == bool(expected)
     assert expected in "".join(found)
 
 
 def places(runtime: Runtime) -> tuple[int, int, int, list[int]]:
     mesh = mesh_of(runtime, ulysses=1, ring=2)
-    return mesh.data_rank, mesh.ring_rank, mesh.sequence_rank, mesh.share(range(5))
+    return mesh.data_rank, mesh.ring_rank, mesh.team.rank, list(range(5))[mesh.data_rank :: mesh.layout.data]
 
 
 def test_neighbouring_ranks_share_a_video_and_jobs_are_dealt_out() -> None:

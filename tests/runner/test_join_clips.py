@@ -29,7 +29,7 @@ from wan.pipeline import Pipeline
 from wan.runner.video_job import copy_together
 from wan.sampling import Video
 from wan.utils.errors import InputError, JobError
-from wan.utils.locks import locked
+from wan.utils.files import locked
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a cat", "save_file": "a.mp4"},

@@ -19,8 +19,7 @@ from wan.planning.build import make_plan
 from wan.runner.batch import jobs_to_do
 from wan.runner.record import differences, read_latents, save_latents
 from wan.utils.errors import InputError, out_of_memory
-from wan.utils.files import Beside, make_part
-from wan.utils.locks import locked
+from wan.utils.files import Beside, locked, make_part
 
 
 def test_kept_latents_are_decoded_and_not_made_again(tmp_path: Path) -> None:

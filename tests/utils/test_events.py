@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import generate
+from benchmarks.documents import EVENT_PARTS, EVENTS
 from tests.prompt_extension.fake_services import FakeService
 from tests.support import checkpoint, lora_dir
 from wan.planning.time_estimate import ATTENTION, DISK, MATMUL, VAE, keep_rates
-from wan.utils.progress import EVENT_PARTS, EVENTS
 
 T2V = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--lora_dir", str(lora_dir("t2v-A14B")), "--size", "64*64",
        "--frame_num", "5", "--device", "cpu", "--json"]  # fmt: skip

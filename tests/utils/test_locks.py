@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.utils.test_files import run_python
-from wan.utils import locks
+from wan.utils import files
 from wan.utils.errors import JobError
-from wan.utils.files import make_part
-from wan.utils.locks import LockedElsewhere, clean_up, locked
+from wan.utils.files import LockedElsewhere, clean_up, locked, make_part
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from wan.utils.files import make_part
-from wan.utils.locks import locked
+from wan.utils.files import locked
 video = Path(sys.argv[1])
 with locked(video, print):
     make_part(video)
@@ -37,7 +36,7 @@ WORK = """
 import sys, time
 from pathlib import Path
 from wan.utils.files import replacing
-from wan.utils.locks import LockedElsewhere, locked
+from wan.utils.files import LockedElsewhere, locked
 folder = Path(sys.argv[1])
 todo = [folder / f"{n}.mp4" for n in range(int(sys.argv[2]))]
 def log(text):
@@ -212,7 +211,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int, operation:
 
 @pytest.mark.parametrize("operation", [fcntl.LOCK_EX, fcntl.LOCK_UN])
 def test_a_stale_file_handle_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int) -> None:
-    monkeypatch.setattr(locks, "PAUSE_SECONDS", 0)
     failing(monkeypatch, errno.ESTALE, 2, operation)
     with locked(tmp_path / "a.mp4", pytest.fail):
         pass
@@ -220,18 +218,17 @@ def test_a_stale_file_handle_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_file_system_that_stays_broken_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "PAUSE_SECONDS", 0)
     failing(monkeypatch, errno.ESTALE, 100, fcntl.LOCK_EX)
     with pytest.raises(JobError, match=r"\.a\.mp4\.lock"), locked(tmp_path / "a.mp4", pytest.fail):
         pass
 
 
-@pytest.mark.parametrize("number", sorted(locks.NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(files.NO_LOCKS))
 def test_without_locks_a_file_marks_the_video_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(locks, "_without_locks", set())
+    monkeypatch.setattr(files, "_without_locks", set())
     failing(monkeypatch, number, 10_000, fcntl.LOCK_EX)
     video = tmp_path / "a.mp4"
     for _ in range(2):
@@ -247,9 +244,9 @@ def test_without_locks_a_file_marks_the_video_and_it_is_said_once(
 def test_without_locks_a_killed_process_of_this_machine_is_known_by_its_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_without_locks", {tmp_path})
-    process = run_python(HOLD.replace("with locked", "locks._without_locks.add(video.parent)\nwith locked").replace(
-        "from wan.utils.locks", "from wan.utils import locks\nfrom wan.utils.locks"), tmp_path / "a.mp4")  # fmt: skip
+    monkeypatch.setattr(files, "_without_locks", {tmp_path})
+    process = run_python(HOLD.replace("with locked", "files._without_locks.add(video.parent)\nwith locked").replace(
+        "from wan.utils.files", "from wan.utils import files\nfrom wan.utils.files"), tmp_path / "a.mp4")  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LockedElsewhere), locked(tmp_path / "a.mp4", pytest.fail):

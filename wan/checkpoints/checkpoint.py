@@ -22,7 +22,7 @@ from wan.configs.task import PATCH
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
 from wan.modules.vae import WanVAE
-from wan.utils.errors import InputError, in_one_line
+from wan.utils.errors import InputError, first_line
 from wan.utils.files import parse_json
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -184,7 +184,7 @@ class _Opener:
             with torch.device("meta"):
                 module = build(store.shapes)
         except Exception as e:  # whatever PyTorch trips over in a file is the file's fault
-            raise InputError(f"{path}: {in_one_line(e)}") from e
+            raise InputError(f"{path}: {first_line(e)}") from e
         return _matched(module, store, str(path))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan.checkpoints.safetensors_file import AT_ONCE, DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
-from wan.utils.errors import TensorFileError, in_one_line
+from wan.utils.errors import TensorFileError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def open_pickle(path: Path) -> TensorStore:
                     raise zipfile.BadZipFile("compressed, or too large")
                 content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         except pickle.UnpicklingError as e:
-            raise misread(path, f"holds more than plain tensors ({in_one_line(e)}), or is damaged; not opened") from e
+            raise misread(path, f"holds more than plain tensors ({first_line(e)}), or is damaged; not opened") from e
     tensors = _find_tensors(path, content)
     if odd := [name for name in tensors if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan.utils.errors import InputError, TensorFileError, in_one_line
+from wan.utils.errors import InputError, TensorFileError, first_line
 from wan.utils.files import parse_json, stand_in
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def reading(path: Path, problem: str) -> Iterator[int]:
     except Exception as e:  # parsers raise anything on a damaged file; each becomes one error that names the file
         if isinstance(e, OSError) and e.errno is not None:  # from the file system; a library's own has no number
             raise
-        raise misread(path, f"{problem} ({in_one_line(e)})") from e
+        raise misread(path, f"{problem} ({first_line(e)})") from e
 
 
 def misread(path: Path, problem: str) -> TensorFileError:

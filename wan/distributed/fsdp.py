@@ -1,8 +1,8 @@
 """Weights sharded over the ranks of a sequence group with PyTorch's FSDP2.
 
-A block's weights are gathered when it runs and dropped after it. Every parameter is cut along its first axis; a rank
-reads only its rows of each tensor, and a LoRA is merged on those rows. Each parameter has its final dtype before it is
-sharded, and there is no mixed-precision policy: that would cast what enters a block, the timestep's rows included.
+A block's weights are gathered when it runs. Every parameter is cut along its first axis; a rank reads only its rows,
+and a LoRA is merged on those. Each parameter has its final dtype before it is sharded, and there is no mixed-precision
+policy: that would cast what enters a block, the timestep's rows included.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning.merge import Merge
 from wan.distributed.mesh import Mesh, Team
-from wan.offload.reader import Source, Store, read_ahead
+from wan.offload.reader import Source, read_ahead
 from wan.utils.errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,14 +27,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @torch.no_grad()
 def load_sharded(
-    module: Module,
-    store: Store,
-    *,
-    mesh: Mesh,
-    home: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    merge: Merge | None = None,
-    report: Callable[[int], None] = lambda _: None,
+    module: Module, source: Source, mesh: Mesh, home: torch.device, report: Callable[[int], None] = lambda _: None
 ) -> Module:
     """Like `wan.offload.reader.load`, for this rank's rows of the weights. `module` has a list named `blocks`."""
     if home.type == "cpu" and torch.__version__ < "2.7":
@@ -43,7 +35,7 @@ def load_sharded(
     assert mesh.shards is not None, "a rank alone loads whole weights"
     module = copy.deepcopy(module).eval().requires_grad_(False)
     for name, parameter in module.named_parameters():
-        parameter.data = parameter.data.to(dtype(name))
+        parameter.data = parameter.data.to(source.dtype(name))
     for unit in _units(module):
         # the root stays gathered after a forward by default; torch before 2.8 needs the hook below, too
         fully_shard(unit, mesh=mesh.shards, reshard_after_forward=not _is_vector(unit))
@@ -53,14 +45,11 @@ def load_sharded(
     module.register_forward_pre_hook(partial(_gather_vectors, mesh.team))  # after FSDP's own, which readies the root
     module.to_empty(device=home)
     shards = dict(module.named_parameters())
-    rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.sequence_rank) for name, p in shards.items()}
+    rows = {name: shard_rows(p.shape[0], mesh.layout.sequence, mesh.team.rank) for name, p in shards.items()}
     mine = [name for name, share in rows.items() if share.start < share.stop]
-    source = Source(store, dtype, merge)
-    pieces = list(source.pieces(mine, rows.__getitem__))
-    for piece, tensor in read_ahead(pieces, max((piece.bytes for piece in pieces), default=0), home):
+    for piece, tensor in read_ahead(list(source.pieces(mine, rows.__getitem__)), home):
         report(tensor.nbytes)
-        shard = shards[piece.name]
-        assert isinstance(shard, DTensor), "fully_shard makes every parameter one"
+        shard = cast("DTensor", shards[piece.name])  # fully_shard makes every parameter one
         source.place(piece, tensor, {piece.name: shard.to_local()}, rows[piece.name].start)
     return module
 
@@ -98,10 +87,8 @@ def _is_vector(unit: nn.Module) -> bool:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules to shard, inner ones first: each block and the rest; in each, layers of another dtype by themselves.
-
-    FSDP2 before torch 2.8 takes one dtype per unit.
-    """
+    """The modules to shard, inner ones first: each block and the rest; in each, layers of another dtype by themselves:
+    FSDP2 before torch 2.8 takes one dtype per unit."""
     blocks = list(module.get_submodule("blocks").children())
     for unit in [*blocks, module]:
         parts = [part for name, part in unit.named_modules() if unit is not module or not name.startswith("blocks.")]

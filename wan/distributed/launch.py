@@ -1,7 +1,7 @@
 """How the processes of one run start, connect and end. One process alone is the plain case.
 
-torchrun, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, starts the processes. When one
-fails, the others notice by their closed connections and end, too. Imports torch only for many processes.
+torchrun, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, starts them. When one fails, the
+others notice by their closed connections and end, too. Imports torch only for many processes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ from wan.utils.progress import tell
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-CONNECT_LIMIT = timedelta(minutes=10)  # for all processes to start
-GLOO_REST = 0.2  # seconds for gloo's threads to release their last tensors; without them torch 2.13 aborts at exit
-# Only process 1 says this: process 0 keeps the store (or torchrun's agent does), and nobody can ask who failed.
-KEEPER_LOST = "error: process 1 lost process 0, which was killed or crashed if it does not say itself why it ended\n"
-LAST_QUESTION = 5.0  # seconds for the store to say who failed first: its process may hang
-
 
 @dataclass(frozen=True)
 class Runtime:
@@ -47,15 +41,11 @@ class Runtime:
     @classmethod
     def start(cls) -> Runtime:
         """Connect to the processes that the environment names. InputError: it is incomplete; WanError: none come."""
-        size = _number("WORLD_SIZE", 1)
-        if size == 1:
+        if (size := _number("WORLD_SIZE", 1)) == 1:
             return cls()
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise InputError(
-                f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}; "
-                "start the processes with torchrun, or have the launcher set RANK, MASTER_ADDR and MASTER_PORT, too"
-            )
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            lack = f"the environment has WORLD_SIZE={size}, but not {', '.join(missing)}"
+            raise InputError(f"{lack}; start the processes with torchrun")
         # torch's C++ code warns of each closed connection; our own line says what matters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch.distributed as dist
@@ -66,7 +56,7 @@ class Runtime:
 
         rank, limit = _number("RANK", 0), patience()
         try:
-            store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_LIMIT))
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=10)))
             # a restarted run may find the store of the first attempt
             store = PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             uses_gpus = _take_gpu(store, rank, size)
@@ -103,11 +93,12 @@ class Runtime:
         error = (error.__cause__ or error) if isinstance(error, Broken) else error
         first = ThreadPoolExecutor(1).submit(self.store.add, "failed", 1)
         try:
-            words = _last_words(self.team.rank, error) if first.result(LAST_QUESTION) == 1 else ""
-        except TimeoutError:  # two messages are better than none
+            words = _last_words(self.team.rank, error) if first.result(timeout=5) == 1 else ""
+        except TimeoutError:  # the store's process hangs: two messages are better than none
             words = _last_words(self.team.rank, error)
-        except RuntimeError:  # the store is gone with the process that kept it
-            words = KEEPER_LOST if self.team.rank == 1 and _is_connection(error) else ""
+        except RuntimeError:  # the store is gone with process 0; that nobody can ask who failed, only one says
+            lost = "process 1 lost process 0, which was killed or crashed if it does not say itself why it ended"
+            words = f"error: {lost}\n" if self.team.rank == 1 and _is_connection(error) else ""
         if words:
             tell(sys.stderr, words)
             tell_launcher(words.splitlines()[-1])
@@ -116,7 +107,7 @@ class Runtime:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work, as Ctrl-C does; torchrun sends one to the others when one process has failed."""
+    """A signal ended the work; torchrun sends one to the others when one process has failed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -124,11 +115,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def launch(work: Callable[[Runtime], int]) -> int:
-    """Run `work` on every process; return the worst of its exit codes.
-
-    An exception from `work` ends all processes; without others it is simply raised. SIGTERM and SIGHUP end the work as
-    Ctrl-C does, with its clean-up and its messages.
-    """
+    """Run `work` on every process; return the worst of its exit codes. An exception from it ends all processes.
+    SIGTERM and SIGHUP end the work as Ctrl-C does, with its clean-up and its messages."""
 
     def stop(number: int, _: Any) -> NoReturn:
         raise Stopped(number)
@@ -142,7 +130,7 @@ def launch(work: Callable[[Runtime], int]) -> int:
 
         try:
             code = max(runtime.team.gather(work(runtime)))
-            time.sleep(GLOO_REST)
+            time.sleep(0.2)  # for gloo's threads to release their last tensors: else torch 2.13 aborts at exit
             dist.destroy_process_group()
             return code
         except BaseException as error:  # noqa: BLE001 - also an interrupt must end the others
@@ -163,7 +151,7 @@ def interrupts_held() -> Iterator[None]:
 def _handled(
     handler: Callable[[int, Any], None], names: Sequence[str], replaces: Callable[[Any], bool]
 ) -> Iterator[None]:
-    """Context manager: `handler` handles those of the signals whose present handler it `replaces`."""
+    """`handler` handles those of the signals whose present handler it `replaces`."""
     main = threading.current_thread() is threading.main_thread()  # no other thread may set one
     numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
     earlier = {number: signal.signal(number, handler) for number in numbers if replaces(signal.getsignal(number))}
@@ -175,7 +163,7 @@ def _handled(
 
 
 def tell_launcher(sentence: str) -> None:
-    """Write why this process failed where torchrun's report takes it from."""
+    """Write why this process failed for torchrun's report."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the run prints the reason itself; torchrun's report only repeats it
@@ -204,8 +192,8 @@ def _number(name: str, default: int) -> int:
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
     """Take this process's own GPU. False if there are fewer GPUs than processes.
 
-    Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then the processes that see the same
-    GPUs on the same machine are counted. A process that alone sees its GPU takes number 0, whatever its rank.
+    Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then those that see the same GPUs on the
+    same machine are counted. One that alone sees its GPU takes number 0, whatever its rank.
     """
     import torch
 
@@ -214,10 +202,9 @@ def _take_gpu(store: Store, rank: int, size: int) -> bool:
     place = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
     store.set(f"place {rank}", place)
     sharing = [other for other in range(size) if store.get(f"place {other}").decode() == place]
-    index, here = 0, 1
-    if len(sharing) > 1:
-        index = _number("LOCAL_RANK", sharing.index(rank))
-        here = _number("LOCAL_WORLD_SIZE", len(sharing))
+    alone = len(sharing) == 1
+    index = 0 if alone else _number("LOCAL_RANK", sharing.index(rank))
+    here = 1 if alone else _number("LOCAL_WORLD_SIZE", len(sharing))
     gpus = torch.get_device_module(gpu_kind())
     if gpus.device_count() < max(here, index + 1):
         return False
@@ -230,14 +217,13 @@ def _last_words(rank: int, error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "terminated\n" if isinstance(error, Stopped) else "interrupted\n"
     if _is_connection(error):  # all messages of gloo and NCCL about a time limit hold "time"
-        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[
-            0
-        ]  # without the C++ file and the advice
-        lost = f"lost another process, which was killed or crashed ({reason})"
-        if "timed out" in reason.lower() or "timeout" in reason.lower():
-            minutes = patience().total_seconds() / 60
-            lost = f"waited {minutes:g} minutes for another process, which hangs ({reason}; see {PATIENCE_VARIABLE})"
-        return f"error: process {rank} {lost}\n"
+        # without the C++ file and the advice
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]
+        lost = "lost another process, which was killed or crashed"
+        if re.search("timed out|timeout", reason, re.IGNORECASE):
+            minutes, reason = patience().total_seconds() / 60, f"{reason}; see {PATIENCE_VARIABLE}"
+            lost = f"waited {minutes:g} minutes for another process, which hangs"
+        return f"error: process {rank} {lost} ({reason})\n"
     if isinstance(error, WanError):
         return f"error: {error}\n"
     process, traceback = origin_of(error)
@@ -245,10 +231,7 @@ def _last_words(rank: int, error: BaseException) -> str:
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether the connection failed, not the work around it (no memory for a buffer).
-
-    PyTorch raises RuntimeError for gloo's failures and DistError for others.
-    """
+    """Whether the connection failed, not the work around it (no memory for a buffer)."""
     import torch.distributed as dist
 
     gloo = isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "Connection closed by peer" in str(error))

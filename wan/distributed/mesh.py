@@ -1,12 +1,10 @@
 """Processes that work together: their division data x ring x ulysses, how they exchange values and fail together.
 
-Ulysses is the innermost axis, then the ring; together they form a sequence group, whose ranks make one video. Sequence
-groups take different jobs. A sequence group has neighbouring ranks: on one machine wherever it fits. Imports torch only
-for many processes.
+Ulysses is the innermost axis, then the ring; together they form a sequence group of neighbouring ranks, which make one
+video. Sequence groups take different jobs. Imports torch only for many processes.
 
 An exchange is collective: all ranks enter it, or none does. A barrier before it says whether one has failed; if so, all
-leave the common work there and learn why. So no rank waits for an exchange that never comes, and a job that fails on
-one rank fails on all. A barrier is an all-reduce of one number between the CPUs: it waits for no GPU.
+leave the common work there and learn why. A barrier is an all-reduce between the CPUs: it waits for no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,11 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 PATIENCE_VARIABLE = "WAN_PATIENCE"
-PATIENCE_MINUTES = 60.0  # a network from a slow disk, a large file of prompts to extend
-ORIGIN = "origin"  # attribute of an exception that came from another process
 
 
 class Broken(BaseException):  # no Exception: nobody may go on after it
@@ -44,8 +39,8 @@ class PeerFailed(BaseException):  # no Exception: only `Team.all_or_none` may ca
 
 
 def patience() -> timedelta:
-    """How long a process waits for another one before it counts as lost: WAN_PATIENCE, in minutes. InputError."""
-    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_MINUTES))
+    """How long a process waits for another one: WAN_PATIENCE, in minutes. InputError."""
+    text = os.environ.get(PATIENCE_VARIABLE, "60")  # a network from a slow disk, a large file of prompts to extend
     try:
         limit = timedelta(minutes=float(text))
     except (ValueError, OverflowError):
@@ -82,7 +77,7 @@ class Team:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Context manager for a collective of all ranks and little else: an error inside ends the run."""
+        """For a collective of all ranks and little else: an error inside ends the run."""
         self.barrier()
         with unbroken():
             yield
@@ -100,9 +95,7 @@ class Team:
 
     def all_or_none(self, work: Callable[[], Result]) -> Result:
         """`work()` on every rank; if it fails on one, all ranks raise the error of the lowest rank that failed.
-
-        Inside it, all ranks make the same exchanges, and with no other process.
-        """
+        Inside it, all ranks make the same exchanges, and with no other process."""
         if self.group is None:
             return work()
         error: Exception | None = None
@@ -140,12 +133,12 @@ def unbroken() -> Iterator[None]:
 
 
 def origin_of(error: BaseException) -> tuple[int, str]:
-    """The process that raised an exception, perhaps another one, and its traceback; "" where the message is enough."""
+    """The process that raised an exception and its traceback; "" where the message is enough."""
     import torch
     import torch.distributed as dist
 
-    if hasattr(error, ORIGIN):
-        return getattr(error, ORIGIN)
+    if found := getattr(error, "origin", None):
+        return found
     many = dist.is_available() and dist.is_initialized()
     process = dist.get_rank() if many else 0
     if isinstance(error, WanError | OSError | MemoryError | torch.OutOfMemoryError):
@@ -160,7 +153,7 @@ def _portable(error: Exception) -> Exception:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs
         copy = JobError(f"{type(error).__name__}: {error}")
-    setattr(copy, ORIGIN, origin_of(error))
+    copy.origin = origin_of(error)  # type: ignore[attr-defined]  # from another process
     return copy
 
 
@@ -188,24 +181,22 @@ class Layout:
 
 
 def layout_problems(layout: Layout, heads: int, sharded: bool) -> list[str]:
-    """Why this layout is illegal for a model with `heads` attention heads, with the legal values.
-    sharded: over the ranks of a sequence group, which must then be at least two."""
+    """Why this layout is illegal, with the legal values. sharded: over the ranks of a sequence group."""
     world, ulysses, ring = layout.world, layout.ulysses, layout.ring
     if ring < 1 or world % ring:
-        return [f"--ring_size {ring}: must divide the {world} processes; legal here: {_listed(divisors(world))}"]
+        return [f"--ring_size {ring}: must divide the {world} processes; legal here: {str(divisors(world))[1:-1]}"]
     legal = [size for size in divisors(world // ring) if heads % size == 0]
     if ulysses not in legal:
-        share = f"the {world} processes" + (f" / --ring_size {ring}" if ring > 1 else "")
-        return [f"--ulysses_size {ulysses}: must divide {share} and the model's {heads} heads; legal: {_listed(legal)}"]
+        share = f"the {world} processes{f' / --ring_size {ring}' if ring > 1 else ''} and the model's {heads} heads"
+        return [f"--ulysses_size {ulysses}: must divide {share}; legal: {str(legal)[1:-1]}"]
     if sharded and layout.sequence == 1:
-        larger = [size for size in legal if size > 1]
-        hint = f"--ulysses_size {_listed(larger)}" if larger else f"--ring_size {world}"
+        hint = f"--ulysses_size {legal[-1]}" if legal[-1] > 1 else f"--ring_size {world}"
         return [f"--dit_fsdp and --t5_fsdp shard over the processes that share a video; here each works alone: {hint}"]
     return []
 
 
 def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> list[str]:
-    """Why these processes cannot use `device`. uses_gpus: each process has taken a GPU of its own."""
+    """Why these processes cannot use `device`. uses_gpus: each has taken a GPU of its own."""
     if layout.world == 1 or device.type == "cpu":
         return []
     from wan.utils.accelerator import Accelerator
@@ -221,28 +212,8 @@ def device_problems(layout: Layout, device: torch.device, uses_gpus: bool) -> li
     return []
 
 
-def flag_conflicts(
-    *, ring: int, attention: str, t5_fsdp: bool, t5_cpu: bool, dit_fsdp: bool, lora_mode: str, quantize: str
-) -> list[str]:
-    """The settings that exclude each other."""
-    rules = [
-        (ring > 1 and attention not in ("auto", "sdpa"),
-         f"--attention {attention}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
-        (t5_fsdp and t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
-        (dit_fsdp and quantize != "none",
-         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
-        (dit_fsdp and lora_mode == "adapter",
-         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
-    ]  # fmt: skip
-    return [problem for broken, problem in rules if broken]
-
-
 def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _listed(sizes: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
 @dataclass(frozen=True)
@@ -258,16 +229,8 @@ class Mesh:
     shards: DeviceMesh | None = None  # the same ranks, for FSDP
 
     @property
-    def sequence_rank(self) -> int:
-        return self.team.rank
-
-    @property
     def ring_rank(self) -> int:
         return self.team.rank // self.layout.ulysses
-
-    def share(self, items: Sequence[Item]) -> list[Item]:
-        """This sequence group's items: every data-th one."""
-        return list(items[self.data_rank :: self.layout.data])
 
     def same(self, x: Tensor) -> Tensor:
         """Rank 0's `x` on all ranks of the group: random numbers depend on the kind of GPU."""
@@ -281,7 +244,7 @@ class Mesh:
 
 def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
     """The groups of `layout` for tensors on a kind of device. Collective over all processes."""
-    data_rank, sequence_rank = divmod(rank, layout.sequence)
+    data_rank, own = divmod(rank, layout.sequence)
     if layout.sequence == 1:
         return Mesh(layout, data_rank)
     import torch.distributed as dist
@@ -292,7 +255,7 @@ def make_mesh(layout: Layout, device: str, rank: int) -> Mesh:
         return dist.new_subgroups_by_enumeration(members, timeout=patience(), backend=backend)[0]
 
     sequences = [range(first, first + layout.sequence) for first in range(0, layout.world, layout.sequence)]
-    team = Team(sequence_rank, layout.sequence, mine(sequences, "gloo"))
+    team = Team(own, layout.sequence, mine(sequences, "gloo"))
     sequence, heads = mine(sequences), layout.ulysses
     ulysses, ring = sequence if heads > 1 else None, sequence if layout.ring > 1 else None
     if ulysses and ring:

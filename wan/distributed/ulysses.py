@@ -1,26 +1,31 @@
-"""Ulysses sequence parallelism (arXiv 2309.14509), combined with a ring where the heads do not suffice.
+"""Sequence parallelism: Ulysses (arXiv 2309.14509), and a ring (arXiv 2310.01889) where the heads do not suffice.
 
 Shapes: L a rank's tokens, padding included (equal on all ranks), S = ranks x L, N heads, d head width, P Ulysses ranks,
 R ring ranks. A rank holds some tokens of all heads; for attention, all tokens of its Ulysses group and N / P heads.
+In a ring Lq are a rank's queries and Lk the keys that it holds now, perhaps none. Keys and values travel round the
+ranks, and partial results are merged: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i), in float32.
 
-Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out,
-and comes back as zeros that the final gather drops.
+Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from wan.distributed.mesh import Layout, Mesh
-from wan.distributed.ring import ring_attention
+from wan.distributed.mesh import Layout, Mesh, unbroken
 from wan.modules.model import SelfAttention, TokenSplit, WanModel
+
+aten = torch.ops.aten
 
 
 def split_tokens(model: WanModel, mesh: Mesh) -> None:
-    """Divide the tokens of every forward of `model` over the sequence group; the results are those of one process."""
+    """Divide the tokens of every forward of `model` over the sequence group."""
     if mesh.sequence is None:
         return
     model.tokens = SequenceSplit(mesh)
@@ -30,10 +35,10 @@ def split_tokens(model: WanModel, mesh: Mesh) -> None:
 
 
 class SequenceSplit(TokenSplit):
-    """Each rank has the same number of consecutive tokens; the last ranks may have padding."""
+    """Each rank has the same number of consecutive tokens, the last ones padding."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.rank, self.size = mesh, mesh.sequence_rank, mesh.layout.sequence
+        self.mesh, self.rank, self.size = mesh, mesh.team.rank, mesh.layout.sequence
 
     def span(self, total: int) -> tuple[int, int]:
         share = -(-total // self.size)
@@ -69,15 +74,17 @@ class SequenceAttention:
         out = self.attention.backend(q, k, v) if mesh.ring is None else ring_attention(q, k, v, real, mesh)
         if out.shape[0] < share:
             out = torch.cat([out, out.new_zeros(share - out.shape[0], *out.shape[1:])])
-        return out if mesh.ulysses is None else heads_to_tokens(out, mesh)
+        if mesh.ulysses is None:
+            return out
+        return rearrange(all_to_all(out.contiguous(), mesh), "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
 
 
 def exchange_bytes(layout: Layout, tokens: int, width: int, itemsize: int) -> int:
     """Peak bytes of attention over several ranks, beside a rank's queries, keys, values and their result.
 
-    tokens: of one rank. Ulysses holds three of these tensors while it sends and receives, or a result twice and what it
-    received. A ring holds, beside Ulysses' tensors, its keys and values and the next ones, the result of a step, and
-    four results in float32: the sum so far, both terms of the next sum, and the next sum.
+    tokens: of one rank. Ulysses holds three such tensors while it sends and receives, or a result twice and what it
+    received. A ring also holds its keys and values and the next ones, and the result of a step; in float32 the sum so
+    far, both terms of the next sum, and the next sum.
     """
     one = tokens * width * itemsize
     received = 3 * one if layout.ulysses > 1 else 0
@@ -97,14 +104,8 @@ def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: Mesh) -> tuple[Tensor
     return q, k, v
 
 
-def heads_to_tokens(x: Tensor, mesh: Mesh) -> Tensor:
-    """Inverse: [P L, N / P, d] -> [L, N, d]."""
-    received = all_to_all(x.contiguous(), mesh)
-    return rearrange(received, "(p l) n d -> l (p n) d", p=mesh.layout.ulysses)
-
-
 def all_to_all(send: Tensor, mesh: Mesh) -> Tensor:
-    """Send the r-th of P equal parts of `send` to rank r of the Ulysses group; return the received parts by rank."""
+    """Send the r-th of P equal parts to rank r of the Ulysses group; the received parts by rank."""
     received = torch.empty_like(send)
     with mesh.team.exchange():
         dist.all_to_all_single(received, send, group=mesh.ulysses)
@@ -116,3 +117,57 @@ def all_gather(out: Tensor, x: Tensor, mesh: Mesh) -> None:
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with mesh.team.exchange():
         collective(out, x, group=mesh.sequence)
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh: Mesh) -> Tensor:
+    """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of the ring.
+
+    tokens: how many each rank holds. The next keys travel while these are attended to.
+    """
+    size, rank = mesh.layout.ring, mesh.ring_rank
+    pairs = torch.stack([k, v])
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    weight = torch.full(q.shape[:2], -torch.inf, device=q.device)  # log-sum-exp of the keys in `out`
+    for step in range(size):
+        last = step + 1 == size
+        coming = pairs.new_empty(2, 0 if last else tokens[(rank - step - 1) % size], *pairs.shape[2:])
+        with nullcontext() if last else _passed_on(pairs, coming, mesh):
+            if pairs.shape[1] and q.shape[0]:
+                part, part_weight = attention_and_weight(q, pairs[0], pairs[1])
+                total = torch.logaddexp(weight, part_weight)
+                out = out * (weight - total).exp()[..., None] + part * (part_weight - total).exp()[..., None]
+                weight = total
+        pairs = coming
+    return out.to(q.dtype)
+
+
+@contextmanager
+def _passed_on(sent: Tensor, received: Tensor, mesh: Mesh) -> Iterator[None]:
+    """While the block runs, even if it fails, send to the next rank of the ring and receive from the one before."""
+    group, transfers = mesh.ring, []
+    assert group is not None, "called where there is a ring"
+    for direction, tensor, way in ((dist.isend, sent, 1), (dist.irecv, received, -1)):
+        if tensor.numel():
+            neighbour = dist.get_global_rank(group, (mesh.ring_rank + way) % mesh.layout.ring)
+            transfers.append(dist.P2POp(direction, tensor, neighbour, group))
+    with mesh.team.exchange():
+        started = dist.batch_isend_irecv(transfers) if transfers else []
+    try:
+        yield
+    finally:
+        with unbroken():
+            for transfer in started:
+                transfer.wait()
+
+
+def attention_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention [Lq, N, d], log-sum-exp float32 [Lq, N]) by a PyTorch kernel that returns both."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, weight = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype == torch.float32:  # flash kernels are 16-bit only; this one's second result is padded
+        out, weight = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        weight = weight[..., : q.shape[2]]
+    else:
+        out, weight = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out[0].transpose(0, 1), weight[0].transpose(0, 1)

@@ -7,10 +7,7 @@ from wan.distributed.launch import Runtime
 
 
 def init_distributed_group() -> None:
-    """Connect this process to the others that torchrun started, unless the script has done so or it is alone.
-
-    InputError, WanError: see `Runtime.start`.
-    """
+    """Connect this process to the others that torchrun started, unless the script has done so. See `Runtime.start`."""
     if dist.is_available() and not dist.is_initialized():
         Runtime.start()
 
@@ -20,6 +17,6 @@ def get_distributed_backend() -> str:
 
 
 def set_device(local_rank: int) -> None:
-    """Make this process's GPU the current one; nothing on a machine without GPUs."""
+    """Make this process's GPU the current one, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

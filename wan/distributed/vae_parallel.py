@@ -1,8 +1,7 @@
 """The video autoencoder over the ranks of a sequence group: each takes a region of the frame, with exact results.
 
-Shapes: L latent frames, h, w the latent grid, H, W the frame, t frames of a chunk, C channels.
-Every rank computes the layers that look at whole frames (attention, a few percent of the work). Each computes the
-layers that look at neighbouring pixels for its region alone, with the rim that convolutions reach into.
+Shapes: L latent frames, h, w the latent grid, H, W the frame, t frames of a chunk, C channels. Every rank computes the
+layers that look at whole frames (attention, a few percent of the work), the others for its region and their rim.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class SplitVAE:
     def __init__(self, vae: WanVAE, mesh: Mesh) -> None:
         assert mesh.sequence is not None, "a rank alone uses the WanVAE itself"
         self.vae, self.mesh = vae, mesh
-        self.rank, self.size = mesh.sequence_rank, mesh.layout.sequence
+        self.rank, self.size = mesh.team.rank, mesh.layout.sequence
         self.z_dim, self.stride, self.device = vae.z_dim, vae.stride, vae.conv2.weight.device
 
     def encode(
@@ -52,8 +51,7 @@ class SplitVAE:
     def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
 
-        tiles: rows and columns into which each rank divides its region, see `WanVAE.decode`. Every rank must run the
-        iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
+        Every rank must run the iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
         """
         height, width = latent.shape[-2:]
         regions, frame = divide(height, width, self.size), Region(0, height, 0, width).scaled(self.stride[1])
@@ -62,7 +60,8 @@ class SplitVAE:
         counts[0] -= 3
         parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
-            parts = self._decode_region(latent, regions[self.rank], chunk, tiles, counts)
+            region = regions[self.rank]
+            parts = self.vae.decode(latent, chunk, fitting(tiles, region), region)
         for part, count in zip(parts, counts, strict=True):
             received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
@@ -72,20 +71,7 @@ class SplitVAE:
                     target.copy_(flat[: target.numel()].view(target.shape))
                 yield video
 
-    @torch.no_grad()
-    def _decode_region(
-        self, latent: Tensor, region: Region, chunk: int, tiles: tuple[int, int], counts: list[int]
-    ) -> Iterator[Tensor]:
-        """One region's pixels in chunks of `counts` frames."""
-        features = self.vae.decode_features(latent, chunk)
-        if tiles == (1, 1):
-            yield from self.vae.decode_region(features, region, chunk)
-            return
-        for part in self.vae.decode_tiles(features, region, chunk, fitting(tiles, region)).split(counts, 1):
-            yield part.to(self.device)
-
     def _gather(self, sent: Tensor) -> list[Tensor]:
-        """Every rank's tensor on rank 0."""
         received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
         group = self.mesh.sequence
         assert group is not None
@@ -95,9 +81,9 @@ class SplitVAE:
 
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
-    """Peak bytes on the busiest of `ranks` that encode a clip, without the weights; approximate.
+    """Peak bytes on the busiest of `ranks` that encode a clip, without the weights; approximate. shape: L, h, w.
 
-    shape: L, h, w. At the end each rank holds the received features, the whole made of them, and the middle's results.
+    At the end each holds the received features, the whole made of them, and the middle's results.
     """
     regions = divide(*shape[1:], ranks)
     largest = max(regions, key=lambda region: region.area)
@@ -126,17 +112,14 @@ def fitting(tiles: tuple[int, int], region: Region) -> tuple[int, int]:
 
 
 def divide(height: int, width: int, ranks: int) -> list[Region]:
-    """At most one region of a grid per rank, by the division into rows and columns with the least work.
+    """At most one region of a grid per rank, by the division into rows and columns with the least work."""
+    frame = Region(0, height, 0, width)
 
-    Work counts a rim of three latent cells, that of the levels with most work.
-    """
-
-    def work(shape: tuple[int, int]) -> int:
-        regions = Region(0, height, 0, width).divided(*shape)
-        return max(region.grown(3, 3, Region(0, height, 0, width)).area for region in regions)
+    def work(shape: tuple[int, int]) -> int:  # with a rim of three latent cells, that of the levels with most work
+        return max(region.grown(3, 3, frame).area for region in frame.divided(*shape))
 
     shapes = [(r, c) for r in range(1, min(ranks, height) + 1) for c in range(1, min(ranks // r, width) + 1)]
-    return Region(0, height, 0, width).divided(*min(shapes, key=work))
+    return frame.divided(*min(shapes, key=work))
 
 
 def padded(x: Tensor, length: int) -> Tensor:

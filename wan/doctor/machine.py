@@ -21,7 +21,7 @@ import wan
 from wan.media.video import check_encoder, ffmpeg_command
 from wan.planning.build import compute_device
 from wan.utils.accelerator import Accelerator, gpus, host_bytes
-from wan.utils.errors import InputError, one_line
+from wan.utils.errors import InputError, first_line
 from wan.utils.progress import duration, quantity
 
 GOOD, WRONG, SKIPPED = "good", "WRONG", "skipped"
@@ -79,7 +79,7 @@ def examine(check: DoctorCheck, machine: Machine) -> Finding:
     try:
         found = check.run(machine)
     except Exception as e:  # noqa: BLE001 - drivers, kernels and foreign packages fail with any exception
-        found = Finding(WRONG, f"fails with {one_line(e, 300)}", check.advice)
+        found = Finding(WRONG, f"fails with {type(e).__name__}: {first_line(e)}", check.advice)
     return replace(found, name=check.name, seconds=time.perf_counter() - began)
 
 

@@ -18,7 +18,6 @@ from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, 
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
 
-REPEATS = 3
 PIECE = 8 << 20  # bytes of one read, about as large as those of the loading code
 VAE_ROOM = 12e9  # bytes for the larger of the two timed decodes
 EXCHANGE_SECONDS = 90.0
@@ -92,18 +91,17 @@ def disk_read(machine: Machine) -> Finding:
     """Write a file, drop it from the page cache, read it once from start to end."""
     size = 1 << 20 if machine.small else 1 << 28
     block, buffer = os.urandom(min(size, PIECE)), bytearray(PIECE)
-    with tempfile.NamedTemporaryFile(dir=machine.disk) as file:
+    with tempfile.TemporaryFile(dir=machine.disk, buffering=0) as file:
         for _ in range(size // len(block)):
             file.write(block)
-        file.flush()
         os.fsync(file.fileno())
         if dropped := hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with open(file.name, "rb", buffering=0) as reader:
-            began = time.perf_counter()
-            while reader.readinto(buffer):
-                pass
-            seconds = time.perf_counter() - began
+        file.seek(0)
+        began = time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        seconds = time.perf_counter() - began
     cache = "dropped from the page cache first" if dropped else "perhaps from the page cache"
     return _bytes(machine, {DISK: size / seconds}, f" ({machine.disk}; {cache})")
 
@@ -130,7 +128,7 @@ def interleaved(
 def _seconds(machine: Machine, work: Callable[[], object]) -> float:
     """Seconds of one call; a GPU gets several at a time, so that the wait for it does not count."""
     calls = 10 if machine.is_gpu else 1
-    (seconds,) = interleaved([lambda: [work() for _ in range(calls)]], repeats=REPEATS)
+    (seconds,) = interleaved([lambda: [work() for _ in range(calls)]], repeats=3)
     return seconds / calls
 
 

@@ -239,7 +239,7 @@ def save_contact_sheet(video: Path, frames: int) -> Path:
             width, height = (pictures.width - GAP) // columns, (pictures.height - GAP) // -(-count // columns)
             for place, n in enumerate(wanted):
                 left, top = GAP + place % columns * width, (place // columns + 1) * height - LINE
-                _write_text(pictures, f"{n / float(fps[1]):.2f} s", left, top)
+                write_text(pictures, f"{n / float(fps[1]):.2f} s", left, top)
             pictures.save(part, "PNG")
     return sheet
 
@@ -260,12 +260,12 @@ class Strip:
         sheet = Image.new("RGB", (len(self.pictures) * (width + GAP) - GAP, height + LINE))
         for index, earlier in enumerate(self.pictures):
             sheet.paste(earlier, (index * (width + GAP), 0))
-            _write_text(sheet, f"step {index + 1}", index * (width + GAP), height)
+            write_text(sheet, f"step {index + 1}", index * (width + GAP), height)
         with replacing(self.path) as part:
             sheet.save(part, "PNG")
 
 
-def _write_text(picture: Image.Image, text: str, left: int, top: int) -> None:
+def write_text(picture: Image.Image, text: str, left: int, top: int) -> None:
     """White letters with a black edge, readable on any picture."""
     font = ImageFont.load_default(10)
     ImageDraw.Draw(picture).text((left + 2, top), text, "white", font, stroke_width=1, stroke_fill="black")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.utils.errors import InputError, one_line
+from wan.utils.errors import InputError, first_line
 
 aten = torch.ops.aten
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,7 +115,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
         try:
             times[each] = _milliseconds(BACKENDS[each], device, dtype, heads, width)
         except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known
-            failed[each] = one_line(e)
+            failed[each] = first_line(e)
     if name in failed:
         raise InputError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
     reasons = [f"attention {each} is left out: {reason}" for each, reason in failed.items()]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.utils.errors import one_line
+from wan.utils.errors import first_line
 
 TAU, ALPHA = 2.5, 0.25  # of normalised attention guidance, as published for Wan
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
@@ -138,6 +138,6 @@ def choose_passes(device: torch.device, tokens: int, width: int, layers: int, fo
     try:
         compiled().add(*(torch.zeros(size, device=device) for size in ((16, width), (16, width), (width,))))
     except Exception as e:  # noqa: BLE001 - a compiler on the user's machine may fail in any way
-        return EAGER, f"warning: the passes between matrix products are not compiled ({one_line(e)})"
+        return EAGER, f"warning: the passes between matrix products are not compiled ({first_line(e)})"
     note = f"compiling the passes between matrix products: about {COMPILING} s, and {gain:.0f} s less in this run"
     return compiled(), note

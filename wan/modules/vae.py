@@ -176,18 +176,32 @@ class WanVAE(nn.Module):
     # Latents to pixels
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, chunk: int = 2, tiles: Tiles = (1, 1)) -> Iterator[Tensor]:
+    def decode(
+        self, latent: Tensor, chunk: int = 2, tiles: Tiles = (1, 1), region: Region | None = None
+    ) -> Iterator[Tensor]:
         """[z, L, h, w] -> chunks [3, t, H, W] float32 in [-1, 1], in order of time, 4L - 3 frames in all.
 
-        chunk: latent frames per call of the network: more is faster and takes more memory. tiles: see `decode_tiles`.
+        chunk: latent frames per call of the network: more is faster and takes more memory. region: of the latent grid.
+        tiles: rows and columns into which it is divided. Each is decoded for the whole clip before the next, with far
+        less memory and the same numbers. A GPU's pixels wait in host memory: its own is for work.
         """
-        frame = Region(0, latent.shape[-2], 0, latent.shape[-1])
-        frame.divided(*tiles)  # ValueError for tiles that do not fit, before any work
+        region = region or Region(0, latent.shape[-2], 0, latent.shape[-1])
+        divided = region.divided(*tiles)  # ValueError for tiles that do not fit, before any work
         features = self.decode_features(latent, chunk)
         if tiles == (1, 1):
-            yield from self.decode_region(features, frame, chunk)
+            yield from self.decode_region(features, region, chunk)
             return
-        for part in self.decode_tiles(features, frame, chunk, tiles).split(4 * chunk, dim=1):
+        frame = region.scaled(self.stride[1])
+        device = torch.device("cpu") if features.device.type == "cuda" else features.device
+        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, device=device)
+        for tile in divided:
+            target, start = tile.scaled(self.stride[1]).cut(video.movedim(0, -1), frame), 0
+            for part in self.decode_region(features, tile, chunk):
+                target[start : start + part.shape[1]] = part.movedim(0, -1)
+                start += part.shape[1]
+        counts = [4 * len(part) for part in features.split(chunk)]
+        counts[0] -= 3  # the first frame stands alone
+        for part in video.split(counts, dim=1):
             yield part.to(features.device)
 
     @torch.no_grad()
@@ -211,19 +225,6 @@ class WanVAE(nn.Module):
             pixels = self.decoder.finish(part, region, state)
             pixels = rearrange(pixels, "t h w (c q p) -> c t (h p) (w q)", p=self.patch, q=self.patch)
             yield pixels.float().clamp_(-1, 1)
-
-    def decode_tiles(self, features: Tensor, region: Region, chunk: int, tiles: Tiles) -> Tensor:
-        """The region's pixels [3, T, rows, columns], made in rows and columns of `tiles`: each is decoded for the whole
-        clip before the next, with far less memory and the same numbers. A GPU's pixels wait in host memory."""
-        frame = region.scaled(self.stride[1])
-        device = torch.device("cpu") if features.device.type == "cuda" else features.device
-        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, device=device)
-        for tile in region.divided(*tiles):
-            target, start = tile.scaled(self.stride[1]).cut(video.movedim(0, -1), frame), 0
-            for part in self.decode_region(features, tile, chunk):
-                target[start : start + part.shape[1]] = part.movedim(0, -1)
-                start += part.shape[1]
-        return video
 
     def decode_peak(
         self, shape: tuple[int, int, int, int], chunk: int = 2, tiles: Tiles = (1, 1), region: Region | None = None

@@ -2,10 +2,7 @@
 
 A block is a group of weights that is used together. A use is one block at work in one forward; a job's steps give the
 list of its uses. A slot holds one block. While a block is at work, those of the next `ahead` uses are in their slots or
-on their way, so the last `ahead` blocks before a use are never evicted for it.
-
-Belady's rule chooses the block to evict (the one whose next use is farthest ahead), which loads least. The usual cases
-follow from it: everything stays, one network hands its slots to the next, most blocks stream through two slots.
+on their way. Belady's rule evicts the block whose next use is farthest ahead, which loads least.
 """
 
 from __future__ import annotations
@@ -19,12 +16,10 @@ from functools import partial
 from wan.offload.reader import PIECE_BYTES
 
 AHEAD = 2  # uses; 1 would do if every read took as long as the last
-# Blocks that wait beside decoding leave this multiple of its predicted peak: 1.24 to 1.28 of it was reserved. A few
-# blocks fewer cost nothing; an allocation that fails stops the device to return what is unused.
+# Blocks that wait beside decoding leave this multiple of its predicted peak, of which 1.24 to 1.28 was reserved.
 BESIDE_DECODING = 1.35
 LEAST_SLOTS = 2  # with one, every read waits for the block before it
-# A piece on its way through a device: as float32 (a file may hold bf16), its product with the LoRAs, and their sum.
-TRANSIT_BYTES = 6 * PIECE_BYTES
+TRANSIT_BYTES = 6 * PIECE_BYTES  # a piece on its way: as float32, its product with the LoRAs, and their sum
 MARGIN = 0.02  # of the free memory: rounding of allocations
 FLOOR_BYTES = 500_000_000  # of the free memory at least, else the allocator often fails, returns memory and tries again
 POOLS_BYTES = 256 << 20  # unused memory that PyTorch's allocator holds at a peak; each of two streams has a pool
@@ -32,7 +27,7 @@ POOLS_BYTES = 256 << 20  # unused memory that PyTorch's allocator holds at a pea
 
 @dataclass(frozen=True)
 class Sizes:
-    """One network's weights on the device. block_bytes: of the largest block; resident: bytes that are in no block."""
+    """One network's weights. block_bytes: of the largest block; resident: bytes that are in no block."""
 
     blocks: int
     block_bytes: int
@@ -69,7 +64,7 @@ class Budget:
 
     @property
     def problem(self) -> str | None:
-        """Why the run does not fit, and which flags help; None if it fits."""
+        """Why the run does not fit, and which flags help."""
         if self.peak <= self.free:
             return None
         stage = max(self.peaks, key=self.peaks.__getitem__)
@@ -100,7 +95,6 @@ class Budget:
         return sizes.blocks if self.slots >= sizes.blocks else self.slots - min(AHEAD, self.slots - 1) - 1
 
     def _placement(self, sizes: Sizes) -> str:
-        """Slots serve one expert at a time; the last step of one hands them to the next."""
         if self.resident:
             return "all blocks stay"
         if self.slots >= sizes.blocks:
@@ -129,13 +123,13 @@ def fit(
     vae: int = 0,
     vae_stays: bool = False,
 ) -> Budget:
-    """The budget with as many slots as fit, at least `LEAST_SLOTS`; its `problem` says whether that is too many.
+    """The budget with as many slots as fit, at least `LEAST_SLOTS`. All in bytes.
 
-    free: bytes of the device that the run may use, or `--vram`. activations, decode, image: bytes that a forward,
-    decoding and encoding an image need beside weights. text: None if the encoder runs elsewhere. keep: everything stays
-    (`--offload_model False`). vae: bytes of its weights; where blocks stream, they leave while denoising unless
-    vae_stays. second_pass: further bytes if both passes of a guided step go through the blocks together; 0: no step is
-    guided. They do so where blocks stream: each then comes once a step, which saves more than the slots that it costs.
+    free: of the device, or `--vram`. activations, decode, image: what a forward, decoding and encoding an image need
+    beside weights. text: None if the encoder runs elsewhere. keep: everything stays (`--offload_model False`). vae: its
+    weights; where blocks stream, they leave while denoising unless vae_stays. second_pass: what it takes more if both
+    passes of a guided step go through the blocks together; 0: none is guided. They do where blocks stream: each then
+    comes once a step, which saves more than the slots that it costs.
     """
     total = sum(sizes.blocks for sizes in experts.values())
     resident = sum(sizes.resident for sizes in experts.values())
@@ -183,20 +177,12 @@ class Move:
 
 @dataclass
 class _Stay:
-    """One block in one slot, up to its last use there."""
-
-    block: int | None
     slot: int
     after: int = 0  # uses that must be over before the slot may be written again
 
 
 def schedule(
-    uses: Sequence[int],
-    slots: int,
-    held: Mapping[int, int] | None = None,
-    *,
-    again: bool = True,
-    ahead: int = AHEAD,
+    uses: Sequence[int], slots: int, held: Mapping[int, int] | None = None, *, again: bool = True, ahead: int = AHEAD
 ) -> list[Move]:
     """The moves of one job, in the order in which they are needed.
 
@@ -214,22 +200,21 @@ def schedule(
             return known[index]
         return known[0] + len(uses) if known and again else math.inf
 
-    here = {block: _Stay(block, slot) for block, slot in (held or {}).items()}
-    over = [_Stay(None, slot) for slot in sorted(set(range(slots)) - {stay.slot for stay in here.values()})]
+    here = {block: _Stay(slot) for block, slot in (held or {}).items()}
+    over = [_Stay(slot) for slot in sorted(set(range(slots)) - {stay.slot for stay in here.values()})]
     brought: list[tuple[int, _Stay]] = []
     for index, block in enumerate(uses):
         if block not in here:
             if len(here) == slots:
                 over.append(here.pop(max(here, key=partial(next_use, start=max(0, index - ahead)))))
-            here[block] = _Stay(block, -1)
+            here[block] = _Stay(-1)
             brought.append((index, here[block]))
         here[block].after = index + 1
-    # Each takes the slot that is free first, whoever was evicted for it: the number of loads is the same, and reads
-    # start earlier. Sorted, the k-th slot is free in time for the k-th load because any k of them were.
+    # Each takes the slot that is free first, whoever was evicted for it: reads start earlier. Sorted, the k-th slot is
+    # free in time for the k-th load because any k of them were.
     over.sort(key=lambda stay: stay.after)
     moves = []
     for (index, stay), evicted in zip(brought, over, strict=False):
-        assert stay.block is not None
         stay.slot = evicted.slot
-        moves.append(Move(stay.block, stay.slot, index, evicted.after))
+        moves.append(Move(uses[index], stay.slot, index, evicted.after))
     return moves

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of th
 
 
 class Streamed(Residency):
-    """A network whose units come in the prefetcher's blocks. block_of: the prefetcher's block number of each unit."""
+    """A network whose units come in blocks. block_of: the prefetcher's block number of each unit."""
 
     def __init__(self, prefetcher: Prefetcher, block_of: Sequence[int]) -> None:
         self.prefetcher, self.block_of = prefetcher, block_of
@@ -36,10 +36,7 @@ class Streamed(Residency):
 
 class Networks(Generic[Network]):
     """Networks by name, on `device`, their blocks in slots that all of them share; no slots before `resize`.
-
-    modules: (module on the meta device, its weights); the module stays as it is, `models` are copies. Weights that are
-    in no block are loaded at once and stay.
-    """
+    modules: (module on the meta device, its weights); `models` are copies. Weights in no block are loaded at once."""
 
     def __init__(
         self,
@@ -57,17 +54,16 @@ class Networks(Generic[Network]):
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
                 model.token_embedding = FileTable(source, TABLE, device)
-            found = group(model, source.dtype)
-            fill(model, source, found.resident, device, report)
-            self._resident[name] = found.resident
-            self._block_of[name] = [len(blocks) + block for block in found.block_of]
-            blocks += [BlockWeights(model, source, names) for names in found.blocks]
+            self._resident[name], grouped, block_of, _ = group(model, source.dtype)
+            fill(model, source, self._resident[name], device, report)
+            self._block_of[name] = [len(blocks) + block for block in block_of]
+            blocks += [BlockWeights(model, source, names) for names in grouped]
         self.prefetcher = Prefetcher(blocks, device, stream)
         for name, model in self.models.items():
             model.residency = Streamed(self.prefetcher, self._block_of[name])
 
     def job(self, forwards: Sequence[str], again: bool = False) -> AbstractContextManager[None]:
-        """Context manager: runs forwards of the networks named, in this order. again: the same ones follow after it."""
+        """Runs forwards of the networks named, in this order. again: the same ones follow after it."""
         return self.prefetcher.job(self.uses(forwards), again)
 
     def uses(self, forwards: Sequence[str]) -> list[int]:
@@ -75,14 +71,14 @@ class Networks(Generic[Network]):
         return [block for name in forwards for block in self._block_of[name]]
 
     def change_loras(self, merges: Mapping[str, Merge]) -> None:
-        """Merge other LoRAs from now on: the weights that they or those before them touch are read again."""
+        """Merge other LoRAs from now on."""
         for name, merge in merges.items():
             source, model = self._sources[name], self.models[name]
-            merges_of_both = [each for each in (source.merge, merge) if each]
-            source.merge = merge
-            touched = [p for p in self._resident[name] if any(each.touches(p) for each in merges_of_both)]
+            both, source.merge = [each for each in (source.merge, merge) if each], merge
+            touched = [p for p in self._resident[name] if any(each.touches(p) for each in both)]
             fill(model, source, touched, self.prefetcher.device, lambda _: None)
-        self.prefetcher.forget()
+        for slot in self.prefetcher.slots:
+            self.prefetcher.empty(slot)
 
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
@@ -90,37 +86,28 @@ class Networks(Generic[Network]):
         free_memory()
 
 
-class Grouping(NamedTuple):
-    """Names of a network's parameters by when they are on the device.
+def group(
+    model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]
+) -> tuple[list[str], list[list[str]], list[int], dict[str, int]]:
+    """(parameters that stay, those of each block in the order of use, each unit's block, bytes of each in a slot).
 
-    resident: always. blocks: each in one slot, in the order of use. block_of: the number of each unit's block.
-    sizes: bytes of each parameter in a slot.
+    A block is a unit, or neighbours no larger together than the largest: fp8 units go in pairs, as wide as one in bf16.
     """
-
-    resident: list[str]
-    blocks: list[list[str]]
-    block_of: list[int]
-    sizes: dict[str, int]
-
-
-def group(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Grouping:
-    """A block is a unit, or neighbours that are no larger together than the largest unit: with fp8, the first and the
-    last unit are in bf16, and the others go in pairs."""
     size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
     for name in size:
         units.setdefault(model.unit_of(name), []).append(name)
-    found = Grouping(units.pop(None, []), [], [], size)
+    resident, blocks, block_of = units.pop(None, []), list[list[str]](), list[int]()
     need = {number: sum(size[name] for name in names) for number, names in units.items()}
     limit = taken = max(need.values()) * (1 + SPARE)
     for number in range(len(units)):
         if taken + need[number] > limit:
-            found.blocks.append([])
+            blocks.append([])
             taken = 0
-        found.blocks[-1].extend(units[number])
-        found.block_of.append(len(found.blocks) - 1)
+        blocks[-1].extend(units[number])
+        block_of.append(len(blocks) - 1)
         taken += need[number]
-    return found
+    return resident, blocks, block_of, size
 
 
 def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
@@ -132,7 +119,7 @@ def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype])
 
 
 class FileTable(nn.Module):
-    """A row for each id, read from the file: a text needs a few hundred rows of a table of gigabytes."""
+    """A row for each id, read from the file: a text needs a few hundred of gigabytes of rows."""
 
     def __init__(self, source: Source, name: str, device: torch.device) -> None:
         super().__init__()
@@ -154,10 +141,7 @@ class FileTable(nn.Module):
 def text_encoder(
     blueprint: UMT5Encoder, source: Source, device: torch.device, slots: int | None
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Ids of texts -> rows of each, block by block over all texts. slots: as for `Experts.job`.
-
-    Blocks that have a slot stay for the next call, until the function is dropped.
-    """
+    """Ids of texts -> rows of each, block by block over all texts. Blocks that have a slot stay for the next call."""
     networks = Networks({"text": (blueprint, source)}, device)
     networks.prefetcher.resize(slots)
 
@@ -169,11 +153,8 @@ def text_encoder(
 
 
 class Experts:
-    """The denoising networks by name, set up for a step.
-
-    models: on their device, or those of `networks`, which brings their blocks there. set_lora: changes the scale of a
-    model's LoRA adapters; None if they are merged into the weights.
-    """
+    """The denoising networks by name, set up for a step: on their device, or those of `networks`.
+    set_lora: changes the scale of a model's LoRA adapters; None if they are merged into the weights."""
 
     def __init__(
         self,
@@ -181,8 +162,7 @@ class Experts:
         networks: Networks[WanModel] | None = None,
         set_lora: Callable[[str, float], None] | None = None,
     ) -> None:
-        self.models, self.networks = dict(models), networks
-        self._set_lora = set_lora
+        self.models, self.networks, self._set_lora = dict(models), networks, set_lora
         self._lora_scale: dict[str, float] = dict.fromkeys(models, 1.0)
         self._forwards: list[str] = []  # of the last job
         self._known = True  # whether all of them run
@@ -196,10 +176,10 @@ class Experts:
         again: bool = False,
         known: bool = True,
     ) -> Iterator[None]:
-        """Context manager: runs the passes of each step, given as (network's name, passes).
+        """Runs the passes of each step, given as (network's name, passes). slots: None: one for each block.
 
-        slots: None: one for each block. batch_guidance: the passes of a step go through the blocks together.
-        again: a job with the same steps follows. known: False if some of the steps may be left out.
+        batch_guidance: the passes of a step go through the blocks together. again: a job with the same steps follows.
+        known: False if some of the steps may be left out.
         """
         self._known = known
         for model in self.models.values():
@@ -213,7 +193,7 @@ class Experts:
             yield
 
     def ahead(self) -> AbstractContextManager[None]:
-        """Context manager: meanwhile the first blocks of another job like the last one come into the slots left."""
+        """Meanwhile the first blocks of another job like the last one come into the slots left."""
         networks = self.networks
         return networks.prefetcher.ahead(networks.uses(self._forwards)) if networks else nullcontext()
 
@@ -235,11 +215,11 @@ class Experts:
         return forward
 
     def forget_scales(self) -> None:
-        """Set the scale of every adapter at the next step: strengths have changed."""
+        """Set every adapter's scale at the next step: strengths have changed."""
         self._lora_scale = dict.fromkeys(self.models, math.nan)
 
     def leave(self, slots: int = 0) -> None:
-        """Free the device for other stages, except for `slots` slots. On a CPU no stage needs it."""
+        """Free the device but for `slots` slots. On a CPU no stage needs it."""
         if self.networks is not None and self.networks.prefetcher.device.type != "cpu":
             self.networks.shrink(slots)
 

@@ -1,8 +1,7 @@
 """The prefetcher follows the known list of uses ahead of the computation and brings each block into its slot.
 
-Its thread takes the pieces that others read, merges, casts and writes them into the slot; the computation waits for the
-block it is about to run and says when it is done with it. Nothing is ever copied back: the file is the master copy,
-cached by the system. The numbers do not depend on the number of slots.
+Its thread takes the pieces that others read, merges, casts and writes them into the slot. Nothing is ever copied back:
+the file is the master copy, cached by the system. The numbers do not depend on the number of slots.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.offload.budget import Move, schedule
-from wan.offload.reader import PIECE_BYTES, Piece, Source, allocate, read_ahead, set_parameter
+from wan.offload.reader import Piece, Source, allocate, read_ahead, set_parameter
 from wan.utils.accelerator import Accelerator
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot: the widest loads of a GPU ask for it
@@ -28,7 +27,7 @@ ALIGNMENT = 256  # bytes, of each tensor in a slot: the widest loads of a GPU as
 
 @dataclass(eq=False)
 class Slot:
-    """Device memory for one block, and the events between which it is written and used."""
+    """Device memory for one block."""
 
     index: int
     memory: Tensor
@@ -41,8 +40,7 @@ class CopyStream:
     """The plain case, a device that does one thing after the other: it only takes the time.
     The prefetching thread calls `write`, the computing thread the rest."""
 
-    def __init__(self) -> None:
-        self._waited = 0.0
+    _waited = 0.0
 
     @contextmanager
     def write(self, slot: Slot) -> Iterator[None]:
@@ -75,7 +73,6 @@ class GpuCopyStream(CopyStream):
     """A stream for copies beside the current stream of the computing thread."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self.device, self.api = device, Accelerator(device).api
         self.copies: torch.Stream = self.api.Stream(device)
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()  # not yet over when last looked at
@@ -100,7 +97,7 @@ class GpuCopyStream(CopyStream):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """By the device's clock: from the end of the work issued before to the start of the work issued after."""
+        # by the device's clock: from the end of the work issued before to the start of the work issued after
         before, after = (self.api.Event(enable_timing=True) for _ in range(2))
         stream = self.api.current_stream(self.device)
         before.record(stream)
@@ -110,7 +107,7 @@ class GpuCopyStream(CopyStream):
         self._sum_up()
 
     def _sum_up(self) -> None:
-        """Add the waits that are over and free their events: a long batch has millions."""
+        # and free the events of waits that are over: a long batch has millions
         while self._waits and self._waits[0][1].query():
             before, after = self._waits.popleft()
             self._waited += before.elapsed_time(after) / 1e3
@@ -121,10 +118,6 @@ class GpuCopyStream(CopyStream):
             self._waits[-1][1].synchronize()
             self._sum_up()
         return self._waited
-
-
-def copy_stream(device: torch.device) -> CopyStream:
-    return GpuCopyStream(device) if Accelerator(device).has_memory else CopyStream()
 
 
 class BlockWeights:
@@ -145,11 +138,8 @@ class BlockWeights:
 
     def views(self, slot: Tensor) -> dict[str, Tensor]:
         """The parameters' memory in a slot, by name."""
-        return {
-            name: slot[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for name, start in self._offsets.items()
-            for tensor in [self._absent[name]]
-        }
+        places = [(name, self._offsets[name], absent) for name, absent in self._absent.items()]
+        return {name: slot[at : at + x.nbytes].view(x.dtype).view(x.shape) for name, at, x in places}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -165,11 +155,11 @@ def aligned(count: int) -> int:
 
 
 class Prefetcher:
-    """Brings blocks into slots of equal size. One job at a time.
-    brought: bytes read so far; copies: blocks brought so far."""
+    """Brings blocks into slots of equal size. brought: bytes read so far; copies: blocks brought so far."""
 
     def __init__(self, blocks: Sequence[BlockWeights], device: torch.device, stream: CopyStream | None = None) -> None:
-        self.blocks, self.device, self.stream = list(blocks), device, stream or copy_stream(device)
+        self.blocks, self.device = list(blocks), device
+        self.stream = stream or (GpuCopyStream(device) if Accelerator(device).has_memory else CopyStream())
         self.slot_bytes = max((block.bytes for block in blocks), default=0)
         self.slots: list[Slot] = []
         self.brought, self.copies = 0, 0
@@ -181,20 +171,15 @@ class Prefetcher:
         self._changed = threading.Condition()
 
     def resize(self, count: int | None) -> None:
-        """Have `count` slots, at most and with None one for each block. JobError if host memory is full."""
+        """Have `count` slots; None: one for each block. JobError if host memory is full."""
         count = len(self.blocks) if count is None else min(count, len(self.blocks))
         while len(self.slots) > count:
-            self._empty(self.slots[-1])
+            self.empty(self.slots[-1])
             self.slots.pop()
         while len(self.slots) < count:
             slot = Slot(len(self.slots), allocate(self.slot_bytes, self.device))
             self.stream.leave(slot)  # other work may have used its memory a moment ago
             self.slots.append(slot)
-
-    def forget(self) -> None:
-        """Empty the slots: weights have changed."""
-        for slot in self.slots:
-            self._empty(slot)
 
     def preload(self, report: Callable[[int], None] = lambda _: None) -> None:
         """Bring all blocks, to stay. Errors as from `Source.read`."""
@@ -204,7 +189,7 @@ class Prefetcher:
 
     @contextmanager
     def job(self, uses: Sequence[int], again: bool = True) -> Iterator[None]:
-        """Inside this, `use` finds the blocks of `uses` in turn. All threads end with it. again: as for `schedule`."""
+        """Inside this, `use` finds the blocks of `uses` in turn. again: as for `schedule`."""
         assert self._uses is None, "one job at a time"
         self._uses, self._over = uses, 0
         try:
@@ -223,25 +208,31 @@ class Prefetcher:
 
     @contextmanager
     def _beside(self, moves: Sequence[Move]) -> Iterator[None]:
-        """Carry out `moves` in a thread; stop it at the end."""
+        """Carry out `moves` in a thread up to the end of the block."""
         self._stopped.clear()
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
-                self._bringing = pool.submit(self._bring, moves)
-                self._bringing.add_done_callback(lambda _: self._notify())
-                try:
-                    yield
-                finally:
-                    self._stopped.set()
-                    self._notify()
-        finally:
-            self._bringing = None
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
+            self._bringing = pool.submit(self._bring, moves)
+            self._bringing.add_done_callback(lambda _: self._notify())
+            try:
+                yield
+            finally:
+                self._bringing = None
+                self._stopped.set()
+                self._notify()
 
     @contextmanager
     def use(self, block: int) -> Iterator[None]:
         """The block is on the device inside this. An error while it was brought is raised here."""
         with self.stream.waiting():
-            slot = self._arrived(block)
+            with self._changed:
+                planned = self._uses[self._over] if self._uses is not None else block
+                assert block == planned, f"block {block} is used, {planned} was planned"
+                while block not in self._slot_of:
+                    assert self._bringing is not None, "outside of a job only blocks loaded before are there"
+                    if self._bringing.done():
+                        self._bringing.result()
+                    self._changed.wait()
+                slot = self._slot_of[block]
             self.stream.enter(slot)
         yield
         self.stream.leave(slot)
@@ -249,29 +240,15 @@ class Prefetcher:
             self._over += 1
             self._changed.notify_all()
 
-    def _arrived(self, block: int) -> Slot:
-        with self._changed:
-            if self._uses is not None:
-                assert self._uses[self._over] == block, f"block {block} is used, {self._uses[self._over]} was planned"
-            while block not in self._slot_of:
-                assert self._bringing is not None, "outside of a job only blocks loaded before are there"
-                if self._bringing.done():
-                    self._bringing.result()
-                self._changed.wait()
-            return self._slot_of[block]
-
     def _schedule(self, uses: Sequence[int], again: bool) -> list[Move]:
         held = {block: slot.index for block, slot in self._slot_of.items()}
         return schedule(uses, len(self.slots), held, again=again)
 
     def _bring(self, moves: Sequence[Move], report: Callable[[int], None] = lambda _: None) -> None:
-        """Carry out `moves` in turn. However it ends, all copies are done then: slots may be freed."""
-        if not moves:
-            return
-        largest = max((piece.bytes for block in self.blocks for piece in block.pieces), default=PIECE_BYTES)
-        pieces = (piece for move in moves for piece in self.blocks[move.block].pieces)
+        """Carry out `moves`. However it ends, all copies are done then: slots may be freed."""
+        pieces = [piece for move in moves for piece in self.blocks[move.block].pieces]
         try:
-            with closing(read_ahead(pieces, largest, self.device)) as arriving:
+            with closing(read_ahead(pieces, self.device)) as arriving:
                 all(self._fill(move, arriving, report) for move in moves)
         finally:
             self.stream.drain()
@@ -283,7 +260,7 @@ class Prefetcher:
             if self._stopped.is_set():
                 return False
         slot, block = self.slots[move.slot], self.blocks[move.block]
-        self._empty(slot)
+        self.empty(slot)
         views = block.views(slot.memory)
         with self.stream.write(slot):
             for _ in block.pieces:
@@ -300,7 +277,7 @@ class Prefetcher:
             self._changed.notify_all()
         return True
 
-    def _empty(self, slot: Slot) -> None:
+    def empty(self, slot: Slot) -> None:
         with self._changed:
             if slot.block is not None:
                 self.blocks[slot.block].remove()

@@ -1,7 +1,7 @@
 """Tensors from disk to device: read, merged, cast and placed, one piece after the other.
 
-A piece is some rows of a tensor, at most `PIECE_BYTES` of it. Several are read ahead while one is placed, so the peak
-is the piece being placed and a few buffers, however large a tensor is.
+A piece is some rows of a tensor. Several are read ahead while one is placed, so the peak is the piece being placed and
+a few buffers, however large a tensor is.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -32,11 +31,10 @@ PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such si
 READERS = 4
 CPU = torch.device("cpu")
 Module = TypeVar("Module", bound=nn.Module)
-Store = TensorStore
 
 
 class ReadError(JobError):
-    """A weight file that could be opened cannot be read, or has changed. One of several processes alone may see it."""
+    """A weight file cannot be read, or has changed. One of several processes alone may see it."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,16 @@ class Piece:
 
 
 class Source:
-    """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge.
-    The files must not change once it is made."""
+    """The weights of one network on disk, with the dtype of each parameter and the LoRAs to merge."""
 
-    def __init__(self, store: Store, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
+    def __init__(self, store: TensorStore, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
         self._stamps = {file: _stamp(file) for file in store.files}
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
         self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces stored in fp8
 
     def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
-        """`names` (or `rows` of each) in the order of the file, cut into pieces of nearly equal size.
-
-        Scales of fp8 weights come with their weights, not as pieces of their own.
-        """
+        """`names` (or `rows` of each) in the order of the file, in nearly equal pieces; scales come with weights."""
         for name in self.store.in_file_order(name for name in names if name in self.store):
             entry = self.store[name]
             if not entry.shape:
@@ -103,10 +97,7 @@ class Source:
         return self.merge is not None and self.merge.touches(piece.name)
 
     def place(self, piece: Piece, tensor: Tensor, targets: Mapping[str, Tensor], start: int = 0) -> None:
-        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on.
-
-        targets: by parameter; an fp8 weight has another one for its scales.
-        """
+        """Merge in float32, round once, write into the parameter's target, which holds its rows from `start` on."""
         target, rows = targets[piece.name], slice(None)
         if self.merge is not None and self._merged(piece):
             tensor = self.merge(piece.name, tensor, piece.rows)
@@ -126,15 +117,9 @@ class Source:
             scale.copy_(self._scales[piece.name, piece.rows.start if piece.rows else 0])
 
 
-def read_ahead(
-    pieces: Iterable[Piece], largest: int = PIECE_BYTES, home: torch.device = CPU
-) -> Generator[tuple[Piece, Tensor]]:
-    """Each piece and its tensor from `Source.read`; the next ones are read while the caller works on this.
-
-    largest: bytes of the largest piece. home: where the tensors go next. A tensor is valid until the next one.
-    """
-    pin = Accelerator(home).has_memory
-    buffers = [allocate(largest, pin=pin) for _ in range(READERS + 1)]
+def read_ahead(pieces: Sequence[Piece], home: torch.device = CPU) -> Generator[tuple[Piece, Tensor]]:
+    """Each piece and its tensor, valid until the next one. They are read ahead. home: where the tensors go next."""
+    buffers = _buffers(pieces, READERS + 1, pin=Accelerator(home).has_memory)
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
         turns = zip(pieces, cycle(buffers), strict=False)
 
@@ -149,6 +134,11 @@ def read_ahead(
             yield piece, tensor
 
 
+def _buffers(pieces: Iterable[Piece], count: int, *, pin: bool = False) -> list[Tensor]:
+    largest = max((piece.bytes for piece in pieces), default=0)
+    return [allocate(largest, pin=pin) for _ in range(count)]
+
+
 def allocate(count: int, device: torch.device = CPU, pin: bool = False) -> Tensor:
     """uint8 [count] on the device. JobError if host memory is full."""
     try:
@@ -159,20 +149,8 @@ def allocate(count: int, device: torch.device = CPU, pin: bool = False) -> Tenso
         raise JobError(f"host memory is full: {count / 1e6:.0f} MB of weights do not fit ({first_line(e)})") from e
 
 
-def load(
-    module: Module,
-    store: Store,
-    *,
-    home: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    merge: Merge | None = None,
-    report: Callable[[int], None] = lambda _: None,
-) -> Module:
-    """A copy of a meta-built module with its weights on `home`.
-
-    dtype: of a parameter, by name. report: gets the bytes read. Errors as from `Source.read`.
-    """
-    source = Source(store, dtype, merge)
+def load(module: Module, source: Source, home: torch.device, report: Callable[[int], None] = lambda _: None) -> Module:
+    """A copy of a meta-built module with its weights on `home`. report: gets the bytes read. Errors: `Source.read`."""
     module = copy.deepcopy(module)
     fill(module, source, [name for name, _ in module.named_parameters()], home, report)
     return module.eval().requires_grad_(False)
@@ -186,31 +164,25 @@ def fill(
     targets = {
         name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
     }
-    largest = max((p.bytes for p in pieces), default=0)
     if home.type == "cpu" and source.merge is None:
-        _place_by_threads(pieces, largest, targets, report)
+        _place_by_threads(pieces, targets, report)
     else:  # one thread does a merge and the copies to a device
-        for piece, tensor in read_ahead(pieces, largest, home):
+        for piece, tensor in read_ahead(pieces, home):
             report(piece.bytes)
             source.place(piece, tensor, targets)
     for name, target in targets.items():
         set_parameter(module.get_submodule(name.rpartition(".")[0]), name, target)
 
 
-def _place_by_threads(
-    pieces: list[Piece], largest: int, targets: Mapping[str, Tensor], report: Callable[[int], None]
-) -> None:
-    """Each piece is read, cast and placed by one thread, while it is in that core's cache, in any order."""
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(READERS):
-        buffers.put(allocate(largest))
+def _place_by_threads(pieces: list[Piece], targets: Mapping[str, Tensor], report: Callable[[int], None]) -> None:
+    free = _buffers(pieces, READERS)  # one for each thread
 
-    def bring(piece: Piece) -> int:
-        buffer = buffers.get()
+    def bring(piece: Piece) -> int:  # in one thread, while it is in that core's cache
+        buffer = free.pop()
         try:
             piece.source.place(piece, piece.source.read(piece, buffer), targets)
         finally:
-            buffers.put(buffer)
+            free.append(buffer)
         return piece.bytes
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
@@ -219,7 +191,7 @@ def _place_by_threads(
 
 
 def set_parameter(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the parameter of its owner that the whole network calls `name`."""
+    """name: in the whole network."""
     setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
 
@@ -228,18 +200,13 @@ def parameter_dtypes(
 ) -> Callable[[str], torch.dtype]:
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
     convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
-    layers = module.named_modules() if module is not None else ()
-    fp8 = [(name, layer) for name, layer in layers if isinstance(layer, Fp8Linear)]
-    kept = {f"{name}.{leaf}": own for name, layer in fp8 for leaf, own in layer.DTYPES}
-
-    def dtype_of(name: str) -> torch.dtype:
-        return kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
-
-    return dtype_of
+    layers = [] if module is None else module.named_modules()
+    in_fp8 = {name: layer for name, layer in layers if isinstance(layer, Fp8Linear)}
+    kept = {f"{name}.{leaf}": own for name, layer in in_fp8.items() for leaf, own in layer.DTYPES}
+    return lambda name: kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Configurations hold dtypes or their names."""
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
@@ -251,6 +218,5 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns

@@ -25,7 +25,7 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
-from wan.distributed.mesh import Layout, Team, device_problems, flag_conflicts, layout_problems
+from wan.distributed.mesh import Layout, Team, device_problems, layout_problems
 from wan.jobs.job import Decode, Generate, Weights, prompts_by_window
 from wan.jobs.prompt_files import expanded
 from wan.jobs.weights import PARTS
@@ -44,10 +44,7 @@ NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch 
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OF_CHECKPOINT = ("ckpt_dir", "expert", "vae", "text_encoder", "tokenizer", "quantize", "vae_dtype")  # options
-MPS_UNUSED = (
-    "--device auto uses the CPU, not this machine's MPS device, whose results may drift in long videos; "
-    "run `python -m wan.doctor --device mps`, and if nothing is wrong, give --device mps"
-)
+MPS_UNUSED = "--device auto uses the CPU: this machine's MPS device may drift in long videos; --device mps uses it"
 
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None = None) -> Plan:
@@ -124,10 +121,7 @@ def open_plan(
     opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
     opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
     checkpoint = before.checkpoint if before and opened else checks.attempt(opening, brought)
-    conflicts = flag_conflicts(
-        ring=request.ring_size, attention=request.attention, t5_fsdp=request.t5_fsdp, t5_cpu=request.t5_cpu,
-        dit_fsdp=request.dit_fsdp, lora_mode=weights.lora_mode, quantize=request.quantize,
-    )  # fmt: skip
+    conflicts = flag_conflicts(request, weights.lora_mode)
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)
     conflicts += device_problems(layout, device, runtime.uses_gpus)
     conflicts += precision_problems(device, dtypes[0], request.vae_dtype)
@@ -268,6 +262,21 @@ def compute_device(name: str) -> torch.device:
     except RuntimeError as e:
         raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; give --device cpu (slow)") from e
     return device
+
+
+def flag_conflicts(request: Request, lora_mode: str) -> list[str]:
+    """The settings that exclude each other."""
+    ring, kernel, fsdp, quantize = request.ring_size, request.attention, request.dit_fsdp, request.quantize
+    rules = [
+        (ring > 1 and kernel not in ("auto", "sdpa"),
+         f"--attention {kernel}: a ring (--ring_size {ring}) merges results of PyTorch's kernel; use sdpa"),
+        (request.t5_fsdp and request.t5_cpu, "--t5_fsdp and --t5_cpu exclude each other; give one of them"),
+        (fsdp and quantize != "none",
+         f"--quantize {quantize}: FSDP shards whole layers of one dtype; leave it or --dit_fsdp out"),
+        (fsdp and lora_mode == "adapter",
+         "--lora_mode adapter keeps LoRAs beside whole weights; with --dit_fsdp use --lora_mode merge"),
+    ]  # fmt: skip
+    return [problem for broken, problem in rules if broken]
 
 
 def _why_no_cuda() -> str:

@@ -21,18 +21,9 @@ from torch import nn
 from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
+from wan.modules import vae_layers
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
-from wan.modules.vae_layers import (
-    DECODER_RIM,
-    ENCODER_RIM,
-    ClipState,
-    Coder,
-    Downsample,
-    FrameAttention,
-    Region,
-    Upsample,
-)
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, write_file
@@ -191,16 +182,16 @@ def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
     return 2.0 * tokens * sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
 
 
-def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None) -> float:
+def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[vae_layers.Region] | None = None) -> float:
     """Decoding a `latent` [C, f, h, w]: the middle of whole frames, then each region (None: the frame is one)."""
-    whole = Region(0, latent[2], 0, latent[3])
+    whole = vae_layers.Region(0, latent[2], 0, latent[3])
     total = _middle(vae.decoder, latent[1], whole.area, vae.conv2, vae.decoder.conv1)
     for region in regions or [whole]:
         frames, frame, area = latent[1], whole, 0
-        for level, rim in zip(vae.decoder.levels, DECODER_RIM, strict=True):
+        for level, rim in zip(vae.decoder.levels, vae_layers.DECODER_RIM, strict=True):
             area = region.grown(rim, rim, frame).area
             for layer in level.layers:
-                if not isinstance(layer, Upsample):
+                if not isinstance(layer, vae_layers.Upsample):
                     total += _products(frames * area, layer)
                     continue
                 if layer.time_conv:
@@ -213,25 +204,25 @@ def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[Regi
 
 
 def encode_operations(
-    vae: WanVAE, latent: Sequence[int], regions: Sequence[Region] | None = None, *, still: bool = True
+    vae: WanVAE, latent: Sequence[int], regions: Sequence[vae_layers.Region] | None = None, *, still: bool = True
 ) -> float:
     """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`.
 
     The first frame's chunk, and those of four after it until a stage's output is constant (see `reuse_constant_tail`).
     """
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
-    frames, frame = latent[1], Region(0, latent[2], 0, latent[3])
+    frames, frame = latent[1], vae_layers.Region(0, latent[2], 0, latent[3])
     total = _middle(encoder, frames, frame.area, encoder.head, vae.conv1)
     layers: list[list[nn.Module]] = [[encoder.conv1], *(level.layers for level in encoder.levels)]
-    for window in [region.grown(*ENCODER_RIM, frame) for region in regions or [frame]]:
+    for window in [region.grown(*vae_layers.ENCODER_RIM, frame) for region in regions or [frame]]:
         rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
         constant, length = 1 if still else 4 * frames - 3, 4  # length: of a chunk where the stage begins
-        for stage, inside in zip(encoder.stages(ClipState()), layers, strict=True):
+        for stage, inside in zip(encoder.stages(vae_layers.ClipState()), layers, strict=True):
             constant = stage.constant_after(constant)
             shorter = length // 2 if stage.halves_time else length  # where it ends
             running = min(frames - 1, 1 - (1 - constant) // shorter)
             for layer in inside:
-                if not isinstance(layer, Downsample):
+                if not isinstance(layer, vae_layers.Downsample):
                     total += _products((1 + running * length) * rows * columns, layer)
                     continue
                 rows, columns = rows // 2, columns // 2
@@ -242,10 +233,10 @@ def encode_operations(
     return total
 
 
-def _middle(coder: Coder, frames: int, area: int, *beside: nn.Module) -> float:
+def _middle(coder: vae_layers.Coder, frames: int, area: int, *beside: nn.Module) -> float:
     """The part with attention over the `area` of each frame, and the layers `beside` it."""
     attention = coder.middle[1]
-    assert isinstance(attention, FrameAttention)
+    assert isinstance(attention, vae_layers.FrameAttention)
     return _products(frames * area, coder.middle, *beside) + 4.0 * frames * area**2 * attention.proj.out_channels
 
 

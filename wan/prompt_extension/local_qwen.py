@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from wan.media.images import open_image
 from wan.prompt_extension.answers import REASONING_CLOSES, REASONING_OPENS, AnswerError, Question
-from wan.utils.errors import first_line, one_line
+from wan.utils.errors import first_line
 
 MAX_ANSWER_TOKENS = 512  # the original's limit; the video model's text encoder reads no more either
 REASONING_TOKENS = 4096  # before the answer, of a model that reasons
@@ -65,7 +65,7 @@ class LocalQwen:
                 tokens = self.model.generate(**inputs, max_new_tokens=limit)[0, inputs["input_ids"].shape[1] :]
             answer: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         except Exception as error:  # out of memory, a refused image, a broken template, parts that do not fit
-            raise AnswerError(f"{self.name} failed: {one_line(error)}") from error
+            raise AnswerError(f"{self.name} failed: {first_line(error)}") from error
         ends = self.model.generation_config.eos_token_id
         if len(tokens) >= limit and tokens[-1].item() not in (ends if isinstance(ends, list) else [ends]):
             raise AnswerError(f"the answer was cut off at {limit} tokens")

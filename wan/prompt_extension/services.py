@@ -25,7 +25,7 @@ from PIL.Image import Resampling
 
 from wan.media.images import open_image
 from wan.prompt_extension.answers import AnswerError, Question, printable
-from wan.utils.errors import one_line
+from wan.utils.errors import first_line
 
 if TYPE_CHECKING:
     import httpx
@@ -139,7 +139,7 @@ class ChatService:
         except httpx.TransportError as error:
             raise AnswerError(f"no connection to {self.url}", passing=True) from error
         except Exception as error:  # the client raises many kinds on a malformed answer
-            raise AnswerError(f"the service's answer cannot be read ({one_line(error)})") from error
+            raise AnswerError(f"the service's answer cannot be read ({first_line(error)})") from error
         try:
             values = json.loads(body)
         except (ValueError, RecursionError):

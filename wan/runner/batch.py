@@ -25,7 +25,7 @@ from wan.runner.record import State, copy_video, find_video, find_videos, read_l
 from wan.runner.video_job import Event, clips_of, decode_and_save, hold_lock, join, join_chains, make_video, reason
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, out_of_memory
-from wan.utils.locks import LockedElsewhere, clean_up
+from wan.utils.files import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
 ALONE = Runtime()
@@ -53,7 +53,8 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
     if jobs:
         pipe = world.all_or_none(lambda: load(plan, progress, runtime))
         in_turn = sorted(chains(jobs), key=lambda chain: chain[0].variant)  # changes of weights are few
-        team, mine = pipe.mesh.team, [job for chain in pipe.mesh.share(in_turn) for job in chain]
+        own = in_turn[pipe.mesh.data_rank :: pipe.mesh.layout.data]
+        team, mine = pipe.mesh.team, [job for chain in own for job in chain]
         texts = [text for job in mine for text in pipe.texts(job)]
         world.all_or_none(lambda: _within_memory(pipe.load_text_encoder) if texts else None)
         team.all_or_none(lambda: _within_memory(lambda: pipe.encode(texts)))

@@ -26,8 +26,7 @@ from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
 from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_memory
-from wan.utils.files import Beside, latents_elsewhere, make_part
-from wan.utils.locks import LockedElsewhere, locked
+from wan.utils.files import Beside, LockedElsewhere, latents_elsewhere, locked, make_part
 from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
 # The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.

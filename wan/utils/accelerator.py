@@ -1,7 +1,4 @@
-"""What a compute device can do. To support another kind of device, add it here and to `--device`.
-
-PyTorch has the same functions for each kind with memory of its own (`torch.cuda`, `torch.xpu`), so none is named twice.
-"""
+"""What a compute device can do. To support another kind of device, add it to `COLLECTIVES` and to `--device`."""
 
 from __future__ import annotations
 
@@ -15,24 +12,23 @@ from typing import Any
 
 import torch
 
-NO_KERNEL_IMAGE = 209  # CUDA's number of this error
 COLLECTIVES = {"cuda": "nccl"}  # kinds with memory and streams of their own -> the backend that connects them
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device by its abilities. Those without memory of their own (CPU, MPS) compute in the host's."""
+    """A device by its abilities. CPU and MPS compute in the host's memory."""
 
     device: torch.device
 
     @property
     def has_memory(self) -> bool:
-        """Whether memory and streams are its own: copies from pinned memory then run beside the computation."""
+        """Whether memory and streams are its own."""
         return self.device.type in COLLECTIVES
 
     @property
     def api(self) -> Any:
-        """`torch.cuda`, or the module of the same functions for another kind."""
+        """`torch.cuda`, or the same functions for another kind."""
         return torch.get_device_module(self.device)
 
     @property
@@ -43,55 +39,41 @@ class Accelerator:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """CUDA's compute capability, (major, minor); None for other kinds."""
+        """CUDA's, (major, minor)."""
         return self.api.get_device_capability(self.device) if self.device.type == "cuda" else None
 
     @property
     def free_bytes(self) -> int:
-        """Memory that this process can allocate now, unused memory that it holds included."""
+        """What this process can allocate now, unused memory that it holds included."""
         if not self.has_memory:
             return host_bytes()
         free, _ = self.api.mem_get_info(self.device)
         return int(free + self.api.memory_reserved(self.device) - self.api.memory_allocated(self.device))
 
     def limit_memory(self, size: int | None) -> None:
-        """Hold PyTorch to `size` bytes of the device's own memory; None: no limit. Counts for the whole process."""
+        """Hold this process to `size` bytes of the device's own memory; None: no limit."""
         if self.has_memory:
             total = self.api.get_device_properties(self.device).total_memory
             self.api.set_per_process_memory_fraction(1.0 if size is None else size / total, self.device)
 
     def check(self) -> None:
-        """Set up a GPU's allocator and run a kernel. RuntimeError in one line if it cannot compute."""
-        self._let_segments_grow()
-        try:
-            torch.zeros(1, device=self.device).add_(1)
-            self.api.synchronize(self.device)
-        except RuntimeError as e:
-            if getattr(e, "error_code", None) != NO_KERNEL_IMAGE and "no kernel image" not in str(e):
-                raise
-            built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
-            major, minor = self.capability or (0, 0)
-            raise RuntimeError(
-                f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
-                f"{built_for}: install a PyTorch built for this GPU"
-            ) from e
+        """Set up a GPU's allocator and run a kernel. RuntimeError if it cannot compute.
 
-    def _let_segments_grow(self) -> None:
-        """Use `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit.
-
-        Not under WSL and on virtual GPUs, whose drivers lack what it needs: a first allocation decides.
+        `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit. Under WSL and
+        on virtual GPUs drivers lack what it needs: a first allocation decides.
         """
         release = Path("/proc/sys/kernel/osrelease")
         chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()  # by the user
-        if not release.exists() or "microsoft" in release.read_text().lower() or chosen:
-            return
-        configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
-        configure = configure or torch.cuda.memory._set_allocator_settings
-        configure("expandable_segments:True")
-        try:
-            torch.empty(1, device=self.device)
-        except RuntimeError:
-            configure("expandable_segments:False")
+        if release.exists() and "microsoft" not in release.read_text().lower() and not chosen:
+            configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from PyTorch 2.10 on
+            configure = configure or torch.cuda.memory._set_allocator_settings
+            configure("expandable_segments:True")
+            try:
+                torch.empty(1, device=self.device)
+            except RuntimeError:
+                configure("expandable_segments:False")
+        torch.zeros(1, device=self.device).add_(1)
+        self.api.synchronize(self.device)
 
     def current(self) -> AbstractContextManager[object]:
         """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of
@@ -104,47 +86,42 @@ class Accelerator:
         try:
             if self.has_memory:
                 self.api.synchronize(self.device)
+            return ""
         except RuntimeError as e:
             return str(e).partition("\n")[0]
-        return ""
 
     def record_event(self) -> torch.Event | None:
-        """An event behind all work issued to the device so far; None where each operation ends before the next."""
+        """An event behind all work issued so far; None where each operation ends before the next."""
         return self.api.current_stream(self.device).record_event() if self.has_memory else None
 
 
 def gpu_kind() -> str:
-    """The kind of device with its own memory that this process can use; the first of all kinds where there is none."""
+    """The kind of GPU that this process can use; the first of all kinds where there is none."""
     return next((kind for kind in COLLECTIVES if torch.get_device_module(kind).is_available()), next(iter(COLLECTIVES)))
 
 
 def gpus() -> list[Accelerator]:
-    """All devices with their own memory that this process can use."""
+    """All that this process can use."""
     api = torch.get_device_module(gpu_kind())
     count = api.device_count() if api.is_available() else 0
     return [Accelerator(torch.device(gpu_kind(), index)) for index in range(count)]
 
 
-def gpu_or_cpu(index: int) -> str:
-    """Name of GPU number `index`; "cpu" on a machine without GPUs."""
-    return f"{gpu_kind()}:{index}" if torch.get_device_module(gpu_kind()).is_available() else "cpu"
-
-
 def peak_gpu_bytes() -> tuple[int, int]:
-    """(allocated, reserved) at the highest, over all GPUs that this process uses; zeros if none is in use."""
+    """(allocated, reserved) at the highest, over all GPUs; zeros if none is in use."""
     api = torch.get_device_module(gpu_kind())
     devices = range(api.device_count() if api.is_initialized() else 0)
     return sum(map(api.max_memory_allocated, devices)), sum(map(api.max_memory_reserved, devices))
 
 
 def synchronize() -> None:
-    """Wait until the device, if there is one beside the CPU, has done all work."""
+    """Wait for the device, if there is one beside the CPU."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def free_memory() -> None:
-    """Return unused memory to the device, after something large was dropped."""
+    """After something large was dropped."""
     gc.collect()  # models spread over devices refer to themselves
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()

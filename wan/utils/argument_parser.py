@@ -1,9 +1,8 @@
-"""Parsing of command lines: argparse, with one suggestion for an unknown flag, and sentences about wrong values."""
+"""Command lines: argparse, with one suggestion for an unknown flag, and sentences about wrong values."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -12,7 +11,6 @@ from typing import Any, NoReturn
 from wan.utils.errors import InputError
 
 DASHES = "-‐‑‒–—―−"  # word processors make the long ones of two short ones
-SIMILARITY = 0.7  # of two words, for one to be suggested in place of the other
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,8 +33,7 @@ class Parser(argparse.ArgumentParser):
             if flag and fault.startswith("expected"):
                 raise InputError(f"{flag} needs a value; one that begins with a dash is written {flag}=VALUE") from e
             if flag:
-                fault = e.message.replace("ignored explicit argument", "takes no value, not")
-                raise InputError(f"{flag}: {fault}") from e
+                raise InputError(f"{flag}: {e.message}") from e
         dashed = [word.partition("=")[0] for word in rest if re.match(rf"[{DASHES}]+[^\W\d]", word)]
         if unknown := [name for name in dashed if name not in flags and " " not in name]:
             raise InputError(f"there is no flag {name}{self._suggestion(name, flags)}" for name in unknown)
@@ -44,14 +41,9 @@ class Parser(argparse.ArgumentParser):
             raise InputError(fault)
         if not rest:
             return values
-        shown = cut(repr(" ".join(rest)))
-        before = [word for word in words[: words.index(rest[0])] if word in flags]
-        if not before:
-            raise InputError(f"unexpected {shown}; a value follows its flag")
-        one = 'one value; put a text with spaces in straight quotes: "a cat"'
-        raise InputError(
-            f"unexpected {shown}: {before[-1]} takes {one if flags[before[-1]].nargs != 0 else 'no value'}"
-        )
+        before = [f": {word} takes no more" for word in words[: words.index(rest[0])] if word in flags]
+        unexpected = cut(repr(" ".join(rest))) + "".join(before[-1:])
+        raise InputError(f"unexpected {unexpected}; a text with spaces needs straight quotes")
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)  # as newer Pythons do
@@ -59,16 +51,13 @@ class Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         return []  # `-height` is not `-h eight`
 
-    def _flags(self) -> dict[str, argparse.Action]:
-        """Actions by flag, those of the commands below included."""
-        flags = dict(self._option_string_actions)
-        for action in self._actions:
-            for parser in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
-                flags |= parser._flags()
-        return flags
+    def _flags(self) -> list[str]:
+        """Those of the commands below included."""
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        below = [flag for parsers in commands for parser in parsers.values() for flag in parser._flags()]
+        return [*self._option_string_actions, *below]
 
-    def _suggestion(self, name: str, flags: Mapping[str, argparse.Action]) -> str:
-        """`; did you mean --x?` or the reason why there is no such flag; else nothing."""
+    def _suggestion(self, name: str, flags: Iterable[str]) -> str:
         plain = name.strip(DASHES).replace("-", "_").lower()
         answers = self.elsewhere | {flag.strip("-"): flag for flag in flags}
         answer = answers.get(plain if plain in answers else closest(plain, answers), "")
@@ -77,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 def closest(word: str, words: Iterable[str]) -> str:
     """The most similar one of `words`; "" if none is similar."""
-    return next(iter(get_close_matches(word, words, 1, SIMILARITY)), "")
+    return next(iter(get_close_matches(word, words, 1, 0.7)), "")
 
 
 def cut(text: str) -> str:
@@ -87,25 +76,21 @@ def cut(text: str) -> str:
 
 def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     """A sentence about a value that is not among `allowed`. what: its place, such as "--task "."""
-    folded = {word.casefold(): word for word in reversed(allowed)}
-    key = value.strip().casefold()
-    begun = [word for word in folded if key and word.startswith(key)]
-    close = begun[-1] if begun else closest(key, folded)
+    folded = {word.casefold(): word for word in allowed}
+    close = closest(value.strip().casefold(), folded)
     suggestion = f"; did you mean {folded[close]}?" if close else ""
     return f"{what}{value!r} is not one of {', '.join(allowed)}{suggestion}"
 
 
 def short(value: object) -> str:
-    """A value as part of a line: whole numbers without a point, of very long ones the number of digits."""
+    """A number as part of a line: whole ones without a point."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.12g}"
-    if isinstance(value, int) and abs(value) >= 10**21:
-        return f"a number of {value.bit_length() * math.log10(2):.0f} digits"
     return str(value)
 
 
 def real(text: str) -> float | None:
-    """The number that `text` spells, None if it spells none. `1_0`, which Python reads as 10, is a slip."""
+    """The number that `text` spells, if it spells one. `1_0`, which Python reads as 10, is a slip."""
     try:
         return None if "_" in text else float(text)
     except ValueError:
@@ -113,7 +98,7 @@ def real(text: str) -> float | None:
 
 
 def pair(flag: str, value: str) -> tuple[float, float]:
-    """`A` (twice the same) or `A,B`; InputError for anything else."""
+    """`A`, which counts twice, or `A,B`. InputError."""
     parts = value.split(",")
     numbers = [number for part in parts if (number := real(part)) is not None]
     if len(numbers) != len(parts) or len(parts) > 2:
@@ -123,10 +108,6 @@ def pair(flag: str, value: str) -> tuple[float, float]:
 
 def outside(flag: str, value: float, low: float, high: float) -> str | None:
     """A sentence about a number that is not between `low` and `high`; None if it is."""
-    first, last = short(low), short(high)
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{flag} must be a finite number from {first} to {last}, not {value}"
     if low <= value <= high:
         return None
-    nearest = short(min(max(value, low), high))
-    return f"{flag} {short(value)} is out of range: must be between {first} and {last}, the nearest is {nearest}"
+    return f"{flag} {short(value)} is out of range: must be between {short(low)} and {short(high)}"

@@ -1,10 +1,9 @@
-"""Expected failures, each with a message for the user; the one printer of `error:` lines; the packages that are needed.
-
-Anything that is not a `WanError` is a bug and keeps its traceback.
-"""
+"""Expected failures, each with a message for the user; all others are bugs and keep their traceback."""
 
 from __future__ import annotations
 
+import platform
+import re
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -15,19 +14,14 @@ FAILED, BAD_INPUT = 1, 2  # exit codes: a job failed; nothing was started
 LONGEST = 1500  # characters of a problem
 NEEDED = ("torch", "easydict")  # of all that requirements.txt brings, what nothing starts without
 # How PyTorch and CUDA's libraries report that they get no memory.
-NO_MEMORY = (
-    "out of memory",
-    "GET was unable to find an engine",
-    "Unable to find a valid cuDNN algorithm",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "DefaultCPUAllocator: ",  # "can't allocate memory", or "not enough memory"
+NO_MEMORY = re.compile(
+    "out of memory|GET was unable to find an engine|Unable to find a valid cuDNN algorithm|_STATUS_ALLOC_FAILED|"
+    "CUDA_ERROR_OUT_OF_MEMORY|DefaultCPUAllocator: "
 )
 
 
 class WanError(Exception):
-    """An expected failure, with one sentence for the user for each fault."""
+    """An expected failure, with a sentence for each fault."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         listed = [problems] if isinstance(problems, str) else problems
@@ -57,41 +51,30 @@ class TensorFileError(InputError):
 
 
 def print_errors(problems: Iterable[str], code: int = BAD_INPUT) -> int:
-    """Print an `error:` line on stderr for each problem, and return the exit code."""
+    """Print an `error:` line for each problem, and return the exit code."""
     for problem in problems:
         tell(sys.stderr, f"error: {problem}\n")
     return code
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a library's error; the name of its class where it has no text."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Class and text of an error in one line of at most `most` characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's text in one line of at most 200 characters."""
-    text = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-    return (text or type(error).__name__)[:200]
+    """First line of a library's error, at most 200 characters; the name of its class where it has no text."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return " ".join(next(filter(str.strip, text.splitlines()), type(error).__name__).split())[:200]
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device has no memory left. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
 
 
 def need_packages() -> None:
-    """SystemExit with code 2 and a sentence if this Python, which may be any, is too old or lacks the packages."""
-    version = ".".join(map(str, sys.version_info[:3]))
+    """SystemExit with code 2 if this Python, which may be any, is too old or lacks the packages."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if sys.version_info < (3, 11):  # noqa: UP036 - that is what an installation forbids, and a clone cannot
-        lack = f"Python 3.11 or newer is needed, and {sys.executable} is {version}; start it with such a one"
+        lack = f"Python 3.11 or newer is needed; {sys.executable} is {platform.python_version()}"
     elif missing:
         advice = "after make demo: source .venv/bin/activate; else: pip install -r requirements.txt"
         lack = f"{sys.executable or 'this Python'} has no package {' and no '.join(missing)}; {advice}"

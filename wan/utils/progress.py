@@ -1,7 +1,6 @@
 """Progress of a run: stages with rate and time left on stderr, or JSON lines on stdout; a table of times at the end.
 
-Times are exclusive: a stage inside another one counts for itself only, so the shares add up to the whole.
-Use it from one thread. It imports no torch; it asks torch for memory only where somebody else has imported it.
+Times are exclusive: a stage inside another one counts for itself only. Use it from one thread. It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 STAGE = "stage"  # attribute of an exception: the innermost stage that it left
-LINE_SECONDS = 10.0  # without a terminal: a line every ten seconds, and one for every tenth of the work...
-TENTH_SECONDS = 0.5  # ...unless the last line is younger
+LINE_SECONDS, TENTH_SECONDS = 10.0, 0.5  # between lines without a terminal; where a tenth of the work is done
 CLEAR = "\r\x1b[K"  # empties a terminal's line: a bar, or the terminal's own "^C"
 # Control characters but for tab and line feed, marks that turn the direction of text, and bytes that are no text.
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -31,25 +29,22 @@ UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 @dataclass
 class Stage:
-    """One open stage. Times are time.perf_counter() values in seconds."""
+    """One open stage. Times by time.perf_counter()."""
 
     name: str
     total: float | None
     unit: str
     began: float
     done: float = 0.0
-    notes: tuple[str, ...] = ()  # the different ones so far, the last one last
-    shown_at: float = 0.0
+    notes: set[str] = field(default_factory=set)
+    shown_at: float = 0.0  # seconds after the begin
     shown_done: float = 0.0
     inner: float = 0.0  # seconds spent in stages inside this one
     bar: tqdm | None = None  # on a terminal
 
 
 class Batch:
-    """Videos made one after the other: how long the rest takes, judged by the finished ones.
-
-    Work is in any unit; a video that failed, or that another process makes, is work that is gone and tells nothing.
-    """
+    """How long the rest of several videos takes, judged by the work, in any unit, of the finished ones."""
 
     def __init__(self, works: Sequence[float]) -> None:
         self.ahead, self.count = sum(works), len(works)
@@ -68,10 +63,7 @@ class Batch:
             self.ahead -= work
 
     def left(self, now: float, stage: float = 0.0) -> str:
-        """`1 h 20 min left for all`; empty while no video is finished, and where there is only one.
-
-        stage: seconds that the stage of the present video takes yet; all cannot be done before.
-        """
+        """`1 h 20 min left for all`; empty while no video is finished. stage: seconds that the present stage takes."""
         if not self.done or self.count < 2:
             return ""
         spent = 0.0 if self._began is None else now - self._began
@@ -79,33 +71,28 @@ class Batch:
 
 
 class Progress:
-    """Stages, messages and times of one run.
-
-    json: JSON lines on stdout take the place of the text. stream: where text goes. quiet: only measure time.
-    """
+    """Stages, messages and times of one run. json: as lines on stdout. stream: for text. quiet: only measure time."""
 
     def __init__(self, json: bool = False, stream: TextIO | None = None, quiet: bool = False) -> None:
         self.json, self.quiet, self.stream = json, quiet, stream if stream is not None else sys.stderr
         self.seconds: dict[str, float] = {}
         self.batch = Batch([])
         self.subject: dict[str, Any] = {}  # joins every event
-        self._terminal = not json and not quiet and clearing(self.stream) != ""
         self._open: list[Stage] = []
         self._began = time.perf_counter()
         self._start_up = 0.0  # seconds before the work
 
     def start(self) -> None:
-        """The work begins: the time until now, spent on checks and the plan, counts as start-up."""
+        """The time until now counts as start-up."""
         self._start_up = time.perf_counter() - self._began - sum(self.seconds.values())
 
     @contextmanager
     def stage(self, name: str, total: float | None = None, unit: str = "") -> Iterator[None]:
         """Time a block as `name`; `advance` inside it counts towards `total` in `unit` ("B": bytes, "step", ...)."""
-        now = time.perf_counter()
-        stage = Stage(name, total, unit, began=now, shown_at=now)
+        stage = Stage(name, total, unit, began=time.perf_counter())
         self._open.append(stage)
         self.event("begin", {"stage": name, "total": total, "unit": unit})
-        if self._terminal and self.stream is not None:
+        if self.stream is not None and clearing(self.stream) and not self.json and not self.quiet:
             stage.bar = _bar(stage, self.stream)
         whole = False
         try:
@@ -116,8 +103,7 @@ class Progress:
                 setattr(error, STAGE, name)
             raise
         finally:
-            now = time.perf_counter()
-            elapsed = now - stage.began
+            elapsed = time.perf_counter() - stage.began
             self._open.remove(stage)
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - stage.inner
             if self._open:
@@ -127,7 +113,7 @@ class Progress:
                 stage.bar.close()
                 tell(self.stream, "")  # clears a "^C" of the terminal's with the bar
             if whole:
-                note = f"({stage.notes[0]})" if len(stage.notes) == 1 else ""
+                note = f"({stage.notes.pop()})" if len(stage.notes) == 1 else ""
                 words = (name, extent(stage.done, None, unit), "in", duration(elapsed), note)
                 self._print(" ".join(filter(None, words)))
 
@@ -135,44 +121,40 @@ class Progress:
         """`amount` more of the innermost stage's unit is done; shown when it is worth a line."""
         stage = self._open[-1]
         stage.done += amount
-        if note:
-            stage.notes = (*(other for other in stage.notes if other != note), note)
+        stage.notes |= {note} - {""}
         now = time.perf_counter()
-        elapsed, left = now - stage.began, 0.0  # seconds left, at the rate so far; 0 while nothing is known
-        if stage.total and stage.done:
-            left = max(0.0, stage.total - stage.done) * elapsed / stage.done
+        elapsed = now - stage.began
+        left = max(0.0, (stage.total or 0.0) - stage.done) * elapsed / stage.done if stage.done else 0.0
         left_for_all = self.batch.left(now, left)
         if stage.bar is not None:
             stage.bar.set_postfix_str(visible(", ".join(filter(None, (left_for_all, note)))), refresh=False)
             stage.bar.update(amount)
             return
-        age = now - stage.shown_at
-        tenth = stage.total and stage.done - stage.shown_done >= stage.total / 10
-        if self.quiet or not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
+        age, tenth = elapsed - stage.shown_at, stage.total and stage.done - stage.shown_done >= stage.total / 10
+        if not (age >= LINE_SECONDS or (tenth and (self.json or age >= TENTH_SECONDS))):
             return
-        stage.shown_at, stage.shown_done = now, stage.done
-        state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit, "note": note}
-        self.event("advance", {**state, "seconds": elapsed})
+        stage.shown_at, stage.shown_done = elapsed, stage.done
+        state = {"stage": stage.name, "done": stage.done, "total": stage.total, "unit": stage.unit}
+        self.event("advance", state | {"note": note, "seconds": elapsed})
         parts = [f"{stage.name} {extent(stage.done, stage.total, stage.unit)}".rstrip(), left_for_all]
         if stage.done and elapsed > 0:
             rate = stage.done / elapsed
             each = f"{quantity(rate, stage.unit)}/s" if rate >= 1 else f"{duration(1 / rate)} each"
             parts += [f"{duration(left)} left" if left else "", each]
-        self._print(" | ".join(filter(None, (*parts, *stage.notes[-1:]))))
+        self._print(" | ".join(filter(None, (*parts, note))))
 
     def say(self, text: str) -> None:
-        """A message of its own: one or more whole lines."""
         self.event("message", {"text": text})
         self._print(text)
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """One JSON line, for programs that read along; nothing in text mode."""
+        """A JSON line, with --json."""
         if self.json and not self.quiet:
             tell_event(kind, {**self.subject, **fields})
 
     @contextmanager
     def about(self, **subject: Any) -> Iterator[None]:
-        """Context manager around what concerns one job alone: its events say so."""
+        """Context manager: events of one job alone say so."""
         self.subject = subject
         try:
             yield
@@ -180,7 +162,7 @@ class Progress:
             self.subject = {}
 
     def table(self) -> str:
-        """Seconds and share by stage since this object was made, and the peak memory."""
+        """Seconds and share by stage, and the peak memory."""
         whole = time.perf_counter() - self._began
         rows = {"start-up": self._start_up} if self._start_up else {}
         rows |= self.seconds
@@ -202,12 +184,10 @@ def _bar(stage: Stage, stream: TextIO) -> tqdm:
 
     tqdm.monitor_interval = 0  # no thread
     _write(stream, CLEAR)  # the bar of the stage around this one
-    file = SimpleNamespace(
-        write=partial(_write, stream), flush=lambda: None, fileno=stream.fileno, encoding=stream.encoding
-    )
+    ours = {"write": partial(_write, stream), "flush": lambda: None, "fileno": stream.fileno}
     return tqdm(
-        desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", file=file,
-        dynamic_ncols=True, leave=False, position=0,
+        desc=stage.name, total=stage.total, unit=stage.unit or "it", unit_scale=stage.unit == "B", dynamic_ncols=True,
+        leave=False, position=0, file=SimpleNamespace(**ours, encoding=stream.encoding),
     )  # fmt: skip
 
 
@@ -221,19 +201,19 @@ def tell(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with characters that move, hide or reorder what a terminal shows as JSON writes them: `\\u001b`."""
+    """`text` with characters that move, hide or reorder what a terminal shows as JSON writes them."""
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def clearing(stream: TextIO | None) -> str:
-    """The characters that empty the line before something is said on a terminal."""
+    """What empties a terminal's line."""
     with suppress(ValueError):  # closed
         return CLEAR if stream is not None and stream.isatty() else ""
     return ""
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    """Write while somebody takes it: a log that is lost (closed pipe, full disk) must not end the work."""
+    """A log that is lost (closed pipe, full disk) must not end the work."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
@@ -246,7 +226,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest use so far in bytes: of this process in RAM, and of all CUDA devices together if any is in use."""
+    """Highest use so far in bytes: of this process in RAM, and of all GPUs together if any is in use."""
     peaks = {}
     with suppress(ImportError):  # on Windows
         import resource
@@ -276,10 +256,8 @@ def quantity(value: float, unit: str) -> str:
     if unit != "B":
         number = f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         return f"{number} {unit}{'s' if unit and value != 1 else ''}".strip()
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {prefix}B"
-    return f"{value:.0f} B"
+    prefix, scale = next(((p, s) for p, s in zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True) if value >= s), ("", 1))
+    return f"{value / scale:.3g} {prefix}B" if prefix else f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
@@ -295,43 +273,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-# Kind -> when it comes, and type by field: text, number, truth, list or object; "?" where it may be null.
-EVENTS: dict[str, tuple[str, dict[str, str]]] = {
-    "plan": ("everything is checked; nothing is loaded yet", {
-        "task": "text", "solver": "text?", "shift": "number?", "preset": "text?", "steps": "list", "loras": "object",
-        "fingerprints": "object", "device": "text", "dtype": "text", "attention": "text", "layout": "text",
-        "weight_bytes": "object", "peak_bytes": "object?", "jobs": "list", "expected": "object?", "host": "object",
-        "disk": "list", "warnings": "list"}),
-    "begin": ("a stage begins", {"stage": "text", "total": "number?", "unit": "text"}),
-    "advance": ("a stage goes on", {
-        "stage": "text", "done": "number", "total": "number?", "unit": "text", "note": "text", "seconds": "number"}),
-    "end": ("a stage ends, whole or not", {
-        "stage": "text", "done": "number", "unit": "text", "seconds": "number", "whole": "truth"}),
-    "message": ("a line for people", {"text": "text"}),
-    "saved": ("a video is there", {"index": "number", "file": "text", "frames": "number"}),
-    "failed": ("a video could not be made", {"index": "number", "file": "text", "reason": "text"}),
-    "elsewhere": ("another process makes it", {"index": "number", "file": "text"}),
-    "there": ("a clip of a chain was there already", {"index": "number", "file": "text"}),
-    "joined": ("a chain's video is there", {"file": "text"}),
-    "not joined": ("a chain's video could not be made", {"file": "text", "reason": "text"}),
-    "extended": ("--extend_only has written its file", {"file": "text"}),
-    "checked": ("the end of a --dry_run", {}),
-    "summary": ("the end of a run: how many videos", {
-        "saved": "number", "there already": "number", "failed": "number", "being made by other processes": "number",
-        "not tried": "number", "joined": "number", "not joined": "number"}),
-    "error": ("the run ends with this exit code", {"code": "number", "problems": "list"}),
-}  # fmt: skip
-# What the lists and objects of a plan hold, by their field: those of each entry.
-EVENT_PARTS: dict[str, tuple[str, dict[str, str]]] = {
-    "steps": ("guidance 1: none", {"timestep": "number", "expert": "text", "guidance": "number", "lora": "number"}),
-    "jobs": ("the videos; done: --resume has found it", {
-        "index": "number", "prompt": "text", "size": "list", "image": "text?", "frames": "number", "tokens": "number",
-        "seed": "number", "save_file": "text", "joined": "text?", "done": "truth"}),
-    "expected": ("seconds by rates that wan.doctor measured: of the longest video by stage, until all are made", {
-        "stages": "object", "whole": "number", "communication": "truth"}),
-    "host": ("bytes of memory, for all processes on this machine", {"needed": "number?", "available": "number"}),
-    "disk": ("bytes to write, an estimate with its spread", {
-        "folder": "text", "needed": "number", "least": "number", "most": "number", "free": "number?"}),
-}  # fmt: skip

@@ -1,0 +1,60 @@
+"""A table of videos as one video and one picture, and how far each is from the first.
+
+Shapes: F, H, W frames, rows, columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from wan.media.images import write_text
+from wan.media.video import VideoWriter, read_clip, run_ffmpeg, video_input
+from wan.utils.files import replacing
+
+CELL = 320  # pixels across
+BAND = 16  # above each video, for its label
+METRICS = "[0:v]split[a][b];[1:v]split[c][d];[a][c]psnr;[b][d]ssim"
+
+
+def compare(video: Path, reference: Path) -> str:
+    """PSNR and SSIM of the frames by ffmpeg, in words; "" if the two cannot be compared."""
+    inputs = [*video_input(video), *video_input(reference)]
+    done = run_ffmpeg("-loglevel", "info", *inputs, "-lavfi", METRICS, "-f", "null", "-")
+    psnr = re.search(rb"PSNR.* average:(inf|[\d.]+)", done.stderr)
+    ssim = re.search(rb"SSIM.* All:([\d.]+)", done.stderr)
+    if not psnr or not ssim:
+        return ""
+    return "equal" if psnr[1] == b"inf" else f"{float(psnr[1]):.1f} dB, SSIM {float(ssim[1]):.3f}"
+
+
+def save_montage(
+    cells: Sequence[Sequence[tuple[str, Path | None]]], size: tuple[int, int], frames: int, fps: float, target: Path
+) -> None:
+    """Write `cells` (rows of labels and whole videos) as the video `target`, and its middle frame as a PNG beside it.
+
+    size: (width, height) of the videos. frames: of the shortest. InputError for one that cannot be read, JobError.
+    """
+    import torch
+    from numpy import asarray
+
+    width, height = CELL, max(2, round(CELL * size[1] / size[0] / 2) * 2)
+    canvas = torch.full((3, frames, len(cells) * (height + BAND), len(cells[0]) * width), -1.0)
+    for down, row in enumerate(cells):
+        for across, (label, path) in enumerate(row):
+            band, top, left = Image.new("RGB", (width, BAND)), down * (height + BAND), across * width
+            write_text(band, label, 0, 1)
+            letters = torch.from_numpy(asarray(band).copy()).permute(2, 0, 1)[:, None]
+            canvas[:, :, top : top + BAND, left : left + width] = letters / 127.5 - 1
+            if path:
+                clip = read_clip(path, frames, round(fps), (width, height))
+                canvas[:, :, top + BAND : top + BAND + height, left : left + width] = clip
+    with VideoWriter(target, fps) as video:
+        video.write(canvas)
+        video.finish(None)
+    middle = ((canvas[:, frames // 2] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    with replacing(target.with_suffix(".png")) as part:
+        Image.fromarray(middle).save(part, "PNG")
