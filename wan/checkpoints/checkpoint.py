@@ -67,9 +67,7 @@ class OpenCheckpoint:
 
 def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None) -> OpenCheckpoint:
     """Open every part; no weight is read. InputError with all problems.
-
-    files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them.
-    """
+    files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them."""
     files, problems = dict(files or {}), list[str]()
     opener = _Opener(folder, config, files)
     if folder is not None:
@@ -208,9 +206,7 @@ def transformer_sizes(
     config: Path | None, shapes: Mapping[str, tuple[int, ...]], where: str, max_text: int
 ) -> dict[str, Any]:
     """The sizes in config.json; without one those of the weights, with heads as wide as in all published models.
-
-    where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit.
-    """
+    where: the weights in messages. max_text: tokens of the longest prompt. InputError for sizes that do not fit."""
     found: dict[str, float] = {}
     try:
         for key, (name, axis, times) in SIZED_BY.items():

@@ -2,8 +2,7 @@
 
 The header is read here, within bounds: the package's reader takes seconds for a text encoder's vocabulary and follows
 whatever length a file names. The format (ggml-org/ggml, docs/gguf.md), little-endian: magic, version, counts; key, kind
-and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned.
-"""
+and value of each setting; name, axes from the innermost, type and offset of each tensor; then the data, aligned."""
 
 from __future__ import annotations
 
@@ -26,7 +25,6 @@ TEXT, ARRAY = 8, 9
 MOST_AXES = 8  # ggml itself has 4, ComfyUI's converter writes 5
 SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor whose rows the converter made fit the blocks
 TABLES = ("modulation", "scale_shift_table")  # [1, n, width], of which ggml's own tools drop the first axis
-VALUES_AT_ONCE = 1 << 18  # dequantised: they and their source stay in a core's cache
 Listed = tuple[str, tuple[int, ...], int, int]  # name, axes from the innermost, number of the type, offset in the data
 
 
@@ -48,7 +46,7 @@ class Blocks(Entry):
         data = blocks.read(name, slice(begin, math.ceil((start + count) / values))).numpy()
         memory = torch.empty(part.bytes, dtype=torch.uint8) if buffer is None else buffer[: part.bytes]
         numbers = memory.view(torch.float32)
-        at_once = max(1, VALUES_AT_ONCE // values)
+        at_once = max(1, (1 << 18) // values)  # they and their source stay in a core's cache
         for block in range(0, len(data), at_once):
             with np.errstate(all="ignore"):  # a damaged scale gives NaN or Inf, which loading looks for
                 some = dequantize(data[block : block + at_once].reshape(1, -1), kind)[0]

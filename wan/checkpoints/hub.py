@@ -1,8 +1,7 @@
 """Files on the Hugging Face hub by their place, `owner/name[@revision][/path]`, where no such file or folder is here.
 
-`located` finds a place, whose headers are read by ranges; `fetch` fetches the files before a run. The commit is part
-of a found path, so that a run uses what was planned.
-"""
+`located` finds a place, whose headers are read by ranges; `fetch` fetches the files before a run. The commit is part of
+a found path, so that a run uses what was planned."""
 
 from __future__ import annotations
 
@@ -33,7 +32,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 BESIDE = tuple(f"*{kind}" for kind in (*WEIGHT_SUFFIXES, ".json", ".model"))  # fetched of a folder
 SERVING = (*(f"*{kind}" for kind in WEIGHT_SUFFIXES), "tokenizer.json")  # a kept folder without any was only looked at
 BLOCK = 1 << 20  # bytes of one request: more than most headers
-DOWNLOADS = 8  # at once
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
 
 
@@ -126,10 +124,8 @@ def place(name: str) -> HubPath | None:
 
 
 def located(flag: str, name: str) -> Path:
-    """The path of the value of `flag`: here, or of a commit on the hub; without the hub, what was fetched before.
-
-    A name that means neither stays as it is. InputError if the hub does not give it.
-    """
+    """The path of the value of `flag`: here, or of a commit on the hub; without the hub, what was fetched before. A
+    name that means neither stays as it is. InputError if the hub does not give it."""
     local = os.path.expanduser(name)
     there = None if os.path.exists(local) else place(name)
     if there is None:
@@ -156,16 +152,14 @@ def located(flag: str, name: str) -> Path:
 
 def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     """The local path of a place on the hub, fetched; any other path as it is. InputError if the hub does not give it.
-
-    patterns: of the files wanted of a folder; by default weights and settings right in it.
-    """
+    patterns: of the files wanted of a folder; by default weights and settings right in it."""
     if not isinstance(path, HubPath):
         return path
     if path.is_file():
         return _download(path)
     beside = [name for name in path.files() if patterns or "/" not in name]
     names = [name for name in beside if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
+    with ThreadPoolExecutor(8) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
 
@@ -243,7 +237,8 @@ def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
-    for wait in (*WAITS, None):
+    waits = list(WAITS)
+    while True:
         try:
             return work()
         except InputError as e:  # see _check_answer
@@ -253,8 +248,7 @@ def _ask_hub(path: HubPath, work: Callable[[], Reply]) -> Reply:
             raise InputError(f"{path.repository} is gated: {accept}") from e
         except Exception as e:  # the library lets through what its transport raises
             status = getattr(getattr(e, "response", None), "status_code", 0)
-            if wait is None or not (status == 429 or status >= 500):
+            if not waits or not (status == 429 or status >= 500):
                 failed = f"{path.as_posix()} could not be read from {constants.ENDPOINT}"
                 raise InputError(f"{failed}: {first_line(e)}") from e
-        time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+        time.sleep(waits.pop(0))

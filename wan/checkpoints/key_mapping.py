@@ -1,7 +1,6 @@
 """Names of the three kinds of networks in diffusers, transformers and llama.cpp, and the way back to ours.
 
-The way back takes all names of a file, because the two autoencoders use one name for different parameters.
-"""
+The way back takes all names of a file, because the two autoencoders use one name for different parameters."""
 
 from __future__ import annotations
 
@@ -11,33 +10,20 @@ from functools import cache
 
 # Our fragment of a name -> diffusers' (WanTransformer3DModel); each name has at most one of them.
 DIFFUSERS = (
-    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
-    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
-    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
-    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    *((f"{x}_embedding.{2 * n}.", f"condition_embedder.{x}_embedder.linear_{n + 1}.")
+      for x in ("text", "time") for n in (0, 1)),
     ("time_projection.1.", "condition_embedder.time_proj."),
-    *((f"self_attn.{x}.", f"attn1.to_{x}.") for x in "qkv"),
-    ("self_attn.o.", "attn1.to_out.0."),
-    ("self_attn.norm_", "attn1.norm_"),
-    *((f"cross_attn.{x}.", f"attn2.to_{x}.") for x in "qkv"),
-    ("cross_attn.o.", "attn2.to_out.0."),
-    ("cross_attn.norm_", "attn2.norm_"),
+    *((f"{ours}_attn.{x}", f"{theirs}.{y}") for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
+      for x, y in (("q.", "to_q."), ("k.", "to_k."), ("v.", "to_v."), ("o.", "to_out.0."), ("norm_", "norm_"))),
     (".norm3.", ".norm2."),  # the norm before cross-attention; our norm2 has no parameters
-    (".ffn.0.", ".ffn.net.0.proj."),
-    (".ffn.2.", ".ffn.net.2."),
-    ("head.head.", "proj_out."),
-    ("head.modulation", "scale_shift_table"),
-    (".modulation", ".scale_shift_table"),
-)
+    (".ffn.0.", ".ffn.net.0.proj."), (".ffn.2.", ".ffn.net.2."), ("head.head.", "proj_out."),
+    ("head.modulation", "scale_shift_table"), (".modulation", ".scale_shift_table"),
+)  # fmt: skip
 # our pattern -> diffusers', of both autoencoders, one after the other
 VAE_NAMES = (
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"\.conv1\.", ".conv_in."),
-    (r"\.head\.0\.", ".norm_out."),
-    (r"\.head\.2\.", ".conv_out."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."),
+    (r"\.conv1\.", ".conv_in."), (r"\.head\.0\.", ".norm_out."), (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
     # Wan2.2 nests a level's layers, Wan2.1 counts them on: three blocks and a sampler in each level of the decoder
     (r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.(?=resample|time_conv)", r".\1_blocks.\2.\1sampler."),
@@ -45,10 +31,7 @@ VAE_NAMES = (
     (r"\.downsamples\.(\d+)\.", r".down_blocks.\1."),
     *((rf"\.upsamples\.{4 * level + n}\.", f".up_blocks.{level}.{name}.") for level in range(4)
       for n, name in enumerate(("resnets.0", "resnets.1", "resnets.2", "upsamplers.0"))),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
+    *((rf"\.residual\.{n}\.", f".{name}.") for n, name in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))),
     (r"\.shortcut\.", ".conv_shortcut."),
 )  # fmt: skip
 # a text encoder's names: ours, transformers', llama.cpp's

@@ -1,7 +1,6 @@
 """Which file of a checkpoint folder holds which part: in the released layout, or in diffusers'.
 
-A part is an expert (by its name), "text_encoder", "vae" or "tokenizer"; shards with an index may serve as any file.
-"""
+A part is an expert (by its name), "text_encoder", "vae" or "tokenizer"; shards with an index may serve as any file."""
 
 from __future__ import annotations
 

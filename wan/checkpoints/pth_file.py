@@ -2,8 +2,7 @@
 
 The format (torch.save): a zip of stored records, of which `data.pkl` pickles a dictionary of tensors; each refers to
 its storage, the record `data/KEY`, by `persistent_load`. Reading it here and not by torch.load needs no data: headers
-of a file on the hub are enough.
-"""
+of a file on the hub are enough."""
 
 from __future__ import annotations
 

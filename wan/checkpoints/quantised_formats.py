@@ -2,8 +2,7 @@
 
 A file names the format of a layer X in a tensor `X.comfy_quant` (JSON), in `_quantization_metadata` of its header (JSON
 by layer; of shards in each one), or nowhere: then the dtype, and names and shapes of the scales, decide. W = q * scale,
-with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1.
-"""
+with one scale for the tensor, a row or a block; rotated formats store W R, so W = (q * scale) R, because R R = 1."""
 
 from __future__ import annotations
 
@@ -28,7 +27,6 @@ MARKER = ".comfy_quant"
 DATA = "._data"  # optimum-quanto: the numbers of the weight before it
 SCALES = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight._scale")  # multiply the weight
 UNUSED = (".input_scale", ".scale_input", ".output_scale")  # for activations in 8 bits; no weight depends on them
-MAX_MARKER_BYTES = 1 << 16
 KNOWN_FLAGS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # flags that leave the numbers alone
 WHOLE, ROW, BLOCK = "tensor", "row", "block"  # what one scale is for
 
@@ -138,7 +136,7 @@ def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, entry in store.items():
         if name.endswith(MARKER):
             try:
-                if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > MAX_MARKER_BYTES:
+                if entry.dtype != "U8" or len(entry.shape) != 1 or entry.bytes > 1 << 16:
                     raise ValueError("no text")
                 found.append((name.removesuffix(MARKER), parse_json(store.read(name).numpy().tobytes())))
             except ValueError as e:
@@ -224,11 +222,9 @@ def _format_of(plain: str, layer: Layer, entry: Entry) -> Format | None:
 
 
 def _block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str, int, int]:
-    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it.
-
-    A block has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each
-    column is not taken: it may be meant for the rows of a transposed matrix.
-    """
+    """(what a scale is for, its rows, its columns; 0: all of them); ("", 0, 0) where the shapes do not say it. A block
+    has a power of two of rows and columns, which no rounding up of their number can imitate. One scale for each column
+    is not taken: it may be meant for the rows of a transposed matrix."""
     count = shape[0] if shape else 1
     if math.prod(scale) == 1:
         return WHOLE, count, 0

@@ -1,9 +1,8 @@
 """Named tensors in safetensors files: names and shapes from headers alone, then one tensor (or some rows) at a time.
 
-The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory
-until the file is closed.
-The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the data.
-"""
+The data is read with plain reads into a buffer, not through a memory map: pages of a map count as resident memory until
+the file is closed. The format (huggingface/safetensors): 8 bytes header length, that many bytes of JSON, then the
+data."""
 
 from __future__ import annotations
 
@@ -37,7 +36,6 @@ DTYPES = {
 INDEX_SUFFIX = ".safetensors.index.json"
 AT_ONCE = 16  # reads of a few bytes: on the hub each is a request
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
-MAX_AXES = 32
 
 
 @dataclass(frozen=True)
@@ -150,17 +148,13 @@ class TensorStore(dict[str, Entry]):
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """The tensor, or rows `rows.start:rows.stop` of its first axis, on the CPU in its entry's dtype.
-
-        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use.
-        """
+        buffer: a uint8 tensor to read into; the result is then a view of it, valid until its next use."""
         return self[name].read(name, rows, buffer)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read.
-
-    TensorFileError for a file that is truncated, corrupt, of another kind or not readable, OSError for other failures.
-    """
+    """(entries by name in file order, metadata) of one safetensors file; no tensor data is read. TensorFileError for a
+    file that is truncated, corrupt, of another kind or not readable, OSError for other failures."""
     entries: dict[str, Entry] = {}
     with reading(path, "the safetensors header is corrupt") as size:
         with path.open("rb") as file:
@@ -176,7 +170,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if not name.isprintable():
                 raise ValueError(f"a tensor is named {name[:60]!r}")
             dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
-            if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
+            if len(shape) > 32 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)):
                 raise ValueError(f"tensor {name[:60]} has an impossible shape or offset")
             if dtype not in DTYPES:
                 raise ValueError(f"tensor {name[:60]} has the unsupported dtype {dtype!r:.40}")
@@ -211,9 +205,7 @@ def fingerprint(path: Path) -> str:
 @contextmanager
 def reading(path: Path, problem: str) -> Iterator[int]:
     """Context manager around code that interprets a file, of the size given: all that it raises is a TensorFileError.
-
-    problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here.
-    """
+    problem: says that the file could not be understood. Only interpretation belongs inside: bugs are hidden here."""
     size = size_of(path)
     try:
         yield size

@@ -1,7 +1,6 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored.
-"""
+Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored."""
 
 from __future__ import annotations
 
@@ -57,9 +56,7 @@ def open_file(path: Path) -> TensorStore:
 
 def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     """The network of this kind (EXPERT, TEXT_ENCODER or VAE) in a file, under our names.
-
-    where: the file in messages. LoraError for weights that are stored in a form that is not known here.
-    """
+    where: the file in messages. LoraError for weights that are stored in a form that is not known here."""
     parts = {name: _part_of(name) for name in source}
     wanted = kind if kind in parts.values() else None
     plain = {name: strip_prefixes(name) for name, part in parts.items() if part == wanted}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,7 @@ from wan.utils.files import replacing, write_file
 STORED_NAMES = {getattr(torch, name): key for key, (name, _) in DTYPES.items()}  # torch's dtype -> safetensors' name
 
 
-@dataclass(frozen=True)
-class NetworkToWrite:
+class NetworkToWrite(NamedTuple):
     """One network to write into `folder`, relative to the checkpoint."""
 
     name: str
@@ -51,8 +49,7 @@ class Target(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One file to write, relative to the checkpoint; its tensors in the order of the file."""
 
     file: Path

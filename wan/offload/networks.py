@@ -16,11 +16,11 @@ from wan.modules.model import Prompt, Residency, WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.offload.budget import Sizes
 from wan.offload.prefetcher import BlockWeights, CopyStream, Prefetcher, aligned
-from wan.offload.reader import Source, fill
+from wan.offload.reader import Piece, Source, fill
 from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
-TABLE = "token_embedding.weight"  # of the text encoder
+TABLE = "token_embedding.weight"  # of the text encoder, read by row
 SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
 
 
@@ -53,7 +53,7 @@ class Networks(Generic[Network]):
         for name, (blueprint, source) in modules.items():
             model = self.models[name] = copy.deepcopy(blueprint).eval().requires_grad_(False)
             if isinstance(model, UMT5Encoder):
-                model.token_embedding = FileTable(source, TABLE, device)
+                model.token_embedding = FileTable(source, device)
             self._resident[name], grouped, block_of, _ = group(model, source.dtype)
             fill(model, source, self._resident[name], device, report)
             self._block_of[name] = [len(blocks) + block for block in block_of]
@@ -113,28 +113,25 @@ def group(
 def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]) -> Sizes:
     """The bytes that a network built on the meta device takes as one of `Networks`."""
     resident, blocks, _, size = group(model, dtype)
-    read_by_row = TABLE if isinstance(model, UMT5Encoder) else ""
     largest = max(sum(size[name] for name in names) for names in blocks)
-    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != read_by_row))
+    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != TABLE))
 
 
 class FileTable(nn.Module):
     """A row for each id, read from the file: a text needs a few hundred of gigabytes of rows."""
 
-    def __init__(self, source: Source, name: str, device: torch.device) -> None:
+    def __init__(self, source: Source, device: torch.device) -> None:
         super().__init__()
-        self.source, self.name, self.device = source, name, device
+        self.source, self.entry, self.device = source, source.store[TABLE], device
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [n] -> [n, D]."""
         rows, row_of = ids.cpu().unique(return_inverse=True)
-        shape = (len(rows), *self.source.store[self.name].shape[1:])
-        found = torch.empty(shape, dtype=self.source.dtype(self.name), device=self.device)
-        buffer = torch.empty(self.source.store[self.name].rows(slice(0, 1)).bytes, dtype=torch.uint8)
+        found = torch.empty(len(rows), *self.entry.shape[1:], dtype=self.source.dtype(TABLE), device=self.device)
+        buffer = torch.empty(self.entry.rows(slice(0, 1)).bytes, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
-            (piece,) = self.source.pieces([self.name], lambda _, row=row: slice(row, row + 1))  # type: ignore[misc]
-            target = {self.name: found[number : number + 1]}
-            self.source.place(piece, self.source.read(piece, buffer), target, row)
+            piece = Piece(self.source, TABLE, slice(row, row + 1))
+            self.source.place(piece, self.source.read(piece, buffer), {TABLE: found[number : number + 1]}, row)
         return found[row_of.to(self.device)]
 
 

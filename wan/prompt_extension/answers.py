@@ -6,10 +6,9 @@ import html
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # About twice the longest text the system prompts ask for (200 English words); the video model's text encoder
 # reads 512 tokens and would cut the rest off silently.
@@ -18,22 +17,18 @@ MOST_TEXT = 10_000  # characters that are cleaned; a longer text is no prompt
 
 _TAG = r"(?:\w{1,12}:)?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
 REASONING_OPENS = re.compile(
-    rf"<{_TAG}>|◁think▷|\[THINK\]|<\|channel>|<\|channel\|>|<\|begin_of_thought\|>|\A(?-i:analysis(?=[A-Z]))",
-    re.IGNORECASE,
+    rf"(?i)<{_TAG}>|◁think▷|\[THINK\]|<\|channel>|<\|channel\|>|<\|begin_of_thought\|>|\A(?-i:analysis(?=[A-Z]))",
 )
 REASONING_CLOSES = re.compile(
-    rf"</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
-    re.IGNORECASE,
+    rf"(?i)</{_TAG}>|◁/think▷|\[/THINK\]|<channel\|>|<\|channel\|>final[^<]{{0,40}}<\|message\|>|<\|end_of_thought\|>",
 )
 _WRAPPER_TAGS = re.compile(
-    r"</?(?:answer|output|prompt|start_of_turn|end_of_turn|s)>|\[/?INST\]|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>",
-    re.IGNORECASE,
+    r"(?i)</?(?:answer|output|prompt|start_of_turn|end_of_turn|s)>|\[/?INST\]|<\|?/?[\w-]{1,40}\|>|<\|[\w-]{1,40}>",
 )
 _REFUSAL = re.compile(
     r"""(?:unfortunately,\s+|i\s+apologi[sz]e\b[^.\n]{0,60}\bi\s)?
-    (?: i['’]?m\s+(?:really\s+|very\s+|so\s+)?sorry\b | i\s+am\s+(?:really\s+|very\s+|so\s+)?sorry\b | sorry,
+    (?: i(?:['’]?|\s+a)m\s+(?:(?:really\s+|very\s+|so\s+)?sorry\b|(?:unable|not\s+able)\s+to) | sorry, | as\s+an\s+ai\b
       | (?:i\s+)?(?:can['’]?t|cannot|can\snot|won['’]?t)\s+(?:assist|help|create|write|provide|fulfil|comply|be\s|do\s)
-      | i['’]?(?:\s+a)?m\s+(?:unable|not\s+able)\s+to | as\s+an\s+ai\b
       | (?:很|非常)?(?:抱歉|对不起) | 我(?:无法|不能|没有办法) | 作为(?:一个|一名)?(?:AI|人工智能)
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -73,8 +68,7 @@ _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "「": "」
 _JSON_NAMES = ("prompt", "description", "caption", "text", "output", "answer", "result", "提示词", "描述")
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One request to the model: its instructions, the user's text, the image it must look at."""
 
     system: str
@@ -84,9 +78,7 @@ class Question:
 
 class AnswerError(Exception):
     """The model gave no usable answer; the message is the reason, without any secret.
-
-    passing: another attempt may succeed, after `wait` seconds. ends_all: no other question can succeed either.
-    """
+    passing: another attempt may succeed, after `wait` seconds. ends_all: no other question can succeed either."""
 
     def __init__(self, reason: str, *, passing: bool = False, ends_all: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -104,10 +96,8 @@ def printable(text: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """The bare prompt in one line: no reasoning, wrappers, fences, quotes, lead-ins, notes or line breaks.
-
-    Takes time linear in the length. AnswerError for a refusal, reasoning without an end, nothing or too much text.
-    """
+    """The bare prompt in one line: no reasoning, wrappers, fences, quotes, lead-ins, notes or line breaks. Takes time
+    linear in the length. AnswerError for a refusal, reasoning without an end, nothing or too much text."""
     text = without_reasoning(answer).strip()
     if len(text) <= MOST_TEXT:
         text = _WRAPPER_TAGS.sub("", text).strip()

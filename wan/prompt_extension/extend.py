@@ -1,8 +1,7 @@
 """Prompt extension: a language model lengthens short prompts before any video weight is loaded.
 
 `check_extension` finds problems without asking anyone; `extend` asks, and its model is gone when it returns. Answers
-are kept between runs: one small JSON file each, in the user's cache folder.
-"""
+are kept between runs: one small JSON file each, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wan.configs import TASKS
 from wan.media.images import open_image
@@ -33,7 +32,6 @@ DEFAULT_MODELS = {  # (method, with an image)
 SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B")} | {
     f"QwenVL2.5_{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B")
 }
-CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # The instructions given to the model: three kinds, in Chinese and in English.
 INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
 # (fewest, most) of the answer: characters in Chinese, words in English
@@ -42,8 +40,7 @@ TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
 NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
 
 
-@dataclass(frozen=True)
-class ExtendItem:
+class ExtendItem(NamedTuple):
     """The user's input for one video. With an image the prompt may be empty."""
 
     prompt: str
@@ -65,8 +62,7 @@ class ExtendSettings:
     options: Mapping[str, Any] | None = None  # further fields of a service's requests
 
 
-@dataclass(frozen=True)
-class Extended:
+class Extended(NamedTuple):
     """The outcome for one item."""
 
     prompt: str
@@ -82,13 +78,11 @@ Ask = tuple[Question, str, str]  # a question, the model that gets it, and the c
 
 
 def extend(settings: ExtendSettings, items: Sequence[ExtendItem], report: Callable[[str], None]) -> list[Extended]:
-    """The extended prompts, in order; `report` gets a line for each item, with both prompts, once it is settled.
-
-    Equal questions are asked once. Raises InputError: what `check_extension` finds, and with on_error "fail" the first
-    item that gets no answer.
-    """
+    """The extended prompts, in order; `report` gets a line for each item, with both prompts, once it is settled. Equal
+    questions are asked once. Raises InputError: what `check_extension` finds, and with on_error "fail" the first item
+    that gets no answer."""
     check_extension(settings, items)
-    if settings.language == "zh" and not all(CHINESE.search(item.prompt) for item in items):
+    if settings.language == "zh" and not all(re.search(r"[\u4e00-\u9fff]", item.prompt) for item in items):
         report("the extended prompts are in Chinese; --prompt_extend_target_lang en has them in English")
     asks = [_ask_for(settings, item) for item in items]
     kept = {key: read_cached(key) for _, _, key in asks} if settings.use_cache else {}
@@ -180,11 +174,9 @@ def _ask_for(settings: ExtendSettings, item: ExtendItem) -> Ask:
 def _answers(
     settings: ExtendSettings, model: str, asks: Sequence[Ask], report: Callable[[str], None]
 ) -> Generator[Answered]:
-    """One outcome for each question. The model is opened at the first and freed at the end.
-
-    A failure of all questions (a refused key, a model that does not load, a service that failed in all its attempts
-    twice in a row) ends the asking; the rest get the same reason.
-    """
+    """One outcome for each question. The model is opened at the first and freed at the end. A failure of all questions
+    (a refused key, a model that does not load, a service that failed in all its attempts twice in a row) ends the
+    asking; the rest get the same reason."""
     answered, failed_in_row = 0, 0
     opened: AbstractContextManager[Callable[[Question], str]]
     if settings.method == "local_qwen":

@@ -22,9 +22,7 @@ MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1280 * 28 * 28
 
 class LocalQwen:
     """A text or vision-language chat model from a folder or the hub; answers `Question`s within a `with` block.
-
-    bfloat16 on an accelerator (device "auto": spread over what fits), float32 on a CPU.
-    """
+    bfloat16 on an accelerator (device "auto": spread over what fits), float32 on a CPU."""
 
     def __init__(self, model: str, seed: int, device: str) -> None:
         self.name, self.seed, self.device = model, seed, device
@@ -117,10 +115,8 @@ class LocalQwen:
         raise ValueError(f"its chat template cannot be used: {first_line(failure)}") from failure
 
     def _inputs(self, text: str, question: Question) -> Any:
-        """The model's arguments. The image token is repeated once per merged patch, and its positions are marked.
-
-        Not by transformers' AutoProcessor, which for these models cannot be built without torchvision.
-        """
+        """The model's arguments. The image token is repeated once per merged patch, and its positions are marked. Not
+        by transformers' AutoProcessor, which for these models cannot be built without torchvision."""
         if question.image is None:
             return self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
         pixels = self.image_processor(images=[open_image(question.image)], return_tensors="pt")

@@ -2,8 +2,7 @@
 
 DashScope's own protocol is used where DASH_API_URL ends with /api/v1, as in the original. One POST per question,
 without the services' own packages: those read an answer of any size, and follow a file's name in a prompt. Keys and
-addresses come from the environment.
-"""
+addresses come from the environment."""
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from PIL.Image import Resampling
@@ -33,15 +31,12 @@ if TYPE_CHECKING:
 SEEDS_OF_SERVICES = 2**31  # what the services document; larger seeds are reduced
 IMAGE_AREA = 512 * 512  # pixels; the original sends no more either
 MOST_BYTES = 1 << 20  # of an answer, unpacked
-MOST_REASON = 300  # characters of a service's own error text
-ERROR_NAMES = ("error", "detail", "message", "msg")
 OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request; options may set any other
 NO_TEXT = "the service's answer holds no text"
 BROKEN_OFF = ("length", "content_filter", "error", "tool_calls", "function_call")  # as a finish_reason
 
 
-@dataclass(frozen=True)
-class Service:
+class Service(NamedTuple):
     """Environment variables with its key and its address; the address where that variable is not set."""
 
     keys: tuple[str, ...]
@@ -61,8 +56,7 @@ SERVICES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Patience:
+class Patience(NamedTuple):
     """Limits for one question. Times in seconds."""
 
     attempts: int = 6
@@ -90,10 +84,8 @@ class ChatService:
         self.auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
 
     def __call__(self, question: Question) -> str:
-        """The answer, asked for again with growing waits while the failure may pass.
-
-        Neither the answer nor the reason in an AnswerError holds a secret.
-        """
+        """The answer, asked for again with growing waits while the failure may pass. Neither the answer nor the reason
+        in an AnswerError holds a secret."""
         end, attempt = time.monotonic() + PATIENCE.total, 0
         while True:
             attempt += 1
@@ -165,9 +157,8 @@ class ChatService:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         if not self.native:
             return "/chat/completions", {"model": self.model, "messages": messages} | fields
-        parameters = {"result_format": "message"} | fields
-        content = {"model": self.model, "input": {"messages": messages}, "parameters": parameters}
-        return f"/services/aigc/{kind}/generation", content
+        asked = {"input": {"messages": messages}, "parameters": {"result_format": "message"} | fields}
+        return f"/services/aigc/{kind}/generation", {"model": self.model, **asked}
 
 
 def service_problems(method: str, model: str | None) -> Iterator[str]:
@@ -211,9 +202,10 @@ def refused(response: httpx.Response, details: str) -> AnswerError:
 def _error_in(values: Any) -> str:
     """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
     while isinstance(values, (dict, list)) and values:
-        inner = [values.get(name) for name in ERROR_NAMES] if isinstance(values, dict) else values
+        names = ("error", "detail", "message", "msg")
+        inner = [values.get(name) for name in names] if isinstance(values, dict) else values
         values = next(filter(None, inner), None)
-    return " ".join(printable(values).split())[:MOST_REASON] if isinstance(values, str) else ""
+    return " ".join(printable(values).split())[:300] if isinstance(values, str) else ""
 
 
 def text_of(values: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -83,9 +84,11 @@ def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def short(value: object) -> str:
-    """A number as part of a line: whole ones without a point."""
+    """A number as part of a line: whole ones without a point, of very long ones the number of digits."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.12g}"
+    if isinstance(value, int) and abs(value) >= 10**21:
+        return f"a number of {value.bit_length() * math.log10(2):.0f} digits"
     return str(value)
 
 

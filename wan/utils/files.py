@@ -34,9 +34,8 @@ STAND_INS = (  # how files begin that are often taken for others -> their kind, 
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with git lfs pull or hf download"),
     (rb"\s*<(!doctype\s+html|html)", "an HTML page, such as a login or error page; download the file again"),
 )
-PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)  # the name of a file being made, with its own inside
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-LEFT_OVER = re.compile(r"\.(.+)\.(lock|softlock|[0-9a-f]{8}\.part)", re.DOTALL)
+LEFT_OVER = re.compile(r"\.(.+)\.(?:lock|softlock|([0-9a-f]{8})\.part)", re.DOTALL)
 _without_locks: set[Path] = set()  # folders
 
 
@@ -88,7 +87,7 @@ def remove_parts(video: Path) -> int:
     """Remove the unfinished files of `video` and return how many; for the holder of its lock."""
     names, removed = {file.name for file in Beside.of(video)}, 0
     for entry in list(os.scandir(video.parent)):
-        if (found := PART.fullmatch(entry.name)) and found[1] in names:
+        if (found := LEFT_OVER.fullmatch(entry.name)) and found[2] and found[1] in names:
             with suppress(OSError):  # another user's, or no file
                 os.unlink(entry.path)
                 removed += 1
