@@ -92,19 +92,13 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     return ours
 
 
-def kinds_in(names: Collection[str]) -> list[str]:
-    """The kinds of networks that have parameters of these names, in any spelling; none for a LoRA and other files."""
-    found = []
+def kind_of(names: Collection[str]) -> str | None:
+    """The kind of network that has parameters of these names, in any spelling; None for a LoRA and other files."""
     for kind, sign in SIGNS.items():
         plain = [strip_prefixes(name).removesuffix(DATA) for name in names if _part_of(name) in (None, kind)]
         if sign in _our_names(kind, plain).values():
-            found.append(kind)
-    return found
-
-
-def kind_of(names: Collection[str]) -> str | None:
-    """The first of `kinds_in`."""
-    return next(iter(kinds_in(names)), None)
+            return kind
+    return None
 
 
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
@@ -122,7 +116,7 @@ def open_expert(path: Path) -> TensorStore:
     source = open_file(path)
     if any(".proj_l." in name for name in source):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
-    if EXPERT not in kinds_in(source):
+    if kind_of(source) != EXPERT:
         raise LoraError(f"--expert {path}: not a full expert, {SIGNS[EXPERT]} is missing (a LoRA goes to --lora)")
     return as_ours(source, EXPERT, f"--expert {path}")
 

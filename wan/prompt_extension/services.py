@@ -199,8 +199,7 @@ def refused(response: httpx.Response, details: str) -> AnswerError:
     )
 
 
-def _error_in(values: Any) -> str:
-    """The error in a body of JSON, whoever's layout it has, in one line; "" if there is none."""
+def _error_in(values: Any) -> str:  # of any layout, in one line; "" if there is none
     while isinstance(values, (dict, list)) and values:
         names = ("error", "detail", "message", "msg")
         inner = [values.get(name) for name in names] if isinstance(values, dict) else values
