@@ -1,8 +1,6 @@
 """Make videos with Wan2.2 and Wan2.2-Lightning from the command line: flags -> request -> run.
-
-Exit codes: 0 all videos saved, 1 a job failed, 2 nothing was started, 128 + the signal's number when interrupted
-(130: Ctrl-C). `--help` and every bad flag are answered without importing torch.
-"""
+Exit codes: 0 all videos saved, 1 a job failed, 2 nothing was started, 128 + the signal's number when interrupted (130:
+Ctrl-C). `--help` and every bad flag are answered without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.utils.errors import need_packages
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
     from wan.jobs.prompt_files import Row
     from wan.prompt_extension.extend import Extended, ExtendItem, ExtendSettings
 
-    Prompt = tuple[str, Path | None]  # with its image
+DRY_RUN = "dry run: nothing was made"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_request(values: dict[str, Any], problems: list[str], words: Sequence[str], runtime: Runtime) -> int:
-    """Run one process's part. All processes find the same input bad; rank 0 alone reports it."""
+    # all processes find the same input bad; rank 0 alone reports it
     from wan.jobs.job import Decode, Extend
     from wan.jobs.resolve import resolve
 
@@ -77,24 +74,22 @@ def _extend(outcome: Extend, progress: Progress) -> int:
     from wan.jobs.prompt_files import write_rows
     from wan.prompt_extension.extend import check_extension
 
+    file = outcome.file
     check_extension(outcome.extend, _questions(outcome.rows))
     for warning in outcome.warnings:
         progress.say(f"warning: {warning}")
     if outcome.request.dry_run:
-        return _end_dry_run(progress)
+        return _show(progress, "checked", {}, DRY_RUN)
     answers = _answers(outcome.extend, outcome.rows, progress)
     if all(answer.error for answer in answers.values()):
-        raise JobError(f"--extend_only {outcome.file}: not written, no prompt could be extended")
-    rows = [
-        replace(row, prompt=answers[row.prompt, row.image].prompt, original_prompt=row.original_prompt or row.prompt)
-        for row in outcome.rows
-    ]
+        raise JobError(f"--extend_only {file}: not written, no prompt could be extended")
+    new = [answers[row.prompt, row.image] for row in outcome.rows]
+    pairs = zip(outcome.rows, new, strict=True)
     try:
-        write_rows(outcome.file, rows)
+        write_rows(file, [replace(r, prompt=a.prompt, original_prompt=r.original_prompt or r.prompt) for r, a in pairs])
     except OSError as e:
-        raise JobError(f"--extend_only {outcome.file}: not written ({e.strerror}); the answers are cached") from e
-    _show(progress, "extended", {"file": str(outcome.file)}, str(outcome.file))
-    return 0
+        raise JobError(f"--extend_only {file}: not written ({e.strerror}); the answers are cached") from e
+    return _show(progress, "extended", {"file": str(file)}, str(file))
 
 
 def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
@@ -106,7 +101,7 @@ def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 
     plan = runtime.team.all_or_none(lambda: make_plan(outcome, runtime))
     decode_only(plan, outcome.latents, outcome.video, progress, runtime)
-    return _end_dry_run(progress) if outcome.request.dry_run else 0
+    return _show(progress, "checked", {}, DRY_RUN) if outcome.request.dry_run else 0
 
 
 def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
@@ -117,6 +112,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     with interrupts_held():
         from wan.planning.build import cut_prompts, make_plan
         from wan.planning.report import Outlook, check_disks
+        from wan.runner.batch import run_jobs
         from wan.runner.record import differences, find_videos
 
     team, extend = runtime.team, outcome.extend
@@ -135,10 +131,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     if page:
         team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
-        return _end_dry_run(progress)
-
-    with interrupts_held():
-        from wan.runner.batch import run_jobs
+        return _show(progress, "checked", {}, DRY_RUN)
 
     if extend:  # file names and originals stay those of the user's prompts
         answers = team.broadcast(lambda: _answers(extend, outcome.jobs, progress))
@@ -153,34 +146,30 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     return FAILED if failed else 0
 
 
-def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Prompt, Extended]:
+def _answers(settings: ExtendSettings, asked: Sequence[Row | Job], progress: Progress) -> dict[Any, Extended]:
+    # by prompt and image
     from wan.prompt_extension.extend import extend
 
     return {(a.original, a.image): a for a in extend(settings, _questions(asked), progress.say)}
 
 
 def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
-    """Each prompt with its image, once."""
     from wan.prompt_extension.extend import ExtendItem
 
     return [ExtendItem(prompt, image) for prompt, image in dict.fromkeys((one.prompt, one.image) for one in asked)]
 
 
-def _end_dry_run(progress: Progress) -> int:
-    _show(progress, "checked", {}, "dry run: nothing was made")
-    return 0
-
-
-def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> None:
+def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> int:
     """Print a result on stdout: as text, or as a JSON line with --json."""
     if progress.json:
         progress.event(kind, fields)
     elif not progress.quiet:
         tell(sys.stdout, f"{text}\n")
+    return 0
 
 
 def _report(error: WanError, code: int, words: Sequence[str], *, shown: bool = True) -> int:
-    """Print the error that ends the run, being handled now, and return its exit code. words: the command line."""
+    """Print the error that ends the run, and return its exit code."""
     from wan.distributed.launch import speaks_alone, tell_launcher
 
     if code == BAD_INPUT:

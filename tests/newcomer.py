@@ -140,7 +140,7 @@ TASKS: dict[str, list[Step]] = {
     ],
     "4 a prompt of my own": [
         Step(f"python generate.py {T2V} --size 96x64 --frame_num 17 {PROMPT} --save_file my/red.mp4 --preview",
-             told=("none of those that 'shapes' was trained for", "saved my/red.mp4 with .json and .png beside it"),
+             told=("none of those that 'shapes' was trained for", "saved my/red.mp4"),
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
              ("my/red.mp4 and my/red.json already exists",)),

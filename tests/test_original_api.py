@@ -34,7 +34,7 @@ def test_what_the_command_line_refuses_is_refused(pipe: wan.WanT2V, more: dict, 
 
 
 def test_an_option_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(InputError, match="'ulysses' is not a setting of this program"):
+    with pytest.raises(InputError, match="'ulysses' is not an option of this program"):
         wan.WanT2V(config_of(TASK), checkpoint(TASK), device="cpu", ulysses=2)
 
 

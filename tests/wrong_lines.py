@@ -47,8 +47,8 @@ def make_files(folder: Path) -> None:
     """What the lines below mean by their names."""
     texts = {
         "text.txt": "text", "empty.txt": "\n", "two.txt": "a\nb\n",
-        "rows.yaml": "- prompt: a\n", "rows.txt": '{"prompt": "a"}\n', "list.txt": '[\n{"prompt": "a"}\n]\n',
-        "table.txt": "prompt,seed\na,1\n", "one.txt": f"{TINY / 'input.png'}\n", "there.mp4": "",
+        "rows.txt": '{"prompt": "a"}\n', "list.txt": '[\n{"prompt": "a"}\n]\n',
+        "one.txt": f"{TINY / 'input.png'}\n", "there.mp4": "",
     }  # fmt: skip
     for name, content in texts.items():
         (folder / name).write_text(content)
@@ -181,10 +181,8 @@ def bad_file(rng: random.Random) -> Wrong:
 
 
 def data_in_text(rng: random.Random) -> Wrong:
-    file = rng.choice(["rows.yaml", "rows.txt", "list.txt", "table.txt"])
-    return Wrong(
-        ["--prompt_file", file], (f"--prompt_file {file}", "jsonl" if file != "table.txt" else ".csv"), prompt=False
-    )
+    file = rng.choice(["rows.txt", "list.txt"])
+    return Wrong(["--prompt_file", file], (f"--prompt_file {file}", "jsonl"), prompt=False)
 
 
 def bad_row(rng: random.Random) -> Wrong:

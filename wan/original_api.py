@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wan.cli.checks import Check
-from wan.cli.options import Request
+from wan.cli.options import Request, read_all
 from wan.configs import TASKS, TaskConfig
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
@@ -57,7 +57,7 @@ class Original(Pipeline):
             "device": str(device or (f"{gpu_kind()}:{device_id}" if gpus() else "cpu")),
             "ulysses_size": runtime.team.size if use_sp else 1,
         }  # fmt: skip
-        request = with_quality(Request.from_dict({**values, **more}, check.problems), more)
+        request = with_quality(Request(**read_all({**values, **more}, check.problems)), more)
         weights = choose_weights(request, config, Path(checkpoint_dir), check)
         mode = check.choice("lora_mode", request.lora_mode, ("merge", "adapter"))
         check.stop()

@@ -96,7 +96,7 @@ def test_files_alone_tell_their_sizes(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (["--vae", "absent"], "--vae absent: no such file"),
-        (["--tokenizer", "."], "--tokenizer .: no such folder, or no tokenizer.json in it"),
+        (["--tokenizer", "."], "--tokenizer .: no such folder with a tokenizer.json"),
         (["--vae", str(T5_FILE)], "not a Wan video autoencoder"),
         (["--text_encoder", str(VAE_FILE)], "not a UMT5 encoder"),
     ],

@@ -147,7 +147,7 @@ def test_what_changes_the_video_is_told_apart(name: str) -> None:
 def test_what_does_not_change_the_video_is_not(name: str) -> None:
     row, made = OPTIONS[name], usual_plan()
     other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
-    other = (f"sample_shift={other},3",) if row.read is paths else other
+    other = ("sample_steps=2,3",) if row.read is paths else other
     changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: other}))
     assert meaning(changed) == usual()
 
@@ -173,7 +173,7 @@ def test_a_drawn_seed_is_found_again_after_a_change_of(name: str) -> None:
     Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
     row, free = OPTIONS[name], dataclasses.replace(drawn, base_seed=-1)
     other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
-    other = (f"sample_shift={other},3",) if row.read is paths else other
+    other = ("sample_steps=2,3",) if row.read is paths else other
     if name != "save_dir":
         free = dataclasses.replace(free, **{name: other})
     assert earlier_seed(free) == 77

@@ -52,9 +52,6 @@ def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:
         ('a cat\n{"prompt": "a dog", "seed": 3}\n', "holds JSON, not one prompt per line; write a .jsonl"),
         ('["a cat", "a dog"]\n', "holds JSON"),
         ('[{"prompt": "a dog"}]', "holds JSON"),
-        ("prompt,seed\na cat,3\n", "a table with the columns prompt, seed, not one prompt per line; write a .csv"),
-        ("image\tprompt\na.png\ta cat\n", "a table with the columns image, prompt"),
-        ("prompts:\n  - prompt: a cat\n    seed: 3\n", "holds YAML, not one prompt per line; write a .jsonl"),
     ],
 )
 def test_data_in_a_text_file_is_not_filmed(tmp_path: Path, content: str, sentence: str) -> None:
@@ -167,7 +164,7 @@ def test_no_file_makes_it_wait(tmp_path: Path) -> None:
     for path in (tmp_path / "folder.txt", Path("/dev/zero")):
         problems: list[str] = []
         assert read_rows(path, problems, []) == []
-        assert problems == [f"--prompt_file {path}: cannot be read, it is no regular file"]
+        assert problems == [f"--prompt_file {path}: cannot be read (it is no regular file)"]
         assert read_paths(path, problems) == []
 
 

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from wan.cli.checks import effective_shift, shifted
-from wan.cli.options import OPTIONS, Request, path, paths, real, text, truth, whole
+from wan.cli.options import OPTIONS, Request, path, paths, read_all, real, text, truth, whole
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime, Team
 from wan.jobs.job import Decode, Extend, Generate
@@ -275,22 +273,21 @@ def test_lora_dir_without_an_expert(tmp_path):
         ({"distilled": True, "sample_solver": "unipc"}, "--sample_solver unipc: a distilled weight was made for euler"),
         ({"distilled": True, "sample_steps": 8}, "--sample_steps 8: a distilled weight was made for 4"),
         ({"distilled": True, "sample_shift": 8.0}, "--sample_shift 8: a distilled weight was made for 5"),
-        ({"distilled": True, "sample_guide_scale": "3"}, "was made for guidance 1"),
+        (
+            {"distilled": True, "sample_guide_scale": "3"},
+            "--sample_guide_scale 3,3: a distilled weight was made for 1,1",
+        ),
         ({"preset": "t2v-seko-v1", "size": "640*480"}, "none of those that 't2v-seko-v1' was trained for"),
         ({"sample_steps": 4}, "4 steps without a distilled weight"),
         ({"size": "640*480"}, "none of those that 't2v-A14B' was trained for"),
         ({"frame_num": 85}, "85 frames are more than the 81"),
         ({"prompt": None}, "no --prompt given"),
         ({"task": "i2v-A14B", "image": None, "prompt": None}, "i2v_input.png is used"),
-        ({"distilled": True, "timesteps": "1000,978.26,937.5,833.33"}, None),
-        ({"distilled": True, "timesteps": "1000,750,500,250"}, "after shift 5 it is 1000,937.5,833.333,625"),
         ({"distilled": True, "timesteps": "900,800"}, "starts at 900"),
     ],
 )
 def test_warned_once(flags, sentence):
     made = run(**flags)
-    if sentence is None:
-        sentence = "looks shifted twice (by 3 and 5); shifted once by 5 it is 1000,937.5,833.333,625"
     assert [sentence in warning for warning in made.warnings].count(True) == 1
 
 
@@ -311,13 +308,6 @@ def test_release_for_another_task(tmp_path):
     assert any("which is for i2v-A14B, not for t2v-A14B" in w for w in run(lora_dir=str(folder)).warnings)
 
 
-def test_effective_shift():
-    for shift in (1.0, 3.0, 5.0, 12.0, 15.0):
-        steps = [1000 * shifted(1 - i / 4, shift) for i in range(4)]
-        assert effective_shift(steps) == pytest.approx(shift)
-    assert effective_shift([1000, 900, 800, 100]) is None
-
-
 # --- numbers
 
 
@@ -336,7 +326,7 @@ def test_effective_shift():
         ({"size": "0*480"}, "the nearest is 16*480"),
         (
             {"size": "1080p"},
-            "--size '1080p' is not a size; write width*height, such as 832x480, or one of 720p (",
+            "--size '1080p' is not a size; write width*height, such as 832x480, or one of 720p",
         ),
         ({"size": "-832*480"}, "is not a size"),
         ({"sample_steps": 0}, "--sample_steps 0 is out of range"),
@@ -352,8 +342,8 @@ def test_effective_shift():
         ({"high_steps": 41}, "--high_steps 41 is out of range"),
         ({"num_videos": 0}, "--num_videos 0 is out of range"),
         ({"base_seed": 2**63}, "--base_seed 9223372036854775808 is out of range"),
-        ({"timesteps": "1000,900,900"}, "names a timestep twice"),
-        ({"timesteps": "1000,625,833"}, "does not fall"),
+        ({"timesteps": "1000,900,900"}, "--timesteps 1000,900,900: each must be below the one before"),
+        ({"timesteps": "1000,625,833"}, "each must be below the one before"),
         ({"timesteps": "1001,900"}, "1001 is outside (0, 1000]"),
         ({"timesteps": "1000,0"}, "0 is outside (0, 1000]"),
         ({"timesteps": "1000,nan"}, "takes numbers with commas"),
@@ -400,18 +390,6 @@ def test_everything_wrong_is_said_at_once():
     assert len(found) == 6
 
 
-def test_what_the_checkpoint_lacks_is_said_beside_the_rest(tmp_path):
-    folder = shutil.copytree(TINY / CHECKPOINTS["i2v-A14B"], tmp_path / "base")
-    (folder / "Wan2.1_VAE.pth").unlink()
-    (folder / "low_noise_model" / "config.json").unlink()
-    wrong = {"image": "absent.png", "size": "3by3", "lora_dir": "absent", "ckpt_dir": str(folder)}
-    *others, lacking = problems("i2v-A14B", **wrong)
-    assert sorted(text.split()[0] for text in others) == ["--image", "--lora_dir", "--size"]
-    assert lacking.startswith(f"--ckpt_dir {folder} lacks low_noise_model/config.json, Wan2.1_VAE.pth; get them with: ")
-    *_, lacking = problems("i2v-A14B", vae="absent.pth", **wrong)
-    assert lacking.startswith(f"--ckpt_dir {folder} lacks low_noise_model/config.json; ")  # --vae stands for the other
-
-
 @pytest.mark.parametrize(("text", "size"), [("832*480", (832, 480)), ("480X832", (480, 832)), ("640×480", (640, 480))])
 def test_size_spellings(text, size):
     assert run(size=text).jobs[0].size == size
@@ -441,8 +419,9 @@ def test_checkpoint_folder(tmp_path):
     (tmp_path / "file").touch()
     assert "not a folder" in problem(ckpt_dir="file")
     (tmp_path / "models").mkdir()
-    for name in ("models/Wan2.2-T2V-A14B", "no such folder", "n" * 300, "a/b.safetensors", "../x"):
+    for name in ("models/Wan2.2-T2V-A14B", "no such folder", "a/b.safetensors", "../x"):
         assert "no such folder" in problem(ckpt_dir=name)
+    assert "cannot be reached" in problem(ckpt_dir="n" * 300)
     assert settled(run(ckpt_dir="Wan-AI/Wan2.2-T2V-A14B")).ckpt_dir == Path("Wan-AI/Wan2.2-T2V-A14B")
 
 
@@ -453,8 +432,6 @@ def test_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     s = settled(run(dit_fsdp=True, t5_fsdp=True, ulysses_size=4, ring_size=2))
     assert (s.dit_fsdp, s.t5_fsdp, s.ulysses_size, s.ring_size) == (True, True, 4, 2)
-    assert "must divide the 8 processes; legal are 1, 2, 4, 8" in problem(ulysses_size=3)
-    assert "must divide the 8 processes" in problem(ulysses_size=8, ring_size=2)
     assert "--ulysses_size 0 is out of range" in problem(ulysses_size=0)
 
 
@@ -480,7 +457,6 @@ def test_text_file(tmp_path, end, mark):
     assert [job.source.rpartition(" ")[2] for job in made.jobs] == ["1", "3", "5"]
     assert [job.index for job in made.jobs] == [0, 1, 2]
     assert len({job.seed for job in made.jobs}) == 1
-    assert made.warnings == (f"{tmp_path / 'p.txt'}: 2 blank lines skipped",)
 
 
 def test_jsonl_file(tmp_path):
@@ -497,7 +473,6 @@ def test_jsonl_file(tmp_path):
     assert (full.size, full.seed, full.negative_prompt, full.frame_num) == ((480, 832), 7, "狗", 5)
     assert full.save_file == Path("outputs/a/b.mp4")
     assert (seen.image, seen.seed) == (tmp_path / "in.png", 3)
-    assert "2 blank lines skipped" in made.warnings[0]
 
 
 def test_csv_file(tmp_path):
@@ -573,7 +548,7 @@ def test_image_counts(tmp_path):
     assert found.startswith("--image_path_file: 3 prompts but 2 images")
     assert "exclude each other" in problems("i2v-A14B", prompt=None, prompt_file=prompts, image_path_file=images)[0]
     missing = problem("i2v-A14B", prompt=None, prompt_file=prompts, image=None)
-    assert missing.startswith(f"{prompts} line 1: i2v-A14B needs an image for every prompt")
+    assert missing.startswith(f"{prompts} line 1: i2v-A14B needs an image")
     assert "--image_path_file absent.txt: no such file" in problem("i2v-A14B", image=None, image_path_file="absent.txt")
     empty = write(tmp_path / "empty.txt", "\n")
     assert "names no image" in problem("i2v-A14B", image=None, image_path_file=empty)
@@ -771,21 +746,21 @@ FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 @pytest.mark.parametrize("request_", [Request(), FULL, Request(lora=("a:0.5",), offload_model=False, base_seed=0)])
 def test_request_survives_json(request_):
     found: list[str] = []
-    assert Request.from_dict(json.loads(json.dumps(request_.recorded())), found) == request_
+    assert Request(**read_all(json.loads(json.dumps(request_.recorded())), found)) == request_
     assert found == []
 
 
 def test_requests_that_cannot_be_read():
     found: list[str] = []
     given = {"frame_num": "8o", "seconds": [], "offload_model": "maybe", "lora": "a", "task": 3, "colour": 1}
-    assert Request.from_dict(given | {"sample_steps": "4"}, found) == Request(sample_steps=4)
+    assert Request(**read_all(given | {"sample_steps": "4"}, found)) == Request(sample_steps=4)
     assert found == [
         "--frame_num takes a whole number, not '8o'",
         "--seconds takes a number, not []",
         "--offload_model takes True or False, not 'maybe'",
         "--lora takes a list of texts, not 'a'",
         "--task takes text, not 3",
-        "'colour' is not a setting of this program",
+        "'colour' is not an option of this program",
     ]
 
 

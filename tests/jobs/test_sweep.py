@@ -8,7 +8,7 @@ import pytest
 import generate
 from tests.support import checkpoint, lora_dir
 from wan.cli.checks import Check
-from wan.jobs.sweep import combinations, label_of
+from wan.jobs.build import combinations, label_of
 
 TASK = "t2v-A14B"
 

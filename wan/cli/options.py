@@ -1,14 +1,11 @@
-"""The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come.
-
-A `Request` holds one value for each row, as given; the row's default where none was given. No torch.
-"""
+"""The options of generate.py: one row each, from which parser, help, README, records, --replay and --resume come."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,8 +30,7 @@ LARGEST_SEED = 2**63 - 1
 SCHEMA = 2  # of records, which hold requests
 
 
-# Readers of a value, from a word or from what JSON makes of it. They raise TypeError, ValueError or OverflowError;
-# their docstrings say what they take.
+# Readers of a word or a JSON value; their docstrings say what they take. TypeError, ValueError, OverflowError.
 
 
 def text(value: object) -> str:
@@ -75,10 +71,10 @@ def _number(value: Any, kind: type[Number]) -> Number:
 
 def truth(value: object) -> bool:
     """True or False"""
-    word = str(value).lower()
-    if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
+    word, yes = str(value).lower(), ("true", "yes", "t", "y", "1")
+    if word not in (*yes, "false", "no", "f", "n", "0"):
         raise ValueError
-    return word in ("true", "yes", "t", "y", "1")
+    return word in yes
 
 
 @dataclass(frozen=True)
@@ -98,14 +94,13 @@ class Option:
     displaces: tuple[str, ...] = ()  # options of a record that no longer count once this one is beside --replay
     needs: tuple[str, ...] = ()  # without any of these it has no effect
     beaten_by: str = ""  # beside this one it has no effect
-    idle_on: str = ""  # on this device, or in this dtype, it has no effect
     counts_with: tuple[str, ...] = ()  # which of MODES, starts that make no video from a prompt, it affects
 
 
 def option(
     group: str, scope: Scope, read: Callable[[Any], Any], takes: str, help: str, default: Any = None, **more: Any
 ) -> Any:
-    """A row of the table. The default of a choice is its first value, of a switch False."""
+    # the default of a choice is its first value, of a switch False
     row = Option(group, scope, read, takes, help, **more)
     if default is None:
         default = row.choices[0] if row.choices else None if takes else False
@@ -265,14 +260,13 @@ class Request:
         "fp32 (default) or bf16 for the decode: less time and memory, 47 to 61 dB from fp32",
         choices=("fp32", "bf16"), counts_with=DECODE)
     offload_model: bool | None = option(MACHINE, HOW, truth, "[BOOL]",
-        "keep on the GPU what fits, read the rest when needed; default True, under torchrun False",
-        idle_on="cpu", counts_with=DECODE)
+        "keep on the GPU what fits, read the rest when needed; default True, under torchrun False", counts_with=DECODE)
     vram: float | None = option(MACHINE, HOW, real, "GB",
         "use at most this much of the GPU's memory; default: what is free", limits=(0.001, 10_000),
         counts_with=DECODE, example="12")
-    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU", idle_on="cpu")
+    t5_cpu: bool = option(MACHINE, HOW, truth, "", "run the text encoder on the CPU")
     convert_model_dtype: bool = option(MACHINE, VIDEO, truth, "",
-        "cast every parameter, also those kept in float32 otherwise", idle_on="float32")
+        "cast every parameter, also those kept in float32 otherwise")
     vae_tiling: bool = option(MACHINE, HOW, truth, "", "decode in tiles: less memory", counts_with=DECODE)
     t5_fsdp: bool = option(MACHINE, START, truth, "", "shard the text encoder over the processes (torchrun)")
     dit_fsdp: bool = option(MACHINE, START, truth, "", "shard the experts over the processes (torchrun)")
@@ -333,19 +327,10 @@ class Request:
     # fmt: on
 
     def recorded(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON takes them; with absolute paths of files that exist here,
-        so that a record can be read elsewhere."""
+        """The values that differ from the defaults, as JSON takes them; paths of files that exist here are absolute."""
         values = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != DEFAULTS[name]}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {name: absolute(v) if OPTIONS[name].read in (path, paths) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], problems: list[str]) -> Request:
-        """From words or JSON values (a record); a value that cannot be read is left out and noted in `problems`."""
-        given = {name: value for name, value in values.items() if value is not None}
-        reads = {name: read(name, value, problems) for name, value in given.items() if name in OPTIONS}
-        problems.extend(f"{name!r} is not a setting of this program" for name in given if name not in OPTIONS)
-        return cls(**{name: value for name, value in reads.items() if value is not None})
 
 
 OPTIONS: dict[str, Option] = {row.name: row.metadata["option"] for row in dataclasses.fields(Request)}
@@ -368,6 +353,14 @@ def read(name: str, value: object, problems: list[str]) -> Any:
         return None
 
 
+def read_all(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Values by option from words, JSON or Python; left out are None (not given) and what cannot be read."""
+    given = {name: value for name, value in values.items() if value is not None}
+    reads = {name: read(name, value, problems) for name, value in given.items() if name in OPTIONS}
+    problems.extend(f"{name!r} is not an option of this program" for name in given if name not in OPTIONS)
+    return {name: value for name, value in reads.items() if value is not None}
+
+
 def absolute(value: Any) -> Any:
     """A text that names something here as an absolute path, in lists and after `high=` too; anything else as it is."""
     if isinstance(value, list):
@@ -384,31 +377,14 @@ def absolute(value: Any) -> Any:
 
 
 def without_effect(values: Mapping[str, Any], request: Request) -> list[str]:
-    """Warnings about flags in `values` that this start, whose request is `request`, ignores: one for each reason."""
+    """Warnings about flags in `values` that this start, whose request is `request`, ignores."""
     active = {name for name in OPTIONS if getattr(request, name) != DEFAULTS[name]}
-    flags = [name for name in values if name in active]
     warnings = []
-    for mode in MODES:
-        if mode in active and (idle := [name for name in flags if mode not in OPTIONS[name].counts_with]):
-            has = "has" if len(idle) == 1 else "have"
-            warnings.append(f"{_list(idle, 'and')} {has} no effect beside --{mode}: {OPTIONS[mode].help}")
-            flags = [name for name in flags if name not in idle]
-    for name in flags:
+    for name in values:
         row = OPTIONS[name]
-        if row.needs and not active.intersection(row.needs):
-            warnings.append(f"--{name} has no effect without {_list(row.needs, 'or')}")
-        elif row.beaten_by in active:
-            warnings.append(f"--{name} has no effect beside --{row.beaten_by}")
+        mode = next((mode for mode in MODES if mode in active and mode not in row.counts_with), row.beaten_by)
+        if name in active and mode in active:
+            warnings.append(f"--{name} has no effect beside --{mode}")
+        elif name in active and row.needs and not active.intersection(row.needs):
+            warnings.append(f"--{name} has no effect without {' or '.join(f'--{other}' for other in row.needs)}")
     return warnings
-
-
-def idle_on(request: Request, device: str, dtype: str) -> list[str]:
-    """Warnings about flags that have no effect on this device ("cpu") or in this dtype ("float32")."""
-    rows = {name: row for name, row in OPTIONS.items() if row.idle_on and getattr(request, name) != DEFAULTS[name]}
-    places = {device: "the CPU", dtype: f"a run in {dtype}"}
-    return [f"--{n} has no effect on {places[row.idle_on]}" for n, row in rows.items() if row.idle_on in places]
-
-
-def _list(names: Collection[str], joint: str) -> str:
-    *first, last = [f"--{name}" for name in names]
-    return f"{', '.join(first)} {joint} {last}" if first else last

@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,19 @@ from wan.utils.argument_parser import Parser
 COMMAND = "wan-generate"  # of an installed copy, see pyproject.toml
 # What other programs call a flag of ours.
 OTHER_NAMES: dict[str, str] = {
-    "--task": "t task_name model_type", "--prompt": "p text positive_prompt",
-    "--image": "i input_image img init_image first_frame start_image image_path",
-    "--last_image": "end_image last_frame end_frame tail_image",
-    "--prompt_file": "prompts prompt_list prompt_path batch_file",
-    "--negative_prompt": "negative neg_prompt n_prompt", "--size": "width height resolution video_size w h s",
-    "--frame_num": "frames num_frames length video_length frame_count infer_frames",
-    "--base_seed": "seed random_seed", "--num_videos": "n batch_size num_samples repeat",
-    "--ckpt_dir": "model model_dir model_path model_id checkpoint m", "--lora_dir or --lora": "lora_path loras",
-    "--sample_solver": "solver sampler scheduler", "--sample_steps": "steps num_inference_steps infer_steps num_steps",
-    "--sample_guide_scale": "cfg cfg_scale guidance guidance_scale",
-    "--sample_shift": "shift flow_shift timestep_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
-    "--offload_model": "offload cpu_offload low_vram lowvram", "--vram": "max_memory gpu_memory memory",
-    "--save_dir or --save_file": "output out o output_dir output_path save_path filename",
-    "--overwrite": "force f y yes", "--resume": "skip_existing continue", "--replay": "from_record recipe config",
-    "--debug": "verbose v traceback",
+    "--prompt": "p text", "--image": "i img init_image first_frame", "--last_image": "end_image last_frame",
+    "--negative_prompt": "negative n_prompt", "--size": "width height resolution w h s",
+    "--frame_num": "frames num_frames length", "--base_seed": "seed", "--num_videos": "n batch_size num_samples",
+    "--ckpt_dir": "model model_path model_id checkpoint", "--sample_solver": "solver sampler scheduler",
+    "--sample_steps": "steps num_inference_steps", "--sample_guide_scale": "cfg guidance guidance_scale",
+    "--sample_shift": "shift flow_shift", "--device": "gpu d", "--dtype": "precision fp16 bf16 fp32",
+    "--save_dir or --save_file": "output out o output_dir save_path", "--overwrite": "force y", "--debug": "verbose v",
 }  # fmt: skip
-S2V, ANIMATE = "speech to video (S2V) is not part of this toolkit", "Wan-Animate is not part of this toolkit"
+OTHER_TASK = "this toolkit does not make videos by S2V, Animate or VACE"
 # Why there is no such flag.
-REASONS: dict[str, str] = {
-    "fps": "each model has one frame rate; --seconds or --frame_num sets the length",
-    "num_clip": S2V, "enable_tts": S2V, "tts_prompt_audio": S2V, "tts_prompt_text": S2V, "tts_text": S2V, "audio": S2V,
-    "pose_video": S2V, "start_from_ref": S2V,
-    "src_root_path": ANIMATE, "refert_num": ANIMATE, "replace_flag": ANIMATE, "use_relighting_lora": ANIMATE,
-}  # fmt: skip
+REASONS = {"fps": "each model has one frame rate; --seconds or --frame_num sets the length"} | dict.fromkeys(
+    ("audio", "enable_tts", "num_clip", "pose_video", "src_root_path", "src_video"), OTHER_TASK
+)
 
 
 class _Parser(Parser):
@@ -62,13 +50,10 @@ class _Help(argparse.Action):
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(values by option, only those given; sentences about values that cannot be read).
-
-    InputError naming every flag that does not exist, with one suggestion for each.
-    """
+    """(values by option; problems with values). InputError names flags that do not exist, with one suggestion each."""
     problems: list[str] = []
-    given = {name: value for name, value in vars(_parser(problems).read(words)).items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, problems
+    given = vars(_parser(problems).read(words)).items()
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in given if v is not None}, problems
 
 
 def words_of(request: Request) -> list[str]:
@@ -86,19 +71,17 @@ def words_of(request: Request) -> list[str]:
 
 def program() -> str:
     """The start of the user's own command, for commands in messages."""
-    name, spec = Path(sys.argv[0]).name.removesuffix(".exe"), getattr(sys.modules["__main__"], "__spec__", None)
-    if name == COMMAND:
-        return COMMAND
-    if spec is not None and spec.name == "generate":
-        return "python -m generate"
-    return f"python {shlex.quote(sys.argv[0]) if name == 'generate.py' else 'generate.py'}"
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    script = shlex.quote(sys.argv[0]) if name == "generate.py" else "generate.py"
+    return COMMAND if name == COMMAND else f"python {script}"
 
 
-def to_decode(request: Request, **changes: Any) -> Request:
+def to_decode(request: Request, latents: Path, video: Path, **changes: Any) -> Request:
     """The request that makes the video of kept latents as `request` would have, with `changes`."""
     rows = {name: row for name, row in OPTIONS.items() if set(DECODE) & set(row.counts_with)}
     kept = [name for name, row in rows.items() if row.scope is not Scope.START or name == "overwrite"]
-    return replace(Request(), **{name: getattr(request, name) for name in kept} | changes)
+    own = {"decode_latents": str(latents), "save_file": str(video)}
+    return Request(**{name: getattr(request, name) for name in kept} | own | changes)
 
 
 def _parser(problems: list[str], *, short: bool = True) -> Parser:

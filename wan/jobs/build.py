@@ -1,7 +1,4 @@
-"""The videos to make: prompts with their images, seeds, sizes and output files, each checked.
-
-Faults go to a `Check`; nothing is raised and nothing is loaded.
-"""
+"""The videos to make: prompts with their images, seeds, sizes and output files. Faults go to a `Check`."""
 
 from __future__ import annotations
 
@@ -12,30 +9,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wan.cli.checks import Check
-from wan.cli.options import LARGEST_SEED, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
+from wan.cli.options import LARGEST_SEED, OPTIONS, VARIED, WEIGHTS, WITH_IMAGE, WITH_LAST_IMAGE, WITH_VIDEO, Request
 from wan.configs import SIZE_CONFIGS, TaskConfig
-from wan.jobs.job import Job, Weights, chains, windows_of
+from wan.jobs.job import Generate, Job, Weights, chains, windows_of
 from wan.jobs.output_paths import row_file
 from wan.jobs.prompt_files import Row, expanded, read_paths, read_rows, slug
 from wan.media.images import open_image, video_size
-from wan.media.video import CONTAINERS, describe_clip, is_video
-from wan.utils.argument_parser import short
+from wan.media.video import describe_clip, is_video
+from wan.utils.argument_parser import not_one_of, short
 from wan.utils.progress import quantity
 
-SUFFIX = next(iter(CONTAINERS))  # of a video that gets its name here
-SLURM = "SLURM_ARRAY_TASK_"
+Picture = tuple[tuple[int, int], str]  # its size; that and how it was changed, for the plan
+SLURM = {"ID": "", "COUNT": "", "MIN": "0", "STEP": "1"}  # the variables of an array's task, with usual values
 
 
 def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Check) -> list[Row]:
     """The prompts, each with its images; the task's example if neither prompt nor image was given."""
     pictured = request.image is not None or request.image_path_file is not None
     if request.prompt_file is not None:
-        if request.prompt is not None:
-            check.problem("--prompt and --prompt_file exclude each other; give one of them")
         rows = read_rows(expanded(request.prompt_file), check.problems, check.warnings)
     elif request.prompt is not None or request.video is not None or (pictured and config.image_fit):
         rows = [Row((request.prompt or "").strip(), "--prompt")]
@@ -72,8 +68,6 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
         return [replace(row, image=None) for row in rows]
     if request.image_path_file is not None:
         images = read_paths(expanded(request.image_path_file), check.problems)
-        if request.image is not None:
-            check.problem("--image and --image_path_file exclude each other; give one of them")
         if named:
             check.problem(f"{named} names an image, and so does --image_path_file; give one of them")
         if rows and images and len(rows) != len(images):
@@ -91,26 +85,48 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
         own = Path(config.example_image)
         check.warn(f"no --image given: the example picture {own} is used")
     else:
-        every = "the first row of a chain" if request.chain else "every prompt"
-        check.problem(
-            f"{rows[min(bare)].source}: {config.name} needs an image for {every}: give one --image for all, "
-            "--image_path_file, or an 'image' in each row of a .jsonl or .csv file"
-        )
+        ways = "--image for all, --image_path_file, or an 'image' in each row of a .jsonl or .csv file"
+        check.problem(f"{rows[min(bare)].source}: {config.name} needs an image; give one {ways}")
         return rows
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
-def make_jobs(
-    request: Request, config: TaskConfig, weights: Weights, rows: Mapping[int, Row], variant: Variant, check: Check
-) -> list[Job]:
-    """One job for each prompt and seed. rows: by the index of their first video."""
+def combinations(sweeps: Sequence[str], check: Check) -> list[dict[str, str]]:
+    """Values by option, one for each combination of `--sweep NAME=V,V`; `[{}]` without sweeps."""
+    axes: dict[str, list[str]] = {}
+    for text in sweeps:
+        name, equals, listed = text.partition("=")
+        name = name.strip().lstrip("-")
+        values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
+        if not equals or not all(values):
+            check.problem(f"--sweep {text}: write NAME=VALUE,VALUE, such as lora_strength=0.5,1")
+        elif name not in VARIED:
+            check.problem(f"--sweep {text}: {not_one_of('', name, VARIED)}")
+        elif name in axes or len(set(values)) < len(values):
+            check.problem(f"--sweep {text}: an option or a value is given twice")
+        else:
+            axes[name] = values
+    # a change of weights reads them again
+    slowest_first = sorted(axes, key=lambda name: OPTIONS[name].group != WEIGHTS)
+    return [dict(zip(slowest_first, values, strict=True)) for values in product(*(axes[n] for n in slowest_first))]
+
+
+def label_of(values: Mapping[str, str]) -> str:
+    """The part of a file name that says the values: "_lora_strength0.5"."""
+    shown = {name: re.sub(r"[^\w.,-]+", "-", Path(value).name)[:40] for name, value in values.items()}
+    return "".join(f"_{name}{value}" for name, value in shown.items() if name != "base_seed")  # which all names show
+
+
+def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Check) -> list[Job]:
+    """One job for each prompt and seed. rows: by the index of their first video. label: --sweep in file names."""
+    request, config, count = generate.request, generate.config, generate.request.num_videos
     step, names = config.size_step, config.sizes_by_name()
     default_size = check.size("--size", request.size or config.sizes[0], step, names)
     default_frames = _frame_num(request, config, check)
     default_negative = config.sample_neg_prompt if request.negative_prompt is None else request.negative_prompt
     own_file = expanded(request.save_file) if request.save_file is not None and not request.chain else None
     folder = expanded(request.save_dir)
-    opened: dict[Path, _Picture | None] = {}  # each picture once, however many prompts name it
+    opened: dict[Path, Picture | None] = {}  # each picture once, however many prompts name it
     for name in () if rows or config.image_fit is None else ("image", "last_image"):
         if path := getattr(request, name):  # without rows, all missing files are still reported at once
             _open(f"--{name} ", expanded(path), opened, check)
@@ -119,14 +135,14 @@ def make_jobs(
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
-        _warn_of_extent(area, min(frames, request.window or frames), config, weights, check)
+        _warn_of_extent(area, min(frames, request.window or frames), config, generate.weights, check)
         size, picture = area, ""
         if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
-            size = _fitted(f"{origin}{row.image}", first.size, area, is_video(row.image), config, check)
-            picture = first.text if first.size == size == area else f"{first.text}, the area of {area[0]}x{area[1]}"
+            size = _fitted(f"{origin}{row.image}", first[0], area, is_video(row.image), config, check)
+            picture = first[1] if first[0] == size == area else f"{first[1]}, the area of {area[0]}x{area[1]}"
         if row.last_image:
             last = _open(_origin(request, row, "last_image"), row.last_image, opened, check)
-            picture += f", to {last.text}" if last else ""
+            picture += f", to {last[1]}" if last else ""
             check.several(f"{where}: a first and a last frame need", frames)
         if row.video and not config.mask_channels:
             flag = {str(row.video): _origin(request, row, "video").strip()}
@@ -134,14 +150,19 @@ def make_jobs(
         file = own_file
         if row.save_file is not None:
             named = row_file(folder, row.save_file, row.source, check)
-            file = file or named.with_stem(named.stem + variant.label)
+            file = file or named.with_stem(named.stem + label)
         parts = row.prompt.split("|") if request.window else [row.prompt]
         if len(parts) > max(1, len(windows_of(frames, request.window))):
             check.problem(f"{row.source}: {len(parts)} parts of the prompt, and fewer --window in {frames} frames")
         original = row.original_prompt or row.prompt
-        slugged = f"{variant.label}_{slug(original)}{'_replay' if request.replay is not None else ''}{SUFFIX}"
-        first_seed = _first_seed(request, row, check)
-        for number in range(request.num_videos):
+        slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}.mp4"
+        first_seed, where = request.base_seed, "--base_seed"
+        if row.seed is not None and row.seed >= 0:
+            first_seed, where = row.seed, f"{row.source}: seed"
+        if first_seed + count - 1 > LARGEST_SEED:
+            most = LARGEST_SEED - count + 1
+            check.problem(f"{where} {first_seed} is too large for --num_videos {count}, at most {most}")
+        for number in range(count):
             seed = first_seed + number
             name = f"{config.name}_{index + number:04d}_seed{seed}{slugged}"
             job = Job(
@@ -149,29 +170,18 @@ def make_jobs(
                 negative_prompt=default_negative if row.negative_prompt is None else row.negative_prompt,
                 image=row.image, area=area, size=size, frame_num=frames, seed=seed, save_file=file or folder / name,
                 source=row.source, picture=picture, last_image=row.last_image, video=row.video,
-                named=file is not None, variant=variant.number,
+                named=file is not None,
             )  # fmt: skip
             jobs.append(job)
+    release, pictured = generate.weights.release, next((job for job in jobs if job.image), None)
+    if pictured and release and release.text_only:
+        check.warn(f"{pictured.source}: an image, but {release.name} was trained without images")
     return jobs
 
 
-def _first_seed(request: Request, row: Row, check: Check) -> int:
-    """Seed of the row's first video; the others have those after it."""
-    first, where, count = request.base_seed, "--base_seed", request.num_videos
-    if row.seed is not None and row.seed >= 0:
-        first, where = row.seed, f"{row.source}: seed"
-    if first + count - 1 > LARGEST_SEED:
-        several = f" for --num_videos {count}" if count > 1 else ""
-        check.problem(f"{where} {first} is too large{several}, at most {LARGEST_SEED - count + 1}")
-    return first
-
-
 def _frame_num(request: Request, config: TaskConfig, check: Check) -> int:
-    if request.seconds is None:
+    if request.seconds is None or request.frame_num is not None:
         return config.frame_num if request.frame_num is None else check.frames("--frame_num", request.frame_num)
-    if request.frame_num is not None:
-        check.problem("--seconds and --frame_num exclude each other; give one of them")
-        return config.frame_num
     seconds = check.number("--seconds", request.seconds, 1.0, 1 / config.sample_fps, 600)
     frames = math.floor((seconds * config.sample_fps - 1) / 4 + 0.5) * 4 + 1
     return check.frames(f"--seconds {short(seconds)}: frame_num", frames)
@@ -191,28 +201,15 @@ def _warn_of_extent(size: tuple[int, int], frames: int, config: TaskConfig, weig
         listed = ", ".join(f"{width}*{height}" for width, height in trained)
         check.warn(f"size {size[0]}*{size[1]} is none of those that {name!r} was trained for ({listed})")
     if frames > config.frame_num:
-        more = f"{frames} frames are more than the {config.frame_num} {config.name} was trained for"
-        check.warn(f"{more}; motion may repeat")
+        check.warn(f"{frames} frames are more than the {config.frame_num} that {config.name} was trained for")
 
 
-class Variant(NamedTuple):
-    """One of the settings of a run. label: the part of file names that says them."""
-
-    number: int = 0
-    label: str = ""
-
-
-class _Picture(NamedTuple):
-    size: tuple[int, int]
-    text: str  # its size and how it was changed, for the plan
-
-
-def _open(origin: str, path: Path, opened: dict[Path, _Picture | None], check: Check) -> _Picture | None:
+def _open(origin: str, path: Path, opened: dict[Path, Picture | None], check: Check) -> Picture | None:
     """The picture; None if it cannot be opened, which is a problem where it is first named."""
     if path not in opened:
         image = check.attempt(partial(open_image, path), begin=origin)
         text = ", ".join([f"{image.width}x{image.height}", *image.info["changes"]]) if image else ""
-        opened[path] = _Picture(image.size, text) if image else None
+        opened[path] = (image.size, text) if image else None
     return opened[path]
 
 
@@ -229,12 +226,11 @@ def _fitted(
 
 def check_chain(request: Request, config: TaskConfig, check: Check) -> None:
     """Check the options that `--chain` excludes or needs."""
-    decodes, extends = request.decode_latents is not None, request.use_prompt_extend or request.extend_only is not None
+    extends = request.use_prompt_extend or request.extend_only is not None
     faults = {
         f"--chain: {config.name} takes no image to continue from; {WITH_IMAGE} take one": config.image_fit is None,
-        "--chain is of prompts; leave it out with --decode_latents": decodes,
         "--chain lets the rows of a --prompt_file continue each other; give one":
-            not decodes and request.prompt_file is None,
+            request.prompt_file is None or request.decode_latents is not None,
         "--chain and --image_path_file exclude each other; give --image for the first row":
             request.image_path_file is not None,
         "--chain: extend the prompts first, with --extend_only FILE.txt and without --chain": extends,
@@ -278,26 +274,18 @@ def chosen_shard(request: Request, check: Check) -> Request:
         return request
     if alone := [f"--{name}" for name in ("decode_latents", "extend_only") if getattr(request, name) is not None]:
         check.problem(f"--shard divides the videos of a prompt file; leave it out with {alone[0]}")
-    text = _slurm_shard(check) if text == "slurm" else text
-    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text or "1/1")
+    fault = f"takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}"
+    if text == "slurm":
+        fault = "slurm: not a task of a Slurm array whose ids follow each other evenly; give --shard I/N"
+        ids = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") or usual for name, usual in SLURM.items()]
+        with suppress(ValueError, ZeroDivisionError):  # reported below
+            task, count, first, step = map(int, ids)
+            text = f"{(task - first) // step + 1}/{count}" if (task - first) % step == 0 else text
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found and 1 <= int(found[1]) <= int(found[2]):
         return replace(request, shard=text if int(found[2]) > 1 else None)
-    check.problem(f"--shard takes I/N with I from 1 to N, such as 2/4, or slurm, not {text!r}")
+    check.problem(f"--shard {fault}")
     return replace(request, shard=None)
-
-
-def _slurm_shard(check: Check) -> str | None:
-    """I/N of this task in its Slurm array, whose ids may start anywhere."""
-    task, count, first, step = (os.environ.get(SLURM + name, "") for name in ("ID", "COUNT", "MIN", "STEP"))
-    if not (task and count):
-        check.problem(f"--shard slurm: not a task of a Slurm array ({SLURM}ID and {SLURM}COUNT are not set)")
-        return None
-    with suppress(ValueError, ZeroDivisionError):  # reported below
-        place, rest = divmod(int(task) - int(first or 0), int(step or 1))
-        if not rest and 0 <= place < int(count):
-            return f"{place + 1}/{int(count)}"
-    check.problem("--shard slurm: the array's ids do not follow each other evenly; give --shard I/N")
-    return None
 
 
 def own_jobs(request: Request, jobs: Sequence[Job], rows: Sequence[Row], check: Check) -> list[Job]:

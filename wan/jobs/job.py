@@ -75,7 +75,7 @@ class Job:
 
     @property
     def number(self) -> str:
-        """The video's number everywhere: in plan, progress, messages and file name; as `index` in JSON."""
+        """The video's number in plan, progress, messages and file name."""
         return f"{self.index:04d}"
 
     @property

@@ -1,7 +1,4 @@
-"""Checks of output files: inside the right folder, with names that work, replacing nothing by accident.
-
-Faults go to a `Check`, one sentence for each kind, however many files it concerns.
-"""
+"""Checks of output files: inside the right folder, with names that work, replacing nothing by accident."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import compress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from wan.checkpoints.safetensors_file import TensorStore
@@ -22,43 +20,32 @@ from wan.media.video import CONTAINERS, read_record
 from wan.utils.errors import InputError, TensorFileError
 from wan.utils.files import LONGEST_NAME, LONGEST_PATH, Beside, longest_name
 
-# Windows' devices, whatever the ending of the name.
-RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³")}
+# What not every platform allows as a part of a path: signs, a blank or dot at the end, Windows' devices.
+UNPORTABLE = r'[\x00-\x1f\x7f<>:"|?*\\]|[ .]$|^(?i:con|prn|aux|nul|(com|lpt)[1-9¹²³])\s*(\.|$)'
 
 
 def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
     """The file that a row's `save_file` names: inside `save_dir`, wherever links lead; `~` is no home folder here."""
-    if problem := text_problem(name) or _row_problem(save_dir, name):
+    file, posix, windows = save_dir / name, PurePosixPath(name), PureWindowsPath(name)
+    problem = text_problem(name)
+    if not problem and any(path.anchor or ".." in path.parts for path in (posix, windows)):
+        problem = "must name a file inside --save_dir, without a root and '..'"
+    if not problem and (odd := next((part for part in posix.parts if re.search(UNPORTABLE, part)), None)):
+        problem = f"has the part {odd!r}, which not every platform allows"
+    if not problem:
+        inside, *led = (Path(os.path.realpath(path)) for path in (save_dir, file.parent, file))
+        if not all(path.is_relative_to(inside) for path in led):
+            problem = f"leads out of --save_dir {save_dir} by a symbolic link"
+    if problem:
         check.problem(f"{source}: save_file {name!r} {problem}")
-        return save_dir / "refused.mp4"
-    return save_dir / name
-
-
-def _row_problem(save_dir: Path, name: str) -> str | None:
-    flavours = (PurePosixPath(name), PureWindowsPath(name))  # a list is to mean the same on every platform
-    if any(path.anchor or ".." in path.parts for path in flavours):
-        return "must name a file inside --save_dir, without a root and '..'"
-    for part in flavours[0].parts:
-        if found := re.search(r'[\x00-\x1f\x7f<>:"|?*\\]', part):
-            return f"holds {found[0]!r}, which not every platform allows in a name"
-        if part != part.rstrip(" ."):
-            return "has a part that ends with a blank or a dot, which not every platform allows"
-        if part.partition(".")[0].rstrip().upper() in RESERVED:
-            return f"has the part {part!r}, which Windows reserves for a device"
-    inside, file = Path(os.path.realpath(save_dir)), save_dir / name
-    if not all(Path(os.path.realpath(path)).is_relative_to(inside) for path in (file.parent, file)):
-        return f"leads out of --save_dir {save_dir} by a symbolic link"
-    return None
+    return save_dir / "refused.mp4" if problem else file
 
 
 def check_outputs(
     request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), own: set[Path] | None = None
 ) -> None:
     """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
-
-    files: the videos. inputs: pictures, lists and weights that the run reads, which are never replaced.
-    own: those of the videos that this process makes, None: all; others' may be there already.
-    """
+    inputs: what the run reads. own: videos of this process, None: all; those of others may be there already."""
     flag = "--save_file " if request.save_file is not None else ""
     folder_of = cache(lambda folder: os.path.normcase(normal(os.path.realpath(folder))))
 
@@ -76,9 +63,10 @@ def check_outputs(
     misnamed = set(wrong)
     refuse(wrong, f"{flag}{{}}: videos are written as {' or '.join(CONTAINERS)}; give it that extension")
     names = {file: name_problem(file) for file in dict.fromkeys(files) if file not in misnamed}
-    for problem in filter(None, dict.fromkeys(names.values())):
-        refuse([file for file in names if names[file] == problem], f"{{!r}}: the name of the video {problem}")
-    written = {file: _written(file, request) for file, problem in names.items() if problem is None}
+    check.problems += [f"{str(file)!r}: the name of the video {problem}" for file, problem in names.items() if problem]
+    samples = request.decode_latents is None  # then latents are kept, until the video is whole
+    asked = (True, True, samples, request.preview, request.preview_steps and samples)
+    written = {file: list(compress(Beside.of(file), asked)) for file, problem in names.items() if problem is None}
     _check_meetings(files, {file: list(map(place, paths)) for file, paths in written.items()}, check)
     written = {file: paths for file, paths in written.items() if own is None or file in own}
     there = [path for paths in written.values() for path in paths if os.path.lexists(path)]
@@ -96,12 +84,6 @@ def check_outputs(
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")
-
-
-def _written(video: Path, request: Request) -> list[Path]:
-    samples = request.decode_latents is None  # then latents are kept, until the video is whole
-    asked = (True, True, samples, request.preview, request.preview_steps and samples)
-    return [path for path, wanted in zip(Beside.of(video), asked, strict=True) if wanted]
 
 
 def name_problem(file: Path) -> str | None:
@@ -123,21 +105,17 @@ def _check_meetings(files: Sequence[Path], places: dict[Path, list[str]], check:
     first_of: dict[str, int] = {}
     met: list[tuple[int, int, Path]] = []
     for index, file in enumerate(files):
-        firsts = [first_of.setdefault(place, index) for place in places.get(file, [])]
-        if firsts and min(firsts) != index:
-            met.append((min(firsts), index, file))
+        first = min((first_of.setdefault(place, index) for place in places.get(file, [])), default=index)
+        if first != index:
+            met.append((first, index, file))
     if met:
         one, two, file = met[0]
         more = f"; {len(met) - 1:,} more meet likewise" if len(met) > 1 else ""
-        spelled = "" if files[one] == file else f" (video {one:04d} as {files[one]})"
-        check.problem(f"videos {one:04d} and {two:04d} would both be written to {file}{spelled}{more}")
+        check.problem(f"videos {one:04d} and {two:04d} would both be written to {file}{more}")
 
 
 def _foreign(video: Path, *beside: Path) -> list[Path]:
-    """Which files beside a video that is to come do not show that an earlier try at this video wrote them.
-
-    Where the video is there, `--resume` judges it, and with it what lies beside it.
-    """
+    """Files beside a video that is to come that no earlier try at it wrote; where it is there, `--resume` judges."""
     names = Beside.of(video)
     # a run that was killed leaves the strip, unmarked
     there = [path for path in beside if path != names.strip and os.path.lexists(path)]
@@ -157,16 +135,15 @@ def folder_problem(folder: Path) -> str | None:
     for path in (folder, *folder.parents):
         try:
             os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            if path.is_symlink():
-                return f"{folder}: the folder cannot be made, {path} links to {os.readlink(path)}, which is not there"
-            continue
-        except PermissionError:
-            continue  # the first folder above that can be looked at tells
+            fault = "" if path.is_dir() else f"{path} is a file"
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            if not os.path.islink(path):
+                continue  # the first folder above that can be looked at tells
+            fault = f"{path} links to {os.readlink(path)}, which cannot be reached"
         except OSError as e:
-            return f"{folder}: {path} cannot be reached ({e.strerror})"
-        if not path.is_dir():
-            return f"{folder}: the folder cannot be made, {path} is a file"
+            fault = f"{path} cannot be reached ({e.strerror})"
+        if fault:
+            return f"{folder}: the folder cannot be made, {fault}"
         try:
             tempfile.TemporaryFile(dir=path).close()
         except OSError as e:

@@ -10,20 +10,18 @@ import re
 import stat
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
-SLUG_LENGTH, SLUG_BYTES = 50, 150  # the name and what is added while it is written stay within 255 bytes
 # What the end of a prompt file's name means; tables by separator, the usual one first.
 TEXT, JSON_LINES, TABLES = ("", ".txt"), (".jsonl", ".json"), {".csv": ",;\t", ".tsv": "\t,;"}
 EXAMPLE = '{"prompt": "a cat"}'
-LONGEST_NUMBER = 30  # digits; the checks of each number tell what fits
 LONGEST_TEXT = 20_000  # characters; a model reads 512 tokens of a prompt
 LARGEST_FILE = 256 * 2**20  # bytes
 
@@ -54,69 +52,37 @@ NEVER_EMPTY = (*PICTURES, "size", "save_file")
 
 
 def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]:
-    """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file in UTF-8; faults go to `problems`, with file and line.
-
-    Text files (also names without an end) hold one prompt per line; `.jsonl` and `.json` one object per line, or one
-    list of objects. In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given).
-    """
+    """Rows of a `.txt`, `.jsonl`, `.csv` or `.tsv` file; faults go to `problems`, with file and line.
+    In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given)."""
     kind = path.suffix.lower()
     if kind not in (*TEXT, *JSON_LINES, *TABLES):
-        kinds = ".txt (one prompt per line), .jsonl, .csv or .tsv (rows)"
-        problems.append(f"--prompt_file {path}: a prompt file is a {kinds}, not {kind}; write it as one")
+        problems.append(f"--prompt_file {path}: a prompt file is a .txt, .jsonl, .csv or .tsv, not {kind}; write one")
         return []
-    text = _read_text(path, "--prompt_file", problems)
-    if text is None:
+    if (text := _read_text(path, "--prompt_file", problems)) is None:
         return []
-    before, lines = len(problems), text.split("\n")
-    filled = [(f"{path} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    blank = len(lines) - len(filled) - text.endswith("\n")
-    listed = _json_list(text) if kind not in TABLES else None
+    before, lines = len(problems), enumerate(map(str.strip, text.split("\n")), 1)
+    filled = [(f"{path} line {number}", line) for number, line in lines if line]
     if kind in TABLES:
-        rows, blank = _table_rows(path, text, problems, warnings), 0
-    elif kind in JSON_LINES and listed is not None:
-        found = [_row(path, f"{path} entry {number}", values, problems) for number, values in enumerate(listed, 1)]
-        rows, blank = list(filter(None, found)), 0
+        rows = _table_rows(path, text, problems, warnings)
     elif kind in JSON_LINES:
-        rows = list(filter(None, (_json_line(path, source, line, problems) for source, line in filled)))
+        rows = _json_rows(path, _json_list(text, r"\[|\{\s"), filled, problems)
     else:
         rows = [Row(line, source) for source, line in filled]
         problems.extend(f"{row.source}: {fault}" for row in rows if (fault := text_problem(row.prompt)))
-        if data := "JSON" if _are_rows(listed) else next(filter(None, (_data_in(row.prompt) for row in rows)), None):
-            form = f"a .jsonl file, with one object such as {EXAMPLE} per line" if data[0] in "JY" else "a .csv file"
-            problems.append(f"--prompt_file {path}: holds {data}, not one prompt per line; write {form}")
-    if blank:
-        warnings.append(f"{path}: {blank} blank line{'s' if blank > 1 else ''} skipped")
+        if any(_json_list(each, r"[\[{]") for each in (text, *(row.prompt for row in rows))):
+            problems.append(f"--prompt_file {path}: holds JSON, not one prompt per line; write a .jsonl file")
     if not rows and len(problems) == before:
         problems.append(f"--prompt_file {path}: the prompt file holds no prompt")
     return rows
 
 
-def _json_list(text: str) -> list[object] | None:
-    """The values of a text that is one JSON list, or one object over several lines; else None."""
-    if re.match(r"\s*(\[|\{\s)", text):
-        with suppress(ValueError):  # no JSON: read line by line
-            whole = parse_json(text)
-            return whole if isinstance(whole, list) else [whole]
-    return None
-
-
-def _are_rows(values: object) -> bool:
-    return isinstance(values, list) and bool(values) and isinstance(values[0], dict | str)
-
-
-def _data_in(line: str) -> str | None:
-    """What a line of a text file holds if it is data and no prompt: "JSON", "YAML" or "a table ..."."""
-    if line[0] in "{[":
-        with suppress(ValueError):  # a prompt
-            values = parse_json(line)
-            if isinstance(values, dict) or _are_rows(values):
-                return "JSON"
-        return None
-    if re.match(r"-\s+prompt\s*:", line):
-        return "YAML"
-    cells = [cell.strip().strip('"') for cell in re.split("[,;\t]", line[:1000])]
-    if len(cells) > 1 and "prompt" in cells and all(cell in KEYS for cell in cells):
-        return f"a table with the columns {', '.join(cells)}"
+def _json_list(text: str, begin: str) -> list[object] | None:
+    """The rows of a text that is one JSON list or object and begins so; else None."""
+    with suppress(ValueError):  # no JSON
+        whole = parse_json(text) if re.match(rf"\s*({begin})", text) else None
+        values = [whole] if isinstance(whole, dict) else whole
+        if isinstance(values, list) and values and isinstance(values[0], dict | str):
+            return values
     return None
 
 
@@ -126,20 +92,17 @@ def text_problem(text: str) -> str | None:
         return f"has {len(text):,} characters; at most {LONGEST_TEXT:,} are possible"
     if "\0" in text:
         return "holds a NUL character; remove it"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        return f"is not valid Unicode text at character {e.start + 1} (bytes that are not UTF-8, or half a character)"
-    return None
+    half = re.search("[\ud800-\udfff]", text)  # what Python makes of bytes that are not UTF-8, or half a character
+    return f"is not valid Unicode text at character {half.start() + 1}" if half else None
 
 
 def read_paths(path: Path, problems: list[str]) -> list[tuple[str, Path]]:
     """(source, path) for each line of an image list; relative paths as `beside` finds them."""
-    text = _read_text(path, "--image_path_file", problems)
-    lines = enumerate(map(str.strip, text.split("\n")), 1) if text is not None else ()
+    if (text := _read_text(path, "--image_path_file", problems)) is None:
+        return []
+    lines = enumerate(map(str.strip, text.split("\n")), 1)
     found = [(f"{path} line {number}", beside(path, line)) for number, line in lines if line]
-    if not found and text is not None:
-        problems.append(f"--image_path_file {path}: the image list names no image")
+    problems += [] if found else [f"--image_path_file {path}: the image list names no image"]
     return found
 
 
@@ -157,24 +120,20 @@ def expanded(name: str) -> Path:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as a file that `read_rows` reads: `.txt` keeps the prompts only, `.jsonl` everything."""
-    lines: Iterable[str]
+    lines = [" ".join(row.prompt.split()) for row in rows]
     if path.suffix.lower() == ".jsonl":
-        given = ({key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows)
-        values = ({key: value for key, value in row.items() if value is not None} for row in given)
-        lines = (json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values)
-    else:
-        lines = (" ".join(row.prompt.split()) for row in rows)
+        given = [{key: getattr(row, key) for key in OWN} | dict(row.options) for row in rows]
+        values = [{key: value for key, value in row.items() if value is not None} for row in given]
+        lines = [json.dumps(row, ensure_ascii=False, default=lambda file: str(file.absolute())) for row in values]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes.
-
-    Marks count as letters: without its vowel signs a word of many scripts is another word.
-    """
+    """`text` as part of a file name: letters and digits of any script and `_-`, at most 50 characters and 150 bytes."""
+    # marks count as letters: without its vowel signs a word of many scripts is another word
     kept = "".join(c if c in "_-" or unicodedata.category(c)[0] in "LMN" else " " for c in normal(text))
-    short = "_".join(kept.split())[:SLUG_LENGTH].encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
+    short = "_".join(kept.split())[:50].encode("utf-8", "ignore")[:150].decode("utf-8", "ignore")
     return short.strip("_-") or "video"
 
 
@@ -185,49 +144,49 @@ def normal(text: str) -> str:
 
 def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     """The file's text with `\\n` line ends and no byte order mark; None, and a problem, if there is none."""
-    fault, content = "", b""
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode) or stat.S_ISFIFO(mode):  # `<(command)` is a pipe
-            with path.open("rb") as file:
-                content = file.read(LARGEST_FILE + 1)
-        else:
-            fault = "cannot be read, it is no regular file"
-    except FileNotFoundError:
-        fault = "no such file"
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # `<(command)` is a pipe
+            raise OSError("it is no regular file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise OSError(f"it is larger than {LARGEST_FILE:,} bytes")
     except (OSError, ValueError) as e:  # ValueError: a name that cannot be one
-        fault = f"cannot be read ({getattr(e, 'strerror', None) or e})"
-    if len(content) > LARGEST_FILE:
-        fault = f"is larger than {LARGEST_FILE:,} bytes"
-    where = f"{flag} {path}"
-    if not fault:
-        try:
-            coding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8"  # spreadsheets write both
-            text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
-            if "\0" not in text:
-                return text
-            before, fault = text[: text.index("\0")], "holds a NUL character; save it as UTF-8 text"
-        except UnicodeDecodeError as e:
-            before, fault = content[: e.start].decode(e.encoding), "is not UTF-8 text; save it as UTF-8"
-        where += f" line {len(before.split(chr(10)))}"
-    problems.append(f"{where}: {fault}")
+        reason = getattr(e, "strerror", None) or e
+        fault = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({reason})"
+        problems.append(f"{flag} {path}: {fault}")
+        return None
+    coding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8"  # spreadsheets write both
+    try:
+        text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
+        if "\0" not in text:
+            return text
+        before, fault = text[: text.index("\0")], "holds a NUL character"
+    except UnicodeDecodeError as e:
+        before, fault = content[: e.start].decode(e.encoding), "is not UTF-8 text"
+    line = len(re.split("\r\n?|\n", before))
+    problems.append(f"{flag} {path} line {line}: {fault}; save it as UTF-8 text")
     return None
 
 
-def _json_line(path: Path, source: str, line: str, problems: list[str]) -> Row | None:
-    try:
-        values = parse_json(line)
-    except ValueError as e:
-        problems.append(f"{source}: not valid JSON ({e}); a line holds one object such as {EXAMPLE}")
-        return None
-    return _row(path, source, values, problems)
+def _json_rows(
+    path: Path, listed: list[object] | None, lines: Sequence[tuple[str, str]], problems: list[str]
+) -> list[Row]:
+    """Rows of a list, or else of lines with their sources."""
+    rows: list[Row | None] = []
+    for source, value in lines if listed is None else [(f"{path} entry {n}", v) for n, v in enumerate(listed, 1)]:
+        try:
+            rows.append(_row(path, source, parse_json(str(value)) if listed is None else value, problems))
+        except ValueError as e:
+            problems.append(f"{source}: not valid JSON ({e}); a line holds one object such as {EXAMPLE}")
+    return list(filter(None, rows))
 
 
 def _table_rows(path: Path, text: str, problems: list[str], warnings: list[str]) -> list[Row]:
     """Rows of a table: its first line names the columns, in any case; columns that mean nothing here are ignored."""
-    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0].lower()
-    columns = {sign: [cell.strip(' "') for cell in first.split(sign)] for sign in signs}
-    start, separator = 1, next((s for s, names in columns.items() if "prompt" in names and len(names) > 1), signs[0])
+    signs, first = TABLES[path.suffix.lower()], text.lstrip("\n").partition("\n")[0]
+    start, separator = 1, max(signs, key=first.count)
     if declared := re.match('"?sep=(.)"?\n', text):  # Excel's own way to say it
         start, separator, text = 2, declared[1], text[declared.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -271,8 +230,10 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
     meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
-    hints = [f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for close in meant.values()]
-    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in zip(meant, hints, strict=True)]
+    hints = {
+        key: f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for key, close in meant.items()
+    }
+    faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in hints.items()]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
     if "prompt" not in given and "prompt" not in meant.values():
         faults.append("no 'prompt'")
@@ -294,8 +255,7 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         return None
     given |= {key: beside(path, given[key]) for key in PICTURES if key in given}
     options = tuple((key, given.pop(key)) for key in KEYS if key in given and key not in OWN)
-    row = replace(Row("", source, options=options), **given)
-    return replace(row, prompt=row.prompt.strip())
+    return Row(given.pop("prompt").strip(), source, options=options, **given)
 
 
 def _whole(value: object) -> int | None:
@@ -303,5 +263,5 @@ def _whole(value: object) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = value if isinstance(value, str) else "" if isinstance(value, bool) else repr(value)
-    found = re.fullmatch(rf"([+-]?[0-9]{{1,{LONGEST_NUMBER}}})(\.0*)?", text)
+    found = re.fullmatch(r"([+-]?[0-9]{1,30})(\.0*)?", text)
     return int(found[1]) if found else None

@@ -1,7 +1,4 @@
-"""From the flags as given to an outcome that can start: defaults by task and weights, prompts and images read.
-
-Everything here needs no weight and no torch. All problems are collected into one `InputError`.
-"""
+"""From the flags as given to an outcome that can start, without weights or torch; all problems in one `InputError`."""
 
 from __future__ import annotations
 
@@ -11,22 +8,19 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wan.checkpoints.hub import place
-from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
-from wan.cli.checks import Check, no_file
-from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read, without_effect
-from wan.cli.parser import ANIMATE, COMMAND, S2V, program
+from wan.cli.checks import Check
+from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read_all, without_effect
+from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import Variant, check_chain, chosen_shard, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.build import check_chain, chosen_shard, combinations, label_of, linked, make_jobs, own_jobs, prompt_rows
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
-from wan.jobs.sweep import combinations, label_of
 from wan.jobs.weights import PARTS, choose_sampling, choose_weights, part_files, takes_cache, with_quality
 from wan.media.video import read_record
 from wan.prompt_extension.extend import ExtendSettings
@@ -38,17 +32,11 @@ OF_A_JOB = ("prompt", "negative_prompt", "image", "last_image", "video", "size",
 # Decided by the machine and the weights once these are open: a run that differs in them can still be continued.
 LEFT_TO_THE_PLAN = ("base_seed", "device", "dtype", "attention", "quantize")
 DRAWN_SEEDS = 2**31  # short enough to read, and what prompt services take
-FOREIGN_TASKS = {  # by the begin of their names
-    "s2v": S2V, "animate": ANIMATE, "vace": "VACE is not part of this toolkit",
-    "t2i": "for a picture take t2v-A14B with --frame_num 1", "flf2v": "take i2v-A14B with --image and --last_image",
-}  # fmt: skip
 
 
 def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     """Fill every default and make every check that needs no weight. InputError with all problems.
-
-    values: by option, only those that were given. problems: those found before.
-    """
+    values: by option, only those that were given. problems: those found before."""
     check = Check(problems)
     if {"save_dir", "save_file"} <= values.keys() and not os.path.dirname(values["save_file"]):
         inside = os.path.join(values["save_dir"], values["save_file"])
@@ -62,7 +50,13 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
-    _check_processes(request, check)
+    processes = request.ulysses_size * request.ring_size
+    shared = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
+    shared += [f"--{name} {n}" for name in ("ulysses_size", "ring_size") if (n := getattr(request, name)) > 1]
+    if shared and os.environ.get("WORLD_SIZE", "1") == "1":
+        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
+        command = f"torchrun --nproc-per-node {processes if processes > 1 else 8} {script} ..."
+        check.problem(f"{' '.join(shared)} needs several processes; start it with: {command}")
     check_chain(request, config, check)
     if request.decode_latents is not None:
         outcome: Outcome = _decode(request, config, check)
@@ -70,11 +64,6 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, values, check), replayed=record)
-    folder = expanded(request.ckpt_dir) if request.ckpt_dir else None
-    with suppress(OSError):  # reported when it is opened
-        if check.problems and not isinstance(outcome, Extend) and folder and folder.is_dir():
-            # Without other problems the plan reports the files that are missing.
-            check.attempt(partial(check_complete, folder, config, _replaced_parts(request)))
     check.stop()
     return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
@@ -83,20 +72,23 @@ def _checked(request: Request, check: Check) -> Request:
     """`request` with the default in place of each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
-        flag, value, default = f"--{name}", getattr(request, name), DEFAULTS[name]
+        flag, value = f"--{name}", getattr(request, name)
         texts = [text for text in (value if isinstance(value, tuple) else [value]) if isinstance(text, str)]
         faults = [f"{flag} {fault}" for text in texts if (fault := text_problem(text))]
-        foreign = FOREIGN_TASKS.get(str(value).lower().partition("-")[0]) if name == "task" else None
-        if foreign and not faults:
-            faults = [f"{flag} {value}: {foreign}; the tasks are {', '.join(TASKS)}"]
+        if name == "task" and not faults and value.lower().startswith(("s2v", "animate", "vace")):
+            faults = [f"{flag} {value}: {OTHER_TASK}; the tasks are {', '.join(TASKS)}"]
         if faults:
             check.problems += faults
-            changed[name] = default
+            changed[name] = DEFAULTS[name]
         elif row.choices:
             changed[name] = check.choice(flag, value, row.choices, row.pattern)
         elif row.limits and value is not None and check.number(flag, value, float("nan"), *row.limits) != value:
-            changed[name] = default
-    return replace(request, **changed)
+            changed[name] = DEFAULTS[name]
+    request = replace(request, **changed)
+    for one, other in (("prompt", "prompt_file"), ("image", "image_path_file"), ("seconds", "frame_num")):
+        if getattr(request, one) is not None and getattr(request, other) is not None:
+            check.problem(f"--{one} and --{other} exclude each other; give one of them")
+    return request
 
 
 def _generate(request: Request, config: TaskConfig, given: Collection[str], check: Check) -> Generate:
@@ -107,20 +99,19 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
     variants: list[Generate] = []
     rows: list[Row] = []
     for values in combinations(request.sweep or (), check):
-        swept = _with_options(request, values, check, "--sweep: ")
+        swept = _with_options(request, values, check, "--sweep: ") if values else request
         own_rows = dict(enumerate(prompt_rows(swept, config, extend is not None, check), len(rows)))
         rows += own_rows.values()
         for options in dict.fromkeys(row.options for row in own_rows.values()) or [()]:  # no rows have faults too
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
-            made = _variant(asked, config, some, Variant(len(variants), label_of(values)), check)
+            made = _variant(asked, config, some, label_of(values), check)
             cached = takes_cache(made.sampling, made.weights.distilled) and asked.window is None
             asked = with_quality(asked, {*given, *values, *dict(options)}, cached=cached)
-            variants.append(replace(made, request=asked))
+            numbered = tuple(replace(job, variant=len(variants)) for job in made.jobs)
+            variants.append(replace(made, request=asked, jobs=numbered))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
-    if request.save_file is not None and not request.chain and len(jobs) > 1:
-        check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
     jobs = linked(request, jobs, rows, check)
     own = own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
@@ -128,7 +119,10 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
     # each job's file, then those that chains are joined into
     files = [job.save_file for job in jobs] + list(dict.fromkeys(job.joined for job in jobs if job.joined))
     own_files = {file for job in own for file in (job.save_file, job.joined) if file}
-    check_outputs(request, files, check, read, own=own_files)
+    if request.save_file is not None and not request.chain and len(jobs) > 1:
+        check.problem(f"--save_file names one video, but there are {len(jobs)} to make; use --save_dir")
+    else:
+        check_outputs(request, files, check, read, own=own_files)
     if len(variants) == 1 and not request.sweep:
         return replace(variants[0], jobs=tuple(own), extend=extend)
     by_number = {
@@ -138,7 +132,7 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
     return replace(variants[0], request=request, jobs=tuple(own), extend=extend, variants=by_number)
 
 
-def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], variant: Variant, check: Check) -> Generate:
+def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], label: str, check: Check) -> Generate:
     """The videos with one set of options. rows: by the index of their first video."""
     weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
     sampling = choose_sampling(request, config, weights, check)
@@ -146,41 +140,35 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], vari
         check.problem("--lora_mode merge: this preset changes the LoRA from step to step, which takes adapter")
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
-    jobs = make_jobs(request, config, weights, rows, variant, check)
+    variant = Generate(request, config, weights, sampling, jobs=())
+    jobs = make_jobs(variant, rows, label, check)
     made_from = any(job.video for job in jobs)
     if rows and request.strength is not None and not made_from:
         check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
         check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
-    if weights.release and weights.release.text_only and (pictured := next((job for job in jobs if job.image), None)):
-        check.warn(f"{pictured.source}: an image, but {weights.release.name} was trained without images")
-    return Generate(request, config, weights, sampling, tuple(jobs))
+    return replace(variant, jobs=tuple(jobs))
 
 
 def _with_options(request: Request, values: Mapping[str, object], check: Check, source: str) -> Request:
     """`request` with other values of options, checked; problems begin with their source."""
     own = Check()
-    given = {
-        name: read(name, [value] if OPTIONS[name].read is paths else value, own.problems)
-        for name, value in values.items()
-    }
-    changed = _checked(replace(request, sweep=None, **given), own)
+    listed = {name: [value] if OPTIONS[name].read is paths else value for name, value in values.items()}
+    changed = _checked(replace(request, sweep=None, **read_all(listed, own.problems)), own)
     check.problems += [f"{source}{problem}" for problem in own.problems]
     check.warnings += own.warnings
     return changed
 
 
 def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
-    file = expanded(request.extend_only or "")
+    file, problem = expanded(request.extend_only or ""), None
     if file.suffix.lower() not in (".txt", ".jsonl"):
-        check.problem(f"--extend_only {file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file")
-    elif problem := name_problem(file):
-        check.problem(f"--extend_only {str(file)!r}: the name {problem}")
-    elif file.is_dir():
-        check.problem(f"--extend_only {file}: is a folder, not a file")
-    elif os.path.lexists(file) and not request.overwrite:
-        check.problem(f"--extend_only {file} already exists; --overwrite replaces it")
-    elif problem := folder_problem(file.absolute().parent):
+        problem = f"{file}: write to a .txt (prompts) or .jsonl (prompts, images, originals) file"
+    elif unusable := name_problem(file):
+        problem = f"{str(file)!r}: the name {unusable}"
+    elif os.path.lexists(file) and (file.is_dir() or not request.overwrite):
+        problem = f"{file} already exists; --overwrite replaces a file"
+    if problem := problem or folder_problem(file.absolute().parent):
         check.problem(f"--extend_only {problem}")
     rows = prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
@@ -190,7 +178,7 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
     """The video goes beside its latents unless --save_file names another place."""
     latents = expanded(request.decode_latents or "")
     if not latents.is_file():
-        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: {no_file(latents)}")
+        check.problem(f"--decode_latents {request.decode_latents or '(empty)'}: no such file")
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents])
@@ -200,48 +188,24 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
 
 def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Path | None:
     """A folder, or a hub id whose files are fetched later; None where single files replace all of it."""
-    get = f"get it with: {download_command(config.hub_id)}"
-    given = request.ckpt_dir
+    get, given = f"get it with: {download_command(config.hub_id)}", request.ckpt_dir
     if given is None:
-        own, parts = _replaced_parts(request), {name: f"--expert {name}=FILE" for name in config.experts}
-        parts |= {part: f"--{part}" for part in PARTS}
-        lacking = [flag for part, flag in parts.items() if part not in own]
+        flags = {name: f"--expert {name}=FILE" for name in config.experts} | {part: f"--{part}" for part in PARTS}
+        own = {text.partition("=")[0] for text in request.expert or ()}
+        own |= {part for part in PARTS if getattr(request, part) is not None}
+        lacking = [flag for part, flag in flags.items() if part not in own]
         if not lacking:
             return None
-        alone = "" if len(lacking) == len(parts) else f", or give {', '.join(lacking)} too"
-        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}{alone}")
+        get = get if len(lacking) == len(flags) else f"give it, or give {', '.join(lacking)} too"
+        check.problem(f"--ckpt_dir is missing: it names the folder of the {config.name} checkpoint; {get}")
         return Path(config.hub_id)
     path = expanded(given)
     try:
         if not (path.is_dir() or place(given)):
             check.problem(f"--ckpt_dir {given}: {'not a folder' if path.exists() else 'no such folder'}; {get}")
     except OSError as e:
-        no_way = "there is no permission to reach it" if isinstance(e, PermissionError) else "no such folder"
-        check.problem(f"--ckpt_dir {given}: {no_way}")
+        check.problem(f"--ckpt_dir {given}: cannot be reached ({e.strerror})")
     return path
-
-
-def _replaced_parts(request: Request) -> set[str]:
-    """The parts for which flags name files that replace the checkpoint's."""
-    experts = {text.partition("=")[0] for text in request.expert or ()}
-    return experts | {part for part in PARTS if getattr(request, part) is not None}
-
-
-def _check_processes(request: Request, check: Check) -> None:
-    """Whether the flags fit the number of processes that torchrun started (1 without it)."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    ulysses, ring = request.ulysses_size, request.ring_size
-    asked = [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(request, name)]
-    asked += [f"--{name} {n}" for name, n in (("ulysses_size", ulysses), ("ring_size", ring)) if n > 1]
-    if asked and processes == 1:
-        count = ulysses * ring if ulysses * ring > 1 else 8
-        script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
-        command = f"torchrun --nproc-per-node {count} {script} ..."
-        check.problem(f"{' '.join(asked)} needs several processes; start it with: {command}")
-    elif processes % (ulysses * ring):
-        legal = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        sizes = f"--ulysses_size {ulysses} (x --ring_size {ring})"
-        check.problem(f"{sizes} must divide the {processes} processes; legal are {legal}")
 
 
 def _extension(request: Request, check: Check) -> ExtendSettings:
@@ -259,11 +223,8 @@ def _extension(request: Request, check: Check) -> ExtendSettings:
 
 
 def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
-    """The request of a record, narrowed to its one video, with the flags of `given` on top.
-
-    The record's prompt is the extended one; it is not extended again. Options of one start or one machine are not
-    taken over. InputError if this is no record.
-    """
+    """The request of a record, narrowed to its one video, with the flags of `given` on top. InputError.
+    The record's prompt is the extended one; it is not extended again."""
     try:
         record = read_record(path)
     except InputError as e:
@@ -289,7 +250,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
         raise InputError(f"--replay {path}: not the record of a video") from e
     problems, displaced = list[str](), {other for name in given for other in OPTIONS[name].displaces}
     earlier = {name: value for name, value in earlier.items() if name not in displaced}
-    request = Request.from_dict({**earlier, **given}, problems)
+    request = Request(**read_all({**earlier, **given}, problems))
     if problems:
         raise InputError([f"--replay {path}: {problem}" for problem in problems])
     others = {name for name in OPTIONS if name in given or name in displaced or OPTIONS[name].into in given}
@@ -297,10 +258,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
 
 
 def earlier_seed(request: Request) -> int | None:
-    """The seed that the run to be resumed had drawn, from the newest record that asks for the same.
-
-    Until its first video is whole, a run's only record is the one in the latents that it kept.
-    """
+    """The seed that the run to be resumed had drawn: of the newest record, also in latents, that asks for the same."""
     named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
     swept = {text.partition("=")[0].strip() for text in request.sweep or ()}
 

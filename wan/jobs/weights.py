@@ -1,7 +1,5 @@
 """The weights of a run, and the sampling settings that belong to them.
-
-A distilled weight changes every sampling default: few Euler steps without guidance in place of 40 to 50 with it.
-"""
+A distilled weight changes every sampling default: few Euler steps without guidance in place of 40 to 50 with it."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 from lightning.lora_files import choose_loras
 from lightning.releases import Release, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
-from wan.cli.checks import Check, no_file
+from wan.cli.checks import Check
 from wan.cli.options import QUALITIES, STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
@@ -25,9 +23,6 @@ PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its exp
 SOLVERS = ("euler", "unipc", "dpm++", "dmd")
 EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
-FEW_STEPS = 15  # fewer steps than this need a distilled weight
-GUIDANCES = (0.0, 100.0)
-BASE_NAME = r"wan[-_]?2[-_.]2"  # a file named after the model that is no known release is not distilled
 
 
 def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, check: Check) -> Weights:
@@ -45,15 +40,11 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:
-        check.warn(
-            "--lora_dir applies to the experts that --expert replaces too; a distilled weight must not be distilled "
-            "again: give the LoRA of the other expert alone with --lora high=FILE or low=FILE"
-        )
+        check.warn("--lora_dir applies to the experts of --expert too, which must not be distilled twice")
     known = bool(release and release.kind != "recipe")
-    base = [file for file in experts.values() if re.search(BASE_NAME, file.name.lower())]
-    if base and not (known or request.lora_dir or request.preset):
-        check.warn(f"--expert {base[0]}: sampled as base weights; if they are distilled, --preset names the settings")
-    distilled = bool(request.lora_dir or request.preset or known or len(experts) > len(base))
+    # a file that is named after the model, and is no known release, is not distilled
+    others = [file for file in experts.values() if not re.search(r"wan[-_]?2[-_.]2", file.name.lower())]
+    distilled = bool(request.lora_dir or request.preset or known or others)
     return Weights(ckpt_dir, tuple(chosen.loras), files, release=release, distilled=distilled)
 
 
@@ -73,8 +64,9 @@ def part_files(request: Request, config: TaskConfig, check: Check) -> dict[str, 
             if file.is_file():
                 found[part] = file
             else:
-                wanted = "no such folder, or no tokenizer.json in it" if part == "tokenizer" else no_file(file)
-                check.problem(f"{flag} {text}: {wanted}")
+                check.problem(
+                    f"{flag} {text}: no such {'folder with a tokenizer.json' if part == PARTS[2] else 'file'}"
+                )
     return found
 
 
@@ -86,16 +78,15 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     base = Sampling(config.sample_solver, config.sample_steps, config.sample_shift, both(config.sample_guide_scale))
     usual: Release | Sampling = release if weights.distilled else base
     as_made = request.sample_solver in (None, release.solver) and request.sample_steps is None
+    timesteps = release.timesteps if weights.distilled and request.sample_shift is None and as_made else None
     if request.timesteps is not None:
         timesteps = check.timesteps(request.timesteps)
-    else:
-        timesteps = release.timesteps if weights.distilled and request.sample_shift is None and as_made else None
     fitting = "euler" if timesteps and usual.solver not in EXPLICIT else usual.solver
     solver = check.choice("--sample_solver", request.sample_solver or fitting, SOLVERS)
     steps = request.sample_steps or len(timesteps or ()) or usual.steps
     flag, scale = "--sample_guide_scale", request.sample_guide_scale
     given = check.attempt(partial(pair, flag, scale)) if scale is not None else None
-    low, high = (check.number(flag, number, usual.guidance[0], *GUIDANCES) for number in given or usual.guidance)
+    low, high = (check.number(flag, number, usual.guidance[0], 0.0, 100.0) for number in given or usual.guidance)
     if single and low != high:
         check.problem(f"{flag} {scale}: one model takes one number, not LOW,HIGH")
     if timesteps is not None and not free:  # which excludes other flags
@@ -114,8 +105,7 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
     lora_steps = release.lora_steps if free else None
     guidance_steps = release.guidance_steps if free and scale is None else None
     if lora_steps and len(lora_steps) != steps:
-        says = f"--preset {release.name} says what each of its {len(lora_steps)} steps does"
-        check.problem(f"{says}; leave --sample_steps out")
+        check.problem(f"--preset {release.name} names {len(lora_steps)} steps; leave --sample_steps out")
     shift = request.sample_shift or usual.shift
     strength = request.strength or STRENGTH
     recipe = Sampling(solver, steps, shift, (low, high), timesteps, high_steps, lora_steps, guidance_steps, strength)
@@ -176,20 +166,15 @@ def _release(request: Request, task: str, paths: Sequence[Path], check: Check) -
 
 def _warn_of_mismatch(recipe: Sampling, weights: Weights, release: Release, check: Check) -> None:
     if not weights.distilled:
-        if recipe.steps < FEW_STEPS:
+        if recipe.steps < 15:
             check.warn(f"{recipe.steps} steps without a distilled weight (--lora_dir) give a poor video")
         return
     name = release.name or "a distilled weight"
     for flag, given, made_for in (
         ("--sample_solver", recipe.solver, release.solver),
         ("--sample_steps", recipe.steps, release.steps),
-        ("--sample_shift", recipe.shift, release.shift),
+        ("--sample_shift", release.shift if recipe.timesteps else recipe.shift, release.shift),
+        ("--sample_guide_scale", "{:g},{:g}".format(*recipe.guidance), "{:g},{:g}".format(*release.guidance)),
     ):
-        if given != made_for and not (flag == "--sample_shift" and recipe.timesteps):
+        if given != made_for:
             check.warn(f"{flag} {short(given)}: {name} was made for {short(made_for)}")
-    if recipe.guidance != release.guidance:
-        low, high = recipe.guidance
-        check.warn(
-            f"--sample_guide_scale {low:g},{high:g}: {name} was made for guidance 1; "
-            "other values double the work and usually spoil the picture"
-        )

@@ -115,7 +115,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, widt
         try:
             times[each] = _milliseconds(BACKENDS[each], device, dtype, heads, width)
         except Exception as e:  # noqa: BLE001 - what a foreign package or kernel fails with cannot be known
-            failed[each] = first_line(e)
+            failed[each] = f"{type(e).__name__}: {first_line(e)}"
     if name in failed:
         raise InputError(f"--attention {name} fails here ({failed[name]}): choose auto or sdpa")
     reasons = [f"attention {each} is left out: {reason}" for each, reason in failed.items()]

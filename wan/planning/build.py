@@ -22,7 +22,7 @@ from wan.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from wan.checkpoints.layout import patterns
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
-from wan.cli.options import Request, idle_on
+from wan.cli.options import Request
 from wan.configs import TaskConfig
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import Layout, Team, device_problems, layout_problems
@@ -70,8 +70,7 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
     if not request.dry_run and (fetched := _local(weights, config)) != weights:
         weights = fetched
         plan = open_plan(request, config, weights, runtime, checks)
-    place = "" if plan.room is not None else plan.device.type  # --vram makes a small GPU of the CPU
-    warnings = [*outcome.warnings, *idle_on(request, place, dtype_name(plan.dtype)), *plan.warnings]
+    warnings = [*outcome.warnings, *plan.warnings]
     if isinstance(outcome, Decode):
         return replace(plan, warnings=tuple(warnings))
     plan = plan_videos(plan, outcome.sampling, outcome.jobs)

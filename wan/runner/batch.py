@@ -29,7 +29,6 @@ from wan.utils.files import LockedElsewhere, clean_up
 from wan.utils.progress import Batch, Progress, duration, quantity, tell
 
 ALONE = Runtime()
-LONG_WAIT = 0.5  # seconds of computation spent waiting for weights that are worth a line
 Result = TypeVar("Result")
 FAILURES = ("failed", "not joined")
 Load = Callable[[Plan, Progress, Runtime], Pipeline]
@@ -42,11 +41,8 @@ def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
 
 
 def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Load = open_pipeline) -> int:
-    """Make every video of `plan` that is not there yet, and return the number of failed jobs of all processes.
-
-    A failed job is reported and the others go on, unless `on_error` is "stop". load: makes the pipeline.
-    InputError, before anything is made: a file is in the way, or the models cannot be loaded.
-    """
+    """Make every video of `plan` that is not there yet; return the number of failed jobs of all processes. `load` makes
+    the pipeline. InputError, before anything is made: a file is in the way, or the models cannot be loaded."""
     world = runtime.team
     check_ranks(world, plan)
     progress.start()
@@ -73,7 +69,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
         for kind, facts in (event for group in by_group[1:] for event in group):
             progress.event(kind, facts)
         events = [event for group in by_group for event in group]
-        if pipe.experts and not Accelerator(plan.device).failure and pipe.experts.waited > LONG_WAIT:
+        if pipe.experts and not Accelerator(plan.device).failure and pipe.experts.waited > 0.5:
             waited, read = duration(pipe.experts.waited), quantity(pipe.experts.brought, "B")
             progress.say(f"computation waited {waited} for weights, of which {read} were read")
     events = joined + events
@@ -82,10 +78,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
 
 
 def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ...]]:
-    """(jobs that `--resume` does not find done; all jobs, each with the path where its video is or will be).
-
-    InputError naming every file that is in the way.
-    """
+    """(jobs that are not done; all jobs, each with the path of its video). InputError names every file in the way."""
     todo, whole, places, problems = list[Job](), list[Job](), list[Job](), list[str]()
     for job, state in find_videos(plan):
         if state.kind == "equal":
@@ -106,7 +99,7 @@ def jobs_to_do(plan: Plan, progress: Progress) -> tuple[list[Job], tuple[Job, ..
 
 
 def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
-    """Give an equal video the name that the user chose; "nothing" where that fails and the video is to be made."""
+    # an equal video gets the name that the user chose; where that fails, it is made
     try:
         with ExitStack() as locks:
             hold_lock(locks, job.save_file, progress)
@@ -119,7 +112,6 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
 
 
 def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
-    """Make this group's jobs one after the other, and append the outcome of each to `events`."""
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     shared, last = dict(progress.seconds), {job.variant: job for job in jobs}
     progress.batch = Batch([plan.video(job).tokens for job in jobs])
@@ -138,9 +130,8 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
                     runtime.stop()
                     return
             if kind in ("failed", "elsewhere"):
-                if left := chain[number:]:
-                    more = f", nor are the {len(left) - 1} after it" if left[1:] else ""
-                    progress.say(f"{left[0].save_file} is not made: it goes on from {job.save_file}{more}")
+                for left in chain[number:]:
+                    progress.say(f"{left.save_file} is not made: it goes on from {job.save_file}")
                 break
         else:
             if joined := chain[0].joined:  # with the clips that were there before
@@ -149,7 +140,6 @@ def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Ev
 
 
 def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> Event:
-    """Make one video and return the outcome. again: another video with the same settings follows."""
     team, progress = pipe.mesh.team, pipe.progress
     left = progress.batch.left(time.perf_counter())
     progress.say(f"video {plan.place(job)}: {job.save_file}{f' ({left})' if left else ''}")
@@ -171,7 +161,7 @@ def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, 
             progress.say(traceback)
             if progress.quiet and team.is_rank0:  # the summary will not have it
                 tell(sys.stderr, f"{traceback}\n")
-        facts["reason"] = "; ".join([f"{job.source}: {reason(error, plan, job)}", *getattr(error, "__notes__", [])])
+        facts["reason"] = "; ".join([f"{job.source}: {reason(error, job)}", *getattr(error, "__notes__", [])])
         progress.say(f"failed: {facts['reason']}")
         return "failed", facts
 
@@ -229,7 +219,6 @@ def _within_memory(work: Callable[[], Result]) -> Result:
 
 
 def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> None:
-    """Say how many videos were made, where they are, why others failed, and how to go on."""
     kinds, jobs = [kind for kind, _ in events], len(plan.jobs)
     saved, there, failed, elsewhere = map(kinds.count, ("saved", "there", "failed", "elsewhere"))
     counts = {
@@ -239,12 +228,12 @@ def _sum_up(plan: Plan, tried: int, events: list[Event], progress: Progress) -> 
     }  # fmt: skip
     progress.event("summary", counts)
     progress.say(progress.table())
-    folders = dict.fromkeys(str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined"))
-    more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
-    where = f" in {next(iter(folders))}{more}" if folders else ""
+    folders = sorted({str(Path(facts["file"]).parent) for kind, facts in events if kind in ("saved", "joined")})
+    more = f" and {len(folders) - 1} more folders" if folders[1:] else ""
+    where = f" in {folders[0]}{more}" if folders else ""
     progress.say(", ".join(f"{count} {what}" for what, count in counts.items() if count) + where)
-    if jobs > 1:
-        for facts in (facts for kind, facts in events if kind in FAILURES):
+    for kind, facts in events if jobs > 1 else ():
+        if kind in FAILURES:
             progress.say(f"  {facts['reason']}")
     if counts["failed"] or counts["not tried"] or counts["not joined"]:
         command = shlex.join(words_of(replace(plan.request, resume=True, overwrite=False)))

@@ -1,7 +1,5 @@
 """Records of videos: enough to make a video again, to judge it, and to see that it is there already.
-
-A record holds nothing of the environment: no variables, no keys, no host names.
-"""
+A record holds nothing of the environment: no variables, no keys, no host names."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan import __version__
 from wan.checkpoints.safetensors_file import TensorStore
@@ -43,14 +41,10 @@ def describe(plan: Plan, job: Job, pipeline: Mapping[str, Any]) -> dict[str, Any
     plan = plan.of(job)
     pictures = {name: path and path.absolute() for name, path in job.pictures.items()}
     return {
-        "schema": SCHEMA,
-        "request": plan.request.recorded(),
-        "job": {**plain(job), **plain(pictures)},
-        "meaning": plan.meaning(job),
-        "plan": plain(as_dict(replace(plan, jobs=(job,)))),
-        "pipeline": plain(pipeline),
-        "versions": versions(),
-    }
+        "schema": SCHEMA, "request": plan.request.recorded(), "job": {**plain(job), **plain(pictures)},
+        "meaning": plan.meaning(job), "plan": plain(as_dict(replace(plan, jobs=(job,)))),
+        "pipeline": plain(pipeline), "versions": versions(),
+    }  # fmt: skip
 
 
 def differences(plan: Plan, replayed: Replayed) -> list[str]:
@@ -59,12 +53,8 @@ def differences(plan: Plan, replayed: Replayed) -> list[str]:
     then, now = record.get("meaning", {}), plain(plan.meaning(plan.jobs[0]))
     changed = [name for name in now if name not in replayed.others and name in then and then[name] != now[name]]
     lines = [f"{file}: --{name} is not what the record was made with" for name in changed]
-    here = versions()
-    return lines + [
-        f"{file}: made with {name} {other}, here is {here[name]}"
-        for name, other in record.get("versions", {}).items()
-        if here.get(name) not in (None, other)
-    ]
+    here, others = versions().items(), record.get("versions", {})
+    return lines + [f"{file}: made with {n} {others[n]}, here is {v}" for n, v in here if others.get(n, v) != v]
 
 
 def outcome(video: Path, frames: int, size: tuple[int, int], fps: float) -> dict[str, Any]:
@@ -81,7 +71,7 @@ def in_video(record: dict[str, Any], how: str) -> dict[str, Any] | None:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with file names instead of absolute paths; prompts stay, warnings (sentences with paths) go."""
+    # with file names instead of absolute paths; prompts stay, warnings (sentences with paths) go
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
     if not isinstance(value, dict):
@@ -96,26 +86,17 @@ def _without_paths(value: Any) -> Any:
     return shorter
 
 
-@dataclass(frozen=True)
-class State:
-    """State of the file at a job's output path.
+class State(NamedTuple):
+    """State of the file at a job's output path."""
 
-    kind: "nothing", "whole" (this very video), "equal" (nothing, but `file` is this very video under another name),
-    "damaged" (this video, cut off), "other" (another video or file), or "later" (the job follows a clip that is still
-    to be made). trouble: the reason why "other" is in the way, as the end of a sentence.
-    """
-
-    kind: str
+    kind: str  # "nothing" (whole), "whole", "equal" (nothing, but `file` is this very video), "other" (video or file)
     file: Path
-    trouble: str = "already exists"
+    trouble: str = "already exists"  # why "other" is in the way, as the end of a sentence
 
 
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
-    """Each job with the state of its file; a job that follows a whole clip starts from that clip.
-
-    With `--resume` a video also counts under another number: rows may have been inserted. A name that the user chose is
-    kept: an equal video under another name is "equal".
-    """
+    """Each job with the state of its file; a job that follows a whole clip starts from that clip. With `--resume` a
+    video also counts under another number, for rows may have been inserted; but names that the user chose are kept."""
     resume, found = plan.request.resume, []
     elsewhere: dict[str, Path] = {}  # videos with a record in the folders of the jobs, by the key of their meaning
     folders = {job.save_file.parent for job in plan.jobs} if resume else ()
@@ -130,14 +111,13 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
             job = replace(job, image=before.file)
         if not resume:
             state = State("other" if job.save_file.exists() else "nothing", job.save_file)
-        elif before and before.kind not in ("whole", "equal"):
-            state = State("later", job.save_file)
+        elif before and before.kind not in ("whole", "equal"):  # this clip hangs on one that is still to be made
+            state = State("nothing", job.save_file)
         else:
             state = find_video(plan, job)
-            if state.kind == "nothing" and (other := elsewhere.get(key_of(plan.meaning(job)))):
-                moved = find_video(plan, replace(job, save_file=other))
-                if moved.kind == "whole":
-                    state = State("equal" if job.named else "whole", other)
+            other = elsewhere.get(key_of(plan.meaning(job))) if state.kind == "nothing" else None
+            if other and find_video(plan, replace(job, save_file=other)).kind == "whole":
+                state = State("equal" if job.named else "whole", other)
         last[job.joined] = state
         found.append((job, state))
     return found
@@ -145,35 +125,27 @@ def find_videos(plan: Plan) -> list[tuple[Job, State]]:
 
 def find_video(plan: Plan, job: Job) -> State:
     """State of the file at `job.save_file`."""
-    if not job.save_file.exists():
-        return State("nothing", job.save_file)
-    trouble = "was made with other settings"
-    # a video that was cut off in its index may still have its record beside it
-    for source in (job.save_file, Beside.of(job.save_file).record):
-        try:
+    video, trouble = job.save_file, "was made with other settings"
+    if not video.exists():
+        return State("nothing", video)
+    for source in (video, Beside.of(video).record):  # beside a video that was cut off in its index
+        with suppress(WanError, KeyError, TypeError, AttributeError):  # not a record of ours
             found = read_record(source)["meaning"]
             differing = [f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v)]
-        except (WanError, KeyError, TypeError, AttributeError):
-            continue  # not a record of ours
-        if differing:
-            return State("other", job.save_file, f"{trouble} ({', '.join(differing)})")
-        stat = job.save_file.stat()
-        whole = _count_frames(job.save_file, stat.st_mtime_ns, stat.st_size) == job.frame_num
-        return State("whole" if whole else "damaged", job.save_file)
-    return State("other", job.save_file, trouble)
+            if differing:
+                return State("other", video, f"{trouble} ({', '.join(differing)})")
+            whole = _count_frames(video, video.stat().st_mtime_ns, video.stat().st_size) == job.frame_num
+            return State("whole" if whole else "nothing", video)
+    return State("other", video, trouble)
 
 
-@cache
-def _count_frames(path: Path, *_: int) -> int:
-    """`count_frames` of a file as it is now. It starts a program, and a run asks twice: for its plan and to begin."""
+@cache  # it starts a program, and a run asks twice: for its plan and to begin
+def _count_frames(path: Path, *_now: int) -> int:
     return count_frames(path)
 
 
 def repair(plan: Plan, job: Job, video: Path, say: Callable[[str], None]) -> None:
-    """Complete the files beside a whole video, as far as they can be made from it, and say each thing done.
-
-    The files of other users that cannot be changed stay as they are.
-    """
+    """Complete the files beside a whole video, as far as they can be made from it, and say each thing done."""
     request, beside = plan.request, Beside.of(video)
     try:
         if not beside.record.exists():
@@ -196,12 +168,12 @@ def copy_video(source: Path, target: Path, *, latents: bool) -> None:
     """Copy a whole video and its record, and kept latents if asked for, to another name. OSError."""
     record = read_record(source)
     record["output"]["file"] = target.name
-    copies = {source: target}
-    if latents and Beside.of(source).latents.exists():
-        copies = {Beside.of(source).latents: Beside.of(target).latents} | copies
-    for file, copy in copies.items():
-        with replacing(copy) as part:
-            shutil.copyfile(file, part)
+    kept, copy_of_kept = Beside.of(source).latents, Beside.of(target).latents
+    if latents and kept.exists():
+        with replacing(copy_of_kept) as part:
+            shutil.copyfile(kept, part)
+    with replacing(target) as part:
+        shutil.copyfile(source, part)
     _write_record(Beside.of(target).record, record)
 
 
@@ -228,8 +200,8 @@ def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> No
     """Write `latent` (float32 [C, T, h, w]) whole or not at all, with the record in the file's metadata."""
     from safetensors.torch import save
 
-    metadata = {"record": json.dumps(record, ensure_ascii=False)}
-    write_file(path, save({"latent": latent.detach().cpu().contiguous()}, metadata))
+    kept = {"latent": latent.detach().cpu().contiguous()}
+    write_file(path, save(kept, {"record": json.dumps(record, ensure_ascii=False)}))
 
 
 def read_latents(path: Path, config: TaskConfig) -> tuple[torch.Tensor, dict[str, Any]]:

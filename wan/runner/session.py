@@ -1,7 +1,5 @@
 """`wan.open(...)`: a task's networks stay loaded for one video after another, with every option of the command line.
-
-Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W those of the video.
-"""
+Shapes: C latent channels, f, h, w latent frames, rows, columns; F, H, W those of the video."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.cli.options import OPTIONS, path, paths, read, text
+from wan.cli.options import OPTIONS, path, paths, read_all, text
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
@@ -42,8 +40,7 @@ class Generation:
         """Write the H.264 file that the command line writes, with the record in it and beside it."""
         with VideoWriter(Path(file), self.fps) as writer:
             writer.write(self.video)
-            size = writer.size or (0, 0)
-            writer.finish({**self.record, **outcome(writer.path, writer.frames, size, self.fps)})
+            writer.finish({**self.record, **outcome(writer.path, writer.frames, writer.size or (0, 0), self.fps)})
 
 
 class Session:
@@ -53,9 +50,7 @@ class Session:
         self, task: str, ckpt_dir: str | Path | None = None, *, progress: Progress | None = None, **options: object
     ) -> None:
         """options: of the command line, by name; they hold for every video, unless `generate` is given others.
-
-        Nothing is loaded yet. InputError for an option that does not exist or cannot be read.
-        """
+        Nothing is loaded yet. InputError for an option that does not exist or cannot be read."""
         self.progress, self.runtime = progress or Progress(quiet=True), Runtime()
         self.pipe: Pipeline | None = None
         self._values = _read({"task": task, "ckpt_dir": ckpt_dir and str(ckpt_dir), **options})
@@ -76,12 +71,9 @@ class Session:
         schedule: Schedule | None = None,
         **options: object,
     ) -> Generation:
-        """Make one video. Only the weights that these options change are read again.
-
+        """Make one video; only the weights that these options change are read again. InputError, JobError.
         on_step: see `wan.sampling.OnStep`. noise: float32 [C, f, h, w] to start from, instead of the seed's.
-        schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it.
-        InputError with all problems; JobError.
-        """
+        schedule: a solver with its timesteps, instead of --sample_solver and what belongs to it."""
         plan = self.plan(prompt, **options)
         if schedule is not None:
             assert plan.sampling is not None, "a plan with a video has a sampling"
@@ -90,7 +82,9 @@ class Session:
             steps = plan_steps(schedule.timesteps, plan.sampling, plan.config.boundary)
             sampling = replace(plan.sampling, solver=type(schedule).__name__)
             plan = replace(plan, sampling=sampling, steps=tuple(steps))
-        job, pipe, before = plan.jobs[0], self._follow(plan), dict(self.progress.seconds)
+        self.pipe = pipe = self.pipe or open_pipeline(plan, self.progress, self.runtime)
+        pipe.follow(plan)
+        job, before = plan.jobs[0], dict(self.progress.seconds)
         with Accelerator(plan.device).current():  # the caller's thread may be another one than before
             pipe.encode(pipe.texts(job))
             pipe.release_text_encoder()
@@ -104,23 +98,12 @@ class Session:
         """[C, f, h, w] -> float32 [3, F, H, W] in [-1, 1], by the VAE of the last video."""
         if (pipe := self.pipe) is None:
             raise InputError("a session decodes once it has made a video")
-        return retry_smaller(
-            self.progress, FINER, lambda finer: torch.cat(list(pipe.decode(latent, finer=finer)), dim=1)
-        )
-
-    def _follow(self, plan: Plan) -> Pipeline:
-        if self.pipe is None:
-            self.pipe = open_pipeline(plan, self.progress, self.runtime)
-        else:
-            self.pipe.follow(plan)
-        return self.pipe
+        return retry_smaller(self.progress, FINER, lambda finer: torch.cat([*pipe.decode(latent, finer=finer)], dim=1))
 
 
 def _read(values: Mapping[str, object]) -> dict[str, Any]:
-    """Options by name as the command line reads them; None is not given."""
-    problems = [f"{name!r} is not an option of this program" for name in values if name not in OPTIONS]
-    given = {name: value for name, value in values.items() if name in OPTIONS and value is not None}
-    found = {name: read(name, _spelled(name, value), problems) for name, value in given.items()}
+    problems: list[str] = []
+    found = read_all({name: _spelled(name, value) for name, value in values.items()}, problems)
     if problems:
         raise InputError(problems)
     return found
@@ -128,9 +111,9 @@ def _read(values: Mapping[str, object]) -> dict[str, Any]:
 
 def _spelled(name: str, value: object) -> object:
     """`value` as the command line takes it: numbers, pairs, sizes and paths as text where the option is one."""
-    if OPTIONS[name].read is paths:
+    takes = OPTIONS[name].read if name in OPTIONS else None
+    if takes is paths:
         return [value] if isinstance(value, str) else value
     if isinstance(value, tuple | list):
         return ("*" if name == "size" else ",").join(map(str, value))
-    is_text = OPTIONS[name].read in (text, path)
-    return str(value) if is_text and isinstance(value, int | float | Path) else value
+    return str(value) if takes in (text, path) and isinstance(value, int | float | Path) else value

@@ -1,12 +1,6 @@
 """One video from start to end: lock, sample, keep the latents, decode, write; and the clips of a chain joined into one.
-
-Nothing finished is lost. Of the processes that make a video together only the first writes files; all of them see the
-same errors. A clip that follows another starts from the other's last frame, as the file shows it. Joining copies the
-packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which the model made
-of the frame before; decoding can start at its second frame (`VideoWriter.follows`).
-
-Shapes: C latent channels, T latent frames, h, w latent height and width; t, H, W those of decoded frames.
-"""
+Joining copies packets, so every frame is bit for bit the clip's. It drops the first frame of a clip that follows, which
+the model made of the last frame before; decoding can start at its second frame (`VideoWriter.follows`)."""
 
 from __future__ import annotations
 
@@ -35,7 +29,6 @@ from wan.utils.errors import InputError, JobError, WanError, first_line, out_of_
 from wan.utils.files import Beside, LockedElsewhere, latents_elsewhere, locked, make_part
 from wan.utils.progress import STAGE, Progress, peak_memory, quantity
 
-MICROSECONDS = 1_000_000
 # The outcome of a job ("saved", "failed", "elsewhere", "there") or of a chain ("joined", "not joined"), and its facts.
 Event = tuple[str, dict[str, Any]]
 # Flags that lower the memory of a stage.
@@ -48,11 +41,8 @@ LESS_MEMORY = {
 
 
 def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
-    """Make the video of `job` and return the number of its frames. shared: seconds by stage that all jobs share.
-
-    again: another video follows.
-    JobError, OSError or out of memory for this job alone; LockedElsewhere if another process is making it.
-    """
+    """Make the video of `job` and return the number of its frames. JobError, OSError, LockedElsewhere, out of memory.
+    shared: seconds by stage that all jobs share. again: another video follows."""
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     with ExitStack() as locks:
         team.broadcast(lambda: hold_lock(locks, job.save_file, progress))
@@ -70,9 +60,8 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
             hint = "and the finished latents could not be kept"
             if kept:  # on the CPU if the device had no memory for tiles
                 changes = {"device": "cpu", "vram": None} if out_of_memory(error) else {}
-                decode = to_decode(plan.request, decode_latents=str(kept), save_file=str(job.save_file), **changes)
-                hint = "the finished latents are kept; to make the video of them: "
-                hint += f"{program()} {shlex.join(words_of(decode))}"
+                words = words_of(to_decode(plan.request, kept, job.save_file, **changes))
+                hint = f"the finished latents are kept; to make the video of them: {program()} {shlex.join(words)}"
             error.add_note(hint)
             if not isinstance(error, Exception):  # interrupted: nobody reports it later
                 progress.say(hint)
@@ -84,10 +73,7 @@ def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: boo
 def decode_and_save(
     pipe: Pipeline, latent: torch.Tensor, path: Path, record: dict[str, Any], earlier: dict[str, float]
 ) -> int:
-    """Decode into the file, in tiles if memory does not suffice for the whole; return the number of frames.
-
-    earlier: seconds by stage that are not this video's.
-    """
+    """Decode into the file; return the number of frames. earlier: seconds by stage that are not this video's."""
     team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
@@ -121,10 +107,7 @@ def decode_and_save(
 
 
 def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
-    """Check that the folder takes files, and hold the lock of the video until `locks` closes.
-
-    JobError; LockedElsewhere if another process makes the video.
-    """
+    """Hold the lock of the video until `locks` closes. LockedElsewhere; JobError if the folder takes no files."""
     try:
         save_file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_file.parent).close()
@@ -133,17 +116,14 @@ def hold_lock(locks: ExitStack, save_file: Path, progress: Progress) -> None:
     locks.enter_context(locked(save_file, progress.say))
 
 
-def reason(error: Exception, plan: Plan | None = None, job: Job | None = None) -> str:
-    """Why a job failed, in a line; if memory ran out, with the size of the video and the plan's estimate."""
+def reason(error: Exception, job: Job | None = None) -> str:
+    """Why a job failed, in a line; if memory ran out, with the size of the video."""
     if out_of_memory(error):
         stage = getattr(error, STAGE, "")
-        size = f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
-        budget = plan.video(job).budget if plan and job and plan.room is not None else None
-        peak = budget.peaks.get(stage) if budget else None
-        expected = f"; expected were {quantity(peak, 'B')} of {quantity(budget.free, 'B')}" if budget and peak else ""
+        where = f" in {stage}" if stage else ""
+        where += f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
-        where = f" in {stage}{size}" if stage else size
-        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{expected}{hint}"
+        return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{hint}"
     return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -171,15 +151,14 @@ def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progres
 
 
 def _tidy(request: Request, job: Job, kept: Path | None, frames: int, progress: Progress) -> None:
-    beside = Beside.of(job.save_file)
     if kept and not request.save_latents:
         with suppress(OSError):  # the video is whole, whatever the file server says to this
             kept.unlink()
-    if request.save_latents and kept != beside.latents:
+    if request.save_latents and kept != Beside.of(job.save_file).latents:
         raise JobError(f"{job.save_file}: saved, but not its latents ({kept or 'no folder took them'})")
-    written = [beside.record, *([save_contact_sheet(job.save_file, frames)] if request.preview else [])]
-    endings = " and ".join(path.name.removeprefix(job.save_file.stem) for path in written)
-    progress.say(f"saved {job.save_file} with {endings} beside it")
+    if request.preview:
+        save_contact_sheet(job.save_file, frames)
+    progress.say(f"saved {job.save_file}")
 
 
 def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
@@ -193,8 +172,9 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
         with ExitStack() as locks, progress.stage("join"):
             hold_lock(locks, joined, progress)
             copy_together([clip.save_file for clip in clips], joined, fps, frames, record, plan.request.record)
-        written = [joined, *([save_contact_sheet(joined, frames)] if plan.request.preview else [])]
-        progress.say(f"joined {len(clips)} videos, {frames} frames: {', '.join(map(str, written))}")
+        if plan.request.preview:
+            save_contact_sheet(joined, frames)
+        progress.say(f"joined {len(clips)} videos, {frames} frames: {joined}")
     except LockedElsewhere as error:
         progress.say(str(error))
         return []
@@ -208,10 +188,9 @@ def join(plan: Plan, clips: Sequence[Job], progress: Progress) -> list[Event]:
 
 def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Event]:
     """Join the chains whose clips are all there and whose joined video is not; return the outcomes."""
-    unfinished, events = {job.joined for job in todo}, list[Event]()
+    unfinished, events = {None, *(job.joined for job in todo)}, list[Event]()
     for chain in chains(plan.jobs):
-        joined = chain[0].joined
-        if joined is None or joined in unfinished:
+        if (joined := chain[0].joined) is None or joined in unfinished:
             continue
         if clips_of(joined) != _entries(plan, chain) or count_frames(joined) != frames_joined(chain):
             events += join(plan, chain, progress)
@@ -221,7 +200,7 @@ def join_chains(plan: Plan, todo: Sequence[Job], progress: Progress) -> list[Eve
 def clips_of(joined: Path) -> list[dict[str, Any]] | None:
     """The clips in the record of a joined video; None if there is no such video."""
     with suppress(InputError):  # no such record
-        clips = read_record(joined).get("clips") if joined.exists() else None
+        clips = read_record(joined).get("clips")
         return clips if isinstance(clips, list) else None
     return None
 
@@ -231,7 +210,7 @@ def copy_together(
 ) -> None:
     """Copy `clips`, which follow each other, into `joined`, of `frames` frames. JobError if one does not follow."""
     listing = make_part(joined)
-    second = math.ceil(MICROSECONDS / fps) / MICROSECONDS  # where the second frame is, in the list's own unit
+    second = math.ceil(1e6 / fps) / 1e6  # where the second frame is; the list counts in microseconds
     try:
         with listing.open("w", encoding="utf-8") as file:
             file.write("ffconcat version 1.0\n")
