@@ -17,7 +17,7 @@ from typing import Any
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
 from lightning.lora_matching import Shapes
-from lightning.releases import Release, preset, recognise, release_in
+from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
 from wan.checkpoints.layout import MODEL_INDEX
@@ -167,7 +167,7 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
         "path": str(file), "kind": "LoRA",
         "release": release and release.name, "source": release and release.source,
         "settings": release and _settings_of(release),
-        "note": (release and release.note) or "", "licence": (release and release.licence) or "",
+        "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
         "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
     }  # fmt: skip
     try:

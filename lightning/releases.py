@@ -31,6 +31,11 @@ DISTILL_LORAS = "lightx2v/Wan2.2-Distill-Loras"
 DISTILL_MODELS = "lightx2v/Wan2.2-Distill-Models"
 MOE_DISTILL = "lightx2v/Wan2.2-I2V-A14B-Moe-Distill-Lightx2v"
 KIJAI = "Kijai/WanVideo_comfy"
+CAUTIONS = {
+    r"svi-v?2.*pro": "is SVI 2 Pro, which needs the anchor image's and the last clip's latents; they are not given",
+    r"shot-?plan": "is ShotPlan, which needs tokens at the cuts of its shots; they are not given",
+    r"longlive-plug": "is LongLive, whose card names no number of steps; --sample_steps sets them",
+}
 BLOCKS = "wileewang/longlive-stepdistill-blocksize-loras"
 
 
@@ -79,6 +84,12 @@ def recognise(path: Path) -> Release | None:
     texts = ["/".join(parts[first:]) for first in reversed(range(len(parts)))]
     found = (each for text in texts for each in RELEASES if any(re.search(p, text) for p in each.patterns))
     return next(found, None)
+
+
+def caution(path: Path) -> str | None:
+    """The end of a sentence on a LoRA that does less here than in its own pipeline; None if its name says nothing."""
+    name = path.name.lower().replace("_", "-")
+    return next((reason for pattern, reason in CAUTIONS.items() if re.search(pattern, name)), None)
 
 
 def preset(name: str) -> Release:

@@ -226,6 +226,9 @@ def outcome_of(name: str, tmp_path: Path, **more: object) -> Generate:
 @pytest.mark.parametrize(
     ("name", "flags", "part"),
     [
+        ("SVI_v2_PRO_Wan2.2-I2V-A14B_lora", {}, "SVI 2 Pro"),
+        ("ShotPlan_T2V", {}, "ShotPlan"),
+        ("LongLive-Plug-Wan2.2-TI2V-5B-few-step", {}, "--sample_steps"),
         ("FastWan2.2-TI2V-5B-lora", {"image": str(TINY / "input.png")}, "without images"),
     ],
 )

@@ -131,6 +131,13 @@ def test_segments_grow_where_a_first_allocation_works(monkeypatch: pytest.Monkey
     assert len(gpu.settings) == 3
 
 
+def test_an_error_of_the_allocator_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    gpu.refuse({"zeros": "CUDA driver error: operation not supported\nmore"})
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in refusal("cuda")
+
+
 def test_a_gpu_on_which_nothing_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch, capability=(7, 0))
     gpu.refuse({"zeros": "CUDA error: an illegal memory access was encountered\nmore"})

@@ -32,6 +32,8 @@ from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.fp8 import in_fp8, multiplies_fp8
 from wan.original_api import Original
 from wan.sampling import Video
+from wan.utils.accelerator import Accelerator, peak_gpu_bytes
+from wan.utils.progress import quantity
 
 DTYPES = torch.float32, torch.bfloat16
 REPORT = "do not trust videos made here; put this report into a bug report"
@@ -44,6 +46,7 @@ IN_8_BITS = 6e-2
 FP8_ERRORS = (2e-2, 5e-2)
 END_TO_END = 1e-4  # float32: largest error over the largest magnitude, from prompt to latent and to pixels
 BF16 = (1e-3, 1.5e-2)  # root mean square of the final latent; below the first it would not be bf16
+VAE_PEAK = 1.3  # of the planned bytes; without cuDNN 2.9 in an example
 VAE_BF16 = (1e-4, 2e-2)  # root mean square; on a CPU 3e-3 to 8e-3
 TILED = 1e-5  # tiles are the same numbers in kernels of other sizes
 # Root mean square. With the inputs of every convolution rounded to TF32's 11 bits on a CPU: 1.1e-3 to 1.5e-3.
@@ -107,13 +110,25 @@ def lora_merge(machine: Machine) -> Finding:
 
 
 def vae_in_bf16(machine: Machine) -> Finding:
-    """`--vae_dtype bf16` at the released width, with random weights."""
+    """`--vae_dtype bf16` at the released width, with random weights: its error, and on a GPU the memory it takes."""
     vae, latent = random_vae(machine)
+    accelerator, before = Accelerator(machine.device), 0
     with torch.inference_mode(), tf32(False):
         exact = on_cpu(vae.decode(latent))
         vae.decode_in(torch.bfloat16)
+        if accelerator.has_memory:
+            accelerator.api.reset_peak_memory_stats(machine.device)
+            before = accelerator.api.memory_allocated(machine.device)
         found = on_cpu(vae.decode(latent))
-    return judge("root mean square error", rms_error(found, exact), VAE_BF16, "leave --vae_dtype out")
+    outcome = judge("root mean square error", rms_error(found, exact), VAE_BF16, "leave --vae_dtype out")
+    if outcome.verdict != GOOD or not accelerator.has_memory:
+        return outcome
+    channels, frames, rows, columns = latent.shape
+    peak, planned = peak_gpu_bytes()[0] - before, vae.decode_peak((channels, frames, rows, columns))
+    memory = f"{outcome.sentence}; at its peak {quantity(peak, 'B')}, planned {quantity(planned, 'B')}"
+    if peak > VAE_PEAK * planned:
+        return Finding(WRONG, memory, "leave --vae_dtype out: this PyTorch decodes in bf16 without cuDNN")
+    return Finding(GOOD, memory, values=outcome.values | {"peak": peak, "planned": planned})
 
 
 # -- with the small checkpoints

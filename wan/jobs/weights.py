@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning.lora_files import choose_loras
-from lightning.releases import Release, preset, recognise, release_in
+from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check
 from wan.cli.options import QUALITIES, STRENGTH, Request
@@ -37,6 +37,7 @@ def choose_weights(request: Request, config: TaskConfig, ckpt_dir: Path | None, 
     for each in {each.name: each for each in (release, *map(recognise, paths)) if each}.values():
         if each.refused:
             check.problem(f"{each.name} ({each.source}) cannot be run: {each.refused}")
+    check.warnings += [f"{path} {reason}" for path in paths if (reason := caution(path))]
     if release and release.licence:
         check.warn(f"{release.name} ({release.source}) has the licence {release.licence}")
     if request.lora_dir is not None and experts:

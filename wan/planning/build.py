@@ -6,6 +6,7 @@ Every problem found is reported, not the first one.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +42,7 @@ from wan.utils.errors import InputError, first_line
 from wan.utils.progress import quantity
 
 NOTHING_THERE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA")  # PyTorch's
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # PyTorch 2.8 renamed its variable
 BF16_CAPABILITY = (8, 0)  # older GPUs compute attention in bf16 by the formula, which needs tokens^2 memory
 CUDNN_FOR_29 = 91500  # PyTorch 2.9 hands bf16 Conv3d only to this version of cuDNN and newer ones
 OF_CHECKPOINT = ("ckpt_dir", "expert", "vae", "text_encoder", "tokenizer", "quantize", "vae_dtype")  # options
@@ -260,7 +262,9 @@ def compute_device(name: str) -> torch.device:
         api.mem_get_info(device)
         Accelerator(device).check()
     except RuntimeError as e:
-        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; give --device cpu (slow)") from e
+        setting = next((f"{n}={os.environ[n]}" for n in ALLOCATOR if n in os.environ), None)
+        help = f"unset {setting}" if setting else "give --device cpu (slow)"
+        raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; {help}") from e
     return device
 
 
