@@ -140,6 +140,10 @@ def test_an_error_of_the_allocator_names_its_setting(monkeypatch: pytest.MonkeyP
 
 def test_a_gpu_on_which_nothing_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch, capability=(7, 0))
+    gpu.refuse({"zeros": "CUDA error: no kernel image is available for execution on the device\nSearch for it"})
+    said = refusal("cuda")
+    for part in ("--device cuda", "Card 7", "7.0", torch.__version__, "sm_80, sm_90"):
+        assert part in said
     gpu.refuse({"zeros": "CUDA error: an illegal memory access was encountered\nmore"})
     assert "--device cuda: the GPU cannot be used: CUDA error: an illegal memory access" in refusal("auto")
 

@@ -72,8 +72,18 @@ class Accelerator:
                 torch.empty(1, device=self.device)
             except RuntimeError:
                 configure("expandable_segments:False")
-        torch.zeros(1, device=self.device).add_(1)
-        self.api.synchronize(self.device)
+        try:
+            torch.zeros(1, device=self.device).add_(1)
+            self.api.synchronize(self.device)
+        except RuntimeError as e:
+            if "no kernel image" not in str(e):
+                raise
+            major, minor = self.capability or (0, 0)
+            built_for = ", ".join(torch.cuda.get_arch_list()) or "none"
+            raise RuntimeError(
+                f"{self.name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for "
+                f"{built_for}: install a PyTorch built for this GPU"
+            ) from e
 
     def current(self) -> AbstractContextManager[object]:
         """Inside this, PyTorch uses the device where none is named. In a new thread it uses the first GPU: kernels of
