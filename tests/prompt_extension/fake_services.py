@@ -39,7 +39,8 @@ class FakeService:
     """`answer` is the usual text, or a function of the request's body.
 
     `plan` holds what the next requests get: (status, body) or (status, body, headers); None is the usual answer,
-    a number a delay in seconds before it, "drip" a byte every tenth of a second, "drop" a closed connection.
+    a number a delay in seconds before it, "drip" a byte every tenth of a second, "drip headers" those too, "drop" a
+    closed connection.
     """
 
     answer: str | Callable[[Any], str] = "An extended prompt."
@@ -81,8 +82,8 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             request = self.record(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             step = service.plan.pop(0) if service.plan else None
-            if step == "drip":
-                return self.drip()
+            if step in ("drip", "drip headers"):
+                return self.drip(headers=step == "drip headers")
             if step == "drop":
                 self.close_connection = True
                 return None
@@ -114,15 +115,18 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
             except ConnectionError:
                 self.close_connection = True  # the client gave up, as the tests of timeouts want
 
-        def drip(self) -> None:
+        def drip(self, *, headers: bool) -> None:
             self.close_connection = True
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
+            if headers:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            else:
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
             try:
                 for _ in range(100):
-                    self.wfile.write(b" ")
+                    self.wfile.write(b"x" if headers else b" ")
                     self.wfile.flush()
                     time.sleep(0.1)
             except ConnectionError:

@@ -246,7 +246,7 @@ def test_retry_after_is_respected(service, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", MODELS)
-@pytest.mark.parametrize("step", [2.0, "drip"])
+@pytest.mark.parametrize("step", [2.0, "drip", "drip headers"])
 def test_the_total_time_is_limited(service, method, step, monkeypatch):
     """Also against a server that sends a byte now and then, which never trips a client's own limit."""
     monkeypatch.setattr(extend_services, "PATIENCE", Patience(attempts=9, first_wait=0.01, request=0.2, total=0.3))

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -116,22 +117,25 @@ class ChatService:
         body, end = bytearray(), time.monotonic() + seconds
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        alarm = threading.Timer(seconds, client.close)  # the client's own limit counts from byte to byte
+        alarm.daemon = True
+        alarm.start()
         try:
             path, content = self._path_and_content(question)
             data = json.dumps(content).encode()
             with client, client.stream("POST", self.url + path, content=data, headers=headers) as response:
                 for chunk in response.iter_bytes():
                     body += chunk
-                    if time.monotonic() > end:  # the client's own limit counts from byte to byte
-                        raise httpx.ReadTimeout("the body takes too long")
                     if len(body) > MOST_BYTES:
                         break
-        except httpx.TimeoutException as error:
-            raise AnswerError(f"no answer within {seconds:.3g} s", passing=True) from error
-        except httpx.TransportError as error:
-            raise AnswerError(f"no connection to {self.url}", passing=True) from error
         except Exception as error:  # the client raises many kinds on a malformed answer
+            if time.monotonic() >= end or isinstance(error, httpx.TimeoutException):
+                raise AnswerError(f"no answer within {seconds:.3g} s", passing=True) from error
+            if isinstance(error, httpx.TransportError):
+                raise AnswerError(f"no connection to {self.url}", passing=True) from error
             raise AnswerError(f"the service's answer cannot be read ({first_line(error)})") from error
+        finally:
+            alarm.cancel()
         try:
             values = json.loads(body)
         except (ValueError, RecursionError):
