@@ -108,6 +108,7 @@ def test_the_first_rank_also_holds_what_it_gathers() -> None:
     assert decode_peak(vae, shape, 1) == vae.decode_peak(shape, 2)
 
 
+@pytest.mark.slow
 def test_cost_of_a_720p_decode_on_one_of_eight_processes() -> None:
     """Counted at full size: at least 5 times less work than the 639 TFLOP of one process, and 4 times less memory."""
     cost = count_decode("2.1", chunk=2, tiles=(1, 1), processes=8)

@@ -77,7 +77,7 @@ def test_keys_and_values_are_made_once_for_each_prompt() -> None:
     assert len(calls) == 2 * len(model.blocks)
 
 
-@pytest.mark.parametrize("tokens", [75_600, 3_600])
+@pytest.mark.parametrize("tokens", [pytest.param(75_600, marks=pytest.mark.slow), 3_600])
 def test_memory_of_the_second_result(tokens: int) -> None:
     """As the plan counts it: two shares of rows in float32 below 32,768 tokens, beside keys and values."""
     peaks = []

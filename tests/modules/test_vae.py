@@ -309,6 +309,7 @@ def test_convolutions_of_any_kernel_equal_the_plain_one(kernel: tuple[int, int, 
     assert (convolve(conv, x) - expected).abs().max() < 1e-14
 
 
+@pytest.mark.slow
 def test_cost_of_a_720p_decode() -> None:
     """The original moves 7,353 GB; the limit is 2,300. After the first latent frame every two cost the same."""
     three, five = (count_decode("2.1", length=length) for length in (3, 5))

@@ -215,6 +215,7 @@ def test_the_slurm_array_script(tmp_path: Path) -> None:
     assert numbers_of(plan) == ["0001", "0005"]
 
 
+@pytest.mark.slow
 def test_the_skypilot_task(tmp_path: Path) -> None:
     task = yaml.safe_load((ROOT / "examples" / "cluster" / "skypilot.yaml").read_text())
     variables = {
