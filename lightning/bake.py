@@ -37,7 +37,7 @@ from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, LoraError
 from wan.utils.files import LockedElsewhere, locked, parse_json
 
-OTHER_NAMES = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
+NAMED_BY = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the networks beside the experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +151,13 @@ class Bake:
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})
 
         def stored(name: str) -> torch.dtype:
-            if part in OTHER_NAMES:
+            if part in NAMED_BY:
                 return getattr(torch, DTYPES[store[name].dtype][0])
             if keeps_float32(name):
                 return torch.float32
             return self.dtype if self.dtype != FP8 or takes_fp8(name, blocks) else torch.bfloat16
 
-        rename = OTHER_NAMES.get(part) or (diffusers_name if to_diffusers else str)
+        rename = NAMED_BY.get(part) or (diffusers_name if to_diffusers else str)
         merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing
         return NetworkToWrite(part, store, place.parent, stored, place.stem, rename, merge)
 
@@ -242,7 +242,7 @@ def _diffusers_settings(
     for part, store in stores.items():
         file = ckpt_dir / sources[part]
         try:
-            if part in OTHER_NAMES:
+            if part in NAMED_BY:
                 settings = (_vae_config if part == VAE else _text_config)(store.shapes)
             else:
                 config_file = ckpt_dir / layouts.config_json(sources[part])

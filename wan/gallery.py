@@ -55,7 +55,7 @@ def write_page(folder: Path, axes: Sequence[str] = ()) -> Path:
     """
     check_page(folder)
     entries, unread = find_entries(folder)
-    grid = _grid(folder, entries, axes) if axes else None
+    grid = _swept_table(folder, entries, axes) if axes else None
     page, text = folder / PAGE, TEMPLATE.read_text(encoding="utf-8")
     for name, data in (("entries", entries), ("unread", unread), ("grid", grid)):
         shown = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(HARMLESS)
@@ -68,7 +68,7 @@ def write_page(folder: Path, axes: Sequence[str] = ()) -> Path:
     return page
 
 
-def _grid(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, Any] | None:
+def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence[str]) -> dict[str, Any] | None:
     """The newest video of each pair of values, with PSNR and SSIM to the first; also written as grid.mp4 and .png."""
     from wan.media.montage import compare, save_montage
 

@@ -79,7 +79,7 @@ def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.Capt
     assert "...: 64x64, 5 frames" in line(lines, "job 0000: ")
     assert lines[-1] == "dry run: nothing was made"
     lines = plan(capsys, "--num_videos", "40")
-    assert sum(each.startswith("job ") for each in lines) == report.MOST_SHOWN
+    assert sum(each.startswith("job ") for each in lines) == report.MOST_LISTED
     assert line(lines, "... and 28 more, the last one ")
 
 

@@ -35,7 +35,7 @@ from wan.sampling import Video
 from wan.utils.accelerator import Accelerator, peak_gpu_bytes
 from wan.utils.progress import quantity
 
-DTYPES = torch.float32, torch.bfloat16
+PRECISIONS = torch.float32, torch.bfloat16
 REPORT = "do not trust videos made here; put this report into a bug report"
 LEFT_OUT = "runs leave this back end out; reinstall its package for this PyTorch, or remove it"
 # Root mean square errors of attention against float32: bf16 rounds inputs' products and the result to 2^-9 at most.
@@ -56,7 +56,7 @@ FEWEST = 1_000_000  # bytes of room, planned and not enforced: two slots, whatev
 
 def attention_checks(machine: Machine) -> list[DoctorCheck]:
     """One for each back end that is installed, in each precision that it supports."""
-    ours = [(name, dtype) for dtype in DTYPES for name in available(machine.device, dtype)]
+    ours = [(name, dtype) for dtype in PRECISIONS for name in available(machine.device, dtype)]
     skipped = Finding(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
     return [
@@ -148,7 +148,7 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
     checks = [
         DoctorCheck(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
         for case in cases[: 1 if machine.small else None]
-        for dtype in DTYPES
+        for dtype in PRECISIONS
     ]
     return [*checks, *(DoctorCheck(name, partial(check, cases[0])) for name, check in others.items())]
 

@@ -20,7 +20,7 @@ from wan.offload.reader import Piece, Source, fill
 from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
-TABLE = "token_embedding.weight"  # of the text encoder, read by row
+EMBEDDING = "token_embedding.weight"  # of the text encoder, read by row
 SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
 
 
@@ -114,7 +114,7 @@ def sizes_of(model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype])
     """The bytes that a network built on the meta device takes as one of `Networks`."""
     resident, blocks, _, size = group(model, dtype)
     largest = max(sum(size[name] for name in names) for names in blocks)
-    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != TABLE))
+    return Sizes(len(blocks), largest, sum(size[name] for name in resident if name != EMBEDDING))
 
 
 class FileTable(nn.Module):
@@ -122,16 +122,16 @@ class FileTable(nn.Module):
 
     def __init__(self, source: Source, device: torch.device) -> None:
         super().__init__()
-        self.source, self.entry, self.device = source, source.store[TABLE], device
+        self.source, self.entry, self.device = source, source.store[EMBEDDING], device
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [n] -> [n, D]."""
         rows, row_of = ids.cpu().unique(return_inverse=True)
-        found = torch.empty(len(rows), *self.entry.shape[1:], dtype=self.source.dtype(TABLE), device=self.device)
+        found = torch.empty(len(rows), *self.entry.shape[1:], dtype=self.source.dtype(EMBEDDING), device=self.device)
         buffer = torch.empty(self.entry.rows(slice(0, 1)).bytes, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
-            piece = Piece(self.source, TABLE, slice(row, row + 1))
-            self.source.place(piece, self.source.read(piece, buffer), {TABLE: found[number : number + 1]}, row)
+            piece = Piece(self.source, EMBEDDING, slice(row, row + 1))
+            self.source.place(piece, self.source.read(piece, buffer), {EMBEDDING: found[number : number + 1]}, row)
         return found[row_of.to(self.device)]
 
 

@@ -20,7 +20,7 @@ from wan.utils.accelerator import Accelerator, host_bytes
 from wan.utils.errors import InputError
 from wan.utils.progress import duration, quantity
 
-MOST_SHOWN = 12  # steps, and jobs: of more, the first ones
+MOST_LISTED = 12  # steps, and jobs: of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
@@ -87,7 +87,7 @@ class Outlook:
     def _jobs(self) -> list[str]:
         """The jobs, of many the first ones; how many are done; seconds for the others."""
         jobs, videos, done, lines = self.plan.jobs, len(self.plan.jobs), len(self.done), []
-        shown = jobs[: MOST_SHOWN if videos > MOST_SHOWN + 1 else None]
+        shown = jobs[: MOST_LISTED if videos > MOST_LISTED + 1 else None]
         for job in shown:
             prompt = " ".join(job.prompt.split())
             prompt = prompt if len(prompt) <= LONGEST_PROMPT else f"{prompt[: LONGEST_PROMPT - 3].rstrip()}..."
@@ -148,7 +148,7 @@ def _settings(plan: Plan) -> list[str]:
         count, where = quantity(len(plan.steps), "step"), request.ckpt_dir or "files"
         lines.append(f"{request.task} from {where}, {sampling.solver}, shift {sampling.shift:g}, {count}{preset}")
         steps = [f"step {number} {step}" for number, step in enumerate(plan.steps, 1)]
-        if len(steps) > MOST_SHOWN:  # one entry for each run of steps that differ in their time alone
+        if len(steps) > MOST_LISTED:  # one entry for each run of steps that differ in their time alone
             groups = groupby(enumerate(plan.steps, 1), lambda numbered: replace(numbered[1], timestep=0.0))
             runs = [(run[0], run[-1]) for _, group in groups for run in [list(group)]]
             steps = [f"steps {first} to {last} t={start.timestep:.1f} to {end}" for (first, start), (last, end) in runs]
