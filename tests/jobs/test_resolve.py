@@ -795,6 +795,8 @@ def test_replay_makes_the_same_video(tmp_path):
 def test_replay_with_other_flags(tmp_path):
     made = run("i2v-A14B", distilled=True, base_seed=3, size="832*480", save_file="a.mp4", timesteps="1000,900")
     record = record_of(made, 0, tmp_path / "r.json")
+    partial = record_of(run("i2v-A14B", distilled=True, lora_allow_partial=True), 0, tmp_path / "partial.json")
+    assert asked(replay=partial).request.lora_allow_partial
     again = asked(replay=record, base_seed=4, frame_num=5, sample_steps=8, save_dir="there")
     (job,) = again.jobs
     assert (job.seed, job.frame_num, job.area, job.save_file.parent) == (4, 5, (832, 480), Path("there"))

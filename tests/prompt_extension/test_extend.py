@@ -1,5 +1,6 @@
 """Prompt extension around the models: checks, defaults, cleaning, the cache."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,13 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
         write_cached("k", "half", question, "m")
     assert read_cached("k") == "whole"
     assert [path.name for path in prompts_folder().iterdir()] == ["k.json"]
+
+
+def test_the_cache_is_private_to_the_user(monkeypatch):
+    """The umask of most systems would let others read the prompts."""
+    before = os.umask(0o022)
+    try:
+        write_cached("key", "a long prompt", Question("s", "a", None), "m")
+    finally:
+        os.umask(before)
+    assert prompts_folder().stat().st_mode & 0o777 == 0o700
