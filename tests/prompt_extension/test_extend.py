@@ -299,7 +299,7 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
     assert [path.name for path in prompts_folder().iterdir()] == ["k.json"]
 
 
-def test_the_cache_is_private_to_the_user(monkeypatch):
+def test_the_cache_is_private_to_the_user():
     """The umask of most systems would let others read the prompts."""
     before = os.umask(0o022)
     try:
