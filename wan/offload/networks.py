@@ -71,9 +71,9 @@ class Networks(Generic[Network]):
         return [block for name in forwards for block in self._block_of[name]]
 
     def change_loras(self, merges: Mapping[str, Merge]) -> None:
-        """Merge other LoRAs from now on."""
-        for name, merge in merges.items():
-            source, model = self._sources[name], self.models[name]
+        """Merge other LoRAs from now on, and none into a network without an entry."""
+        for name, model in self.models.items():
+            source, merge = self._sources[name], merges.get(name)
             both, source.merge = [each for each in (source.merge, merge) if each], merge
             touched = [p for p in self._resident[name] if any(each.touches(p) for each in both)]
             fill(model, source, touched, self.prefetcher.device, lambda _: None)
