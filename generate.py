@@ -107,6 +107,7 @@ def _run_decode(outcome: Decode, progress: Progress, runtime: Runtime) -> int:
 def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> int:
     from wan.distributed.launch import interrupts_held
     from wan.gallery import check_page, page_folder, write_page
+    from wan.jobs.build import swept_name
     from wan.prompt_extension.extend import check_extension
 
     with interrupts_held():
@@ -140,7 +141,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
-    axes = [text.partition("=")[0] for text in outcome.request.sweep or ()][:2]
+    axes = [swept_name(text) for text in outcome.request.sweep or ()][:2]
     if page:
         progress.say(f"gallery: {team.broadcast(lambda: write_page(page, axes))}")
     return FAILED if failed else 0

@@ -79,8 +79,8 @@ def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence
             kept[entry["options"].get(across, "default"), entry["options"].get(down, "default" if down else "")] = entry
     if not kept:
         return None
-    columns, rows = ([*dict.fromkeys(key[axis] for key in sorted(kept, key=_natural))] for axis in (0, 1))
-    first = kept[min(kept, key=_natural)]
+    columns, rows = (sorted({key[axis] for key in kept}, key=_natural) for axis in (0, 1))
+    first = next(kept[x, y] for y in rows for x in columns if (x, y) in kept)
     files = {key: folder / entry["file"] for key, entry in kept.items()}
     found = {files[key]: compare(files[key], folder / first["file"]) for key in kept}
     cells = [[(f"{across} {x} {down} {y}".rstrip(), files.get((x, y))) for x in columns] for y in rows]
@@ -90,10 +90,9 @@ def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence
     return {"across": across, "down": down, "columns": columns, "rows": rows, "cells": shown}
 
 
-def _natural(key: tuple[str, str]) -> tuple[tuple[float, str], ...]:
+def _natural(value: str) -> tuple[float, str]:
     """Sorts numbers by value, other values by letter."""
-    number = r"-?\d+(\.\d+)?"
-    return tuple((float(value) if re.fullmatch(number, value) else math.inf, value) for value in reversed(key))
+    return float(value) if re.fullmatch(r"-?\d+(\.\d+)?", value) else math.inf, value
 
 
 def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

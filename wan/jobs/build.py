@@ -91,12 +91,16 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
     return [replace(row, image=own) if n in bare else row for n, row in enumerate(rows)]
 
 
+def swept_name(text: str) -> str:
+    """The option of a `--sweep NAME=V,V`."""
+    return text.partition("=")[0].strip().lstrip("-")
+
+
 def combinations(sweeps: Sequence[str], check: Check) -> list[dict[str, str]]:
     """Values by option, one for each combination of `--sweep NAME=V,V`; `[{}]` without sweeps."""
     axes: dict[str, list[str]] = {}
     for text in sweeps:
-        name, equals, listed = text.partition("=")
-        name = name.strip().lstrip("-")
+        name, (_, equals, listed) = swept_name(text), text.partition("=")
         values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
         if not equals or not all(values):
             check.problem(f"--sweep {text}: write NAME=VALUE,VALUE, such as lora_strength=0.5,1")

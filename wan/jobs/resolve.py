@@ -17,7 +17,17 @@ from wan.cli.checks import Check
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read_all, without_effect
 from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import check_chain, chosen_shard, combinations, label_of, linked, make_jobs, own_jobs, prompt_rows
+from wan.jobs.build import (
+    check_chain,
+    chosen_shard,
+    combinations,
+    label_of,
+    linked,
+    make_jobs,
+    own_jobs,
+    prompt_rows,
+    swept_name,
+)
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
@@ -260,7 +270,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
 def earlier_seed(request: Request) -> int | None:
     """The seed that the run to be resumed had drawn: of the newest record, also in latents, that asks for the same."""
     named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
-    swept = {text.partition("=")[0].strip() for text in request.sweep or ()}
+    swept = set(map(swept_name, request.sweep or ()))
 
     def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
         return {name: recorded.get(name, DEFAULTS[name]) for name in named if name not in swept}
