@@ -1,4 +1,4 @@
-"""What `--nag` does on the trained demo at guidance 1: is a colour still seen once a negative prompt names it?
+"""`--nag` on the trained demo at guidance 1: how often clips keep a colour that the negative prompt names.
 
     python -m benchmarks.nag [--videos 30]
 
@@ -56,7 +56,7 @@ def open_shapes(scale: float) -> wan.WanT2V:
 
 
 def make(task: wan.WanT2V, scene: Scene, seed: int) -> Scene:
-    """What the video of this scene shows, its colour left open, or avoided."""
+    """The detector's reading of this scene's video, its colour left open or avoided."""
     prompt = f"a {scene.shape} {scene.motion} on a {scene.ground} background"
     video = task.generate(prompt, (64, 64), 9, 5.0, "euler", 4, 1.0, n_prompt=scene.colour, seed=seed)
     assert video is not None, "one process makes the video"

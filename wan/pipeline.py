@@ -159,13 +159,13 @@ class Pipeline(ABC):
         return self.experts
 
     def _merges(self) -> dict[str, Merge]:
-        """By expert, what its LoRAs merge into the weights; with adapters, all but these."""
+        """Each expert's changes by LoRAs to merge into its weights; pairs kept as adapters are left out."""
         plan, experts, merged = self.plan, self.plan.checkpoint.experts, self.plan.lora_mode == "merge"
         shapes = {name: part.weights.shapes for name, part in experts.items()}
         return {n: Merge(loras, shapes[n], plan.device, linear_pairs=merged) for n, loras in plan.loras.items()}
 
     def follow(self, plan: Plan) -> None:
-        """Go on by another plan; what it shares with the last one stays loaded. Changed LoRAs alone are read again."""
+        """Switch to another plan. Networks that both plans share stay loaded; only changed LoRAs are read again."""
         before, self.offload = self.plan, plan.offload
         self.attention = self.mesh.team.broadcast(lambda: plan.attention)
         if plan.networks() == before.networks():

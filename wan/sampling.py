@@ -71,12 +71,12 @@ class Step:
         return f"t={self.timestep:.1f} {self.expert} cfg {self.guidance:g}{lora}"
 
 
-class Denoisers(Protocol):  # `Experts`, or what stands before them
+class Denoisers(Protocol):  # `Experts`, or a wrapper around them
     def ready(self, name: str, lora: float) -> Callable[..., Tensor]: ...
 
 
 class Windows:
-    """Stands before the networks of one video, and blends their answers for windows (first, end, text) of a latent.
+    """Wraps the networks of one video: blends their velocities for windows (first, end, text) of a latent.
     Weights fall linearly to a window's edges (arXiv 2302.08113)."""
 
     def __init__(self, inner: Denoisers, windows: Sequence[tuple[int, int, Prompt]]) -> None:

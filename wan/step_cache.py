@@ -15,7 +15,7 @@ FIRST, AFTER_CHANGE = 7, 2  # steps always computed: of the video, and after a c
 
 
 class StepCache:
-    """Stands before the networks of one video and is asked once a step (EasyCache, arXiv 2507.02860).
+    """Wraps the networks of one video, one call for each step (EasyCache, arXiv 2507.02860).
 
     A skipped step's v is x + (v_last - x_last) of the last computed one. Steps are skipped while the sum of
     k |x - x_before| / |v_last| over them is below `limit`; k = |v - v'| / |x - x'| of the last two computed steps,

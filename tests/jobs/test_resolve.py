@@ -591,7 +591,7 @@ def test_images_in_two_places(tmp_path):
     row = json.dumps({"prompt": "a", "image": str(TINY / "input.png")})
     path, images = write(tmp_path / "p.jsonl", row), write(tmp_path / "i.txt", f"{TINY}/input.png\n")
     found = problem("i2v-A14B", prompt=None, prompt_file=path, image=None, image_path_file=images)
-    assert "names an image, and so does --image_path_file" in found
+    assert "and --image_path_file both name an image" in found
 
 
 def test_empty_prompts():

@@ -76,7 +76,7 @@ def original_vae(names: Iterable[str]) -> dict[str, str]:
 
 @cache
 def _vae_names(channels: int) -> dict[str, str]:
-    """diffusers' name -> ours of each parameter of the autoencoder with so many latent channels."""
+    """diffusers' name -> ours of each parameter of the autoencoder with this number of latent channels."""
     import torch
 
     from wan.modules.vae import VAES, WanVAE

@@ -115,7 +115,7 @@ class TensorStore(dict[str, Entry]):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Of the one file; of several files each key's last value."""
+        """The file's metadata; where several files share a key, the last file's value."""
         return {key: value for metadata in self.metadata_by_file for key, value in metadata.items()}
 
     @property

@@ -69,7 +69,7 @@ def _with_images(request: Request, config: TaskConfig, rows: list[Row], check: C
     if request.image_path_file is not None:
         images = read_paths(expanded(request.image_path_file), check.problems)
         if named:
-            check.problem(f"{named} names an image, and so does --image_path_file; give one of them")
+            check.problem(f"{named} and --image_path_file both name an image; give one of them")
         if rows and images and len(rows) != len(images):
             counts = f"{quantity(len(rows), 'prompt')} but {quantity(len(images), 'image')}"
             check.problem(f"--image_path_file: {counts} in {request.image_path_file}, which are paired one to one")

@@ -1,7 +1,4 @@
-"""A table of videos as one video and one picture, and how far each is from the first.
-
-Shapes: F, H, W frames, rows, columns.
-"""
+"""A table of videos as one video and one picture, and PSNR and SSIM between two videos."""
 
 from __future__ import annotations
 

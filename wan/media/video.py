@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
-LONGEST_RECORD = 20_000_000  # bytes of a .json; the rest of a longer file is not read, and so it is no record
+LONGEST_RECORD = 20_000_000  # bytes of a .json; a longer file is refused as a record
 STALL_SECONDS = 600.0  # an encoder that takes no frame for this long has failed
 BORDER = 2  # pixels around each of several videos
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: convert by BT.709 and tag the file.

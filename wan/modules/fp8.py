@@ -124,5 +124,5 @@ def product_error(x: Tensor, weight: Tensor) -> float:
 
 
 def scale_name(weight: str) -> str:
-    """What the scales of the parameter `weight` are called, here and in LightX2V's files."""
+    """Name of the scales of the parameter `weight`, here and in LightX2V's files."""
     return f"{weight}_scale"

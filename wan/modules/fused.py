@@ -130,7 +130,7 @@ def compiled() -> Passes:
 
 
 def choose_passes(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:
-    """Compiled passes where a run of so many forwards gains more than compiling takes, and a sentence if they are
+    """Compiled passes where a run of this many forwards gains more than compiling takes, and a sentence if they are
     (or, where the compiler fails, why not). A CPU computes for minutes what it would gain seconds on."""
     gain = SAVED * tokens * width * layers * forwards / RATE
     if device.type != "cuda" or not find_spec("triton") or gain < COMPILING:

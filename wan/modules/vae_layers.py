@@ -33,7 +33,7 @@ STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class ClipState:
-    """What one pass over one clip keeps from chunk to chunk, by layer. Made for a pass, so no clip sees another."""
+    """State of one pass over one clip, by layer, kept from chunk to chunk. A new pass starts with a new one."""
 
     def __init__(self) -> None:
         self.kept: dict[nn.Module, Tensor] = {}
@@ -60,8 +60,8 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 def join_history(
     conv: nn.Conv3d, x: Tensor, state: ClipState, write: Callable[..., object] = lambda x, out: out.copy_(x)
 ) -> Tensor:
-    """What to convolve: a chunk behind the frames before it that `conv` reads. `write(x, out)` puts the chunk straight
-    behind the history, so that joining the two costs no pass of its own."""
+    """Input of a convolution: a chunk behind the frames before it that `conv` reads. `write(x, out)` puts the chunk
+    straight behind the history, so that joining the two costs no pass of its own."""
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
     if conv in state.kept:
@@ -229,7 +229,7 @@ class Level:
 
 
 class Coder(nn.Module):
-    """What encoder and decoder have in common: the first convolution, the middle, the head. All levels but the last
+    """Layers that encoder and decoder share: the first convolution, the middle, the head. All levels but the last
     halve or double H and W; two also change the frame rate."""
 
     def __init__(self, channels: int, first: int, inner: int, last: int, out_channels: int) -> None:

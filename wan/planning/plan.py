@@ -47,7 +47,7 @@ class VideoPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will do: printed before it starts, kept in every record, and followed by the pipeline."""
+    """The run's decisions: printed before it starts, kept in every record, followed by the pipeline."""
 
     request: Request
     config: TaskConfig

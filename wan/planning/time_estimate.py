@@ -136,12 +136,12 @@ class NetworkSizes:
         return self.linear(tokens) + self.attention(tokens)
 
     def linear(self, tokens: int) -> float:
-        """Of `operations`, those of products with weights."""
+        """Operations of the products with weights."""
         weights = 6 * self.dim**2 + 2 * self.dim * self.ffn_dim  # q, k, v, o; the text's q, o; feed-forward
         return self.num_layers * 2.0 * tokens * weights
 
     def attention(self, tokens: int) -> float:
-        """Of `operations`, those of tokens with tokens."""
+        """Operations of the products of tokens with tokens."""
         return self.num_layers * 4.0 * tokens**2 * self.dim
 
 
@@ -257,7 +257,7 @@ def keep_rates(device: torch.device, rates: Mapping[str, float]) -> None:
 
 
 def kept_rates(device: torch.device) -> dict[str, float] | None:
-    """What was measured on this device with this version of PyTorch, if everything was."""
+    """Rates measured on this device with this version of PyTorch; None unless all were."""
     found = _all_rates().get(_name_of(device))
     kept = found.items() if isinstance(found, dict) else ()
     rates = {name: rate for name, rate in kept if isinstance(rate, float) and rate > 0}

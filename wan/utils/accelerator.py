@@ -1,4 +1,4 @@
-"""What a compute device can do. To support another kind of device, add it to `COLLECTIVES` and to `--device`."""
+"""Abilities of a compute device. To support another kind of device, add it to `COLLECTIVES` and to `--device`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Accelerator:
 
     @property
     def free_bytes(self) -> int:
-        """What this process can allocate now, unused memory that it holds included."""
+        """Bytes that this process can allocate now, with the unused memory that it holds."""
         if not self.has_memory:
             return host_bytes()
         free, _ = self.api.mem_get_info(self.device)
