@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def rehearse(words: list[str]) -> dict[str, Any]:
     """{"code": exit code, "planned", "allocated", "reserved": the most bytes of this process's device, by stage}."""
-    generate._prepare_process()  # before torch is imported
     import torch
 
     import wan.planning.build
