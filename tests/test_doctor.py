@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.forked import python
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
 from wan.distributed.mesh import Layout
@@ -194,6 +194,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
     assert "--device cuda:77" in outcome.sentence
 
 
+@pytest.mark.slow
 def test_processes_exchange() -> None:
     outcome = rates.exchange(machine(), 2, 1 << 20)
     assert outcome.verdict == GOOD
@@ -343,9 +344,7 @@ def test_a_small_video_has_a_budget() -> None:
 
 @pytest.mark.slow
 def test_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "wan.doctor", "--device", "cpu", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-m", "wan.doctor", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["wrong"] == 0
 
