@@ -212,9 +212,14 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     }  # fmt: skip
 
 
-def test_json_of_a_real_examination(findings: list[Finding]) -> None:
-    values = json.loads(json.dumps([vars(finding) for finding in findings], default=str))[-1]["values"]
-    assert {row["task"] for row in values["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
+def test_json_of_a_real_examination(
+    findings: list[Finding], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "findings_of", lambda *_: iter(findings))
+    assert doctor.main(["--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["name"] for finding in found] == [finding.name for finding in findings]
+    assert {row["task"] for row in found[-1]["values"]["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
 
 
 def test_estimates_are_counted_work_over_rates() -> None:

@@ -99,7 +99,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(task, lora_mode, *ROOMS[room], run, id=f"{task}-{lora_mode}-{room}-{run}", marks=marks)
 
 
-@pytest.mark.parametrize(("task", "lora_mode", "offload", "room", "run"), cases())
+@pytest.mark.parametrize(("task", "lora_mode", "offload", "room", "run"), [*cases()])
 def test_nothing_is_on_two_devices(
     task: str, lora_mode: str | None, offload: bool, room: int | None, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

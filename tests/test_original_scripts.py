@@ -200,7 +200,9 @@ def test_qwen_expander(tmp_path: Path) -> None:
     text = QwenPromptExpander(str(build_text(tmp_path / "text")), task="t2v-A14B", device="cpu")
     first, second = (text("a cat", tar_lang="en", seed=3) for _ in range(2))
     assert first == second
-    assert first.status or first.message
+    assert first.status
+    assert first.prompt != "a cat"
+    assert first.prompt in first.message
     vision = QwenPromptExpander(str(build_vision(tmp_path / "vision")), task="i2v-A14B", device="cpu", is_vl=True)
     seen = vision("", tar_lang="en", image=Image.new("RGB", (56, 56), "red"), seed=3)
     assert seen.system_prompt != first.system_prompt
