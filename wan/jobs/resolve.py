@@ -153,8 +153,10 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
     variant = Generate(request, config, weights, sampling, jobs=())
     jobs = make_jobs(variant, rows, label, check)
     made_from = any(job.video for job in jobs)
-    if rows and request.strength is not None and not made_from:
-        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    bare = [f"{row.source}: strength" for row in rows.values() if "strength" in dict(row.options) and not row.video]
+    if bare or (rows and request.strength is not None and not made_from):
+        named = bare[0] if bare else "--strength"
+        check.problem(f"{named} is about a video to start from; give --video, or 'video' in that row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
         check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
     return replace(variant, jobs=tuple(jobs))
