@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,7 @@ def test_a_montage_holds_one_frame_at_a_time(tmp_path: Path, monkeypatch: pytest
     done: list[str] = []
     read, write = montage.clip_frames, VideoWriter.write
 
-    def reads(*given: Any) -> Iterator[torch.Tensor]:
+    def reads(*given: Any) -> Generator[torch.Tensor]:
         for frame in read(*given):
             done.append("read")
             yield frame

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -244,7 +244,7 @@ def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch
     return clip
 
 
-def clip_frames(path: Path, frames: int, fps: int, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+def clip_frames(path: Path, frames: int, fps: int, size: tuple[int, int]) -> Generator[torch.Tensor]:
     """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre, one by one.
 
     float32 [3, H, W] in [-1, 1]. InputError if they cannot be read.
