@@ -124,9 +124,11 @@ print("LOADED", code, *[name for name in {heavy} if name in sys.modules])
         ([*T2V, "--prompt_file", "absent.txt", "--size", "3"], 2, {"PIL"}),
         ([*I2V, "--image", str(TINY / "Wan2.2-I2V-A14B" / "Wan2.1_VAE.pth")], 2, {"PIL"}),
         (["--extend_only", "a.doc"], 2, {"PIL"}),
+        ([*T2V, "--ckpt_dir", str(TINY)], 2, {"PIL"}),  # a folder that lacks files
+        ([*T2V, *SMALL, "--sample_solver", "unipc", "--dry_run"], 0, {*HEAVY} - {"diffusers", "transformers"}),
     ],
 )
-def test_bad_flags_are_answered_without_torch(words, code, allowed):
+def test_answers_come_without_slow_imports(words, code, allowed):
     done = python("-c", ASK.format(heavy=HEAVY), *words)
     _, found, *loaded = done.stdout.splitlines()[-1].split()
     assert (int(found), set(loaded) - allowed) == (code, set())
