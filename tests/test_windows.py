@@ -21,6 +21,7 @@ from wan.original_api import Original
 from wan.planning.build import make_plan
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.report import Outlook
+from wan.planning.time_estimate import work_of
 from wan.sampling import Step, Video, Windows
 from wan.utils.errors import InputError
 
@@ -147,6 +148,11 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
     assert plan.meaning(plan.jobs[0])["window"] == 9
     short = make_plan(outcome(frame_num=9, prompt="a"), Runtime())
     assert short.meaning(short.jobs[0])["window"] is None
+    # what weighs the time left: both windows, and both passes of a guided step
+    once = work_of(short, short.jobs[0])
+    assert work_of(plan, plan.jobs[0]) == 2 * once
+    guided = make_plan(outcome(sample_guide_scale="3"), Runtime())
+    assert work_of(guided, guided.jobs[0]) == 4 * once
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,9 @@ def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
     tensors = {name: ("F32" if shape else "I64", shape) for name, shape in manifest("lightning_lora").items()}
     alphas = {name: struct.pack("<q", 8) for name, shape in manifest("lightning_lora").items() if not shape}
     sparse(folder / "high_noise_model.safetensors", tensors, alphas)
-    torch.save({f"{n}": torch.full((1 << 18,), float(n)) for n in range(20)}, folder / "large.pth")
+    torch.save({f"{n}": torch.full((1 << 18,), float(n)) for n in range(20)}, folder / "large.PTH")
+    (folder / "small").mkdir()
+    torch.save({"a": torch.zeros(1)}, folder / "small" / "a.BIN")
     server = Hub(large=folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = """
@@ -269,10 +271,11 @@ from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import open_file
 lora = Lora.open(located("--lora", "owner/large/high_noise_model.safetensors"), 1.0, None, "high")
 print(set(lora.alphas.values()))
-pickled = located("--vae", "owner/large/large.pth")
-theirs, ours = open_file(Path(sys.argv[1], "large.pth")), open_file(pickled)
+pickled = located("--vae", "owner/large/large.PTH")
+theirs, ours = open_file(Path(sys.argv[1], "large.PTH")), open_file(pickled)
 print([(e.shape, e.offset) for e in theirs.values()] == [(e.shape, e.offset) for e in ours.values()])
-print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
+print(fingerprint(pickled), list(fetch(pickled.parent / "small").iterdir())[0].name, end=" ")
+print(float(open_file(fetch(pickled)).read("7")[-1]))
 """
     run = started(server, tmp_path, "-c", script, str(folder))
     server.shutdown()
@@ -281,7 +284,7 @@ print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
     alphas_found, same, rest = run.stdout.strip().splitlines()
     assert alphas_found == "{8.0}", run.stdout
     assert same == "True"
-    assert rest == f"{fingerprint(folder / 'large.pth')} 7.0"
+    assert rest == f"{fingerprint(folder / 'large.PTH')} a.BIN 7.0"
     assert (
         server.served["high_noise_model.safetensors"] < 3e6 < (folder / "high_noise_model.safetensors").stat().st_size
     )

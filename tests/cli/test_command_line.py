@@ -118,13 +118,21 @@ print("LOADED", code, *[name for name in {heavy} if name in sys.modules])
         ([*T2V, "--prompt_file", "absent.txt", "--size", "3"], 2, {"PIL"}),
         ([*I2V, "--image", str(TINY / "Wan2.2-I2V-A14B" / "Wan2.1_VAE.pth")], 2, {"PIL"}),
         (["--extend_only", "a.doc"], 2, {"PIL"}),
+        ([*T2V, "--ckpt_dir", str(TINY)], 2, {"PIL"}),  # a folder that lacks files
     ],
 )
-def test_bad_flags_are_answered_without_torch(words, code, allowed):
+def test_answers_come_without_slow_imports(words, code, allowed):
     asked = [sys.executable, "-c", ASK.format(heavy=HEAVY), *words]
     done = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     _, found, *loaded = done.stdout.splitlines()[-1].split()
     assert (int(found), set(loaded) - allowed) == (code, set())
+
+
+def test_a_plan_imports_neither_diffusers_nor_transformers():
+    done = python(
+        "-c", ASK.format(heavy=("diffusers", "transformers")), *T2V, *SMALL, "--sample_solver=unipc", "--dry_run"
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED 0"
 
 
 @pytest.mark.parametrize(
