@@ -238,7 +238,7 @@ def test_an_int8_product_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
     ("largest", "rotation", "expected"), [(1, 0, 0.011), (1, None, 0.011), (30, 0, 0.051), (30, None, 0.0096)]
 )
 def test_error_of_an_int8_layer(largest: float, rotation: int | None, expected: float) -> None:
-    """Normal numbers: a row's largest is about 3.3 times its rms, so a step is 2.6 % of it and an operand off by 0.75 %.
+    """Normal numbers: a row's largest is 3.3 times its rms, so a step is 2.6 % of it and an operand off by 0.75 %.
     Where one of 256 channels is `largest` times the others, its rows' steps grow as much, but for the rotation."""
     torch.manual_seed(0)
     weight, x = torch.randn(512, 1024) / 32, torch.randn(256, 1024)
