@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.forked import python
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
 from wan.distributed.mesh import Layout
@@ -195,6 +195,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
     assert "--device cuda:77" in outcome.sentence
 
 
+@pytest.mark.slow
 def test_processes_exchange() -> None:
     outcome = rates.exchange(machine(), 2, 1 << 20)
     assert outcome.verdict == GOOD
@@ -212,9 +213,14 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     }  # fmt: skip
 
 
-def test_json_of_a_real_examination(findings: list[Finding]) -> None:
-    values = json.loads(json.dumps([vars(finding) for finding in findings], default=str))[-1]["values"]
-    assert {row["task"] for row in values["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
+def test_json_of_a_real_examination(
+    findings: list[Finding], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "findings_of", lambda *_: iter(findings))
+    assert doctor.main(["--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["name"] for finding in found] == [finding.name for finding in findings]
+    assert {row["task"] for row in found[-1]["values"]["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
 
 
 def test_estimates_are_counted_work_over_rates() -> None:
@@ -344,9 +350,7 @@ def test_a_small_video_has_a_budget() -> None:
 
 @pytest.mark.slow
 def test_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "wan.doctor", "--device", "cpu", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-m", "wan.doctor", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["wrong"] == 0
 

@@ -61,6 +61,7 @@ def image_of(case: dict) -> Image.Image | None:
 
 def test_contexts(case: dict, task: Original) -> None:
     texts = {"context": case["prompt"], "context_null": task.plan.config.sample_neg_prompt}
+    task._contexts.clear()
     task.encode(texts.values())
     for stage, text in texts.items():
         assert relative_error(task._contexts[text], golden()[f"{case['name']}.{stage}"]) < STAGE
@@ -101,6 +102,7 @@ def test_decode(case: dict, task: Original) -> None:
 
 def generate(task: Original, case: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(final latent, video) of the public `generate` with the case's arguments."""
+    task._contexts.clear()  # those of the test before
     latents: list[torch.Tensor] = []
     decode = task.decode
     monkeypatch.setattr(task, "decode", lambda latent, **how: latents.append(latent) or decode(latent, **how))
