@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import time
 import weakref
 import zipfile
