@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 
 import generate
+from tests.forked import python
 from tests.support import TINY, command, read_frames
 from wan import gallery
 from wan.gallery import check_page, write_page
@@ -211,8 +210,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_page(Path({str(tmp_path)!r}))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[1], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 150_000  # kB
+    done = python("-c", code)
+    assert int(done.stdout) < 150_000, done.stderr  # kB
     assert len(entries(tmp_path / "index.html")) == 1
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +17,12 @@ import torch
 from benchmarks.sparse import sparse
 from generate import main
 from lightning.__main__ import main as lightning
+from tests.forked import python
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
 from wan.checkpoints.hub import WEIGHT_SUFFIXES
 from wan.checkpoints.safetensors_file import fingerprint
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes that it is compared with
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EXTRA = {
@@ -161,16 +163,12 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home), "NO_PROXY": "127.0.0.1", "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # what it makes is compared with what is made here
     }  # fmt: skip
 
 
 def started(hub: Hub, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own: the library reads the hub's address when it is imported."""
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=TESTS.parent, env=environment(hub, home),
-        check=False,
-    )  # fmt: skip
+    return python(*words, cwd=TESTS.parent, environment=environment(hub, home))
 
 
 def generate(hub: Hub, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -194,9 +192,10 @@ def test_only_what_the_task_needs_is_fetched_once(hub: Hub, tmp_path: Path) -> N
     assert hub.served == {}
     hub.shutdown()
     hub.server_close()
-    for pinned in ("", f"@{COMMIT}"):  # what was fetched serves without the hub
-        alone = generate(hub, tmp_path, "--ckpt_dir", f"owner/name{pinned}", "--dry_run", "--overwrite")
-        assert alone.returncode == 0, alone.stderr
+    places = ("owner/name", f"owner/name@{COMMIT}")  # what was fetched serves without the hub
+    commands = [[*TI2V, *SMALL, "--ckpt_dir", place, "--dry_run", "--overwrite"] for place in places]
+    alone = in_one_process(hub, tmp_path, "generate", *commands)
+    assert alone.stdout.endswith("[0, 0]\n"), alone.stderr
 
 
 def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:

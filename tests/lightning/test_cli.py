@@ -4,8 +4,6 @@ import json
 import shlex
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import generate
 from benchmarks.sparse import sparse
 from lightning.__main__ import main
 from lightning.releases import record_of
+from tests.forked import python
 from tests.lightning.support import AB, STORED, diffusers_module, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.launch import Runtime
@@ -75,9 +74,7 @@ def test_inspect_imports_no_network_library(tmp_path: Path) -> None:
         "heavy = {'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy; sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "inspect", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", program, "inspect", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("400/400 pairs") == 2
 
