@@ -276,15 +276,14 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
     if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
         transformers = sorted(components & {"transformer", "transformer_2"}, reverse=expert == "low")
         if not transformers:
-            found = ", ".join(sorted(components))
-            raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
+            raise LoraError(f"{file}: the adapter settings are of {sorted(components)!r:.100}, not a transformer")
         start = f"{transformers[0]}."
         settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     kind = next((k for name, k in NOT_PLAIN.items() if settings.get(name)), str(settings.get("peft_type") or "LORA"))
     if kind not in PEFT_KINDS:
-        raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
+        raise LoraError(f"{file}: adapters of kind {kind!r:.40} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
-        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
+        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']!r:.40} changes it)")
     name = PEFT_KINDS[kind]
     try:
         alphas, ranks = (

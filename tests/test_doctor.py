@@ -22,7 +22,7 @@ from wan.doctor.forecast import forecast, notes, released_plan, table
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
-from wan.modules.fp8 import in_fp8
+from wan.modules.quantised_linear import in_8_bits
 from wan.modules.vae import WanVAE, released_vae
 from wan.modules.vae_layers import Region
 from wan.planning.memory import plan_video, plan_videos
@@ -98,13 +98,14 @@ def test_a_back_end_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert numerics.attention("sdpa", torch.float32, machine()).verdict == WRONG
 
 
-def test_a_layer_in_fp8_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = numerics.fp8_layer(machine())
-    assert (outcome.verdict, outcome.sentence.partition(",")[0]) == (GOOD, "no fp8 product here: unpacked")
-    monkeypatch.setattr(numerics, "in_fp8", lambda weight, bias: in_fp8(weight.roll(1), bias))
-    assert numerics.fp8_layer(machine()).verdict == WRONG
-    monkeypatch.setattr(numerics, "in_fp8", lambda weight, _: lambda x: x @ weight.t())
-    assert numerics.fp8_layer(machine()).verdict == WRONG, "better than fp8 can be"
+@pytest.mark.parametrize(("form", "how"), [("fp8", "no fp8 product here: unpacked"), ("int8", "multiplied in int8")])
+def test_a_layer_in_8_bits_is_judged(form: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = numerics.quantised_layer(form, machine())
+    assert (outcome.verdict, outcome.sentence.partition(",")[0]) == (GOOD, how)
+    monkeypatch.setattr(numerics, "in_8_bits", lambda form, weight, bias: in_8_bits(form, weight.roll(1), bias))
+    assert numerics.quantised_layer(form, machine()).verdict == WRONG
+    monkeypatch.setattr(numerics, "in_8_bits", lambda _, weight, __: lambda x: x @ weight.t())
+    assert numerics.quantised_layer(form, machine()).verdict == WRONG, "better than 8 bits can be"
 
 
 def test_decoding_in_bf16_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ from tests.support import FOLDERS, TINY, checkpoint, config_of, lora_dir
 from tests.test_golden import CLASSES
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
-from wan.modules import fp8
-from wan.modules.fp8 import Fp8Linear
+from wan.modules import quantised_linear
 from wan.modules.model import WanModel
+from wan.modules.quantised_linear import FORMATS, QuantisedLinear
 from wan.offload.prefetcher import CopyStream, Slot
 from wan.original_api import Original
 from wan.sampling import Video
@@ -133,18 +133,22 @@ def test_a_second_decode_has_the_memory_of_the_experts() -> None:
         assert len(networks.prefetcher.slots) == kept
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
-def test_nor_with_weights_in_fp8(lora_mode: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_with_weights_in_8_bits(
+    lora_mode: str, multiplied: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All blocks."""
     monkeypatch.setattr("wan.offload.prefetcher.CopyStream", WatchedStream)
-    monkeypatch.setattr(fp8, "multiplies_fp8", lambda *_: multiplied)
-    monkeypatch.setattr(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0))
-    pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, "fp8")
+    monkeypatch.setattr(quantised_linear, "multiplies", lambda *_: multiplied)
+    monkeypatch.setattr(WanModel, "quantise", partialmethod(WanModel.quantise, kept=0))
+    pipe = open_on_meta("t2v-A14B", torch.bfloat16, lora_mode, True, 1, form)
     with OneDevice(), AllIsWell():
         latent = pipe.sample_with(RUNS[0][1][0], Video("a cat", "bad", SIZE, FRAMES, 1))
     assert latent.device == META
-    layers = [m for model in pipe.load_experts().models.values() for m in model.modules() if isinstance(m, Fp8Linear)]
+    models = pipe.load_experts().models.values()
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, QuantisedLinear)]
     assert len(layers) == 2 * 2 * 10
 
 

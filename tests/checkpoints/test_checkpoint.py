@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import time
 import weakref
 import zipfile
@@ -318,6 +319,16 @@ def test_a_damaged_pth_is_named(folder: Path, content: bytes) -> None:
     (folder / "Wan2.1_VAE.pth").write_bytes(content)
     (text,) = problems(folder)
     assert "Wan2.1_VAE.pth" in text
+
+
+def test_a_pth_whose_directory_points_past_its_end(folder: Path) -> None:
+    file = folder / "Wan2.1_VAE.pth"
+    data = bytearray(file.read_bytes())
+    where = data.index(b"/data/0", data.index(b"PK\x01\x02"))
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02", 0, where) + 42, len(data) - 28)
+    file.write_bytes(data)
+    (text,) = problems(folder)
+    assert text.startswith(f"{file}: truncated or damaged")
 
 
 def test_a_truncated_pth_is_named(folder: Path) -> None:

@@ -95,6 +95,8 @@ class Answer(BaseHTTPRequestHandler):
             self.send_json({"id": repository, "sha": "../../../../outside", "siblings": []})
         elif fault == "names" and "/tree/" in path:
             self.send_json([{"type": "file", "path": "../../../outside.json", "size": 2, "oid": "0" * 40}])
+        elif fault == "sizes" and "/tree/" in path:
+            self.send_json([entry | {"size": None} for entry in self.tree(repository)])
         elif path.startswith(f"/api/models/{repository}/tree/"):
             inside = path.split("/tree/")[1].partition("/")[2]
             self.send_json([entry for entry in self.tree(repository) if entry["path"].startswith(inside)])
@@ -315,6 +317,7 @@ FAULTS = {  # by the name of the repository, see `Answer`; the words that the me
     "gated": ("licence", "hf auth login"),
     "commit": ("commit",),
     "names": ("outside.json",),
+    "sizes": ("127.0.0.1",),
     "etag": ("ETag",),
 }
 

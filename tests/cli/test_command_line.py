@@ -391,18 +391,21 @@ def test_dry_run(tmp_path, capsys):
     assert (code, err, plan["event"], len(plan["steps"])) == (0, [], "plan", 4)
 
 
-def test_fp8_in_plan_record_and_replay(capsys):
-    """A network of four blocks, two of which are in fp8."""
+@pytest.mark.parametrize(
+    ("form", "how"), [("fp8", "unpacked for each product (no CUDA GPU)"), ("int8", "multiplied in int8")]
+)
+def test_8_bits_in_plan_record_and_replay(form, how, capsys):
+    """A network of four blocks, two of which are in 8 bits."""
     shapes = ROOT / "examples" / "shapes"
     four = ["--ckpt_dir", str(shapes / "Wan2.2-T2V-A14B"), "--lora_dir", str(shapes / "lora-t2v"), *SMALL]
     _, plain, _ = main(capsys, *four, "--dry_run", "--json")
-    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", "fp8", "--save_file", "a.mp4")
+    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", form, "--save_file", "a.mp4")
     assert code == 0, err
-    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product (no CUDA GPU)"
+    line = f"cpu, float32, attention sdpa, weights of inner blocks in {form}, {how}\n"
     assert line in out
     assert line not in plain
     record = json.loads(Path("a.json").read_text())
-    assert record["request"]["quantize"] == "fp8"
+    assert record["request"]["quantize"] == record["meaning"]["quantize"] == form
     rows = 2 * (9 * 192 + 768)  # of two blocks
     matrices = 2 * (8 * 192**2 + 2 * 192 * 768)
     saved = (

@@ -230,8 +230,13 @@ def _check_answer(response: Any) -> None:
 
 @cache
 def _file_sizes(root: HubPath) -> dict[str, int]:
-    listed = _ask_hub(root, lambda: _file_system().find(root.as_posix(), detail=True))
-    sizes = {name.removeprefix(f"{root.as_posix()}/"): int(entry["size"]) for name, entry in listed.items()}
+    start = f"{root.as_posix()}/"
+
+    def sizes_of_files() -> dict[str, int]:  # of whatever a mirror lists
+        listed = _file_system().find(root.as_posix(), detail=True)
+        return {name.removeprefix(start): int(entry["size"]) for name, entry in listed.items()}
+
+    sizes = _ask_hub(root, sizes_of_files)
     if outside := [name for name in sizes if not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))]:
         raise InputError(f"{root.repository}: the hub lists {outside[0]!r:.60}, which is not inside the repository")
     return sizes

@@ -57,7 +57,8 @@ X264 = ("-c:v", "libx264", "-crf", "10", "-rc-lookahead", "8", "-threads", "8")
 CONTAINERS = {".mp4": Container("mp4", X264, ("-movflags", "+faststart"))}
 READ = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
 # Only these demuxers and protocols: a playlist under a video's name could open other files and addresses.
-SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe")
+# A tag of any size would be held whole: at most this many bytes in one piece.
+SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe", "-max_alloc", str(1 << 28))
 
 
 def is_video(path: Path) -> bool:
@@ -202,11 +203,16 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
-    """JSON text of the comment tag. ValueError if there is none."""
-    found = run_ffmpeg(*video_input(path), "-f", "ffmetadata", "pipe:1")
-    # a value runs to the first line end that no backslash precedes
-    comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.M | re.S | re.I)
-    if found.returncode != 0 or comment is None:
+    """JSON text of the comment tag. ValueError if there is none, or a longer one than any record's."""
+    words = [*ffmpeg_command(), *video_input(path), "-f", "ffmetadata", "pipe:1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as reader:
+        assert reader.stdout is not None
+        text = reader.stdout.read(LONGEST_RECORD)
+        if len(text) == LONGEST_RECORD:
+            reader.kill()
+    # a value runs to the first line end that no backslash precedes; possessive, as the rest takes no memory then
+    comment = re.search(r"^comment=((?:[^\\\n]++|\\.)*+)", text.decode("utf-8"), re.M | re.S | re.I)
+    if reader.returncode != 0 or comment is None:
         raise ValueError("no comment tag")
     return re.sub(r"\\(.)", r"\1", comment[1], flags=re.DOTALL)
 
