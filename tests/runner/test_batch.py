@@ -271,6 +271,15 @@ def test_out_of_memory_says_where_and_what_needs_less(tmp_path: Path) -> None:
     assert "out of memory" in wan.runner.video_job.reason(of_the_host.value)
 
 
+def test_an_error_of_the_allocator_names_its_variable() -> None:
+    assert "PYTORCH_ALLOC_CONF" in wan.runner.video_job.reason(
+        RuntimeError("CUDA driver error: operation not supported")
+    )
+    assert "PYTORCH_ALLOC_CONF" not in wan.runner.video_job.reason(
+        RuntimeError("CUDA error: unspecified launch failure")
+    )
+
+
 def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_jobs(make_run(tmp_path, ["one"]), Progress(json=True), load=Models) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -38,6 +38,7 @@ LESS_MEMORY = {
     "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
     "decode": "a smaller --size needs less",
 }
+OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:False may help: some drivers do not map memory in pieces"
 
 
 def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
@@ -124,7 +125,8 @@ def reason(error: Exception, job: Job | None = None) -> str:
         where += f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{hint}"
-    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
+    hint = f"; {OLD_ALLOCATOR}" if "CUDA driver error" in str(error) else ""  # PyTorch's allocator fails so
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}{hint}"
 
 
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:
