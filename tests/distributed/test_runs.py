@@ -211,7 +211,7 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
     said_last = next(text for text in said if "error: " in text).splitlines()[-1]
     words = {
         "kill": "lost another process", "raise": "process 3: ValueError: a bug",
-        "memory": f"error: process 3 on {socket.gethostname()}: out of memory on the device (CUDA out of memory) in load",
+        "memory": f"process 3 on {socket.gethostname()}: out of memory on the device (CUDA out of memory) in load",
     }  # fmt: skip
     assert words[what] in said_last
     # the other group may finish what it does; torchrun would end it

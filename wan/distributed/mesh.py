@@ -99,7 +99,7 @@ class Team:
         Inside it, all ranks make the same exchanges, and with no other process."""
         if self.group is None:
             return work()
-        error: Exception | None = None
+        error = chosen = None
         try:
             done = work()
             self.barrier()

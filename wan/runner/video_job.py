@@ -21,7 +21,7 @@ from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
 from wan.jobs.job import Job, chains, frames_joined
 from wan.media.images import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record
+from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record, rounded
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
@@ -78,7 +78,7 @@ def decode_and_save(
     team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
-        with closing(pipe.decode(latent, finer=finer)) as chunks:
+        with closing(pipe.decode(latent, finer=finer, convert=partial(rounded, source=path))) as chunks:
             if team.is_rank0:
                 return write(chunks)
             deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
@@ -91,8 +91,6 @@ def decode_and_save(
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
-                    if not chunk.isfinite().all():
-                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
                     video.write(chunk)
                     progress.advance(chunk.shape[1])
             team.barrier()  # the file appears when nobody has failed
