@@ -110,15 +110,18 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     from wan.jobs.build import swept_name
     from wan.prompt_extension.extend import check_extension
 
-    with interrupts_held():
+    team, extend = runtime.team, outcome.extend
+    if extend:
+        team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
+    page = page_folder(outcome.request) if outcome.request.gallery else None
+    if page:
+        team.broadcast(lambda: check_page(page))
+    with interrupts_held():  # imports torch
         from wan.planning.build import cut_prompts, make_plan
         from wan.planning.report import Outlook, check_disks
         from wan.runner.batch import run_jobs
         from wan.runner.record import differences, find_videos
 
-    team, extend = runtime.team, outcome.extend
-    if extend:
-        team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
     plan = team.all_or_none(lambda: make_plan(outcome, runtime))
     if outcome.replayed:
         plan = replace(plan, warnings=(*plan.warnings, *differences(plan, outcome.replayed)))
@@ -128,9 +131,6 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         team.broadcast(lambda: check_disks(outlook.disks))
     lines = [*outlook.lines(), *([f"prompt extension: {extend.method} writes the prompts out first"] if extend else [])]
     _show(progress, "plan", outlook.as_dict(), "\n".join(lines))
-    page = page_folder(outcome.request) if outcome.request.gallery else None
-    if page:
-        team.broadcast(lambda: check_page(page))
     if outcome.request.dry_run:
         return _show(progress, "checked", {}, DRY_RUN)
 

@@ -257,18 +257,21 @@ def test_without_a_gpu_auto_is_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "how"),
+    ("form", "capability", "how"),
     [
-        (86, "unpacked for each product (compute capability 8.6: GPUs multiply fp8 from 8.9 on)"),
-        (89, "multiplied in fp8"),
-        (90, "multiplied in fp8"),
-        (120, "multiplied in fp8"),
+        ("fp8", 86, "unpacked for each product (compute capability 8.6: GPUs multiply fp8 from 8.9 on)"),
+        ("fp8", 89, "multiplied in fp8"),
+        ("fp8", 90, "multiplied in fp8"),
+        ("fp8", 120, "multiplied in fp8"),
+        ("int8", 80, "multiplied in int8"),
+        ("int8", 86, "multiplied in int8"),
+        ("int8", 120, "multiplied in int8"),
     ],
 )
-def test_weights_in_fp8(capability: int, how: str, tmp_path: Path) -> None:
-    """The demo, two of whose four blocks are in fp8: what PyTorch checks on the host before it multiplies."""
+def test_weights_in_8_bits(form: str, capability: int, how: str, tmp_path: Path) -> None:
+    """The demo, two of whose four blocks are in 8 bits: what PyTorch checks on the host before it multiplies."""
     trained = ROOT / "examples" / "shapes" / "Wan2.2-T2V-A14B"
     small = [*flags("t2v-A14B", trained, tmp_path), "--size", "64*64", "--frame_num", "5"]
-    done = run("generate.py", *small, "--quantize", "fp8", FAKE_GPU_GB=8, FAKE_GPU_CC=capability)
+    done = run("generate.py", *small, "--quantize", form, FAKE_GPU_GB=8, FAKE_GPU_CC=capability)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"weights of inner blocks in fp8, {how}\n" in done.stdout + done.stderr
+    assert f"weights of inner blocks in {form}, {how}\n" in done.stdout + done.stderr

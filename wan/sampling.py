@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -275,21 +275,23 @@ class _LibrarySchedule:
 
     def __init__(self, solver: str, levels: np.ndarray, shift: float) -> None:
         """solver: UniPC (arXiv 2302.04867), order 2, B2(h), predicting x0; else DPM-Solver++ (arXiv 2211.01095)."""
+        sigmas = shift * levels / (1 + (shift - 1) * levels)
+        if solver == "unipc" and sigmas[0] > 1 - 1e-6:  # as the library does, which takes log(1 - sigma)
+            sigmas[0] -= 1e-6
+        self.solver = solver
+        self.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
+        self.timesteps = np.floor(sigmas * TRAIN_TIMESTEPS).tolist()
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """Made for the first step: importing it takes as long as torch, which a plan need not wait for."""
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-        self.scheduler: Any
-        if solver == "unipc":
-            self.scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
-            self.scheduler.set_timesteps(sigmas=levels)
-        else:  # the class computes its own levels from 0.999; the original starts at 1, so they are overwritten
-            self.scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=shift)
-            self.scheduler.set_timesteps(len(levels))
-            sigmas = shift * levels / (1 + (shift - 1) * levels)
-            self.scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
-            self.scheduler.timesteps = torch.from_numpy(sigmas * TRAIN_TIMESTEPS).to(torch.int64)
-        self.scheduler.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
-        self.timesteps = [float(t) for t in self.scheduler.timesteps]
-        self.sigmas = self.scheduler.sigmas
+        made = (UniPCMultistepScheduler if self.solver == "unipc" else DPMSolverMultistepScheduler)(**FLOW)
+        made.set_timesteps(len(self.timesteps))  # levels of its own, which are overwritten
+        made.sigmas, made.timesteps = self.sigmas, torch.tensor(self.timesteps, dtype=torch.int64)
+        made.set_begin_index(0)  # else it searches its index by value, and fails on two equal timesteps
+        return made
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         timestep = self.scheduler.timesteps[index]

@@ -24,7 +24,7 @@ from wan.planning.memory import plan_video
 from wan.utils.errors import JobError
 
 TASKS = ["t2v-A14B", "ti2v-5B"]  # one for each autoencoder
-GRID = (10, 14)  # latent rows and columns: enough for each of 4 ranks to get a region, and not all alike
+GRID = (9, 11)  # latent rows and columns: enough for each of 4 ranks to get a region, and not all alike
 
 
 @cache

@@ -45,7 +45,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 # Time
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+@pytest.mark.parametrize("chunk", [1, 2, 9])
 def test_any_chunks_decode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     latent = random_latent(vae, 6, 2, 3)
     parts = list(vae.decode(latent, chunk))
@@ -55,7 +55,7 @@ def test_any_chunks_decode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     assert_same(torch.cat(parts, dim=1), whole(vae, latent, chunk=6))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("chunk", [1, 3, 9])
 def test_any_chunks_encode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     clip = random_clip(25, 16, 32, torch.float64)
     assert_same(vae.encode(clip, chunk), vae.encode(clip, 7))
@@ -105,7 +105,7 @@ def test_frame_0_is_neither_doubled_nor_halved_in_time(vae: WanVAE) -> None:
 # An image and a grey tail
 
 
-@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (5, 1), (81, 1), (121, 1), (81, 2), (85, 3)])
+@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (5, 1), (81, 1), (81, 2), (85, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_frame_equals_the_whole_clip(kind: str, frames: int, chunk: int) -> None:
     vae, image = random_vae(kind), random_clip(1, 32, 16)[:, 0]

@@ -248,8 +248,8 @@ class Request:
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), fp8 (the experts' inner blocks in 8 bits), or auto: fp8 where the GPU multiplies it",
-        choices=("none", "fp8", "auto"))
+        "none (default), fp8 or int8 (the experts' inner blocks in 8 bits), or auto: that which the GPU multiplies",
+        choices=("none", "fp8", "int8", "auto"))
     quality: str = option(MACHINE, START, text, "NAME",
         "exact (default); high: --vae_dtype bf16; fast: also --quantize auto and, for base weights, --cache 0.05",
         choices=tuple(QUALITIES), displaces=("vae_dtype", "quantize", "cache"), counts_with=DECODE)

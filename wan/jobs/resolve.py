@@ -8,10 +8,12 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wan.checkpoints.hub import place
+from wan.checkpoints.layout import check_complete
 from wan.checkpoints.safetensors_file import read_header
 from wan.cli.checks import Check
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read_all, without_effect
@@ -74,6 +76,10 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         outcome = _extend_only(request, config, check)
     else:
         outcome = replace(_generate(request, config, values, check), replayed=record)
+    if isinstance(outcome, Generate | Decode) and (folder := outcome.weights.ckpt_dir):
+        with suppress(OSError):  # reported when its files are opened
+            if folder.is_dir():
+                check.attempt(partial(check_complete, folder, config, outcome.weights.files))
     check.stop()
     return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
@@ -153,8 +159,10 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
     variant = Generate(request, config, weights, sampling, jobs=())
     jobs = make_jobs(variant, rows, label, check)
     made_from = any(job.video for job in jobs)
-    if rows and request.strength is not None and not made_from:
-        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    bare = [f"{row.source}: strength" for row in rows.values() if "strength" in dict(row.options) and not row.video]
+    if bare or (rows and request.strength is not None and not made_from):
+        named = bare[0] if bare else "--strength"
+        check.problem(f"{named} is about a video to start from; give --video, or 'video' in that row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
         check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
     return replace(variant, jobs=tuple(jobs))

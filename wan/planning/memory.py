@@ -16,7 +16,7 @@ from wan.distributed.ulysses import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
 from wan.jobs.job import Job, Sampling, windows_of
 from wan.modules.attention import QUANTISED
-from wan.modules.fp8 import working_bytes
+from wan.modules.quantised_linear import working_bytes
 from wan.offload.budget import Budget, fit, usable_bytes
 from wan.planning.plan import Plan, Size, VideoKind, VideoPlan, video_kind
 from wan.sampling import Video, make_schedule, plan_steps
