@@ -53,10 +53,10 @@ class QuantisedLinear(nn.Linear):
         rotation: int | None = None,
         device: torch.device | str = "meta",
     ) -> None:
-        """form: of FORMATS. rotation: channels that R mixes, 0 for none; None: as the format has it."""
+        """form: of FORMATS. rotation: see `rotation_of`."""
         super().__init__(inputs, outputs, device=device)
         dtype = FORMATS[form].dtype
-        self.form, self.rotation = form, rotation_of(dtype, inputs) if rotation is None else rotation
+        self.form, self.rotation = form, rotation_of(dtype, inputs, rotation)
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
         scale = torch.empty(outputs, dtype=torch.float32, device=device)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -81,7 +81,8 @@ class QuantisedLinear(nn.Linear):
 
     def quantised(self, x: Tensor) -> Quantised:
         """Each row of x R [R, I] with a scale of its own."""
-        q, scale = torch.empty_like(x, dtype=self.weight.dtype), x.new_empty(len(x), 1, dtype=torch.float32)
+        q = x.new_empty(x.shape, dtype=self.weight.dtype)
+        scale = x.new_empty(len(x), 1, dtype=torch.float32)
         for share in zip(*(each.split(ROWS) for each in (x, q, scale)), strict=True):
             self.passes.quantise(rotated(share[0], self.rotation), *share[1:])
         return Quantised(q, scale, x.dtype)
@@ -115,9 +116,11 @@ FORMATS = {
 EIGHT_BITS = [each.dtype for each in FORMATS.values()]
 
 
-def rotation_of(dtype: torch.dtype, inputs: int) -> int:
-    """Channels that are mixed before a weight of this width is rounded to `dtype`, 0 for none."""
-    return next((size for size in GROUPS if inputs % size == 0), 0) if dtype == torch.int8 else 0
+def rotation_of(dtype: torch.dtype, inputs: int, stored: int | None = None) -> int:
+    """Channels that are mixed before a weight of this width is rounded to `dtype`, 0 for none. stored: those of a file
+    whose int8 numbers can be taken as they are."""
+    usual = next((size for size in GROUPS if inputs % size == 0), 0)
+    return 0 if dtype != torch.int8 else usual if stored is None else stored
 
 
 @cache
