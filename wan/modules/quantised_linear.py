@@ -27,7 +27,7 @@ RIGHT_PRODUCT = 1e-2  # against the same numbers multiplied in float32: a result
 
 
 class Quantised(NamedTuple):
-    """Rows [R, I] as 8-bit `q` times a float32 `scale` [R, 1]; `dtype` is what they were, and what products are in."""
+    """Rows [R, I] as 8-bit `q` times `scale`, float32 [R, 1]; `dtype` is what they were, and what products are in."""
 
     q: Tensor
     scale: Tensor
@@ -64,7 +64,7 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def dtypes(self) -> tuple[tuple[str, torch.dtype], ...]:
-        """Of the parameters for which the run's does not matter."""
+        """The parameters for which the run's does not matter."""
         return ("weight", FORMATS[self.form].dtype), ("weight_scale", torch.float32)
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
@@ -164,14 +164,14 @@ def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def multiplies(form: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies such numbers with a scale a row, into `dtype`."""
+    """Whether the device multiplies such numbers with a scale per row, into `dtype`."""
     return not why_unpacked(form, device, dtype)
 
 
 @cache
 def why_unpacked(form: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the device does not multiply such numbers with a scale a row into `dtype`; empty if it does. Kernels for it
-    came with PyTorch's releases, for one kind of GPU after the other; some releases have but one scale a tensor for a
+    """Why the device does not multiply such numbers with a scale per row into `dtype`; empty if it does. Kernels for it
+    came with PyTorch's releases, for one kind of GPU after the other; some releases have but one scale per tensor for a
     GPU. So a product is tried, and must be right. Its rows are an odd number, and enough for the kernels that a run
     has; half of them are +-1, as kernels without int8 products add pairs in 16 bits."""
     if form == "fp8":
