@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import generate
 from tests.distributed.ranks import run_ranks
@@ -77,6 +77,28 @@ def test_windows_are_blended_by_weights_that_fall_linearly() -> None:
     assert found.shape == latent.shape
     want = torch.tensor([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1])
     assert torch.allclose(found, want[None, :, None, None].expand_as(found))
+
+
+def test_what_a_prompt_becomes_is_kept_from_window_to_window_and_not_beside_anothers() -> None:
+    layer, texts = nn.Identity(), [Prompt(torch.full((1, 1), float(n))) for n in range(2)]
+    made: list[float] = []
+
+    def network(latent: Tensor, _: float, prompts: list[Prompt], __: int) -> Tensor:
+        for prompt in prompts:
+            prompt.once(layer, lambda prompt=prompt: made.append(prompt.rows.item()))
+        assert sum(len(text._made) for text in texts) == 1
+        return latent[None]
+
+    class Same:
+        def ready(self, *_: object) -> Any:
+            return network
+
+    for order, expected in (((0, 0, 1), [0, 1] * 2), ((0, 0, 0), [0])):
+        windows = Windows(Same(), [(n, n + 2, texts[text]) for n, text in enumerate(order)])
+        for _ in range(2):
+            windows.ready("high", 1.0)(torch.ones(2, 4, 2, 2), 500.0, texts[0], 0)
+        assert made == expected
+        made.clear()
 
 
 def task(window: int | None, runtime: Runtime | None = None, **options: Any) -> Original:

@@ -206,7 +206,7 @@ class WanVAE(nn.Module):
                 target[start : start + part.shape[1]] = part.movedim(0, -1)
                 start += part.shape[1]
         counts = [4 * len(part) for part in features.split(chunk)]
-        counts[0] -= 3  # the first frame stands alone
+        counts[0] -= 3  # the first frame is a part by itself
         yield from video.split(counts, dim=1)
 
     @torch.no_grad()
