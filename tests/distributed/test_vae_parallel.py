@@ -1,5 +1,6 @@
 """The autoencoder over ranks: the numbers of one process, and no rank left waiting when one fails."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -152,7 +153,8 @@ class Failing:
 
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_failing_rank_does_not_hold_up_the_others(after: int) -> None:
-    assert run_ranks(decode_and_fail, 4, 2, after) == ["no memory left, then 0 chunks"] * 4
+    peer = f"process 2 on {socket.gethostname()}"
+    assert run_ranks(decode_and_fail, 4, 2, after) == [f"{peer}: no memory left, then 0 chunks"] * 4
 
 
 def test_a_writer_that_stops_early_does_not_hold_up_the_others() -> None:

@@ -64,7 +64,8 @@ class SplitVAE:
         windows = [region.scaled(self.stride[1]) for region in regions]
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
-        parts = iter([convert(torch.zeros(0, device=self.device))] * len(counts))  # of a rank without a region
+        nothing = torch.zeros(0, dtype=convert(torch.zeros(1)).dtype, device=self.device)
+        parts = iter([nothing] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
             region = regions[self.rank]
             parts = self.vae.decode(latent, chunk, fitting(tiles, region), region, convert)

@@ -198,8 +198,7 @@ class WanVAE(nn.Module):
             return
         frame = region.scaled(self.stride[1])
         device = torch.device("cpu") if features.device.type == "cuda" else features.device
-        dtype = convert(features.new_empty(0, dtype=torch.float32)).dtype
-        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, dtype=dtype, device=device)
+        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, dtype=convert(torch.zeros(1)).dtype, device=device)
         for tile in divided:
             target, start = tile.scaled(self.stride[1]).cut(video.movedim(0, -1), frame), 0
             for part in map(convert, self.decode_region(features, tile, chunk)):
