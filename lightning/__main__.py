@@ -173,7 +173,7 @@ def _models_near(
 
 
 def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
-    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else what is there."""
+    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else those found."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
     _, stores = max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))
     kinds = dict.fromkeys(task_of(store.shapes) or "an unknown task" for store in stores.values())

@@ -121,6 +121,18 @@ def test_nothing_is_on_two_devices(
         )
 
 
+def test_a_second_decode_has_the_memory_of_the_experts() -> None:
+    """Slots that the next video would have used are freed where a decode is tried again."""
+    pipe = open_on_meta("t2v-A14B", torch.float32, None, True, None)
+    networks = pipe.load_experts().networks
+    assert networks is not None
+    for finer, kept in ((False, 2), (True, 0)):
+        networks.prefetcher.resize(2)
+        with OneDevice():
+            list(pipe.decode(torch.empty(16, 1, 4, 8, device=META), finer=finer))
+        assert len(networks.prefetcher.slots) == kept
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])

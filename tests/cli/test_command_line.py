@@ -586,7 +586,7 @@ import os, sys
 import generate
 from wan.pipeline import Pipeline
 
-def decode(self, latent, finer=False):
+def decode(self, latent, finer=False, convert=None):
     os.kill(os.getpid(), {int(number)})
     yield latent
 

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -217,7 +218,7 @@ def test_a_fault_in_one_process_ends_the_run(what: str, where: str, tmp_path: Pa
     said_last = next(text for text in said if "error: " in text).splitlines()[-1]
     words = {
         "kill": "lost another process", "raise": "process 3: ValueError: a bug",
-        "memory": "error: out of memory on the device (CUDA out of memory) in load",
+        "memory": f"process 3 on {socket.gethostname()}: out of memory on the device (CUDA out of memory) in load",
     }  # fmt: skip
     assert words[what] in said_last
     # the other group may finish what it does; torchrun would end it
@@ -301,7 +302,8 @@ def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path:
     words = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")), "--decode_latents", str(kept)]
     words += ["--save_file", str(tmp_path / "again.mp4"), "--ulysses_size", "2", "--device", "cpu"]
     codes, said = launched(partial(without_a_vae, words, rank), 2, tmp_path)
-    assert (codes, "".join(said).count("error: Wan2.1_VAE.pth: damaged\n")) == ([2, 2], 1), said
+    whose = "" if rank == "0" else f"process 1 on {socket.gethostname()}: "
+    assert (codes, "".join(said).count(f"error: {whose}Wan2.1_VAE.pth: damaged\n")) == ([2, 2], 1), said
     assert not list(tmp_path.glob("again*"))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
+from wan.media.video import rounded
 from wan.modules.vae import WanVAE
 from wan.modules.vae_layers import (
     DECODER_RIM,
@@ -152,6 +153,14 @@ def test_tiles_decode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
     parts = list(vae.decode(latent, 1, tiles))
     assert [part.shape[1] for part in parts] == [1, 4]
     assert_same(torch.cat(parts, dim=1), whole(vae, latent))
+
+
+def test_tiles_wait_as_they_are_converted(vae: WanVAE) -> None:
+    """A quarter of the memory as bytes, and the same bytes as of the whole."""
+    latent = random_latent(vae, 2, 4, 3)
+    parts = list(vae.decode(latent, 1, (2, 1), convert=rounded))
+    assert {part.untyped_storage().nbytes() for part in parts} == {3 * 5 * 4 * 3 * vae.stride[1] * vae.stride[2]}
+    assert_same(torch.cat(parts, dim=1), rounded(whole(vae, latent)))
 
 
 @pytest.mark.parametrize(("grid", "tiles"), [((1, 20), (1, 2)), ((4, 3), (3, 2))])

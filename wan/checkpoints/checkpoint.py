@@ -50,7 +50,7 @@ class OpenCheckpoint:
     """A whole checkpoint, known from its headers."""
 
     folder: Path | None  # None where files alone serve
-    files: Mapping[str, Path]  # by part, those that serve in place of the folder's
+    files: Mapping[str, Path]  # by part, which replace the folder's
     experts: Mapping[str, Part[WanModel]]
     text_encoder: Part[UMT5Encoder]
     vae: Part[WanVAE]
@@ -67,7 +67,7 @@ class OpenCheckpoint:
 
 def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None) -> OpenCheckpoint:
     """Open every part; no weight is read. InputError with all problems.
-    files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them."""
+    files: by part (see `layout`), which replace the folder's; without a folder, all of them."""
     files, problems = dict(files or {}), list[str]()
     opener = _Opener(folder, config, files)
     if folder is not None:

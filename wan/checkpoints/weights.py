@@ -1,6 +1,6 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`); e4m3 and int8, with a scale a row or
+Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`); e4m3 and int8, with a scale per row or
 fewer, also as they are stored."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
-# What the end of a prompt file's name means; tables by separator, the usual one first.
+# The kind of a prompt file by the end of its name; tables by separator, the usual one first.
 TEXT, JSON_LINES, TABLES = ("", ".txt"), (".jsonl", ".json"), {".csv": ",;\t", ".tsv": "\t,;"}
 EXAMPLE = '{"prompt": "a cat"}'
 LONGEST_TEXT = 20_000  # characters; a model reads 512 tokens of a prompt

@@ -85,7 +85,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
 
 
 def _checked(request: Request, check: Check) -> Request:
-    """`request` with the default in place of each value outside its row's choices or limits."""
+    """`request` with the default for each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         flag, value = f"--{name}", getattr(request, name)

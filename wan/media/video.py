@@ -83,7 +83,7 @@ class VideoWriter:
         self._waiting: deque[Future[Any]] = deque()  # chunks that the feeder has not written yet
 
     def write(self, chunk: torch.Tensor) -> None:
-        """chunk: float32 [3, t, H, W] in [-1, 1]; returns once the frames are queued."""
+        """chunk: [3, t, H, W], as `rounded` takes it; returns once the frames are queued. JobError for NaN or Inf."""
         frames = to_bytes(chunk)
         count, height, width, _ = frames.shape
         if self._encoder is None:
@@ -179,10 +179,18 @@ def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, An
             beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def rounded(pixels: torch.Tensor, source: object = "a video") -> torch.Tensor:
+    """[-1, 1] -> uint8 of the same shape on the same device; uint8 comes back. JobError for NaN or Inf."""
+    if not pixels.is_floating_point():
+        return pixels
+    if not pixels.isfinite().all():
+        raise JobError(f"{source}: NaN or Inf in the decoded frames")
+    return pixels.float().mul(127.5).add_(127.5).round_().clamp_(0, 255).byte()
+
+
 def to_bytes(chunk: torch.Tensor) -> numpy.ndarray:
-    """[3, t, H, W] in [-1, 1] -> uint8 [t, H, W, 3], rounded on the chunk's device: a quarter of it is copied."""
-    scaled = chunk.float().mul(127.5).add_(127.5).round_().clamp_(0, 255)
-    return scaled.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    """[3, t, H, W], as `rounded` takes it -> uint8 [t, H, W, 3]. JobError for NaN or Inf."""
+    return rounded(chunk).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def read_record(path: Path) -> dict[str, Any]:

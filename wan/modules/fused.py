@@ -59,7 +59,7 @@ def guide(x: Tensor, away: Tensor, scale: float) -> None:
     """x [R, D] led away from `away`, both results of attention (NAG, arXiv 2505.21179): x and scale * x - (scale - 1) *
     away, whose L1 norm is limited to TAU times x's in each row, mixed by ALPHA."""
     plain = x.float()
-    guided = away.float().lerp_(plain, scale)  # a float32 `away` is overwritten: nobody needs it again
+    guided = (scale * plain).sub_(away, alpha=scale - 1)
     before, after = (torch.linalg.vector_norm(each, ord=1, dim=-1, keepdim=True) for each in (plain, guided))
     limit = (TAU * before / after.clamp_(min=LEAST)).clamp_(max=1.0)
     x.copy_(plain.lerp_(guided.mul_(limit), ALPHA))

@@ -368,7 +368,7 @@ class TokenSplit:
 def rotary_table(grid: tuple[int, int, int], head_width: int, start: int, stop: int, device: torch.device) -> Tensor:
     """(cos, sin) of every pair's angle for tokens `start` to `stop` of a (frames, rows, columns) grid, in that order.
 
-    float32 [stop - start, d / 2, 2], made from float64 angles. Of the c = d/2 pairs, c // 3 turn with the row, c // 3
+    float32 [stop - start, d / 2, 2], made from float64 angles. c = d/2 pairs: c // 3 turn with the row, c // 3
     with the column and the rest with the frame, each axis with its own frequencies theta^(-2j / axis width)
     (RoFormer, arXiv 2104.09864, eq. 15). Tokens past the grid's end get angle 0: they are padding.
     """

@@ -27,7 +27,7 @@ RIGHT_PRODUCT = 1e-2  # against the same numbers multiplied in float32: a result
 
 
 class Quantised(NamedTuple):
-    """Rows [R, I] as 8-bit `q` times a float32 `scale` [R, 1]; `dtype` is what they were, and what products are in."""
+    """Rows [R, I] as 8-bit `q` times `scale`, float32 [R, 1]; `dtype` is what they were, and what products are in."""
 
     q: Tensor
     scale: Tensor
@@ -53,10 +53,10 @@ class QuantisedLinear(nn.Linear):
         rotation: int | None = None,
         device: torch.device | str = "meta",
     ) -> None:
-        """form: of FORMATS. rotation: channels that R mixes, 0 for none; None: as the format has it."""
+        """form: of FORMATS. rotation: see `rotation_of`."""
         super().__init__(inputs, outputs, device=device)
         dtype = FORMATS[form].dtype
-        self.form, self.rotation = form, rotation_of(dtype, inputs) if rotation is None else rotation
+        self.form, self.rotation = form, rotation_of(dtype, inputs, rotation)
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
         scale = torch.empty(outputs, dtype=torch.float32, device=device)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -64,7 +64,7 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def dtypes(self) -> tuple[tuple[str, torch.dtype], ...]:
-        """Of the parameters for which the run's does not matter."""
+        """The parameters for which the run's does not matter."""
         return ("weight", FORMATS[self.form].dtype), ("weight_scale", torch.float32)
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
@@ -81,7 +81,8 @@ class QuantisedLinear(nn.Linear):
 
     def quantised(self, x: Tensor) -> Quantised:
         """Each row of x R [R, I] with a scale of its own."""
-        q, scale = torch.empty_like(x, dtype=self.weight.dtype), x.new_empty(len(x), 1, dtype=torch.float32)
+        q = x.new_empty(x.shape, dtype=self.weight.dtype)
+        scale = x.new_empty(len(x), 1, dtype=torch.float32)
         for share in zip(*(each.split(ROWS) for each in (x, q, scale)), strict=True):
             self.passes.quantise(rotated(share[0], self.rotation), *share[1:])
         return Quantised(q, scale, x.dtype)
@@ -115,9 +116,11 @@ FORMATS = {
 EIGHT_BITS = [each.dtype for each in FORMATS.values()]
 
 
-def rotation_of(dtype: torch.dtype, inputs: int) -> int:
-    """Channels that are mixed before a weight of this width is rounded to `dtype`, 0 for none."""
-    return next((size for size in GROUPS if inputs % size == 0), 0) if dtype == torch.int8 else 0
+def rotation_of(dtype: torch.dtype, inputs: int, stored: int | None = None) -> int:
+    """Channels that are mixed before a weight of this width is rounded to `dtype`, 0 for none. stored: those of a file
+    whose int8 numbers can be taken as they are."""
+    usual = next((size for size in GROUPS if inputs % size == 0), 0)
+    return 0 if dtype != torch.int8 else usual if stored is None else stored
 
 
 @cache
@@ -161,14 +164,14 @@ def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def multiplies(form: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies such numbers with a scale a row, into `dtype`."""
+    """Whether the device multiplies such numbers with a scale per row, into `dtype`."""
     return not why_unpacked(form, device, dtype)
 
 
 @cache
 def why_unpacked(form: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the device does not multiply such numbers with a scale a row into `dtype`; empty if it does. Kernels for it
-    came with PyTorch's releases, for one kind of GPU after the other; some releases have but one scale a tensor for a
+    """Why the device does not multiply such numbers with a scale per row into `dtype`; empty if it does. Kernels for it
+    came with PyTorch's releases, for one kind of GPU after the other; some releases have but one scale per tensor for a
     GPU. So a product is tried, and must be right. Its rows are an odd number, and enough for the kernels that a run
     has; half of them are +-1, as kernels without int8 products add pairs in 16 bits."""
     if form == "fp8":

@@ -83,6 +83,9 @@ class Networks(Generic[Network]):
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
         self.prefetcher.resize(min(slots, len(self.prefetcher.slots)))
+        for source in self._sources.values():
+            if source.merge:
+                source.merge.free_buffers()
         free_memory()
 
 

@@ -112,8 +112,7 @@ class Source:
             return
         scale = targets[scale_name(piece.name)][rows, None]
         if tensor.dtype != target.dtype:
-            usual = rotation_of(target.dtype, target.shape[1])
-            rotation = self._rotations.get(piece.name, usual) if target.dtype == torch.int8 else usual
+            rotation = rotation_of(target.dtype, target.shape[1], self._rotations.get(piece.name))
             round_rows(tensor, rotation, target, scale)
         else:
             target.copy_(tensor)

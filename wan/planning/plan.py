@@ -153,7 +153,7 @@ class Plan:
     def meaning(self, job: Job) -> dict[str, Any]:
         """The value for this job of every option that affects the video: equal meanings make equal videos.
 
-        An option that stands for another one (a prompt file, `--seconds`) is recorded by that one's value.
+        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value.
         """
         if (own := self.of(job)) is not self:
             return own.meaning(job)

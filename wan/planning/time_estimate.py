@@ -1,7 +1,7 @@
 """Seconds to expect of a video: operations counted from the networks, and bytes of files, divided by measured rates.
 
-`python -m wan.doctor` measures the rates and keeps them for the plans of this machine. What is between the products,
-and writing the mp4, is not in the seconds.
+`python -m wan.doctor` measures the rates and keeps them for the plans of this machine. The seconds leave out
+element-wise work between the products, and writing the mp4.
 """
 
 from __future__ import annotations
