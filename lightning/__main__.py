@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
-from lightning.lora_matching import Shapes
+from lightning.lora_matching import UNSUPPORTED, Shapes
 from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
@@ -208,7 +208,7 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
                 report["note"] = "; ".join(filter(None, [report["note"], *(each.get("error") for each in found)]))
         else:
             lora = Lora.open(file, default_alpha=alpha)
-            if not lora.keys:
+            if not lora.keys and not any(map(UNSUPPORTED.search, lora.store)):
                 raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
             store = lora.store
             judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}

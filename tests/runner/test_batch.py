@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan.runner.video_job
 from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.parser import parse
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime
@@ -35,6 +38,8 @@ from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.progress import STAGE, Progress
+
+CHANNELS = TASKS["t2v-A14B"].out_dim  # of a latent
 
 
 @cache
@@ -60,9 +65,9 @@ class Models(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.plan, self.progress = plan, progress
-        self.text = nn.Embedding(256, 4)
-        self.net = nn.Conv3d(4, 4, 1)
-        self.pixels = nn.ConvTranspose3d(4, 3, (1, 8, 8), stride=(1, 8, 8))
+        self.text = nn.Embedding(256, CHANNELS)
+        self.net = nn.Conv3d(CHANNELS, CHANNELS, 1)
+        self.pixels = nn.ConvTranspose3d(CHANNELS, 3, (1, 8, 8), stride=(1, 8, 8))
         self.contexts: dict[str, Tensor] = {}
         self.calls: list[str] = []
         self.broken_steps: set[int] = set()  # jobs whose sampling fails
@@ -95,7 +100,7 @@ class Models(nn.Module):
         if job.index in self.broken_steps:
             raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
         width, height = job.size
-        shape = (4, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
+        shape = (CHANNELS, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
         with self.progress.stage("denoise", total=2), torch.no_grad():
             for _ in range(2):
@@ -376,6 +381,22 @@ def test_what_decode_only_refuses(tmp_path: Path) -> None:
     refused("not latents that a run kept", file=tmp_path / "0.mp4")
     refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(planned(), config=TASKS["ti2v-5B"]))
     refused("0.mp4 .*--overwrite", save_file=tmp_path / "0.mp4")
+    store = TensorStore.open(latents)
+    kept, text = store.read("latent"), store.metadata["record"]
+    record = json.loads(text)
+    shapes = [kept[:8], kept.repeat(3, 1, 1, 1), kept[:, :0], kept[..., :0], kept[0], kept.new_zeros(())]
+    others = [kept.to(kind) for kind in (torch.float64, torch.bfloat16, torch.int64, torch.float8_e4m3fn, torch.bool)]
+    for tensor in (*shapes, *others):
+        save_file({"latent": tensor.contiguous()}, latents, {"record": text})
+        refused("not latents that a run kept")
+    meanings = [{"meaning": wrong} for wrong in ([], None, {}, {"task": []}, {"task": "t3v"})]
+    for change in ({"job": True}, {"job": []}, {"job": None}, {"schema": "x"}, {"seconds": math.inf}, *meanings):
+        save_file({"latent": kept}, latents, {"record": json.dumps(record | change)})
+        refused("not latents that a run kept")
+    for spelling in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}", "", "null", "[]", "3"):
+        save_file({"latent": kept}, latents, {"record": spelling})
+        refused("not latents that a run kept")
+    save_file({"latent": kept}, latents, {"record": text})
     latents.write_bytes(latents.read_bytes()[:-8])
     refused("not latents that a run kept")
 
