@@ -443,6 +443,17 @@ def test_latents_are_kept_and_decoded(capsys):
     assert not Path("b.mp4").exists()
     assert main(capsys, *words)[0] == 0
     assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+    vae = Path("alone", "Wan2.1_VAE.pth")  # nothing else is needed, and no other file is read
+    vae.parent.mkdir()
+    vae.write_bytes((TINY / "Wan2.2-T2V-A14B" / vae.name).read_bytes())
+    for weights in (["--ckpt_dir", str(vae.parent)], ["--vae", str(vae)]):
+        words = ["--task", "t2v-A14B", *weights, "--decode_latents", "a.latents.safetensors", "--save_file", "c.mp4"]
+        code, _, err = main(capsys, *words, "--preview", "--overwrite")
+        assert code == 0, err
+        assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
+    vae.unlink()
+    code, _, err = main(capsys, *words[:2], "--ckpt_dir", "alone", *words[4:], "--overwrite")
+    assert (code, vae.name in "".join(err)) == (2, True)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["other_vae", "files_alone"])

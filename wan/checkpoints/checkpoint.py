@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ from wan.checkpoints.safetensors_file import TensorStore, fingerprint, reading
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, task_of
 from wan.configs.task import PATCH
-from wan.modules.model import WanModel
-from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer
-from wan.modules.vae import WanVAE
+from wan.modules.model import WanModel, released_transformer
+from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer, released_text_encoder
+from wan.modules.vae import WanVAE, released_vae
 from wan.utils.errors import InputError, first_line
 from wan.utils.files import parse_json
 
@@ -55,21 +55,34 @@ class OpenCheckpoint:
     text_encoder: Part[UMT5Encoder]
     vae: Part[WanVAE]
     tokenizer: UMT5Tokenizer
-    tokenizer_file: Path
+    tokenizer_file: Path | None
     warnings: tuple[str, ...] = ()
 
     def weight_files(self) -> dict[str, list[Path]]:
         """Files by network, and the tokenizer's, which affects a video too."""
         files = {f"{name} expert": part.weights.files for name, part in self.experts.items()}
         files |= {"text encoder": self.text_encoder.weights.files, "VAE": self.vae.weights.files}
-        return files | {"tokenizer": [self.tokenizer_file]}
+        return files | {"tokenizer": [self.tokenizer_file] if self.tokenizer_file else []}
 
 
-def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None) -> OpenCheckpoint:
-    """Open every part; no weight is read. InputError with all problems.
+def released_checkpoint(config: TaskConfig) -> OpenCheckpoint:
+    """The released networks without files, for plans and for parts that nothing reads."""
+    nothing = TensorStore({})
+    experts = {name: Part(released_transformer(config.name), nothing) for name in config.experts}
+    encoder, vae = Part(released_text_encoder(), nothing), Part(released_vae(config.name), nothing)
+    return OpenCheckpoint(None, {}, experts, encoder, vae, cast(Any, None), None)
+
+
+def open_checkpoint(
+    folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None, *, vae_only: bool = False
+) -> OpenCheckpoint:
+    """Open every part, or the VAE beside released networks; no weight is read. InputError with all problems.
     files: by part (see `layout`), which replace the folder's; without a folder, all of them."""
     files, problems = dict(files or {}), list[str]()
     opener = _Opener(folder, config, files)
+    if vae_only:
+        with _readable():
+            return replace(released_checkpoint(config), folder=folder, files=files, vae=opener.vae())
     if folder is not None:
         with _readable():
             layout.check_complete(folder, config, files)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.releases import RELEASES
-from wan.checkpoints.checkpoint import OpenCheckpoint, Part
-from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.checkpoint import released_checkpoint
 from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
@@ -21,9 +19,6 @@ from wan.distributed.mesh import Layout
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
-from wan.modules.model import released_transformer
-from wan.modules.t5 import released_text_encoder
-from wan.modules.vae import released_vae
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.plan import Plan
 from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds
@@ -64,20 +59,13 @@ def forecast(machine: Machine) -> Finding:
 def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Plan:
     """The plan of the task's released checkpoint, which need not exist here. distilled: with few-step weights."""
     config, device, dtype = TASKS[task], machine.device, machine.usual
-    request, nowhere = Request(task=task), Path("a released checkpoint that is not here")
-    no_weights = TensorStore({})  # nothing is read
-    checkpoint = OpenCheckpoint(
-        folder=nowhere, files={},
-        experts={name: Part(released_transformer(task), no_weights) for name in config.experts},
-        text_encoder=Part(released_text_encoder(), no_weights), vae=Part(released_vae(task), no_weights),
-        tokenizer=cast(Any, None), tokenizer_file=nowhere,  # no text is read either
-    )  # fmt: skip
+    request, weights = Request(task=task), Weights(None, distilled=distilled)
     plan = Plan(
-        request=request, config=config, checkpoint=checkpoint, device=device, text_device=device, noise_device=device,
-        dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={}, lora_mode="merge",
-        offload=True, room=room,
+        request=request, config=config, checkpoint=released_checkpoint(config), device=device, text_device=device,
+        noise_device=device, dtype=dtype, text_dtype=dtype, attention="sdpa", layout=Layout(1, 1, 1), loras={},
+        lora_mode="merge", offload=True, room=room,
     )  # fmt: skip
-    return plan_videos(plan, choose_sampling(request, config, Weights(nowhere, distilled=distilled), Check()), [])
+    return plan_videos(plan, choose_sampling(request, config, weights, Check()), [])
 
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> dict[str, Any]:

@@ -26,8 +26,13 @@ class Weights:
     # by part, what replaces the folder's: a full expert, "vae", "text_encoder" or "tokenizer" (its tokenizer.json)
     files: Mapping[str, Path] = field(default_factory=dict)
     lora_mode: str = "merge"  # or "adapter"
+    vae_only: bool = False  # for kept latents
     release: Release | None = None  # whose settings are used, by name or recognised
     distilled: bool = False
+
+    def not_of_folder(self, config: TaskConfig) -> set[str]:
+        """The parts that `ckpt_dir` need not have: files of their own serve, or nothing reads them."""
+        return {*self.files, *((*config.experts, "text_encoder", "tokenizer") if self.vae_only else ())}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if isinstance(outcome, Generate | Decode) and (folder := outcome.weights.ckpt_dir):
         with suppress(OSError):  # reported when its files are opened
             if folder.is_dir():
-                check.attempt(partial(check_complete, folder, config, outcome.weights.files))
+                check.attempt(partial(check_complete, folder, config, outcome.weights.not_of_folder(config)))
     check.stop()
     return replace(outcome, warnings=tuple(dict.fromkeys([*check.warnings, *without_effect(values, request)])))
 
@@ -200,7 +200,8 @@ def _decode(request: Request, config: TaskConfig, check: Check) -> Decode:
     stem = latents.name.removesuffix(".safetensors").removesuffix(".latents")
     video = expanded(request.save_file) if request.save_file else latents.parent / f"{stem}.mp4"
     check_outputs(request, [video], check, [latents])
-    weights = Weights(_checkpoint_folder(request, config, check), files=part_files(request, config, check))
+    folder, files = _checkpoint_folder(request, config, check), part_files(request, config, check)
+    weights = Weights(folder, files=files, vae_only=True)
     return Decode(request, config, weights, latents, video)
 
 
@@ -211,6 +212,7 @@ def _checkpoint_folder(request: Request, config: TaskConfig, check: Check) -> Pa
         flags = {name: f"--expert {name}=FILE" for name in config.experts} | {part: f"--{part}" for part in PARTS}
         own = {text.partition("=")[0] for text in request.expert or ()}
         own |= {part for part in PARTS if getattr(request, part) is not None}
+        flags = flags if request.decode_latents is None else {"vae": "--vae"}
         lacking = [flag for part, flag in flags.items() if part not in own]
         if not lacking:
             return None

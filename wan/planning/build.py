@@ -93,7 +93,7 @@ def _local(weights: Weights, config: TaskConfig) -> Weights:
     """The same weights as local files."""
     return replace(
         weights,
-        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.files)),
+        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.not_of_folder(config))),
         loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
         files={part: hub.fetch(file) for part, file in weights.files.items()},
     )
@@ -121,7 +121,7 @@ def open_plan(
         request = replace(request, quantize="none" if request.dit_fsdp else fast_format(device, dtypes[0]))
     brought = _brought(request, weights)
     opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
-    opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
+    opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files, vae_only=weights.vae_only)
     checkpoint = before.checkpoint if before and opened else checks.attempt(opening, brought)
     conflicts = flag_conflicts(request, weights.lora_mode)
     layout = Layout(runtime.team.size, request.ulysses_size, request.ring_size)

@@ -98,7 +98,7 @@ def _fewest_tiles(
     if plan.room is not None and not plan.request.dit_fsdp:
         experts = sum(
             sizes.resident + (0 if plan.offload else sizes.blocks * sizes.block_bytes)
-            for sizes in plan.expert_sizes.values()
+            for sizes in (plan.expert_sizes.values() if plan.sampling else ())
         )
         limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
         fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
