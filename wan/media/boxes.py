@@ -11,7 +11,7 @@ SAMPLE_SIZES = b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsz"
 
 
 def comment(path: Path, most: int) -> str:
-    """The comment tag, of at most so many bytes. ValueError if there is none."""
+    """The comment tag, cut off after `most` bytes. ValueError if there is none."""
     with path.open("rb") as file:
         for length in _find(file, COMMENT):
             return file.read(most)[8:length].decode()  # after its type and language
