@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ...")'
@@ -32,9 +32,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Those that take long too, some half an hour.
-test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not gpu_rehearsal"
+# Those that take long: processes killed, torchrun, a browser, thousands of damaged files.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not gpu_rehearsal"
+
+test-all: test test-slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -43,13 +43,13 @@ def bf16(model: WanModel) -> WanModel:
     return model.eval().requires_grad_(False)
 
 
-def static_block(fused: bool = True, tokens: int = 75_600, in_fp8: bool = False) -> CostCounter:
+def static_block(fused: bool = True, tokens: int = 75_600, form: str | None = None) -> CostCounter:
     """C1: one full-size block at 720p x 81 frames, keys and values of the text made already; its passes compiled, each
-    counted as one operation, or plain; its weights in bf16 or fp8."""
+    counted as one operation, or plain; its weights in bf16 or of `form`."""
     with torch.device("meta"), torch.no_grad():
         model = WanModel(**A14B, num_layers=1)
-        if in_fp8:
-            model.use_fp8(kept=0)
+        if form:
+            model.quantise(form, kept=0)
         bf16(model)
         model.use_attention(attention)
         x, rows, text = torch.empty(tokens, 5120), torch.empty(1, 6, 5120), torch.empty(512, 5120).bfloat16()

@@ -16,13 +16,13 @@ from typing import Any
 
 from lightning.lora import Lora, check
 from lightning.lora_files import PEFT_CONFIG, Choices, choose_loras, expert_of, files_of, named_expert, weights_in
-from lightning.lora_matching import Shapes
+from lightning.lora_matching import UNSUPPORTED, Shapes
 from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.checkpoint import open_single
 from wan.checkpoints.hub import fetch, located
 from wan.checkpoints.layout import MODEL_INDEX
 from wan.checkpoints.safetensors_file import INDEX_SUFFIX
-from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kind_of, open_expert, open_file, open_parts
+from wan.checkpoints.weights import EXPERT, PICKLED, TEXT_ENCODER, VAE, kinds_in, open_expert, open_file, open_parts
 from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
 from wan.modules.model import released_shapes
@@ -115,7 +115,7 @@ def _text_of(report: dict[str, Any]) -> str:
         "alpha": coverage and (", ".join(f"{alpha:g}" for alpha in report["alphas"]) or "none stored"),
         "settings": settings and _settings_line(settings),
         "sizes": ", ".join(f"{width}*{height}" for width, height in settings.get("sizes", ())),
-        **{name: report[name] for name in ("note", "licence", "use")},
+        **{name: report[name] for name in ("base", "note", "licence", "use")},
     }
     lines = [*rows.items(), *(("warning", warning) for warning in coverage.get("warnings", ()))]
     return "\n".join([report["path"], *(f"  {name:<10}{text}" for name, text in lines if text)])
@@ -135,29 +135,54 @@ def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, A
         hint = " (--ckpt_dir judges by a checkpoint of other sizes)"
     if (path / MODEL_INDEX).is_file():
         uses = [f"{path} is a checkpoint in diffusers' layout, for `diffusers.WanPipeline.from_pretrained`"]
-        return [], uses + [f"and for {_command(each, '--ckpt_dir', path)}" for each in _models_in(path)]
-    if not path.is_dir() or (path / PEFT_CONFIG).is_file():
-        return [_examine(path, models, hint, alpha)], []
-    folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
-    # each index for its shards, else every file
-    files = [file for each in folders for file in sorted(each.glob(f"*{INDEX_SUFFIX}")) or weights_in(each)]
-    files = [file for file in files if file.suffix.lower() not in PICKLED] or files
+        return [], uses + [f"and for {_command(each, ckpt_dir=path)}" for each in _models_in(path)]
+    files, alone = [path], not path.is_dir() or (path / PEFT_CONFIG).is_file()
+    if not alone:
+        folders = dict.fromkeys(path / where for config in TASKS.values() for where in (".", *config.experts.values()))
+        # each index for its shards, else every file
+        files = [file for each in folders for file in sorted(each.glob(f"*{INDEX_SUFFIX}")) or weights_in(each)]
+        files = [file for file in files if file.suffix.lower() not in PICKLED] or files
     if not files:
         raise LoraError(f"{path}: no safetensors or GGUF file in this folder")
+    bases = dict.fromkeys(TASKS, ckpt_dir)
     reports = [_examine(file, models, hint, alpha) for file in files]
-    return reports, _uses(path, reports)
+    misfit = hint and any(report["stored"] and report["error"] for report in reports)
+    if misfit and (near := _models_near(path, files[0], tasks, alpha)):
+        again = [_examine(file, {task: experts for task, (_, experts) in near.items()}, hint, alpha) for file in files]
+        if not any(report["error"] for report in again):
+            bases, reports = {task: folder for task, (folder, _) in near.items()}, again
+            for report in reports:
+                report["base"] = ", ".join(dict.fromkeys(str(bases[task]) for task in report["fits"]))
+    return reports, [] if alone else _uses(path, reports, bases)
+
+
+def _models_near(
+    path: Path, file: Path, tasks: Sequence[str], alpha: float | None
+) -> dict[str, tuple[Path, Mapping[str, Shapes]]]:
+    """The nearest checkpoint around `path` that a file fits, and the shapes of its experts, by task."""
+    found: dict[str, tuple[Path, Mapping[str, Shapes]]] = {}
+    for folder in path.absolute().parents[:2]:
+        with suppress(OSError):  # a folder that cannot be listed
+            for each in (folder, *sorted(folder.iterdir())):
+                with suppress(InputError, OSError):  # a damaged checkpoint is none
+                    for task, experts in _models_in(each).items():
+                        whole = task in tasks and experts.keys() == TASKS[task].experts.keys()
+                        if whole and task not in found and not _examine(file, {task: experts}, "", alpha)["error"]:
+                            found[task] = each, experts
+    return found
 
 
 def _models_in(ckpt_dir: Path) -> dict[str, dict[str, Shapes]]:
-    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else what is there."""
+    """Shapes of the experts in a checkpoint folder, by task and expert: of a task that has all, else those found."""
     found = [(config, open_parts(ckpt_dir, config, config.experts)) for config in TASKS.values()]
     _, stores = max(found, key=lambda each: (len(each[1]) == len(each[0].experts), len(each[1])))
     kinds = dict.fromkeys(task_of(store.shapes) or "an unknown task" for store in stores.values())
     return {kind: {expert: store.shapes for expert, store in stores.items()} for kind in kinds}
 
 
-def _command(task: str, flag: str, folder: Path) -> str:
-    return shlex.join(["generate.py", "--task", task, flag, str(folder)])
+def _command(task: str, **folders: Path | None) -> str:
+    words = (word for flag, folder in folders.items() if folder for word in (f"--{flag}", str(folder)))
+    return shlex.join(["python", "generate.py", "--task", task, *words])
 
 
 def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict[str, Any]:
@@ -168,16 +193,22 @@ def _examine(file: Path, models: Models, hint: str, alpha: float | None) -> dict
         "release": release and release.name, "source": release and release.source,
         "settings": release and _settings_of(release),
         "note": (release and release.note) or caution(file) or "", "licence": (release and release.licence) or "",
-        "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None, "error": None,
+        "base": "", "use": None, "stored": {}, "gigabytes": 0.0, "alphas": [], "fits": [], "coverage": None,
+        "error": None,
     }  # fmt: skip
     try:
         if release:
             release.check_supported(str(file))
-        if file.is_file() and (kind := kind_of(store := open_file(file))):
-            judged = _judge_network(file, kind, models) | {"kind": NAMES[kind]}
+        if file.is_file() and (networks := kinds_in(store := open_file(file))):
+            found = [_judge_network(file, kind, models) for kind in networks]  # several of a checkpoint in one file
+            usable = [each for each in found if not each.get("error")]
+            judged = (usable or found)[0] | {"kind": ", ".join(NAMES[kind] for kind in networks)}
+            if usable:
+                judged["use"] = " and ".join(each["use"] for each in usable if each["use"]) or None
+                report["note"] = "; ".join(filter(None, [report["note"], *(each.get("error") for each in found)]))
         else:
             lora = Lora.open(file, default_alpha=alpha)
-            if not lora.keys:
+            if not lora.keys and not any(map(UNSUPPORTED.search, lora.store)):
                 raise LoraError(f"{file}: holds neither an expert nor a text encoder nor a video autoencoder of Wan")
             store = lora.store
             judged = _judge_lora(file, models, alpha, release) | {"alphas": sorted(set(lora.alphas.values()))}
@@ -213,21 +244,25 @@ def _judge_lora(file: Path, models: Models, alpha: float | None, release: Releas
 
 def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     """The tasks that a file with one network's own weights fits, and its flags."""
-    opened = open_expert(file) if kind == EXPERT else open_single(kind, file, next(iter(TASKS.values()))).weights
-    shapes = opened.shapes
 
-    def belongs_to(expert: Shapes) -> bool:
+    def belongs_to(task: str, expert: Shapes) -> bool:
+        if kind == EXPERT:
+            return open_expert(file).shapes == expert
+        shapes = open_single(kind, file, TASKS.get(task, TASKS["t2v-A14B"])).weights.shapes
         if kind == TEXT_ENCODER:
             return shapes["token_embedding.weight"][1:] == expert["text_embedding.0.weight"][1:]
-        if kind == VAE:
-            return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
-        return shapes == expert
+        return shapes["conv2.weight"][0] * math.prod(PATCH) == expert["head.head.weight"][0]
 
-    fits = [task for task, experts in models.items() if any(map(belongs_to, experts.values()))]
+    fits, errors = list[str](), list[str]()
+    for task, own in models.items():
+        try:
+            fits += [task] if any(belongs_to(task, expert) for expert in own.values()) else []
+        except InputError as e:
+            errors.append("; ".join(e.problems))
     if not fits:
-        return {"error": f"{file}: names or shapes are not those of {' or '.join(models)}"}
+        return {"error": next(iter(errors), f"{file}: names or shapes are not those of {' or '.join(models)}")}
     named = expert_of(file) or expert_of(file.absolute().parent)
-    single = all(list(models[task]) == ["model"] for task in fits)
+    single = all(len(TASKS[task].experts) == 1 for task in fits if task in TASKS)
     experts = ["model"] if single else [named] if named else ["high", "low"]
     values = [f"{expert}={file}" for expert in experts] if kind == EXPERT else [str(file)]
     use = " or ".join(shlex.join([f"--{kind}", value]) for value in values)
@@ -235,7 +270,7 @@ def _judge_network(file: Path, kind: str, models: Models) -> dict[str, Any]:
     return {"fits": fits, "use": None if file.name.endswith(INDEX_SUFFIX) else use}
 
 
-def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
+def _uses(path: Path, reports: list[dict[str, Any]], bases: Mapping[str, Path | None]) -> list[str]:
     published = [preset(report["release"]).tasks if report["release"] else TASKS for report in reports]
     fitting = [set(report["fits"]).intersection(own) for report, own in zip(reports, published, strict=True)]
     tasks = [task for task in TASKS if all(task in fits for fits in fitting)]
@@ -245,9 +280,9 @@ def _uses(path: Path, reports: list[dict[str, Any]]) -> list[str]:
         if kinds == {"LoRA"}:
             with suppress(LoraError):  # no file for some expert: not a release of this task
                 files_of(path, experts)
-                uses.append(f"{path} is a release: {_command(task, '--lora_dir', path)}")
+                uses.append(f"{path} is a release: {_command(task, ckpt_dir=bases[task], lora_dir=path)}")
         elif kinds == {NAMES[EXPERT]} and len(open_parts(path, TASKS[task], experts)) == len(experts):
-            uses.append(f"{path} is a checkpoint: {_command(task, '--ckpt_dir', path)}")
+            uses.append(f"{path} is a checkpoint: {_command(task, ckpt_dir=path)}")
     if kinds == {NAMES[EXPERT]} and (release := release_in(path)):
         uses.append(f"it is sampled as {release.name}: {_settings_line(_settings_of(release))}")
     return uses

@@ -29,7 +29,7 @@ from wan.checkpoints.safetensors_file import DTYPES, TensorStore, fingerprint
 from wan.checkpoints.weights import TEXT_ENCODER, VAE, open_parts
 from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_index, write_json, write_shard
 from wan.configs import TASKS, TaskConfig, task_of
-from wan.configs.precision import keeps_float32, takes_fp8
+from wan.configs.precision import keeps_float32, takes_8_bits
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.modules.fused import FP8
 from wan.modules.t5 import UMT5Encoder
@@ -155,7 +155,7 @@ class Bake:
                 return getattr(torch, DTYPES[store[name].dtype][0])
             if keeps_float32(name):
                 return torch.float32
-            return self.dtype if self.dtype != FP8 or takes_fp8(name, blocks) else torch.bfloat16
+            return self.dtype if self.dtype != FP8 or takes_8_bits(name, blocks) else torch.bfloat16
 
         rename = NAMED_BY.get(part) or (diffusers_name if to_diffusers else str)
         merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing

@@ -21,7 +21,7 @@ from lightning.lora_files import PEFT_CONFIG, PEFT_STEM, expert_of, weight_file,
 from lightning.lora_matching import KINDS, PAIR, UNSUPPORTED, Delta, Key, Resolved, Shapes, find, parse_key, spellings
 from lightning.releases import Release, recognise
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.weights import kind_of, open_file
+from wan.checkpoints.weights import kinds_in, open_file
 from wan.configs import task_of
 from wan.utils.errors import LoraError, TensorFileError
 from wan.utils.files import parse_json
@@ -215,8 +215,8 @@ def _problems(lora: Lora, found: Resolved, allow_partial: bool, as_adapter: bool
         first, reason = next(iter(found.conflicts.items()))
         problems.append(f"{len(found.conflicts)} of {total} tensors do not fit the model (first: {first} {reason})")
     if not found.deltas and not problems:
-        kind = kind_of(lora.store)
-        reason = f"is a full weight file, not a LoRA (see --{kind})" if kind else "nothing in it matches"
+        kinds = kinds_in(lora.store)
+        reason = f"is a full weight file, not a LoRA (see --{kinds[0]})" if kinds else "nothing in it matches"
         problems.append(f"{reason}: 0 of {total} tensors belong to this model (first: {next(iter(lora.store), None)})")
     elif found.unmatched and not allow_partial:
         rest = "" if problems else "; --lora_allow_partial applies the rest"  # which does not help against the others
@@ -276,15 +276,14 @@ def _parse_settings(file: str, text: str | bytes, expert: str | None) -> Adapter
     if components := {name.partition(".")[0] for name in settings if "." in name}:  # a pipeline's
         transformers = sorted(components & {"transformer", "transformer_2"}, reverse=expert == "low")
         if not transformers:
-            found = ", ".join(sorted(components))
-            raise LoraError(f"{file}: the adapter settings are those of {found}, not a transformer")
+            raise LoraError(f"{file}: the adapter settings are of {sorted(components)!r:.100}, not a transformer")
         start = f"{transformers[0]}."
         settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
     kind = next((k for name, k in NOT_PLAIN.items() if settings.get(name)), str(settings.get("peft_type") or "LORA"))
     if kind not in PEFT_KINDS:
-        raise LoraError(f"{file}: adapters of kind {kind} are not supported, only {', '.join(PEFT_KINDS)}")
+        raise LoraError(f"{file}: adapters of kind {kind!r:.40} are not supported, only {', '.join(PEFT_KINDS)}")
     if str(settings.get("init_lora_weights")).lower().startswith(ALTERED_BASE):
-        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']} changes it)")
+        raise LoraError(f"{file}: its base is not the released one ({settings['init_lora_weights']!r:.40} changes it)")
     name = PEFT_KINDS[kind]
     try:
         alphas, ranks = (

@@ -20,14 +20,13 @@ from pathlib import Path
 from lightning.releases import recognise
 from wan.checkpoints.hub import exists, located
 from wan.checkpoints.layout import WEIGHTS
-from wan.checkpoints.weights import GGUF, PICKLED
+from wan.checkpoints.weights import WEIGHT_SUFFIXES
 from wan.configs import download_command
 from wan.utils.argument_parser import outside, pair, real
 from wan.utils.errors import InputError, LoraError
 
 RANGE = -10.0, 10.0  # of strengths
 PEFT_CONFIG, PEFT_STEM = "adapter_config.json", "adapter_model"
-SUFFIXES = (".safetensors", GGUF, *PICKLED)
 RELEASED_FILES = {"high": "high_noise_model.safetensors", "low": "low_noise_model.safetensors", "model": WEIGHTS}
 SIDES = {"high": "low", "hn": "ln", "h": "l"}  # words that name an expert: those of the high-noise one, of the other
 OTHERS = SIDES | {low: high for high, low in SIDES.items()}
@@ -121,7 +120,7 @@ def split_strength(text: str) -> tuple[str, float]:
 
 def weights_in(folder: Path) -> list[Path]:
     """The files of weights right in a folder, here or on the hub."""
-    return sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(file for file in folder.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES and file.is_file())
 
 
 def weight_file(path: Path) -> Path:
@@ -164,7 +163,7 @@ def expert_of(path: Path | str) -> str | None:
     `low_poly`, `high-quality` and the like name no expert, unless a file beside it differs in that word alone.
     """
     path = Path(path)
-    name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    name = path.stem if path.suffix.lower() in WEIGHT_SUFFIXES else path.name
     words = list(_WORD.finditer(name))
     near_wan, named = _WAN.search(name), set()
     for word, follower in zip(words, [*(each[0].lower() for each in words[1:]), ""], strict=True):

@@ -117,7 +117,7 @@ TENSOR_SUFFIXES = {
     "up": rf"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B{_ADAPTER})\.weight|\.lora_B",
     "up_bias": rf"\.lora_B{_ADAPTER}\.bias",
     **{role: rf"\.{role}" for role in ("alpha", "diff", "diff_b", "diff_m")},
-    MAGNITUDE: rf"\.dora_scale|\.lora_magnitude_vector{_ADAPTER}",
+    MAGNITUDE: rf"\.dora_scale|\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?",
     **{role: rf"\.{role}{_ADAPTER}" for kind in (LOKR, LOHA) for role in kind.roles},
 }
 # Parts of Wan2.1's image branch, which Wan2.2 does not have: original and diffusers names, dotted or flattened.
@@ -125,7 +125,7 @@ IMAGE_BRANCH = re.compile(
     r"(?:^|[._])(?:img_emb|k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k|image_embedder)(?:[._]|$)"
 )
 UNSUPPORTED = re.compile(
-    r"\.(lora_mid|lora_embedding_[AB]|w_norm|b_norm|set_weight|reshape_weight|oft_\w+|boft_\w+|ia3_\w+)(?=\.|$)"
+    r"\.(lora_mid|lora_[ab]|lora_embedding_[AB]|w_norm|b_norm|set_weight|reshape_weight|oft_\w+|boft_\w+|ia3_\w+)(?=\.|$)"
 )
 _PREFIX = re.compile(
     r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer_2|transformer|model|unet|module"

@@ -45,6 +45,10 @@ class Merge:
         self._kept: dict[tuple[Path, str], Tensor] = {}  # of one weight, whose rows come one share after the other
         self._kept_of = ""
 
+    def free_buffers(self) -> None:
+        """Give back the memory kept between calls; the next call takes it anew."""
+        self._buffers, self._kept, self._kept_of = {}, {}, ""
+
     def touches(self, name: str) -> bool:
         return name in self.deltas
 

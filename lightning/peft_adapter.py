@@ -43,7 +43,7 @@ def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device |
         for module, delta in modules.items():
             layer, adapted = layers[module], model.get_submodule(module)
             assert isinstance(adapted, LoraLayer)
-            dtype = (layer.weight if layer.bias is None else layer.bias).dtype  # a weight may be fp8
+            dtype = (layer.weight if layer.bias is None else layer.bias).dtype  # a weight may be in 8 bits
             for parts, tensor in zip((adapted.lora_B, adapted.lora_A), delta.tensors, strict=True):
                 found = lora.read(tensor).flatten(1).to(device or layer.weight.device, dtype)
                 parts[name].weight = nn.Parameter(found, requires_grad=False)

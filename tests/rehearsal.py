@@ -1,10 +1,12 @@
 """generate.py on a CUDA runtime whose kernels do nothing: what each stage takes of the device, beside what was planned.
 
 `python -m tests.rehearsal FLAGS` takes generate.py's flags; each process ends with a line of JSON. Files of weights
-are opened but their data is not read (nothing depends on it there); everything else is the program's own path.
+are opened but their data is not read (nothing depends on it there), unless REHEARSE_READS is set; everything else is
+the program's own path.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import generate
 
 if TYPE_CHECKING:
-    from wan.planning.plan import Plan
+    from wan.offload.budget import Budget
+    from wan.planning.plan import Plan, VideoPlan
     from wan.utils.progress import Progress
 
 
@@ -21,19 +24,27 @@ def rehearse(words: list[str]) -> dict[str, Any]:
     """{"code": exit code, "planned", "allocated", "reserved": the most bytes of this process's device, by stage}."""
     import torch
 
+    import wan.pipeline
     import wan.planning.build
     from benchmarks.full_run import unread
     from wan.offload.reader import Source
     from wan.utils.progress import Progress
 
     plans: list[Plan] = []
+    budgets: list[Budget | None] = []
     allocated: dict[str, int] = {}
     reserved: dict[str, int] = {}
-    make_plan, real_stage = wan.planning.build.make_plan, Progress.stage
+    make_plan, plan_video, real_stage = wan.planning.build.make_plan, wan.pipeline.plan_video, Progress.stage
 
     def kept_plan(*given: Any) -> "Plan":
         plans.append(make_plan(*given))
+        budgets.append(plans[-1].largest().budget if plans[-1].videos else None)
         return plans[-1]
+
+    def kept_video(*given: Any) -> "VideoPlan":
+        video = plan_video(*given)
+        budgets.append(video.budget)
+        return video
 
     @contextmanager
     def stage(progress: "Progress", name: str, *extent: Any, **more: Any) -> Iterator[None]:
@@ -43,10 +54,13 @@ def rehearse(words: list[str]) -> dict[str, Any]:
         allocated[name] = max(allocated.get(name, 0), torch.cuda.max_memory_allocated())
         reserved[name] = max(reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
-    wan.planning.build.make_plan, Source.read, Progress.stage = kept_plan, unread, stage  # type: ignore[method-assign, assignment]
+    wan.planning.build.make_plan, wan.pipeline.plan_video = kept_plan, kept_video
+    Progress.stage = stage  # type: ignore[method-assign, assignment]
+    if not os.environ.get("REHEARSE_READS"):
+        Source.read = unread  # type: ignore[method-assign]
     code = generate.main(words)
-    (plan,) = plans
-    budget = plan.largest().budget
+    assert len(plans) == 1
+    budget = budgets[-1]  # made anew for the memory that is free when the video begins
     return {
         "code": code, "planned": budget.peaks if budget else {}, "tiles": budget.tiles if budget else None,
         "allocated": allocated, "reserved": reserved,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.forked import python
 from tests.support import TESTS, checkpoint, config_of
 from wan import WanT2V
 from wan.distributed.mesh import Layout
@@ -22,7 +22,7 @@ from wan.doctor.forecast import forecast, notes, released_plan, table
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
-from wan.modules.fp8 import in_fp8
+from wan.modules.quantised_linear import in_8_bits
 from wan.modules.vae import WanVAE, released_vae
 from wan.modules.vae_layers import Region
 from wan.planning.memory import plan_video, plan_videos
@@ -98,13 +98,14 @@ def test_a_back_end_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert numerics.attention("sdpa", torch.float32, machine()).verdict == WRONG
 
 
-def test_a_layer_in_fp8_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = numerics.fp8_layer(machine())
-    assert (outcome.verdict, outcome.sentence.partition(",")[0]) == (GOOD, "no fp8 product here: unpacked")
-    monkeypatch.setattr(numerics, "in_fp8", lambda weight, bias: in_fp8(weight.roll(1), bias))
-    assert numerics.fp8_layer(machine()).verdict == WRONG
-    monkeypatch.setattr(numerics, "in_fp8", lambda weight, _: lambda x: x @ weight.t())
-    assert numerics.fp8_layer(machine()).verdict == WRONG, "better than fp8 can be"
+@pytest.mark.parametrize(("form", "how"), [("fp8", "no fp8 product here: unpacked"), ("int8", "multiplied in int8")])
+def test_a_layer_in_8_bits_is_judged(form: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = numerics.quantised_layer(form, machine())
+    assert (outcome.verdict, outcome.sentence.partition(",")[0]) == (GOOD, how)
+    monkeypatch.setattr(numerics, "in_8_bits", lambda form, weight, bias: in_8_bits(form, weight.roll(1), bias))
+    assert numerics.quantised_layer(form, machine()).verdict == WRONG
+    monkeypatch.setattr(numerics, "in_8_bits", lambda _, weight, __: lambda x: x @ weight.t())
+    assert numerics.quantised_layer(form, machine()).verdict == WRONG, "better than 8 bits can be"
 
 
 def test_decoding_in_bf16_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +195,7 @@ def test_a_device_that_is_not_there_is_found() -> None:
     assert "--device cuda:77" in outcome.sentence
 
 
+@pytest.mark.slow
 def test_processes_exchange() -> None:
     outcome = rates.exchange(machine(), 2, 1 << 20)
     assert outcome.verdict == GOOD
@@ -211,9 +213,14 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     }  # fmt: skip
 
 
-def test_json_of_a_real_examination(findings: list[Finding]) -> None:
-    values = json.loads(json.dumps([vars(finding) for finding in findings], default=str))[-1]["values"]
-    assert {row["task"] for row in values["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
+def test_json_of_a_real_examination(
+    findings: list[Finding], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "findings_of", lambda *_: iter(findings))
+    assert doctor.main(["--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["name"] for finding in found] == [finding.name for finding in findings]
+    assert {row["task"] for row in found[-1]["values"]["estimates"]} == {"t2v-A14B", "i2v-A14B", "ti2v-5B"}
 
 
 def test_estimates_are_counted_work_over_rates() -> None:
@@ -343,9 +350,7 @@ def test_a_small_video_has_a_budget() -> None:
 
 @pytest.mark.slow
 def test_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "wan.doctor", "--device", "cpu", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-m", "wan.doctor", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["wrong"] == 0
 

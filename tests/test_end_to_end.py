@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from tests.support import CASES, TINY, checkpoint, golden, lora_dir, read_frames, relative_error
+from tests.support import CASES, TINY, checkpoint, command, golden, lora_dir, read_frames, relative_error
 
 END_TO_END = 1e-4
 
@@ -192,3 +192,18 @@ def test_a_baked_checkpoint_runs_as_the_release_that_is_in_it(tmp_path: Path) ->
     baked = ["--task", "t2v-A14B", "--ckpt_dir", str(tmp_path / "baked"), *rest]
     assert torch.equal(latent_of(run(*baked, folder=tmp_path, name="baked.mp4")), latent_of(whole))
     assert generate.main([*baked, "--lora_dir", str(release), "--save_dir", str(tmp_path / "out")]) == 2
+
+
+def test_a_name_that_fits_nothing_is_accepted_in_a_run_and_in_its_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(lora_dir("t2v-A14B") / "high_noise_model.safetensors")
+    save_file(tensors | {"blocks.9.ffn.0.lora_up.weight": torch.ones(4, 4)}, tmp_path / "more.safetensors")
+    words = command("t2v-A14B", "--lora", f"high={tmp_path / 'more.safetensors'}", "--size", "32*32", lora=False)
+    words += ["--frame_num", "1", "--sample_steps", "2", "--save_file", str(tmp_path / "a.mp4")]
+    assert generate.main(words) == 2
+    assert "--lora_allow_partial" in capsys.readouterr().err
+    assert generate.main([*words, "--lora_allow_partial"]) == 0
+    capsys.readouterr()
+    assert generate.main(["--replay", str(tmp_path / "a.mp4"), "--overwrite", "--dry_run"]) == 0
+    assert "20/20 pairs, alpha/rank 0.5, 1 unmatched" in capsys.readouterr().out

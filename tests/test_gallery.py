@@ -5,9 +5,7 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ import torch
 from PIL import Image
 
 import generate
+from tests.forked import python
 from tests.support import TINY, command, read_frames
 from wan import gallery
 from wan.gallery import check_page, write_page
+from wan.media import montage
 from wan.media.images import save_contact_sheet
 from wan.media.video import VideoWriter
 from wan.utils.errors import InputError
@@ -210,8 +210,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_page(Path({str(tmp_path)!r}))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[1], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 150_000  # kB
+    done = python("-c", code)
+    assert int(done.stdout) < 150_000, done.stderr  # kB
     assert len(entries(tmp_path / "index.html")) == 1
 
 
@@ -333,3 +333,36 @@ def test_a_grid_of_two_options_with_its_montage(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert gallery.main(["--grid", "x=seed", "y=lora_strength", str(tmp_path)]) == 2
     assert "--grid" in capsys.readouterr().err
+
+
+def test_a_montage_holds_one_frame_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: a frame of each cell is read, then one is written."""
+    colours = [-1.0, 1.0]
+    for number, colour in enumerate(colours):
+        with VideoWriter(tmp_path / f"{number}.mp4", 16) as video:
+            video.write(torch.full((3, 9, 48, 64), colour))
+            video.finish(None)
+    done: list[str] = []
+    read, write = montage.clip_frames, VideoWriter.write
+
+    def reads(*given: Any) -> Generator[torch.Tensor]:
+        for frame in read(*given):
+            done.append("read")
+            yield frame
+
+    def writes(writer: VideoWriter, chunk: torch.Tensor) -> None:
+        done.append(f"write {chunk.shape[1]}")
+        write(writer, chunk)
+
+    monkeypatch.setattr(montage, "clip_frames", reads)
+    monkeypatch.setattr(VideoWriter, "write", writes)
+    cells = [[("dark", tmp_path / "0.mp4"), ("light", tmp_path / "1.mp4"), ("none", None)]]
+    montage.save_montage(cells, (64, 48), 9, 16, tmp_path / "grid.mp4")
+    assert done == ["read", "read", "write 1"] * 9
+    frames = read_frames(tmp_path / "grid.mp4")
+    assert frames.shape == (9, montage.BAND + 240, 3 * montage.CELL, 3)
+    middle = frames[4, montage.BAND + 120]
+    assert [middle[int((n + 0.5) * montage.CELL), 0] > 128 for n in range(3)] == [False, True, False]
+    with pytest.raises(InputError, match=r"0\.mp4: the video cannot be read"):
+        montage.save_montage(cells, (64, 48), 10, 16, tmp_path / "longer.mp4")
+    assert not (tmp_path / "longer.mp4").exists()

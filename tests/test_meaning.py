@@ -82,7 +82,7 @@ def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Videos:
 
 @pytest.fixture(scope="module")
 def forty_steps(tmp_path_factory: pytest.TempPathFactory) -> Videos:
-    return {task: make(task, range(1, len(ASKED), 3), tmp_path_factory.mktemp(task)) for task in ("t2v", "i2v")}
+    return {task: make(task, range(1, len(ASKED), 4), tmp_path_factory.mktemp(task)) for task in ("t2v", "i2v")}
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

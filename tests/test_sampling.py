@@ -196,12 +196,13 @@ def test_channels_are_set_beside_and_the_first_frame_stays() -> None:
 
 
 def test_a_changed_lora_scale_makes_the_layers_read_the_prompt_again() -> None:
-    text = Prompt(torch.tensor(1.0))
+    text, negative = (Prompt(torch.tensor(1.0)) for _ in range(2))
     layer = torch.nn.Identity()
-    text.once(layer, lambda: "old")
+    for prompt in (text, negative):
+        prompt.once(layer, lambda: "old")
     steps = [Step(1000.0, "high", 1.0, 0.0), Step(500.0, "high", 1.0, 1.0)]
-    denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text), schedule_of("euler", 2, 1.0), steps)
-    assert text.once(layer, lambda: "fresh") == "fresh"
+    denoise(Field(), torch.zeros(2, 1, 1, 1), Conditioning(text, negative), schedule_of("euler", 2, 1.0), steps)
+    assert [prompt.once(layer, lambda: "fresh") for prompt in (text, negative)] == ["fresh"] * 2
 
 
 @pytest.mark.gpu

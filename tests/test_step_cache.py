@@ -87,6 +87,19 @@ def test_the_limits(threshold: float, computed: int) -> None:
     assert len(field.asked) == sum(cache.made) == computed
 
 
+def test_a_step_may_change_its_sample_afterwards() -> None:
+    """As `OnStep` may; also the one that later steps are measured from."""
+    steps, found = steps_of("h" * 20), list[Tensor]()
+    want = walk(StepCache(Field(), steps, 1e9, lambda x: x), 20)
+    cache = StepCache(Field(), steps, 1e9, lambda x: x)
+    for number, (x, _) in enumerate(want, 1):
+        given = x.clone()
+        found.append(cache.ready("high", 1.0)(given, float(number)))
+        given.zero_()
+    assert not all(cache.made)
+    assert all(torch.equal(ours, theirs) for ours, (_, theirs) in zip(found, want, strict=True))
+
+
 def test_a_run_at_a_tiny_threshold_is_the_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, also where every step is a job of its own and weights pass through two slots."""
     want = open_task("t2v-A14B").sample_with(BASE, VIDEO)

@@ -260,6 +260,19 @@ def test_rows_records_resume_and_replay(here: Path, capsys: pytest.CaptureFixtur
     assert "(--video)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("video", [{"video": "clip.mp4"}, {}])
+@pytest.mark.usefixtures("here")
+def test_a_row_with_a_strength_of_its_own_needs_a_video(video: dict[str, str], capsys: Any) -> None:
+    """Also beside a row of the same options that has one."""
+    rows = [{"prompt": "a", "strength": 0.5, **video}, {"prompt": "b", "strength": 0.5}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = command("t2v-A14B", "--prompt_file", "p.jsonl")
+    words = [word for word in words if word not in ("--prompt", "a red ball")]
+    assert generate.main(words) == 2
+    assert f"p.jsonl line {2 if video else 1}: strength" in capsys.readouterr().err
+    assert generate.main([*words, "--video", "clip.mp4", "--dry_run"]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

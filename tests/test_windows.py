@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import generate
 from tests.distributed.ranks import run_ranks
@@ -21,6 +21,7 @@ from wan.original_api import Original
 from wan.planning.build import make_plan
 from wan.planning.memory import plan_video, plan_videos
 from wan.planning.report import Outlook
+from wan.planning.time_estimate import work_of
 from wan.sampling import Step, Video, Windows
 from wan.utils.errors import InputError
 
@@ -78,6 +79,28 @@ def test_windows_are_blended_by_weights_that_fall_linearly() -> None:
     assert torch.allclose(found, want[None, :, None, None].expand_as(found))
 
 
+def test_what_a_prompt_becomes_is_kept_from_window_to_window_and_not_beside_anothers() -> None:
+    layer, texts = nn.Identity(), [Prompt(torch.full((1, 1), float(n))) for n in range(2)]
+    made: list[float] = []
+
+    def network(latent: Tensor, _: float, prompts: list[Prompt], __: int) -> Tensor:
+        for prompt in prompts:
+            prompt.once(layer, lambda prompt=prompt: made.append(prompt.rows.item()))
+        assert sum(len(text._made) for text in texts) == 1
+        return latent[None]
+
+    class Same:
+        def ready(self, *_: object) -> Any:
+            return network
+
+    for order, expected in (((0, 0, 1), [0, 1] * 2), ((0, 0, 0), [0])):
+        windows = Windows(Same(), [(n, n + 2, texts[text]) for n, text in enumerate(order)])
+        for _ in range(2):
+            windows.ready("high", 1.0)(torch.ones(2, 4, 2, 2), 500.0, texts[0], 0)
+        assert made == expected
+        made.clear()
+
+
 def task(window: int | None, runtime: Runtime | None = None, **options: Any) -> Original:
     runtime = runtime or Runtime()
     more = {"runtime": runtime, "ulysses_size": runtime.team.size, "window": window, **options}
@@ -109,6 +132,26 @@ def test_the_loop_is_the_sum_of_its_windows() -> None:
     first, second = (free + 3.0 * (own - free) for own, free in parts)
     want = torch.cat([first[:, :2], (first[:, 2:] + second[:, :1]) / 2, second[:, 1:]], dim=1)
     assert relative_error(velocity, want) < 1e-5
+
+
+def test_nag_leads_away_in_every_window() -> None:
+    """One negative prompt for all of them, at guidance 1; where blocks stream too."""
+    made, seen = task(9, nag=11.0), list[tuple[Step, Tensor, Tensor]]()
+    clip = video("a red ball | a cat", 17)
+    made.plan = plan_videos(made.plan, FOUR, [clip])
+    found = made.sample(clip, lambda *each: seen.append(each))
+    step, sample, velocity = seen[0]
+    model = made.load_experts().models["high"]
+    negative = Prompt(made._contexts["bad"])
+    texts = [Prompt(made._contexts[text], negative, 11.0) for text in ("a red ball", "a cat")]
+    with torch.no_grad():
+        first, second = (
+            model(sample[:, n : n + 3], step.timestep, text) for n, text in zip((0, 2), texts, strict=True)
+        )
+    want = torch.cat([first[:, :2], (first[:, 2:] + second[:, :1]) / 2, second[:, 1:]], dim=1)
+    assert relative_error(velocity, want) < 1e-5
+    assert torch.equal(task(9, nag=11.0, vram=0.005).sample_with(FOUR, clip), found)
+    assert relative_error(task(9).sample_with(FOUR, clip), found) > 1e-2
 
 
 def test_streamed_blocks_and_prompts_by_window_change_no_number() -> None:
@@ -147,6 +190,11 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
     assert plan.meaning(plan.jobs[0])["window"] == 9
     short = make_plan(outcome(frame_num=9, prompt="a"), Runtime())
     assert short.meaning(short.jobs[0])["window"] is None
+    # what weighs the time left: both windows, and both passes of a guided step
+    once = work_of(short, short.jobs[0])
+    assert work_of(plan, plan.jobs[0]) == 2 * once
+    guided = make_plan(outcome(sample_guide_scale="3"), Runtime())
+    assert work_of(guided, guided.jobs[0]) == 4 * once
 
 
 @pytest.mark.parametrize(

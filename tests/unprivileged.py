@@ -1,9 +1,6 @@
 """Tests of permissions where the tests run as root: a process of its own that has given root's powers over files up."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+from tests.forked import python
 from tests.support import TESTS
 
 GIVE_UP = """
@@ -21,13 +18,6 @@ if os.geteuid() == 0:  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER: b
 
 def run_unprivileged(code: str, *arguments: object) -> list[str]:
     """The lines that `code` prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", GIVE_UP + code, *map(str, arguments)],
-        cwd=Path(TESTS).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", GIVE_UP + code, *arguments, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,7 +45,10 @@ def page_folder(request: Request) -> Path:
 def check_page(folder: Path) -> None:
     """InputError if the page's place is taken by something that is not a page of ours."""
     page = folder / PAGE
-    if page.exists() and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
+    ours = not page.exists()
+    with suppress(OSError):  # another user's
+        ours = ours or (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000])
+    if not ours:
         raise InputError(f"{page} already exists and is no gallery page; move it away, or choose another folder")
 
 

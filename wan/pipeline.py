@@ -320,8 +320,10 @@ class Pipeline(ABC):
         self.load_experts()
         self.load_vae()
 
-    def decode(self, latent: Tensor, *, finer: bool = False) -> Generator[Tensor]:
-        """Chunks [3, t, H, W] float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
+    def decode(
+        self, latent: Tensor, *, finer: bool = False, convert: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    ) -> Generator[Tensor]:
+        """Chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
 
         Of processes that make a video together the first gets them; the others must run the iterator and get none.
         """
@@ -330,7 +332,7 @@ class Pipeline(ABC):
             self.experts.leave()
         beside = self.experts.ahead() if self.experts and self._again else nullcontext()
         with torch.no_grad(), beside:  # the next video's first weights are read meanwhile
-            yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles)
+            yield from self.load_vae().decode(latent.to(self.plan.device), tiles=tiles, convert=convert)
 
     def look(self, latent: Tensor) -> Tensor | None:
         """The frame [3, H, W] in the middle of a latent, on the first of the processes; all must call this."""

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import time
 import weakref
 import zipfile
@@ -320,6 +321,16 @@ def test_a_damaged_pth_is_named(folder: Path, content: bytes) -> None:
     assert "Wan2.1_VAE.pth" in text
 
 
+def test_a_pth_whose_directory_points_past_its_end(folder: Path) -> None:
+    file = folder / "Wan2.1_VAE.pth"
+    data = bytearray(file.read_bytes())
+    where = data.index(b"/data/0", data.index(b"PK\x01\x02"))
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02", 0, where) + 42, len(data) - 28)
+    file.write_bytes(data)
+    (text,) = problems(folder)
+    assert text.startswith(f"{file}: truncated or damaged")
+
+
 def test_a_truncated_pth_is_named(folder: Path) -> None:
     file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     os.truncate(file, os.path.getsize(file) // 2)
@@ -505,12 +516,12 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.Mon
         located("--ckpt_dir", "Wan-AI/Nothing")
 
 
-def test_loading_a_gigabyte_peaks_at_the_final_bytes(tmp_path: Path) -> None:
-    """1.35 GB of float32 on disk becomes 0.7 GB of bf16; measured 1.06 of the final bytes, at most 1.25 allowed."""
-    write_transformer(tmp_path / "model.safetensors", layers=20)
-    assert (tmp_path / "model.safetensors").stat().st_size > 1.3e9
+def test_loading_large_weights_peaks_at_the_final_bytes(tmp_path: Path) -> None:
+    """0.7 GB of float32 on disk becomes 0.37 GB of bf16; measured 1.21 of the final bytes, at most 1.25 allowed."""
+    write_transformer(tmp_path / "model.safetensors", layers=10)
+    assert (tmp_path / "model.safetensors").stat().st_size > 0.7e9
     _, final, peak = fresh("transformer", tmp_path / "model.safetensors")
-    assert final > 6.5e8
+    assert final > 3.5e8
     assert peak < 1.25
 
 

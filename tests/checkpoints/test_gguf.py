@@ -276,7 +276,7 @@ def array(key: bytes, kind: int, count: int) -> bytes:
 def test_hostile_files(content: bytes, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
-    assert main(["inspect", str(path)]) == 2
+    assert main(["inspect", str(path), "--ckpt_dir", str(checkpoint("t2v-A14B"))]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {path}: ")
     assert sentence in line

@@ -5,7 +5,6 @@ import json
 import shutil
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +17,12 @@ import torch
 from benchmarks.sparse import sparse
 from generate import main
 from lightning.__main__ import main as lightning
+from tests.forked import python
 from tests.support import TESTS, checkpoint, lora_dir, manifest, read_frames
 from wan.checkpoints.hub import WEIGHT_SUFFIXES
 from wan.checkpoints.safetensors_file import fingerprint
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes that it is compared with
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 EXTRA = {
@@ -29,7 +31,7 @@ EXTRA = {
     "google/umt5-xxl/tokenizer_config.json": b"{}",
 }
 SEKO = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat")
+SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat", "--device", "cpu")
 TI2V = ("--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--sample_steps", "1")
 T2V = ("--task", "t2v-A14B", "--ckpt_dir", "owner/a14b@v1", "--sample_steps", "2")
 HERE = ("--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))
@@ -93,6 +95,8 @@ class Answer(BaseHTTPRequestHandler):
             self.send_json({"id": repository, "sha": "../../../../outside", "siblings": []})
         elif fault == "names" and "/tree/" in path:
             self.send_json([{"type": "file", "path": "../../../outside.json", "size": 2, "oid": "0" * 40}])
+        elif fault == "sizes" and "/tree/" in path:
+            self.send_json([entry | {"size": None} for entry in self.tree(repository)])
         elif path.startswith(f"/api/models/{repository}/tree/"):
             inside = path.split("/tree/")[1].partition("/")[2]
             self.send_json([entry for entry in self.tree(repository) if entry["path"].startswith(inside)])
@@ -159,16 +163,12 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HOME": str(home), "NO_PROXY": "127.0.0.1", "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # what it makes is compared with what is made here
     }  # fmt: skip
 
 
 def started(hub: Hub, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own: the library reads the hub's address when it is imported."""
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=TESTS.parent, env=environment(hub, home),
-        check=False,
-    )  # fmt: skip
+    return python(*words, cwd=TESTS.parent, environment=environment(hub, home))
 
 
 def generate(hub: Hub, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -192,9 +192,10 @@ def test_only_what_the_task_needs_is_fetched_once(hub: Hub, tmp_path: Path) -> N
     assert hub.served == {}
     hub.shutdown()
     hub.server_close()
-    for pinned in ("", f"@{COMMIT}"):  # what was fetched serves without the hub
-        alone = generate(hub, tmp_path, "--ckpt_dir", f"owner/name{pinned}", "--dry_run", "--overwrite")
-        assert alone.returncode == 0, alone.stderr
+    places = ("owner/name", f"owner/name@{COMMIT}")  # what was fetched serves without the hub
+    commands = [[*TI2V, *SMALL, "--ckpt_dir", place, "--dry_run", "--overwrite"] for place in places]
+    alone = in_one_process(hub, tmp_path, "generate", *commands)
+    assert alone.stdout.endswith("[0, 0]\n"), alone.stderr
 
 
 def test_a_dry_run_needs_the_headers_alone(hub: Hub, tmp_path: Path) -> None:
@@ -258,7 +259,9 @@ def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
     tensors = {name: ("F32" if shape else "I64", shape) for name, shape in manifest("lightning_lora").items()}
     alphas = {name: struct.pack("<q", 8) for name, shape in manifest("lightning_lora").items() if not shape}
     sparse(folder / "high_noise_model.safetensors", tensors, alphas)
-    torch.save({f"{n}": torch.full((1 << 18,), float(n)) for n in range(20)}, folder / "large.pth")
+    torch.save({f"{n}": torch.full((1 << 18,), float(n)) for n in range(20)}, folder / "large.PTH")
+    (folder / "small").mkdir()
+    torch.save({"a": torch.zeros(1)}, folder / "small" / "a.BIN")
     server = Hub(large=folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = """
@@ -270,10 +273,11 @@ from wan.checkpoints.safetensors_file import fingerprint
 from wan.checkpoints.weights import open_file
 lora = Lora.open(located("--lora", "owner/large/high_noise_model.safetensors"), 1.0, None, "high")
 print(set(lora.alphas.values()))
-pickled = located("--vae", "owner/large/large.pth")
-theirs, ours = open_file(Path(sys.argv[1], "large.pth")), open_file(pickled)
+pickled = located("--vae", "owner/large/large.PTH")
+theirs, ours = open_file(Path(sys.argv[1], "large.PTH")), open_file(pickled)
 print([(e.shape, e.offset) for e in theirs.values()] == [(e.shape, e.offset) for e in ours.values()])
-print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
+print(fingerprint(pickled), list(fetch(pickled.parent / "small").iterdir())[0].name, end=" ")
+print(float(open_file(fetch(pickled)).read("7")[-1]))
 """
     run = started(server, tmp_path, "-c", script, str(folder))
     server.shutdown()
@@ -282,7 +286,7 @@ print(fingerprint(pickled), float(open_file(fetch(pickled)).read("7")[-1]))
     alphas_found, same, rest = run.stdout.strip().splitlines()
     assert alphas_found == "{8.0}", run.stdout
     assert same == "True"
-    assert rest == f"{fingerprint(folder / 'large.pth')} 7.0"
+    assert rest == f"{fingerprint(folder / 'large.PTH')} a.BIN 7.0"
     assert (
         server.served["high_noise_model.safetensors"] < 3e6 < (folder / "high_noise_model.safetensors").stat().st_size
     )
@@ -313,6 +317,7 @@ FAULTS = {  # by the name of the repository, see `Answer`; the words that the me
     "gated": ("licence", "hf auth login"),
     "commit": ("commit",),
     "names": ("outside.json",),
+    "sizes": ("127.0.0.1",),
     "etag": ("ETag",),
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning.__main__ import main
 from tests.checkpoints.gguf_support import write_gguf
 from tests.checkpoints.support import problems
 from tests.checkpoints.test_files import expert, saved
@@ -101,7 +102,7 @@ def test_both_experts_from_one_file_is_a_warning(tmp_path: Path) -> None:
     assert open_checkpoint(checkpoint(TASK), config_of(TASK), {"high": file}).warnings == ()
 
 
-def test_a_checkpoint_in_one_file_gives_each_part(tmp_path: Path) -> None:
+def test_a_checkpoint_in_one_file_gives_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vae, text = (torch.load(checkpoint(TASK) / name) for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"))
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in expert(HIGH).items()}
     tensors |= {f"vae.{name}": tensor for name, tensor in vae.items()}
@@ -112,7 +113,14 @@ def test_a_checkpoint_in_one_file_gives_each_part(tmp_path: Path) -> None:
         store = as_ours(open_file(file), kind, "all")
         assert store.keys() == expected.keys()
         assert all(torch.equal(store.read(name), tensor) for name, tensor in expected.items())
-    open_checkpoint(checkpoint(TASK), config_of(TASK), {"high": file, "vae": file, "text_encoder": file})
+    all_three = {"high": file, "vae": file, "text_encoder": file}
+    assert open_checkpoint(checkpoint(TASK), config_of(TASK), all_three).warnings == ()
+    (left_out,) = open_checkpoint(checkpoint(TASK), config_of(TASK), {"vae": file}).warnings
+    assert str(file) in left_out
+    assert "expert and text_encoder is left out" in left_out
+    assert main(["inspect", str(file), "--ckpt_dir", str(checkpoint(TASK))]) == 0
+    use = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  use "))
+    assert all(f"--{flag}" in use for flag in ("expert high=", "expert low=", "vae", "text_encoder"))
 
 
 def test_embedding_of_a_text_encoder_without_its_other_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.quantised_formats import FORMATS
+from wan.checkpoints.quantised_formats import FORMATS, Quantised
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.utils.errors import InputError
@@ -121,7 +121,9 @@ class Case:
             np.testing.assert_allclose(store.read(name).float().numpy(), truth, 1e-6, 1e-6 * np.abs(truth).max())
             assert torch.equal(found, store.read(name)[rows]) or "convrot" in str(self.layers) + str(self.tensors)
             np.testing.assert_allclose(found.float().numpy(), truth[rows], 1e-6, 1e-6 * np.abs(truth).max())
-            if stored := store[name].read_fp8(name, rows) if truth.ndim == 2 else None:
+            entry = store[name]
+            if isinstance(entry, Quantised) and entry.by_row and not entry.rotation and truth.ndim == 2:
+                stored = entry.read_as_stored(name, rows)
                 np.testing.assert_allclose((stored[0].float() * stored[1]).numpy(), truth[rows], 1e-6)
 
 
@@ -165,6 +167,10 @@ def test_a_format_is_read(form: str, group: int, tmp_path: Path) -> None:
         ("float8_e4m3fn", {"flags": {"orig_shape": [48, 255]}, "marked": "tensor"}),
         ("float8_e4m3fn_blockwise", {"scales": "block", "flags": {"group_size": 16}, "marked": "tensor"}),
         ("float8_e5m2", {"flags": {"more": 0}, "marked": "tensor"}),
+        ("float8_e4m3fn_rowwise", {"scales": "tensor", "marked": "tensor"}),
+        ("float8_e4m3fn_rowwise", {"scales": "block", "marked": "metadata"}),
+        ("float8_e4m3fn_blockwise", {"scales": "tensor", "marked": "tensor"}),
+        ("float8_e4m3fn_blockwise", {"scales": "row", "marked": "metadata"}),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(form: str, change: dict[str, Any], tmp_path: Path) -> None:
@@ -172,6 +178,16 @@ def test_what_is_not_known_is_refused_by_name(form: str, change: dict[str, Any],
     case.quantised("blocks.0.ffn.0.weight", form, **change)
     case.rest()
     with pytest.raises(InputError, match=r"blocks\.0\.ffn\.0\.weight "):
+        case.save(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("form", "marker"), [("int8_tensorwise", "float8_e4m3fn"), ("float8_e5m2", "float8_e4m3fn"),
+                                              ("float8_e4m3fn", "int8_tensorwise")])  # fmt: skip
+def test_a_marker_of_another_type_is_refused(form: str, marker: str, tmp_path: Path) -> None:
+    case = Case(form)
+    case.quantised("blocks.0.ffn.0.weight", form, flags={"format": marker}, marked="tensor")
+    case.rest()
+    with pytest.raises(InputError, match=f"is marked {marker} but stored as"):
         case.save(tmp_path / "a.safetensors")
 
 
@@ -211,6 +227,26 @@ def test_markers_and_companions_are_never_ignored(tmp_path: Path) -> None:
         case.tensors[f"{layer}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
 
     assert "contradict" in refused(tmp_path, contradict)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name"),
+    [("qweight", "SVDQuant"), ("wscales", "SVDQuant"), ("smooth_factor", "SVDQuant"), ("Qidxs", "QuIP"), ("SU", "QuIP"),
+     ("SV", "QuIP"), ("weight.absmax", "bitsandbytes"), ("weight.quant_map", "bitsandbytes"), ("SCB", "bitsandbytes")],
+)  # fmt: skip
+def test_formats_that_a_tensor_gives_away_are_refused_by_name(tensor: str, name: str, tmp_path: Path) -> None:
+    layer = "blocks.0.ffn.0"
+    found = refused(tmp_path, lambda case: case.tensors.update({f"{layer}.{tensor}": torch.ones(4)}))
+    assert f"is in the format {name}" in found
+
+
+@pytest.mark.parametrize("unused", ["input_scale", "scale_input", "output_scale"])
+def test_scales_of_activations_change_no_weight(unused: str, tmp_path: Path) -> None:
+    case = Case(unused)
+    case.quantised("blocks.0.ffn.0.weight", "float8_e4m3fn")
+    case.tensors[f"blocks.0.ffn.0.{unused}"] = torch.full((1,), 3.0)
+    case.rest()
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
 
 
 def test_a_file_named_convrot_that_says_nothing_is_refused(tmp_path: Path) -> None:

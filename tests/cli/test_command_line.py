@@ -15,6 +15,7 @@ import torch
 
 import generate
 from tests.checkpoints.test_forms import wide_folder
+from tests.forked import python
 from tests.prompt_extension.fake_services import FakeService
 from wan import __version__
 from wan.cli.options import DECODE, OPTIONS, Request, Scope, path, paths, real, text, truth, whole
@@ -54,13 +55,6 @@ def main(capsys, *words: str) -> tuple[int, str, list[str]]:
     code = generate.main(words)
     out, err = capsys.readouterr()
     return code, out, err.splitlines()
-
-
-def python(*words: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], env=env, capture_output=True, encoding="utf-8", timeout=300, **options
-    )
 
 
 # --- flags
@@ -125,13 +119,20 @@ print("LOADED", code, *[name for name in {heavy} if name in sys.modules])
         ([*I2V, "--image", str(TINY / "Wan2.2-I2V-A14B" / "Wan2.1_VAE.pth")], 2, {"PIL"}),
         (["--extend_only", "a.doc"], 2, {"PIL"}),
         ([*T2V, "--ckpt_dir", str(TINY)], 2, {"PIL"}),  # a folder that lacks files
-        ([*T2V, *SMALL, "--sample_solver", "unipc", "--dry_run"], 0, {*HEAVY} - {"diffusers", "transformers"}),
     ],
 )
 def test_answers_come_without_slow_imports(words, code, allowed):
-    done = python("-c", ASK.format(heavy=HEAVY), *words)
+    asked = [sys.executable, "-c", ASK.format(heavy=HEAVY), *words]
+    done = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     _, found, *loaded = done.stdout.splitlines()[-1].split()
     assert (int(found), set(loaded) - allowed) == (code, set())
+
+
+def test_a_plan_imports_neither_diffusers_nor_transformers():
+    done = python(
+        "-c", ASK.format(heavy=("diffusers", "transformers")), *T2V, *SMALL, "--sample_solver=unipc", "--dry_run"
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED 0"
 
 
 @pytest.mark.parametrize(
@@ -390,18 +391,21 @@ def test_dry_run(tmp_path, capsys):
     assert (code, err, plan["event"], len(plan["steps"])) == (0, [], "plan", 4)
 
 
-def test_fp8_in_plan_record_and_replay(capsys):
-    """A network of four blocks, two of which are in fp8."""
+@pytest.mark.parametrize(
+    ("form", "how"), [("fp8", "unpacked for each product (no CUDA GPU)"), ("int8", "multiplied in int8")]
+)
+def test_8_bits_in_plan_record_and_replay(form, how, capsys):
+    """A network of four blocks, two of which are in 8 bits."""
     shapes = ROOT / "examples" / "shapes"
     four = ["--ckpt_dir", str(shapes / "Wan2.2-T2V-A14B"), "--lora_dir", str(shapes / "lora-t2v"), *SMALL]
     _, plain, _ = main(capsys, *four, "--dry_run", "--json")
-    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", "fp8", "--save_file", "a.mp4")
+    code, out, err = main(capsys, *four, "--prompt", "a red circle", "--quantize", form, "--save_file", "a.mp4")
     assert code == 0, err
-    line = "cpu, float32, attention sdpa, weights of inner blocks in fp8, unpacked for each product (no CUDA GPU)"
+    line = f"cpu, float32, attention sdpa, weights of inner blocks in {form}, {how}\n"
     assert line in out
     assert line not in plain
     record = json.loads(Path("a.json").read_text())
-    assert record["request"]["quantize"] == "fp8"
+    assert record["request"]["quantize"] == record["meaning"]["quantize"] == form
     rows = 2 * (9 * 192 + 768)  # of two blocks
     matrices = 2 * (8 * 192**2 + 2 * 192 * 768)
     saved = (
@@ -555,7 +559,7 @@ def test_process_whose_job_fails():
     import resource
 
     words = [ROOT / "generate.py", *T2V, *SMALL, "--prompt", "a cat"]
-    done = python(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)))
+    done = python(*words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)))
     assert done.returncode == 1, done.stderr
     assert not list(Path("outputs").glob("*.mp4"))
     assert "failed" in done.stderr
@@ -582,7 +586,7 @@ import os, sys
 import generate
 from wan.pipeline import Pipeline
 
-def decode(self, latent, finer=False):
+def decode(self, latent, finer=False, convert=None):
     os.kill(os.getpid(), {int(number)})
     yield latent
 

@@ -25,7 +25,7 @@ from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir, read_frames
 from wan.distributed.ulysses import SequenceAttention
 from wan.distributed.vae_parallel import SplitVAE
-from wan.media.video import VideoWriter
+from wan.media import video
 from wan.offload.reader import Source
 from wan.utils.progress import Progress
 
@@ -35,7 +35,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "load": (Source, "place", 20),
     "step": (SequenceAttention, "__call__", 8),
     "decode": (SplitVAE, "_gather", 2),
-    "write": (VideoWriter, "_complete", 1),
+    "write": (video, "publish", 1),
 }
 VIDEOS, FRAMES = 3, 9
 PATIENCE = "0.2"  # minutes, where a process hangs

@@ -22,8 +22,9 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
     assert hurt.codes == [ended if rank in fault.processes else 0 if recovers else 1 for rank in range(2)], hurt
     finishes = fault.what in ("raise", "memory") and fault.where != "load"
     assert hurt.whole == (0 if fault.where == "load" else VIDEOS if recovers else VIDEOS - 1 if finishes else 1), hurt
-    stopped_writing = fault.where == "write" and fault.what in ("kill", "freeze")  # nobody was left to tidy
-    allowed = (".latents.safetensors", *((".part", ".lock") if stopped_writing else ()))
+    stopped = 0 in fault.processes and fault.what in ("kill", "freeze")  # nobody was left to tidy
+    unfinished = {"load": (), "write": (".part", ".lock")}.get(fault.where, (".lock",)) if stopped else ()
+    allowed = (".latents.safetensors", *unfinished)
     assert all(name.endswith(allowed) for name in hurt.left), hurt
     tracebacks = hurt.told.count("Traceback (most recent call last):")
     assert tracebacks == (fault.what == "raise"), hurt.told

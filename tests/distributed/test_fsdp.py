@@ -210,3 +210,29 @@ def test_a_rank_reads_and_keeps_its_share(tmp_path: Path) -> None:
     assert max(read for read, _ in found) <= 0.26 * whole
     assert sum(read for read, _ in found) == 4 * sum(shape.numel() for shape in shapes.values()), "each row once"
     assert max(peak for _, peak in found) <= 0.30 * whole + largest
+
+
+def forward_after_a_failed_one(runtime: Runtime, place: str) -> list[Tensor]:
+    """A rank fails in one block while the others go on to the next: they hold other blocks' gathered weights."""
+    mesh = mesh_of(runtime, runtime.team.size)
+    model = load_expert(torch.float32, mesh, split=True)
+
+    def fail(*_: object) -> None:
+        raise ValueError("no room")
+
+    if runtime.team.rank == 1:
+        failing = model.get_submodule(place).register_forward_hook(fail)
+    with pytest.raises(ValueError, match="no room"):
+        mesh.team.all_or_none(lambda: tiny_forwards(model))
+    if runtime.team.rank == 1:
+        failing.remove()
+    return tiny_forwards(model)
+
+
+@sharded
+@pytest.mark.parametrize("place", ["blocks.0.ffn", "head"])
+def test_weights_that_a_failed_forward_left_gathered_are_let_go(place: str) -> None:
+    want = tiny_forwards(load_expert(torch.float32, Mesh(), split=True))
+    for found in run_ranks(forward_after_a_failed_one, 2, place, seconds=60):
+        for x, y in zip(found, want, strict=True):
+            assert relative_error(x, y) < 1e-5

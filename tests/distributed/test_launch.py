@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -143,6 +144,9 @@ def test_patience_that_makes_no_sense(given: str, monkeypatch: pytest.MonkeyPatc
         patience()
 
 
+PEER = f"process 1 on {socket.gethostname()}: "
+
+
 def outcome(runtime: Runtime, failing: int, how: str) -> str:
     team = runtime.team
 
@@ -165,9 +169,14 @@ def outcome(runtime: Runtime, failing: int, how: str) -> str:
     ("failing", "how", "expected"),
     [
         (3, "input", ["fine"] * 3),
-        (1, "input", ["InputError: one\ntwo"] * 3),
+        (0, "input", ["InputError: one\ntwo"] * 3),
+        (1, "input", [f"InputError: {PEER}one\n{PEER}two"] * 3),
         (2, "os", ["OSError: [Errno 28] No space left on device"] * 3),
-        (2, "unpicklable", ["JobError: RuntimeError: odd"] * 2 + ["RuntimeError: odd"]),
+        (
+            2,
+            "unpicklable",
+            [f"JobError: process 2 on {socket.gethostname()}: RuntimeError: odd"] * 2 + ["RuntimeError: odd"],
+        ),
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(failing: int, how: str, expected: list[str]) -> None:
@@ -239,7 +248,10 @@ def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_rank_that_fails_is_missed_at_the_next_meeting(failing: int) -> None:
-    assert run_ranks(leave_in_the_midst, 3, failing) == [(2, "no room")] * 3
+    assert (
+        run_ranks(leave_in_the_midst, 3, failing)
+        == [(2, f"process 2 on {socket.gethostname()}: no room" if failing else "no room")] * 3
+    )
 
 
 def error_in_an_exchange(runtime: Runtime) -> int:

@@ -2,12 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from wan.cli.checks import MOST_SHOWN, Check
 from wan.jobs.prompt_files import (
+    LARGEST_FILE,
+    MOST_LINES,
     Row,
     beside,
     expanded,
@@ -40,6 +43,23 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, end: str) -> None:
     found = problem(tmp_path / f"p{end}", "prompt\tseed\na cat\t1\n")
     assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: ")
     assert f"not {end};" in found
+
+
+@pytest.mark.parametrize("read", [lambda *words: read_rows(*words, []), read_paths], ids=["prompts", "images"])
+def test_the_size_of_a_file_is_limited(tmp_path: Path, read: Callable[..., list]) -> None:
+    file, problems = tmp_path / "p.txt", list[str]()
+    for size, sign in ((LARGEST_FILE + 1, "larger than"), (1 << 40, "larger than"), (LARGEST_FILE, "NUL character")):
+        with file.open("wb") as sparse:
+            sparse.truncate(size)
+        began = time.process_time()
+        assert read(file, problems) == []
+        assert sign in problems.pop()
+        assert time.process_time() - began < 2
+    file.write_text("a\n" * (MOST_LINES + 1))
+    assert read(file, problems) == []
+    assert "lines" in problems.pop()
+    file.write_text("\n" * (MOST_LINES - 1) + "a cat")
+    assert len(read(file, problems)) == 1
 
 
 def test_a_name_without_an_end_is_text(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import generate
 from tests.support import checkpoint, command, lora_dir, open_task
@@ -34,8 +35,12 @@ def chosen(**values: Any) -> tuple[str, str, float]:
 def test_each_sets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == chosen(quality="exact") == ("fp32", "none", 0.0)
     assert chosen(quality="high") == ("bf16", "none", 0.0)
-    assert chosen(quality="fast") == ("bf16", "none", 0.05), "no fp8 on a CPU"
-    monkeypatch.setattr(build, "multiplies_fp8", lambda *_: True)
+    assert chosen(quality="fast") == ("bf16", "none", 0.05), "no GPU"
+    for can in ({"fp8", "int8"}, {"int8"}, set()):
+        monkeypatch.setattr(build, "multiplies", lambda form, *_, can=can: form in can)
+        assert build.fast_format(torch.device("cuda", 0), torch.bfloat16) == min(can, default="none")
+        assert build.fast_format(torch.device("cpu"), torch.bfloat16) == "none"
+    monkeypatch.setattr(build, "fast_format", lambda *_: "fp8")
     assert chosen(quality="fast") == ("bf16", "fp8", 0.05)
     assert chosen(quality="fast", quantize="none") == ("bf16", "none", 0.05)
 

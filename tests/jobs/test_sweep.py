@@ -1,14 +1,21 @@
 """`--sweep`, and columns of a prompt file that name options: one run, many settings, each as a run of its own."""
 
 import json
+import os
+import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import generate
+from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir
 from wan.cli.checks import Check
 from wan.jobs.build import combinations, label_of
+from wan.pipeline import Pipeline
+from wan.sampling import Video
 
 TASK = "t2v-A14B"
 
@@ -59,18 +66,55 @@ def test_what_cannot_be_swept_is_named(sweep: str, named: str, tmp_path: Path, c
     assert named in capsys.readouterr().err
 
 
-def test_a_sweep_equals_single_runs_and_reads_weights_once_per_strength(tmp_path: Path, capsys) -> None:
-    swept, alone = tmp_path / "swept", tmp_path / "alone"
-    sweep = ["--sweep", "base_seed=1,2", "--sweep", "lora_strength=0.5,1", "--save_latents", "--record", "none"]
-    assert generate.main(words(swept, *sweep, "--dry_run")) == 0
-    assert "read again 1 time" in capsys.readouterr().out
-    assert generate.main(words(swept, *sweep)) == 0
+SWEEP = ["--sweep", "base_seed=1,2", "--sweep", "lora_strength=0.5,1", "--save_latents", "--record", "none"]
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The latents of the four videos of SWEEP, each made by a run of its own."""
+    alone = tmp_path_factory.mktemp("alone")
     for strength in ("0.5", "1"):
         for seed in ("1", "2"):
             more = ["--lora_strength", strength, "--base_seed", seed, "--save_latents", "--record", "none"]
-            name = f"{strength}_{seed}.mp4"
-            assert generate.main(words(alone, *more, "--save_file", name)) == 0
-    assert latents(swept) == latents(alone)
+            assert generate.main(words(alone, *more, "--save_file", f"{strength}_{seed}.mp4")) == 0
+    return latents(alone)
+
+
+def dies_in_the_third(folder: Path) -> int:
+    """The sweep, killed after a step of its third video, the first with other weights."""
+    original, begun = Pipeline.sample, list[Video]()
+
+    def sample(self: Pipeline, video: Video, *arguments: Any, **more: Any) -> Any:
+        begun.append(video)
+        if len(begun) == 3:
+            return original(self, video, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return original(self, video, *arguments, **more)
+
+    Pipeline.sample = sample  # type: ignore[method-assign]  # in this child process only
+    return generate.main(words(folder, *SWEEP))
+
+
+def test_a_sweep_goes_on_after_a_kill(singles: list[bytes], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    codes, _ = launched(partial(dies_in_the_third, out), 1, tmp_path)
+    assert codes == [-signal.SIGKILL]
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*.mp4")}
+    assert len(before) == 2
+    assert generate.main(words(out, *SWEEP, "--resume")) == 0
+    assert "2 saved, 2 there already" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert latents(out) == singles
+    assert [name for name in os.listdir(out) if name.startswith(".") or name.endswith(".part")] == []
+
+
+def test_a_sweep_equals_single_runs_and_reads_weights_once_per_strength(
+    singles: list[bytes], tmp_path: Path, capsys
+) -> None:
+    swept, sweep = tmp_path / "swept", SWEEP
+    assert generate.main(words(swept, *sweep, "--dry_run")) == 0
+    assert "read again 1 time" in capsys.readouterr().out
+    assert generate.main(words(swept, *sweep)) == 0
+    assert latents(swept) == singles
     made = records(swept)
     assert [record["request"].get("lora_strength") for record in made.values()] == ["0.5", "0.5", "1", "1"]
     assert [record["job"]["seed"] for record in made.values()] == [1, 2, 1, 2]

@@ -101,7 +101,7 @@ def four_blocks(folder: Path) -> WanModel:
     sizes = json.loads((checkpoint("t2v-A14B") / "high_noise_model" / "config.json").read_text())
     with torch.device("meta"):
         model = WanModel.from_config({**sizes, "num_layers": 4}, weights["text_embedding.0.weight"].shape[1])
-    model.use_fp8()
+    model.quantise("fp8")
     return model
 
 

@@ -4,16 +4,19 @@ import json
 import shlex
 import shutil
 import struct
-import subprocess
-import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+import generate
 from benchmarks.sparse import sparse
+from lightning import __main__ as program
 from lightning.__main__ import main
 from lightning.releases import record_of
+from tests.forked import python
 from tests.lightning.support import AB, STORED, diffusers_module, family, small_pairs, spelled, write
 from tests.support import checkpoint, lora_dir, manifest
 from wan.distributed.launch import Runtime
@@ -25,6 +28,14 @@ from wan.utils.errors import InputError
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shapes_are_made_once() -> Iterator[None]:
+    """Of the three released networks, which takes longer than all else that inspecting a small file does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "released_shapes", cache(released_shapes))
+        yield
 
 
 def release(tmp_path: Path) -> Path:
@@ -42,7 +53,7 @@ def test_inspect_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     folder = release(tmp_path)
     assert main(["inspect", str(folder)]) == 0
     first, second, use = capsys.readouterr().out.split("\n\n")
-    assert use == f"{folder} is a release: generate.py --task t2v-A14B --lora_dir {folder}\n"
+    assert use == f"{folder} is a release: python generate.py --task t2v-A14B --lora_dir {folder}\n"
     assert second.startswith(str(tmp_path / FOLDER / "low_noise_model.safetensors"))
     for line in (
         "kind      LoRA, F32/I64, 1.23 GB",
@@ -74,9 +85,7 @@ def test_inspect_imports_no_network_library(tmp_path: Path) -> None:
         "heavy = {'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy; sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "inspect", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", program, "inspect", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("400/400 pairs") == 2
 
@@ -113,9 +122,7 @@ def test_inspect_by_a_checkpoint_of_other_sizes(task: str, capsys: pytest.Captur
     files = 1 if task == "ti2v-5B" else 2
     assert shown.count("20/20 pairs, alpha/rank 0.5, 0 unmatched") == files
     assert shown.count(f"fits      {task}") == files
-    assert f"{lora} is a release: generate.py --task {task} --lora_dir {lora}" in shown
-    assert main(["inspect", lora]) == 2
-    assert "(--ckpt_dir judges by a checkpoint of other sizes)" in capsys.readouterr().err
+    assert f"{lora} is a release: python generate.py --task {task} --ckpt_dir {ckpt_dir} --lora_dir {lora}" in shown
 
 
 def test_inspect_says_what_a_whole_folder_is_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +131,9 @@ def test_inspect_says_what_a_whole_folder_is_good_for(tmp_path: Path, capsys: py
         arguments = ["--task", "t2v-A14B", "--ckpt_dir", source, "--lora_dir", lora, "--layout", layout]
         assert main(["bake", *arguments, "--out", str(tmp_path / layout)]) == 0
     assert main(["inspect", source, "--ckpt_dir", source]) == 0
-    assert f"{source} is a checkpoint: generate.py --task t2v-A14B --ckpt_dir {source}" in capsys.readouterr().out
+    assert (
+        f"{source} is a checkpoint: python generate.py --task t2v-A14B --ckpt_dir {source}" in capsys.readouterr().out
+    )
     assert main(["inspect", str(tmp_path / "released"), "--ckpt_dir", source]) == 0
     shown = capsys.readouterr().out
     assert "it is sampled as lora-t2v: steps 4, solver euler, shift 5, guidance 1/1" in shown
@@ -173,10 +182,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "downloads" / "of today"  # no other test's checkpoint is near
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
     if arguments[1].endswith(".safetensors"):
         Path("cut.safetensors").write_bytes(b"\0" * 7)
-        family("lightning", tmp_path).rename("small.safetensors")
+        family("lightning", folder).rename("small.safetensors")
     assert main(arguments) == 2
     out, error = capsys.readouterr()
     assert sentence in error
@@ -334,4 +345,42 @@ def test_a_checkpoint_is_judged_by_its_own_sizes(task: str, capsys: pytest.Captu
     source = checkpoint(task)
     assert main(["inspect", str(source)]) == 0
     out = capsys.readouterr().out
-    assert f"{source} is a checkpoint: generate.py --task {task} --ckpt_dir {source}" in out
+    assert f"{source} is a checkpoint: python generate.py --task {task} --ckpt_dir {source}" in out
+
+
+SHIPPED = [
+    path
+    for path in sorted((ROOT / "examples").glob("*/**/*"))
+    if path.name.endswith((".index.json", ".pth", "_model.safetensors")) or path.name.startswith("lora-")
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
+def test_every_shipped_file_is_judged_by_the_checkpoint_beside_it(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(path)]) == 0
+    out, error = capsys.readouterr()
+    assert not error
+    assert out.count("  fits ") == len(list(path.glob("*.safetensors")) if path.is_dir() else [path])
+    if path.is_dir():
+        last = shlex.split(out.splitlines()[-1].partition(": ")[2])
+        assert last[:2] == ["python", "generate.py"]
+        assert generate.main([*last[2:], "--dry_run"]) == 0
+
+
+def test_of_a_network_in_another_folder_nothing_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "downloads" / "of today"
+    folder.mkdir(parents=True)
+    for file in (lora_dir("t2v-A14B") / "high_noise_model.safetensors", checkpoint("ti2v-5B") / "Wan2.2_VAE.pth"):
+        shutil.copy(file, folder)
+    assert main(["inspect", str(folder / "Wan2.2_VAE.pth"), "--ckpt_dir", str(checkpoint("ti2v-5B"))]) == 0
+    assert "fits      ti2v-5B\n" in capsys.readouterr().out
+    assert main(["inspect", str(folder / "high_noise_model.safetensors")]) == 2
+    assert "(--ckpt_dir judges by a checkpoint of other sizes)" in capsys.readouterr().err
+
+
+def test_an_expert_in_a_folder_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ROOT / "examples" / "shapes" / "Wan2.2-I2V-A14B" / "low_noise_model"
+    assert main(["inspect", str(folder)]) == 0
+    assert "--expert low=" in capsys.readouterr().out

@@ -425,7 +425,9 @@ def test_corrupt_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ('{"peft_type": "OFT"}', "adapters of kind OFT are not supported"),
+        ('{"peft_type": "OFT"}', "adapters of kind 'OFT' are not supported"),
+        ('{"peft_type": "\\u001b[31m"}', r"adapters of kind '\\x1b\[31m' are not"),
+        ('{"\\u001b.r": 1}', r"settings are of \['\\x1b'\], not a transformer"),
         ('{"init_lora_weights": "pissa_niter_4"}', "its base is not the released one"),
         ('{"lora_alpha": "x"}', "in the adapter settings are unusable"),
         ('{"alpha_pattern": {"(": 4}}', "in the adapter settings are unusable"),

@@ -53,6 +53,19 @@ def test_gguf_loras(name: str, tmp_path: Path) -> None:
     assert_is_the_small_lora(Lora.open(path))
 
 
+@pytest.mark.parametrize("module", ["blk.0.attn_q", "blocks.0.self_attn.q"])
+def test_gguf_loras_in_llama_cpps_spelling_are_refused_by_name(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their alpha is a setting of the file, and no model of Wan has names there."""
+    halves = {f"{module}.weight.lora_a": torch.ones(4, 64), f"{module}.weight.lora_b": torch.ones(64, 4)}
+    file = write_gguf(tmp_path / "lora.gguf", halves)
+    with pytest.raises(LoraError, match=r"not supported: lora_a, lora_b$"):
+        check(Lora.open(file), base().shapes)
+    assert main(["inspect", str(file)]) == 2
+    assert "not supported: lora_a, lora_b" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
 def test_loras_in_fp8_with_their_alphas(kind: torch.dtype, tmp_path: Path) -> None:
     low = {name: t.to(kind if name.endswith("alpha") else torch.float8_e4m3fn) for name, t in tensors().items()}

@@ -73,6 +73,7 @@ def test_task_of_reads_the_channels() -> None:
         ("lycoris_blocks_0_attn1_to_q.lokr_w1", "blocks_0_attn1_to_q", "lokr_w1", None),
         ("base_model.model.blocks.0.ffn.2.hada_w1_a", "blocks.0.ffn.2", "hada_w1_a", None),
         ("blocks.0.ffn.2.lora_magnitude_vector.default", "blocks.0.ffn.2", "magnitude", None),
+        ("blocks.0.ffn.2.lora_magnitude_vector.default.weight", "blocks.0.ffn.2", "magnitude", None),
         ("pipe.dit.blocks.0.ffn.2.dora_scale", "blocks.0.ffn.2", "magnitude", None),
         ("_orig_mod.blocks.0._fsdp_wrapped_module.ffn.2.lora_down.weight", "blocks.0.ffn.2", "down", None),
         ("module.generator.blocks.0.ffn.2.lora_A.weight", "blocks.0.ffn.2", "down", None),

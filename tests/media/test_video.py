@@ -1,7 +1,9 @@
 """mp4s: what comes back from them; and that they are whole or absent, whatever happens to encoder, disk or process."""
 
 import os
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.forked import python
 from wan.media import video as module
 from wan.media.images import open_image, save_contact_sheet
 from wan.media.video import (
     CONTAINERS,
+    LONGEST_RECORD,
     Container,
     VideoWriter,
     check_encoder,
@@ -160,6 +164,48 @@ def test_no_record_is_an_input_error(tmp_path: Path) -> None:
             read_record(tmp_path / name)
 
 
+def test_a_huge_comment_is_no_record(tmp_path: Path) -> None:
+    """A comment tag within the limit takes little memory, a larger one is not read."""
+    code = """
+import resource, sys, time
+from wan.media.video import read_record
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(len(read_record(__import__("pathlib").Path(sys.argv[1]))["a"]))
+except Exception as e:
+    print(type(e).__name__)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000)
+"""
+    for length, expected in ((LONGEST_RECORD * 2 // 5, str(LONGEST_RECORD * 2 // 5)), (LONGEST_RECORD, "InputError")):
+        save(tmp_path / "a.mp4", smooth(5, 32, 32), record={"a": "=" + "x" * (length - 1)})
+        words = [sys.executable, "-c", code, tmp_path / "a.mp4"]
+        found, megabytes = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        assert found == expected
+        assert int(megabytes) < 200
+
+
+def test_a_tag_of_a_gigabyte_is_not_held(tmp_path: Path) -> None:
+    def box(kind: bytes, size: int) -> bytes:
+        return struct.pack(">I4s", size, kind)
+
+    data = (1 << 30) + 16
+    head = box(b"ftyp", 16) + b"isom\0\0\2\0"
+    for kind, size in ((b"moov", 85), (b"udta", 77), (b"meta", 69)):
+        head += box(kind, data + size)
+    head += bytes(4) + box(b"hdlr", 33) + bytes(8) + b"mdirappl" + bytes(9)
+    head += box(b"ilst", data + 16) + box(b"\xa9cmt", data + 8) + box(b"data", data) + struct.pack(">II", 1, 0)
+    file = tmp_path / "a.mp4"
+    with file.open("wb") as sparse:
+        sparse.write(head)
+        sparse.truncate(len(head) + (1 << 30))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with pytest.raises(InputError, match="holds no record"):
+        read_record(file)
+    assert count_frames(file) == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert after == before or after < 1_000_000  # KB, of the largest child
+
+
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     def run() -> None:
         with VideoWriter(tmp_path / "a.mp4", 16) as video:
@@ -270,9 +316,7 @@ for room in (10_000, 1_000_000):
     except JobError as error:
         print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
-    )
+    done = python("-c", script)
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{tmp_path}/a.mp4: the video encoder failed: ")
     assert second.startswith(f"{tmp_path}/a.mp4: the video could not be completed: ")

@@ -195,7 +195,7 @@ def trained() -> WanVAE:
 def test_bf16_decode_stays_near_and_encode_stays_the_same() -> None:
     """With trained weights on true clips, 56 to 61 dB from float32 were measured; rounding to 8 bits is at 59."""
     vae = trained()
-    for number, scene in enumerate(held_out()[:4]):
+    for number, scene in enumerate(held_out()[:2]):
         latent = vae.encode(clip := render([scene], torch.Generator().manual_seed(number))[0])
         vae.decode_in(torch.float32)
         expected = whole(vae, latent)
@@ -252,7 +252,7 @@ def test_peak_of_a_decode_is_predicted(
     kind: str, chunk: int, tiles: tuple[int, int], region: Region | None, dtype: torch.dtype
 ) -> None:
     """Counted at the released widths, by the same rules as the benchmark's."""
-    shape = (KINDS[kind][0], 5, 30, 52)
+    shape = (KINDS[kind][0], 2 * chunk + 1, 30, 52)
     with torch.device("meta"), torch.inference_mode():
         vae = WanVAE(*RELEASED[kind])
         vae.decode_in(dtype)
@@ -277,7 +277,7 @@ def test_peak_of_a_decode_is_predicted(
 )
 def test_peak_of_an_images_encoding_is_predicted(known: int, tiles: tuple[int, int], region: Region | None) -> None:
     """known: frames that are given: of a clip with a last picture all of them."""
-    frames = 81 if known == 1 else known
+    frames = 25 if known == 1 else known
     with torch.device("meta"), torch.inference_mode():
         vae, clip = WanVAE(*RELEASED["2.1"]), torch.empty(3, known, 240, 416)
         with CostCounter() as counter:

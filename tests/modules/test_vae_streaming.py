@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.modules.test_vae import KINDS, random_clip, random_vae, whole
+from wan.media.video import rounded
 from wan.modules.vae import WanVAE
 from wan.modules.vae_layers import (
     DECODER_RIM,
@@ -44,7 +45,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 # Time
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+@pytest.mark.parametrize("chunk", [1, 2, 9])
 def test_any_chunks_decode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     latent = random_latent(vae, 6, 2, 3)
     parts = list(vae.decode(latent, chunk))
@@ -54,7 +55,7 @@ def test_any_chunks_decode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     assert_same(torch.cat(parts, dim=1), whole(vae, latent, chunk=6))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("chunk", [1, 3, 9])
 def test_any_chunks_encode_to_the_whole(vae: WanVAE, chunk: int) -> None:
     clip = random_clip(25, 16, 32, torch.float64)
     assert_same(vae.encode(clip, chunk), vae.encode(clip, 7))
@@ -104,7 +105,7 @@ def test_frame_0_is_neither_doubled_nor_halved_in_time(vae: WanVAE) -> None:
 # An image and a grey tail
 
 
-@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (5, 1), (81, 1), (121, 1), (81, 2), (85, 3)])
+@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (5, 1), (81, 1), (81, 2), (85, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_frame_equals_the_whole_clip(kind: str, frames: int, chunk: int) -> None:
     vae, image = random_vae(kind), random_clip(1, 32, 16)[:, 0]
@@ -152,6 +153,14 @@ def test_tiles_decode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
     parts = list(vae.decode(latent, 1, tiles))
     assert [part.shape[1] for part in parts] == [1, 4]
     assert_same(torch.cat(parts, dim=1), whole(vae, latent))
+
+
+def test_tiles_wait_as_they_are_converted(vae: WanVAE) -> None:
+    """A quarter of the memory as bytes, and the same bytes as of the whole."""
+    latent = random_latent(vae, 2, 4, 3)
+    parts = list(vae.decode(latent, 1, (2, 1), convert=rounded))
+    assert {part.untyped_storage().nbytes() for part in parts} == {3 * 5 * 4 * 3 * vae.stride[1] * vae.stride[2]}
+    assert_same(torch.cat(parts, dim=1), rounded(whole(vae, latent)))
 
 
 @pytest.mark.parametrize(("grid", "tiles"), [((1, 20), (1, 2)), ((4, 3), (3, 2))])

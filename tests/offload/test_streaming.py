@@ -298,7 +298,7 @@ def fault(kind: str, file: Path) -> None:
         file.unlink()
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize(
     ("kind", "says"),
     [

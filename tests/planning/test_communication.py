@@ -81,6 +81,7 @@ def test_devices_of_several_processes(device: str, processes: int, uses_gpus: bo
         ({"ring_size": 2, "attention": "flash3"}, "--attention flash3: a ring"),
         ({"t5_fsdp": True, "t5_cpu": True}, "--t5_fsdp and --t5_cpu exclude each other"),
         ({"dit_fsdp": True, "quantize": "fp8"}, "--quantize fp8: FSDP"),
+        ({"dit_fsdp": True, "quantize": "int8"}, "--quantize int8: FSDP"),
         ({"ring_size": 2, "attention": "sage"}, "--attention sage: a ring"),
         ({"ring_size": 2, "quantize": "fp8"}, ""),
         ({"dit_fsdp": True, "lora_mode": "adapter"}, "with --dit_fsdp use --lora_mode merge"),

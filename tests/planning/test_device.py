@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.cli.test_command_line import SMALL, T2V
+from tests.support import checkpoint
 from wan.distributed.launch import Runtime
+from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
 from wan.planning import build
 from wan.planning.build import compute_device, limit_memory, precision_problems
@@ -202,3 +204,22 @@ def test_bf16_decoding_without_cudnn_is_refused_with_the_flag(monkeypatch: pytes
         assert precision_problems(device, torch.bfloat16, vae_dtype) == []
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     assert precision_problems(GPU, torch.bfloat16, "bf16") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "noise"),
+    [
+        ({}, "meta", "meta"),
+        ({"t5_cpu": True}, "cpu", "meta"),
+        ({"noise_device": "cpu"}, "meta", "cpu"),
+    ],
+)
+def test_prompts_and_noise_are_made_where_it_is_asked(
+    flags: dict[str, Any], text: str, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "compute_device", lambda _: torch.device("meta"))
+    given = {"task": "t2v-A14B", "ckpt_dir": str(checkpoint("t2v-A14B")), "prompt": "a cat", "size": "64*64"}
+    outcome = resolve({**given, "frame_num": 5, **flags})
+    assert isinstance(outcome, Generate)
+    plan = build.make_plan(outcome, Runtime())
+    assert (plan.device.type, plan.text_device.type, plan.noise_device.type) == ("meta", text, noise)

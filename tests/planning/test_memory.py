@@ -1,6 +1,7 @@
 """Every term of the plan's memory formulas by a difference, and memory that does not grow with a batch."""
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def test_both_passes_together_take_a_second_residual_stream(t2v: Plan) -> None:
     assert two.batch_guidance
     more = two.stages["denoise"]["work"] - one.stages["denoise"]["work"]
     assert more == 4 * TOKENS * WIDTH + 2 * LAYERS * TEXT * WIDTH * 2
+
+
+def test_the_step_cache_keeps_four_latents(t2v: Plan) -> None:
+    """A computed step's input and both passes, and the input before; of a video without a stream in slots."""
+    cached = replace(t2v, request=replace(t2v.request, cache=0.05))
+    latent = math.prod(plan_video(t2v, *CLIP).latent)
+    assert work(cached) - work(t2v) == 4 * 4 * latent
+    assert work(cached, "decode") - work(t2v, "decode") == 4 * 4 * latent
+
+
+def test_nag_takes_a_second_prompt_and_two_shares_of_rows(t2v: Plan) -> None:
+    """In float32, of a picture's 3,600 tokens more than the self-attention's values took, of a clip's less; and the
+    negative prompt's keys and values."""
+    led, texts = replace(t2v, request=replace(t2v.request, nag=11.0)), 2 * LAYERS * TEXT * WIDTH * 2
+    assert work(led) - work(t2v) == texts
+    one, two = (plan_video(plan, (1280, 720), 1).budget.stages["denoise"]["work"] for plan in (t2v, led))
+    assert two - one == texts + (8 - 2) * 3600 * WIDTH
 
 
 def test_adapters_take_a_result_and_its_sum(t2v: Plan) -> None:

@@ -4,9 +4,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tests.forked import python
 from tests.prompt_extension.tiny_qwen import build_text, build_vision
 from wan.prompt_extension import local_qwen
 from wan.prompt_extension.answers import AnswerError, Question
@@ -359,9 +357,6 @@ def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
         "extend(settings, [ExtendItem('a cat')], print)"
     )
     places = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | places,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    run = python("-c", script, environment=os.environ | places)
     assert len((run.stdout + run.stderr).splitlines()) == 1, run.stdout + run.stderr
     assert "owner/absent" in run.stdout

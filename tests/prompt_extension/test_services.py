@@ -3,13 +3,11 @@
 import json
 import logging
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.forked import python
 from tests.prompt_extension.fake_services import (
     DASHSCOPE_CHAT,
     DASHSCOPE_IMAGE,
@@ -317,9 +315,7 @@ extend.extend(settings, [extend.ExtendItem("a cat")], print)
 """
     closed = "http://127.0.0.1:9/api/v1"
     variables = {"DASH_API_KEY": KEY, "OPENAI_API_KEY": KEY, "DASH_API_URL": closed, "OPENAI_BASE_URL": closed}
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=root, env=os.environ | variables, capture_output=True, text=True, check=True)
+    run = python("-c", program, environment=os.environ | variables)
     assert run.stderr == ""
     (line,) = run.stdout.splitlines()
     assert line.startswith('warning: prompt 1 of 1 is kept as written, "a cat", because'), line

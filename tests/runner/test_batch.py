@@ -3,21 +3,24 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import shlex
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan.runner.video_job
 from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir
+from wan.checkpoints.safetensors_file import TensorStore
 from wan.cli.parser import parse
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime
@@ -35,6 +38,8 @@ from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, latents_elsewhere, make_part
 from wan.utils.progress import STAGE, Progress
+
+CHANNELS = TASKS["t2v-A14B"].out_dim  # of a latent
 
 
 @cache
@@ -60,9 +65,9 @@ class Models(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.plan, self.progress = plan, progress
-        self.text = nn.Embedding(256, 4)
-        self.net = nn.Conv3d(4, 4, 1)
-        self.pixels = nn.ConvTranspose3d(4, 3, (1, 8, 8), stride=(1, 8, 8))
+        self.text = nn.Embedding(256, CHANNELS)
+        self.net = nn.Conv3d(CHANNELS, CHANNELS, 1)
+        self.pixels = nn.ConvTranspose3d(CHANNELS, 3, (1, 8, 8), stride=(1, 8, 8))
         self.contexts: dict[str, Tensor] = {}
         self.calls: list[str] = []
         self.broken_steps: set[int] = set()  # jobs whose sampling fails
@@ -95,7 +100,7 @@ class Models(nn.Module):
         if job.index in self.broken_steps:
             raise JobError("step 2 (t=937.5, high noise): NaN in the latent")
         width, height = job.size
-        shape = (4, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
+        shape = (CHANNELS, (job.frame_num - 1) // 4 + 1, height // 8, width // 8)
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
         with self.progress.stage("denoise", total=2), torch.no_grad():
             for _ in range(2):
@@ -107,7 +112,9 @@ class Models(nn.Module):
         return {}
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, *, finer: bool = False) -> Iterator[Tensor]:
+    def decode(
+        self, latent: Tensor, *, finer: bool = False, convert: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    ) -> Iterator[Tensor]:
         self.calls.append("decode tiled" if finer else "decode")
         for i, frame in enumerate(latent.split(1, dim=1)):
             chunk = self.pixels(frame).repeat(1, 1 if i == 0 else 4, 1, 1).tanh()
@@ -115,7 +122,7 @@ class Models(nn.Module):
                 raise self.decode_errors.pop(0)
             if i == 1 and self.poison:
                 chunk[0, 1, 2, 3] = float("nan")
-            yield chunk
+            yield convert(chunk)
 
     def info(self) -> dict[str, str]:
         return {"device": "cpu", "dtype": "float32", "attention": "sdpa"}
@@ -256,7 +263,7 @@ def test_a_device_that_has_failed_ends_the_batch(tmp_path: Path, monkeypatch: py
 def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
     outcome = Outcome(make_run(tmp_path, ["one"]), poison=True)
     assert outcome.failed == 1
-    assert "NaN or Inf in the decoded frames after frame 1" in outcome.said
+    assert "NaN or Inf in the decoded frames" in outcome.said
     assert names(tmp_path) == ["0.latents.safetensors"]
 
 
@@ -269,6 +276,15 @@ def test_out_of_memory_says_where_and_what_needs_less(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as of_the_host:
         torch.empty(10**15)
     assert "out of memory" in wan.runner.video_job.reason(of_the_host.value)
+
+
+def test_an_error_of_the_allocator_names_its_variable() -> None:
+    assert "PYTORCH_ALLOC_CONF" in wan.runner.video_job.reason(
+        RuntimeError("CUDA driver error: operation not supported")
+    )
+    assert "PYTORCH_ALLOC_CONF" not in wan.runner.video_job.reason(
+        RuntimeError("CUDA error: unspecified launch failure")
+    )
 
 
 def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +381,22 @@ def test_what_decode_only_refuses(tmp_path: Path) -> None:
     refused("not latents that a run kept", file=tmp_path / "0.mp4")
     refused("made with --task t2v-A14B, not ti2v-5B", dataclasses.replace(planned(), config=TASKS["ti2v-5B"]))
     refused("0.mp4 .*--overwrite", save_file=tmp_path / "0.mp4")
+    store = TensorStore.open(latents)
+    kept, text = store.read("latent"), store.metadata["record"]
+    record = json.loads(text)
+    shapes = [kept[:8], kept.repeat(3, 1, 1, 1), kept[:, :0], kept[..., :0], kept[0], kept.new_zeros(())]
+    others = [kept.to(kind) for kind in (torch.float64, torch.bfloat16, torch.int64, torch.float8_e4m3fn, torch.bool)]
+    for tensor in (*shapes, *others):
+        save_file({"latent": tensor.contiguous()}, latents, {"record": text})
+        refused("not latents that a run kept")
+    meanings = [{"meaning": wrong} for wrong in ([], None, {}, {"task": []}, {"task": "t3v"})]
+    for change in ({"job": True}, {"job": []}, {"job": None}, {"schema": "x"}, {"seconds": math.inf}, *meanings):
+        save_file({"latent": kept}, latents, {"record": json.dumps(record | change)})
+        refused("not latents that a run kept")
+    for spelling in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}", "", "null", "[]", "3"):
+        save_file({"latent": kept}, latents, {"record": spelling})
+        refused("not latents that a run kept")
+    save_file({"latent": kept}, latents, {"record": text})
     latents.write_bytes(latents.read_bytes()[:-8])
     refused("not latents that a run kept")
 

@@ -99,7 +99,9 @@ def latent(name: str, folder: str = "out") -> torch.Tensor:
     return load_file(Path(folder) / f"{name}.latents.safetensors")["latent"]
 
 
-@pytest.mark.parametrize(("task", "image"), [("i2v-A14B", True), ("ti2v-5B", True), ("ti2v-5B", False)])
+@pytest.mark.parametrize(
+    ("task", "image"), [("i2v-A14B", True), ("ti2v-5B", False), pytest.param("ti2v-5B", True, marks=pytest.mark.slow)]
+)
 def test_a_chain_of_three(task: str, image: bool, capsys: pytest.CaptureFixture[str]) -> None:
     rows()
     assert generate.main(chain("--preview", task=task, image=image)) == 0

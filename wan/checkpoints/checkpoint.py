@@ -16,7 +16,7 @@ from torch import nn
 
 from wan.checkpoints import layout
 from wan.checkpoints.safetensors_file import TensorStore, fingerprint, reading
-from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_expert, open_file
+from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, kinds_in, open_expert, open_file
 from wan.configs import TaskConfig, task_of
 from wan.configs.task import PATCH
 from wan.modules.model import WanModel
@@ -50,7 +50,7 @@ class OpenCheckpoint:
     """A whole checkpoint, known from its headers."""
 
     folder: Path | None  # None where files alone serve
-    files: Mapping[str, Path]  # by part, those that serve in place of the folder's
+    files: Mapping[str, Path]  # by part, which replace the folder's
     experts: Mapping[str, Part[WanModel]]
     text_encoder: Part[UMT5Encoder]
     vae: Part[WanVAE]
@@ -67,7 +67,7 @@ class OpenCheckpoint:
 
 def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str, Path] | None = None) -> OpenCheckpoint:
     """Open every part; no weight is read. InputError with all problems.
-    files: by part (see `layout`), those that serve in place of the folder's; without a folder, all of them."""
+    files: by part (see `layout`), which replace the folder's; without a folder, all of them."""
     files, problems = dict(files or {}), list[str]()
     opener = _Opener(folder, config, files)
     if folder is not None:
@@ -96,8 +96,14 @@ def open_checkpoint(folder: Path | None, config: TaskConfig, files: Mapping[str,
         raise InputError(problems)
     contents = {tuple(map(fingerprint, expert.weights.files)) for expert in experts.values()}
     same = f"{opener.place(next(iter(experts)))} serves as {' and '.join(experts)} noise expert: the same weights"
-    warnings = (same,) if len(contents) < len(experts) else ()
-    return OpenCheckpoint(folder, files, experts, found[TEXT_ENCODER], found[VAE], tokenizer, file, warnings)
+    warnings = [same] if len(contents) < len(experts) else []
+    for each in dict.fromkeys(files[part] for part in files if part in found):
+        parts = [part for part in files if files[part] == each and part in found]
+        kinds = {EXPERT if part in experts else part for part in parts}
+        if rest := [kind for kind in kinds_in(found[parts[0]].weights.source) if kind not in kinds]:
+            read = " and ".join(f"--{kind}" for kind in sorted(kinds))
+            warnings.append(f"{each} is a whole checkpoint: it serves as {read}, its {' and '.join(rest)} is left out")
+    return OpenCheckpoint(folder, files, experts, found[TEXT_ENCODER], found[VAE], tokenizer, file, tuple(warnings))
 
 
 def open_single(part: str, file: Path, config: TaskConfig) -> Part[Any]:

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from wan.checkpoints.weights import WEIGHT_SUFFIXES
 from wan.utils.errors import InputError, TensorFileError, first_line
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ else:
 Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-# read by ranges; smaller files are fetched when they are opened
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
-BESIDE = tuple(f"*{kind}" for kind in (*WEIGHT_SUFFIXES, ".json", ".model"))  # fetched of a folder
-SERVING = (*(f"*{kind}" for kind in WEIGHT_SUFFIXES), "tokenizer.json")  # a kept folder without any was only looked at
+# Weights are read by ranges; smaller files are fetched when they are opened.
+BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
 
@@ -89,7 +88,7 @@ class HubPath(LocalPath):
 
         self.stat()
         kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
-        if self.suffix not in WEIGHT_SUFFIXES or isinstance(kept, str):
+        if self.suffix.lower() not in WEIGHT_SUFFIXES or isinstance(kept, str):
             return _download(self).open(mode, buffering, *text, **more)
         return _open_remote(self, "none" if buffering == 0 else "readahead")
 
@@ -118,7 +117,11 @@ def _open_remote(path: HubPath, cache_type: str) -> Any:
 def place(name: str) -> HubPath | None:
     """The place on the hub that a name means; None if it is no such name, or may mean something here."""
     match = PLACE.fullmatch(name)
-    if not match or os.path.exists(name.partition("/")[0]) or (not match[3] and match[1].endswith(WEIGHT_SUFFIXES)):
+    if (
+        not match
+        or os.path.exists(name.partition("/")[0])
+        or (not match[3] and match[1].lower().endswith(WEIGHT_SUFFIXES))
+    ):
         return None
     return HubPath(name)
 
@@ -157,8 +160,9 @@ def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
         return path
     if path.is_file():
         return _download(path)
-    beside = [name for name in path.files() if patterns or "/" not in name]
-    names = [name for name in beside if any(fnmatchcase(name, pattern) for pattern in patterns or BESIDE)]
+    names = [name for name in path.files() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not patterns:
+        names = [name for name in path.files() if "/" not in name and name.lower().endswith(BESIDE)]
     with ThreadPoolExecutor(8) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
@@ -175,7 +179,8 @@ def _kept_before(there: HubPath) -> Path | None:
     commits = [reference.read_text()] if reference.is_file() else []
     commits += [there.revision] if there.revision else [snapshot.name for snapshot in fetched]
     places = [folder / "snapshots" / commit / there.inside for commit in commits]
-    return next((path for path in places if path.is_file() or any(any(path.rglob(kind)) for kind in SERVING)), None)
+    serving = (*WEIGHT_SUFFIXES, "tokenizer.json")  # a kept folder without any was only looked at
+    return next((p for p in places if p.is_file() or any(f.name.lower().endswith(serving) for f in p.rglob("*"))), None)
 
 
 def _download(path: HubPath) -> Path:
@@ -225,8 +230,13 @@ def _check_answer(response: Any) -> None:
 
 @cache
 def _file_sizes(root: HubPath) -> dict[str, int]:
-    listed = _ask_hub(root, lambda: _file_system().find(root.as_posix(), detail=True))
-    sizes = {name.removeprefix(f"{root.as_posix()}/"): int(entry["size"]) for name, entry in listed.items()}
+    start = f"{root.as_posix()}/"
+
+    def sizes_of_files() -> dict[str, int]:  # of whatever a mirror lists
+        listed = _file_system().find(root.as_posix(), detail=True)
+        return {name.removeprefix(start): int(entry["size"]) for name, entry in listed.items()}
+
+    sizes = _ask_hub(root, sizes_of_files)
     if outside := [name for name in sizes if not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))]:
         raise InputError(f"{root.repository}: the hub lists {outside[0]!r:.60}, which is not inside the repository")
     return sizes

@@ -103,7 +103,8 @@ def open_pickle(path: Path) -> TensorStore:
     tensors = _find_tensors(path, content)
     if odd := [name for name in tensors if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
-    records = _records(path, infos)
+    with reading(path, "truncated or damaged"):
+        records = _records(path, infos)
     store = TensorStore({})
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:

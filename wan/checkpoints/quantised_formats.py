@@ -10,16 +10,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan.checkpoints.safetensors_file import Entry, TensorStore
+from wan.checkpoints.safetensors_file import DTYPES, Entry, TensorStore
 from wan.utils.files import parse_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-
-    from wan.checkpoints.safetensors_file import Fp8
 
 FLOATS = ("F32", "F16", "BF16")
 METADATA_KEY = "_quantization_metadata"
@@ -82,6 +80,8 @@ class Quantised(Entry):
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         import torch
 
+        from wan.modules.quantised_linear import rotated
+
         q = self.weight.read(name, rows)
         memory = torch.empty(4 * q.numel(), dtype=torch.uint8) if buffer is None else buffer[: 4 * q.numel()]
         weight = memory.view(torch.float32).view(q.shape).copy_(q)
@@ -89,14 +89,20 @@ class Quantised(Entry):
             scale = self._scales(name, rows)
             weight.view(len(q) if q.dim() else 1, scale.shape[1], -1).mul_(scale[:, :, None])
         if self.rotation:
-            groups = weight.view(-1, self.rotation)
-            groups.copy_(groups @ hadamard(self.rotation))
+            weight.copy_(rotated(weight, self.rotation))
         return weight
 
-    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
-        """One scale for all, or none, becomes one for each row."""
-        if self.weight.dtype != "F8_E4M3" or self.width:
-            return None
+    @property
+    def by_row(self) -> torch.dtype | None:
+        """Of its numbers, if a scale is for a row or more; None for scales by block."""
+        import torch
+
+        return None if self.width else getattr(torch, DTYPES[self.weight.dtype][0])
+
+    def read_as_stored(
+        self, name: str, rows: slice | None = None, buffer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(numbers in 8 bits, float32 scales [rows, 1]): one scale for all, or none, becomes one for each row."""
         q = self.weight.read(name, rows, buffer)
         return q, self._scales(name, rows).expand(len(q), 1)
 
@@ -114,13 +120,12 @@ class Quantised(Entry):
         return scale.repeat_interleave(self.height, 0)[start - first * self.height :][: stop - start]
 
 
-@cache
-def hadamard(size: int) -> Tensor:
-    """[size, size], a Kronecker power of H4, orthogonal and symmetric; size: a power of 4."""
+def int8_rotations(store: TensorStore) -> dict[str, int]:
+    """Inputs that were rotated together, by name, of the weights in int8 that can be computed as they are stored."""
     import torch
 
-    h4 = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    return h4 if size == 4 else torch.kron(h4, hadamard(size // 4))
+    found = ((name, entry) for name, entry in store.items() if isinstance(entry, Quantised))
+    return {name: entry.rotation for name, entry in found if entry.by_row == torch.int8}
 
 
 def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:

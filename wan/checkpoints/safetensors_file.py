@@ -25,8 +25,6 @@ from wan.utils.files import parse_json, stand_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Fp8 = tuple[Tensor, Tensor]  # e4m3 numbers, float32 scales [rows, 1]
-
 # safetensors' names -> (torch's name, bytes an element)
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
@@ -75,10 +73,6 @@ class Entry:
                     raise TensorFileError(f"{part.file}: ended inside tensor {name}")
                 done += got
         return data.view(getattr(torch, DTYPES[part.dtype][0])).reshape(part.shape)
-
-    def read_fp8(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Fp8 | None:
-        """A matrix that is stored in e4m3, as it is; None for any other tensor."""
-        return None
 
 
 class TensorStore(dict[str, Entry]):

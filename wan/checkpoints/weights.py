@@ -1,6 +1,7 @@
 """The weights of one network under our names, whatever file they come in and whoever named and quantised them.
 
-Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`), e4m3 also as it is stored."""
+Quantised weights are given as float32 (see `quantised_formats` and `gguf_file`); e4m3 and int8, with a scale per row or
+fewer, also as they are stored."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from wan.configs.task import PATCH
 from wan.utils.errors import LoraError
 
 EXPERT, TEXT_ENCODER, VAE = "expert", "text_encoder", "vae"  # kinds of networks
-GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")  # suffixes; all other files are safetensors
+GGUF, PICKLED = ".gguf", (".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", GGUF, *PICKLED)  # in lower case; files with others are opened by their first bytes
 ZIP_MAGIC = b"PK\x03\x04"  # of a pickle
 # a checkpoint in one file: prefix -> the kind of network behind it
 ALL_IN_ONE = {"model.diffusion_model.": EXPERT, "text_encoders.umt5xxl.": TEXT_ENCODER, "vae.": VAE,
@@ -46,7 +48,7 @@ NO_WEIGHTS = ("scaled_fp8", "spiece_model")  # a marker, and a tokenizer, in Com
 def open_file(path: Path) -> TensorStore:
     """The tensors of a file of any form, as they are; headers only. TensorFileError for a damaged one."""
     start, suffix = b"", path.suffix.lower()  # the first bytes decide where the suffix says nothing
-    if suffix not in (GGUF, *PICKLED, ".safetensors", ".json") and size_of(path):
+    if suffix not in (*WEIGHT_SUFFIXES, ".json") and size_of(path):
         with path.open("rb") as file:
             start = file.read(4)
     if suffix == GGUF or start == GGUF_MAGIC:
@@ -92,13 +94,13 @@ def as_ours(source: TensorStore, kind: str, where: str) -> TensorStore:
     return ours
 
 
-def kind_of(names: Collection[str]) -> str | None:
-    """The kind of network that has parameters of these names, in any spelling; None for a LoRA and other files."""
+def kinds_in(names: Collection[str]) -> list[str]:
+    """The kinds of networks that have parameters of these names, in any spelling; none for a LoRA and other files."""
+    found = []
     for kind, sign in SIGNS.items():
         plain = [strip_prefixes(name).removesuffix(DATA) for name in names if _part_of(name) in (None, kind)]
-        if sign in _our_names(kind, plain).values():
-            return kind
-    return None
+        found += [kind] if sign in _our_names(kind, plain).values() else []
+    return found
 
 
 def open_parts(folder: Path, config: TaskConfig, parts: Collection[str]) -> dict[str, TensorStore]:
@@ -116,7 +118,7 @@ def open_expert(path: Path) -> TensorStore:
     source = open_file(path)
     if any(".proj_l." in name for name in source):
         raise LoraError(f"--expert {path} cannot be run: {SPARSE}")
-    if kind_of(source) != EXPERT:
+    if EXPERT not in kinds_in(source):
         raise LoraError(f"--expert {path}: not a full expert, {SIGNS[EXPERT]} is missing (a LoRA goes to --lora)")
     return as_ours(source, EXPERT, f"--expert {path}")
 

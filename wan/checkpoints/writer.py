@@ -15,8 +15,8 @@ from torch import Tensor
 
 from wan.checkpoints.layout import STEM
 from wan.checkpoints.safetensors_file import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
-from wan.modules.fp8 import scale_name
 from wan.modules.fused import FP8, quantise
+from wan.modules.quantised_linear import scale_name
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 

@@ -87,7 +87,7 @@ class Check:
         return across, down
 
     def frames(self, flag: str, given: int) -> int:
-        """A frame count of the form 4n+1: the first frame stands alone, the VAE folds the others by four."""
+        """A frame count of the form 4n+1: the VAE folds four frames into one, except the first."""
         longest = (POSITIONS - 1) * 4 + 1
         if given > longest:
             self.problem(f"{flag} {short(given)} is too long; a video has at most {longest} frames{BECAUSE}")

@@ -18,7 +18,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Scope(Enum):
-    """What an option affects."""
+    """The stage that an option affects."""
 
     VIDEO = "what the video looks like"  # compared by --resume, taken over by --replay
     HOW = "how it is made"  # taken over by --replay
@@ -138,7 +138,7 @@ SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. Words with structure (sizes, lists of numbers) stay words; None: not given."""
+    """The options given. Words with structure (sizes, lists of numbers) stay words; None: not given."""
 
     # fmt: off
     task: str = option(MAKE, VIDEO, text, "TASK", f"{', '.join(TASKS)}; default {next(iter(TASKS))}",
@@ -172,7 +172,7 @@ class Request:
     frame_num: int | None = option(MAKE, VIDEO, whole, "N", f"4n+1 frames; {by_task(lambda task: task.frame_num)}",
         example="49")
     seconds: float | None = option(MAKE, VIDEO, real, "X",
-        "in place of --frame_num: the nearest length at the model's frame rate", limits=(0.01, 600), into="frame_num",
+        "instead of --frame_num: the nearest length at the model's frame rate", limits=(0.01, 600), into="frame_num",
         displaces=("frame_num",))
     base_seed: int = option(MAKE, VIDEO, whole, "N", "seed of every prompt; default -1: drawn once", default=-1,
         limits=(-LARGEST_SEED, LARGEST_SEED), counts_with=EXTEND, example="42")
@@ -201,14 +201,14 @@ class Request:
     lora_mode: str | None = option(WEIGHTS, VIDEO, text, "MODE",
         "merge (default) into the weights, or adapter: kept apart", needs=(*LORAS, "preset"))
     expert: tuple[str, ...] | None = option(WEIGHTS, VIDEO, paths, "EXPERT",
-        "high=FILE, low=FILE or model=FILE: a full (distilled) weight, safetensors or GGUF, in place of that expert",
+        "high=FILE, low=FILE or model=FILE: a full (distilled) weight, safetensors or GGUF, instead of that expert",
         into="ckpt_dir", counts_with=DECODE)
-    vae: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a video autoencoder in place of the checkpoint's",
+    vae: str | None = option(WEIGHTS, VIDEO, path, "FILE", "a video autoencoder instead of the checkpoint's",
         into="ckpt_dir", counts_with=DECODE)
     text_encoder: str | None = option(WEIGHTS, VIDEO, path, "FILE",
-        "a UMT5 encoder, safetensors, .pth or GGUF, in place of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
+        "a UMT5 encoder, safetensors, .pth or GGUF, instead of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
     tokenizer: str | None = option(WEIGHTS, VIDEO, path, "DIR",
-        "a folder with tokenizer.json in place of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
+        "a folder with tokenizer.json instead of the checkpoint's", into="ckpt_dir", counts_with=DECODE)
     preset: str | None = option(WEIGHTS, VIDEO, text, "NAME",
         "settings of a published release; default: recognised by the names of the weights", into="sample_steps")
 
@@ -248,8 +248,8 @@ class Request:
     dtype: str = option(MACHINE, VIDEO, text, "DTYPE", "auto (bf16, on a CPU fp32), bf16 or fp32",
         choices=("auto", "bf16", "fp32"), counts_with=DECODE)
     quantize: str = option(MACHINE, VIDEO, text, "WHAT",
-        "none (default), fp8 (the experts' inner blocks in 8 bits), or auto: fp8 where the GPU multiplies it",
-        choices=("none", "fp8", "auto"))
+        "none (default), fp8 or int8 (the experts' inner blocks in 8 bits), or auto: that which the GPU multiplies",
+        choices=("none", "fp8", "int8", "auto"))
     quality: str = option(MACHINE, START, text, "NAME",
         "exact (default); high: --vae_dtype bf16; fast: also --quantize auto and, for base weights, --cache 0.05",
         choices=tuple(QUALITIES), displaces=("vae_dtype", "quantize", "cache"), counts_with=DECODE)

@@ -1,4 +1,4 @@
-"""Which parameters keep float32 in a bf16 run, and which an fp8 run stores in fp8."""
+"""Which parameters keep float32 in a bf16 run, and which `--quantize` stores in 8 bits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 _MATRIX = re.compile(r"blocks\.(\d+)\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
 
 
-def takes_fp8(name: str, blocks: int, kept: int = 1) -> bool:
-    """Whether a run in fp8 holds this parameter in it: the matrices of all blocks but the first and last `kept`."""
+def takes_8_bits(name: str, blocks: int, kept: int = 1) -> bool:
+    """Whether `--quantize` holds this parameter in 8 bits: the matrices of all blocks but the first and last `kept`."""
     found = _MATRIX.fullmatch(name)
     return found is not None and kept <= int(found[1]) < blocks - kept
 

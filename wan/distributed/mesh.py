@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,7 +99,7 @@ class Team:
         Inside it, all ranks make the same exchanges, and with no other process."""
         if self.group is None:
             return work()
-        error: Exception | None = None
+        error = chosen = None
         try:
             done = work()
             self.barrier()
@@ -110,11 +111,16 @@ class Team:
             with suppress(PeerFailed):
                 self.barrier(failed=True)
         try:
-            for rank, reported in enumerate(self.gather(error and _portable(error))):
-                if reported is not None:
-                    raise error if error and rank == self.rank else reported
+            for rank, (host, reported) in enumerate(self.gather((socket.gethostname(), error and _portable(error)))):
+                if reported is None:
+                    continue
+                chosen = error if error and rank == self.rank else reported
+                where = f"process {origin_of(reported)[0]} on {host}: "
+                if rank and isinstance(chosen, WanError):  # the first process may have no such fault
+                    chosen.problems[:] = [p if p.startswith("process ") else where + p for p in chosen.problems]
+                raise chosen
         finally:
-            error = None  # else it and this frame keep each other alive, with all tensors of the failed work
+            error = chosen = None  # else it and this frame keep each other alive, with all tensors of the failed work
         raise AssertionError("one rank failed, or all would have passed the barrier")
 
     def broadcast(self, make: Callable[[], Result]) -> Result:

@@ -58,7 +58,7 @@ class SequenceSplit(TokenSplit):
 
 
 class SequenceAttention:
-    """Attention of this rank's queries to the tokens of all ranks, in place of `SelfAttention.attend`."""
+    """Attention of this rank's queries to the tokens of all ranks; replaces `SelfAttention.attend`."""
 
     def __init__(self, attention: SelfAttention, mesh: Mesh) -> None:
         self.attention, self.mesh = attention, mesh

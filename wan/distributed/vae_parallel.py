@@ -7,7 +7,7 @@ layers that look at whole frames (attention, a few percent of the work), the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,13 @@ class SplitVAE:
             target.copy_(flat[: target.numel()].view(target.shape))
         return self.vae.encode_features(features, chunk)
 
-    def decode(self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1)) -> Iterator[Tensor]:
+    def decode(
+        self,
+        latent: Tensor,
+        chunk: int = 2,
+        tiles: tuple[int, int] = (1, 1),
+        convert: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+    ) -> Iterator[Tensor]:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
 
         Every rank must run the iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
@@ -58,14 +64,15 @@ class SplitVAE:
         windows = [region.scaled(self.stride[1]) for region in regions]
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
         counts[0] -= 3
-        parts = iter([torch.zeros(0, device=self.device)] * len(counts))  # of a rank without a region
+        nothing = torch.zeros(0, dtype=convert(torch.zeros(1)).dtype, device=self.device)
+        parts = iter([nothing] * len(counts))  # of a rank without a region
         if self.rank < len(regions):
             region = regions[self.rank]
-            parts = self.vae.decode(latent, chunk, fitting(tiles, region), region)
+            parts = self.vae.decode(latent, chunk, fitting(tiles, region), region, convert)
         for part, count in zip(parts, counts, strict=True):
-            received = self._gather(padded(part, 3 * count * max(window.area for window in windows)))
+            received = self._gather(padded(part.to(self.device), 3 * count * max(window.area for window in windows)))
             if self.rank == 0:
-                video = part.new_empty(3, count, *frame.sides)
+                video = received[0].new_empty(3, count, *frame.sides)
                 for window, flat in zip(windows, received, strict=False):
                     target = video[:, :, window.top : window.bottom, window.left : window.right]
                     target.copy_(flat[: target.numel()].view(target.shape))

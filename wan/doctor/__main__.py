@@ -28,7 +28,8 @@ import torch
 from wan.doctor import rates
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, versions, video_encoder
-from wan.doctor.numerics import attention_checks, fp8_layer, golden_checks, lora_merge, vae_in_bf16
+from wan.doctor.numerics import attention_checks, golden_checks, lora_merge, quantised_layer, vae_in_bf16
+from wan.modules.quantised_linear import FORMATS
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell
@@ -91,7 +92,7 @@ def checks_of(machine: Machine) -> list[DoctorCheck]:
     return [
         *attention_checks(machine),
         DoctorCheck("LoRA merge", lora_merge),
-        DoctorCheck("weights in fp8", fp8_layer),
+        *(DoctorCheck(f"weights in {form}", partial(quantised_layer, form)) for form in FORMATS),
         DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
         DoctorCheck("exchange between GPUs", rates.exchange),

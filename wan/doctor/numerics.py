@@ -1,4 +1,4 @@
-"""Whether the device computes right: attention, LoRA merge, fp8, the golden cases, the memory modes and the VAE.
+"""Whether the device computes right: attention, LoRA merge, 8 bits, the golden cases, the memory modes and the VAE.
 
 Shapes: L tokens, N heads, d head width; O, I rows and columns of a weight, R rank.
 """
@@ -29,7 +29,7 @@ from wan.jobs.job import Sampling
 from wan.jobs.weights import both
 from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
-from wan.modules.fp8 import in_fp8, multiplies_fp8
+from wan.modules.quantised_linear import in_8_bits, why_unpacked
 from wan.original_api import Original
 from wan.sampling import Video
 from wan.utils.accelerator import Accelerator, peak_gpu_bytes
@@ -42,8 +42,8 @@ LEFT_OUT = "runs leave this back end out; reinstall its package for this PyTorch
 ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # SageAttention's scheme (queries and keys int8; the rest 16 bits, or e4m3) written out on a CPU: 1.2e-2 to 3.9e-2.
 IN_8_BITS = 6e-2
-# A product whose weights are e4m3, against float32: 2.6e-2; with the activations in e4m3 too 3.7e-2.
-FP8_ERRORS = (2e-2, 5e-2)
+# A product whose weights are e4m3, against float32: 2.6e-2; with the activations in e4m3 too 3.7e-2. In int8: 1.1e-2.
+ERRORS_IN_8_BITS = {"fp8": (2e-2, 5e-2), "int8": (5e-3, 2e-2)}
 END_TO_END = 1e-4  # float32: largest error over the largest magnitude, from prompt to latent and to pixels
 BF16 = (1e-3, 1.5e-2)  # root mean square of the final latent; below the first it would not be bf16
 VAE_PEAK = 1.3  # of the planned bytes; without cuDNN 2.9 in an example
@@ -80,14 +80,16 @@ def attention(name: str, dtype: torch.dtype, machine: Machine) -> Finding:
     return judge("error against float32", torch.tensor(errors).max().item(), limit, advice)  # of a NaN it is NaN
 
 
-def fp8_layer(machine: Machine) -> Finding:
-    """A linear layer of `--quantize fp8` on the device, against float32."""
+def quantised_layer(form: str, machine: Machine) -> Finding:
+    """A linear layer of `--quantize` on the device, against float32."""
     rows, inputs, outputs = (32, 128, 64) if machine.small else (512, 5120, 1024)
     weight, x = seeded(0, outputs, inputs) / inputs**0.5, seeded(1, rows, inputs).to(machine.usual)
-    layer = in_fp8(weight.to(machine.device), torch.zeros(outputs, device=machine.device, dtype=machine.usual))
+    bias = torch.zeros(outputs, device=machine.device, dtype=machine.usual)
+    layer = in_8_bits(form, weight.to(machine.device), bias)
     error = rms_error(layer(x.to(machine.device)).cpu(), x.float() @ weight.t())
-    outcome = judge("root mean square error", error, FP8_ERRORS, f"leave --quantize out; {REPORT}")
-    how = "multiplied in fp8" if multiplies_fp8(machine.device, machine.usual) else "no fp8 product here: unpacked"
+    outcome = judge("root mean square error", error, ERRORS_IN_8_BITS[form], f"leave --quantize out; {REPORT}")
+    unpacked = why_unpacked(form, machine.device, machine.usual)
+    how = f"no {form} product here: unpacked" if unpacked else f"multiplied in {form}"
     return replace(outcome, sentence=f"{how}, {outcome.sentence}")
 
 

@@ -1,4 +1,4 @@
-"""What a request resolves to: videos to make, prompts to write out, or latents to decode. No torch, no weights."""
+"""The outcome of a request: videos to make, prompts to write out, or latents to decode. No torch, no weights."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Sampling:
     steps: int
     shift: float
     guidance: tuple[float, float]  # (low noise, high noise); equal for one-model tasks
-    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, in place of steps and shift
-    high_steps: int | None = None  # explicit count of high-noise steps, in place of the boundary
+    timesteps: tuple[float, ...] | None = None  # explicit final timesteps, instead of steps and shift
+    high_steps: int | None = None  # explicit count of high-noise steps, instead of the boundary
     lora_steps: tuple[float, ...] | None = None  # LoRA scale by step (motion recipes); None: 1 at every step
     guidance_steps: tuple[float, ...] | None = None  # guidance by step; None: `guidance`
     strength: float = STRENGTH  # share of the steps that a video made from another one takes

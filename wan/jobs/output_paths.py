@@ -44,7 +44,7 @@ def row_file(save_dir: Path, name: str, source: str, check: Check) -> Path:
 def check_outputs(
     request: Request, files: Sequence[Path], check: Check, inputs: Iterable[Path] = (), own: set[Path] | None = None
 ) -> None:
-    """Every file of every video can be written, none is in the way of another, of an input, or of what is there.
+    """Every file of every video can be written, none is in the way of another, of an input, or of an existing file.
     inputs: what the run reads. own: videos of this process, None: all; those of others may be there already."""
     flag = "--save_file " if request.save_file is not None else ""
     folder_of = cache(lambda folder: os.path.normcase(normal(os.path.realpath(folder))))

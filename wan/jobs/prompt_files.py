@@ -19,11 +19,11 @@ from wan.cli.options import VARIED
 from wan.utils.argument_parser import closest, cut
 from wan.utils.files import parse_json, write_file
 
-# What the end of a prompt file's name means; tables by separator, the usual one first.
+# The kind of a prompt file by the end of its name; tables by separator, the usual one first.
 TEXT, JSON_LINES, TABLES = ("", ".txt"), (".jsonl", ".json"), {".csv": ",;\t", ".tsv": "\t,;"}
 EXAMPLE = '{"prompt": "a cat"}'
 LONGEST_TEXT = 20_000  # characters; a model reads 512 tokens of a prompt
-LARGEST_FILE = 256 * 2**20  # bytes
+LARGEST_FILE, MOST_LINES = 32 * 2**20, 200_000  # bytes of a file, and its lines
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,9 @@ def _read_text(path: Path, flag: str, problems: list[str]) -> str | None:
     coding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8"  # spreadsheets write both
     try:
         text = re.sub("\r\n?", "\n", content.decode(coding)).lstrip("\ufeff")
+        if text.count("\n") > MOST_LINES:
+            problems.append(f"{flag} {path}: has more than {MOST_LINES:,} lines; divide it")
+            return None
         if "\0" not in text:
             return text
         before, fault = text[: text.index("\0")], "holds a NUL character"

@@ -85,7 +85,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
 
 
 def _checked(request: Request, check: Check) -> Request:
-    """`request` with the default in place of each value outside its row's choices or limits."""
+    """`request` with the default for each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         flag, value = f"--{name}", getattr(request, name)
@@ -159,8 +159,10 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
     variant = Generate(request, config, weights, sampling, jobs=())
     jobs = make_jobs(variant, rows, label, check)
     made_from = any(job.video for job in jobs)
-    if rows and request.strength is not None and not made_from:
-        check.problem("--strength is about a video to start from; give --video, or 'video' in a row of --prompt_file")
+    bare = [f"{row.source}: strength" for row in rows.values() if "strength" in dict(row.options) and not row.video]
+    if bare or (rows and request.strength is not None and not made_from):
+        named = bare[0] if bare else "--strength"
+        check.problem(f"{named} is about a video to start from; give --video, or 'video' in that row of --prompt_file")
     if made_from and sampling.first_step == sampling.steps:
         check.problem(f"--strength {sampling.strength:g} leaves none of {sampling.steps} steps; 1 / steps leaves one")
     return replace(variant, jobs=tuple(jobs))

@@ -1,5 +1,5 @@
 """The weights of a run, and the sampling settings that belong to them.
-A distilled weight changes every sampling default: few Euler steps without guidance in place of 40 to 50 with it."""
+A distilled weight changes every sampling default: few Euler steps without guidance instead of 40 to 50 with it."""
 
 from __future__ import annotations
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from PIL import Image
 
 from wan.media.images import write_text
-from wan.media.video import VideoWriter, read_clip, run_ffmpeg, video_input
+from wan.media.video import VideoWriter, clip_frames, run_ffmpeg, to_bytes, video_input
 from wan.utils.files import replacing
 
 CELL = 320  # pixels across
@@ -39,19 +40,26 @@ def save_montage(
     from numpy import asarray
 
     width, height = CELL, max(2, round(CELL * size[1] / size[0] / 2) * 2)
-    canvas = torch.full((3, frames, len(cells) * (height + BAND), len(cells[0]) * width), -1.0)
-    for down, row in enumerate(cells):
-        for across, (label, path) in enumerate(row):
-            band, top, left = Image.new("RGB", (width, BAND)), down * (height + BAND), across * width
-            write_text(band, label, 0, 1)
-            letters = torch.from_numpy(asarray(band).copy()).permute(2, 0, 1)[:, None]
-            canvas[:, :, top : top + BAND, left : left + width] = letters / 127.5 - 1
-            if path:
-                clip = read_clip(path, frames, round(fps), (width, height))
-                canvas[:, :, top + BAND : top + BAND + height, left : left + width] = clip
-    with VideoWriter(target, fps) as video:
-        video.write(canvas)
+    canvas = torch.full((3, 1, len(cells) * (height + BAND), len(cells[0]) * width), -1.0)  # of one frame
+    with ExitStack() as opened:
+        clips = []
+        for down, row in enumerate(cells):
+            for across, (label, path) in enumerate(row):
+                band, top, left = Image.new("RGB", (width, BAND)), down * (height + BAND), across * width
+                write_text(band, label, 0, 1)
+                letters = torch.from_numpy(asarray(band).copy()).permute(2, 0, 1)
+                canvas[:, 0, top : top + BAND, left : left + width] = letters / 127.5 - 1
+                if path:
+                    place = canvas[:, 0, top + BAND : top + BAND + height, left : left + width]
+                    clip = clip_frames(path, frames, round(fps), (width, height))
+                    clips.append((place, opened.enter_context(closing(clip))))
+        video = opened.enter_context(VideoWriter(target, fps))
+        for number in range(frames):
+            for place, clip in clips:
+                place.copy_(next(clip))
+            video.write(canvas)
+            if number == frames // 2:
+                middle = to_bytes(canvas)[0]
         video.finish(None)
-    middle = ((canvas[:, frames // 2] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     with replacing(target.with_suffix(".png")) as part:
         Image.fromarray(middle).save(part, "PNG")

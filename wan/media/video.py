@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -58,7 +58,8 @@ X264 = ("-c:v", "libx264", "-crf", "10", "-rc-lookahead", "8", "-threads", "8")
 CONTAINERS = {".mp4": Container("mp4", X264, ("-movflags", "+faststart"))}
 READ = (".mp4", ".mov", ".m4v", ".mkv", ".webm")
 # Only these demuxers and protocols: a playlist under a video's name could open other files and addresses.
-SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe")
+# A tag of any size would be held whole: at most this many bytes in one piece.
+SAFE = ("-format_whitelist", "mov,matroska,webm", "-protocol_whitelist", "file,pipe", "-max_alloc", str(1 << 28))
 
 
 def is_video(path: Path) -> bool:
@@ -83,7 +84,7 @@ class VideoWriter:
         self._waiting: deque[Future[Any]] = deque()  # chunks that the feeder has not written yet
 
     def write(self, chunk: torch.Tensor) -> None:
-        """chunk: float32 [3, t, H, W] in [-1, 1]; returns once the frames are queued."""
+        """chunk: [3, t, H, W], as `rounded` takes it; returns once the frames are queued. JobError for NaN or Inf."""
         frames = to_bytes(chunk)
         count, height, width, _ = frames.shape
         if self._encoder is None:
@@ -179,10 +180,18 @@ def publish(path: Path, source: Sequence[str], frames: int, record: dict[str, An
             beside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def rounded(pixels: torch.Tensor, source: object = "a video") -> torch.Tensor:
+    """[-1, 1] -> uint8 of the same shape on the same device; uint8 comes back. JobError for NaN or Inf."""
+    if not pixels.is_floating_point():
+        return pixels
+    if not pixels.isfinite().all():
+        raise JobError(f"{source}: NaN or Inf in the decoded frames")
+    return pixels.float().mul(127.5).add_(127.5).round_().clamp_(0, 255).byte()
+
+
 def to_bytes(chunk: torch.Tensor) -> numpy.ndarray:
-    """[3, t, H, W] in [-1, 1] -> uint8 [t, H, W, 3], rounded on the chunk's device: a quarter of it is copied."""
-    scaled = chunk.float().mul(127.5).add_(127.5).round_().clamp_(0, 255)
-    return scaled.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    """[3, t, H, W], as `rounded` takes it -> uint8 [t, H, W, 3]. JobError for NaN or Inf."""
+    return rounded(chunk).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -203,13 +212,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_comment(path: Path) -> str:
-    """JSON text of the comment tag. ValueError if there is none."""
+    """JSON text of the comment tag. ValueError if there is none, or a longer one than any record's."""
     with suppress(ValueError):  # no MP4, or none that is whole
         return boxes.comment(path, LONGEST_RECORD)
-    found = run_ffmpeg(*video_input(path), "-f", "ffmetadata", "pipe:1")
-    # a value runs to the first line end that no backslash precedes
-    comment = re.search(r"^comment=((?:\\.|[^\\\n])*)", found.stdout.decode("utf-8"), re.M | re.S | re.I)
-    if found.returncode != 0 or comment is None:
+    words = [*ffmpeg_command(), *video_input(path), "-f", "ffmetadata", "pipe:1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as reader:
+        assert reader.stdout is not None
+        text = reader.stdout.read(LONGEST_RECORD)
+        if len(text) == LONGEST_RECORD:
+            reader.kill()
+    # a value runs to the first line end that no backslash precedes; possessive, as the rest takes no memory then
+    comment = re.search(r"^comment=((?:[^\\\n]++|\\.)*+)", text.decode("utf-8"), re.M | re.S | re.I)
+    if reader.returncode != 0 or comment is None:
         raise ValueError("no comment tag")
     return re.sub(r"\\(.)", r"\1", comment[1], flags=re.DOTALL)
 
@@ -228,7 +242,8 @@ def describe_clip(path: Path, frames: int, fps: int) -> str:
     """The part of a clip that `read_clip` takes, for the plan. InputError for any other file, or too few frames."""
     if not path.is_file():
         raise InputError(f"{path}: no such video file")
-    counted = _run_clip(path, frames + 1, f"fps={fps}", "-f", "null", "-loglevel", "info", "-progress", "pipe:1")
+    words = ["-f", "null", "-loglevel", "info", "-progress", "pipe:1"]
+    counted = run_ffmpeg(*_clip_words(path, frames + 1, f"fps={fps}", *words))
     if counted.returncode != 0 or not (found := _frames_reported(counted.stdout)):
         raise InputError(f"{path}: not a video that can be read ({', '.join(READ)} are)")
     if found < frames:
@@ -239,23 +254,43 @@ def describe_clip(path: Path, frames: int, fps: int) -> str:
 
 
 def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch.Tensor:
-    """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre.
+    """All that `clip_frames` gives: float32 [3, F, H, W] in [-1, 1]."""
+    import torch
 
-    float32 [3, F, H, W] in [-1, 1]. InputError if they cannot be read.
+    clip = torch.empty(3, frames, size[1], size[0])
+    for number, frame in enumerate(clip_frames(path, frames, fps, size)):
+        clip[:, number] = frame
+    return clip
+
+
+def clip_frames(path: Path, frames: int, fps: int, size: tuple[int, int]) -> Generator[torch.Tensor]:
+    """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre, one by one.
+
+    float32 [3, H, W] in [-1, 1]. InputError if they cannot be read.
     """
     import torch
 
     width, height = size
     cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags={EXACT},crop={width}:{height}"
-    done = _run_clip(path, frames, f"fps={fps},{TO_RGB},format=rgb24,{cover}", "-f", "rawvideo")
-    if len(done.stdout) != frames * height * width * 3:
-        raise InputError(f"{path}: the video cannot be read{messages(done.stderr)}")
-    pixels = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8).view(frames, height, width, 3)
-    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1
+    words = _clip_words(path, frames, f"fps={fps},{TO_RGB},format=rgb24,{cover}", "-f", "rawvideo")
+    with (
+        tempfile.TemporaryFile() as told,
+        subprocess.Popen(
+            [*ffmpeg_command(), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told,
+            start_new_session=True,
+        ) as decoder,
+    ):  # fmt: skip
+        assert decoder.stdout is not None
+        for _ in range(frames):
+            if len(pixels := decoder.stdout.read(height * width * 3)) != height * width * 3:
+                told.seek(0)
+                raise InputError(f"{path}: the video cannot be read{messages(told.read())}")
+            frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, 3)
+            yield frame.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _run_clip(path: Path, frames: int, filters: str, *target: str) -> subprocess.CompletedProcess[bytes]:
-    return run_ffmpeg(*video_input(path), "-map", "0:v:0", "-vf", filters, "-frames:v", str(frames), *target, "-")
+def _clip_words(path: Path, frames: int, filters: str, *target: str) -> list[str]:
+    return [*video_input(path), "-map", "0:v:0", "-vf", filters, "-frames:v", str(frames), *target, "-"]
 
 
 def last_frame(path: Path, changes: list[str] | None = None) -> bytes:

@@ -21,7 +21,7 @@ from wan.utils.errors import first_line
 
 TAU, ALPHA = 2.5, 0.25  # of normalised attention guidance, as published for Wan
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
-LARGEST = torch.finfo(FP8).max
+LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}
 LEAST = 1e-12  # taken for a row's largest magnitude where it is smaller: a row of zeros has a scale too
 
 
@@ -59,7 +59,7 @@ def guide(x: Tensor, away: Tensor, scale: float) -> None:
     """x [R, D] led away from `away`, both results of attention (NAG, arXiv 2505.21179): x and scale * x - (scale - 1) *
     away, whose L1 norm is limited to TAU times x's in each row, mixed by ALPHA."""
     plain = x.float()
-    guided = away.float().lerp_(plain, scale)  # a float32 `away` is overwritten: nobody needs it again
+    guided = (scale * plain).sub_(away, alpha=scale - 1)
     before, after = (torch.linalg.vector_norm(each, ord=1, dim=-1, keepdim=True) for each in (plain, guided))
     limit = (TAU * before / after.clamp_(min=LEAST)).clamp_(max=1.0)
     x.copy_(plain.lerp_(guided.mul_(limit), ALPHA))
@@ -77,11 +77,17 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, q: Tensor, scale: Tensor) -> None:
-    """x [R, I] as e4m3 q [R, I] times float32 scale [R, 1]: each row's largest magnitude becomes the format's largest.
+    """x [R, I] as e4m3 or int8 q [R, I] times float32 scale [R, 1]: each row's largest magnitude becomes the format's.
     In float32 up to the one rounding to q, so that the result is the same on every device and for any share of rows."""
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True, dtype=torch.float32)
-    scale.copy_(largest.clamp_(min=LEAST) / LARGEST)
-    q.copy_(x / scale)
+    scale.copy_(largest.clamp_(min=LEAST) / LARGEST[q.dtype])
+    scaled = x / scale
+    q.copy_(scaled if q.dtype == FP8 else scaled.round_())
+
+
+def scale_sums(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out [R, O] = sums * rows [R, 1] * columns [O] + bias [O] of int32 sums, in float32 and rounded once."""
+    out.copy_((sums * rows).mul_(columns).add_(bias))
 
 
 def _divide_by_rms(x: Tensor, eps: float) -> None:
@@ -106,6 +112,7 @@ class Passes(NamedTuple):
     rms_norm_rotate: Callable[[Tensor, Tensor, Tensor, float], None] = rms_norm_rotate
     guide: Callable[[Tensor, Tensor, float], None] = guide
     quantise: Callable[[Tensor, Tensor, Tensor], None] = quantise
+    scale_sums: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = scale_sums
 
 
 EAGER = Passes()

@@ -29,11 +29,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.configs import TASKS
-from wan.configs.precision import takes_fp8
+from wan.configs.precision import takes_8_bits
 from wan.configs.task import PATCH
 from wan.modules.attention import Attend, sdpa
-from wan.modules.fp8 import Fp8Linear, shared
 from wan.modules.fused import EAGER, Passes
+from wan.modules.quantised_linear import QuantisedLinear, shared
 
 ROWS = 8192  # of a feed-forward's 4 D columns: less than what attention keeps of all tokens, at 480p too
 THETA = 10000.0
@@ -142,15 +142,17 @@ class WanModel(nn.Module):
     def use_passes(self, passes: Passes) -> None:
         """Let everything between the matrix products run through these functions."""
         for module in self.modules():
-            if isinstance(module, Block | Attention | Head | Fp8Linear):
+            if isinstance(module, Block | Attention | Head | QuantisedLinear):
                 module.passes = passes
 
-    def use_fp8(self, kept: int = 1) -> None:
-        """Have layers for weights in fp8, before any are loaded; the first and last `kept` blocks stay as they are."""
+    def quantise(self, form: str, rotations: Mapping[str, int] | None = None, kept: int = 1) -> None:
+        """Have layers for weights in `form`, before any are loaded; the first and last `kept` blocks stay as they are.
+        rotations: by parameter, where a file has int8 numbers to be taken as they are."""
         for name, parameter in list(self.named_parameters()):
-            if takes_fp8(name, len(self.blocks), kept):
+            if takes_8_bits(name, len(self.blocks), kept):
                 outputs, inputs = parameter.shape
-                self.set_submodule(name.removesuffix(".weight"), Fp8Linear(inputs, outputs))
+                layer = QuantisedLinear(inputs, outputs, form, (rotations or {}).get(name))
+                self.set_submodule(name.removesuffix(".weight"), layer)
 
 
 def released_transformer(task: str) -> WanModel:
@@ -219,7 +221,11 @@ class Block(nn.Module):
         """One pass for each residual stream [L, D] (overwritten once float32), prompt and text [text_len, D]; rows are
         float32 [T, 6, D]. Returns float32 [L, D] in the same list: nobody keeps a converted stream."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
-        norm3, ungated, dtype = self.norm3, torch.ones_like(gate1), self.self_attn.q.bias.dtype  # weights may be fp8
+        norm3, ungated, dtype = (
+            self.norm3,
+            torch.ones_like(gate1),
+            self.self_attn.q.bias.dtype,
+        )  # weights may be in 8 bits
         for attended in texts:
             x = streams.pop(0)
             # attentions run by `forward`: a module called as such keeps what it was given until it returns
@@ -362,7 +368,7 @@ class TokenSplit:
 def rotary_table(grid: tuple[int, int, int], head_width: int, start: int, stop: int, device: torch.device) -> Tensor:
     """(cos, sin) of every pair's angle for tokens `start` to `stop` of a (frames, rows, columns) grid, in that order.
 
-    float32 [stop - start, d / 2, 2], made from float64 angles. Of the c = d/2 pairs, c // 3 turn with the row, c // 3
+    float32 [stop - start, d / 2, 2], made from float64 angles. c = d/2 pairs: c // 3 turn with the row, c // 3
     with the column and the rest with the frame, each axis with its own frequencies theta^(-2j / axis width)
     (RoFormer, arXiv 2104.09864, eq. 15). Tokens past the grid's end get angle 0: they are padding.
     """

@@ -10,7 +10,7 @@ region on each of several): it then takes in a rim as wide as its convolutions r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -177,32 +177,36 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, latent: Tensor, chunk: int = 2, tiles: Tiles = (1, 1), region: Region | None = None
+        self,
+        latent: Tensor,
+        chunk: int = 2,
+        tiles: Tiles = (1, 1),
+        region: Region | None = None,
+        convert: Callable[[Tensor], Tensor] = lambda pixels: pixels,
     ) -> Iterator[Tensor]:
-        """[z, L, h, w] -> chunks [3, t, H, W] float32 in [-1, 1], in order of time, 4L - 3 frames in all.
+        """[z, L, h, w] -> chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order of time, 4L - 3 frames.
 
         chunk: latent frames per call of the network: more is faster and takes more memory. region: of the latent grid.
         tiles: rows and columns into which it is divided. Each is decoded for the whole clip before the next, with far
-        less memory and the same numbers. A GPU's pixels wait in host memory: its own is for work.
+        less memory and the same numbers. A GPU's pixels then wait, and come, in host memory: its own is for work.
         """
         region = region or Region(0, latent.shape[-2], 0, latent.shape[-1])
         divided = region.divided(*tiles)  # ValueError for tiles that do not fit, before any work
         features = self.decode_features(latent, chunk)
         if tiles == (1, 1):
-            yield from self.decode_region(features, region, chunk)
+            yield from map(convert, self.decode_region(features, region, chunk))
             return
         frame = region.scaled(self.stride[1])
         device = torch.device("cpu") if features.device.type == "cuda" else features.device
-        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, device=device)
+        video = torch.empty(3, 4 * len(features) - 3, *frame.sides, dtype=convert(torch.zeros(1)).dtype, device=device)
         for tile in divided:
             target, start = tile.scaled(self.stride[1]).cut(video.movedim(0, -1), frame), 0
-            for part in self.decode_region(features, tile, chunk):
+            for part in map(convert, self.decode_region(features, tile, chunk)):
                 target[start : start + part.shape[1]] = part.movedim(0, -1)
                 start += part.shape[1]
         counts = [4 * len(part) for part in features.split(chunk)]
-        counts[0] -= 3  # the first frame stands alone
-        for part in video.split(counts, dim=1):
-            yield part.to(features.device)
+        counts[0] -= 3  # the first frame is a part by itself
+        yield from video.split(counts, dim=1)
 
     @torch.no_grad()
     def decode_features(self, latent: Tensor, chunk: int = 2) -> Tensor:

@@ -21,7 +21,7 @@ from wan.utils.accelerator import free_memory
 
 Network = TypeVar("Network", WanModel, UMT5Encoder)
 EMBEDDING = "token_embedding.weight"  # of the text encoder, read by row
-SPARE = 0.02  # of a slot: for the scales of blocks in fp8, which make two of them a little more than one in bf16
+SPARE = 0.02  # of a slot: for the scales of blocks in 8 bits, which make two of them a little more than one in bf16
 
 
 class Streamed(Residency):
@@ -83,6 +83,9 @@ class Networks(Generic[Network]):
     def shrink(self, slots: int = 0) -> None:
         """Free the memory of all but `slots` slots."""
         self.prefetcher.resize(min(slots, len(self.prefetcher.slots)))
+        for source in self._sources.values():
+            if source.merge:
+                source.merge.free_buffers()
         free_memory()
 
 
@@ -91,7 +94,7 @@ def group(
 ) -> tuple[list[str], list[list[str]], list[int], dict[str, int]]:
     """(parameters that stay, those of each block in the order of use, each unit's block, bytes of each in a slot).
 
-    A block is a unit, or neighbours no larger together than the largest: fp8 units go in pairs, as wide as one in bf16.
+    A block is a unit, or neighbours no larger together than the largest: in 8 bits two are as wide as one in bf16.
     """
     size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning.merge import Merge
+from wan.checkpoints.quantised_formats import Quantised, int8_rotations
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.configs.precision import keeps_float32
-from wan.modules.fp8 import Fp8Linear, scale_name
-from wan.modules.fused import FP8, quantise
+from wan.modules.fused import FP8
+from wan.modules.quantised_linear import EIGHT_BITS, QuantisedLinear, rotation_of, round_rows, scale_name
 from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
@@ -56,8 +57,9 @@ class Source:
     def __init__(self, store: TensorStore, dtype: Callable[[str], torch.dtype], merge: Merge | None = None) -> None:
         self.store, self.dtype, self.merge = store, dtype, merge
         self._stamps = {file: _stamp(file) for file in store.files}
+        self._rotations = int8_rotations(store)
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
-        self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces stored in fp8
+        self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces that stay as they are stored
 
     def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
         """`names` (or `rows` of each) in the order of the file, in nearly equal pieces; scales come with weights."""
@@ -79,10 +81,9 @@ class Source:
         try:
             if _stamp(file) != self._stamps[file]:
                 raise ReadError(f"{file}: has changed since this run opened it; start again")
-            in_fp8 = self.dtype(piece.name) == FP8 and not self._merged(piece)
-            # None if the file has another dtype
-            if stored := entry.read_fp8(piece.name, piece.rows, buffer) if in_fp8 else None:
-                tensor, self._scales[key] = stored
+            quantised = entry if isinstance(entry, Quantised) and not self._merged(piece) else None
+            if quantised and quantised.by_row == self.dtype(piece.name):
+                tensor, self._scales[key] = quantised.read_as_stored(piece.name, piece.rows, buffer)
             else:
                 tensor = self.store.read(piece.name, piece.rows, buffer)
         except OSError as e:
@@ -106,12 +107,13 @@ class Source:
         if piece.rows is not None:
             rows = slice(piece.rows.start - start, piece.rows.stop - start)
             target = target[rows]
-        if target.dtype != FP8:
+        if target.dtype not in EIGHT_BITS:
             target.copy_(tensor)
             return
         scale = targets[scale_name(piece.name)][rows, None]
-        if tensor.dtype != FP8:
-            quantise(tensor, target, scale)
+        if tensor.dtype != target.dtype:
+            rotation = rotation_of(target.dtype, target.shape[1], self._rotations.get(piece.name))
+            round_rows(tensor, rotation, target, scale)
         else:
             target.copy_(tensor)
             scale.copy_(self._scales[piece.name, piece.rows.start if piece.rows else 0])
@@ -199,10 +201,10 @@ def parameter_dtypes(
     dtype: torch.dtype, convert_all: bool, module: nn.Module | None = None
 ) -> Callable[[str], torch.dtype]:
     """The dtype of each parameter of the transformer: `dtype`, but float32 where the original keeps float32.
-    convert_all (`--convert_model_dtype`): `dtype` for each. module: its fp8 layers keep their own dtypes."""
+    convert_all (`--convert_model_dtype`): `dtype` for each. module: its quantised layers keep their own dtypes."""
     layers = [] if module is None else module.named_modules()
-    in_fp8 = {name: layer for name, layer in layers if isinstance(layer, Fp8Linear)}
-    kept = {f"{name}.{leaf}": own for name, layer in in_fp8.items() for leaf, own in layer.DTYPES}
+    in_8_bits = {name: layer for name, layer in layers if isinstance(layer, QuantisedLinear)}
+    kept = {f"{name}.{leaf}": own for name, layer in in_8_bits.items() for leaf, own in layer.dtypes}
     return lambda name: kept.get(name) or (torch.float32 if not convert_all and keeps_float32(name) else dtype)
 
 

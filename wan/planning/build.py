@@ -21,6 +21,7 @@ from lightning.releases import refuse_distilled_twice
 from wan.checkpoints import hub
 from wan.checkpoints.checkpoint import OpenCheckpoint, open_checkpoint
 from wan.checkpoints.layout import patterns
+from wan.checkpoints.quantised_formats import int8_rotations
 from wan.checkpoints.safetensors_file import fingerprint
 from wan.cli.checks import Check
 from wan.cli.options import Request
@@ -33,7 +34,7 @@ from wan.jobs.weights import PARTS
 from wan.media.images import digest
 from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
-from wan.modules.fp8 import multiplies_fp8
+from wan.modules.quantised_linear import FORMATS, multiplies
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
@@ -117,8 +118,7 @@ def open_plan(
         fp32 = request.dtype == "fp32" or (request.dtype == "auto" and on_cpu)
         dtypes = (torch.float32,) * 2 if fp32 else (as_dtype(config.param_dtype), as_dtype(config.t5_dtype))
     if request.quantize == "auto":
-        fp8 = multiplies_fp8(device, dtypes[0]) and not request.dit_fsdp
-        request = replace(request, quantize="fp8" if fp8 else "none")
+        request = replace(request, quantize="none" if request.dit_fsdp else fast_format(device, dtypes[0]))
     brought = _brought(request, weights)
     opened = before and all(getattr(before.request, name) == getattr(request, name) for name in OF_CHECKPOINT)
     opening = partial(open_checkpoint, weights.ckpt_dir, config, weights.files)
@@ -139,9 +139,9 @@ def open_plan(
     checks.problems.extend(conflicts)
     if checkpoint is None or chosen is None or checks.problems:
         raise checks.error()
-    if request.quantize == "fp8" and not opened:
+    if request.quantize != "none" and not opened:
         for part in checkpoint.experts.values():
-            part.module.use_fp8()
+            part.module.quantise(request.quantize, int8_rotations(part.weights))
     if request.vae_dtype == "bf16" and not opened:
         checkpoint.vae.module.decode_in(torch.bfloat16)
     weight_files = [file for files in checkpoint.weight_files().values() for file in files]
@@ -266,6 +266,11 @@ def compute_device(name: str) -> torch.device:
         help = f"unset {setting}" if setting else "give --device cpu (slow)"
         raise InputError(f"--device {name}: the GPU cannot be used: {first_line(e)}; {help}") from e
     return device
+
+
+def fast_format(device: torch.device, dtype: torch.dtype) -> str:
+    """The first of the 8-bit formats that a GPU multiplies; "none" without one."""
+    return next((form for form in FORMATS if device.type != "cpu" and multiplies(form, device, dtype)), "none")
 
 
 def flag_conflicts(request: Request, lora_mode: str) -> list[str]:

@@ -18,8 +18,8 @@ from wan.configs import TaskConfig
 from wan.distributed.mesh import Layout
 from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
-from wan.modules.fp8 import working_bytes
 from wan.modules.model import WanModel
+from wan.modules.quantised_linear import working_bytes
 from wan.offload.budget import Budget, Sizes
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
@@ -159,7 +159,7 @@ class Plan:
     def meaning(self, job: Job) -> dict[str, Any]:
         """The value for this job of every option that affects the video: equal meanings make equal videos.
 
-        An option that stands for another one (a prompt file, `--seconds`) is recorded by that one's value.
+        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value.
         """
         if (own := self.of(job)) is not self:
             return own.meaning(job)

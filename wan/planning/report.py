@@ -13,7 +13,7 @@ from typing import Any
 from wan.cli.options import QUALITIES
 from wan.distributed.mesh import divisors
 from wan.jobs.job import Job, chains, frames_joined
-from wan.modules.fp8 import why_unpacked
+from wan.modules.quantised_linear import why_unpacked
 from wan.planning.plan import Plan, dtype_name, is_absent
 from wan.planning.time_estimate import expect, network_of, sent_bytes, sharded_bytes
 from wan.utils.accelerator import Accelerator, host_bytes
@@ -24,7 +24,7 @@ MOST_LISTED = 12  # steps, and jobs: of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
-# Of an mp4. Measured at 832x480: smooth motion 0.013, light grain 0.24, heavy grain 0.71, pure noise 0.97.
+# Bytes per pixel of an mp4, at 832x480: smooth motion 0.013, light grain 0.24, heavy grain 0.71, pure noise 0.97.
 BYTES_OF_A_PIXEL = {"needed": 0.25, "least": 0.01, "most": 1.0}
 LATENT = 0.25  # bytes of kept latents for each pixel of each frame: 16 float32 channels for 4 x 8 x 8 pixels
 RECORD_BYTES = 20_000  # bytes in the mp4 and beside it
@@ -160,9 +160,9 @@ def _settings(plan: Plan) -> list[str]:
         lines.append(f"{'expert ' if part in plan.config.experts else ''}{part.replace('_', ' ')}: {path}")
     extra = ""
     if request.quantize != "none":
-        reason = why_unpacked(plan.device, plan.dtype)
-        extra = ", weights of inner blocks in fp8, "
-        extra += f"unpacked for each product ({reason})" if reason else "multiplied in fp8"
+        reason = why_unpacked(request.quantize, plan.device, plan.dtype)
+        extra = f", weights of inner blocks in {request.quantize}, "
+        extra += f"unpacked for each product ({reason})" if reason else f"multiplied in {request.quantize}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
     extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
     extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""

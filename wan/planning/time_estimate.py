@@ -1,7 +1,7 @@
 """Seconds to expect of a video: operations counted from the networks, and bytes of files, divided by measured rates.
 
-`python -m wan.doctor` measures the rates and keeps them for the plans of this machine. What is between the products,
-and writing the mp4, is not in the seconds.
+`python -m wan.doctor` measures the rates and keeps them for the plans of this machine. The seconds leave out
+element-wise work between the products, and writing the mp4.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from wan.jobs.job import Job, chains
 from wan.modules import vae_layers
 from wan.modules.vae import WanVAE
 from wan.planning.plan import Plan, VideoPlan, video_kind
+from wan.sampling import Step
 from wan.utils.accelerator import Accelerator
 from wan.utils.files import cache_folder, write_file
 
@@ -82,7 +83,7 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     ranks, budget, vae = plan.layout.sequence, video.budget, plan.checkpoint.vae.module
     # a block that streams, or is gathered from the other processes, comes once for both passes of a step
     batch_guidance = budget.batch_guidance if budget else plan.request.dit_fsdp
-    steps = plan.steps[video.first_step :] * max(1, len(video.windows))
+    steps = steps_of(plan, video)
     forwards = Counter(step.expert for step in steps for _ in range(1 + step.guided))
     passes = Counter(step.expert for step in steps) if batch_guidance else forwards
     read = 0.0
@@ -120,6 +121,11 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     )
 
 
+def steps_of(plan: Plan, video: VideoPlan) -> Sequence[Step]:
+    """The plan's steps that this video takes, each once for every window."""
+    return plan.steps[video.first_step :] * max(1, len(video.windows))
+
+
 # -- counted work
 
 
@@ -144,6 +150,12 @@ class NetworkSizes:
     def attention(self, tokens: int) -> float:
         """Operations of the products of tokens with tokens."""
         return self.num_layers * 4.0 * tokens**2 * self.dim
+
+
+def work_of(plan: Plan, job: Job) -> float:
+    """Floating-point operations of the transformer in one video."""
+    own, video = plan.of(job), plan.video(job)
+    return network_of(own).operations(video.tokens) * sum(1 + step.guided for step in steps_of(own, video))
 
 
 def network_of(plan: Plan) -> NetworkSizes:

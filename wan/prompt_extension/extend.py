@@ -36,7 +36,7 @@ SHORT_NAMES = {f"Qwen2.5_{size}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("
 INSTRUCTIONS = tomllib.loads(Path(__file__).with_name("instructions.toml").read_text("utf-8"))
 # (fewest, most) of the answer: characters in Chinese, words in English
 TEXT_LENGTH, MOTION_LENGTH = (60, 200), (20, 100)
-# In place of the user's text when there is only an image: chat models want some text in the turn.
+# Replaces the user's text when there is only an image: chat models want some text in the turn.
 NO_WORDS = {language: texts["no_words"] for language, texts in INSTRUCTIONS.items()}
 
 

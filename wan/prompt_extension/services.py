@@ -74,7 +74,7 @@ class ChatService:
     """Answers `Question`s by a request each."""
 
     def __init__(self, method: str, model: str, seed: int, options: Mapping[str, Any] | None = None) -> None:
-        """options: further fields of the request, or others in place of the seed; None leaves a field out."""
+        """options: further fields of the request, or others instead of the seed; None leaves a field out."""
         service = SERVICES[method]
         self.model, self.seed, self.options = model, seed % SEEDS_OF_SERVICES, dict(options or {})
         self.key = service.key

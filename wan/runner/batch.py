@@ -21,6 +21,7 @@ from wan.media.images import save_contact_sheet
 from wan.pipeline import Pipeline
 from wan.planning.build import check_ranks
 from wan.planning.plan import Plan
+from wan.planning.time_estimate import work_of
 from wan.runner.record import State, copy_video, find_video, find_videos, read_latents, repair
 from wan.runner.video_job import Event, clips_of, decode_and_save, hold_lock, join, join_chains, make_video, reason
 from wan.utils.accelerator import Accelerator
@@ -114,7 +115,7 @@ def _copy(plan: Plan, job: Job, state: State, progress: Progress) -> State:
 def _make_all(pipe: Pipeline, jobs: list[Job], runtime: Runtime, events: list[Event]) -> None:
     plan, team, progress = pipe.plan, pipe.mesh.team, pipe.progress
     shared, last = dict(progress.seconds), {job.variant: job for job in jobs}
-    progress.batch = Batch([plan.video(job).tokens for job in jobs])
+    progress.batch = Batch([work_of(plan, job) for job in jobs])
     for chain in chains(jobs):
         for number, job in enumerate(chain, 1):
             if team.broadcast(runtime.has_stopped):
@@ -150,7 +151,7 @@ def _attempt(plan: Plan, pipe: Pipeline, job: Job, shared: dict[str, float], *, 
             return "there", facts
         if plan.variants:
             pipe.follow(plan.of(job))
-        with progress.batch.video(plan.video(job).tokens):
+        with progress.batch.video(work_of(plan, job)):
             facts["frames"] = make_video(pipe, job, shared, again=again)
         return "saved", facts
     except LockedElsewhere as error:

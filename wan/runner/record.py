@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan import __version__
-from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.safetensors_file import TensorStore, reading
 from wan.cli.options import SCHEMA
-from wan.configs import TaskConfig
+from wan.configs import TASKS, TaskConfig
 from wan.jobs.job import Job, Replayed
 from wan.media.images import save_contact_sheet
 from wan.media.video import count_frames, read_record
 from wan.planning.plan import Plan
 from wan.planning.report import as_dict
 from wan.utils.errors import InputError, JobError, TensorFileError, WanError
-from wan.utils.files import Beside, latents_elsewhere, replacing, write_file
+from wan.utils.files import Beside, latents_elsewhere, parse_json, replacing, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -205,14 +205,16 @@ def save_latents(path: Path, latent: torch.Tensor, record: dict[str, Any]) -> No
 def read_latents(path: Path, config: TaskConfig) -> tuple[torch.Tensor, dict[str, Any]]:
     """(latent [C, T, h, w], the record kept with it). InputError for any other file, and for another task's latents."""
     try:
-        store = TensorStore.open(path)
-        latent, record = store.read("latent"), json.loads(store.metadata["record"])
-        made_for, schema = record["job"] and record["meaning"]["task"], record["schema"]
-        if latent.ndim != 4 or schema != SCHEMA:
-            raise ValueError(f"shape {tuple(latent.shape)}, schema {schema}")
+        with reading(path, "another file"):
+            store = TensorStore.open(path)
+            latent, record = store.read("latent"), parse_json(store.metadata["record"])
+            made_for, kind = record["meaning"]["task"], (store["latent"].dtype, latent.ndim, len(latent))
+            right = record["schema"] == SCHEMA and isinstance(record["job"], dict) and latent.numel() > 0
+            if not right or kind != ("F32", 4, TASKS[made_for].out_dim):
+                raise ValueError(f"{list(latent.shape)} {kind[0]}")
     except FileNotFoundError:
         raise InputError(f"--decode_latents {path}: no such file") from None
-    except (TensorFileError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (TensorFileError, OSError) as e:
         raise InputError(f"--decode_latents {path}: not latents that a run kept (.latents.safetensors)") from e
     if made_for != config.name:
         raise InputError(f"--decode_latents {path}: made with --task {made_for}, not {config.name}")

@@ -21,7 +21,7 @@ from wan.cli.options import SCHEMA, Request
 from wan.cli.parser import program, to_decode, words_of
 from wan.jobs.job import Job, chains, frames_joined
 from wan.media.images import save_contact_sheet
-from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record
+from wan.media.video import VideoWriter, count_frames, file_argument, publish, read_record, rounded
 from wan.pipeline import FINER, Pipeline, retry_smaller
 from wan.planning.plan import Plan
 from wan.runner.record import describe, find_latents, find_video, in_video, key_of, outcome, save_latents, versions
@@ -38,6 +38,7 @@ LESS_MEMORY = {
     "denoise": "a smaller --size or --frame_num needs less, --offload_model True keeps idle networks in host memory",
     "decode": "a smaller --size needs less",
 }
+OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments:False may help: some drivers do not map memory in pieces"
 
 
 def make_video(pipe: Pipeline, job: Job, shared: dict[str, float], *, again: bool) -> int:
@@ -77,7 +78,7 @@ def decode_and_save(
     team, progress = pipe.mesh.team, pipe.progress
 
     def attempt(finer: bool) -> int:
-        with closing(pipe.decode(latent, finer=finer)) as chunks:
+        with closing(pipe.decode(latent, finer=finer, convert=partial(rounded, source=path))) as chunks:
             if team.is_rank0:
                 return write(chunks)
             deque(chunks, maxlen=0)  # gives none, but takes this process's part in them
@@ -90,8 +91,6 @@ def decode_and_save(
             length = (latent.shape[1] - 1) * pipe.plan.config.vae_stride[0] + 1
             with progress.stage("decode", total=length, unit="frame"):
                 for chunk in chunks:
-                    if not chunk.isfinite().all():
-                        raise JobError(f"{path}: NaN or Inf in the decoded frames after frame {video.frames}")
                     video.write(chunk)
                     progress.advance(chunk.shape[1])
             team.barrier()  # the file appears when nobody has failed
@@ -124,7 +123,8 @@ def reason(error: Exception, job: Job | None = None) -> str:
         where += f" of {job.size[0]}x{job.size[1]}, {quantity(job.frame_num, 'frame')}" if job else ""
         hint = f"; {LESS_MEMORY[stage]}" if stage in LESS_MEMORY else ""
         return f"out of memory on the device ({first_line(error).rstrip('. ')}){where}{hint}"
-    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}"
+    hint = f"; {OLD_ALLOCATOR}" if "CUDA driver error" in str(error) else ""  # PyTorch's allocator fails so
+    return str(error) if isinstance(error, WanError) else f"{type(error).__name__}: {first_line(error)}{hint}"
 
 
 def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.Tensor | None, Path | None]:

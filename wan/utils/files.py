@@ -192,7 +192,7 @@ def stand_in(path: Path) -> str | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that `text` spells, strictly: no NaN, no key twice. ValueError says what is wrong."""
+    """The value that `text` spells, strictly: no NaN, no key twice. ValueError names the fault."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
     except RecursionError:

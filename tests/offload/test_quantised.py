@@ -1,26 +1,29 @@
-"""Weights in fp8: the same bits whatever way they take, as they are where a file has them so, and what they save."""
+"""Weights in 8 bits: the same bits whatever way they take, as they are where a file has them so, and what they save."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fp8 import HERE, streamed
+from benchmarks.quantised import HERE, streamed
 from lightning.lora import Lora
 from lightning.merge import Merge
 from lightning.peft_adapter import add_adapters, set_scale
 from tests.lightning.support import write
 from tests.support import relative_error
+from wan.checkpoints.quantised_formats import int8_rotations
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, as_ours
-from wan.configs.precision import takes_fp8
+from wan.configs.precision import takes_8_bits
 from wan.doctor.forecast import released_plan
-from wan.modules.fp8 import Fp8Linear, scale_name
 from wan.modules.fused import FP8, LARGEST, quantise
 from wan.modules.model import Prompt, WanModel, released_shapes, released_transformer
+from wan.modules.quantised_linear import QuantisedLinear, rotated, scale_name
 from wan.offload.budget import Sizes
 from wan.offload.networks import Networks, sizes_of
 from wan.offload.reader import Source, load, parameter_dtypes
@@ -32,17 +35,17 @@ SIZES = {"dim": 32, "ffn_dim": 48, "in_dim": 4, "out_dim": 4, "num_heads": 2, "n
 Q = "blocks.2.self_attn.q.weight"
 
 
-def blueprint(fp8: bool = True) -> WanModel:
+def blueprint(form: str | None = "fp8", rotations: Mapping[str, int] | None = None) -> WanModel:
     with torch.device("meta"):
         model = WanModel(**SIZES, freq_dim=16, text_len=8)
-    if fp8:
-        model.use_fp8()
+    if form:
+        model.quantise(form, rotations)
     return model
 
 
 def weights() -> dict[str, Tensor]:
     torch.manual_seed(1)
-    return {name: torch.randn(p.shape) / 4 for name, p in blueprint(fp8=False).named_parameters()}
+    return {name: torch.randn(p.shape) / 4 for name, p in blueprint(None).named_parameters()}
 
 
 def store_of(folder: Path, tensors: Mapping[str, Tensor]) -> TensorStore:
@@ -58,11 +61,13 @@ def lora_of(folder: Path) -> Lora:
 
 
 def merge_of(folder: Path) -> Merge:
-    return Merge([lora_of(folder)], {name: tuple(p.shape) for name, p in blueprint(fp8=False).named_parameters()})
+    return Merge([lora_of(folder)], {name: tuple(p.shape) for name, p in blueprint(None).named_parameters()})
 
 
-def loaded(store: TensorStore, merge: Merge | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    model = blueprint()
+def loaded(
+    store: TensorStore, merge: Merge | None = None, dtype: torch.dtype = torch.float32, form: str = "fp8"
+) -> dict[str, Tensor]:
+    model = blueprint(form, int8_rotations(store))
     model = load(model, Source(store, parameter_dtypes(dtype, False, model), merge), CPU)
     return dict(model.named_parameters())
 
@@ -82,20 +87,20 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 def test_the_matrices_of_inner_blocks_and_nothing_else() -> None:
     model = blueprint()
-    ours = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
-    plain = blueprint(fp8=False).named_modules()
+    ours = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
+    plain = blueprint(None).named_modules()
     inner = tuple(f"blocks.{number}." for number in (1, 2, 3))
     assert ours == {f"{n}.weight" for n, layer in plain if isinstance(layer, nn.Linear) and n.startswith(inner)}
     assert len(ours) == 3 * 10
     released = released_shapes("t2v-A14B")
-    assert sum(takes_fp8(name, 40) for name in released) == 38 * 10
+    assert sum(takes_8_bits(name, 40) for name in released) == 38 * 10
 
 
 def test_every_row_uses_the_whole_range_and_is_off_by_half_a_step() -> None:
     weight = torch.randn(16, 64) * torch.logspace(-10, 4, 16)[:, None]
     weight[3] = 0
     q, scale = in_fp8(weight)
-    assert (q.float().abs().amax(1) == LARGEST).tolist() == [row != 3 for row in range(16)]
+    assert (q.float().abs().amax(1) == LARGEST[FP8]).tolist() == [row != 3 for row in range(16)]
     back = q.float() * scale[:, None]
     # half a step: 2^-4 of the number; below 2^-6 the steps no longer shrink, and are 2^-9 of what a row is scaled by
     assert ((back - weight).abs() <= torch.maximum(weight.abs() / 16, scale[:, None] / 1024) * 1.0001).all()
@@ -113,11 +118,12 @@ def test_precision_of_the_rest(tmp_path: Path) -> None:
 # -- one path
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_streamed_weights_are_those_of_a_whole_load(slots: int, with_lora: bool, tmp_path: Path) -> None:
+def test_streamed_weights_are_those_of_a_whole_load(slots: int, with_lora: bool, form: str, tmp_path: Path) -> None:
     store, merge = store_of(tmp_path, weights()), merge_of(tmp_path) if with_lora else None
-    whole, model, seen = loaded(store, merge), blueprint(), {}
+    whole, model, seen = loaded(store, merge, form=form), blueprint(form), {}
     networks = Networks({"model": (model, Source(store, parameter_dtypes(torch.float32, False, model), merge))}, CPU)
     networks.prefetcher.resize(slots)
     streamed = networks.models["model"]
@@ -134,7 +140,7 @@ def test_streamed_weights_are_those_of_a_whole_load(slots: int, with_lora: bool,
             y = streamed(x, 500.0, Prompt(torch.ones(3, 8)))
     assert seen.keys() == {name for name in whole if name.startswith("blocks.")}
     assert all(same(seen[name], whole[name]) for name in seen)
-    again = load(blueprint(), Source(store, parameter_dtypes(torch.float32, False, model), merge), CPU)
+    again = load(blueprint(form), Source(store, parameter_dtypes(torch.float32, False, model), merge), CPU)
     with torch.no_grad():
         assert torch.equal(again(x, 500.0, Prompt(torch.ones(3, 8))), y)
 
@@ -200,11 +206,47 @@ def test_nan_in_an_fp8_file_is_found(wrong: str, tmp_path: Path) -> None:
         loaded(store)
 
 
+# -- files in int8
+
+
+@pytest.mark.parametrize(("group", "by_row"), [(16, True), (4, True), (0, True), (16, False)])
+def test_published_int8_is_kept_as_it_is(group: int, by_row: bool, tmp_path: Path) -> None:
+    """With the rotation that the file has, not the one that this width would get here (16)."""
+    tensors, name = weights(), "blocks.2.ffn.0.weight"
+    marks = {"convrot": True, "convrot_groupsize": group} if group else {}
+    marker = torch.tensor(list(json.dumps({"format": "int8_tensorwise", **marks}).encode()), dtype=torch.uint8)
+    for each in (name, Q):
+        scale = torch.full((len(tensors[each]), 1), 0.0123) + torch.arange(len(tensors[each]))[:, None] * 1e-4
+        scale = scale if by_row else scale[:1]
+        tensors[each] = (rotated(tensors[each], group) / scale).round_().clamp_(-127, 127).to(torch.int8)
+        tensors[scale_name(each)] = scale if by_row else scale[0, 0].clone()
+        tensors[each.replace("weight", "comfy_quant")] = marker
+    store, merge = store_of(tmp_path, tensors), merge_of(tmp_path)
+    assert int8_rotations(store) == {name: group, Q: group}
+    model = blueprint("int8", int8_rotations(store))
+    model = load(model, Source(store, parameter_dtypes(torch.float32, False, model)), CPU)
+    found, x = dict(model.named_parameters()), torch.randn(40, 32)
+    assert all(same(found[each], tensors[each]) for each in (name, Q))
+    assert torch.equal(found[scale_name(Q)], tensors[scale_name(Q)].flatten().expand(32))
+    whole = F.linear(x, store.read(name), model.blocks[2].ffn[0].bias)
+    assert relative_error(model.blocks[2].ffn[0](x), whole) < 2e-2, "activations alone are rounded"
+    with_lora = loaded(store, merge, form="int8")
+    assert same(with_lora[name], tensors[name]), "the LoRA does not touch it"
+    q, scale = torch.empty(32, 32, dtype=torch.int8), torch.empty(32, 1)
+    quantise(rotated(merge(Q, store.read(Q)).clone(), group), q, scale)
+    assert same(with_lora[Q], q), "rounded anew, in the file's rotation"
+    model = blueprint("fp8", int8_rotations(store))
+    model = load(model, Source(store, parameter_dtypes(torch.float32, False, model)), CPU)
+    assert same(model.blocks[2].ffn[0].weight, in_fp8(store.read(name))[0]), "e4m3 is not rotated"
+    assert relative_error(model.blocks[2].ffn[0](x), whole) < 5e-2
+
+
 # -- with the rest
 
 
-def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None:
-    store, model, lora = store_of(tmp_path, weights()), blueprint(), lora_of(tmp_path)
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_an_adapter_is_added_in_the_precision_of_the_run(form: str, tmp_path: Path) -> None:
+    store, model, lora = store_of(tmp_path, weights()), blueprint(form), lora_of(tmp_path)
     model = load(model, Source(store, parameter_dtypes(torch.bfloat16, False, model)), CPU)
     x = torch.randn(6, 32).bfloat16()
     plain = model.blocks[2].self_attn.q(x)
@@ -217,16 +259,17 @@ def test_an_adapter_is_added_in_the_precision_of_the_run(tmp_path: Path) -> None
     assert torch.equal(layer(x), plain)
 
 
-def released(task: str, fp8: bool) -> Sizes:
+def released(task: str, form: str | None = None) -> Sizes:
     model = released_transformer(task)
-    if fp8:
-        model.use_fp8()
+    if form:
+        model.quantise(form)
     return sizes_of(model, parameter_dtypes(torch.bfloat16, False, model))
 
 
 @pytest.mark.parametrize(("task", "parts"), [("t2v-A14B", 22), ("ti2v-5B", 17)])
 def test_two_blocks_share_a_slot(task: str, parts: int) -> None:
-    before, sizes = released(task, fp8=False), released(task, fp8=True)
+    before, sizes = released(task), released(task, "fp8")
+    assert sizes == released(task, "int8")
     assert sizes.blocks == parts
     assert sizes.block_bytes == pytest.approx(before.block_bytes, rel=0.005)
     assert sizes.resident == before.resident
@@ -251,7 +294,7 @@ def test_attention_in_8_bits_takes_room() -> None:
 
 def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:
     tensors = weights()
-    for name in [name for name in tensors if takes_fp8(name, 5)]:
+    for name in [name for name in tensors if takes_8_bits(name, 5)]:
         tensors[name], scale = in_fp8(tensors[name])
         tensors[scale_name(name)] = scale[:, None]
     model = blueprint()

@@ -1,10 +1,10 @@
-"""What `--quantize fp8` saves and costs: bytes brought to the device a step, a block's bytes, errors of layers, golden
+"""What `--quantize` saves and costs: bytes brought to the device a step, a block's bytes, errors of layers, golden
 cases and the demo.
 
-    python -m benchmarks.fp8
+    python -m benchmarks.quantised
 
 Products in fp8 are the device's where it has them (CUDA, compute capability 8.9 on); on a CPU those of PyTorch's own
-CPU kernel stand in, which a run there does not use: its weights are unpacked.
+CPU kernel stand in, which a run there does not use: its weights are unpacked. Products in int8 are the CPU's own.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 
-from benchmarks.demo import LORAS, agreement, decibels, make
+from benchmarks.demo import LORAS, agreement, decibels, make, spread
 from benchmarks.measure import ROOT, grid, machine, rms_error
 from benchmarks.transformer import static_block
 from examples.shapes.detector import judge
@@ -30,10 +31,10 @@ from wan.configs.precision import keeps_float32
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
 from wan.doctor.numerics import expectation, open_task, sample
-from wan.modules import fp8
-from wan.modules.fp8 import in_fp8
+from wan.modules import quantised_linear
 from wan.modules.fused import FP8
 from wan.modules.model import WanModel
+from wan.modules.quantised_linear import GROUPS, in_8_bits
 from wan.offload.budget import schedule
 from wan.offload.networks import group
 from wan.offload.reader import parameter_dtypes
@@ -53,20 +54,39 @@ def main() -> None:
     )  # fmt: skip
     brought = [row for task, (_, rooms) in VIDEOS.items() for room in rooms for row in streamed(task, room)]
     grid("brought in steps 2 / 3 / 4 of 4 (counted)", [heading, *brought])
-    heading = ("", "bf16", "weights unpacked", "products in fp8")
+    heading = ("", "bf16", "fp8, unpacked", "fp8", "int8")
     grid("a block of A14B at 1280x720x81: bytes to and from memory, operations (counted)", [heading, *blocks()])
-    heading = ("inputs x outputs", "bf16", "weights unpacked", "products in fp8")
-    grid("a layer: rms error against float32", [heading, *map(layer, LAYERS)])
-    heading = ("case", "bf16", "weights unpacked", "products in fp8")
-    grid("golden cases, every block in fp8: rms error of the final latent", [heading, *golden()])
+    grid("a layer: rms error against float32", [("inputs x outputs", *WAYS), *map(layer, LAYERS)])
+    wide = [layer(size, largest) for size in LAYERS[:1] for largest in (10, 30)]
+    grid("the same, one of 256 channels 10 or 30 times as large", [("inputs x outputs", *WAYS), *wide])
+    grid("golden cases, every block quantised: rms error of the final latent", [("case", *WAYS), *golden()])
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for task in LORAS for row in demo(task, Path(folder))]
-    grid("the trained demo, 4 steps", [("task", "", "as asked", "dB to float32, mean", "least"), *rows])
+    grid("the trained demo, 4 steps", [("task", "", "as asked", "dB to float32", "least", "dB to bf16"), *rows])
 
 
-def products(in_fp8: bool) -> AbstractContextManager[object]:
-    """Inside this layers multiply in fp8, or not, whatever the device."""
-    return patch.object(fp8, "multiplies_fp8", lambda *_: in_fp8)
+class Way(NamedTuple):
+    """How layers compute. groups: channels that a rotation may mix."""
+
+    form: str
+    multiplied: bool = False
+    groups: tuple[int, ...] = GROUPS
+
+
+WAYS = {
+    "bf16": Way("none"), "fp8, unpacked": Way("fp8"), "fp8": Way("fp8", True),
+    "int8, not rotated": Way("int8", True, ()), "int8, unpacked": Way("int8"), "int8": Way("int8", True),
+}  # fmt: skip
+
+
+@contextmanager
+def products(way: Way) -> Iterator[None]:
+    """Inside this layers multiply in 8 bits, or not, whatever the device."""
+    with (
+        patch.object(quantised_linear, "multiplies", lambda *_: way.multiplied),
+        patch.object(quantised_linear, "GROUPS", way.groups),
+    ):
+        yield
 
 
 # -- bytes
@@ -80,7 +100,7 @@ def streamed(task: str, room: int) -> Iterator[tuple[str, ...]]:
         models = [part.module for part in plan.checkpoint.experts.values()]
         if quantize == "fp8":
             for model in models:
-                model.use_fp8()
+                model.quantise("fp8")
         budget = plan_video(plan, (width, height), plan.config.frame_num).budget
         assert budget is not None, "there is room to share"
         sizes = next(iter(budget.experts.values()))
@@ -129,59 +149,65 @@ def file_bytes(model: WanModel, file: str) -> dict[str, int]:
 def blocks() -> Iterator[tuple[str, ...]]:
     for passes, fused in (("compiled", True), ("not compiled", False)):
         counts = [static_block(fused)]
-        for way in (False, True):
+        for way in (WAYS["fp8, unpacked"], WAYS["fp8"], WAYS["int8"]):
             with products(way):
-                counts.append(static_block(fused, in_fp8=True))
+                counts.append(static_block(fused, form=way.form))
         yield f"passes {passes}", *(f"{each.traffic / 1e9:.1f} GB, {each.calls}" for each in counts)
 
 
 # -- errors
 
 
-def layer(size: tuple[int, int]) -> tuple[str, ...]:
+def layer(size: tuple[int, int], largest: float = 1) -> tuple[str, ...]:
     """Normal weights; activations as after a norm and its modulation, which differs by channel."""
     inputs, outputs = size
     generator = torch.Generator().manual_seed(0)
     weight, x, scale, shift = (
         torch.randn(*shape, generator=generator) for shape in ((outputs, inputs), (256, inputs), (inputs,), (inputs,))
     )
-    x = (x * (1 + 0.3 * scale) + 0.3 * shift).bfloat16()
-    exact, quantised = x.float() @ weight.t(), in_fp8(weight, torch.zeros(outputs, dtype=torch.bfloat16))
+    x = x * (1 + 0.3 * scale) + 0.3 * shift
+    x[:, ::256] *= largest
+    x, bias = x.bfloat16(), torch.zeros(outputs, dtype=torch.bfloat16)
+    exact = x.float() @ weight.t()
     errors = [rms_error(x @ weight.bfloat16().t(), exact)]
-    for way in (False, True):
+    for way in list(WAYS.values())[1:]:
         with products(way):
-            errors.append(rms_error(quantised(x), exact))
+            errors.append(rms_error(in_8_bits(way.form, weight, bias)(x), exact))
     return f"{inputs} x {outputs}", *(f"{error:.1e}" for error in errors)
 
 
 def golden() -> Iterator[tuple[str, ...]]:
-    """With two blocks the small networks have no inner one: here their first and last are in fp8 too."""
+    """With two blocks the small networks have no inner one: here their first and last are quantised too."""
     cases = json.loads((ROOT / "tests" / "golden" / "cases.json").read_text())
     for case in cases:
         expected, errors = expectation(HERE)[f"{case['name']}.latent"], []
-        for quantize, way in (("none", False), ("fp8", False), ("fp8", True)):
-            with products(way), patch.object(WanModel, "use_fp8", partialmethod(WanModel.use_fp8, 0)):
-                task = open_task(case, torch.bfloat16, HERE, quantize=quantize)
+        for way in WAYS.values():
+            with products(way), patch.object(WanModel, "quantise", partialmethod(WanModel.quantise, kept=0)):
+                task = open_task(case, torch.bfloat16, HERE, quantize=way.form)
                 errors.append(rms_error(sample(task, case, HERE), expected))
         yield case["name"], *(f"{error:.1e}" for error in errors)
 
 
 def demo(task: str, folder: Path) -> Iterator[tuple[str, ...]]:
     """Videos of known and held-out scenes, judged by the detector, and how far they are from float32's."""
-    scenes = [*trained()[7::101], *held_out()[:4]]
-    ways: dict[str, tuple[str, ...]] = {"float32": (), "bf16": ("--dtype", "bf16")}
-    ways |= dict.fromkeys(("weights unpacked", "products in fp8"), ("--dtype", "bf16", "--quantize", "fp8"))
+    scenes = [*trained()[7::21], *held_out()[:16]]
     base: list[np.ndarray] = []
-    for way, flags in ways.items():
-        with products(way == "products in fp8"):
+    bf16: list[np.ndarray] = []
+    for name, way in {"float32": Way("none"), **WAYS}.items():
+        flags = () if name == "float32" else ("--dtype", "bf16", "--quantize", way.form)
+        with products(way):
             files = make(
-                task, scenes, folder / f"{task} {way}".replace(" ", "-"), "--lora_dir", str(LORAS[task]), *flags
+                task, scenes, folder / f"{task} {name}".replace(" ", "-"), "--lora_dir", str(LORAS[task]), *flags
             )
         videos = [iio.imread(file, plugin="FFMPEG") for file in files]
         base = base or videos
+        bf16 = videos if name == "bf16" else bf16
         right = sum(all(agreement(judge(video), scene)) for video, scene in zip(videos, scenes, strict=True))
-        near = [decibels(*pair) for pair in zip(videos, base, strict=True)]
-        yield task, way, f"{right} of {len(scenes)}", f"{np.mean(near):.1f}", f"{min(near):.1f}"
+        near, to_bf16 = (
+            [decibels(*pair) for pair in zip(videos, others, strict=False)] if others else [] for others in (base, bf16)
+        )
+        found = f"{right} of {len(scenes)}", spread(near), f"{min(near):.1f}", spread(to_bf16) if to_bf16 else ""
+        yield task, name, *found
 
 
 if __name__ == "__main__":
