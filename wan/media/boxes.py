@@ -21,10 +21,9 @@ def comment(path: Path, most: int) -> str:
 def count_frames(path: Path) -> int:
     """Frames of the first track of a file that was not cut off. ValueError for any other file."""
     with path.open("rb") as file:
-        if data := [*_find(file, [b"mdat"])]:
-            for _ in _find(file, SAMPLE_SIZES):
-                return int.from_bytes(file.read(12)[8:])
-    raise ValueError(f"{len(data)} boxes of data, and no table of frames")
+        for _ in _find(file, SAMPLE_SIZES) if [*_find(file, [b"mdat"])] else ():
+            return int.from_bytes(file.read(12)[8:])
+    raise ValueError("no data, or no table of frames")
 
 
 def _find(file: BinaryIO, names: Sequence[bytes], end: int | None = None) -> Iterator[int]:

@@ -51,7 +51,6 @@ class Conv3d(nn.Conv3d):
     """On a CPU the faster one of PyTorch's two float32 kernels, which PyTorch itself chooses by C T H alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, C, T, H, W] -> [1, O, T, H, W]"""
         if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return super().forward(x)
         few, aten = x[0, 0, 0].numel() < PIXELS_PER_CHANNEL * x.shape[1], torch.ops.aten
