@@ -1,6 +1,7 @@
 """The drawing of the house against the code: import arrows point down only, and imports do nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,14 @@ def test_functions_fit_a_screen() -> None:
         if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno > 65
     ]
     assert not long
+
+
+def test_the_file_map_has_every_place_and_no_other() -> None:
+    table = (ROOT / "docs" / "development.md").read_text().split("## File map")[1].split("\n## ")[0]
+    places = set()
+    for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        first, *rest = re.findall(r"`([^`]+)`", cell)
+        beside = "" if first.endswith("/") else first.rpartition("/")[0]
+        places |= {first, *(f"{beside}/{name}" if beside else name for name in rest)}
+    found = {f"wan/{path.name}{'/' * path.is_dir()}" for path in (ROOT / "wan").iterdir() if path.name[0] not in "_."}
+    assert places == found | {"generate.py", "lightning/", "benchmarks/", "examples/", "tests/"}

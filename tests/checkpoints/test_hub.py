@@ -31,7 +31,7 @@ EXTRA = {
     "google/umt5-xxl/tokenizer_config.json": b"{}",
 }
 SEKO = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat")
+SMALL = ("--size", "64*64", "--frame_num", "5", "--prompt", "a cat", "--device", "cpu")
 TI2V = ("--task", "ti2v-5B", "--ckpt_dir", "owner/name", "--sample_steps", "1")
 T2V = ("--task", "t2v-A14B", "--ckpt_dir", "owner/a14b@v1", "--sample_steps", "2")
 HERE = ("--task", "t2v-A14B", "--ckpt_dir", str(checkpoint("t2v-A14B")))

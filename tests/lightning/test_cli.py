@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import struct
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import generate
 from benchmarks.sparse import sparse
+from lightning import __main__ as program
 from lightning.__main__ import main
 from lightning.releases import record_of
 from tests.forked import python
@@ -25,6 +28,14 @@ from wan.utils.errors import InputError
 
 FOLDER = "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shapes_are_made_once() -> Iterator[None]:
+    """Of the three released networks, which takes longer than all else that inspecting a small file does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "released_shapes", cache(released_shapes))
+        yield
 
 
 def release(tmp_path: Path) -> Path:

@@ -152,8 +152,9 @@ def resolved(folder: Path, **flags: str) -> Generate:
 
 
 def test_settings_of_a_checkpoint_named_after_a_release(tmp_path: Path) -> None:
-    folder = tmp_path / "FastWan2.2-TI2V-5B-FullAttn-Diffusers"
-    folder.mkdir()
+    folder, turbo = tmp_path / "FastWan2.2-TI2V-5B-FullAttn-Diffusers", tmp_path / "Wan2.2-TI2V-5B-Turbo"
+    for link in (folder, turbo):
+        link.symlink_to(checkpoint("ti2v-5B"))
     made = resolved(folder)
     assert made.weights.release is not None
     found = made.weights.release.name, made.sampling.solver, made.sampling.timesteps
@@ -162,8 +163,6 @@ def test_settings_of_a_checkpoint_named_after_a_release(tmp_path: Path) -> None:
         "dmd",
         (1000.0, 757.0, 522.0),
     )
-    turbo = tmp_path / "Wan2.2-TI2V-5B-Turbo"
-    turbo.mkdir()
     made = resolved(turbo)
     assert (made.sampling.solver, made.sampling.steps, made.sampling.shift) == ("dmd", 4, 1.0)
     assert any("CC BY-NC-SA 4.0, not for commercial use" in warning for warning in made.warnings)
