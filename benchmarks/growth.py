@@ -24,12 +24,13 @@ from wan.configs import TASKS
 from wan.distributed.mesh import Layout
 from wan.modules.t5 import released_text_encoder
 from wan.modules.vae import released_vae
-from wan.planning.time_estimate import NetworkSizes, decode_operations, sent_bytes, text_operations
+from wan.planning.time_estimate import NetworkSizes, decode_operations, sent_bytes
 
 TASK, TOKENS_OF_A_PROMPT = "t2v-A14B", 100
 CONFIG = TASKS[TASK]
 NETWORK = NetworkSizes(CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, CONFIG.num_layers)
 VAE, ENCODER = released_vae(TASK), released_text_encoder()
+TEXT_WEIGHTS = sum(p.numel() for name, p in ENCODER.named_parameters() if name != "token_embedding.weight")
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 
 
@@ -75,7 +76,7 @@ def cost(video: Video) -> Cost:
     return Cost(
         denoise=times * released.operations(video.tokens) / video.ranks,
         decode=video.prompts * decode_operations(VAE, video.latent) / video.ranks,
-        text=video.prompts * text_operations(ENCODER, TOKENS_OF_A_PROMPT),
+        text=video.prompts * 2.0 * TOKENS_OF_A_PROMPT * TEXT_WEIGHTS,
         moved=times * released.num_layers * block_traffic(share),
         sent=times * sum(sent_bytes(Layout(video.ranks, video.ranks), released, video.tokens, 2).values()),
     )

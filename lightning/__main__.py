@@ -127,7 +127,7 @@ def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, A
     It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks.
     """
     ckpt_dir, tasks, alpha, hint = args.ckpt_dir, [args.task] if args.task else list(TASKS), args.lora_alpha, ""
-    models = _models_in(ckpt_dir or path)
+    models: Models = _models_in(ckpt_dir or path)
     if ckpt_dir and not models:
         raise LoraError(f"--ckpt_dir {ckpt_dir} holds no expert of {' or '.join(TASKS)}")
     if not models or (not ckpt_dir and not models.keys() <= set(tasks)):
@@ -148,19 +148,17 @@ def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, A
     reports = [_examine(file, models, hint, alpha) for file in files]
     misfit = hint and any(report["stored"] and report["error"] for report in reports)
     if misfit and (near := _models_near(path, files[0], tasks, alpha)):
-        again = [_examine(file, {task: experts for task, (_, experts) in near.items()}, hint, alpha) for file in files]
+        models = {task: own[task] for task, (_, own) in near.items()}
+        again = [_examine(file, models, hint, alpha) for file in files]
         if not any(report["error"] for report in again):
-            bases, reports = {task: folder for task, (folder, _) in near.items()}, again
-            for report in reports:
-                report["base"] = ", ".join(dict.fromkeys(str(bases[task]) for task in report["fits"]))
+            bases = {task: folder for task, (folder, _) in near.items()}
+            reports = [r | {"base": ", ".join(dict.fromkeys(str(bases[task]) for task in r["fits"]))} for r in again]
     return reports, [] if alone else _uses(path, reports, bases)
 
 
-def _models_near(
-    path: Path, file: Path, tasks: Sequence[str], alpha: float | None
-) -> dict[str, tuple[Path, Mapping[str, Shapes]]]:
-    """The nearest checkpoint around `path` that a file fits, and the shapes of its experts, by task."""
-    found: dict[str, tuple[Path, Mapping[str, Shapes]]] = {}
+def _models_near(path: Path, file: Path, tasks: Sequence[str], alpha: float | None) -> dict[str, tuple[Path, Models]]:
+    """The nearest checkpoint around `path` that a file fits, with its models, by task."""
+    found: dict[str, tuple[Path, Models]] = {}
     for folder in path.absolute().parents[:2]:
         with suppress(OSError):  # a folder that cannot be listed
             for each in (folder, *sorted(folder.iterdir())):
@@ -168,7 +166,7 @@ def _models_near(
                     for task, experts in _models_in(each).items():
                         whole = task in tasks and experts.keys() == TASKS[task].experts.keys()
                         if whole and task not in found and not _examine(file, {task: experts}, "", alpha)["error"]:
-                            found[task] = each, experts
+                            found[task] = each, {task: experts}
     return found
 
 

@@ -366,6 +366,23 @@ def test_a_cut_video_has_no_frames(tmp_path: Path, cut: float) -> None:
     assert count_frames(tmp_path / "absent.mp4") == 0
 
 
+def test_a_video_cut_where_its_data_begins_has_no_frames(tmp_path: Path) -> None:
+    save(tmp_path / "a.mp4", smooth(5, 32, 32))
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: data.index(b"mdat") - 4])  # all boxes that are left are whole
+    assert count_frames(tmp_path / "a.mp4") == 0
+
+
+@pytest.mark.parametrize("frames", [1, 5])  # the sizes of equal frames are one number
+def test_no_process_is_started_for_what_an_mp4_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int
+) -> None:
+    save(tmp_path / "a.mp4", smooth(frames, 32, 32), record=AWKWARD)
+    monkeypatch.setattr("wan.media.video.run_ffmpeg", lambda *_, **__: pytest.fail("ffmpeg was started"))
+    assert count_frames(tmp_path / "a.mp4") == frames
+    assert read_record(tmp_path / "a.mp4") == AWKWARD
+
+
 @pytest.mark.parametrize(("frames", "columns", "rows"), [(1, 1, 1), (5, 3, 2), (17, 3, 3), (9, 3, 3)])
 def test_contact_sheet(tmp_path: Path, frames: int, columns: int, rows: int) -> None:
     grey = torch.linspace(-1, 1, frames + 2)[1:-1]  # frame i is a flat grey of its own

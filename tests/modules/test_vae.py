@@ -12,10 +12,10 @@ from benchmarks.counters import CostCounter
 from benchmarks.measure import randomise
 from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
-from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest
+from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest, relative_error
 from wan.checkpoints.pth_file import open_pickle
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
-from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Region, RMSNorm, convolve, doubling
+from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Conv3d, Region, RMSNorm, convolve, doubling
 from wan.offload.reader import Source, load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
@@ -331,3 +331,15 @@ def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) ->
     out = torch.empty(1, 1, 2, 4)
     norm.activate(x.contiguous(), out)
     torch.testing.assert_close(out, torch.nn.functional.silu(expected))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 3), (8, 9)])
+@torch.no_grad()
+def test_both_kernels_of_a_cpu_are_the_convolution(channels: int, side: int) -> None:
+    """Frames of few pixels and many channels go to the one that wants plain weights, others to oneDNN."""
+    conv = Conv3d(channels, 8, 3, padding=(0, 1, 1))
+    x = torch.randn(1, 4, side, side, channels).permute(0, 4, 1, 2, 3)
+    assert conv.bias is not None
+    want = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=(0, 1, 1))
+    assert relative_error(conv(x), want) < STAGE
+    assert conv.weight.is_contiguous() == (channels == 64)

@@ -161,8 +161,7 @@ def fetch(path: Path, patterns: Sequence[str] = ()) -> Path:
     if path.is_file():
         return _download(path)
     names = [name for name in path.files() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not patterns:
-        names = [name for name in path.files() if "/" not in name and name.lower().endswith(BESIDE)]
+    names = names if patterns else [name for name in path.files() if "/" not in name and name.lower().endswith(BESIDE)]
     with ThreadPoolExecutor(8) as pool:
         fetched = list(pool.map(lambda name: _download(path / name), names))
     return fetched[0].parents[names[0].count("/")]
@@ -230,13 +229,9 @@ def _check_answer(response: Any) -> None:
 
 @cache
 def _file_sizes(root: HubPath) -> dict[str, int]:
-    start = f"{root.as_posix()}/"
-
-    def sizes_of_files() -> dict[str, int]:  # of whatever a mirror lists
-        listed = _file_system().find(root.as_posix(), detail=True)
-        return {name.removeprefix(start): int(entry["size"]) for name, entry in listed.items()}
-
-    sizes = _ask_hub(root, sizes_of_files)
+    where = root.as_posix()  # a mirror may list anything
+    listed = _ask_hub(root, lambda: [(n, int(e["size"])) for n, e in _file_system().find(where, detail=True).items()])
+    sizes = {name.removeprefix(f"{where}/"): size for name, size in listed}
     if outside := [name for name in sizes if not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", name))]:
         raise InputError(f"{root.repository}: the hub lists {outside[0]!r:.60}, which is not inside the repository")
     return sizes

@@ -203,10 +203,11 @@ def reading(path: Path, problem: str) -> Iterator[int]:
     size = size_of(path)
     try:
         yield size
-    except (InputError, MemoryError):
+    except InputError:
         raise
-    except PermissionError:
-        raise TensorFileError(f"{path}: there is no permission to read it") from None
+    except (PermissionError, MemoryError) as e:
+        lack = "memory left" if isinstance(e, MemoryError) else "permission"
+        raise TensorFileError(f"{path}: there is no {lack} to read it") from None
     except Exception as e:  # parsers raise anything on a damaged file; each becomes one error that names the file
         if isinstance(e, OSError) and e.errno is not None:  # from the file system; a library's own has no number
             raise

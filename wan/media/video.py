@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from wan.media import boxes
 from wan.utils.errors import InputError, JobError
 from wan.utils.files import Beside, make_part, parse_json, replacing
 
@@ -212,6 +213,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _read_comment(path: Path) -> str:
     """JSON text of the comment tag. ValueError if there is none, or a longer one than any record's."""
+    with suppress(ValueError):  # no MP4, or none that is whole
+        return boxes.comment(path, LONGEST_RECORD)
     words = [*ffmpeg_command(), *video_input(path), "-f", "ffmetadata", "pipe:1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as reader:
         assert reader.stdout is not None
@@ -227,6 +230,8 @@ def _read_comment(path: Path) -> str:
 
 def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
+    with suppress(OSError, ValueError):  # no MP4, or none that is whole
+        return boxes.count_frames(path)
     target = ["-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
     done = run_ffmpeg("-xerror", *video_input(path), *target)
     return _frames_reported(done.stdout) if done.returncode == 0 else 0

@@ -30,6 +30,7 @@ ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad 
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
+PIXELS_PER_CHANNEL = 0.25  # of a frame: with fewer, rearranging the weights costs oneDNN more than its product saves
 
 
 class ClipState:
@@ -44,6 +45,23 @@ class ClipState:
         first = layer not in self._started
         self._started.add(layer)
         return first
+
+
+class Conv3d(nn.Conv3d):
+    """On a CPU the faster one of PyTorch's two float32 kernels, which PyTorch itself chooses by C T H alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return super().forward(x)
+        few, aten = x[0, 0, 0].numel() < PIXELS_PER_CHANNEL * x.shape[1], torch.ops.aten
+        layout = torch.contiguous_format if few else torch.channels_last_3d
+        if not self.weight.is_contiguous(memory_format=layout):  # else each call would rearrange them
+            self.weight.data = self.weight.data.contiguous(memory_format=layout)
+        found: Tensor = (
+            aten.slow_conv3d(x, self.weight, self.kernel_size, self.bias, self.stride, self.padding) if few
+            else aten.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
+        )  # fmt: skip
+        return found
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -101,12 +119,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.channels = channels, out_channels
         norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
-        conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
-        conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
+        conv1 = Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
+        conv2 = Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
         # The numbers are the checkpoint's; those between had no parameters.
         self.residual = nn.ModuleDict({"0": norm1, "2": conv1, "3": norm2, "6": conv2})
         self.steps = (norm1, conv1), (norm2, conv2)
-        self.shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else None
+        self.shortcut = Conv3d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         y = x
@@ -138,7 +156,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2, padding=2)})
-        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+        self.time_conv = Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         # The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
@@ -159,7 +177,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
-        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+        self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         """The time convolution's two halves of channels are the earlier and the later frame: they are interleaved while
@@ -235,9 +253,9 @@ class Coder(nn.Module):
     def __init__(self, channels: int, first: int, inner: int, last: int, out_channels: int) -> None:
         super().__init__()
         self.levels: list[Level] = []
-        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
+        self.conv1 = Conv3d(channels, first, 3, padding=(0, 1, 1))
         self.middle = nn.ModuleList([ResidualBlock(inner, inner), FrameAttention(inner), ResidualBlock(inner, inner)])
-        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.last = RMSNorm(last, axes=3), Conv3d(last, out_channels, 3, padding=(0, 1, 1))
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
     def register(self, name: str, nested: bool) -> nn.ModuleList:

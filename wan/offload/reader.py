@@ -215,8 +215,9 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype == FP8:
         return not (tensor.view(torch.uint8) & 0x7F == 0x7F).any()  # NaN, beside the sign; e4m3 has no infinities
-    # the sum of finite numbers may overflow: then look at each
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
+    # the sum of finite numbers may overflow: then look at each. bf16, summed as float32, would be copied first
+    wide = torch.float32 if tensor.dtype == torch.float16 else None
+    return bool(torch.isfinite(tensor.sum(dtype=wide)) or torch.isfinite(tensor).all())
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from wan.distributed.ulysses import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
 from wan.jobs.job import Job, Sampling, windows_of
 from wan.modules.attention import QUANTISED
-from wan.modules.quantised_linear import working_bytes
 from wan.offload.budget import Budget, fit, usable_bytes
 from wan.planning.plan import Plan, Size, VideoKind, VideoPlan, video_kind
 from wan.sampling import Video, make_schedule, plan_steps
@@ -121,7 +120,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
         (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
-        working_bytes(model, plan.dtype),
+        plan.fp8_bytes,
     ])  # fmt: skip
     if plan.request.preview_steps:  # one frame is decoded between two steps, when a forward's activations are gone
         frame = video.latent[0], 1, *video.latent[2:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from wan.distributed.mesh import Layout
 from wan.jobs.job import Job, Sampling
 from wan.media.images import digest
 from wan.modules.model import WanModel
+from wan.modules.quantised_linear import working_bytes
 from wan.offload.budget import Budget, Sizes
 from wan.offload.networks import sizes_of
 from wan.offload.reader import parameter_dtypes
@@ -128,6 +129,11 @@ class Plan:
             return None
         return sizes_of(self.checkpoint.text_encoder.module, lambda _: self.text_dtype)
 
+    @cached_property
+    def fp8_bytes(self) -> int:
+        """See `working_bytes`: to look through all layers for each of a thousand sizes takes seconds."""
+        return working_bytes(self.transformer, self.dtype)
+
     @property
     def uses_negative(self) -> bool:
         """Whether the negative prompt is encoded."""
@@ -164,10 +170,10 @@ class Plan:
             **{name: path and digest(path, clip=name == "video") for name, path in job.pictures.items()},
             "window": self.request.window if self.video(job).windows else None,
             "size": list(job.size), "frame_num": job.frame_num, "base_seed": job.seed,
-            "ckpt_dir": self._files() | self.lora_stacks(),
+            "ckpt_dir": self._files | self.lora_stacks(),
             "lora_alpha": None, "lora_mode": self.lora_mode if self.loras else None,
             "sample_solver": self.sampling.solver,
-            "sample_steps": [asdict(step) for step in self.steps[self.video(job).first_step :]],
+            "sample_steps": [{**vars(step)} for step in self.steps[self.video(job).first_step :]],
             "sample_shift": None, "sample_guide_scale": None, "timesteps": None, "high_steps": None,
             "noise_device": self.noise_device.type, "device": self.device.type, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
@@ -187,10 +193,11 @@ class Plan:
         """Equal for plans that load the same networks in the same way, LoRAs aside."""
         request = self.request
         return (
-            self._files(), self.device, self.text_device, self.dtype, self.text_dtype, self.lora_mode, self.layout,
+            self._files, self.device, self.text_device, self.dtype, self.text_dtype, self.lora_mode, self.layout,
             request.quantize, request.vae_dtype, request.convert_model_dtype, request.dit_fsdp, request.t5_fsdp,
         )  # fmt: skip
 
+    @cached_property
     def _files(self) -> dict[str, Any]:
         """Fingerprints of the checkpoint's files by part; paths do not count."""
         files = self.checkpoint.weight_files()

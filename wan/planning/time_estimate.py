@@ -22,7 +22,6 @@ from wan.distributed.mesh import Layout
 from wan.distributed.vae_parallel import divide, fitting
 from wan.jobs.job import Job, chains
 from wan.modules import vae_layers
-from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.planning.plan import Plan, VideoPlan, video_kind
 from wan.sampling import Step
@@ -101,7 +100,9 @@ def seconds(plan: Plan, video: VideoPlan, rates: Mapping[str, float]) -> Seconds
     sending = sum(each * (passes if why == "weights" else forwards).total() for why, each in sent.items())
     computing = forward * forwards.total() / ranks + sending / rates.get(EXCHANGE, math.inf)
     denoise = max(computing, read / feed)
-    token = text_operations(plan.checkpoint.text_encoder.module, 1)
+    # rows of the table are read, not multiplied
+    table = plan.checkpoint.text_encoder.module.get_parameter("token_embedding.weight").numel()
+    token = 2.0 * (plan.weight_bytes["text encoder"] / plan.text_dtype.itemsize - table)
     thinking = (1 + plan.uses_negative) * token * plan.config.text_len / rates[MATMUL]
     encode = partial(encode_operations, still=bool(plan.config.mask_channels))
 
@@ -185,13 +186,8 @@ def sent_bytes(
     }
 
 
-# Floating-point operations of text encoder and autoencoders: products with weights and of attention, which is all but a
-# hundredth. Regions and grids are of latent cells; of a region that is coded by itself its rim counts too.
-
-
-def text_operations(encoder: UMT5Encoder, tokens: int) -> float:
-    """One product with every weight but the table's; attention over a few hundred tokens does not count."""
-    return 2.0 * tokens * sum(p.numel() for name, p in encoder.named_parameters() if name != "token_embedding.weight")
+# Floating-point operations of autoencoders: products with weights and of attention, which is all but a hundredth.
+# Regions and grids are of latent cells; of a region that is coded by itself its rim counts too.
 
 
 def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[vae_layers.Region] | None = None) -> float:

@@ -97,25 +97,29 @@ class State(NamedTuple):
 def find_videos(plan: Plan) -> list[tuple[Job, State]]:
     """Each job with the state of its file; a job that follows a whole clip starts from that clip. With `--resume` a
     video also counts under another number, for rows may have been inserted; but names that the user chose are kept."""
-    resume, found = plan.request.resume, []
-    elsewhere: dict[str, Path] = {}  # videos with a record in the folders of the jobs, by the key of their meaning
-    folders = {job.save_file.parent for job in plan.jobs} if resume else ()
-    for file in (file for folder in folders for file in folder.glob("*.json")):
-        with suppress(WanError, KeyError, TypeError, AttributeError):  # another program's file
-            record = read_record(file)
-            elsewhere[key_of(record["meaning"])] = file.parent / record["output"]["file"]
+    found = []
+
+    @cache
+    def elsewhere() -> dict[str, Path]:  # videos with a record in the folders of the jobs, by the key of their meaning
+        there = {}
+        for file in (file for folder in {job.save_file.parent for job in plan.jobs} for file in folder.glob("*.json")):
+            with suppress(WanError, KeyError, TypeError, AttributeError):  # another program's file
+                record = read_record(file)
+                there[key_of(record["meaning"])] = file.parent / record["output"]["file"]
+        return there
+
     last: dict[Path | None, State] = {}  # by chain
     for job in plan.jobs:
         before = last.get(job.joined) if job.follows else None
         if before:
             job = replace(job, image=before.file)
-        if not resume:
+        if not plan.request.resume:
             state = State("other" if job.save_file.exists() else "nothing", job.save_file)
         elif before and before.kind not in ("whole", "equal"):  # this clip hangs on one that is still to be made
             state = State("nothing", job.save_file)
         else:
             state = find_video(plan, job)
-            other = elsewhere.get(key_of(plan.meaning(job))) if state.kind == "nothing" else None
+            other = elsewhere().get(key_of(plan.meaning(job))) if state.kind == "nothing" else None
             if other and find_video(plan, replace(job, save_file=other)).kind == "whole":
                 state = State("equal" if job.named else "whole", other)
         last[job.joined] = state
@@ -131,17 +135,11 @@ def find_video(plan: Plan, job: Job) -> State:
     for source in (video, Beside.of(video).record):  # beside a video that was cut off in its index
         with suppress(WanError, KeyError, TypeError, AttributeError):  # not a record of ours
             found = read_record(source)["meaning"]
-            differing = [f"--{name}" for name, v in plan.meaning(job).items() if found.get(name) != plain(v)]
+            differing = [f"--{name}" for name, v in plain(plan.meaning(job)).items() if found.get(name) != v]
             if differing:
                 return State("other", video, f"{trouble} ({', '.join(differing)})")
-            whole = _count_frames(video, video.stat().st_mtime_ns, video.stat().st_size) == job.frame_num
-            return State("whole" if whole else "nothing", video)
+            return State("whole" if count_frames(video) == job.frame_num else "nothing", video)
     return State("other", video, trouble)
-
-
-@cache  # it starts a program, and a run asks twice: for its plan and to begin
-def _count_frames(path: Path, *_now: int) -> int:
-    return count_frames(path)
 
 
 def repair(plan: Plan, job: Job, video: Path, say: Callable[[str], None]) -> None:

@@ -51,7 +51,8 @@ class Beside(NamedTuple):
     @classmethod
     def of(cls, video: Path) -> Beside:
         endings = ".json", ".latents.safetensors", ".png", ".steps.png"
-        return cls(video, *(video.parent / f"{video.stem}{ending}" for ending in endings))
+        folder, stem = video.parent, video.stem
+        return cls(video, *(folder / f"{stem}{ending}" for ending in endings))
 
 
 def latents_elsewhere(video: Path, *, make: bool = False) -> Path:
