@@ -18,7 +18,7 @@ from wan.distributed.mesh import Layout
 from wan.doctor import __main__ as doctor
 from wan.doctor import machine as things
 from wan.doctor import numerics, rates
-from wan.doctor.forecast import forecast, notes, released_plan, table
+from wan.doctor.forecast import forecast, notes, released_plan, rows_of
 from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, examine
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
@@ -65,9 +65,9 @@ def test_nothing_is_wrong_here(findings: list[Finding]) -> None:
     assert [finding.line() for finding in findings if finding.verdict == WRONG] == []
     good = {finding.name for finding in findings if finding.verdict == GOOD}
     assert good >= {
-        "versions", "packages", "ffmpeg", "devices", "attention sdpa float32", "attention sdpa bf16", "LoRA merge",
-        "VAE decode in bf16", "golden t2v_lightning float32", "golden t2v_lightning bf16", "memory modes", "VAE decode",
-        "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy", "rate: disk read",
+        "versions", "packages", "ffmpeg", "devices", "attention sdpa float32", "attention sdpa bfloat16", "LoRA merge",
+        "VAE decode in bf16", "golden t2v_lightning float32", "golden t2v_lightning bfloat16", "memory modes",
+        "VAE decode", "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy", "rate: disk read",
     }  # fmt: skip
     assert all(finding.seconds > 0 and finding.sentence for finding in findings)
 
@@ -75,7 +75,7 @@ def test_nothing_is_wrong_here(findings: list[Finding]) -> None:
 def test_every_golden_case_is_examined_in_both_precisions() -> None:
     names = [check.name for check in numerics.golden_checks(Machine(CPU, ROOT, ROOT))]
     cases = json.loads((TESTS / "golden" / "cases.json").read_text())
-    assert {f"golden {case['name']} {dtype}" for case in cases for dtype in ("float32", "bf16")} < set(names)
+    assert {f"golden {case['name']} {dtype}" for case in cases for dtype in ("float32", "bfloat16")} < set(names)
 
 
 def test_without_the_repository_golden_cases_are_skipped_by_name(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_the_longest_rows_and_notes_fit_on_a_terminal(
     }  # fmt: skip
     advice = "use --vae_tiling, a smaller --size or fewer frames"
     rows = [row, row | {"mode": "one at a time", "vram": None}, row | {"fits": False, "advice": advice}]
-    below = [*table(rows), *notes(rows)]
+    below = [*rows_of(rows), *notes(rows)]
     long = Finding(WRONG, "\n  ".join([f"with {'many ' * 30}words", *below]), f"take {'other ' * 30}ones")
     assert run([DoctorCheck("forecast", lambda _: long)], monkeypatch) == 1
     piped = capsys.readouterr().out

@@ -27,7 +27,7 @@ import torch
 
 from wan.doctor import rates
 from wan.doctor.forecast import forecast
-from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, versions, video_encoder
+from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, software, video_encoder
 from wan.doctor.numerics import attention_checks, golden_checks, lora_merge, quantised_layer, vae_in_bf16
 from wan.modules.quantised_linear import FORMATS
 from wan.utils.argument_parser import Parser
@@ -80,7 +80,7 @@ def _print(text: str) -> None:
 def findings_of(device: str, root: Path, disk: Path, small: bool = False) -> Iterator[Finding]:
     """Every finding as soon as it is made."""
     machine = Machine(torch.device("cpu"), root, disk, small)
-    yield examine(DoctorCheck("versions", versions), machine)
+    yield examine(DoctorCheck("versions", software), machine)
     yield examine(DoctorCheck("packages", packages), machine)
     yield examine(DoctorCheck("ffmpeg", video_encoder), machine)
     yield examine(DoctorCheck("devices", partial(devices, device)), machine)

@@ -16,11 +16,11 @@ from wan.cli.checks import Check
 from wan.cli.options import Request
 from wan.configs import TASKS
 from wan.distributed.mesh import Layout
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine
 from wan.jobs.job import Weights
 from wan.jobs.weights import choose_sampling
 from wan.planning.memory import plan_video, plan_videos
-from wan.planning.plan import Plan
+from wan.planning.plan import Plan, dtype_name
 from wan.planning.time_estimate import NEEDED_RATES, keep_rates, seconds
 from wan.utils.accelerator import Accelerator
 from wan.utils.progress import duration, quantity
@@ -50,8 +50,8 @@ def forecast(machine: Machine) -> Finding:
         if width > height  # portrait costs the same
     ]
     fits = any(estimate["fits"] for estimate in estimates)
-    sentence = f"with {quantity(room, 'B')} of {place}, in {short(machine.usual)} (all seconds are estimates)"
-    lines = [sentence if fits else f"{sentence}: nothing fits", *table(estimates), *notes(estimates)]
+    sentence = f"with {quantity(room, 'B')} of {place}, in {dtype_name(machine.usual)} (all seconds are estimates)"
+    lines = [sentence if fits else f"{sentence}: nothing fits", *rows_of(estimates), *notes(estimates)]
     advice = "" if fits else "free memory of the device"
     return Finding(GOOD if fits else WRONG, "\n  ".join(lines), advice, {"estimates": estimates, "room": room})
 
@@ -90,7 +90,7 @@ def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> dict[str, 
     }  # fmt: skip
 
 
-def table(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
+def rows_of(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
     """Aligned lines, for a terminal of 80 columns; the first is the heading."""
     rows = [["task", "video", "steps", "weights", "tiles", "first video", "next"]]
     for one in estimates:

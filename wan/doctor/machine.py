@@ -83,11 +83,7 @@ def examine(check: DoctorCheck, machine: Machine) -> Finding:
     return replace(found, name=check.name, seconds=time.perf_counter() - began)
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat16", "bf16")
-
-
-def versions(machine: Machine) -> Finding:
+def software(machine: Machine) -> Finding:
     """The versions that a bug report needs; none is wrong by itself."""
     commit = ""
     with suppress(OSError):  # no git
@@ -116,7 +112,8 @@ def packages(machine: Machine) -> Finding:
     for name, least in (match.groups() for line in declared if (match := REQUIREMENT.match(line))):
         try:
             found[name] = version(name)
-            if _numbers(found[name]) < _numbers(least):
+            have, need = (list(map(int, re.findall(r"\d+", v.partition("+")[0])[:3])) for v in (found[name], least))
+            if have < need:
                 wrong[f"'{name}>={least}'"] = f"{name} is {found[name]}, at least {least} is needed"
         except PackageNotFoundError:
             wrong[f"'{name}>={least}'"] = f"{name} is not installed"
@@ -160,7 +157,3 @@ def _search(pattern: str, path: str) -> str:
     """Where the pattern is in a file; "" if it is not there, or there is no file."""
     found = re.search(pattern, Path(path).read_text() if Path(path).exists() else "", re.MULTILINE)
     return found[0] if found else ""
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]]

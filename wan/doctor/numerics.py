@@ -23,7 +23,7 @@ import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machine
 from wan.doctor.rates import random_vae
 from wan.jobs.job import Sampling
 from wan.jobs.weights import both
@@ -31,6 +31,7 @@ from wan.media.images import video_size
 from wan.modules.attention import BACKENDS, QUANTISED, available
 from wan.modules.quantised_linear import in_8_bits, why_unpacked
 from wan.original_api import Original
+from wan.planning.plan import dtype_name
 from wan.sampling import Video
 from wan.utils.accelerator import Accelerator, peak_gpu_bytes
 from wan.utils.progress import quantity
@@ -60,7 +61,10 @@ def attention_checks(machine: Machine) -> list[DoctorCheck]:
     skipped = Finding(SKIPPED, f"not installed, or not made for {machine.device}; it is not needed")
     absent = [name for name in BACKENDS if name not in {known for known, _ in ours}]
     return [
-        *(DoctorCheck(f"attention {n} {short(dtype)}", partial(attention, n, dtype), LEFT_OUT) for n, dtype in ours),
+        *(
+            DoctorCheck(f"attention {n} {dtype_name(dtype)}", partial(attention, n, dtype), LEFT_OUT)
+            for n, dtype in ours
+        ),
         *(DoctorCheck(f"attention {name}", lambda _: skipped) for name in absent),
     ]
 
@@ -148,7 +152,7 @@ def golden_checks(machine: Machine) -> list[DoctorCheck]:
         return [DoctorCheck(name, lambda _: Finding(SKIPPED, reason)) for name in ("golden cases", *others)]
     cases = json.loads(file.read_text())
     checks = [
-        DoctorCheck(f"golden {case['name']} {short(dtype)}", partial(golden_case, case, dtype))
+        DoctorCheck(f"golden {case['name']} {dtype_name(dtype)}", partial(golden_case, case, dtype))
         for case in cases[: 1 if machine.small else None]
         for dtype in PRECISIONS
     ]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine, short
+from wan.doctor.machine import GOOD, SKIPPED, WRONG, Finding, Machine
 from wan.modules.attention import BACKENDS, choose
 from wan.modules.vae import VAES, WanVAE
+from wan.planning.plan import dtype_name
 from wan.planning.time_estimate import ATTENTION, COPY, DISK, EXCHANGE, MATMUL, PAGEABLE, PINNED, VAE, decode_operations
 from wan.utils.accelerator import COLLECTIVES, Accelerator, gpus, synchronize
 from wan.utils.progress import quantity
@@ -28,7 +29,7 @@ def matmul(machine: Machine) -> Finding:
     size = 64 if machine.small else 8192 if machine.is_gpu else 1024
     a, b = (torch.randn(size, size, device=machine.device, dtype=machine.usual) for _ in range(2))
     rate = 2 * size**3 / _seconds(machine, lambda: a @ b)
-    return _operations(machine, MATMUL, rate, f"{short(machine.usual)} {size}x{size}")
+    return _operations(machine, MATMUL, rate, f"{dtype_name(machine.usual)} {size}x{size}")
 
 
 def attention(machine: Machine) -> Finding:
