@@ -67,7 +67,8 @@ def test_nothing_is_wrong_here(findings: list[Finding]) -> None:
     assert good >= {
         "versions", "packages", "ffmpeg", "devices", "attention sdpa float32", "attention sdpa bfloat16", "LoRA merge",
         "VAE decode in bf16", "golden t2v_lightning float32", "golden t2v_lightning bfloat16", "memory modes",
-        "VAE decode", "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy", "rate: disk read",
+        "VAE decode", "VAE decode in tiles", "rate: matmul", "rate: attention", "rate: VAE", "rate: device copy",
+        "rate: disk read",
     }  # fmt: skip
     assert all(finding.seconds > 0 and finding.sentence for finding in findings)
 
