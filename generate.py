@@ -161,7 +161,6 @@ def _questions(asked: Sequence[Row | Job]) -> list[ExtendItem]:
 
 
 def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> int:
-    """Print a result on stdout: as text, or as a JSON line with --json."""
     if progress.json:
         progress.event(kind, fields)
     elif not progress.quiet:
@@ -170,7 +169,6 @@ def _show(progress: Progress, kind: str, fields: dict[str, Any], text: str) -> i
 
 
 def _report(error: WanError, code: int, words: Sequence[str], *, shown: bool = True) -> int:
-    """Print the error that ends the run, and return its exit code."""
     from wan.distributed.launch import speaks_alone, tell_launcher
 
     if code == BAD_INPUT:

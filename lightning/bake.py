@@ -145,7 +145,6 @@ class Bake:
         return sources
 
     def _network(self, part: str, store: TensorStore) -> NetworkToWrite:
-        """One network to write: an expert with its LoRAs merged, another part as it is."""
         to_diffusers = self.layout == "diffusers"
         place = Path((layouts.diffusers if to_diffusers else layouts.released)(TASKS[self.task])[part])
         blocks = len({name.split(".")[1] for name in store if name.startswith("blocks.")})

@@ -95,7 +95,6 @@ def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence
 
 
 def _natural(value: str) -> tuple[float, str]:
-    """Sorts numbers by value, other values by letter."""
     return float(value) if re.fullmatch(r"-?\d+(\.\d+)?", value) else math.inf, value
 
 

@@ -34,7 +34,6 @@ REASONS = {"fps": "each model has one frame rate; --seconds or --frame_num sets 
 
 class _Parser(Parser):
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print --help and --version in one process of many."""
         from wan.distributed.launch import speaks_alone
 
         if speaks_alone():

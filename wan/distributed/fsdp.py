@@ -55,7 +55,6 @@ def load_sharded(
 
 
 def _gather_together(unit: nn.Module, team: Team) -> None:
-    """Make FSDP's hook that gathers a unit's weights an exchange."""
     hooks = unit._forward_pre_hooks
     for key, hook in hooks.items():
 

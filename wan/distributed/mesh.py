@@ -154,7 +154,6 @@ def origin_of(error: BaseException) -> tuple[int, str]:
 
 
 def _portable(error: Exception) -> Exception:
-    """A copy of `error` for other processes, with its origin."""
     try:
         copy: Exception = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever its constructor needs

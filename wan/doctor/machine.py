@@ -154,6 +154,5 @@ def devices(name: str, machine: Machine) -> Finding:
 
 
 def _search(pattern: str, path: str) -> str:
-    """Where the pattern is in a file; "" if it is not there, or there is no file."""
     found = re.search(pattern, Path(path).read_text() if Path(path).exists() else "", re.MULTILINE)
     return found[0] if found else ""

@@ -85,7 +85,6 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
 
 
 def _checked(request: Request, check: Check) -> Request:
-    """`request` with the default for each value outside its row's choices or limits."""
     changed: dict[str, Any] = {}
     for name, row in OPTIONS.items():
         flag, value = f"--{name}", getattr(request, name)
@@ -149,7 +148,6 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
 
 
 def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], label: str, check: Check) -> Generate:
-    """The videos with one set of options. rows: by the index of their first video."""
     weights = choose_weights(request, config, _checkpoint_folder(request, config, check), check)
     sampling = choose_sampling(request, config, weights, check)
     if sampling.lora_steps and request.lora_mode == "merge":

@@ -167,7 +167,6 @@ def _as_srgb(image: Image.Image, profile: bytes, changes: list[str]) -> Image.Im
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether its EXIF orientation is not upright."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except (*DAMAGED, KeyError, TypeError):  # the picture may be whole although this is not

@@ -337,7 +337,6 @@ def video_input(path: Path) -> list[str]:
 
 
 def _frames_reported(progress: bytes) -> int:
-    """The last frame count in the output of `-progress`."""
     return int((re.findall(rb"^frame=\s*(\d+)", progress, re.MULTILINE) or [b"0"])[-1])
 
 

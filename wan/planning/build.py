@@ -90,7 +90,6 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
 
 
 def _local(weights: Weights, config: TaskConfig) -> Weights:
-    """The same weights as local files."""
     return replace(
         weights,
         ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.not_of_folder(config))),
@@ -289,7 +288,6 @@ def flag_conflicts(request: Request, lora_mode: str) -> list[str]:
 
 
 def _why_no_cuda() -> str:
-    """PyTorch's own words."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:

@@ -199,7 +199,6 @@ class Plan:
 
     @cached_property
     def _files(self) -> dict[str, Any]:
-        """Fingerprints of the checkpoint's files by part; paths do not count."""
         files = self.checkpoint.weight_files()
         return {name: [self.fingerprints[str(f)] for f in found] for name, found in files.items()}
 

@@ -85,7 +85,6 @@ class Outlook:
         return lines
 
     def _jobs(self) -> list[str]:
-        """The jobs, of many the first ones; how many are done; seconds for the others."""
         jobs, videos, done, lines = self.plan.jobs, len(self.plan.jobs), len(self.done), []
         shown = jobs[: MOST_LISTED if videos > MOST_LISTED + 1 else None]
         for job in shown:
@@ -141,7 +140,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _settings(plan: Plan) -> list[str]:
-    """Sampling, weights, device."""
     request, sampling, lines = next(iter(plan.variants.values()), plan).request, plan.sampling, []
     if sampling is not None:
         preset = f", settings of {plan.preset}" if plan.preset else ""

@@ -149,7 +149,6 @@ class ChatService:
         return text_of(values.get("output") or values if self.native and isinstance(values, dict) else values)
 
     def _path_and_content(self, question: Question) -> tuple[str, dict[str, Any]]:
-        """A request in OpenAI's protocol, or in DashScope's own."""
         fields = {name: value for name, value in ({"seed": self.seed} | self.options).items() if value is not None}
         kind, system, user = "text-generation", cast(Any, question.system), cast(Any, question.text)
         if question.image is not None:

@@ -139,7 +139,6 @@ def _latents_of_before(plan: Plan, job: Job, progress: Progress) -> tuple[torch.
 
 
 def _keep(save_file: Path, latent: torch.Tensor, record: dict[str, Any], progress: Progress) -> Path | None:
-    """Save the latents beside the video to come, else in the folder for temporary files; return the file, if any."""
     for place in (lambda: Beside.of(save_file).latents, lambda: latents_elsewhere(save_file, make=True)):
         try:
             path = place()
