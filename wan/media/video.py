@@ -230,6 +230,8 @@ def _read_comment(path: Path) -> str:
 
 def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
+    if not path.is_file():
+        return 0
     with suppress(OSError, ValueError):  # no MP4, or none that is whole
         return boxes.count_frames(path)
     target = ["-map", "0:v", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-"]
@@ -240,8 +242,6 @@ def count_frames(path: Path) -> int:
 @cache
 def describe_clip(path: Path, frames: int, fps: int) -> str:
     """The part of a clip that `read_clip` takes, for the plan. InputError for any other file, or too few frames."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such video file")
     words = ["-f", "null", "-loglevel", "info", "-progress", "pipe:1"]
     counted = run_ffmpeg(*_clip_words(path, frames + 1, f"fps={fps}", *words))
     if counted.returncode != 0 or not (found := _frames_reported(counted.stdout)):
@@ -332,7 +332,9 @@ def file_argument(path: Path) -> str:
 
 
 def video_input(path: Path) -> list[str]:
-    """A file of unknown origin as an input."""
+    """A file of unknown origin as an input. InputError where there is none: a pipe would block."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such video file")
     return [*SAFE, "-i", file_argument(path)]
 
 
