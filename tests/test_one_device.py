@@ -25,7 +25,7 @@ from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.modules import quantised_linear
 from wan.modules.model import WanModel
-from wan.modules.quantised_linear import FORMATS, QuantisedLinear
+from wan.modules.quantised_linear import KERNELS, QuantisedLinear
 from wan.offload.prefetcher import CopyStream, Slot
 from wan.original_api import Original
 from wan.sampling import Video
@@ -133,7 +133,7 @@ def test_a_second_decode_has_the_memory_of_the_experts() -> None:
         assert len(networks.prefetcher.slots) == kept
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", KERNELS)
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("lora_mode", ["merge", "adapter"])
 def test_nor_with_weights_in_8_bits(

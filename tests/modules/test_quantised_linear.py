@@ -119,11 +119,11 @@ def test_what_cuda_does_not_take_is_refused_without_it() -> None:
 def test_an_input_of_several_layers_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same products, to the bit; and for each layer where one of them takes it in bf16."""
     monkeypatch.setattr(quantised_linear, "multiplies", lambda *_: True)
-    monkeypatch.setattr(quantised_linear, "ROWS", 16)
+    monkeypatch.setattr(quantised_linear, "ROWS_AT_ONCE", 16)
     torch.manual_seed(0)
     layers, x = [layer_of(torch.randn(48, 32), torch.bfloat16) for _ in range(3)], torch.randn(40, 32).bfloat16()
     given = shared(x, *layers)
-    assert isinstance(given, quantised_linear.Quantised)
+    assert isinstance(given, quantised_linear.QuantisedRows)
     assert all(torch.equal(layer(given), layer(x)) for layer in layers)
     for other in (nn.Linear(32, 48), layer_of(torch.randn(40, 32), torch.bfloat16)):
         assert shared(x, *layers, other) is x
@@ -143,7 +143,7 @@ def test_the_fp8_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same fp8 numbers in float64, in shares of 16 rows; tokens of very different size do not disturb
     each other."""
     monkeypatch.setattr(quantised_linear, "multiplies", lambda *_: True)
-    monkeypatch.setattr(quantised_linear, "ROWS", 16)
+    monkeypatch.setattr(quantised_linear, "ROWS_AT_ONCE", 16)
     torch.manual_seed(0)
     x = (torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]).bfloat16()
     layer = layer_of(torch.randn(48, 64) * torch.logspace(-2, 2, 48)[:, None], torch.bfloat16)
@@ -184,7 +184,7 @@ def test_the_int8_product_is_that_of_int32(
     rows: int, rotation: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, in shares of 32 rows, none of which has fewer than the 17 that CUDA takes."""
-    monkeypatch.setattr(quantised_linear, "ROWS", 32)
+    monkeypatch.setattr(quantised_linear, "ROWS_AT_ONCE", 32)
     monkeypatch.setattr(torch, "_int_mm", Mock(wraps=torch._int_mm))
     torch.manual_seed(0)
     x = (torch.randn(rows, 192) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
@@ -219,7 +219,7 @@ def test_int8_of_odd_sizes_is_unpacked(outputs: int, inputs: int, can: bool) -> 
 def test_layers_of_other_rotations_share_no_input() -> None:
     x, bias = torch.randn(20, 64), torch.zeros(32)
     one, other = (in_8_bits("int8", torch.randn(32, 64), bias, rotation) for rotation in (64, 16))
-    assert isinstance(shared(x, one, one), quantised_linear.Quantised)
+    assert isinstance(shared(x, one, one), quantised_linear.QuantisedRows)
     assert shared(x, one, other) is x
 
 

@@ -29,7 +29,7 @@ from wan.doctor import rates
 from wan.doctor.forecast import forecast
 from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, examine, packages, software, video_encoder
 from wan.doctor.numerics import attention_checks, golden_checks, lora_merge, quantised_layer, vae_in_bf16
-from wan.modules.quantised_linear import FORMATS
+from wan.modules.quantised_linear import KERNELS
 from wan.utils.argument_parser import Parser
 from wan.utils.errors import InputError, print_errors
 from wan.utils.progress import tell
@@ -92,7 +92,7 @@ def checks_of(machine: Machine) -> list[DoctorCheck]:
     return [
         *attention_checks(machine),
         DoctorCheck("LoRA merge", lora_merge),
-        *(DoctorCheck(f"weights in {form}", partial(quantised_layer, form)) for form in FORMATS),
+        *(DoctorCheck(f"weights in {form}", partial(quantised_layer, form)) for form in KERNELS),
         DoctorCheck("VAE decode in bf16", vae_in_bf16, "leave --vae_dtype out"),
         *golden_checks(machine),
         DoctorCheck("exchange between GPUs", rates.exchange),

@@ -221,11 +221,8 @@ class Block(nn.Module):
         """One pass for each residual stream [L, D] (overwritten once float32), prompt and text [text_len, D]; rows are
         float32 [T, 6, D]. Returns float32 [L, D] in the same list: nobody keeps a converted stream."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(1)
-        norm3, ungated, dtype = (
-            self.norm3,
-            torch.ones_like(gate1),
-            self.self_attn.q.bias.dtype,
-        )  # weights may be in 8 bits
+        norm3, ungated = self.norm3, torch.ones_like(gate1)
+        dtype = self.self_attn.q.bias.dtype  # the weights may be in 8 bits
         for attended in texts:
             x = streams.pop(0)
             # attentions run by `forward`: a module called as such keeps what it was given until it returns

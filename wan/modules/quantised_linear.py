@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from wan.modules.fused import EAGER, FP8, quantise
 
-ROWS = 2048  # at a time: eager, quantising takes their float32, and int8 the sums of a product
+ROWS_AT_ONCE = 2048  # at a time: eager, quantising takes their float32, and int8 the sums of a product
 GROUPS = (256, 64, 16)  # channels that R mixes: the first that divides the width
 FEWEST_ROWS = 17  # of CUDA's int8 product
 RIGHT_PRODUCT = 1e-2  # against the same numbers multiplied in float32: a result in bf16 is off by 2^-9 at most
 
 
-class Quantised(NamedTuple):
+class QuantisedRows(NamedTuple):
     """Rows [R, I] as 8-bit `q` times `scale`, float32 [R, 1]; `dtype` is what they were, and what products are in."""
 
     q: Tensor
@@ -34,12 +34,12 @@ class Quantised(NamedTuple):
     dtype: torch.dtype
 
 
-class Format(NamedTuple):
-    """Numbers in 8 bits. multiple: of channels, for the kernels; all published networks have such."""
+class Kernel(NamedTuple):
+    """The product of numbers in 8 bits. multiple: of channels that it takes; all published networks have such."""
 
     dtype: torch.dtype
     multiple: int
-    product: Callable[[QuantisedLinear, Quantised], Tensor]
+    product: Callable[[QuantisedLinear, QuantisedRows], Tensor]
 
 
 class QuantisedLinear(nn.Linear):
@@ -53,9 +53,9 @@ class QuantisedLinear(nn.Linear):
         rotation: int | None = None,
         device: torch.device | str = "meta",
     ) -> None:
-        """form: of FORMATS. rotation: see `rotation_of`."""
+        """form: of KERNELS. rotation: see `rotation_of`."""
         super().__init__(inputs, outputs, device=device)
-        dtype = FORMATS[form].dtype
+        dtype = KERNELS[form].dtype
         self.form, self.rotation = form, rotation_of(dtype, inputs, rotation)
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device), requires_grad=False)
         scale = torch.empty(outputs, dtype=torch.float32, device=device)
@@ -65,33 +65,33 @@ class QuantisedLinear(nn.Linear):
     @property
     def dtypes(self) -> tuple[tuple[str, torch.dtype], ...]:
         """The parameters for which the run's does not matter."""
-        return ("weight", FORMATS[self.form].dtype), ("weight_scale", torch.float32)
+        return ("weight", KERNELS[self.form].dtype), ("weight_scale", torch.float32)
 
-    def forward(self, x: Tensor | Quantised) -> Tensor:
+    def forward(self, x: Tensor | QuantisedRows) -> Tensor:
         """[R, I] -> [R, O] in x's dtype: in 8 bits where the device can, else with the weights in x's dtype."""
-        if isinstance(x, Quantised) or self.multiplies(x):
-            return self.product(x if isinstance(x, Quantised) else self.quantised(x))
+        if isinstance(x, QuantisedRows) or self.multiplies(x):
+            return self.product(x if isinstance(x, QuantisedRows) else self.quantised(x))
         weight = self.weight.to(x.dtype).mul_(self.weight_scale[:, None])
         return F.linear(x, rotated(weight, self.rotation), self.bias)
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the product with x is one in 8 bits."""
-        odd = any(size % FORMATS[self.form].multiple for size in self.weight.shape)
+        odd = any(size % KERNELS[self.form].multiple for size in self.weight.shape)
         return not odd and multiplies(self.form, x.device, x.dtype)
 
-    def quantised(self, x: Tensor) -> Quantised:
+    def quantised(self, x: Tensor) -> QuantisedRows:
         """Each row of x R [R, I] with a scale of its own."""
         q = x.new_empty(x.shape, dtype=self.weight.dtype)
         scale = x.new_empty(len(x), 1, dtype=torch.float32)
-        for share in zip(*(each.split(ROWS) for each in (x, q, scale)), strict=True):
+        for share in zip(*(each.split(ROWS_AT_ONCE) for each in (x, q, scale)), strict=True):
             self.passes.quantise(rotated(share[0], self.rotation), *share[1:])
-        return Quantised(q, scale, x.dtype)
+        return QuantisedRows(q, scale, x.dtype)
 
-    def product(self, x: Quantised) -> Tensor:
+    def product(self, x: QuantisedRows) -> Tensor:
         """The product in 8 bits."""
-        return FORMATS[self.form].product(self, x)
+        return KERNELS[self.form].product(self, x)
 
-    def fp8_product(self, x: Quantised) -> Tensor:
+    def fp8_product(self, x: QuantisedRows) -> Tensor:
         """Tensor cores of compute capability 8.9 and 9.0 keep fewer bits of float32 sums, a tenth of what rounding to
         fp8 costs: sums are not promoted on the way (`use_fast_accum`)."""
         return torch._scaled_mm(
@@ -99,21 +99,21 @@ class QuantisedLinear(nn.Linear):
             use_fast_accum=True,
         )  # fmt: skip
 
-    def int8_product(self, x: Quantised) -> Tensor:
+    def int8_product(self, x: QuantisedRows) -> Tensor:
         """Exact sums in int32, then scales and bias in float32, rounded once."""
         out = x.q.new_empty(len(x.q), self.out_features, dtype=x.dtype)
-        for q, scale, rows in zip(*(each.split(ROWS) for each in (x.q, x.scale, out)), strict=True):
+        for q, scale, rows in zip(*(each.split(ROWS_AT_ONCE) for each in (x.q, x.scale, out)), strict=True):
             enough = q if len(q) >= FEWEST_ROWS else F.pad(q, (0, 0, 0, FEWEST_ROWS - len(q)))
             sums = torch._int_mm(enough, self.weight.t())[: len(q)]
             self.passes.scale_sums(sums, scale, self.weight_scale, self.bias, rows)
         return out
 
 
-FORMATS = {
-    "fp8": Format(FP8, 16, QuantisedLinear.fp8_product),
-    "int8": Format(torch.int8, 8, QuantisedLinear.int8_product),
+KERNELS = {
+    "fp8": Kernel(FP8, 16, QuantisedLinear.fp8_product),
+    "int8": Kernel(torch.int8, 8, QuantisedLinear.int8_product),
 }
-EIGHT_BITS = [each.dtype for each in FORMATS.values()]
+EIGHT_BITS = [each.dtype for each in KERNELS.values()]
 
 
 def rotation_of(dtype: torch.dtype, inputs: int, stored: int | None = None) -> int:
@@ -143,7 +143,7 @@ def round_rows(x: Tensor, rotation: int, q: Tensor, scale: Tensor) -> None:
     quantise(rotated(x.float(), rotation) if rotation else x, q, scale)
 
 
-def shared(x: Tensor, *layers: nn.Module) -> Tensor | Quantised:
+def shared(x: Tensor, *layers: nn.Module) -> Tensor | QuantisedRows:
     """x [R, I] as the input of all these layers: quantised once if each of them multiplies in 8 bits."""
     alike = [layer for layer in layers if isinstance(layer, QuantisedLinear) and layer.multiplies(x)]
     same = len({layer.rotation for layer in alike}) == 1  # a file may have rotated some
@@ -159,7 +159,7 @@ def working_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     for layer in layers:
         unpacked = layer.weight.numel() * dtype.itemsize * (2 if layer.rotation else 1)
         summed = 8 * layer.out_features if layer.form == "int8" else 0  # int32, float32
-        taken.append(max(unpacked, ROWS * max((8 if layer.rotation else 4) * layer.in_features, summed)))
+        taken.append(max(unpacked, ROWS_AT_ONCE * max((8 if layer.rotation else 4) * layer.in_features, summed)))
     return max(taken, default=0)
 
 

@@ -34,7 +34,7 @@ from wan.jobs.weights import PARTS
 from wan.media.images import digest
 from wan.media.video import check_encoder
 from wan.modules.attention import choose as choose_attention
-from wan.modules.quantised_linear import FORMATS, multiplies
+from wan.modules.quantised_linear import KERNELS, multiplies
 from wan.offload.reader import as_dtype
 from wan.planning.memory import plan_videos, what_fits
 from wan.planning.plan import Plan, dtype_name, is_absent
@@ -269,7 +269,7 @@ def compute_device(name: str) -> torch.device:
 
 def fast_format(device: torch.device, dtype: torch.dtype) -> str:
     """The first of the 8-bit formats that a GPU multiplies; "none" without one."""
-    return next((form for form in FORMATS if device.type != "cpu" and multiplies(form, device, dtype)), "none")
+    return next((form for form in KERNELS if device.type != "cpu" and multiplies(form, device, dtype)), "none")
 
 
 def flag_conflicts(request: Request, lora_mode: str) -> list[str]:
