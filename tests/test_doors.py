@@ -91,7 +91,7 @@ def test_whatever_a_file_holds_it_is_read_or_named(door: str, tmp_path: Path) ->
         assert all(line.isprintable() and len(line) < 2000 for line in lines), lines
 
 
-@pytest.mark.parametrize("door", set(DOORS) - {"bake's record", "PEFT's settings"})
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in ("bake's record", "PEFT's settings")])
 @pytest.mark.parametrize("place", ["absent", "folder", "dangling", "pipe", "long"])
 def test_whatever_is_in_the_place_of_a_file_it_is_named(door: str, place: str, tmp_path: Path) -> None:
     name, read = DOORS[door]
