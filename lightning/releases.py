@@ -116,7 +116,7 @@ def release_in(base: Path) -> Release | None:
 def record_of(ckpt_dir: Path) -> dict[str, Any] | None:
     """The record that `bake` wrote into a checkpoint folder, None for any other folder. LoraError if it is damaged."""
     file = ckpt_dir / RECORD
-    if not file.is_file():
+    if not (exists(file) and file.is_file()):
         return None
     try:
         record: dict[str, Any] = parse_json(file.read_bytes())

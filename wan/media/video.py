@@ -230,7 +230,7 @@ def _read_comment(path: Path) -> str:
 
 def count_frames(path: Path) -> int:
     """Frames of a whole video; 0 if it cannot be read to its end. Packets are read, not decoded."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return 0
     with suppress(OSError, ValueError):  # no MP4, or none that is whole
         return boxes.count_frames(path)
@@ -333,7 +333,7 @@ def file_argument(path: Path) -> str:
 
 def video_input(path: Path) -> list[str]:
     """A file of unknown origin as an input. InputError where there is none: a pipe would block."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such video file")
     return [*SAFE, "-i", file_argument(path)]
 
