@@ -48,6 +48,8 @@ def python(
 def _child(argv: list[str], cwd: Path, environment: Mapping[str, str] | None, before: Callable[[], None]) -> int:
     """The exit code."""
     torch.set_num_threads(1)  # a forked child of a parent that has used OpenMP hangs otherwise
+    if torch.cuda._is_in_bad_fork() and not torch.cuda.is_available():  # the parent has looked for a GPU
+        torch.cuda.init = _no_gpu
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     try:
         os.chdir(cwd)
@@ -69,6 +71,11 @@ def _child(argv: list[str], cwd: Path, environment: Mapping[str, str] | None, be
     sys.stdout.flush()
     sys.stderr.flush()
     return code if isinstance(code, int) else code is not None  # not by way of the interpreter's end, which is pytest's
+
+
+def _no_gpu() -> None:
+    """What PyTorch says where there is none; after a fork it refuses to look again."""
+    raise RuntimeError("No CUDA GPUs are available")
 
 
 def _run(argv: list[str]) -> None:
