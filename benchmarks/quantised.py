@@ -1,4 +1,4 @@
-"""What `--quantize` saves and costs: bytes brought to the device a step, a block's bytes, errors of layers, golden
+"""Savings and costs of `--quantize`: bytes brought to the device a step, a block's bytes, errors of layers, golden
 cases and the demo.
 
     python -m benchmarks.quantised

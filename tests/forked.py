@@ -25,7 +25,7 @@ def python(
     before: Callable[[], None] = lambda: None,
     seconds: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
-    """What `python WORDS` says: a script, or `-m` or `-c`; in one thread. before: is called in the child first."""
+    """Run `python WORDS` (a script, `-m` or `-c`) in one thread. before: the child calls it first."""
     sys.stdout.flush()
     sys.stderr.flush()
     argv = [*map(str, words)]
@@ -74,7 +74,7 @@ def _child(argv: list[str], cwd: Path, environment: Mapping[str, str] | None, be
 
 
 def _no_gpu() -> None:
-    """What PyTorch says where there is none; after a fork it refuses to look again."""
+    """Raise PyTorch's own error for a machine without a GPU; after a fork PyTorch refuses to look again."""
     raise RuntimeError("No CUDA GPUs are available")
 
 

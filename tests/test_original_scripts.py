@@ -16,10 +16,10 @@ from tests.prompt_extension.fake_services import FakeService
 from tests.prompt_extension.tiny_qwen import build_text, build_vision
 from tests.support import TESTS, checkpoint, lora_dir, read_frames
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
-from wan.media.video import merge_video_audio, run_ffmpeg, save_video
+from wan.media.video import run_ffmpeg
 from wan.utils.errors import InputError, JobError
 from wan.utils.prompt_extend import DashScopePromptExpander, QwenPromptExpander
-from wan.utils.utils import str2bool
+from wan.utils.utils import merge_video_audio, save_video, str2bool
 
 # In the original's style, with the original's names alone.
 SCRIPT = """

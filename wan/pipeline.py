@@ -28,7 +28,7 @@ from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
 from wan.modules.fused import choose_passes
 from wan.modules.model import Prompt, WanModel
-from wan.modules.vae import WanVAE
+from wan.modules.vae import AS_IS, Convert, WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.planning.memory import decode_tiles, memory_now, plan_video
@@ -320,9 +320,7 @@ class Pipeline(ABC):
         self.load_experts()
         self.load_vae()
 
-    def decode(
-        self, latent: Tensor, *, finer: bool = False, convert: Callable[[Tensor], Tensor] = lambda pixels: pixels
-    ) -> Generator[Tensor]:
+    def decode(self, latent: Tensor, *, finer: bool = False, convert: Convert = AS_IS) -> Generator[Tensor]:
         """Chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
 
         Of processes that make a video together the first gets them; the others must run the iterator and get none.

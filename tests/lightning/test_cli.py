@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True, scope="module")
 def _shapes_are_made_once() -> Iterator[None]:
-    """Of the three released networks, which takes longer than all else that inspecting a small file does."""
+    """Make the shapes of the three released networks once: each takes longer than inspecting a small file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "released_shapes", cache(released_shapes))
         yield

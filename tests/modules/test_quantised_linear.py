@@ -203,7 +203,7 @@ def test_the_int8_product_is_that_of_int32(
 
 
 def weight_of(layer: QuantisedLinear) -> Tensor:
-    """What its numbers stand for, in float64."""
+    """Return the layer's full weight in float64."""
     return rotated(layer.weight.double() * layer.weight_scale.double()[:, None], layer.rotation)
 
 

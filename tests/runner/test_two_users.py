@@ -69,7 +69,7 @@ def shared() -> Iterator[Path]:
 
 
 def leave(folder: Path, user: int, other: int) -> None:
-    """What `user` may have left in a folder and in the temporary one, in the way of the other's names."""
+    """Leave files of `user` in a folder and in the temporary one, under the names that the other user needs."""
     for mode in (0o700, 0o777):
         kept = folder / "tmp" / f"wan-lightning-{user}-{mode}"
         kept.mkdir()

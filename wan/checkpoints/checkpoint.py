@@ -70,7 +70,7 @@ def released_checkpoint(config: TaskConfig) -> OpenCheckpoint:
     nothing = TensorStore({})
     experts = {name: Part(released_transformer(config.name), nothing) for name in config.experts}
     encoder, vae = Part(released_text_encoder(), nothing), Part(released_vae(config.name), nothing)
-    return OpenCheckpoint(None, {}, experts, encoder, vae, cast(Any, None), None)
+    return OpenCheckpoint(None, {}, experts, encoder, vae, cast(Any, None), None)  # no text is read
 
 
 def open_checkpoint(

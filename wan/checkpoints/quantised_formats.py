@@ -94,7 +94,7 @@ class Quantised(Entry):
 
     @property
     def by_row(self) -> torch.dtype | None:
-        """Of its numbers, if a scale is for a row or more; None for scales by block."""
+        """The dtype of the numbers if each scale covers a row or more; None for scales by block."""
         import torch
 
         return None if self.width else getattr(torch, DTYPES[self.weight.dtype][0])

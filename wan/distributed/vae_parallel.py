@@ -7,7 +7,7 @@ layers that look at whole frames (attention, a few percent of the work), the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wan.distributed.mesh import Mesh
 from wan.distributed.ulysses import all_gather
-from wan.modules.vae import WanVAE
+from wan.modules.vae import AS_IS, Convert, WanVAE
 from wan.modules.vae_layers import Region
 
 
@@ -49,11 +49,7 @@ class SplitVAE:
         return self.vae.encode_features(features, chunk)
 
     def decode(
-        self,
-        latent: Tensor,
-        chunk: int = 2,
-        tiles: tuple[int, int] = (1, 1),
-        convert: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+        self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1), convert: Convert = AS_IS
     ) -> Iterator[Tensor]:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 CHUNKS_WAITING = 8  # how far decoding may run ahead of the encoder
 LONGEST_RECORD = 20_000_000  # bytes of a .json; a longer file is refused as a record
 STALL_SECONDS = 600.0  # an encoder that takes no frame for this long has failed
-BORDER = 2  # pixels around each of several videos
 # Players read an untagged file as BT.709, while ffmpeg would convert by BT.601: convert by BT.709 and tag the file.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv,setparams=color_primaries=bt709:color_trc=bt709"
 EXACT = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's quick conversion to RGB is up to 3 of 255 too dark
@@ -363,58 +362,3 @@ def check_encoder() -> None:
         raise InputError(f"no video encoder: ffmpeg cannot be run ({e}); {advice}") from e
     if done.returncode != 0:
         raise InputError(f"no video encoder: ffmpeg cannot encode H.264{messages(done.stderr)}; {advice}")
-
-
-# The original's functions
-
-
-def save_video(
-    tensor: torch.Tensor,
-    save_file: str | Path | None = None,
-    fps: float = 30,
-    suffix: str = ".mp4",
-    nrow: int = 8,
-    normalize: bool = True,
-    value_range: tuple[float, float] = (-1, 1),
-) -> str:
-    """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path. JobError, OSError.
-
-    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file.
-    """
-    if save_file is None:
-        handle, save_file = tempfile.mkstemp(suffix)
-        os.close(handle)
-    low, high = value_range
-    videos = tensor.float().clamp(low, high)
-    if not normalize:
-        low, high = 0.0, 1.0
-    # this form leaves values of [-1, 1] as they are, to the bit
-    videos = videos * (2 / (high - low)) - (high + low) / (high - low)
-    path = Path(save_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, fps) as writer:
-        writer.write(_grid(videos, nrow) if len(videos) > 1 else videos[0])
-        writer.finish(None)
-    return str(path)
-
-
-def _grid(videos: torch.Tensor, columns: int) -> torch.Tensor:
-    """[B, 3, T, H, W] -> [3, T, rows, columns]: a grid with black borders."""
-    (count, channels, frames, height, width), columns = videos.shape, min(columns, len(videos))
-    down, right = height + BORDER, width + BORDER
-    grid = videos.new_full((channels, frames, -(-count // columns) * down + BORDER, columns * right + BORDER), -1.0)
-    for index, video in enumerate(videos):
-        top, left = BORDER + index // columns * down, BORDER + index % columns * right
-        grid[:, :, top : top + height, left : left + width] = video
-    return grid
-
-
-def merge_video_audio(video_path: str | Path, audio_path: str | Path) -> None:
-    """Add the sound of `audio_path` to the video, which is replaced; the shorter one ends both. JobError, OSError."""
-    video = Path(video_path)
-    with replacing(video) as part:
-        sources = ["-i", file_argument(video), "-i", file_argument(Path(audio_path)), "-map", "0:v:0", "-map", "1:a:0"]
-        target = ["-c:v", "copy", "-c:a", "aac", "-shortest", "-f", CONTAINERS[video.suffix.lower()].muxer]
-        done = run_ffmpeg(*sources, *target, file_argument(part))
-        if done.returncode != 0:
-            raise JobError(f"{video}: the sound of {audio_path} could not be added{messages(done.stderr)}")

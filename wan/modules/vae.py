@@ -35,6 +35,8 @@ VAES = {16: (16, 96, 96, False), 48: (48, 160, 256, True)}  # latent channels ->
 ENCODING = 36  # frames of the encoder's first width that are alive at its peak: four frames at work, and histories
 STARTING = 5  # the same of the decoder's middle, beside what it has made: in chunks of its features
 NESTED_NAME = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # only in Wan2.2's checkpoint
+Convert = Callable[[Tensor], Tensor]  # of pixels, chunk by chunk
+AS_IS: Convert = nn.Identity()
 
 
 class WanVAE(nn.Module):
@@ -177,13 +179,9 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self,
-        latent: Tensor,
-        chunk: int = 2,
-        tiles: Tiles = (1, 1),
-        region: Region | None = None,
-        convert: Callable[[Tensor], Tensor] = lambda pixels: pixels,
-    ) -> Iterator[Tensor]:
+        self, latent: Tensor, chunk: int = 2, tiles: Tiles = (1, 1), region: Region | None = None,
+        convert: Convert = AS_IS,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """[z, L, h, w] -> chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order of time, 4L - 3 frames.
 
         chunk: latent frames per call of the network: more is faster and takes more memory. region: of the latent grid.
