@@ -33,7 +33,7 @@ from wan.utils.progress import tell
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_suffix(".html")
 MARK = '<meta name="generator" content="wan.gallery">'  # in every page of ours, which may be written again
-# In the page the data stands inside a script element, whose end a "<" could spell; the two others end lines in JS.
+# The page has the data inside a script element, whose end a "<" could spell; the two others end lines in JS.
 HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 

@@ -279,12 +279,12 @@ class Pipeline(ABC):
 
         given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
         video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
-        strip = Strip(Beside.of(job.save_file).strip)
+        strip = Strip(Beside.of(job.save_file).strip) if self.plan.request.preview_steps else None
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
             changed = on_step(step, sample, velocity)
             now = velocity if changed is None else changed
-            if self.plan.request.preview_steps and (frame := self.look(predict_clean(step, sample, now))) is not None:
+            if strip and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
             self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed

@@ -168,7 +168,7 @@ def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None
         ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 4000 + "}", "'seed' must be a whole number, not 7777"),
         ("p.jsonl", '{"prompt": "a", "seed": 1e999}', "'seed' must be a whole number, not inf"),
         ("p.jsonl", '{"prompt": "a", "seed": NaN}', "not valid JSON (NaN is not a number of JSON)"),
-        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "not valid JSON (the key 'prompt' stands twice)"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "not valid JSON (the key 'prompt' is given twice)"),
         ("p.jsonl", '{"prompt": "a", "' + "k" * 9000 + '": 1}', "unknown key 'kkkk"),
         ("p.csv", "prompt,seed\na," + "7" * 5000 + "\n", "'seed' must be a whole number, not '777"),
         ("p.csv", "prompt,seed\na,٣\n", "'seed' must be a whole number"),

@@ -5,7 +5,7 @@ R ring ranks. A rank holds some tokens of all heads; for attention, all tokens o
 In a ring Lq are a rank's queries and Lk the keys that it holds now, perhaps none. Keys and values travel round the
 ranks, and partial results are merged: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i), in float32.
 
-Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
+Padding follows the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
 """
 
 from __future__ import annotations
