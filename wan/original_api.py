@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from wan.cli.checks import Check
-from wan.cli.options import Request, read_all
+from wan.cli.options import SOLVERS, Request, read_all
 from wan.configs import TASKS, TaskConfig
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
-from wan.jobs.weights import SOLVERS, both, check_choices, choose_weights, with_quality
+from wan.jobs.weights import both, check_choices, choose_weights, with_quality
 from wan.media.images import video_size
 from wan.offload.reader import as_dtype
 from wan.pipeline import FINER, Pipeline, retry_smaller
