@@ -62,7 +62,9 @@ class Step(NamedTuple):
 
 
 def write_weights(clone: Path) -> None:
-    """Folders in the released layout and full size; the files are sparse."""
+    """Folders in the released layout and full size, once for all tasks; the files are sparse."""
+    if (clone / RELEASE).exists():
+        return
     for task, name in FOLDERS.items():
         (clone / name).mkdir()
         write_headers(clone / name, task, None, None)
