@@ -124,9 +124,7 @@ def _text_of(report: dict[str, Any]) -> str:
 
 def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
-
-    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks.
-    """
+    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks."""
     ckpt_dir, tasks, alpha, hint = args.ckpt_dir, [args.task] if args.task else list(TASKS), args.lora_alpha, ""
     models: Models = _models_in(ckpt_dir or path)
     if ckpt_dir and not models:

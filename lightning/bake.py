@@ -216,9 +216,7 @@ def _diffusers_settings(
     stores: Mapping[str, TensorStore], ckpt_dir: Path, config: TaskConfig, release: Release | None
 ) -> dict[str, dict[str, Any]]:
     """Every JSON file of diffusers' layout by its place, except the tokenizer's. InputError for unknown sizes.
-
-    stores: the networks by part, under our names. release: gives the scheduler its solver and shift.
-    """
+    stores: the networks by part, under our names. release: gives the scheduler its solver and shift."""
     places, sources = layouts.diffusers(config), layouts.places_in(ckpt_dir, config)
     transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
     index: dict[str, Any] = {  # library and class of each folder; the tokenizer's class reads tokenizer.json as it is

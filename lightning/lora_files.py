@@ -137,9 +137,7 @@ def weight_file(path: Path) -> Path:
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
     """The LoRA file of each expert in a release folder. LoraError naming what is missing, and the flag.
-
-    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`).
-    """
+    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`)."""
     if not lora_dir.is_dir():
         release = recognise(lora_dir)
         advice = f"; get it with: {download_command(release.source)}" if release else ""
@@ -159,9 +157,7 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
 
 def expert_of(path: Path | str) -> str | None:
     """The expert, "high" or "low", that a file or folder is named after; None if the name says neither or both.
-
-    `low_poly`, `high-quality` and the like name no expert, unless a file beside it differs in that word alone.
-    """
+    `low_poly`, `high-quality` and the like name no expert, unless a file beside it differs in that word alone."""
     path = Path(path)
     name = path.stem if path.suffix.lower() in WEIGHT_SUFFIXES else path.name
     words = list(_WORD.finditer(name))

@@ -145,7 +145,7 @@ TASKS: dict[str, list[Step]] = {
              told=("none of those that 'shapes' was trained for", "saved my/red.mp4"),
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
-             ("my/red.mp4 and my/red.json already exists",)),
+             ("my/red.mp4 and my/red.json already exist",)),
         Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2, ("needs quotes",)),
     ],
     "5 from a picture of my own": [

@@ -70,10 +70,8 @@ class Original(Pipeline):
     def _generate(
         self, video: Video, solver: str, steps: int, shift: float, guidance: float | tuple[float, float], offload: bool
     ) -> Tensor | None:
-        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area.
-
-        None on all but the first of the processes that make it together. InputError for what the command line refuses.
-        """
+        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area. None on all
+        but the first of the processes that make it together. InputError for what the command line refuses."""
         config, check, team, (width, height) = self.plan.config, Check(), self.mesh.team, video.size
         if video.image is None:
             size = check.size("size", f"{width}*{height}", config.size_step)

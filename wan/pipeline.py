@@ -196,9 +196,7 @@ class Pipeline(ABC):
 
     def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
-
-        After out of memory once more with fewer slots; the numbers do not depend on them.
-        """
+        After out of memory once more with fewer slots; the numbers do not depend on them."""
         team, kind = self.mesh.team, video_kind(video)
 
         def attempt(fewer: bool) -> Tensor:
@@ -322,9 +320,7 @@ class Pipeline(ABC):
 
     def decode(self, latent: Tensor, *, finer: bool = False, convert: Convert = AS_IS) -> Generator[Tensor]:
         """Chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
-
-        Of processes that make a video together the first gets them; the others must run the iterator and get none.
-        """
+        Of processes that make a video together the first gets them; the others must run the iterator and get none."""
         tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()

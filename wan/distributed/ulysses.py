@@ -121,9 +121,7 @@ def all_gather(out: Tensor, x: Tensor, mesh: Mesh) -> None:
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh: Mesh) -> Tensor:
     """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of the ring.
-
-    tokens: how many each rank holds. The next keys travel while these are attended to.
-    """
+    tokens: how many each rank holds. The next keys travel while these are attended to."""
     size, rank = mesh.layout.ring, mesh.ring_rank
     pairs = torch.stack([k, v])
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)

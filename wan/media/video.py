@@ -264,9 +264,7 @@ def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch
 
 def clip_frames(path: Path, frames: int, fps: int, size: tuple[int, int]) -> Generator[torch.Tensor]:
     """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre, one by one.
-
-    float32 [3, H, W] in [-1, 1]. InputError if they cannot be read.
-    """
+    float32 [3, H, W] in [-1, 1]. InputError if they cannot be read."""
     import torch
 
     width, height = size

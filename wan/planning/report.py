@@ -203,9 +203,7 @@ def process_lines(plan: Plan) -> list[str]:
 
 def disks(jobs: Sequence[Job], *, latents: bool) -> list[dict[str, Any]]:
     """Bytes that `jobs` need, by file system: an estimate, its spread, and what is free (None: it does not say).
-
-    latents: they are kept for good.
-    """
+    latents: they are kept for good."""
     groups: dict[int, tuple[Path, list[Job]]] = {}
     for parent, there in groupby(jobs, lambda job: job.save_file.parent):
         folder = next(path for path in (parent.absolute(), *parent.absolute().parents) if path.exists())

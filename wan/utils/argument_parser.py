@@ -16,9 +16,7 @@ DASHES = "-‐‑‒–—―−"  # word processors make the long ones of two s
 
 class Parser(argparse.ArgumentParser):
     """argparse with whole flags only, which raises InputError.
-
-    elsewhere: by what other programs call a flag: ours, or a sentence that says why there is none.
-    """
+    elsewhere: by what other programs call a flag: ours, or a sentence that says why there is none."""
 
     def __init__(self, elsewhere: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)

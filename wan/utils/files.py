@@ -126,9 +126,7 @@ class LockedElsewhere(JobError):
 @contextmanager
 def locked(video: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of `video`, and remove what a killed process left of the video. LockedElsewhere, JobError.
-
-    Look for the video after this: another process may just have finished it.
-    """
+    Look for the video after this: another process may just have finished it."""
     lock = _acquire(video, say)
     try:
         if removed := remove_parts(video):
