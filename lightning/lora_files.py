@@ -109,7 +109,7 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
 
 
 def _located(flag: str, name: str) -> Path:
-    """`located`, but a release's folder as `download_command` makes it is here or nowhere. LoraError if it is absent."""
+    """`located`, but a release's folder as `download_command` makes it is here or nowhere. LoraError if absent."""
     release = recognise(Path(name))
     fetched = release and name.startswith(f"{release.source.partition('/')[2]}/")
     path = Path(name) if fetched else located(flag, name)

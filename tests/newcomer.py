@@ -146,7 +146,8 @@ TASKS: dict[str, list[Step]] = {
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
              ("my/red.mp4 and my/red.json already exist",)),
-        Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2, ("needs straight quotes",)),
+        Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2,
+             ("needs straight quotes",)),
     ],
     "5 from a picture of my own": [
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image mine.jpg --save_file my/a.mp4", files=("my/a.mp4",),
