@@ -149,7 +149,7 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
     """The LoRA file of each expert in a release folder. LoraError naming what is missing, and the flag.
     It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`)."""
     if not lora_dir.is_dir():
-        raise LoraError(f"{flag} {lora_dir}: no such folder")
+        raise LoraError(f"{flag} {lora_dir}: {'not a' if exists(lora_dir) else 'no such'} folder")
     here = weights_in(lora_dir)
     files: dict[str, Path] = {}
     for expert in experts:
@@ -158,7 +158,8 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
         if len(named) == 1:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
-        found = ", ".join(file.name for file in here) or "no file of weights"
+        folders = [f"{each.name}/" for each in sorted(lora_dir.glob("*")) if each.is_dir()]
+        found = ", ".join([file.name for file in here] or folders) or "no file of weights"
         raise LoraError(f"{flag} {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
     return files
 
