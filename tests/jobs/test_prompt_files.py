@@ -41,8 +41,7 @@ def problem(path: Path, content: str | bytes) -> str:
 @pytest.mark.parametrize("end", [".yaml", ".yml", ".xlsx", ".md", ".mp4"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, end: str) -> None:
     found = problem(tmp_path / f"p{end}", "prompt\tseed\na cat\t1\n")
-    assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: ")
-    assert f"not {end};" in found
+    assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: not a .txt")
 
 
 @pytest.mark.parametrize("read", [lambda *words: read_rows(*words, []), read_paths], ids=["prompts", "images"])
