@@ -131,9 +131,7 @@ class Lora:
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """One tensor, or these rows of it, in a dtype that can be calculated with. LoraError if it holds NaN or Inf.
-
-        buffer: where to read to, as for `TensorStore.read`.
-        """
+        buffer: where to read to, as for `TensorStore.read`."""
         tensor = self.store.read(name, rows, buffer)
         if tensor.dtype.itemsize == 1:  # float8, whose numbers float32 has too
             tensor = tensor.float()

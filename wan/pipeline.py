@@ -189,9 +189,7 @@ class Pipeline(ABC):
 
     def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
-
-        After out of memory once more with fewer slots; the numbers do not depend on them.
-        """
+        After out of memory once more with fewer slots; the numbers do not depend on them."""
         team, kind = self.mesh.team, video_kind(video)
 
         def attempt(fewer: bool) -> Tensor:
@@ -272,12 +270,12 @@ class Pipeline(ABC):
 
         given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
         video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
-        strip = Strip(Beside.of(job.save_file).strip)
+        strip = Strip(Beside.of(job.save_file).strip) if self.plan.request.preview_steps else None
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
             changed = on_step(step, sample, velocity)
             now = velocity if changed is None else changed
-            if self.plan.request.preview_steps and (frame := self.look(predict_clean(step, sample, now))) is not None:
+            if strip and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
             self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
@@ -315,9 +313,7 @@ class Pipeline(ABC):
 
     def decode(self, latent: Tensor, *, finer: bool = False, convert: Convert = AS_IS) -> Generator[Tensor]:
         """Chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
-
-        Of processes that make a video together the first gets them; the others must run the iterator and get none.
-        """
+        Of processes that make a video together the first gets them; the others must run the iterator and get none."""
         tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()

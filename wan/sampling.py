@@ -180,9 +180,7 @@ def denoise(
 
 def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
     """JobError if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
-
-    That function waits for the work issued up to here, and for nothing later.
-    """
+    That function waits for the work issued up to here, and for nothing later."""
     finite = torch.isfinite(sample).all()
     accelerator = Accelerator(sample.device)
     if accelerator.has_memory:
@@ -206,9 +204,7 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
 
 def make_schedule(sampling: Sampling, draw: Draw | None = None, first_step: int = 0) -> Schedule:
     """Return a fresh schedule, for one video, from `first_step` on.
-
-    draw: source of its noise; without it only the timesteps are of use.
-    """
+    draw: source of its noise; without it only the timesteps are of use."""
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
         sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first_step:]

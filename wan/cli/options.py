@@ -133,6 +133,8 @@ WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
 WITH_VIDEO = " and ".join(name for name, config in TASKS.items() if not config.mask_channels)
 STRENGTH = 0.75
+SOLVERS = ("euler", "unipc", "dpm++", "dmd")
+EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
 
 
@@ -213,7 +215,7 @@ class Request:
         "settings of a published release; default: recognised by the names of the weights", into="sample_steps")
 
     sample_solver: str | None = option(SAMPLING, VIDEO, text, "SOLVER",
-        f"euler, unipc, dpm++ or dmd; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
+        f"{', '.join(SOLVERS)}; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
         displaces=("timesteps",))
     sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         f"{by_task(lambda task: task.sample_steps)}, with a distilled weight its own", limits=(1, 1000),

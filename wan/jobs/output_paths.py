@@ -54,10 +54,11 @@ def check_outputs(
         folds = sys.platform in ("win32", "darwin")
         return os.path.join(folder_of(folder), normal(name).casefold() if folds else normal(name))
 
-    def refuse(paths: Sequence[Path], sentence: str) -> None:  # {}: one or two paths; of more the first, and how many
+    def refuse(paths: Sequence[Path], sentence: str) -> None:  # {}: the first paths, {s}: of the verb for a single one
         if paths:
-            two = " and ".join(map(str, paths[:2]))
-            check.problem(sentence.format(two if len(paths) <= 2 else f"{paths[0]} and {len(paths) - 1:,} more"))
+            more = f"{paths[0]} and {len(paths) - 1:,} more"
+            two = more if paths[2:] else " and ".join(map(str, paths))
+            check.problem(sentence.format(two, s="" if paths[1:] else "s"))
 
     wrong = [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]
     misnamed = set(wrong)
@@ -80,7 +81,7 @@ def check_outputs(
     if not request.overwrite:
         refused, other = {*taken, *folders}, flag.strip() or "--save_dir"
         ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
-        refuse([path for path in there if path not in refused], f"{flag}{{}} already exists; {ways}")
+        refuse([path for path in there if path not in refused], f"{flag}{{}} already exist{{s}}; {ways}")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")

@@ -13,15 +13,13 @@ from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check
-from wan.cli.options import QUALITIES, STRENGTH, Request
+from wan.cli.options import EXPLICIT, QUALITIES, SOLVERS, STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
 from wan.utils.argument_parser import pair, short
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
-SOLVERS = ("euler", "unipc", "dpm++", "dmd")
-EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
 
 

@@ -175,9 +175,7 @@ def clean_text(text: str) -> str:
 
 class UMT5Tokenizer:
     """Text -> token ids, ending in `</s>`, at most `text_len` of them.
-
-    The tokenizer file is read as it is: transformers 5 would rebuild it from its vocabulary with another unknown id.
-    """
+    The tokenizer file is read as it is: transformers 5 would rebuild it from its vocabulary with another unknown id."""
 
     def __init__(self, folder: Path, text_len: int) -> None:
         """folder holds `tokenizer.json`; FileNotFoundError without it."""

@@ -185,9 +185,7 @@ def schedule(
     uses: Sequence[int], slots: int, held: Mapping[int, int] | None = None, *, again: bool = True, ahead: int = AHEAD
 ) -> list[Move]:
     """The moves of one job, in the order in which they are needed.
-
-    held: block -> slot at the start. again: a job with the same uses follows, so its first blocks are worth keeping.
-    """
+    held: block -> slot at the start. again: a job with the same uses follows, so its first blocks are worth keeping."""
     ahead = min(ahead, slots - 1)
     uses_of: dict[int, list[int]] = {}
     for index, block in enumerate(uses):

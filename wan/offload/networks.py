@@ -93,9 +93,7 @@ def group(
     model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]
 ) -> tuple[list[str], list[list[str]], list[int], dict[str, int]]:
     """(parameters that stay, those of each block in the order of use, each unit's block, bytes of each in a slot).
-
-    A block is a unit, or neighbours no larger together than the largest: in 8 bits two are as wide as one in bf16.
-    """
+    A block is a unit, or neighbours no larger together than the largest: in 8 bits two are as wide as one in bf16."""
     size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
     for name in size:

@@ -32,9 +32,7 @@ VideoKind = tuple[Size, int, bool, bool]  # size, frames, with an image, from a 
 @dataclass(frozen=True)
 class VideoPlan:
     """Facts of all videos of one kind. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
-
-    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts.
-    """
+    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts."""
 
     latent: tuple[int, int, int, int]
     tokens: int  # of the transformer
@@ -169,9 +167,7 @@ class Plan:
 
     def meaning(self, job: Job) -> dict[str, Any]:
         """The value for this job of every option that affects the video: equal meanings make equal videos.
-
-        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value.
-        """
+        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value."""
         if (own := self.of(job)) is not self:
             return own.meaning(job)
         assert self.sampling is not None, "a plan with jobs has a sampling"

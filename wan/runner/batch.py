@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-import wan
 from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import origin_of
@@ -37,7 +37,7 @@ Load = Callable[[Plan, Progress, Runtime], Pipeline]
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     """The pipeline of the plan's task; its networks are not loaded yet."""
-    public: type[Pipeline] = getattr(wan, plan.config.public_class.partition(":")[2])
+    public: type[Pipeline] = resolve_name(plan.config.public_class)
     return public.of_plan(plan, progress, runtime)
 
 
