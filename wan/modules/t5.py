@@ -61,7 +61,7 @@ class UMT5Encoder(nn.Module):
         buckets = position_buckets(max(map(len, texts))).to(states[0].device)
         for unit, block in enumerate(self.blocks):
             with self.residency.use(unit):
-                for index, x in enumerate(states):  # a text's new rows in place of its old ones
+                for index, x in enumerate(states):  # one after the other: the old rows make room
                     states[index] = block(x, buckets[: len(x), : len(x)])
         for index, x in enumerate(states):
             states[index] = self.norm(x)
