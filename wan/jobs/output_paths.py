@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,10 @@ def check_outputs(
         refused, other = {*taken, *folders}, flag.strip() or "--save_dir"
         ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
         refuse([path for path in there if path not in refused], f"{flag}{{}} already exist{{s}}; {ways}")
+    elif hasattr(os, "geteuid"):  # in a sticky folder only root, its owner and the file's may replace a file
+        owners = {path: (0, path.parent.stat().st_uid, path.lstat().st_uid) for path in there}
+        kept = [p for p in there if p.parent.stat().st_mode & stat.S_ISVTX and os.geteuid() not in owners[p]]
+        refuse(kept, f"{flag}{{}} belong{{s}} to another user, and the folder lets nobody else replace it")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")
