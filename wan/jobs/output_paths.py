@@ -86,7 +86,7 @@ def check_outputs(
     elif hasattr(os, "geteuid"):  # in a sticky folder only root, its owner and the file's may replace a file
         owners = {path: (0, path.parent.stat().st_uid, path.lstat().st_uid) for path in there}
         kept = [p for p in there if p.parent.stat().st_mode & stat.S_ISVTX and os.geteuid() not in owners[p]]
-        refuse(kept, f"{flag}{{}} belong{{s}} to another user, and the folder lets nobody else replace it")
+        refuse(kept, f"{flag}{{}} belong{{s}} to another user, and lie{{s}} in a sticky folder; choose another name")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")
