@@ -34,7 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
     "video": {**TI2V, "image": None, "video": "clip.mp4"},
-    "window": {**TI2V, "image": None, "frame_num": 17, "window": 9},
+    "window": {**TI2V, "image": None, "frame_num": 17, "window": "9"},
     "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
@@ -59,7 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sample_shift": {"sample_shift": 3.0},
     "sample_guide_scale": {"sample_guide_scale": "2"},
     "cache": {"lora_dir": None, "cache": 0.1},
-    "nag": {"nag": 11.0},
+    "nag": {"nag": "11"},
     "timesteps": {"timesteps": "1000,500"},
     "high_steps": {"high_steps": 1},
     "noise_device": {},  # the CPU's noise is the CPU's noise

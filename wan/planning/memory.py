@@ -56,7 +56,7 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: 
         clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
-    windows = windows_of(frames, None if image or plan.config.mask_channels else plan.request.window)
+    windows = windows_of(frames, None if image or plan.config.mask_channels else plan.request.windows)
     tokens = (windows[0][1] if windows else length) * (rows // PATCH[1]) * (columns // PATCH[2])
     first_step = plan.sampling.first_step if video and plan.sampling else 0
     found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step, windows)
@@ -117,7 +117,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
         # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
-        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.guide[0] != 1 else 0,
         (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
         plan.fp8_bytes,

@@ -135,7 +135,7 @@ class Plan:
     @property
     def uses_negative(self) -> bool:
         """Whether the negative prompt is encoded."""
-        return self.guided or self.request.nag != 1
+        return self.guided or self.request.guide[0] != 1
 
     @property
     def transformer(self) -> WanModel:
