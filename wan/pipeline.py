@@ -22,7 +22,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.jobs.job import Job, prompts_by_window
+from wan.jobs.job import Job
 from wan.media.images import Strip, open_image
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
@@ -31,7 +31,7 @@ from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import AS_IS, Convert, WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
-from wan.planning.memory import decode_tiles, memory_now, plan_video
+from wan.planning.memory import TEXTS, decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Windows, denoise, make_schedule, predict_clean
 from wan.step_cache import StepCache
@@ -46,7 +46,6 @@ Report = Callable[[int], None]  # gets the bytes read
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
 FINER = "decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)"
 FEWER = 0.8  # of the free memory that a second try uses
-TEXTS = 64  # prompts that the text encoder reads together: 0.5 GB of activations at most
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
 
@@ -86,12 +85,6 @@ class Pipeline(ABC):
         """The task's conditioning for `video`, whose size and length are in the plan."""
 
     # -- text
-
-    def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
-        plan = self.plan.of(video)
-        prompts = prompts_by_window(video.prompt, len(plan.video(video).windows))
-        return [*prompts, video.negative_prompt] if plan.uses_negative else prompts
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -229,7 +222,7 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        texts, facts = self.texts(video), plan.video(video)
+        texts, facts = plan.texts(video), plan.video(video)
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
         self.residency: Residency = Residency()
+        self.widths = dim, dim_attn, dim_ffn, num_heads
         self.token_embedding: nn.Module = table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
@@ -56,11 +58,22 @@ class UMT5Encoder(nn.Module):
     def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
         """int64 [n] of each text -> [n, D] in the weights' dtype. A block does all texts before the next one begins."""
         states = [self.token_embedding(ids) for ids in texts]
-        buckets = {n: position_buckets(n).to(states[0].device) for n in {len(ids) for ids in texts}}
+        buckets = position_buckets(max(map(len, texts))).to(states[0].device)
         for unit, block in enumerate(self.blocks):
             with self.residency.use(unit):
-                states = [block(x, buckets[len(x)]) for x in states]
-        return [self.norm(x) for x in states]
+                for index, x in enumerate(states):  # one after the other: the old rows make room
+                    states[index] = block(x, buckets[: len(x), : len(x)])
+        for index, x in enumerate(states):
+            states[index] = self.norm(x)
+        return states
+
+    def activation_bytes(self, lengths: Sequence[int], itemsize: int) -> int:
+        """The peak beside the weights while texts of these `lengths` are encoded together."""
+        (dim, dim_attn, dim_ffn, heads), n = self.widths, max(lengths)
+        states = (sum(lengths) + 2 * n) * dim * itemsize  # of all texts; one's next state, and its norm
+        bias = n * n * (heads * itemsize + 8)  # and the int64 buckets
+        attention = n * n * heads * 8 + 3 * n * dim_attn * itemsize  # scores in float32, their softmax; q, k, v
+        return states + bias + max(attention, 4 * n * dim_ffn * itemsize)  # the GELU's terms
 
     @staticmethod
     def unit_of(name: str) -> int | None:
@@ -178,6 +191,7 @@ class UMT5Tokenizer:
             raise ValueError(f"it makes {growth:,} characters of one; at most {MOST_GROWTH} are possible")
         self._tokenizer.enable_truncation(text_len)
         self._tokenizer.no_padding()
+        self.count = cache(self._count)  # text -> its tokens, those beyond `text_len` too
 
     def __len__(self) -> int:
         """Ids that may come out are below this number."""
@@ -186,12 +200,9 @@ class UMT5Tokenizer:
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(clean_text(text)).ids
 
-    def lost(self, text: str) -> int:
-        """How many tokens of `text` are beyond those that it gives."""
-        if 4 * len(text) + 2 < self.text_len:  # a sign has at most four bytes, each a token
-            return 0
-        ends = self._tokenizer.num_special_tokens_to_add(False)
-        return sum(len(part.ids) - ends for part in self._tokenizer.encode(clean_text(text)).overflowing)
+    def _count(self, text: str) -> int:
+        encoded, ends = self._tokenizer.encode(clean_text(text)), self._tokenizer.num_special_tokens_to_add(False)
+        return len(encoded.ids) + sum(len(part.ids) - ends for part in encoded.overflowing)
 
 
 def _growth(component: Any) -> int:

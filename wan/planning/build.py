@@ -216,7 +216,7 @@ def cut_prompts(plan: Plan) -> list[str]:
     for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
-    if not (lost := {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}):
+    if not (lost := {s: n for text, s in sources.items() if (n := tokenizer.count(text) - tokenizer.text_len) > 0}):
         return []
     most = max(lost, key=lost.__getitem__)
     others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""

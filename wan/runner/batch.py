@@ -56,7 +56,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
         in_turn = sorted(chains(jobs), key=lambda chain: chain[0].variant)  # changes of weights are few
         own = in_turn[pipe.mesh.data_rank :: pipe.mesh.layout.data]
         team, mine = pipe.mesh.team, [job for chain in own for job in chain]
-        texts = [text for job in mine for text in pipe.texts(job)]
+        texts = [text for job in mine for text in plan.texts(job)]
         world.all_or_none(lambda: _within_memory(pipe.load_text_encoder) if texts else None)
         team.all_or_none(lambda: _within_memory(lambda: pipe.encode(texts)))
         pipe.release_text_encoder()
