@@ -180,8 +180,8 @@ def test_texts_are_counted_once_by_their_tokens() -> None:
     (cat,), (letter,), long = lengths("a cat"), lengths("a"), "cat " * 600
     assert letter < cat < 10
     assert lengths("a cat", "a cat", long) == (512, cat)
-    assert lengths("a cat", guidance=4.0) == lengths("a cat", nag=5.0) == (cat, letter)
-    assert lengths("a cat | a", window=5) == (cat, letter)
+    assert lengths("a cat", guidance=4.0) == lengths("a cat", nag="5") == (cat, letter)
+    assert lengths("a cat | a", window="5") == (cat, letter)
     assert lengths("a cat", use_prompt_extend=True) == (512,)
     assert len(lengths(*(f"number {n}" for n in range(70)))) == memory.TEXTS
 
