@@ -210,10 +210,8 @@ class Pipeline(ABC):
         schedule: Schedule | None = None,
     ) -> Tensor:  # fmt: skip
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
-
         again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
-        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's.
-        """
+        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's."""
         plan, self._again = self.plan, again
         assert plan.sampling is not None, "a plan with videos has a sampling"
         generator = torch.Generator(plan.noise_device).manual_seed(video.seed)
