@@ -117,7 +117,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     team, extend = runtime.team, outcome.extend
     if extend:
         team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
-    page = page_folder(outcome.request) if outcome.request.gallery else None
+    page = page_folder(outcome.request) if outcome.request.gallery or outcome.request.grid else None
     if page:
         team.broadcast(lambda: check_page(page))
     with interrupts_held():  # imports torch
@@ -145,7 +145,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
-    axes = [swept_name(text) for text in outcome.request.sweep or ()][:2]
+    axes = [swept_name(text) for text in outcome.request.sweep or ()][:2] if outcome.request.grid else []
     if page:
         progress.say(f"gallery: {team.broadcast(lambda: write_page(page, axes))}")
     return FAILED if failed else 0

@@ -43,10 +43,8 @@ NAMED_BY = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the n
 @dataclass(frozen=True, kw_only=True)
 class Bake:
     """A checkpoint to write: that of `task` in `ckpt_dir` with `loras` (by expert) merged in, as the folder `out`.
-
     release: the settings that the result is sampled with, kept in its record; by default those of `ckpt_dir`'s own.
-    layout: "released", or "diffusers", which is also written without LoRAs.
-    """
+    layout: "released", or "diffusers", which is also written without LoRAs."""
 
     task: str
     ckpt_dir: Path

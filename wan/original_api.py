@@ -41,10 +41,8 @@ class Original(Pipeline):
         **more: object,
     ) -> None:  # fmt: skip
         """The original's arguments, then ours. InputError with all problems of arguments and files.
-
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
-        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name.
-        """
+        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name."""
         if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
             own = vars(TASKS[self.task])
             config = replace(TASKS[self.task], **{name: value for name, value in config.items() if name in own})

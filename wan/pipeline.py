@@ -210,10 +210,8 @@ class Pipeline(ABC):
         schedule: Schedule | None = None,
     ) -> Tensor:  # fmt: skip
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
-
         again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
-        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's.
-        """
+        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's."""
         plan, self._again = self.plan, again
         assert plan.sampling is not None, "a plan with videos has a sampling"
         generator = torch.Generator(plan.noise_device).manual_seed(video.seed)
@@ -227,8 +225,9 @@ class Pipeline(ABC):
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
         rows = {text: self._contexts[text].to(plan.device) for text in texts}
-        negative, nag = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.nag
-        prompts = {t: Prompt(rows[t]) if nag == 1 else Prompt(rows[t], negative, nag) for t in dict.fromkeys(texts)}
+        negative, guide = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.guide
+        led = negative if guide[0] != 1 else None
+        prompts = {text: Prompt(rows[text], led, guide) for text in dict.fromkeys(texts)}
         conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video))
         experts, budget = self.load_experts(), facts.budget
         windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]

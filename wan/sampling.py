@@ -121,10 +121,8 @@ def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
     """Expert, guidance and LoRA scale of each timestep.
-
     boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
-    single model.
-    """
+    single model."""
     plan, count = [], sampling.high_steps
     for index, timestep in enumerate(timesteps):
         expert = "model"
@@ -143,10 +141,8 @@ def denoise(
     on_step: OnStep = lambda *_: None,
 ) -> Tensor:  # fmt: skip
     """Noise float32 [C, f, h, w] -> latent of the same shape.
-
     JobError naming the step after which the latent is not finite. On a GPU it comes one step late, so that the device
-    has its next step to do while the host waits.
-    """
+    has its next step to do while the host waits."""
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)

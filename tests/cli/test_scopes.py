@@ -35,7 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
     "video": {**TI2V, "image": None, "video": "clip.mp4"},
-    "window": {**TI2V, "image": None, "frame_num": 17, "window": 9},
+    "window": {**TI2V, "image": None, "frame_num": 17, "window": "9"},
     "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
@@ -60,7 +60,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sample_shift": {"sample_shift": 3.0},
     "sample_guide_scale": {"sample_guide_scale": "2"},
     "cache": {"lora_dir": None, "cache": 0.1},
-    "nag": {"nag": 11.0},
+    "nag": {"nag": "11"},
     "timesteps": {"timesteps": "1000,500"},
     "high_steps": {"high_steps": 1},
     "noise_device": {},  # the CPU's noise is the CPU's noise
@@ -84,8 +84,8 @@ SAME_START: dict[str, Any] = {
     "chain": True, "num_videos": 2, "sweep": ("sample_steps=2,3",), "quality": "exact", "t5_fsdp": True,
     "dit_fsdp": True, "ulysses_size": 2, "ring_size": 2, "prompt_extend_on_error": "fail", "no_extend_cache": True,
     "extend_only": "prompts.txt", "shard": "1/2", "save_dir": "elsewhere", "save_file": "other.mp4",
-    "decode_latents": "a.safetensors", "gallery": True, "overwrite": True, "resume": True, "ignore_disk": True,
-    "on_error": "stop", "replay": "a.json", "dry_run": True, "json": True, "debug": True,
+    "decode_latents": "a.safetensors", "gallery": True, "grid": True, "overwrite": True, "resume": True,
+    "ignore_disk": True, "on_error": "stop", "replay": "a.json", "dry_run": True, "json": True, "debug": True,
 }  # fmt: skip
 
 
@@ -170,7 +170,8 @@ def test_what_does_not_change_the_video_is_not(name: str) -> None:
 def test_how_a_video_is_made_changes_no_pixel(tmp_path: Path) -> None:
     """All such options at once."""
     how = [f"--{name}" if value is True else f"--{name}={value}" for name, value in SAME.items()]
-    start = ["--quality=exact", "--save_dir=elsewhere", "--gallery", "--overwrite", "--resume", "--ignore_disk",
+    start = ["--quality=exact", "--save_dir=elsewhere", "--gallery", "--grid", "--overwrite", "--resume",
+             "--ignore_disk",
              "--on_error=stop", "--json", "--debug", "--no_extend_cache", "--sweep=base_seed=3"]  # fmt: skip
     usual = [f"--{name}={value}" for name, value in {**USUAL, "save_dir": "usual"}.items()]
     assert main(usual) == 0

@@ -74,7 +74,7 @@ def test_the_step_cache_keeps_four_latents(t2v: Plan) -> None:
 def test_nag_takes_a_second_prompt_and_two_shares_of_rows(t2v: Plan) -> None:
     """In float32, of a picture's 3,600 tokens more than the self-attention's values took, of a clip's less; and the
     negative prompt's keys and values."""
-    led, texts = replace(t2v, request=replace(t2v.request, nag=11.0)), 2 * LAYERS * TEXT * WIDTH * 2
+    led, texts = replace(t2v, request=replace(t2v.request, nag="11")), 2 * LAYERS * TEXT * WIDTH * 2
     assert work(led) - work(t2v) == texts
     one, two = (plan_video(plan, (1280, 720), 1).budget.stages["denoise"]["work"] for plan in (t2v, led))
     assert two - one == texts + (8 - 2) * 3600 * WIDTH
@@ -180,8 +180,8 @@ def test_texts_are_counted_once_by_their_tokens() -> None:
     (cat,), (letter,), long = lengths("a cat"), lengths("a"), "cat " * 600
     assert letter < cat < 10
     assert lengths("a cat", "a cat", long) == (512, cat)
-    assert lengths("a cat", guidance=4.0) == lengths("a cat", nag=5.0) == (cat, letter)
-    assert lengths("a cat | a", window=5) == (cat, letter)
+    assert lengths("a cat", guidance=4.0) == lengths("a cat", nag="5") == (cat, letter)
+    assert lengths("a cat | a", window="5") == (cat, letter)
     assert lengths("a cat", use_prompt_extend=True) == (512,)
     assert len(lengths(*(f"number {n}" for n in range(70)))) == memory.TEXTS
 

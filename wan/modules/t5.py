@@ -149,10 +149,8 @@ class T5Norm(nn.Module):
 
 def position_buckets(length: int) -> Tensor:
     """Bucket of every (query, key) pair: int64 [length, length].
-
     Each side of the query has 16 buckets: exact distances below 8, then logarithmic ones up to 128 (arXiv 1910.10683,
-    section 2.1). An integer table, because the logarithm's rounding at 16, 32 and 64 depends on the device.
-    """
+    section 2.1). An integer table, because the logarithm's rounding at 16, 32 and 64 depends on the device."""
     half, exact = BUCKETS // 2, BUCKETS // 4
     table = list(range(exact)) + [
         # trunc(exact * ln(n / exact) / ln(MAX_DISTANCE / exact)) as the number of bucket edges that n has reached

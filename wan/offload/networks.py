@@ -175,10 +175,8 @@ class Experts:
         known: bool = True,
     ) -> Iterator[None]:
         """Runs the passes of each step, given as (network's name, passes). slots: None: one for each block.
-
         batch_guidance: the passes of a step go through the blocks together. again: a job with the same steps follows.
-        known: False if some of the steps may be left out.
-        """
+        known: False if some of the steps may be left out."""
         self._known = known
         for model in self.models.values():
             model.residency.batch_guidance = batch_guidance

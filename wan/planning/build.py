@@ -226,10 +226,8 @@ def cut_prompts(plan: Plan) -> list[str]:
 
 def compute_device(name: str) -> torch.device:
     """The device of `--device`, a GPU with its number; "auto" is a GPU where there is one, else the CPU.
-
     InputError if it is absent, and for "auto" if this machine has a GPU that PyTorch cannot use: a run on the CPU takes
-    days, so the user must ask for it.
-    """
+    days, so the user must ask for it."""
     with catch_warnings():
         simplefilter("ignore")  # the messages below say what PyTorch warns of
         gpu, there = gpu_kind(), gpus()

@@ -124,7 +124,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
         # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
-        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.guide[0] != 1 else 0,
         (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
         plan.fp8_bytes,

@@ -136,7 +136,7 @@ class Plan:
     @property
     def uses_negative(self) -> bool:
         """Whether the negative prompt is encoded."""
-        return self.guided or self.request.nag != 1
+        return self.guided or self.request.guide[0] != 1
 
     @property
     def transformer(self) -> WanModel:
@@ -145,7 +145,7 @@ class Plan:
 
     def windows(self, frames: int, *, image: bool) -> list[tuple[int, int]]:
         """See `windows_of`; a first frame keeps a video in one piece."""
-        return windows_of(frames, None if image or self.config.mask_channels else self.request.window)
+        return windows_of(frames, None if image or self.config.mask_channels else self.request.windows)
 
     def texts(self, video: Job | Video) -> list[str]:
         """The texts to encode for a video; the negative prompt only for guided steps and NAG."""

@@ -166,7 +166,7 @@ def _settings(plan: Plan) -> list[str]:
         extra += f"unpacked for each product ({reason})" if reason else f"multiplied in {request.quantize}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
     extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
-    extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""
+    extra += f", NAG {request.nag} (in each block a second attention to text)" if request.guide[0] != 1 else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
     if plan.variants:
         plans = list(plan.variants.values())
