@@ -11,8 +11,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV); on Linux PyTorch brings CUDA, 5 GB; README.md tells of"
-	@echo "a smaller one (\"Two commands\")"
+	@echo "installing into $(VENV); on Linux PyTorch brings CUDA, 5 GB; docs/install.md has a smaller one"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .  # so that `python -m wan.doctor` and the like run from any folder

@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(e, BAD_INPUT, words, shown=speaks_alone())
     except WanError as e:
         return _report(e, FAILED, words)
+    except RuntimeError as e:
+        if "start new thread" not in str(e):  # Python's own
+            raise
+        return _report(WanError(f"{e}: a limit of this system; raise it (ulimit -u, ulimit -v)"), FAILED, words)
     except KeyboardInterrupt as e:
         return _report(WanError("interrupted"), e.code if isinstance(e, Stopped) else 128 + signal.SIGINT, words)
 
@@ -113,7 +117,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
     team, extend = runtime.team, outcome.extend
     if extend:
         team.broadcast(lambda: check_extension(extend, _questions(outcome.jobs)))
-    page = page_folder(outcome.request) if outcome.request.gallery else None
+    page = page_folder(outcome.request) if outcome.request.gallery or outcome.request.grid else None
     if page:
         team.broadcast(lambda: check_page(page))
     with interrupts_held():  # imports torch
@@ -141,7 +145,7 @@ def _run_generate(outcome: Generate, progress: Progress, runtime: Runtime) -> in
         for warning in cut_prompts(plan):
             progress.say(f"warning: {warning}")
     failed = run_jobs(plan, progress, runtime)
-    axes = [swept_name(text) for text in outcome.request.sweep or ()][:2]
+    axes = [swept_name(text) for text in outcome.request.sweep or ()][:2] if outcome.request.grid else []
     if page:
         progress.say(f"gallery: {team.broadcast(lambda: write_page(page, axes))}")
     return FAILED if failed else 0

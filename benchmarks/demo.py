@@ -86,11 +86,11 @@ def make(task: str, scenes: Sequence[Scene], folder: Path, *flags: str) -> list[
             Image.fromarray(first_frame(scene, number)).save(folder / f"{number:02}.png")
         rows.append(row)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = generate.main([*command(task, folder), *flags])
     if code:
-        raise SystemExit(told.getvalue())
+        raise SystemExit(output.getvalue())
     return [folder / str(row["save_file"]) for row in rows]
 
 

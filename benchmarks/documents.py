@@ -1,6 +1,6 @@
 """The tables of docs/ that the program knows: flags, presets, events. `python -m benchmarks.documents` writes them.
 
-Each stands between `<!-- table: NAME -->` and `<!-- end -->`; a test compares them with the program.
+Each is between `<!-- table: NAME -->` and `<!-- end -->`; a test compares them with the program.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prompt to mp4 at full size with random weights: time by stage and peak memory on the program's own path (G4-G10).
 
-The checkpoint is made of headers only (sparse files: no weight lies on disk, and none is read); the networks get random
+The checkpoint is made of headers only (sparse files: no weight is on disk, and none is read); the networks get random
 weights where they compute. Loading is therefore not part of the times; everything else is what `generate.py` runs.
 
     python -m benchmarks.full_run --task t2v-A14B --size 1280*720     # one GPU with 80 GB or more
@@ -116,7 +116,7 @@ def random_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipelin
 
 
 class Run(NamedTuple):
-    """One run: the task and size of the row, and sizes that stand in for the released ones on a small machine."""
+    """One run: the task and size of the row, and sizes for a small machine instead of the released ones."""
 
     task: str = "t2v-A14B"
     size: str = "1280*720"

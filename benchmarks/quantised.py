@@ -3,8 +3,8 @@ cases and the demo.
 
     python -m benchmarks.quantised
 
-Products in fp8 are the device's where it has them (CUDA, compute capability 8.9 on); on a CPU those of PyTorch's own
-CPU kernel stand in, which a run there does not use: its weights are unpacked. Products in int8 are the CPU's own.
+Products in fp8 are the device's where it has them (CUDA, compute capability 8.9 on). On a CPU they are those of
+PyTorch's own kernel there, which a run does not use: it unpacks the weights. Products in int8 are the CPU's own.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def by_step(plan: Plan, slots: int, file: str) -> list[int]:
 
 
 def file_bytes(model: WanModel, file: str) -> dict[str, int]:
-    """Of each parameter as it lies in such a file."""
+    """Bytes of each parameter in such a `file`."""
 
     def width(name: str, parameter: torch.Tensor) -> int:
         if file == "float32" or keeps_float32(name):

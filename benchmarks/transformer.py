@@ -225,8 +225,8 @@ def beside_float32(device: torch.device) -> list[Row]:
         model.use_attention(BACKENDS[name])
         found = model(latent.to(device), 937.5, Prompt(text.to(device).bfloat16())).cpu()
         errors[name] = rms_error(found, expected)
-    told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    return [Row("two blocks in bf16 against float32 on the CPU, rms error", told, "must 2e-2")]
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return [Row("two blocks in bf16 against float32 on the CPU, rms error", listed, "must 2e-2")]
 
 
 def matmul_rate(

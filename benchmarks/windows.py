@@ -18,6 +18,7 @@ import numpy as np
 import generate
 from benchmarks.measure import ROOT, grid, machine
 from examples.shapes.world import trained
+from wan.cli.options import Request
 from wan.jobs.job import windows_of
 from wan.media.video import read_clip
 
@@ -29,7 +30,7 @@ FLAGS = ["--task", "t2v-A14B", "--ckpt_dir", str(SHAPES / "Wan2.2-T2V-A14B"), "-
 
 def seams() -> set[int]:
     """Differences by their second frame."""
-    windows = windows_of(FRAMES, WINDOW)
+    windows = windows_of(FRAMES, Request(window=str(WINDOW)).windows)
     shared = {k for one, two in pairwise(windows) for k in range(two[0], one[1])}
     return {frame for k in shared for frame in range(4 * k - 3, 4 * k + 2)}
 

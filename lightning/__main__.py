@@ -31,7 +31,8 @@ from wan.utils.errors import InputError, LoraError, WanError, print_errors
 from wan.utils.progress import tell
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
-BAKED_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}  # of baked weights: torch's names
+# Of baked weights: torch's names.
+BAKED_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn", "int8": "int8"}
 NAMES = {EXPERT: "full expert", TEXT_ENCODER: "text encoder", VAE: "video autoencoder"}
 Models = Mapping[str, Mapping[str, Shapes]]  # networks that files are judged by: shapes by task and expert
 SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_steps", "guidance_steps", "sizes")
@@ -83,7 +84,7 @@ def _build_parser() -> Parser:
     add("--out", metavar="DIR", type=Path, required=True, help="the folder to write; must not exist yet")
     layouts, text = ("released", "diffusers"), "names of the result's files: released (default) or diffusers"
     add("--layout", metavar="LAYOUT", choices=layouts, default="released", help=text)
-    text = "precision of the weights: bf16 (default), fp32 or fp8"
+    text = "precision of the weights: bf16 (default), fp32, fp8 or int8"
     add("--dtype", metavar="DTYPE", choices=tuple(BAKED_DTYPES), default="bf16", help=text)
     return parser
 
@@ -123,9 +124,7 @@ def _text_of(report: dict[str, Any]) -> str:
 
 def _examine_all(path: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Each file as plain data, and sentences on how a run takes the path as a whole.
-
-    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks.
-    """
+    It is judged by the experts of --ckpt_dir, or its own, else by the released networks of --task or of all tasks."""
     ckpt_dir, tasks, alpha, hint = args.ckpt_dir, [args.task] if args.task else list(TASKS), args.lora_alpha, ""
     models: Models = _models_in(ckpt_dir or path)
     if ckpt_dir and not models:

@@ -1,6 +1,6 @@
 """Write a checkpoint with its LoRAs merged in, in the released layout or in diffusers'.
 
-Every tensor is stored as a run keeps it (bf16, float32 for a few, fp8 as with `--quantize fp8`), so that running the
+Every tensor is stored as a run keeps it (bf16, float32 for a few, 8 bits as with `--quantize`), so that running the
 baked folder equals merging on the fly, tensor for tensor. `OUT.partial` becomes `OUT` by one rename at the end: a
 stopped run leaves nothing under that name, and the next one finishes it.
 """
@@ -31,7 +31,7 @@ from wan.checkpoints.writer import NetworkToWrite, plan_shards, sha256, write_in
 from wan.configs import TASKS, TaskConfig, task_of
 from wan.configs.precision import keeps_float32, takes_8_bits
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.modules.fused import FP8
+from wan.modules.quantised_linear import EIGHT_BITS
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError, LoraError
@@ -43,10 +43,8 @@ NAMED_BY = {VAE: vae_name, TEXT_ENCODER: text_name}  # diffusers' names of the n
 @dataclass(frozen=True, kw_only=True)
 class Bake:
     """A checkpoint to write: that of `task` in `ckpt_dir` with `loras` (by expert) merged in, as the folder `out`.
-
     release: the settings that the result is sampled with, kept in its record; by default those of `ckpt_dir`'s own.
-    layout: "released", or "diffusers", which is also written without LoRAs.
-    """
+    layout: "released", or "diffusers", which is also written without LoRAs."""
 
     task: str
     ckpt_dir: Path
@@ -98,18 +96,19 @@ class Bake:
 
     def _check_request(self) -> None:
         """LoraError for a request that cannot be met, whatever the files hold."""
-        ckpt_dir, out, fp8, to_diffusers = self.ckpt_dir, self.out, self.dtype == FP8, self.layout == "diffusers"
+        ckpt_dir, out, to_diffusers = self.ckpt_dir, self.out, self.layout == "diffusers"
+        in_8_bits = self.dtype in EIGHT_BITS
         if not ckpt_dir.is_dir():
             raise LoraError(f"--ckpt_dir {ckpt_dir}: no such folder")
         if out.exists():
             raise LoraError(f"--out {out} already exists; give another name or remove it")
         if ckpt_dir.resolve() in out.resolve().parents:
             raise LoraError(f"--out {out} is inside --ckpt_dir {ckpt_dir}; give a folder outside")
-        if to_diffusers and fp8:
-            raise LoraError("--dtype fp8: diffusers does not read a scale per row; use --layout released, or bf16")
+        if to_diffusers and in_8_bits:
+            raise LoraError("--dtype: diffusers reads no 8 bits with a scale per row; use --layout released, or bf16")
         if not to_diffusers and layouts.is_diffusers(ckpt_dir):
             raise LoraError(f"--ckpt_dir {ckpt_dir} is in diffusers' layout: add --layout diffusers")
-        if not (to_diffusers or fp8 or any(self.loras.values())):
+        if not (to_diffusers or in_8_bits or any(self.loras.values())):
             raise LoraError("nothing to bake: give --lora_dir or --lora")
 
     def _sources(self, experts: Mapping[str, TensorStore]) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class Bake:
                 return getattr(torch, DTYPES[store[name].dtype][0])
             if keeps_float32(name):
                 return torch.float32
-            return self.dtype if self.dtype != FP8 or takes_8_bits(name, blocks) else torch.bfloat16
+            return self.dtype if self.dtype not in EIGHT_BITS or takes_8_bits(name, blocks) else torch.bfloat16
 
         rename = NAMED_BY.get(part) or (diffusers_name if to_diffusers else str)
         merge = Merge(self.loras.get(part, ()), store.shapes)  # of another part: changes nothing
@@ -215,9 +214,7 @@ def _diffusers_settings(
     stores: Mapping[str, TensorStore], ckpt_dir: Path, config: TaskConfig, release: Release | None
 ) -> dict[str, dict[str, Any]]:
     """Every JSON file of diffusers' layout by its place, except the tokenizer's. InputError for unknown sizes.
-
-    stores: the networks by part, under our names. release: gives the scheduler its solver and shift.
-    """
+    stores: the networks by part, under our names. release: gives the scheduler its solver and shift."""
     places, sources = layouts.diffusers(config), layouts.places_in(ckpt_dir, config)
     transformer, none = ["diffusers", "WanTransformer3DModel"], [None, None]
     index: dict[str, Any] = {  # library and class of each folder; the tokenizer's class reads tokenizer.json as it is

@@ -41,10 +41,8 @@ NOT_PLAIN = {  # settings that make something else of a LoRA, and its name
 @dataclass(frozen=True)
 class Lora:
     """One LoRA file for one expert, at a strength. `open` reads its header and its alphas.
-
     expert: "high", "low" or "model" where it is known; needed for diffusers files that hold both experts.
-    default_alpha: of modules that store no alpha; None means alpha = rank, or the release's.
-    """
+    default_alpha: of modules that store no alpha; None means alpha = rank, or the release's."""
 
     path: Path
     strength: float
@@ -83,10 +81,8 @@ class Lora:
 
     def scale(self, stem: str, alpha_name: str | None, rank: int) -> float:
         """alpha / rank of one module: alpha from the file, else from PEFT's settings, else the default, else rank.
-
         A module without a rank, of whole matrices, has 1 unless PEFT's settings say otherwise. ValueError for an alpha
-        that is 0 or not finite.
-        """
+        that is 0 or not finite."""
         if alpha_name is not None and rank:
             alpha = self.alphas[alpha_name]
             if not math.isfinite(alpha) or alpha == 0:
@@ -131,9 +127,7 @@ class Lora:
 
     def read(self, name: str, rows: slice | None = None, buffer: Tensor | None = None) -> Tensor:
         """One tensor, or these rows of it, in a dtype that can be calculated with. LoraError if it holds NaN or Inf.
-
-        buffer: where to read to, as for `TensorStore.read`.
-        """
+        buffer: where to read to, as for `TensorStore.read`."""
         tensor = self.store.read(name, rows, buffer)
         if tensor.dtype.itemsize == 1:  # float8, whose numbers float32 has too
             tensor = tensor.float()
@@ -179,10 +173,8 @@ class Coverage:
 
 def check(lora: Lora, shapes: Shapes, *, allow_partial: bool = False, as_adapter: bool = False) -> Coverage:
     """The effect of `lora` on the model whose parameters are `shapes`; from headers, in milliseconds.
-
     allow_partial: names that nothing explains are a warning. as_adapter: the pairs stay beside the weights.
-    Raises LoraError for a file that matches nothing, does not fit, or holds something that is not read.
-    """
+    Raises LoraError for a file that matches nothing, does not fit, or holds something that is not read."""
     found = lora.resolve(shapes)
     if problems := _problems(lora, found, allow_partial, as_adapter):
         raise LoraError(f"LoRA {lora.path}: " + "; ".join(problems))
@@ -251,10 +243,8 @@ def settings_of(
     file: Path, metadata: Mapping[str, str], expert: str | None, *, has_alphas: bool = False
 ) -> AdapterScale | None:
     """The settings that belong to a file of weights, None if there are none. LoraError for a kind that is not read.
-
     PEFT's `adapter_config.json` belongs to `adapter_model.*`, else to the only file beside it, unless that stores its
-    own alphas. diffusers writes JSON into the metadata, perhaps by component: "low" reads that of `transformer_2`.
-    """
+    own alphas. diffusers writes JSON into the metadata, perhaps by component: "low" reads that of `transformer_2`."""
     beside, text = file.parent / PEFT_CONFIG, metadata.get("lora_adapter_metadata")
     if beside.is_file():
         weights = weights_in(file.parent)

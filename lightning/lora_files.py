@@ -81,7 +81,7 @@ def choose_loras(
             out.problems.append(f"--lora_strength {lora_strength}: one model takes one number, not HIGH,LOW")
         out.problems += filter(None, (outside("--lora_strength", n, *RANGE) for n in dict.fromkeys((high, low))))
         with out.noting():
-            files = files_of(located("--lora_dir", lora_dir), experts)
+            files = files_of(_located("--lora_dir", lora_dir), experts)
             out.loras += [LoraChoice(expert, file, low if expert == "low" else high) for expert, file in files.items()]
     for text in loras:
         with out.noting():
@@ -98,8 +98,7 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
     out.problems += filter(None, [outside(f"--lora {text}: strength", strength, *RANGE)])
     if expert and expert not in experts:
         raise LoraError(f"--lora {text}: this task has no expert {expert!r}; it has {' and '.join(experts)}")
-    if not exists(path := located("--lora", name)):
-        raise LoraError(f"--lora {path}: no such file")
+    path = _located("--lora", name)
     if path.is_dir() and not (path / PEFT_CONFIG).is_file():
         files = files_of(path, [expert] if expert else experts, "--lora")
         return [LoraChoice(one, file, strength) for one, file in files.items()]
@@ -107,6 +106,17 @@ def _choose(text: str, experts: Collection[str], out: Choices) -> list[LoraChoic
         expert = named
         out.warnings.append(f"--lora {path} goes to the {named}-noise expert only, as its name says")
     return [LoraChoice(one, path, strength) for one in experts if expert in (None, one)]
+
+
+def _located(flag: str, name: str) -> Path:
+    """`located`, but a release's folder as `download_command` makes it is here or nowhere. LoraError if absent."""
+    release = recognise(Path(name))
+    fetched = release and name.startswith(f"{release.source.partition('/')[2]}/")
+    path = Path(name) if fetched else located(flag, name)
+    if not exists(path):
+        advice = f"; get it with: {download_command(release.source)}" if release else ""
+        raise LoraError(f"{flag} {path}: no such {'folder' if flag == '--lora_dir' else 'file'}{advice}")
+    return path
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -137,13 +147,9 @@ def weight_file(path: Path) -> Path:
 
 def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir") -> dict[str, Path]:
     """The LoRA file of each expert in a release folder. LoraError naming what is missing, and the flag.
-
-    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`).
-    """
+    It has the released name, or is the only file named after the expert (`..._high_noise_...`, `..._LOW_...`)."""
     if not lora_dir.is_dir():
-        release = recognise(lora_dir)
-        advice = f"; get it with: {download_command(release.source)}" if release else ""
-        raise LoraError(f"{flag} {lora_dir}: no such folder{advice}")
+        raise LoraError(f"{flag} {lora_dir}: {'not a' if exists(lora_dir) else 'no such'} folder")
     here = weights_in(lora_dir)
     files: dict[str, Path] = {}
     for expert in experts:
@@ -152,16 +158,15 @@ def files_of(lora_dir: Path, experts: Collection[str], flag: str = "--lora_dir")
         if len(named) == 1:
             files[expert] = named[0]
     if missing := [RELEASED_FILES[expert] for expert in experts if expert not in files]:
-        found = ", ".join(file.name for file in here) or "no file of weights"
+        folders = [f"{each.name}/" for each in sorted(lora_dir.glob("*")) if each.is_dir()]
+        found = ", ".join([file.name for file in here] or folders) or "no file of weights"
         raise LoraError(f"{flag} {lora_dir}: {' and '.join(missing)} missing; the folder holds {found}")
     return files
 
 
 def expert_of(path: Path | str) -> str | None:
     """The expert, "high" or "low", that a file or folder is named after; None if the name says neither or both.
-
-    `low_poly`, `high-quality` and the like name no expert, unless a file beside it differs in that word alone.
-    """
+    `low_poly`, `high-quality` and the like name no expert, unless a file beside it differs in that word alone."""
     path = Path(path)
     name = path.stem if path.suffix.lower() in WEIGHT_SUFFIXES else path.name
     words = list(_WORD.finditer(name))

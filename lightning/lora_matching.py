@@ -139,9 +139,7 @@ _KEY = re.compile("(?P<stem>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, e
 @dataclass(frozen=True)
 class Key:
     """A LoRA tensor's name, taken apart: `stem` names a module or a parameter in whatever spelling the file uses.
-
-    role: of the tensor in its module, as in TENSOR_SUFFIXES. expert: "low" where the name itself says so, else None.
-    """
+    role: of the tensor in its module, as in TENSOR_SUFFIXES. expert: "low" where the name itself says so, else None."""
 
     raw: str
     stem: str
@@ -162,9 +160,7 @@ def parse_key(raw: str) -> Key | None:
 
 def spellings(parameters: Iterable[str]) -> dict[str, str]:
     """The original and diffusers' name of every parameter, with underscores as kohya's trainers spell it -> its name.
-
-    A table and not a rule, because such a name cannot be taken apart: module names contain underscores.
-    """
+    A table and not a rule, because such a name cannot be taken apart: module names contain underscores."""
     return {each.replace(".", "_"): name for name in parameters for each in (name, diffusers_name(name))}
 
 

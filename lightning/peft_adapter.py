@@ -21,9 +21,7 @@ from lightning.lora import Lora
 
 def add_adapters(model: nn.Module, loras: Sequence[Lora], device: torch.device | None = None) -> None:
     """Put the pairs of `loras` on a loaded model's linear layers, in each layer's dtype, on `device` or the layer's.
-
-    Parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`). LoraError for NaN or Inf.
-    """
+    Parameters are renamed by this (`q.weight` becomes `q.base_layer.weight`). LoraError for NaN or Inf."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers: dict[str, Any] = dict(model.named_modules())
     for number, lora in enumerate(loras):

@@ -77,9 +77,7 @@ class Release:
 
 def recognise(path: Path) -> Release | None:
     """The release that a file or folder belongs to by its name and its folders' names, None if it says nothing.
-
-    The nearest name is asked first: a file of one release may lie in a folder named after another.
-    """
+    The nearest name is asked first: a file of one release may lie in a folder named after another."""
     parts = [part.lower().replace("_", "-") for part in path.absolute().parts[-4:]]
     texts = ["/".join(parts[first:]) for first in reversed(range(len(parts)))]
     found = (each for text in texts for each in RELEASES if any(re.search(p, text) for p in each.patterns))
@@ -144,9 +142,7 @@ def _recorded_release(record: Mapping[str, Any]) -> Release | None:
 
 def refuse_distilled_twice(base: Path, lora_file: Path, expert: str | None = None) -> None:
     """LoraError if this LoRA must not go onto `base`: it is merged already, or both are distillations.
-
-    base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for.
-    """
+    base: a full expert file, or a checkpoint folder, which may have LoRAs baked in. expert: whose weights it is for."""
     record, advice = record_of(base), "--lora_allow_partial does it all the same"
     for name, loras in record["loras"].items() if record else ():
         for merged in loras if expert in (None, name) else ():

@@ -62,7 +62,9 @@ class Step(NamedTuple):
 
 
 def write_weights(clone: Path) -> None:
-    """Folders in the released layout and full size; the files are sparse."""
+    """Folders in the released layout and full size, once for all tasks; the files are sparse."""
+    if (clone / RELEASE).exists():
+        return
     for task, name in FOLDERS.items():
         (clone / name).mkdir()
         write_headers(clone / name, task, None, None)
@@ -143,8 +145,9 @@ TASKS: dict[str, list[Step]] = {
              told=("none of those that 'shapes' was trained for", "saved my/red.mp4"),
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
-             ("my/red.mp4 and my/red.json already exists",)),
-        Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2, ("needs quotes",)),
+             ("my/red.mp4 and my/red.json already exist",)),
+        Step(f"python generate.py {T2V} --size 100x64 --frame_num 16 --prompt a red square", 2,
+             ("needs straight quotes",)),
     ],
     "5 from a picture of my own": [
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image mine.jpg --save_file my/a.mp4", files=("my/a.mp4",),
@@ -153,7 +156,7 @@ TASKS: dict[str, list[Step]] = {
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image clear.png --dry_run",
              told=("transparency was dropped",)),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image huge.png", 2,
-             ("at most 100 megapixels", "12000x9000")),
+             ("too large", "at most 100 megapixels")),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image text.png", 2, ("text.png: not an image",)),
     ],
     "6 a batch, interrupted": [

@@ -23,6 +23,7 @@ from wan.doctor.machine import GOOD, SKIPPED, WRONG, DoctorCheck, Finding, Machi
 from wan.jobs.job import Job
 from wan.modules.attention import sdpa
 from wan.modules.quantised_linear import in_8_bits
+from wan.modules.t5 import UMT5Tokenizer
 from wan.modules.vae import WanVAE, released_vae
 from wan.modules.vae_layers import Region
 from wan.planning.memory import plan_video, plan_videos
@@ -301,7 +302,8 @@ def test_groups_make_videos_at_the_same_time(tmp_path: Path, monkeypatch: pytest
     plan, size = released_plan("t2v-A14B", True, int(400e9), machine()), (832, 480)
     jobs = [Job(n, "a", "a", "", None, size, size, 81, n, Path(f"{n}.mp4"), "p") for n in range(5)]
     assert plan.sampling is not None
-    plan = plan_videos(plan, plan.sampling, jobs)
+    tokenizer = UMT5Tokenizer(checkpoint("t2v-A14B") / "google" / "umt5-xxl", 512)
+    plan = plan_videos(replace(plan, checkpoint=replace(plan.checkpoint, tokenizer=tokenizer)), plan.sampling, jobs)
     alone, groups = expect(plan, jobs), expect(replace(plan, layout=Layout(2, 1)), jobs)
     assert alone is not None
     assert groups is not None

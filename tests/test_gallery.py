@@ -315,7 +315,7 @@ def test_a_thousand_videos_in_a_browser(browser: Any, tmp_path: Path, size: tupl
 
 
 def test_a_grid_of_two_options_with_its_montage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = ["--sweep", "lora_strength=0.5,1", "--sweep", "base_seed=1,2", "--gallery"]
+    sweep = ["--sweep", "lora_strength=0.5,1", "--sweep", "base_seed=1,2", "--grid"]
     assert generate.main(command("t2v-A14B", "--save_dir", str(tmp_path), *sweep)) == 0
     page = (tmp_path / "index.html").read_text()
     table = json.loads(re.search(r'id="table">(.*?)</script>', page)[1])

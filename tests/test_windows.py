@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import generate
 from tests.distributed.ranks import run_ranks
 from tests.support import TINY, checkpoint, command, lora_dir, open_task, relative_error
+from wan.cli.options import Request
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate, Sampling, prompts_by_window, windows_of
 from wan.jobs.resolve import resolve
@@ -34,23 +35,26 @@ GUIDED = Sampling("euler", 4, 5.0, (3.0, 3.0))
     [
         (81, 81, []),
         (49, 81, []),
-        (161, None, []),
         (85, 81, [(0, 21), (1, 22)]),
         (145, 81, [(0, 21), (16, 37)]),
         (161, 81, [(0, 21), (10, 31), (20, 41)]),
         (273, 81, [(0, 21), (16, 37), (32, 53), (48, 69)]),
         (13, 9, [(0, 3), (1, 4)]),
+        (161, "81,4", [(0, 21), (20, 41)]),
+        (161, "81,40", [(0, 21), (10, 31), (20, 41)]),
+        (161, "81,48", [(0, 21), (7, 28), (13, 34), (20, 41)]),
     ],
 )
-def test_where_windows_are(frames: int, window: int | None, found: list[tuple[int, int]]) -> None:
-    assert windows_of(frames, window) == found
+def test_where_windows_are(frames: int, window: int | str, found: list[tuple[int, int]]) -> None:
+    assert windows_of(frames, Request(window=str(window)).windows) == found
+    assert windows_of(frames, None) == []
 
 
 def test_every_frame_is_in_a_window_and_neighbours_share_a_quarter() -> None:
     for window in (5, 9, 49, 81, 121):
         size = window // 4 + 1
         for frames in range(window + 4, 8 * window, 4):
-            found = windows_of(frames, window)
+            found = windows_of(frames, Request(window=str(window)).windows)
             assert (found[0][0], found[-1][1]) == (0, frames // 4 + 1)
             assert all(end - first == size for first, end in found)
             assert all(one[1] - two[0] >= max(1, size // 4) for one, two in pairwise(found))
@@ -143,7 +147,7 @@ def test_nag_leads_away_in_every_window() -> None:
     step, sample, velocity = seen[0]
     model = made.load_experts().models["high"]
     negative = Prompt(made._contexts["bad"])
-    texts = [Prompt(made._contexts[text], negative, 11.0) for text in ("a red ball", "a cat")]
+    texts = [Prompt(made._contexts[text], negative, (11.0, 2.5, 0.25)) for text in ("a red ball", "a cat")]
     with torch.no_grad():
         first, second = (
             model(sample[:, n : n + 3], step.timestep, text) for n, text in zip((0, 2), texts, strict=True)
@@ -172,7 +176,7 @@ def test_two_processes_give_what_one_does() -> None:
 
 def outcome(**flags: Any) -> Generate:
     given = {"task": "t2v-A14B", "ckpt_dir": str(checkpoint("t2v-A14B")), "lora_dir": str(lora_dir("t2v-A14B"))}
-    made = resolve({**given, "prompt": "a | b", "size": "32*32", "frame_num": 17, "window": 9, **flags})
+    made = resolve({**given, "prompt": "a | b", "size": "32*32", "frame_num": 17, "window": "9", **flags})
     assert isinstance(made, Generate)
     return made
 
@@ -187,7 +191,7 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
     assert whole.budget is not None
     assert clip.budget.peaks["denoise"] <= facts.budget.peaks["denoise"] < whole.budget.peaks["denoise"]
     assert any(f", 2 windows of {clip.tokens} tokens, " in line for line in Outlook(plan).lines())
-    assert plan.meaning(plan.jobs[0])["window"] == 9
+    assert plan.meaning(plan.jobs[0])["window"] == "9"
     short = make_plan(outcome(frame_num=9, prompt="a"), Runtime())
     assert short.meaning(short.jobs[0])["window"] is None
     # what weighs the time left: both windows, and both passes of a guided step
@@ -200,7 +204,9 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"window": 10}, "--window 10 is not of the form 4n"),
+        ({"window": "10"}, "--window 10 is not of the form 4n"),
+        ({"window": "1"}, "--window 1 is out of range: must be between 5 and 4093"),
+        ({"window": "9,8"}, "--window: OVERLAP 8 is out of range: must be between 0 and 4"),
         ({"prompt": "a | b | c"}, "3 parts of the prompt, and fewer --window in 17 frames"),
         ({"frame_num": 9}, "2 parts of the prompt, and fewer --window in 9 frames"),
         ({"use_prompt_extend": True}, "leave it out with images and --use_prompt_extend"),

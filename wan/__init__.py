@@ -12,13 +12,13 @@ __all__ = ["WanI2V", "WanT2V", "WanTI2V", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
+    from pkgutil import resolve_name
 
     if name == "open":
-        return import_module("wan.runner.session").Session
+        return resolve_name("wan.runner.session:Session")
     if name in __all__:
         from wan.configs import TASKS
 
-        homes = dict(config.public_class.split(":")[::-1] for config in TASKS.values())
-        return getattr(import_module(homes[name]), name)
+        homes = (config.public_class for config in TASKS.values())
+        return resolve_name(next(home for home in homes if home.endswith(f":{name}")))
     raise AttributeError(f"module 'wan' has no attribute {name!r}")

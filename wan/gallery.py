@@ -33,7 +33,7 @@ from wan.utils.progress import tell
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_suffix(".html")
 MARK = '<meta name="generator" content="wan.gallery">'  # in every page of ours, which may be written again
-# In the page the data stands inside a script element, whose end a "<" could spell; the two others end lines in JS.
+# The page has the data inside a script element, whose end a "<" could spell; the two others end lines in JS.
 HARMLESS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
@@ -54,9 +54,7 @@ def check_page(folder: Path) -> None:
 
 def write_page(folder: Path, axes: Sequence[str] = ()) -> Path:
     """Write the page over the videos in `folder` and below it; return its path. InputError, WanError.
-
-    axes: one or two options whose values become the columns and rows of a table of videos, and a montage of it.
-    """
+    axes: one or two options whose values become the columns and rows of a table of videos, and a montage of it."""
     check_page(folder)
     entries, unread = find_entries(folder)
     grid = _swept_table(folder, entries, axes) if axes else None
@@ -100,9 +98,7 @@ def _natural(value: str) -> tuple[float, str]:
 
 def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The page's data of each record in `folder` and below whose video is there, the newest first.
-
-    Then the .json files beside videos that are no records; other files are passed over.
-    """
+    Then the .json files beside videos that are no records; other files are passed over."""
     entries, unread = [], []
     for file in folder.rglob("*.json"):
         try:

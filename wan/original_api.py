@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from wan.cli.checks import Check
-from wan.cli.options import Request, read_all
+from wan.cli.options import SOLVERS, Request, read_all
 from wan.configs import TASKS, TaskConfig
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Sampling
 from wan.jobs.resolve import DRAWN_SEEDS
-from wan.jobs.weights import SOLVERS, both, check_choices, choose_weights, with_quality
+from wan.jobs.weights import both, check_choices, choose_weights, with_quality
 from wan.media.images import video_size
 from wan.offload.reader import as_dtype
 from wan.pipeline import FINER, Pipeline, retry_smaller
@@ -41,10 +41,8 @@ class Original(Pipeline):
         **more: object,
     ) -> None:  # fmt: skip
         """The original's arguments, then ours. InputError with all problems of arguments and files.
-
         config: one of WAN_CONFIGS, perhaps changed, or of TASKS. init_on_cpu: as `--offload_model`. use_sp: all
-        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name.
-        """
+        processes make one video, of `runtime` or torch.distributed. more: options of the command line by name."""
         if not isinstance(config, TaskConfig):  # an entry of WAN_CONFIGS
             own = vars(TASKS[self.task])
             config = replace(TASKS[self.task], **{name: value for name, value in config.items() if name in own})
@@ -70,10 +68,8 @@ class Original(Pipeline):
     def _generate(
         self, video: Video, solver: str, steps: int, shift: float, guidance: float | tuple[float, float], offload: bool
     ) -> Tensor | None:
-        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area.
-
-        None on all but the first of the processes that make it together. InputError for what the command line refuses.
-        """
+        """The whole video, float32 [3, F, H, W] in [-1, 1]; with an image `video.size` counts as an area. None on all
+        but the first of the processes that make it together. InputError for what the command line refuses."""
         config, check, team, (width, height) = self.plan.config, Check(), self.mesh.team, video.size
         if video.image is None:
             size = check.size("size", f"{width}*{height}", config.size_step)

@@ -22,7 +22,7 @@ from wan.distributed.launch import Runtime
 from wan.distributed.mesh import make_mesh
 from wan.distributed.ulysses import split_tokens
 from wan.distributed.vae_parallel import SplitVAE
-from wan.jobs.job import Job, prompts_by_window
+from wan.jobs.job import Job
 from wan.media.images import Strip, open_image
 from wan.media.video import read_clip
 from wan.modules.attention import BACKENDS
@@ -31,7 +31,7 @@ from wan.modules.model import Prompt, WanModel
 from wan.modules.vae import AS_IS, Convert, WanVAE
 from wan.offload.networks import Experts, Networks, text_encoder
 from wan.offload.reader import Source, load, parameter_dtypes
-from wan.planning.memory import decode_tiles, memory_now, plan_video
+from wan.planning.memory import TEXTS, decode_tiles, memory_now, plan_video
 from wan.planning.plan import Plan, dtype_name, video_kind
 from wan.sampling import Conditioning, OnStep, Schedule, Step, Video, Windows, denoise, make_schedule, predict_clean
 from wan.step_cache import StepCache
@@ -46,7 +46,6 @@ Report = Callable[[int], None]  # gets the bytes read
 Encode = Callable[[Sequence[Tensor]], list[Tensor]]  # ids of texts -> rows of each
 FINER = "decode: once more, in tiles or smaller ones (--vae_tiling starts with tiles)"
 FEWER = 0.8  # of the free memory that a second try uses
-TEXTS = 64  # prompts that the text encoder reads together: 0.5 GB of activations at most
 TEXT_SLOTS = 3  # blocks of the text encoder at a time: it runs once over all texts
 
 
@@ -86,12 +85,6 @@ class Pipeline(ABC):
         """The task's conditioning for `video`, whose size and length are in the plan."""
 
     # -- text
-
-    def texts(self, video: Video | Job) -> list[str]:
-        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
-        plan = self.plan.of(video)
-        prompts = prompts_by_window(video.prompt, len(plan.video(video).windows))
-        return [*prompts, video.negative_prompt] if plan.uses_negative else prompts
 
     def load_text_encoder(self) -> Encode:
         """InputError for a corrupt file."""
@@ -196,9 +189,7 @@ class Pipeline(ABC):
 
     def sample_or_retry(self, video: Video, on_step: OnStep = lambda *_: None, **how: Any) -> Tensor:
         """`sample` by all of the team, in the memory that is free now: other programs come and go between videos.
-
-        After out of memory once more with fewer slots; the numbers do not depend on them.
-        """
+        After out of memory once more with fewer slots; the numbers do not depend on them."""
         team, kind = self.mesh.team, video_kind(video)
 
         def attempt(fewer: bool) -> Tensor:
@@ -219,10 +210,8 @@ class Pipeline(ABC):
         schedule: Schedule | None = None,
     ) -> Tensor:  # fmt: skip
         """The final latent, float32 [C, f, h, w] on the device. JobError if it stops being finite.
-
         again: another video follows, whose first weights are read while this one is decoded. noise: like the latent,
-        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's.
-        """
+        instead of the seed's. schedule: for the plan's steps, instead of the planned solver's."""
         plan, self._again = self.plan, again
         assert plan.sampling is not None, "a plan with videos has a sampling"
         generator = torch.Generator(plan.noise_device).manual_seed(video.seed)
@@ -231,13 +220,14 @@ class Pipeline(ABC):
             """The generator's next numbers, the same on all processes that make this video."""
             return self.mesh.same(torch.randn(shape, generator=generator, device=plan.noise_device).to(plan.device))
 
-        texts, facts = self.texts(video), plan.video(video)
+        texts, facts = plan.texts(video), plan.video(video)
         steps = plan.steps[facts.first_step :]
         schedule = copy.deepcopy(schedule) or make_schedule(plan.sampling, draw, facts.first_step)  # it keeps state
         self.encode(texts)
         rows = {text: self._contexts[text].to(plan.device) for text in texts}
-        negative, nag = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.nag
-        prompts = {t: Prompt(rows[t]) if nag == 1 else Prompt(rows[t], negative, nag) for t in dict.fromkeys(texts)}
+        negative, guide = Prompt(rows[texts.pop()]) if plan.uses_negative else None, plan.request.guide
+        led = negative if guide[0] != 1 else None
+        prompts = {text: Prompt(rows[text], led, guide) for text in dict.fromkeys(texts)}
         conditioning = Conditioning(prompts[texts[0]], negative, *self.start(video))
         experts, budget = self.load_experts(), facts.budget
         windows = [(*window, prompts[text]) for window, text in zip(facts.windows, texts, strict=False)]
@@ -279,12 +269,12 @@ class Pipeline(ABC):
 
         given = self.mesh.team.all_or_none(lambda: {n: read(n, path) for n, path in job.pictures.items() if path})
         video = Video(job.prompt, job.negative_prompt, job.size, job.frame_num, job.seed, **given)
-        strip = Strip(Beside.of(job.save_file).strip)
+        strip = Strip(Beside.of(job.save_file).strip) if self.plan.request.preview_steps else None
 
         def show(step: Step, sample: Tensor, velocity: Tensor) -> Tensor | None:
             changed = on_step(step, sample, velocity)
             now = velocity if changed is None else changed
-            if self.plan.request.preview_steps and (frame := self.look(predict_clean(step, sample, now))) is not None:
+            if strip and (frame := self.look(predict_clean(step, sample, now))) is not None:
                 strip.add(frame)
             self.progress.advance(1, f"{step}, left out" if self._made and not self._made[-1] else str(step))
             return changed
@@ -322,9 +312,7 @@ class Pipeline(ABC):
 
     def decode(self, latent: Tensor, *, finer: bool = False, convert: Convert = AS_IS) -> Generator[Tensor]:
         """Chunks [3, t, H, W] of `convert`ed float32 in [-1, 1], in order; finer: in smaller tiles, same numbers.
-
-        Of processes that make a video together the first gets them; the others must run the iterator and get none.
-        """
+        Of processes that make a video together the first gets them; the others must run the iterator and get none."""
         tiles = decode_tiles(self.plan, latent.shape, finer=finer)
         if finer and self.experts and self.offload:
             self.experts.leave()

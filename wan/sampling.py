@@ -121,10 +121,8 @@ def predict_clean(step: Step, sample: Tensor, velocity: Tensor) -> Tensor:
 
 def plan_steps(timesteps: Sequence[float], sampling: Sampling, boundary: float | None) -> list[Step]:
     """Expert, guidance and LoRA scale of each timestep.
-
     boundary: the high-noise expert serves timesteps >= 1000 * boundary, or the first `sampling.high_steps`; None for a
-    single model.
-    """
+    single model."""
     plan, count = [], sampling.high_steps
     for index, timestep in enumerate(timesteps):
         expert = "model"
@@ -143,10 +141,8 @@ def denoise(
     on_step: OnStep = lambda *_: None,
 ) -> Tensor:  # fmt: skip
     """Noise float32 [C, f, h, w] -> latent of the same shape.
-
     JobError naming the step after which the latent is not finite. On a GPU it comes one step late, so that the device
-    has its next step to do while the host waits.
-    """
+    has its next step to do while the host waits."""
     text, negative, pinned = conditioning.text, conditioning.negative, conditioning.first_frame
     frames, before = 0 if pinned is None else pinned.shape[1], steps[0]
     sample = _pin(schedule.noise_scale * noise, pinned)
@@ -180,9 +176,7 @@ def denoise(
 
 def _check_finite(sample: Tensor, after: str) -> Callable[[], None]:
     """JobError if `sample` has NaN or Inf: at once, or on CUDA when the returned function is called.
-
-    That function waits for the work issued up to here, and for nothing later.
-    """
+    That function waits for the work issued up to here, and for nothing later."""
     finite = torch.isfinite(sample).all()
     accelerator = Accelerator(sample.device)
     if accelerator.has_memory:
@@ -206,9 +200,7 @@ def _pin(sample: Tensor, frame: Tensor | None) -> Tensor:
 
 def make_schedule(sampling: Sampling, draw: Draw | None = None, first_step: int = 0) -> Schedule:
     """Return a fresh schedule, for one video, from `first_step` on.
-
-    draw: source of its noise; without it only the timesteps are of use.
-    """
+    draw: source of its noise; without it only the timesteps are of use."""
     timesteps, steps, shift = sampling.timesteps, sampling.steps, sampling.shift
     if sampling.solver in ("euler", "dmd"):
         sigmas = (spaced(steps, shift) if timesteps is None else levels_at(timesteps))[first_step:]

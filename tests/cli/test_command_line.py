@@ -18,7 +18,7 @@ from tests.checkpoints.test_forms import wide_folder
 from tests.forked import python
 from tests.prompt_extension.fake_services import FakeService
 from wan import __version__
-from wan.cli.options import DECODE, OPTIONS, Request, Scope, path, paths, real, text, truth, whole
+from wan.cli.options import DECODE, OPTIONS, Request, Scope, numbers, path, paths, real, text, truth, whole, wholes
 from wan.cli.parser import parse, program, to_decode, words_of
 from wan.media.video import VideoWriter
 
@@ -32,7 +32,7 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "diffusers", "safetensors", "h
 # The flags are a promise to everybody's scripts: a change here is a change of the product.
 FLAGS = """
     attention base_seed cache chain ckpt_dir convert_model_dtype debug decode_latents device dit_fsdp dry_run dtype
-    expert extend_only frame_num gallery high_steps ignore_disk image image_path_file json last_image lora
+    expert extend_only frame_num gallery grid high_steps ignore_disk image image_path_file json last_image lora
     lora_allow_partial lora_alpha lora_dir lora_mode lora_strength nag negative_prompt no_extend_cache noise_device
     num_videos offload_model on_error overwrite preset preview preview_steps prompt prompt_extend_method
     prompt_extend_model prompt_extend_on_error prompt_extend_options prompt_extend_target_lang prompt_file quality
@@ -191,6 +191,7 @@ def test_values_that_look_like_flags():
 
 SET = {
     text: "it's a «cat»\n-x", path: "-a b.mp4", paths: ("high=a b:0.5", "-c"), whole: -7, real: 2.5e-7, truth: True,
+    numbers: "-2,1e-07", wholes: "-9,4",
 }  # fmt: skip
 
 
@@ -297,6 +298,17 @@ def test_no_encoder(capsys, monkeypatch):
     code, out, err = main(capsys, *T2V, *SMALL)
     assert (code, out, len(err)) == (2, "", 1)
     assert "ffmpeg" in err[0]
+
+
+def test_a_limit_of_threads_is_one_line(tmp_path, capsys, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    code, _, lines = main(capsys, *T2V, *SMALL, "--prompt", "cat", "--save_dir", str(tmp_path))
+    errors = [line for line in lines if not line.startswith("warning: ")]
+    assert (code, len(errors)) == (1, 1), lines
+    assert "ulimit -u" in errors[0]
 
 
 def test_all_problems_at_once(capsys):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from generate import main
 from tests.media.test_video import save, smooth
-from tests.support import TINY, checkpoint, lora_dir
-from wan.cli.options import EXTENSION, OPTIONS, VIDEO, Request, Scope, paths
+from tests.support import TINY, checkpoint, lora_dir, read_frames
+from wan.cli.options import HOW, OPTIONS, START, VIDEO, Request, Scope
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import earlier_seed, resolve
@@ -34,7 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "image": {"image": "other.png"},
     "last_image": {"last_image": "other.png"},
     "video": {**TI2V, "image": None, "video": "clip.mp4"},
-    "window": {**TI2V, "image": None, "frame_num": 17, "window": 9},
+    "window": {**TI2V, "image": None, "frame_num": 17, "window": "9"},
     "strength": {**TI2V, "image": None, "video": "clip.mp4", "strength": 0.5},
     "prompt_file": {"prompt": None, "prompt_file": "prompts.txt"},
     "image_path_file": {"image": None, "image_path_file": "images.txt"},
@@ -59,7 +60,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sample_shift": {"sample_shift": 3.0},
     "sample_guide_scale": {"sample_guide_scale": "2"},
     "cache": {"lora_dir": None, "cache": 0.1},
-    "nag": {"nag": 11.0},
+    "nag": {"nag": "11"},
     "timesteps": {"timesteps": "1000,500"},
     "high_steps": {"high_steps": 1},
     "noise_device": {},  # the CPU's noise is the CPU's noise
@@ -70,7 +71,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     "vae_dtype": {"vae_dtype": "bf16"},
     "convert_model_dtype": {"convert_model_dtype": True},
 }
-NEEDS_A_MODEL = {name for name, row in OPTIONS.items() if row.group == EXTENSION and row.scope is VIDEO}
+NEEDS_A_MODEL = {
+    "use_prompt_extend", "prompt_extend_method", "prompt_extend_model", "prompt_extend_target_lang",
+    "prompt_extend_options",
+}  # fmt: skip
+# What does not: how it is made, taken over by --replay, and what concerns one start of the program alone.
+SAME: dict[str, Any] = {
+    "lora_allow_partial": True, "offload_model": False, "vram": 4.0, "t5_cpu": True, "vae_tiling": True,
+    "save_latents": True, "preview": True, "preview_steps": True, "record": "none",
+}  # fmt: skip
+SAME_START: dict[str, Any] = {
+    "chain": True, "num_videos": 2, "sweep": ("sample_steps=2,3",), "quality": "exact", "t5_fsdp": True,
+    "dit_fsdp": True, "ulysses_size": 2, "ring_size": 2, "prompt_extend_on_error": "fail", "no_extend_cache": True,
+    "extend_only": "prompts.txt", "shard": "1/2", "save_dir": "elsewhere", "save_file": "other.mp4",
+    "decode_latents": "a.safetensors", "gallery": True, "grid": True, "overwrite": True, "resume": True,
+    "ignore_disk": True, "on_error": "stop", "replay": "a.json", "dry_run": True, "json": True, "debug": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +150,8 @@ def usual() -> dict[str, Any]:
 
 def test_every_option_has_a_scope_and_every_video_option_an_example_here() -> None:
     assert all(isinstance(row.scope, Scope) for row in OPTIONS.values())
-    assert {name for name, row in OPTIONS.items() if row.scope is VIDEO} == OTHERS.keys() | NEEDS_A_MODEL
+    by_scope = {scope: {name for name, row in OPTIONS.items() if row.scope is scope} for scope in Scope}
+    assert by_scope == {VIDEO: OTHERS.keys() | NEEDS_A_MODEL, HOW: SAME.keys(), START: SAME_START.keys()}
     assert all(row.into in ("", *OPTIONS) and set(row.displaces) <= OPTIONS.keys() for row in OPTIONS.values())
 
 
@@ -143,13 +160,24 @@ def test_what_changes_the_video_is_told_apart(name: str) -> None:
     assert meaning(plan(**OTHERS[name])) != usual()
 
 
-@pytest.mark.parametrize("name", [name for name, row in OPTIONS.items() if row.scope is not VIDEO])
+@pytest.mark.parametrize("name", [*SAME, *SAME_START])
 def test_what_does_not_change_the_video_is_not(name: str) -> None:
-    row, made = OPTIONS[name], usual_plan()
-    other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
-    other = ("sample_steps=2,3",) if row.read is paths else other
-    changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: other}))
+    made = usual_plan()
+    changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: (SAME | SAME_START)[name]}))
     assert meaning(changed) == usual()
+
+
+def test_how_a_video_is_made_changes_no_pixel(tmp_path: Path) -> None:
+    """All such options at once."""
+    how = [f"--{name}" if value is True else f"--{name}={value}" for name, value in SAME.items()]
+    start = ["--quality=exact", "--save_dir=elsewhere", "--gallery", "--grid", "--overwrite", "--resume",
+             "--ignore_disk",
+             "--on_error=stop", "--json", "--debug", "--no_extend_cache", "--sweep=base_seed=3"]  # fmt: skip
+    usual = [f"--{name}={value}" for name, value in {**USUAL, "save_dir": "usual"}.items()]
+    assert main(usual) == 0
+    assert main([*usual[:-1], *how, *start]) == 0
+    (one,), (other,) = (list((tmp_path / folder).glob("*_seed3_*.mp4")) for folder in ("usual", "elsewhere"))
+    assert (read_frames(one) == read_frames(other)).all()
 
 
 def test_it_is_the_meaning_that_counts(tmp_path: Path) -> None:
@@ -167,15 +195,13 @@ def test_it_is_the_meaning_that_counts(tmp_path: Path) -> None:
         assert meaning(plan(**change)) == usual(), change
 
 
-@pytest.mark.parametrize("name", [name for name, row in OPTIONS.items() if row.scope is not VIDEO])
+@pytest.mark.parametrize("name", [*SAME, *SAME_START])
 def test_a_drawn_seed_is_found_again_after_a_change_of(name: str) -> None:
     drawn = Request(**{**USUAL, "save_dir": ".", "resume": True, "base_seed": 77})
     Path("made.json").write_text(json.dumps({"request": drawn.recorded()}))
-    row, free = OPTIONS[name], dataclasses.replace(drawn, base_seed=-1)
-    other: Any = True if not row.takes or row.takes == "[BOOL]" else row.choices[-1] if row.choices else 2
-    other = ("sample_steps=2,3",) if row.read is paths else other
+    free = dataclasses.replace(drawn, base_seed=-1)
     if name != "save_dir":
-        free = dataclasses.replace(free, **{name: other})
+        free = dataclasses.replace(free, **{name: (SAME | SAME_START)[name]})
     assert earlier_seed(free) == 77
 
 

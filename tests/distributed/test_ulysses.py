@@ -80,7 +80,7 @@ def forwards(model: WanModel, grids: list[tuple[int, int, int]]) -> list[Tensor]
         with torch.no_grad():
             found += [model(latent, 625.0, prompt, pinned) for pinned in (0, 1)]
             negative = Prompt(torch.randn(3, 32, generator=generator))
-            found.append(model(latent, 625.0, Prompt(prompt.rows, negative, 11.0)))
+            found.append(model(latent, 625.0, Prompt(prompt.rows, negative, (11.0, 2.5, 0.25))))
     return found
 
 

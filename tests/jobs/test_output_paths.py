@@ -187,7 +187,7 @@ def test_resume_takes_its_own_and_nobody_elses(here: Path) -> None:
     (here / "x.png").write_text("the user's")
     (here / "x.json").write_text('{"notes": 1}')
     found = problem("x.mp4", preview=True, resume=True)
-    assert found.startswith("x.json and x.png already exists")
+    assert found.startswith("x.json and x.png already exist;")
     (here / "x.json").write_text(json.dumps({"output": {"file": "x.mp4"}}))  # its video was removed to be made again
     assert problems("x.mp4", preview=True, resume=True) == []
     (here / "x.json").unlink()

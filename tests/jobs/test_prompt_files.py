@@ -41,8 +41,7 @@ def problem(path: Path, content: str | bytes) -> str:
 @pytest.mark.parametrize("end", [".yaml", ".yml", ".xlsx", ".md", ".mp4"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, end: str) -> None:
     found = problem(tmp_path / f"p{end}", "prompt\tseed\na cat\t1\n")
-    assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: ")
-    assert f"not {end};" in found
+    assert found.startswith(f"--prompt_file {tmp_path / f'p{end}'}: not a .txt")
 
 
 @pytest.mark.parametrize("read", [lambda *words: read_rows(*words, []), read_paths], ids=["prompts", "images"])
@@ -168,7 +167,7 @@ def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None
         ("p.jsonl", '{"prompt": "a", "seed": ' + "7" * 4000 + "}", "'seed' must be a whole number, not 7777"),
         ("p.jsonl", '{"prompt": "a", "seed": 1e999}', "'seed' must be a whole number, not inf"),
         ("p.jsonl", '{"prompt": "a", "seed": NaN}', "not valid JSON (NaN is not a number of JSON)"),
-        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "not valid JSON (the key 'prompt' stands twice)"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "not valid JSON (the key 'prompt' is given twice)"),
         ("p.jsonl", '{"prompt": "a", "' + "k" * 9000 + '": 1}', "unknown key 'kkkk"),
         ("p.csv", "prompt,seed\na," + "7" * 5000 + "\n", "'seed' must be a whole number, not '777"),
         ("p.csv", "prompt,seed\na,٣\n", "'seed' must be a whole number"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from wan.cli.options import OPTIONS, Request, path, paths, read_all, real, text, truth, whole
+from wan.cli.options import OPTIONS, Request, numbers, path, paths, read_all, real, text, truth, whole, wholes
 from wan.configs import TASKS
 from wan.distributed.launch import Runtime, Team
 from wan.jobs.job import Decode, Extend, Generate
@@ -739,7 +739,9 @@ def test_written_rows_read_back(tmp_path):
 # --- requests as data, replay
 
 
-SAMPLES = {text: "text", path: "x", paths: ("a", "b"), whole: 7, real: 2.5, truth: True}
+SAMPLES = {text: "text", path: "x", paths: ("a", "b"), whole: 7, real: 2.5, truth: True} | {
+    numbers: "2,0.5", wholes: "9,4",
+}  # fmt: skip
 FULL = Request(**{name: SAMPLES[row.read] for name, row in OPTIONS.items()})
 
 

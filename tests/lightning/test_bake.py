@@ -22,13 +22,14 @@ from lightning.releases import Release, preset, record_of, refuse_distilled_twic
 from tests.lightning.support import INDEX, base, write
 from tests.support import checkpoint, lora_dir
 from wan.checkpoints import writer
+from wan.checkpoints.quantised_formats import int8_rotations
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, as_ours
 from wan.configs import TASKS
 from wan.configs.precision import keeps_float32
 from wan.jobs.resolve import resolve
-from wan.modules.fused import FP8
 from wan.modules.model import WanModel
+from wan.modules.quantised_linear import KERNELS
 from wan.offload.reader import Source, load, parameter_dtypes
 from wan.utils.errors import InputError, LoraError, TensorFileError
 
@@ -70,28 +71,31 @@ def test_equals_merging_on_the_fly(task: str, dtype: torch.dtype, tmp_path: Path
 
 
 @pytest.mark.parametrize("with_lora", [True, False])
-def test_in_fp8_it_is_what_a_run_in_fp8_makes(with_lora: bool, tmp_path: Path) -> None:
-    """Loaded as they are, and to the bit what reading, merging and quantising give. With four blocks, two in fp8."""
+@pytest.mark.parametrize("form", KERNELS)
+def test_in_8_bits_it_is_what_a_run_in_8_bits_makes(form: str, with_lora: bool, tmp_path: Path) -> None:
+    """Loaded as they are, and to the bit what reading, merging and quantising give. With four blocks, two in 8 bits."""
     ckpt_dir = tmp_path / "base"
-    where = TASKS["t2v-A14B"].experts
-    blueprints = {expert: four_blocks(ckpt_dir / folder) for expert, folder in where.items()}
+    where, in_8_bits = TASKS["t2v-A14B"].experts, KERNELS[form].dtype
+    blueprints = {expert: four_blocks(ckpt_dir / folder, form) for expert, folder in where.items()}
     stores = {expert: TensorStore.open(ckpt_dir / folder / INDEX) for expert, folder in where.items()}
     loras = loras_of("t2v-A14B") if with_lora else {}
-    run(tmp_path / "out", ckpt_dir=ckpt_dir, loras=loras, dtype=FP8)
+    run(tmp_path / "out", ckpt_dir=ckpt_dir, loras=loras, dtype=in_8_bits)
     for expert, model in blueprints.items():
         file = tmp_path / "out" / where[expert] / INDEX
         dtype = parameter_dtypes(torch.bfloat16, False, model)
         merge = Merge(loras.get(expert, ()), stores[expert].shapes)
         merged = load(model, Source(stores[expert], dtype, merge), CPU)
-        baked = load(model, Source(as_ours(TensorStore.open(file), EXPERT, str(file)), dtype), CPU)
+        store = as_ours(TensorStore.open(file), EXPERT, str(file))
+        assert set(int8_rotations(store).values()) == ({16, 64} if form == "int8" else set())
+        baked = load(model, Source(store, dtype), CPU)
         expected = dict(merged.named_parameters())
-        assert {p.dtype for p in expected.values()} == {torch.bfloat16, torch.float32, FP8}
+        assert {p.dtype for p in expected.values()} == {torch.bfloat16, torch.float32, in_8_bits}
         for name, found in baked.named_parameters():
             assert torch.equal(found.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
-def four_blocks(folder: Path) -> WanModel:
-    """Write an expert of the small checkpoint's sizes with four blocks; the network on the meta device, in fp8."""
+def four_blocks(folder: Path, form: str) -> WanModel:
+    """Write an expert of the small checkpoint's sizes with four blocks; the network on the meta device, in 8 bits."""
     weights = {name: base().read(name) for name in base()}
     for name in [name for name in weights if name.startswith("blocks.")]:
         weights[name.replace("blocks.0", "blocks.2").replace("blocks.1", "blocks.3")] = weights[name] * 0.9
@@ -101,13 +105,14 @@ def four_blocks(folder: Path) -> WanModel:
     sizes = json.loads((checkpoint("t2v-A14B") / "high_noise_model" / "config.json").read_text())
     with torch.device("meta"):
         model = WanModel.from_config({**sizes, "num_layers": 4}, weights["text_embedding.0.weight"].shape[1])
-    model.quantise("fp8")
+    model.quantise(form)
     return model
 
 
-def test_fp8_has_no_place_in_diffusers_layout(tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match="--dtype fp8: diffusers does not read"):
-        run(tmp_path / "out", dtype=FP8, layout="diffusers")
+@pytest.mark.parametrize("form", KERNELS)
+def test_8_bits_have_no_place_in_diffusers_layout(form: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="--dtype"):
+        run(tmp_path / "out", dtype=KERNELS[form].dtype, layout="diffusers")
 
 
 def test_layout_and_other_files(tmp_path: Path) -> None:

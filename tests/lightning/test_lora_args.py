@@ -105,11 +105,15 @@ def test_generate_and_bake_refuse_the_same_with_the_same_words(
     assert raised.value.problems == ["--lora holds a NUL character; remove it" if "\0" in text else problem]
 
 
-def test_a_release_that_is_not_here_is_told_with_the_command_that_gets_it() -> None:
-    Path("Wan2.2-Lightning").mkdir()
+@pytest.mark.parametrize("folder_there", [True, False])
+def test_an_absent_release_is_named_with_the_command_that_gets_it(folder_there: bool) -> None:
+    """Its folder as that command makes it, which is spelled like a place on the hub, is not asked for there."""
+    if folder_there:
+        Path("Wan2.2-Lightning").mkdir()
     folder = "Wan2.2-Lightning/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
-    (problem,) = choose_loras(TWO, folder).problems
-    assert problem.endswith("get it with: hf download lightx2v/Wan2.2-Lightning --local-dir Wan2.2-Lightning")
+    for chosen_by in ({"lora_dir": folder}, {"loras": [f"high={folder}/high_noise_model.safetensors:0.5"]}):
+        (problem,) = choose_loras(TWO, **chosen_by).problems
+        assert problem.endswith("get it with: hf download lightx2v/Wan2.2-Lightning --local-dir Wan2.2-Lightning")
 
 
 def test_bake_tells_of_everything_that_is_wrong_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,7 +36,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_equal_the_merge_at_every_scale(tmp_path: Path) -> None:
+def test_adapters_equal_the_merge_at_every_scale(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     first = lora_dir("t2v-A14B") / "high_noise_model.safetensors"
     generator = torch.Generator().manual_seed(4)
     uneven = {
@@ -56,6 +57,7 @@ def test_adapters_equal_the_merge_at_every_scale(tmp_path: Path) -> None:
         parameter.data = differences(name, parameter.data).clone()
     plain = outputs(model, names)
     add_adapters(model, loras)
+    assert not [str(warning.message) for warning in recwarn], "peft warns of a second adapter"
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert_close(outputs(model, names), outputs(with_weights(loras), names))
 

@@ -317,7 +317,7 @@ def test_compiled_passes_equal_the_plain_ones(dtype: torch.dtype, tolerance: flo
             passes.add(a, b, rows[3])
             passes.rms_norm(c, rows[4], 1e-6)
             passes.rms_norm_rotate(d, rows[4], table, 1e-6)
-            passes.guide(f, y.to(kind), 11.0)
+            passes.guide(f, y.to(kind), 11.0, 2.5, 0.25)
         results.append((a, b, c, d, e, f))
     for plain, fused in zip(*results, strict=True):
         assert relative_error(fused.float(), plain.float()) < tolerance

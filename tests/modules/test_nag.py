@@ -18,6 +18,7 @@ from wan.sampling import Video
 from wan.utils.errors import InputError
 
 HEADS, WIDTH = 3, 8
+GUIDE = 11.0, 2.5, 0.25  # as published
 
 
 def attended(layer: CrossAttention, x: Tensor, text: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ def attended(layer: CrossAttention, x: Tensor, text: Tensor) -> Tensor:
     return torch.einsum("nqk,knd->qnd", weights, v).flatten(1)
 
 
-@pytest.mark.parametrize("scale", [1.5, 11.0])
-def test_the_formula(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "tau", "alpha"), [(1.5, 2.5, 0.25), (11.0, 2.5, 0.25), (5.0, 3.0, 0.5)])
+def test_the_formula(scale: float, tau: float, alpha: float) -> None:
     """Z = a G' + (1 - a) Z+ with G = s Z+ - (s - 1) Z-, G' = G min(r, tau) / r, r = |G|_1 / |Z+|_1 per token."""
     torch.manual_seed(3)
     layer, dim = CrossAttention(HEADS * WIDTH, HEADS, 1e-6), HEADS * WIDTH
@@ -45,31 +46,31 @@ def test_the_formula(scale: float) -> None:
         positive, negative = attended(layer, x, text), attended(layer, x, other)
         away = scale * positive - (scale - 1) * negative
         ratio = away.abs().sum(1, keepdim=True) / positive.abs().sum(1, keepdim=True)
-        expected = 0.25 * away * ratio.clamp(max=2.5) / ratio + 0.75 * positive
+        expected = alpha * away * ratio.clamp(max=tau) / ratio + (1 - alpha) * positive
         expected = expected @ layer.o.weight.T + layer.o.bias
         minus = Prompt(other)
-        plus = Prompt(text, minus, scale)
+        plus = Prompt(text, minus, (scale, tau, alpha))
         found = layer(x, [(plus, text), (minus, other)], [(0, slice(0, 4)), (0, slice(4, 9))])
-    assert (ratio > 2.5).any() if scale > 10 else (ratio < 2.5).any(), "tokens on both sides of the limit"
+    assert (ratio > tau).any() if scale > 2 else (ratio < tau).any(), "tokens on both sides of the limit"
     assert relative_error(found, expected) < 1e-5
 
 
 def test_rows_of_zeros_stay_finite() -> None:
     x = torch.zeros(2, 4)
-    EAGER.guide(x, torch.zeros(2, 4), 11.0)
+    EAGER.guide(x, torch.zeros(2, 4), 11.0, 2.5, 0.25)
     assert torch.equal(x, torch.zeros(2, 4))
 
 
 def test_a_prompt_leads_away_from_another_and_not_from_itself() -> None:
     model, latent, rows, other = random_model(), torch.randn(16, 2, 4, 4), torch.randn(20, 48), torch.randn(9, 48)
     plain = model(latent, 500.0, Prompt(rows))
-    assert relative_error(model(latent, 500.0, Prompt(rows, Prompt(rows), 11.0)), plain) < 1e-5
-    assert relative_error(model(latent, 500.0, Prompt(rows, Prompt(other), 11.0)), plain) > 1e-2
+    assert relative_error(model(latent, 500.0, Prompt(rows, Prompt(rows), GUIDE)), plain) < 1e-5
+    assert relative_error(model(latent, 500.0, Prompt(rows, Prompt(other), GUIDE)), plain) > 1e-2
 
 
 def test_keys_and_values_are_made_once_for_each_prompt() -> None:
     model, latent, calls = random_model(), torch.randn(16, 1, 4, 4), list[Tensor]()
-    prompt = Prompt(torch.randn(20, 48), Prompt(torch.randn(20, 48)), 5.0)
+    prompt = Prompt(torch.randn(20, 48), Prompt(torch.randn(20, 48)), GUIDE)
     for block in model.blocks:
         block.cross_attn.k.register_forward_hook(lambda *_: calls.append(_[2]))
     for timestep in (1000.0, 500.0):
@@ -85,7 +86,7 @@ def test_memory_of_the_second_result(tokens: int) -> None:
         model = bf16(WanModel(**A14B, num_layers=2))
         model.use_attention(attention)
         latent, rows = torch.empty(16, tokens // 3600, 90, 160), torch.empty(100, 4096).bfloat16()
-        for prompt in (Prompt(rows), Prompt(rows, Prompt(rows), 11.0)):
+        for prompt in (Prompt(rows), Prompt(rows, Prompt(rows), GUIDE)):
             model(latent, 1000.0, prompt)
             with CostCounter() as counter:
                 model(latent, 1000.0, prompt)
@@ -122,6 +123,15 @@ def test_beside_guidance_it_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("error: --nag 11 ")
     with pytest.raises(InputError, match="--nag 11 "):
         open_task("t2v-A14B", nag=11).generate("a cat", (32, 32), 1, guide_scale=3.0)
+
+
+def test_tau_and_alpha_are_options_too(capsys: pytest.CaptureFixture[str]) -> None:
+    published, others = (open_task("t2v-A14B", nag=nag).plan.request for nag in (11, (11, 3, 0.5)))
+    assert (published.nag, published.guide) == ("11", (11.0, 2.5, 0.25))
+    assert (others.nag, others.guide) == ("11,3,0.5", (11.0, 3.0, 0.5))
+    for wrong in ("0.5", "11,0", "11,2.5,2", "11,2,0.5,1", "nan", "strong"):
+        assert generate.main(command("t2v-A14B", "--nag", wrong, "--dry_run")) == 2
+        assert capsys.readouterr().err.startswith("error: --nag ")
 
 
 def test_a_replay_leads_away_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.counters import CostCounter
 from benchmarks.measure import rms_error
 from tests.support import checkpoint, manifest
-from wan.modules.t5 import UMT5Encoder, UMT5Tokenizer, clean_text, position_buckets
+from wan.modules.t5 import UMT5_XXL, UMT5Encoder, UMT5Tokenizer, clean_text, position_buckets
 
 NAMES = {
     "attn": ".0.SelfAttention.",
@@ -93,6 +94,18 @@ def test_bf16_is_the_oracles(sizes: tuple[int, ...]) -> None:
     reference = torch.cat([*exact(prompts)])
     error = rms_error(torch.cat(ours(prompts)), reference)
     assert error < 1.05 * rms_error(torch.cat([padded_to_512(theirs, ids) for ids in prompts]), reference) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lengths", [[10], [120], [512], [10] * 64, [512] * 64, [*range(16, 80)], [500, 40, 512]])
+def test_peak_of_the_encoding_is_predicted(lengths: list[int], dtype: torch.dtype) -> None:
+    """Counted at the released widths: 64 texts take more than one, 512 tokens more than 10."""
+    with torch.device("meta"), torch.no_grad():
+        model = UMT5Encoder(**UMT5_XXL | {"num_layers": 2}).to(dtype)
+        ids = [torch.empty(length, dtype=torch.int64) for length in lengths]
+        with CostCounter() as counter:
+            model(ids)
+    assert 1 <= model.activation_bytes(lengths, dtype.itemsize) / counter.peak < 1.1
 
 
 def test_buckets_follow_the_formula() -> None:

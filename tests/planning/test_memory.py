@@ -74,7 +74,7 @@ def test_the_step_cache_keeps_four_latents(t2v: Plan) -> None:
 def test_nag_takes_a_second_prompt_and_two_shares_of_rows(t2v: Plan) -> None:
     """In float32, of a picture's 3,600 tokens more than the self-attention's values took, of a clip's less; and the
     negative prompt's keys and values."""
-    led, texts = replace(t2v, request=replace(t2v.request, nag=11.0)), 2 * LAYERS * TEXT * WIDTH * 2
+    led, texts = replace(t2v, request=replace(t2v.request, nag="11")), 2 * LAYERS * TEXT * WIDTH * 2
     assert work(led) - work(t2v) == texts
     one, two = (plan_video(plan, (1280, 720), 1).budget.stages["denoise"]["work"] for plan in (t2v, led))
     assert two - one == texts + (8 - 2) * 3600 * WIDTH
@@ -157,6 +157,33 @@ def test_an_image_of_ti2v_may_be_encoded_in_tiles() -> None:
     assert task.plan.video(video).encode_tiles > (1, 1)
     assert frames[0] is not None
     torch.testing.assert_close(frames[0], frames[1], rtol=0, atol=1e-4)
+
+
+def test_texts_take_what_their_tokens_ask(t2v: Plan) -> None:
+    """All states of the texts that are encoded together, and the longest one's scores."""
+    one, many, short = (replace(t2v, text_lengths=lengths) for lengths in ((512,), (512,) * 64, (10,)))
+    assert work(t2v, "text") == work(one, "text")
+    assert work(many, "text") - work(one, "text") == 63 * 512 * 4096 * 2
+    assert work(one, "text") - work(short, "text") > 64 * (512**2 - 10**2) * (4 + 4 + 2)
+    budgets = [budget_of(plan) for plan in (one, many)]
+    assert budgets[1].peaks["text"] - budgets[0].peaks["text"] == 63 * 512 * 4096 * 2
+
+
+def test_texts_are_counted_once_by_their_tokens() -> None:
+    plan = open_task("t2v-A14B").plan
+
+    def lengths(*prompts: str, guidance: float = 1.0, **options: object) -> tuple[int, ...]:
+        asked = replace(plan, request=replace(plan.request, **options))
+        sampling = replace(SAMPLING, guidance=(guidance, guidance))
+        return plan_videos(asked, sampling, [Video(each, "a", (64, 64), 9, 1) for each in prompts]).text_lengths
+
+    (cat,), (letter,), long = lengths("a cat"), lengths("a"), "cat " * 600
+    assert letter < cat < 10
+    assert lengths("a cat", "a cat", long) == (512, cat)
+    assert lengths("a cat", guidance=4.0) == lengths("a cat", nag="5") == (cat, letter)
+    assert lengths("a cat | a", window="5") == (cat, letter)
+    assert lengths("a cat", use_prompt_extend=True) == (512,)
+    assert len(lengths(*(f"number {n}" for n in range(70)))) == memory.TEXTS
 
 
 # -- memory over a batch

@@ -74,9 +74,6 @@ class Models(nn.Module):
         self.decode_errors: list[BaseException] = []  # one for each coming decode
         self.poison = False
 
-    def texts(self, job: Job) -> list[str]:
-        return [job.prompt]
-
     def encode(self, texts: Iterable[str]) -> None:
         with self.progress.stage("text"), torch.no_grad():
             self.contexts = {t: self.text(torch.tensor(list(t.encode()))).mean(0) for t in texts}
@@ -187,6 +184,7 @@ def test_three_jobs(tmp_path: Path) -> None:
 def test_the_record(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     Outcome(run)
+    run = plan_videos(run, run.sampling, run.jobs)  # as `Outcome` does
     record = read_record(tmp_path / "1.mp4")
     assert read_record(tmp_path / "1.json") == record
     assert record["schema"] == 2

@@ -41,7 +41,7 @@ def test_another_strength_equals_a_session_of_its_own(mode: str) -> None:
 
 
 def test_a_lora_that_is_left_out_again_leaves_the_weights() -> None:
-    """The LoRA of one expert or of both leaves the next video."""
+    """A LoRA of one expert or of both is gone in the next video."""
     files = {expert: str(lora_dir(TASK) / f"{expert}_noise_model.safetensors") for expert in ("high", "low")}
     session, alone = open_session(sample_shift=1.0), {}  # the second step is the low-noise expert's
     for experts in (("high", "low"), ("high",), (), ("low",)):

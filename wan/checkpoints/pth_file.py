@@ -13,12 +13,12 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan.checkpoints.safetensors_file import AT_ONCE, DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
+from wan.checkpoints.safetensors_file import DTYPES, MAX_HEADER_BYTES, Entry, TensorStore, misread, reading
 from wan.utils.errors import TensorFileError, first_line
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def open_pickle(path: Path) -> TensorStore:
     with reading(path, "truncated or damaged, or not a zipped .pth file"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-                infos = archive.infolist()
+                infos, directory = archive.infolist(), archive.start_dir
                 pickled = next(info for info in infos if info.filename.endswith("/data.pkl"))
                 if pickled.file_size > MAX_HEADER_BYTES or any(info.compress_type for info in infos):
                     raise zipfile.BadZipFile("compressed, or too large")
@@ -104,7 +104,7 @@ def open_pickle(path: Path) -> TensorStore:
     if odd := [name for name in tensors if not isinstance(name, str) or not name.isprintable()]:
         raise TensorFileError(f"{path}: a tensor is named {odd[0]!r:.60}")
     with reading(path, "truncated or damaged"):
-        records = _records(path, infos)
+        records = _records(path, infos, directory)
     store = TensorStore({})
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -125,18 +125,22 @@ def open_pickle(path: Path) -> TensorStore:
     return store
 
 
-def _records(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
-    """(first byte, bytes) of each storage's record, by key."""
+def _records(path: Path, infos: list[zipfile.ZipInfo], directory: int) -> dict[str, tuple[int, int]]:
+    """(first byte, bytes) of each storage's record, by key. directory: where the zip's begins, after all records."""
+    ends = dict(pairwise([*sorted(info.header_offset for info in infos), directory]))
 
     def data_of(info: zipfile.ZipInfo) -> tuple[int, int]:
-        with path.open("rb", buffering=0) as file:
-            file.seek(info.header_offset + RECORD_HEADER - 4)
-            lengths = struct.unpack("<HH", file.read(4))
-        return info.header_offset + RECORD_HEADER + sum(lengths), info.file_size
+        # torch.save aligns the data and puts check sum and sizes behind it (flag 8; in zip64 24 bytes): nothing is read
+        behind = 24 if max(info.header_offset, info.file_size) >= 0xFFFFFFFF else 16
+        start = ends[info.header_offset] - behind - info.file_size
+        if not info.flag_bits & 8 or start % 64 or start <= info.header_offset:
+            with path.open("rb", buffering=0) as file:
+                file.seek(info.header_offset + RECORD_HEADER - 4)
+                start = info.header_offset + RECORD_HEADER + sum(struct.unpack("<HH", file.read(4)))
+        return start, info.file_size
 
     stored = {info.filename.rpartition("/")[2]: info for info in infos if info.filename.split("/")[-2:-1] == ["data"]}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(stored, pool.map(data_of, stored.values()), strict=True))
+    return {key: data_of(info) for key, info in stored.items()}
 
 
 def _find_tensors(path: Path, content: Any) -> dict[str, Pickled]:

@@ -128,6 +128,12 @@ def int8_rotations(store: TensorStore) -> dict[str, int]:
     return {name: entry.rotation for name, entry in found if entry.by_row == torch.int8}
 
 
+def int8_marker(rotation: int) -> dict[str, Any]:
+    """The marker of a weight in int8 with a scale per row; rotation: inputs that were rotated together."""
+    rotated = {"convrot": True, "convrot_groupsize": rotation} if rotation else {}
+    return {"format": "int8_tensorwise", "per_row": True, **rotated}
+
+
 def markers(store: TensorStore) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer as the file names it, what header or a tensor says of its format). ValueError if one is unreadable."""
     found: list[tuple[str, Any]] = []

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from wan.checkpoints.layout import STEM
+from wan.checkpoints.quantised_formats import METADATA_KEY, int8_marker
 from wan.checkpoints.safetensors_file import DTYPES, INDEX_SUFFIX, TensorStore, header_bytes
-from wan.modules.fused import FP8, quantise
-from wan.modules.quantised_linear import scale_name
+from wan.modules.quantised_linear import EIGHT_BITS, rotation_of, round_rows, scale_name
 from wan.utils.errors import TensorFileError
 from wan.utils.files import replacing, write_file
 
@@ -29,14 +29,14 @@ class NetworkToWrite(NamedTuple):
     name: str
     store: TensorStore
     folder: Path
-    stored: Callable[[str], torch.dtype]  # by our name; fp8 adds a tensor with a scale for each row
+    stored: Callable[[str], torch.dtype]  # by our name; 8 bits add a tensor with a scale for each row
     stem: str = STEM
     rename: Callable[[str], str] = lambda name: name  # our name -> the one in the file
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor  # a `Merge`
 
 
 class Target(NamedTuple):
-    """One tensor of a file to write. scales: it holds the fp8 scales of the rows of `source`, not its numbers."""
+    """One tensor of a file to write. scales: those of the rows of `source` in 8 bits, not its numbers."""
 
     source: str
     name: str
@@ -56,12 +56,21 @@ class Shard(NamedTuple):
     tensors: tuple[Target, ...]
 
     def header(self) -> bytes:
-        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        table: dict[str, Any] = {"__metadata__": self.metadata()}
         ends = [0, *accumulate(tensor.bytes for tensor in self.tensors)]
         for tensor, offsets in zip(self.tensors, pairwise(ends), strict=True):
             dtype = STORED_NAMES[tensor.dtype]
             table[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets}
         return header_bytes(table)
+
+    def metadata(self) -> dict[str, str]:
+        """With the rotation of the weights in int8, as ComfyUI writes it; those in fp8 need no mark."""
+        marks = {
+            tensor.name.removesuffix(".weight"): int8_marker(rotation_of(tensor.dtype, tensor.shape[1]))
+            for tensor in self.tensors if tensor.dtype == torch.int8
+        }  # fmt: skip
+        layers = {METADATA_KEY: json.dumps({"format_version": "1.0", "layers": marks})} if marks else {}
+        return {"format": "pt"} | layers
 
     @property
     def bytes(self) -> int:
@@ -74,7 +83,7 @@ def plan_shards(network: NetworkToWrite, shard_bytes: int) -> list[Shard]:
     left = shard_bytes
     for name in network.store.in_file_order(network.store):
         targets = [Target(name, network.rename(name), network.stored(name), network.store[name].shape)]
-        if targets[0].dtype == FP8:
+        if targets[0].dtype in EIGHT_BITS:
             shape = targets[0].shape[0], 1
             targets.append(Target(name, scale_name(targets[0].name), torch.float32, shape, scales=True))
         size = sum(target.bytes for target in targets)
@@ -109,15 +118,16 @@ def write_shard(path: Path, shard: Shard, network: NetworkToWrite) -> str:
 
 
 def _converted(target: Target, network: NetworkToWrite) -> Tensor:
-    """The tensor as it is written. An fp8 weight and its scales are apart in the file, so both are computed twice."""
+    """The tensor as it is written. A weight in 8 bits and its scales are apart in the file: both are computed twice."""
     tensor = network.store.read(target.source)
     if not tensor.isfinite().all():
         raise TensorFileError(f"{network.store[target.source].file}: tensor {target.source} holds NaN or Inf")
     tensor = network.change(target.source, tensor)
-    if target.dtype != FP8 and not target.scales:
-        return tensor.to(target.dtype)
-    q, scale = torch.empty(tensor.shape, dtype=FP8), torch.empty(len(tensor), 1)
-    quantise(tensor, q, scale)
+    dtype = network.stored(target.source)
+    if dtype not in EIGHT_BITS:
+        return tensor.to(dtype)
+    q, scale = torch.empty(tensor.shape, dtype=dtype), torch.empty(len(tensor), 1)
+    round_rows(tensor, rotation_of(dtype, tensor.shape[1]), q, scale)
     return scale if target.scales else q
 
 

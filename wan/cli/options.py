@@ -69,6 +69,17 @@ def _number(value: Any, kind: type[Number]) -> Number:
     return kind(value)
 
 
+def numbers(value: object) -> str:
+    """numbers with commas between"""
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    return ",".join(f"{_number(part, float):.12g}" for part in parts)
+
+
+def wholes(value: object) -> str:
+    """whole numbers with commas between"""
+    return ",".join(str(_number(part, int)) for part in str(value).split(","))
+
+
 def truth(value: object) -> bool:
     """True or False"""
     word, yes = str(value).lower(), ("true", "yes", "t", "y", "1")
@@ -133,6 +144,9 @@ WITH_IMAGE = " and ".join(name for name, config in TASKS.items() if config.image
 WITH_LAST_IMAGE = " and ".join(name for name, config in TASKS.items() if config.mask_channels)
 WITH_VIDEO = " and ".join(name for name, config in TASKS.items() if not config.mask_channels)
 STRENGTH = 0.75
+NAG = (1.0, 2.5, 0.25)  # scale (1: off), tau and alpha of `--nag`
+SOLVERS = ("euler", "unipc", "dpm++", "dmd")
+EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 SIZE_NAMES = ", ".join(dict.fromkeys(name for config in TASKS.values() for name in config.sizes_by_name()))
 
 
@@ -213,7 +227,7 @@ class Request:
         "settings of a published release; default: recognised by the names of the weights", into="sample_steps")
 
     sample_solver: str | None = option(SAMPLING, VIDEO, text, "SOLVER",
-        f"euler, unipc, dpm++ or dmd; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
+        f"{', '.join(SOLVERS)}; {by_task(lambda task: task.sample_solver)}, with a distilled weight its own",
         displaces=("timesteps",))
     sample_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         f"{by_task(lambda task: task.sample_steps)}, with a distilled weight its own", limits=(1, 1000),
@@ -223,9 +237,9 @@ class Request:
         limits=(0.01, 100), displaces=("timesteps",))
     sample_guide_scale: str | None = option(SAMPLING, VIDEO, text, "S|LOW,HIGH",
         f"guidance; {by_task(_guidance)}, with a distilled weight its own (1: none)", example="3.5")
-    nag: float = option(SAMPLING, VIDEO, real, "SCALE",
-        "without guidance, attention leads away from the negative prompt at this scale, published: 11; default 1: off",
-        default=1.0, limits=(1, 100))
+    nag: str = option(SAMPLING, VIDEO, numbers, "S[,TAU,ALPHA]",
+        "without guidance, attention leads away from the negative prompt at scale S, published: 11,2.5,0.25; "
+        "default 1: off", default="1")
     cache: float = option(SAMPLING, VIDEO, real, "T",
         "leave out steps while the velocity's predicted change stays below T, published: 0.05; default 0: off",
         default=0.0, limits=(0, 1))
@@ -234,9 +248,10 @@ class Request:
         displaces=("sample_steps", "sample_shift", "sample_solver"))
     high_steps: int | None = option(SAMPLING, VIDEO, whole, "N",
         "steps of the high-noise expert; default: by the model's boundary", limits=(0, 1000))
-    window: int | None = option(SAMPLING, VIDEO, whole, "N",
-        f"4n+1 frames that the model has at a time ({WITH_VIDEO}, no image), in a longer video: windows that share a "
-        "quarter are blended; 'first | second' are prompts one after the other", limits=(5, 4093), example="81")
+    window: str | None = option(SAMPLING, VIDEO, wholes, "N[,OVERLAP]",
+        f"4n+1 frames that the model has at a time ({WITH_VIDEO}, no image), in a longer video: windows that share "
+        "OVERLAP frames, a quarter by default, are blended; 'first | second' are prompts one after the other",
+        example="81")
     strength: float | None = option(SAMPLING, VIDEO, real, "S",
         f"how far --video is changed: the share of the steps that are run; default {STRENGTH:g}", limits=(0.001, 1),
         into="sample_steps")
@@ -307,6 +322,8 @@ class Request:
     preview: bool = option(OUTPUT, HOW, truth, "", "a contact sheet PNG beside the video", counts_with=DECODE,
         example="")
     gallery: bool = option(OUTPUT, START, truth, "", "after the run, a page index.html over the videos of --save_dir")
+    grid: bool = option(OUTPUT, START, truth, "",
+        "as --gallery, with a table of the videos by the first two --sweep, and a montage of it", needs=("sweep",))
     preview_steps: bool = option(OUTPUT, HOW, truth, "",
         "after each step a frame of the predicted video, in a PNG strip (.steps.png) beside it")
     overwrite: bool = option(OUTPUT, START, truth, "", "replace files that exist", counts_with=MODES, example="")
@@ -325,6 +342,22 @@ class Request:
     json: bool = option(OUTPUT, START, truth, "", "plan and progress as JSON lines on stdout", counts_with=MODES)
     debug: bool = option(OUTPUT, START, truth, "", "tracebacks with errors", counts_with=MODES)
     # fmt: on
+
+    @property
+    def guide(self) -> tuple[float, float, float]:
+        """Scale (1: off), tau and alpha of `--nag`."""
+        given = list(map(float, self.nag.split(",")))
+        scale, tau, alpha = [*given, *NAG[len(given) :]][:3]
+        return scale, tau, alpha
+
+    @property
+    def windows(self) -> tuple[int, int] | None:
+        """Frames of a `--window`, and those that two neighbours share at least; None without windows."""
+        if self.window is None:
+            return None
+        frames, *shared = map(int, self.window.split(","))
+        frames = max(frames, 5)
+        return frames, min(shared[0] if shared else (frames // 4 + 1) // 4 * 4, frames - 5)
 
     def recorded(self) -> dict[str, Any]:
         """The values that differ from the defaults, as JSON takes them; paths of files that exist here are absolute."""
@@ -346,7 +379,10 @@ def read(name: str, value: object, problems: list[str]) -> Any:
     """The value of option `name`; None, and a problem, if it cannot be read."""
     row = OPTIONS[name]
     try:
-        return row.read(value)
+        found = row.read(value)
+        if row.read in (numbers, wholes) and found.count(",") > row.takes.count(","):
+            raise ValueError
+        return found
     except (TypeError, ValueError, OverflowError):
         shown = f"{value!r}"[:80]
         problems.append(f"--{name} takes {row.read.__doc__}, not {shown}")

@@ -191,10 +191,8 @@ def _number(name: str, default: int) -> int:
 
 def _take_gpu(store: Store, rank: int, size: int) -> bool:
     """Take this process's own GPU. False if there are fewer GPUs than processes.
-
     Launchers other than torchrun may not give LOCAL_RANK and LOCAL_WORLD_SIZE: then those that see the same GPUs on the
-    same machine are counted. One that alone sees its GPU takes number 0, whatever its rank.
-    """
+    same machine are counted. One that alone sees its GPU takes number 0, whatever its rank."""
     import torch
 
     from wan.utils.accelerator import gpu_kind

@@ -5,7 +5,7 @@ R ring ranks. A rank holds some tokens of all heads; for attention, all tokens o
 In a ring Lq are a rank's queries and Lk the keys that it holds now, perhaps none. Keys and values travel round the
 ranks, and partial results are merged: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i), in float32.
 
-Padding lies behind the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
+Padding follows the last real token. It is cut off before attention, so no mask is needed and no kernel ruled out.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ def all_gather(out: Tensor, x: Tensor, mesh: Mesh) -> None:
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], mesh: Mesh) -> Tensor:
     """[Lq, N, d], [Lk, N, d] twice -> [Lq, N, d] in q's dtype: attention to the keys of all ranks of the ring.
-
-    tokens: how many each rank holds. The next keys travel while these are attended to.
-    """
+    tokens: how many each rank holds. The next keys travel while these are attended to."""
     size, rank = mesh.layout.ring, mesh.ring_rank
     pairs = torch.stack([k, v])
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)

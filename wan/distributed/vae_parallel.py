@@ -52,9 +52,7 @@ class SplitVAE:
         self, latent: Tensor, chunk: int = 2, tiles: tuple[int, int] = (1, 1), convert: Convert = AS_IS
     ) -> Iterator[Tensor]:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
-
-        Every rank must run the iterator to its end, in `Team.all_or_none`: each chunk is an exchange.
-        """
+        Every rank must run the iterator to its end, in `Team.all_or_none`: each chunk is an exchange."""
         height, width = latent.shape[-2:]
         regions, frame = divide(height, width, self.size), Region(0, height, 0, width).scaled(self.stride[1])
         windows = [region.scaled(self.stride[1]) for region in regions]
@@ -85,9 +83,7 @@ class SplitVAE:
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:
     """Peak bytes on the busiest of `ranks` that encode a clip, without the weights; approximate. shape: L, h, w.
-
-    At the end each holds the received features, the whole made of them, and the middle's results.
-    """
+    At the end each holds the received features, the whole made of them, and the middle's results."""
     regions = divide(*shape[1:], ranks)
     largest = max(regions, key=lambda region: region.area)
     gathered = 4 * vae.encoded_bytes(math.prod(shape)) + 2 * vae.encoded_bytes(shape[0] * largest.area)
@@ -99,9 +95,7 @@ def decode_peak(
     vae: WanVAE, shape: tuple[int, int, int, int], ranks: int, chunk: int = 2, tiles: tuple[int, int] = (1, 1)
 ) -> int:
     """Peak bytes on the busiest of `ranks` that decode a latent [z, L, h, w], without the weights.
-
-    Rank 0 also holds the frames of a chunk twice: as received, and put together.
-    """
+    Rank 0 also holds the frames of a chunk twice: as received, and put together."""
     _, length, height, width = shape
     regions = divide(height, width, ranks)
     frames = 4 * min(chunk, length) * height * width * vae.stride[1] * vae.stride[2]

@@ -70,10 +70,8 @@ def released_plan(task: str, distilled: bool, room: int, machine: Machine) -> Pl
 
 def _estimate(plan: Plan, size: tuple[int, int], machine: Machine) -> dict[str, Any]:
     """One row. Bytes and seconds; a stage takes the longer of computing and reading its weights.
-
     mode: how the weights are held. tiles: in which a frame is decoded. advice: flags that would make it fit. vram: GB
-    to ask for on a CPU, where blocks stream only on demand. first, next: videos of the same run.
-    """
+    to ask for on a CPU, where blocks stream only on demand. first, next: videos of the same run."""
     video = plan_video(plan, size, plan.config.frame_num)
     budget, found = video.budget, seconds(plan, video, machine.rates)
     assert budget is not None, "the plan has a limit"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import wan
 from lightning.lora import Lora
 from lightning.merge import Merge
 from wan.configs import TASKS
@@ -210,7 +210,7 @@ def vae_tf32(case: dict[str, Any], machine: Machine) -> Finding:
 def open_task(case: dict[str, Any], dtype: torch.dtype, machine: Machine, **how: Any) -> Original:
     """The case's public class on the device, over its small checkpoint."""
     config, tiny = TASKS[case["task"]], machine.root / "examples" / "tiny"
-    opened: Original = getattr(wan, config.public_class.partition(":")[2])(
+    opened: Original = resolve_name(config.public_class)(
         replace(config, param_dtype=dtype, t5_dtype=dtype), tiny / config.hub_id.partition("/")[2],
         lora_dir=tiny / f"lora-{config.name.partition('-')[0]}" if case["lora"] else None,
         device=machine.device, noise_device="cpu", **how,

@@ -146,9 +146,7 @@ def _bytes(machine: Machine, rates: dict[str, float], details: str = "") -> Find
 
 def exchange(machine: Machine, count: int = 0, size: int = 1 << 28) -> Finding:
     """One all-to-all of `size` bytes over all GPUs, a process each, as sequence parallelism makes them.
-
-    count: of processes, if not one for each GPU.
-    """
+    count: of processes, if not one for each GPU."""
     from torch.multiprocessing.spawn import spawn
 
     kind, count = machine.device.type, count or (len(gpus()) if machine.is_gpu else 0)

@@ -47,7 +47,9 @@ def prompt_rows(request: Request, config: TaskConfig, extended: bool, check: Che
             where, what = f"{_origin(request, first, name)}{getattr(first, name)}", name.replace("_", " ")
             check.problem(f"{where}: {config.name} takes no {what}; --task {tasks}")
     if request.window is not None:
-        check.frames("--window", request.window)
+        frames, *shared = map(int, request.window.split(","))
+        check.frames("--window", int(check.number("--window", frames, 5, 5, 4093)))
+        check.number("--window: OVERLAP", shared[0] if shared else 0, 0, 0, max(0, frames - 5))
         if request.use_prompt_extend or config.name not in WITH_VIDEO or any(row.image for row in rows):
             check.problem(f"--window is of {WITH_VIDEO}; leave it out with images and --use_prompt_extend")
     made_from = next((row for row in rows if row.video), None)
@@ -139,7 +141,7 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
         area = default_size if row.size is None else check.size(f"{row.source}: size", row.size, step, names)
         where = "--frame_num" if row.frame_num is None else f"{row.source}: frame_num"
         frames = default_frames if row.frame_num is None else check.frames(where, row.frame_num)
-        _warn_of_extent(area, min(frames, request.window or frames), config, generate.weights, check)
+        _warn_of_extent(area, min(frames, (request.windows or (frames,))[0]), config, generate.weights, check)
         size, picture = area, ""
         if row.image and (first := _open(origin := _origin(request, row, "image"), row.image, opened, check)):
             size = _fitted(f"{origin}{row.image}", first[0], area, is_video(row.image), config, check)
@@ -156,7 +158,7 @@ def make_jobs(generate: Generate, rows: Mapping[int, Row], label: str, check: Ch
             named = row_file(folder, row.save_file, row.source, check)
             file = file or named.with_stem(named.stem + label)
         parts = row.prompt.split("|") if request.window else [row.prompt]
-        if len(parts) > max(1, len(windows_of(frames, request.window))):
+        if len(parts) > max(1, len(windows_of(frames, request.windows))):
             check.problem(f"{row.source}: {len(parts)} parts of the prompt, and fewer --window in {frames} frames")
         original = row.original_prompt or row.prompt
         slugged = f"{label}_{slug(original)}{'_replay' if request.replay is not None else ''}.mp4"

@@ -89,12 +89,12 @@ class Job:
         return {"image": self.image, "last_image": self.last_image, "video": self.video}
 
 
-def windows_of(frames: int, window: int | None) -> list[tuple[int, int]]:
-    """First and end of each window's latent frames, neighbours sharing a quarter or more; none if one holds all."""
-    length, size = frames // 4 + 1, (window or frames) // 4 + 1
-    if length <= size:
+def windows_of(frames: int, window: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """First and end of each window's latent frames; none if one holds all. window: see `Request.windows`."""
+    length, size = frames // 4 + 1, (window[0] if window else frames) // 4 + 1
+    if not window or length <= size:
         return []
-    shared = max(1, size // 4)
+    shared = max(1, window[1] // 4)
     last = -(-(length - shared) // (size - shared)) - 1
     return [(first, first + size) for first in (round(n * (length - size) / last) for n in range(last + 1))]
 

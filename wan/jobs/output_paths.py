@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -54,10 +55,11 @@ def check_outputs(
         folds = sys.platform in ("win32", "darwin")
         return os.path.join(folder_of(folder), normal(name).casefold() if folds else normal(name))
 
-    def refuse(paths: Sequence[Path], sentence: str) -> None:  # {}: one or two paths; of more the first, and how many
+    def refuse(paths: Sequence[Path], sentence: str) -> None:  # {}: the first paths, {s}: of the verb for a single one
         if paths:
-            two = " and ".join(map(str, paths[:2]))
-            check.problem(sentence.format(two if len(paths) <= 2 else f"{paths[0]} and {len(paths) - 1:,} more"))
+            more = f"{paths[0]} and {len(paths) - 1:,} more"
+            two = more if paths[2:] else " and ".join(map(str, paths))
+            check.problem(sentence.format(two, s="" if paths[1:] else "s"))
 
     wrong = [file for file in files if file.suffix.lower() not in CONTAINERS and not file.is_dir()]
     misnamed = set(wrong)
@@ -80,7 +82,11 @@ def check_outputs(
     if not request.overwrite:
         refused, other = {*taken, *folders}, flag.strip() or "--save_dir"
         ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
-        refuse([path for path in there if path not in refused], f"{flag}{{}} already exists; {ways}")
+        refuse([path for path in there if path not in refused], f"{flag}{{}} already exist{{s}}; {ways}")
+    elif hasattr(os, "geteuid"):  # in a sticky folder only root, its owner and the file's may replace a file
+        owners = {path: (0, path.parent.stat().st_uid, path.lstat().st_uid) for path in there}
+        kept = [p for p in there if p.parent.stat().st_mode & stat.S_ISVTX and os.geteuid() not in owners[p]]
+        refuse(kept, f"{flag}{{}} belong{{s}} to another user, and lie{{s}} in a sticky folder; choose another name")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")

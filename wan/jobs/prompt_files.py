@@ -56,7 +56,7 @@ def read_rows(path: Path, problems: list[str], warnings: list[str]) -> list[Row]
     In a table an empty cell is a value not given; JSON tells `""` (empty) from null (not given)."""
     kind = path.suffix.lower()
     if kind not in (*TEXT, *JSON_LINES, *TABLES):
-        problems.append(f"--prompt_file {path}: a prompt file is a .txt, .jsonl, .csv or .tsv, not {kind}; write one")
+        problems.append(f"--prompt_file {path}: not a .txt, .jsonl, .csv or .tsv; save it as one of them")
         return []
     if (text := _read_text(path, "--prompt_file", problems)) is None:
         return []

@@ -19,17 +19,7 @@ from wan.cli.checks import Check
 from wan.cli.options import DEFAULTS, OPTIONS, SCHEMA, START, VIDEO, Request, paths, read_all, without_effect
 from wan.cli.parser import COMMAND, OTHER_TASK, program
 from wan.configs import TASKS, TaskConfig, download_command
-from wan.jobs.build import (
-    check_chain,
-    chosen_shard,
-    combinations,
-    label_of,
-    linked,
-    make_jobs,
-    own_jobs,
-    prompt_rows,
-    swept_name,
-)
+from wan.jobs import build
 from wan.jobs.job import Decode, Extend, Generate, Outcome, Replayed, Weights
 from wan.jobs.output_paths import check_outputs, folder_problem, name_problem
 from wan.jobs.prompt_files import Row, expanded, text_problem
@@ -58,7 +48,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
     if request.task != asked.task:
         check.stop()  # all other defaults and limits hang on the task
     config = TASKS[request.task]
-    request = with_quality(chosen_shard(request, check), values)
+    request = with_quality(build.chosen_shard(request, check), values)
     if request.base_seed < 0 and request.shard is None:  # processes that share a file must not draw each its own
         earlier = earlier_seed(request) if request.resume else None
         request = replace(request, base_seed=secrets.randbelow(DRAWN_SEEDS) if earlier is None else earlier)
@@ -69,7 +59,7 @@ def resolve(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Outcome:
         script = "-m generate" if program() == COMMAND else program().removeprefix("python ")
         command = f"torchrun --nproc-per-node {processes if processes > 1 else 8} {script} ..."
         check.problem(f"{' '.join(shared)} needs several processes; start it with: {command}")
-    check_chain(request, config, check)
+    build.check_chain(request, config, check)
     if request.decode_latents is not None:
         outcome: Outcome = _decode(request, config, check)
     elif request.extend_only is not None:
@@ -113,22 +103,22 @@ def _generate(request: Request, config: TaskConfig, given: Collection[str], chec
         check.problem("--sweep varies single videos; leave --chain out")
     variants: list[Generate] = []
     rows: list[Row] = []
-    for values in combinations(request.sweep or (), check):
+    for values in build.combinations(request.sweep or (), check):
         swept = _with_options(request, values, check, "--sweep: ") if values else request
-        own_rows = dict(enumerate(prompt_rows(swept, config, extend is not None, check), len(rows)))
+        own_rows = dict(enumerate(build.prompt_rows(swept, config, extend is not None, check), len(rows)))
         rows += own_rows.values()
         for options in dict.fromkeys(row.options for row in own_rows.values()) or [()]:  # no rows have faults too
             some = {n * request.num_videos: row for n, row in own_rows.items() if row.options == options}
             source = next((f"{row.source}: " for row in some.values()), "")
             asked = _with_options(swept, dict(options), check, source) if options else swept
-            made = _variant(asked, config, some, label_of(values), check)
+            made = _variant(asked, config, some, build.label_of(values), check)
             cached = takes_cache(made.sampling, made.weights.distilled) and asked.window is None
             asked = with_quality(asked, {*given, *values, *dict(options)}, cached=cached)
             numbered = tuple(replace(job, variant=len(variants)) for job in made.jobs)
             variants.append(replace(made, request=asked, jobs=numbered))
     jobs = sorted((job for variant in variants for job in variant.jobs), key=lambda job: job.index)
-    jobs = linked(request, jobs, rows, check)
-    own = own_jobs(request, jobs, rows, check)
+    jobs = build.linked(request, jobs, rows, check)
+    own = build.own_jobs(request, jobs, rows, check)
     read = [path for job in jobs for path in (None if job.follows else job.image, job.last_image, job.video) if path]
     read += [expanded(name) for name in (request.prompt_file, request.image_path_file, request.replay) if name]
     # each job's file, then those that chains are joined into
@@ -155,7 +145,7 @@ def _variant(request: Request, config: TaskConfig, rows: Mapping[int, Row], labe
     modes = ("adapter", "merge") if sampling.lora_steps else ("merge", "adapter")
     weights = replace(weights, lora_mode=check.choice("--lora_mode", request.lora_mode, modes))
     variant = Generate(request, config, weights, sampling, jobs=())
-    jobs = make_jobs(variant, rows, label, check)
+    jobs = build.make_jobs(variant, rows, label, check)
     made_from = any(job.video for job in jobs)
     bare = [f"{row.source}: strength" for row in rows.values() if "strength" in dict(row.options) and not row.video]
     if bare or (rows and request.strength is not None and not made_from):
@@ -186,7 +176,7 @@ def _extend_only(request: Request, config: TaskConfig, check: Check) -> Extend:
         problem = f"{file} already exists; --overwrite replaces a file"
     if problem := problem or folder_problem(file.absolute().parent):
         check.problem(f"--extend_only {problem}")
-    rows = prompt_rows(request, config, True, check)
+    rows = build.prompt_rows(request, config, True, check)
     return Extend(request, tuple(rows), _extension(request, check), file)
 
 
@@ -278,7 +268,7 @@ def replayed(given: Mapping[str, Any], path: Path) -> tuple[Request, Replayed]:
 def earlier_seed(request: Request) -> int | None:
     """The seed that the run to be resumed had drawn: of the newest record, also in latents, that asks for the same."""
     named = [name for name, row in OPTIONS.items() if row.scope is VIDEO and name not in LEFT_TO_THE_PLAN]
-    swept = set(map(swept_name, request.sweep or ()))
+    swept = set(map(build.swept_name, request.sweep or ()))
 
     def asked_for(recorded: Mapping[str, Any]) -> dict[str, Any]:
         return {name: recorded.get(name, DEFAULTS[name]) for name in named if name not in swept}

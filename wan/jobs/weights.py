@@ -13,15 +13,13 @@ from lightning.lora_files import choose_loras
 from lightning.releases import Release, caution, preset, recognise, release_in
 from wan.checkpoints.hub import located, place
 from wan.cli.checks import Check
-from wan.cli.options import QUALITIES, STRENGTH, Request
+from wan.cli.options import EXPLICIT, QUALITIES, SOLVERS, STRENGTH, Request
 from wan.configs import TaskConfig
 from wan.jobs.job import Sampling, Weights
 from wan.jobs.prompt_files import expanded
 from wan.utils.argument_parser import pair, short
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # of a checkpoint, besides its experts; each a flag too
-SOLVERS = ("euler", "unipc", "dpm++", "dmd")
-EXPLICIT = ("euler", "dmd")  # those that visit any list of timesteps
 LEAST_CACHED = 12  # steps: of fewer, the first 7 and those around the boundary leave nothing to leave out
 
 
@@ -117,8 +115,10 @@ def choose_sampling(request: Request, config: TaskConfig, weights: Weights, chec
 
 def check_choices(request: Request, sampling: Sampling, check: Check, *, distilled: bool = False) -> None:
     """Options that do not go together with these steps."""
-    if request.nag != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
-        check.problem(f"--nag {request.nag:g} takes the place of guidance: give --sample_guide_scale 1 with it")
+    for name, value, low, high in zip(("S", "TAU", "ALPHA"), request.guide, (1, 0.01, 0), (100, 100, 1), strict=True):
+        check.number(f"--nag {request.nag}: {name}", value, value, low, high)
+    if request.guide[0] != 1 and any(scale != 1 for scale in sampling.guidance_steps or sampling.guidance):
+        check.problem(f"--nag {request.nag} takes the place of guidance: give --sample_guide_scale 1 with it")
     if request.cache and request.window:
         check.problem(f"--cache {request.cache:g} skips whole steps, --window divides them; leave one of them out")
     if request.cache and not takes_cache(sampling, distilled):

@@ -33,9 +33,7 @@ def save_montage(
     cells: Sequence[Sequence[tuple[str, Path | None]]], size: tuple[int, int], frames: int, fps: float, target: Path
 ) -> None:
     """Write `cells` (rows of labels and whole videos) as the video `target`, and its middle frame as a PNG beside it.
-
-    size: (width, height) of the videos. frames: of the shortest. InputError for one that cannot be read, JobError.
-    """
+    size: (width, height) of the videos. frames: of the shortest. InputError for one that cannot be read, JobError."""
     import torch
     from numpy import asarray
 

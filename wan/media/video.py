@@ -264,26 +264,24 @@ def read_clip(path: Path, frames: int, fps: int, size: tuple[int, int]) -> torch
 
 def clip_frames(path: Path, frames: int, fps: int, size: tuple[int, int]) -> Generator[torch.Tensor]:
     """The first `frames` frames at `fps`, scaled to cover `size` (width, height) and cropped at the centre, one by one.
-
-    float32 [3, H, W] in [-1, 1]. InputError if they cannot be read.
-    """
+    float32 [3, H, W] in [-1, 1]. InputError if they cannot be read."""
     import torch
 
     width, height = size
     cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags={EXACT},crop={width}:{height}"
     words = _clip_words(path, frames, f"fps={fps},{TO_RGB},format=rgb24,{cover}", "-f", "rawvideo")
     with (
-        tempfile.TemporaryFile() as told,
+        tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            [*ffmpeg_command(), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told,
+            [*ffmpeg_command(), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
             start_new_session=True,
         ) as decoder,
     ):  # fmt: skip
         assert decoder.stdout is not None
         for _ in range(frames):
             if len(pixels := decoder.stdout.read(height * width * 3)) != height * width * 3:
-                told.seek(0)
-                raise InputError(f"{path}: the video cannot be read{messages(told.read())}")
+                errors.seek(0)
+                raise InputError(f"{path}: the video cannot be read{messages(errors.read())}")
             frame = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, 3)
             yield frame.permute(2, 0, 1).float() / 127.5 - 1
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from wan.utils.errors import first_line
 
-TAU, ALPHA = 2.5, 0.25  # of normalised attention guidance, as published for Wan
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
 LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}
 STRIP = 1 << 16  # numbers of a pass's rows that a core takes at a time: four tensors of float32 fit its second cache
@@ -57,14 +56,14 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> No
     x.copy_(rotate(scaled.float().unflatten(-1, (-1, 2 * rotary.shape[1])), rotary).flatten(1))
 
 
-def guide(x: Tensor, away: Tensor, scale: float) -> None:
+def guide(x: Tensor, away: Tensor, scale: float, tau: float, alpha: float) -> None:
     """x [R, D] led away from `away`, both results of attention (NAG, arXiv 2505.21179): x and scale * x - (scale - 1) *
-    away, whose L1 norm is limited to TAU times x's in each row, mixed by ALPHA."""
+    away, whose L1 norm is limited to tau times x's in each row, mixed by alpha."""
     plain = x.float()
     guided = (scale * plain).sub_(away, alpha=scale - 1)
     before, after = (torch.linalg.vector_norm(each, ord=1, dim=-1, keepdim=True) for each in (plain, guided))
-    limit = (TAU * before / after.clamp_(min=LEAST)).clamp_(max=1.0)
-    x.copy_(plain.lerp_(guided.mul_(limit), ALPHA))
+    limit = (tau * before / after.clamp_(min=LEAST)).clamp_(max=1.0)
+    x.copy_(plain.lerp_(guided.mul_(limit), alpha))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class Passes(NamedTuple):
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = add_norm
     rms_norm: Callable[[Tensor, Tensor, float], None] = rms_norm
     rms_norm_rotate: Callable[[Tensor, Tensor, Tensor, float], None] = rms_norm_rotate
-    guide: Callable[[Tensor, Tensor, float], None] = guide
+    guide: Callable[[Tensor, Tensor, float, float, float], None] = guide
     quantise: Callable[[Tensor, Tensor, Tensor], None] = quantise
     scale_sums: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = scale_sums
 

@@ -306,7 +306,7 @@ class CrossAttention(Attention):
         del q
         for y in away:
             for _, span in spans:
-                self.passes.guide(x[span], y[span], texts[0][0].nag)
+                self.passes.guide(x[span], y[span], *texts[0][0].guide)
         return self.o(x)
 
     def _keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,10 +318,10 @@ class CrossAttention(Attention):
 class Prompt:
     """One encoded prompt, and what each layer has made of it so far: both depend on nothing else."""
 
-    def __init__(self, rows: Tensor, negative: Prompt | None = None, nag: float = 1.0) -> None:
+    def __init__(self, rows: Tensor, negative: Prompt | None = None, guide: Sequence[float] = ()) -> None:
         """rows: [n, text_dim] encoder output, n at most the model's `text_len`. negative: the prompt that attention
-        leads away from at scale `nag` (see `guide`), in the same pass."""
-        self.rows, self.negative, self.nag = rows, negative, nag
+        leads away from in the same pass. guide: scale, tau and alpha of it, see `fused.guide`."""
+        self.rows, self.negative, self.guide = rows, negative, guide
         self._made: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
     @property

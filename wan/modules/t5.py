@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
         self.residency: Residency = Residency()
+        self.widths = dim, dim_attn, dim_ffn, num_heads
         self.token_embedding: nn.Module = table(vocab, dim)
         self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads) for _ in range(num_layers))
         self.norm = T5Norm(dim)
@@ -56,11 +58,20 @@ class UMT5Encoder(nn.Module):
     def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
         """int64 [n] of each text -> [n, D] in the weights' dtype. A block does all texts before the next one begins."""
         states = [self.token_embedding(ids) for ids in texts]
-        buckets = {n: position_buckets(n).to(states[0].device) for n in {len(ids) for ids in texts}}
+        buckets = position_buckets(max(map(len, texts))).to(states[0].device)
         for unit, block in enumerate(self.blocks):
             with self.residency.use(unit):
-                states = [block(x, buckets[len(x)]) for x in states]
-        return [self.norm(x) for x in states]
+                # one after the other: a text's old rows make room
+                states = [block(states.pop(0), buckets[: len(ids), : len(ids)]) for ids in texts]
+        return [self.norm(states.pop(0)) for _ in texts]
+
+    def activation_bytes(self, lengths: Sequence[int], itemsize: int) -> int:
+        """The peak beside the weights while texts of these `lengths` are encoded together."""
+        (dim, dim_attn, dim_ffn, heads), n = self.widths, max(lengths, default=0)
+        states = (sum(lengths) + 2 * n) * dim * itemsize  # of all texts; one's next state, and its norm
+        attention = n * n * heads * 8 + 3 * n * dim_attn * itemsize  # scores in float32, their softmax; q, k, v
+        gelu, bias = 4 * n * dim_ffn * itemsize, n * n * (heads * itemsize + 8)  # and the int64 buckets
+        return states + bias + max(attention, gelu)
 
     @staticmethod
     def unit_of(name: str) -> int | None:
@@ -138,10 +149,8 @@ class T5Norm(nn.Module):
 
 def position_buckets(length: int) -> Tensor:
     """Bucket of every (query, key) pair: int64 [length, length].
-
     Each side of the query has 16 buckets: exact distances below 8, then logarithmic ones up to 128 (arXiv 1910.10683,
-    section 2.1). An integer table, because the logarithm's rounding at 16, 32 and 64 depends on the device.
-    """
+    section 2.1). An integer table, because the logarithm's rounding at 16, 32 and 64 depends on the device."""
     half, exact = BUCKETS // 2, BUCKETS // 4
     table = list(range(exact)) + [
         # trunc(exact * ln(n / exact) / ln(MAX_DISTANCE / exact)) as the number of bucket edges that n has reached
@@ -162,9 +171,7 @@ def clean_text(text: str) -> str:
 
 class UMT5Tokenizer:
     """Text -> token ids, ending in `</s>`, at most `text_len` of them.
-
-    The tokenizer file is read as it is: transformers 5 would rebuild it from its vocabulary with another unknown id.
-    """
+    The tokenizer file is read as it is: transformers 5 would rebuild it from its vocabulary with another unknown id."""
 
     def __init__(self, folder: Path, text_len: int) -> None:
         """folder holds `tokenizer.json`; FileNotFoundError without it."""
@@ -180,6 +187,7 @@ class UMT5Tokenizer:
             raise ValueError(f"it makes {growth:,} characters of one; at most {MOST_GROWTH} are possible")
         self._tokenizer.enable_truncation(text_len)
         self._tokenizer.no_padding()
+        self.count = cache(self._count)  # text -> its tokens, those beyond `text_len` too
 
     def __len__(self) -> int:
         """Ids that may come out are below this number."""
@@ -188,12 +196,9 @@ class UMT5Tokenizer:
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(clean_text(text)).ids
 
-    def lost(self, text: str) -> int:
-        """How many tokens of `text` are beyond those that it gives."""
-        if 4 * len(text) + 2 < self.text_len:  # a sign has at most four bytes, each a token
-            return 0
-        ends = self._tokenizer.num_special_tokens_to_add(False)
-        return sum(len(part.ids) - ends for part in self._tokenizer.encode(clean_text(text)).overflowing)
+    def _count(self, text: str) -> int:
+        encoded, ends = self._tokenizer.encode(clean_text(text)), self._tokenizer.num_special_tokens_to_add(False)
+        return len(encoded.ids) + sum(len(part.ids) - ends for part in encoded.overflowing)
 
 
 def _growth(component: Any) -> int:

@@ -115,7 +115,7 @@ def fit(
     *,
     activations: int,
     decode: int,
-    text_slots: int = AHEAD + 1,
+    text_work: int = 0,
     keep: bool = False,
     tiles: tuple[int, int] = (1, 1),
     image: int = 0,
@@ -126,10 +126,10 @@ def fit(
     """The budget with as many slots as fit, at least `LEAST_SLOTS`. All in bytes.
 
     free: of the device, or `--vram`. activations, decode, image: what a forward, decoding and encoding an image need
-    beside weights. text: None if the encoder runs elsewhere. keep: everything stays (`--offload_model False`). vae: its
-    weights; where blocks stream, they leave while denoising unless vae_stays. second_pass: what it takes more if both
-    passes of a guided step go through the blocks together; 0: none is guided. They do where blocks stream: each then
-    comes once a step, which saves more than the slots that it costs.
+    beside weights; text_work: the encoder. text: None if that runs elsewhere. keep: everything stays (`--offload_model
+    False`). vae: its weights; where blocks stream, they leave while denoising unless vae_stays. second_pass: what it
+    takes more if both passes of a guided step go through the blocks together; 0: none is guided. They do where blocks
+    stream: each then comes once a step, which saves more than the slots that it costs.
     """
     total = sum(sizes.blocks for sizes in experts.values())
     resident = sum(sizes.resident for sizes in experts.values())
@@ -154,13 +154,13 @@ def fit(
     }  # fmt: skip
     if image:
         stages["image"] = {**stages["decode"], "work": image}
-    if text is not None:
-        text_slots = text.blocks if keep else min(text_slots, text.blocks)
+    text_slots = (text.blocks if keep else min(AHEAD + 1, text.blocks)) if text else 0
+    if text:
         stages["text"] = {
-            "blocks": text_slots * text.block_bytes, "other weights": text.resident, "work": TRANSIT_BYTES,
+            "blocks": text_slots * text.block_bytes, "other weights": text.resident, "work": TRANSIT_BYTES + text_work,
         }  # fmt: skip
     return Budget(
-        free, slots, 0 if text is None else text_slots, dict(experts), stages, keep, tiles, batch_guidance, vae_leaves,
+        free, slots, text_slots, dict(experts), stages, keep, tiles, batch_guidance, vae_leaves,
         between=max(0, min(slots, slots_beside(vae + int(BESIDE_DECODING * max(decode, image))))),
     )  # fmt: skip
 
@@ -185,9 +185,7 @@ def schedule(
     uses: Sequence[int], slots: int, held: Mapping[int, int] | None = None, *, again: bool = True, ahead: int = AHEAD
 ) -> list[Move]:
     """The moves of one job, in the order in which they are needed.
-
-    held: block -> slot at the start. again: a job with the same uses follows, so its first blocks are worth keeping.
-    """
+    held: block -> slot at the start. again: a job with the same uses follows, so its first blocks are worth keeping."""
     ahead = min(ahead, slots - 1)
     uses_of: dict[int, list[int]] = {}
     for index, block in enumerate(uses):

@@ -93,9 +93,7 @@ def group(
     model: WanModel | UMT5Encoder, dtype: Callable[[str], torch.dtype]
 ) -> tuple[list[str], list[list[str]], list[int], dict[str, int]]:
     """(parameters that stay, those of each block in the order of use, each unit's block, bytes of each in a slot).
-
-    A block is a unit, or neighbours no larger together than the largest: in 8 bits two are as wide as one in bf16.
-    """
+    A block is a unit, or neighbours no larger together than the largest: in 8 bits two are as wide as one in bf16."""
     size = {name: aligned(p.numel() * dtype(name).itemsize) for name, p in model.named_parameters()}
     units: dict[int | None, list[str]] = {}
     for name in size:
@@ -177,10 +175,8 @@ class Experts:
         known: bool = True,
     ) -> Iterator[None]:
         """Runs the passes of each step, given as (network's name, passes). slots: None: one for each block.
-
         batch_guidance: the passes of a step go through the blocks together. again: a job with the same steps follows.
-        known: False if some of the steps may be left out.
-        """
+        known: False if some of the steps may be left out."""
         self._known = known
         for model in self.models.values():
             model.residency.batch_guidance = batch_guidance

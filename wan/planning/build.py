@@ -52,9 +52,7 @@ MPS_UNUSED = "--device auto uses the CPU: this machine's MPS device may drift in
 
 def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None = None) -> Plan:
     """Everything that can be known before a weight is read. InputError with all problems.
-
-    before: another plan of this run, whose checkpoint is not opened again if the same one is asked for.
-    """
+    before: another plan of this run, whose checkpoint is not opened again if the same one is asked for."""
     if isinstance(outcome, Generate) and outcome.variants:
         plans: dict[int, Plan] = {}
         for number, variant in outcome.variants.items():
@@ -108,9 +106,7 @@ def open_plan(
     before: Plan | None = None,
 ) -> Plan:
     """A plan of networks and machine, without videos. InputError with all problems, those of `checks` too.
-
-    dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it.
-    """
+    dtypes: of the transformer and of the text encoder; None: as `--dtype` and the device have it."""
     device = checks.attempt(lambda: compute_device(request.device)) or torch.device("cpu")
     if dtypes is None:
         on_cpu = device.type == "cpu" and not is_absent(request, device)
@@ -220,7 +216,7 @@ def cut_prompts(plan: Plan) -> list[str]:
     for job in plan.jobs if plan.uses_negative else ():
         own = job.negative_prompt != plan.request.negative_prompt
         sources[job.negative_prompt] = f"{job.source}, negative prompt" if own else "--negative_prompt"
-    if not (lost := {source: count for text, source in sources.items() if (count := tokenizer.lost(text))}):
+    if not (lost := {s: n for text, s in sources.items() if (n := tokenizer.count(text) - tokenizer.text_len) > 0}):
         return []
     most = max(lost, key=lost.__getitem__)
     others = f", and of {quantity(len(lost) - 1, 'other prompt')} some" if len(lost) > 1 else ""
@@ -230,10 +226,8 @@ def cut_prompts(plan: Plan) -> list[str]:
 
 def compute_device(name: str) -> torch.device:
     """The device of `--device`, a GPU with its number; "auto" is a GPU where there is one, else the CPU.
-
     InputError if it is absent, and for "auto" if this machine has a GPU that PyTorch cannot use: a run on the CPU takes
-    days, so the user must ask for it.
-    """
+    days, so the user must ask for it."""
     with catch_warnings():
         simplefilter("ignore")  # the messages below say what PyTorch warns of
         gpu, there = gpu_kind(), gpus()
@@ -313,9 +307,7 @@ def precision_problems(device: torch.device, dtype: torch.dtype, vae_dtype: str)
 
 def limit_memory(device: torch.device, vram: float | None) -> int | None:
     """Bytes that the run may use: `--vram` (in GB), on a GPU at most what is free; None: no limit.
-
-    On a GPU this also limits PyTorch to `vram`, until the next plan of this process.
-    """
+    On a GPU this also limits PyTorch to `vram`, until the next plan of this process."""
     wanted = None if vram is None else int(vram * 1e9)
     accelerator = Accelerator(device)
     if not accelerator.has_memory:

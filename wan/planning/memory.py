@@ -6,7 +6,7 @@ A plan is given its videos once, by `plan_videos`; later stages look them up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from wan.configs.task import PATCH
 from wan.distributed.ulysses import exchange_bytes
 from wan.distributed.vae_parallel import decode_peak, encode_peak
-from wan.jobs.job import Job, Sampling, windows_of
+from wan.jobs.job import Job, Sampling
 from wan.modules.attention import QUANTISED
 from wan.offload.budget import Budget, fit, usable_bytes
 from wan.planning.plan import Plan, Size, VideoKind, VideoPlan, video_kind
@@ -27,13 +27,18 @@ TILES: tuple[Tiles, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8))
 LATENTS = 4  # of a video's size are alive: the noise, the sample, an image's, a forward's input or result
 CACHED = 4  # more with the step cache: a computed step's input and both passes, and the input before
 DECODING = 1.1  # times the predicted peak: allocations of many sizes leave gaps
+TEXTS = 64  # prompts that the text encoder reads together: their states take 0.3 GB at most
 UNLIMITED = 1 << 60
 
 
-def plan_videos(plan: Plan, sampling: Sampling, videos: Iterable[Job | Video]) -> Plan:
+def plan_videos(plan: Plan, sampling: Sampling, videos: Collection[Job | Video]) -> Plan:
     """`plan` with the steps of `sampling` and the memory of each kind of video among `videos`."""
     steps = plan_steps(make_schedule(sampling).timesteps, sampling, plan.config.boundary)
     plan = replace(plan, sampling=sampling, steps=tuple(steps))
+    tokenizer, most = plan.checkpoint.tokenizer, plan.config.text_len
+    texts = {text for video in videos for text in plan.texts(video)}
+    lengths = [most if plan.request.use_prompt_extend else min(most, tokenizer.count(text)) for text in texts]
+    plan = replace(plan, text_lengths=tuple(sorted(lengths, reverse=True)[:TEXTS]) or (most,))
     return replace(plan, videos={kind: plan_video(plan, *kind) for kind in dict.fromkeys(map(video_kind, videos))})
 
 
@@ -56,7 +61,7 @@ def plan_video(plan: Plan, size: Size, frames: int, image: bool = False, video: 
         clip = length if plan.config.mask_channels or video else 1
         encoded = channels, clip, rows, columns
         encode_tiles = _fewest_tiles(plan, latent, lambda tiles: encode_peak(vae, (clip, rows, columns), ranks, tiles))
-    windows = windows_of(frames, None if image or plan.config.mask_channels else plan.request.window)
+    windows = plan.windows(frames, image=image)
     tokens = (windows[0][1] if windows else length) * (rows // PATCH[1]) * (columns // PATCH[2])
     first_step = plan.sampling.first_step if video and plan.sampling else 0
     found = VideoPlan(latent, tokens, encoded, decode_tiles(plan, latent), encode_tiles, first_step, windows)
@@ -81,12 +86,14 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
 
     As few as memory allows. finer: the next more, after the device ran out of memory.
     """
-    vae, ranks, (channels, length, rows, columns) = plan.checkpoint.vae.module, plan.layout.sequence, latent
-
-    def peak(tiles: Tiles) -> int:
-        return decode_peak(vae, (channels, length, rows, columns), ranks, tiles=tiles)
-
-    return _fewest_tiles(plan, latent, peak, int(plan.request.vae_tiling), finer)
+    vae, ranks, (c, f, h, w) = plan.checkpoint.vae.module, plan.layout.sequence, latent
+    return _fewest_tiles(
+        plan,
+        latent,
+        lambda tiles: decode_peak(vae, (c, f, h, w), ranks, tiles=tiles),
+        int(plan.request.vae_tiling),
+        finer,
+    )
 
 
 def _fewest_tiles(
@@ -117,7 +124,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         4 * tokens * model.head_width,  # the table of rotations
         2 * tokens * width * itemsize if plan.lora_mode == "adapter" and plan.loras else 0,  # a result and its sum
         # NAG's second result is no more than self-attention's values; then come two shares of rows in float32
-        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.nag != 1 else 0,
+        max(0, 8 * min(model.rows, tokens) - itemsize * tokens) * width if plan.request.guide[0] != 1 else 0,
         (1 + plan.uses_negative) * 2 * len(model.blocks) * model.text_len * width * itemsize,  # texts' keys, values
         exchange_bytes(plan.layout, tokens, width, itemsize),
         plan.fp8_bytes,
@@ -130,6 +137,7 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         UNLIMITED if plan.room is None else plan.room, plan.expert_sizes, plan.text_sizes,
         activations=work + latents,
         decode=latents + decode_peak(vae, video.latent, ranks, tiles=video.tiles),
+        text_work=plan.checkpoint.text_encoder.module.activation_bytes(plan.text_lengths, plan.text_dtype.itemsize),
         tiles=video.tiles,
         keep=not plan.offload or plan.room is None,
         image=image,

@@ -16,7 +16,7 @@ from wan.checkpoints.checkpoint import OpenCheckpoint
 from wan.cli.options import OPTIONS, VIDEO, Request
 from wan.configs import TaskConfig
 from wan.distributed.mesh import Layout
-from wan.jobs.job import Job, Sampling
+from wan.jobs.job import Job, Sampling, prompts_by_window, windows_of
 from wan.media.images import digest
 from wan.modules.model import WanModel
 from wan.modules.quantised_linear import working_bytes
@@ -32,9 +32,7 @@ VideoKind = tuple[Size, int, bool, bool]  # size, frames, with an image, from a 
 @dataclass(frozen=True)
 class VideoPlan:
     """Facts of all videos of one kind. Latents are [C, f, h, w], tiles (rows, columns) of a frame.
-
-    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts.
-    """
+    encoded: the latent that an image or a clip becomes before the first step. budget: None for sharded experts."""
 
     latent: tuple[int, int, int, int]
     tokens: int  # of the transformer
@@ -68,6 +66,7 @@ class Plan:
     fingerprints: dict[str, str] = field(default_factory=dict)  # file -> SHA-256 of its size and ends
     sampling: Sampling | None = None
     steps: tuple[Step, ...] = ()
+    text_lengths: tuple[int, ...] = ()  # tokens, of the longest texts that are encoded together
     videos: Mapping[VideoKind, VideoPlan] = field(default_factory=dict)
     jobs: tuple[Job, ...] = ()
     preset: str | None = None
@@ -137,12 +136,22 @@ class Plan:
     @property
     def uses_negative(self) -> bool:
         """Whether the negative prompt is encoded."""
-        return self.guided or self.request.nag != 1
+        return self.guided or self.request.guide[0] != 1
 
     @property
     def transformer(self) -> WanModel:
         """An expert, on the meta device; all have the same sizes."""
         return next(iter(self.checkpoint.experts.values())).module
+
+    def windows(self, frames: int, *, image: bool) -> list[tuple[int, int]]:
+        """See `windows_of`; a first frame keeps a video in one piece."""
+        return windows_of(frames, None if image or self.config.mask_channels else self.request.windows)
+
+    def texts(self, video: Job | Video) -> list[str]:
+        """The texts to encode for a video; the negative prompt only for guided steps and NAG."""
+        plan = self.of(video)
+        prompts = prompts_by_window(video.prompt, len(plan.windows(video.frame_num, image=video.image is not None)))
+        return [*prompts, video.negative_prompt] if plan.uses_negative else prompts
 
     def video(self, job: Job | Video) -> VideoPlan:
         return self.of(job).videos[video_kind(job)]
@@ -158,9 +167,7 @@ class Plan:
 
     def meaning(self, job: Job) -> dict[str, Any]:
         """The value for this job of every option that affects the video: equal meanings make equal videos.
-
-        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value.
-        """
+        An option that sets another one (a prompt file, `--seconds`) is recorded by that one's value."""
         if (own := self.of(job)) is not self:
             return own.meaning(job)
         assert self.sampling is not None, "a plan with jobs has a sampling"

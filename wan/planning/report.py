@@ -22,6 +22,7 @@ from wan.utils.progress import duration, quantity
 
 MOST_LISTED = 12  # steps, and jobs: of more, the first ones
 LONGEST_PROMPT = 60  # characters of it in a line
+LEAST_EXPECTED = 10.0  # seconds of a video: of shorter ones most is spent between operations, not in them
 STREAMING_BYTES = 10**9  # of the host while weights stream; 0.85 GB measured, the page cache aside
 
 # Bytes per pixel of an mp4, at 832x480: smooth motion 0.013, light grain 0.24, heavy grain 0.71, pure noise 0.97.
@@ -109,6 +110,8 @@ class Outlook:
             return lines
         if (expected := self.expected) is None:
             return [*lines, "expected time: unknown (python -m wan.doctor measures it)"]
+        if sum(expected["stages"].values()) < LEAST_EXPECTED:
+            return [*lines, "expected time: seconds for each video, too small to estimate by the measured rates"]
         stages = ", ".join(f"{name} {duration(spent)}" for name, spent in expected["stages"].items())
         whole = f"; {videos - done:,} videos {duration(expected['whole'])}" if videos - done > 1 else ""
         without = "" if expected["communication"] else ", without communication"
@@ -163,7 +166,7 @@ def _settings(plan: Plan) -> list[str]:
         extra += f"unpacked for each product ({reason})" if reason else f"multiplied in {request.quantize}"
     extra += ", decode in bf16" if request.vae_dtype == "bf16" else ""
     extra += f", step cache {request.cache:g} (times are for all steps)" if request.cache else ""
-    extra += f", NAG {request.nag:g} (in each block a second attention to text)" if request.nag != 1 else ""
+    extra += f", NAG {request.nag} (in each block a second attention to text)" if request.guide[0] != 1 else ""
     lines.append(f"{plan.device}, {dtype_name(plan.dtype)}, attention {plan.attention}{extra}")
     if plan.variants:
         plans = list(plan.variants.values())
@@ -203,9 +206,7 @@ def process_lines(plan: Plan) -> list[str]:
 
 def disks(jobs: Sequence[Job], *, latents: bool) -> list[dict[str, Any]]:
     """Bytes that `jobs` need, by file system: an estimate, its spread, and what is free (None: it does not say).
-
-    latents: they are kept for good.
-    """
+    latents: they are kept for good."""
     groups: dict[int, tuple[Path, list[Job]]] = {}
     for parent, there in groupby(jobs, lambda job: job.save_file.parent):
         folder = next(path for path in (parent.absolute(), *parent.absolute().parents) if path.exists())

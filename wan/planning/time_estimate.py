@@ -39,9 +39,7 @@ DOUBLING = 16 / 9  # weights of the kernel of `doubling` for each one of the ker
 @dataclass(frozen=True)
 class Seconds:
     """Seconds of one video by stage, the longer of computing and reading; `read`: bytes of the experts' files.
-
-    again: `denoise` in the videos after the first one, whose weights may be there already.
-    """
+    again: `denoise` in the videos after the first one, whose weights may be there already."""
 
     text: float
     image: float
@@ -61,9 +59,7 @@ class Seconds:
 
 def expect(plan: Plan, todo: Sequence[Job]) -> dict[str, Any] | None:
     """Seconds of a run that makes these jobs: its longest video by stage, and all of it; None without rates or jobs.
-
-    communication: whether time to send is included.
-    """
+    communication: whether time to send is included."""
     rates = kept_rates(plan.device)
     if rates is None or not todo:
         return None
@@ -174,9 +170,7 @@ def sent_bytes(
     layout: Layout, network: NetworkSizes, tokens: int, element_bytes: int, sharded_bytes: int = 0
 ) -> dict[str, float]:
     """Bytes that one rank sends in one forward, by purpose.
-
-    sharded_bytes: size of the whole network if its weights are sharded over the sequence group.
-    """
+    sharded_bytes: size of the whole network if its weights are sharded over the sequence group."""
     ulysses, ring, ranks = layout.ulysses, layout.ring, layout.sequence
     share = -(-tokens // ranks) * network.dim * element_bytes  # one rank's part of a token tensor
     return {
@@ -214,10 +208,8 @@ def decode_operations(vae: WanVAE, latent: Sequence[int], regions: Sequence[vae_
 def encode_operations(
     vae: WanVAE, latent: Sequence[int], regions: Sequence[vae_layers.Region] | None = None, *, still: bool = True
 ) -> float:
-    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`.
-
-    The first frame's chunk, and those of four after it until a stage's output is constant (see `reuse_constant_tail`).
-    """
+    """Encoding a clip of this `latent` [C, f, h, w], `still` after a frame; regions as for `decode_operations`. The
+    first frame's chunk, and those of four after it until a stage's output is constant (see `reuse_constant_tail`)."""
     encoder, scale = vae.encoder, vae.stride[1] // vae.patch
     frames, frame = latent[1], vae_layers.Region(0, latent[2], 0, latent[3])
     total = _middle(encoder, frames, frame.area, encoder.head, vae.conv1)

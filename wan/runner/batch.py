@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-import wan
 from wan.cli.parser import program, words_of
 from wan.distributed.launch import Runtime
 from wan.distributed.mesh import origin_of
@@ -37,7 +37,7 @@ Load = Callable[[Plan, Progress, Runtime], Pipeline]
 
 def open_pipeline(plan: Plan, progress: Progress, runtime: Runtime) -> Pipeline:
     """The pipeline of the plan's task; its networks are not loaded yet."""
-    public: type[Pipeline] = getattr(wan, plan.config.public_class.partition(":")[2])
+    public: type[Pipeline] = resolve_name(plan.config.public_class)
     return public.of_plan(plan, progress, runtime)
 
 
@@ -56,7 +56,7 @@ def run_jobs(plan: Plan, progress: Progress, runtime: Runtime = ALONE, load: Loa
         in_turn = sorted(chains(jobs), key=lambda chain: chain[0].variant)  # changes of weights are few
         own = in_turn[pipe.mesh.data_rank :: pipe.mesh.layout.data]
         team, mine = pipe.mesh.team, [job for chain in own for job in chain]
-        texts = [text for job in mine for text in pipe.texts(job)]
+        texts = [text for job in mine for text in plan.texts(job)]
         world.all_or_none(lambda: _within_memory(pipe.load_text_encoder) if texts else None)
         team.all_or_none(lambda: _within_memory(lambda: pipe.encode(texts)))
         pipe.release_text_encoder()

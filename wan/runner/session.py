@@ -86,7 +86,7 @@ class Session:
         pipe.follow(plan)
         job, before = plan.jobs[0], dict(self.progress.seconds)
         with Accelerator(plan.device).current():  # the caller's thread may be another one than before
-            pipe.encode(pipe.texts(job))
+            pipe.encode(plan.texts(job))
             pipe.release_text_encoder()
             latent = pipe.sample_job(job, on_step, noise=noise, schedule=schedule)
             video = self.decode(latent)

@@ -58,10 +58,8 @@ class Accelerator:
 
     def check(self) -> None:
         """Set up a GPU's allocator and run a kernel. RuntimeError if it cannot compute.
-
         `expandable_segments` where it works: without it, fragmented memory fails a decode that would fit. Under WSL and
-        on virtual GPUs drivers lack what it needs: a first allocation decides.
-        """
+        on virtual GPUs drivers lack what it needs: a first allocation decides."""
         release = Path("/proc/sys/kernel/osrelease")
         chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()  # by the user
         if release.exists() and "microsoft" not in release.read_text().lower() and not chosen:

@@ -16,9 +16,7 @@ DASHES = "-‐‑‒–—―−"  # word processors make the long ones of two s
 
 class Parser(argparse.ArgumentParser):
     """argparse with whole flags only, which raises InputError.
-
-    elsewhere: by what other programs call a flag: ours, or a sentence that says why there is none.
-    """
+    elsewhere: by what other programs call a flag: ours, or a sentence that says why there is none."""
 
     def __init__(self, elsewhere: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)
@@ -77,8 +75,8 @@ def cut(text: str) -> str:
 
 def not_one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     """A sentence about a value that is not among `allowed`. what: its place, such as "--task "."""
-    folded = {word.casefold(): word for word in allowed}
-    close = closest(value.strip().casefold(), folded)
+    folded, given = {word.casefold(): word for word in allowed}, value.strip().casefold()
+    close = closest(given, folded) or next((word for word in folded if given and given in word), "")
     suggestion = f"; did you mean {folded[close]}?" if close else ""
     return f"{what}{value!r} is not one of {', '.join(allowed)}{suggestion}"
 

@@ -126,9 +126,7 @@ class LockedElsewhere(JobError):
 @contextmanager
 def locked(video: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of `video`, and remove what a killed process left of the video. LockedElsewhere, JobError.
-
-    Look for the video after this: another process may just have finished it.
-    """
+    Look for the video after this: another process may just have finished it."""
     lock = _acquire(video, say)
     try:
         if removed := remove_parts(video):
@@ -207,6 +205,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {key!r} is given twice")
         values[key] = value
     return values

@@ -41,9 +41,7 @@ class _Expander:
         image: Image.Image | str | Path | None = None, seed: int = -1, **unused: object,
     ) -> PromptOutput:  # fmt: skip
         """The extended prompt in `tar_lang`. image: looked at by an expander made with `is_vl`, else ignored.
-
-        system_prompt: None takes the one for the language, words and image. seed: a negative one is drawn.
-        """
+        system_prompt: None takes the one for the language, words and image. seed: a negative one is drawn."""
         if tar_lang not in LANGUAGES:
             raise InputError(f"tar_lang {tar_lang!r} is unknown; use one of {', '.join(LANGUAGES)}")
         seed = secrets.randbelow(SEEDS_OF_SERVICES) if seed < 0 else seed

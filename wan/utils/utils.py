@@ -27,9 +27,7 @@ def save_video(
     value_range: tuple[float, float] = (-1, 1),
 ) -> str:
     """Write `tensor` [B, 3, T, H, W] as one file with `nrow` videos in a row; return its path. JobError, OSError.
-
-    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file.
-    """
+    normalize: `value_range` becomes black to white; otherwise 0 to 1 does. save_file: None makes a temporary file."""
     if save_file is None:
         handle, save_file = tempfile.mkstemp(suffix)
         os.close(handle)
