@@ -118,7 +118,7 @@ class Passes(NamedTuple):
 
 def in_strips(each: Callable[..., None]) -> Callable[..., None]:
     """The same pass; on a CPU all its steps over a few rows, then the next ones: what it makes between two steps stays
-    in the cores' caches, and is memory that they have had before. What has rows has two axes or more."""
+    in the cores' caches, and is memory that they have had before. Operands with rows have two axes or more."""
 
     @wraps(each)
     def run(x: Tensor, *operands: Tensor | float) -> None:
