@@ -17,7 +17,7 @@ from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest, relative_error
 from wan.checkpoints.pth_file import open_pickle
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
-from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Conv3d, Region, RMSNorm, convolve, doubling
+from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Region, RMSNorm, convolve, convolve_doubled, doubling
 from wan.offload.reader import Source, load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
@@ -336,17 +336,26 @@ def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) ->
 
 
 @pytest.mark.parametrize(("channels", "side", "called"), [(64, 3, "aten.addmm"), (8, 9, "aten.mkldnn_convolution")])
-@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), (2, 1, 1))])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), (1, 1, 1)), ((3, 1, 1), (2, 1, 1))])
 @torch.no_grad()
 def test_both_ways_of_a_cpu_are_the_convolution(
-    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: tuple[int, int, int], stride: Any
+    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: Any, stride: Any
 ) -> None:
     """Few pixels and many weights are a matrix product, others go to oneDNN."""
     monkeypatch.setattr("wan.modules.vae_layers.WEIGHTS_PER_PIXEL", 20)
-    conv = Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
-    x = torch.randn(1, 5, side, side, channels).permute(0, 4, 1, 2, 3)
-    want = copy.deepcopy(conv).double()(x.double())
+    conv = nn.Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+    x = torch.randn(5, side, side, channels)
     with CostCounter() as counter:
-        found = conv(x)
-    assert relative_error(found, want) < STAGE
+        found = convolve(conv, x)
+    assert relative_error(found, convolve(copy.deepcopy(conv).double(), x.double())) < STAGE
     assert any(operation.startswith(called) for operation in counter.by_operation)
+
+
+@torch.no_grad()
+def test_doubling_few_pixels_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, bias, x = doubling(torch.randn(6, 8, 3, 3)), torch.randn(6), torch.randn(2, 4, 5, 8)
+    found = [convolve_doubled(x, kernel, bias)]
+    monkeypatch.setattr("wan.modules.vae_layers.WEIGHTS_PER_PIXEL", 0)
+    found.append(convolve_doubled(x, kernel, bias))
+    assert relative_error(*found) < STAGE
+    assert not torch.equal(*found)  # they were two ways

@@ -30,7 +30,7 @@ ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad 
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
-WEIGHTS_PER_PIXEL = 6400  # with more, rearranging the weights costs oneDNN more than its product saves (measured)
+WEIGHTS_PER_PIXEL = 5500  # of a convolution on a CPU: with more, a matrix product of patches is faster (measured)
 
 
 class ClipState:
@@ -47,35 +47,37 @@ class ClipState:
         return first
 
 
-class Conv3d(nn.Conv3d):
-    """On a CPU in float32 by oneDNN, which PyTorch itself calls for large C T H alone, or for few pixels as a matrix
-    product of patches: oneDNN rearranges all weights in each call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return super().forward(x)
-        if self.weight.numel() < WEIGHTS_PER_PIXEL * x[0, 0].numel():
-            return torch.ops.aten.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1
-            )
-        _, rows, columns = map(int, self.padding)
-        patches = F.pad(x[0].permute(1, 2, 3, 0), (0, 0, columns, columns, rows, rows))
-        for axis in range(3):
-            patches = patches.unfold(axis, self.kernel_size[axis], self.stride[axis])
-        patches = rearrange(patches, "t h w c i j k -> t h w (i j k c)")
-        found = F.linear(patches, rearrange(self.weight, "o c i j k -> o (i j k c)"), self.bias)
-        return rearrange(found, "t h w o -> 1 o t h w")
-
-
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame. A kernel of one pixel is a matrix product."""
+def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
+    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame, without the first `skipped` frames of the kernel. A
+    kernel of one pixel is a matrix product, as are the patches of few pixels."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     if math.prod(conv.kernel_size) == 1:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
+    weight = conv.weight[:, :, skipped:] if skipped else conv.weight
+    if few_pixels(x, weight):
+        rows, columns = map(int, conv.padding[-2:])
+        x = F.pad(x, (0, 0, columns, columns, rows, rows))
+        for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
+            x = x.unfold(axis, *sizes)
+        return F.linear(x.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias)
     if isinstance(conv, nn.Conv2d):
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
-    return rearrange(conv(x[None].permute(0, 4, 1, 2, 3))[0], "c t h w -> t h w c")
+    x = x[None].permute(0, 4, 1, 2, 3)
+    if in_onednn(x):  # which PyTorch itself calls for large C T H alone
+        x = torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
+    else:
+        x = F.conv3d(x, weight, conv.bias, conv.stride, conv.padding)
+    return rearrange(x[0], "c t h w -> t h w c")
+
+
+def in_onednn(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def few_pixels(x: Tensor, weight: Tensor) -> bool:
+    """Whether rearranging the weights for x [T, H, W, C], as oneDNN does in each call, costs more than it saves."""
+    return in_onednn(x) and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel()
 
 
 def join_history(
@@ -92,6 +94,19 @@ def join_history(
     write(x, frames[history:])
     state.kept[conv] = frames[-history:].clone()  # a view would hold the whole chunk in memory
     return frames
+
+
+def convolve_causally(conv: nn.Conv3d, x: Tensor, state: ClipState, *write: Callable[..., object]) -> Tensor:
+    """`conv` of a chunk behind the frames before it. On a CPU without products with the zeros before frame 0."""
+    starts, history = conv not in state.kept, conv.kernel_size[0] - 1
+    frames = join_history(conv, x, state, *write)
+    if not (starts and x.is_cpu):
+        return convolve(conv, frames)
+    frames = frames[history:]
+    parts = [convolve(conv, frames[: n + 1], skipped=history - n) for n in range(min(history, len(x)))]
+    if len(x) > history:
+        parts.append(convolve(conv, frames))
+    return torch.cat(parts)
 
 
 class RMSNorm(nn.Module):
@@ -122,18 +137,17 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.channels = channels, out_channels
         norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
-        conv1 = Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
-        conv2 = Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
+        conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
+        conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
         # The numbers are the checkpoint's; those between had no parameters.
         self.residual = nn.ModuleDict({"0": norm1, "2": conv1, "3": norm2, "6": conv2})
         self.steps = (norm1, conv1), (norm2, conv2)
-        self.shortcut = Conv3d(channels, out_channels, 1) if channels != out_channels else None
+        self.shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         y = x
         for norm, conv in self.steps:  # a name is reused at each step, so that its last tensor is freed
-            y = join_history(conv, y, state, norm.activate)
-            y = convolve(conv, y)
+            y = convolve_causally(conv, y, state, norm.activate)
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
 
@@ -159,7 +173,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2, padding=2)})
-        self.time_conv = Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         # The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
@@ -180,7 +194,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
-        self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         """The time convolution's two halves of channels are the earlier and the later frame: they are interleaved while
@@ -196,11 +210,10 @@ class Upsample(nn.Module):
             x = frames
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
         if conv not in state.kept:
             state.kept[conv] = doubling(conv.weight)
-        x = rearrange(x, "t h w c -> t c h w")
-        fine = F.conv_transpose2d(x, state.kept[conv], conv.bias, stride=2, padding=1)
-        return rearrange(fine, "t c h w -> t h w c")
+        return convolve_doubled(x, state.kept[conv], conv.bias)
 
 
 def doubling(weight: Tensor) -> Tensor:
@@ -215,6 +228,19 @@ def doubling(weight: Tensor) -> Tensor:
         first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
         weight = torch.stack([last, middle + last, first + middle, first], axis)
     return weight.permute(0, 3, 1, 2)
+
+
+def convolve_doubled(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """The transposed convolution of x [T, H, W, C] and such a kernel [C, O, 4, 4]: [T, 2H, 2W, O]."""
+    if not few_pixels(x, kernel):
+        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, bias, stride=2, padding=1)
+        return rearrange(fine, "t c h w -> t h w c")
+    parts = torch.einsum("thwc,coij->ijthwo", x, kernel)
+    height, width = 2 * x.shape[1], 2 * x.shape[2]
+    fine = x.new_zeros(len(x), height + 2, width + 2, kernel.shape[1])
+    for i, j in product(range(4), repeat=2):
+        fine[:, i : i + height : 2, j : j + width : 2] += parts[i, j]
+    return fine[:, 1:-1, 1:-1] + bias
 
 
 def add_average(y: Tensor, x: Tensor, starts: bool, *, frames: int, space: int) -> Tensor:
@@ -257,9 +283,9 @@ class Coder(nn.Module):
     def __init__(self, channels: int, first: int, inner: int, last: int, out_channels: int) -> None:
         super().__init__()
         self.levels: list[Level] = []
-        self.conv1 = Conv3d(channels, first, 3, padding=(0, 1, 1))
+        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
         self.middle = nn.ModuleList([ResidualBlock(inner, inner), FrameAttention(inner), ResidualBlock(inner, inner)])
-        self.last = RMSNorm(last, axes=3), Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
     def register(self, name: str, nested: bool) -> nn.ModuleList:
@@ -269,7 +295,7 @@ class Coder(nn.Module):
         return nn.ModuleList(layer for level in self.levels for layer in level.layers)
 
     def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve(self.conv1, join_history(self.conv1, x, state))
+        return convolve_causally(self.conv1, x, state)
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
@@ -277,7 +303,7 @@ class Coder(nn.Module):
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
         norm, conv = self.last
-        return convolve(conv, join_history(conv, x, state, norm.activate))
+        return convolve_causally(conv, x, state, norm.activate)
 
 
 class Encoder(Coder):
