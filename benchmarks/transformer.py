@@ -130,6 +130,7 @@ def rows_beside_diffusers(repeats: int) -> list[Row]:
     found = [Row(what, f"{words[1]} (**{seconds[0] / seconds[1]:.2f} x**)", "1.1 x diffusers", peer)]
     if len(ways) > 2:
         ratios = f"**{seconds[0] / seconds[3]:.2f} x**; {seconds[2] / seconds[3]:.2f} x compiled"
+        ratios += f", not compiled {seconds[2] / seconds[1]:.2f} x compiled"
         figure = f"{words[3]} ({ratios}), compiling took {compiling[1]:.0f} s"
         limit = "1.0 x diffusers compiled"
         found.append(Row("the same, our passes compiled, diffusers' module compiled whole", figure, limit,

@@ -235,7 +235,7 @@ def test_a_cpu_takes_strips_of_rows_and_changes_no_bit() -> None:
         add_norm=(x, y, row, row, row, 1e-6),
         rms_norm=(y, row.bfloat16(), 1e-6),
         rms_norm_rotate=(y, row.bfloat16(), table, 1e-6),
-        guide=(y, x.bfloat16(), 11.0),
+        guide=(y, x.bfloat16(), 11.0, 2.5, 0.25),
         quantise=(y, y.to(FP8), scale),
         scale_sums=(sums, scale.fill_(0.1), row, row, y),
     )

@@ -243,11 +243,12 @@ def test_tiles_cover_the_grid_once() -> None:
 def test_patches_are_channels_with_columns_before_rows() -> None:
     vae = random_vae("2.2")
     seen: list[Tensor] = []
-    vae.encoder.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    run_first = vae.encoder.run_first
+    vae.encoder.run_first = lambda x, state: seen.append(x) or run_first(x, state)
     clip = torch.zeros(3, 1, 16, 16)
     clip[:, 0, 2:4, 6:8] = torch.arange(12.0).reshape(3, 2, 2)  # blocks [[a, b], [c, d]]
     vae.encode(clip)
-    assert seen[0][0, :, -1, 1, 3].tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]  # a, c, b, d
+    assert seen[0][0, 1, 3].tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]  # a, c, b, d
     head = vae.decoder.head["2"]
     head.weight.data.zero_()
     head.bias.data = torch.arange(12.0) / 12

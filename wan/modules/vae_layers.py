@@ -49,12 +49,13 @@ class ClipState:
 
 def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
     """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame, without the first `skipped` frames of the kernel. A
-    kernel of one pixel is a matrix product, as are the patches of few pixels."""
+    kernel of one pixel is a matrix product, as are patches of few pixels: oneDNN rearranges weights in each call."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     if math.prod(conv.kernel_size) == 1:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     weight = conv.weight[:, :, skipped:] if skipped else conv.weight
-    if few_pixels(x, weight):
+    in_onednn = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if in_onednn and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel():
         rows, columns = map(int, conv.padding[-2:])
         x = F.pad(x, (0, 0, columns, columns, rows, rows))
         for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
@@ -64,20 +65,11 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
     x = x[None].permute(0, 4, 1, 2, 3)
-    if in_onednn(x):  # which PyTorch itself calls for large C T H alone
+    if in_onednn:  # which PyTorch itself calls for large C T H alone
         x = torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
     else:
         x = F.conv3d(x, weight, conv.bias, conv.stride, conv.padding)
     return rearrange(x[0], "c t h w -> t h w c")
-
-
-def in_onednn(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
-def few_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether rearranging the weights for x [T, H, W, C], as oneDNN does in each call, costs more than it saves."""
-    return in_onednn(x) and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel()
 
 
 def join_history(
@@ -96,17 +88,13 @@ def join_history(
     return frames
 
 
-def convolve_causally(conv: nn.Conv3d, x: Tensor, state: ClipState, *write: Callable[..., object]) -> Tensor:
-    """`conv` of a chunk behind the frames before it. On a CPU without products with the zeros before frame 0."""
-    starts, history = conv not in state.kept, conv.kernel_size[0] - 1
-    frames = join_history(conv, x, state, *write)
-    if not (starts and x.is_cpu):
+def convolve_causally(conv: nn.Conv3d, frames: Tensor, state: ClipState) -> Tensor:
+    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip."""
+    if not state.starts_clip(conv) or not frames.is_cpu:
         return convolve(conv, frames)
-    frames = frames[history:]
-    parts = [convolve(conv, frames[: n + 1], skipped=history - n) for n in range(min(history, len(x)))]
-    if len(x) > history:
-        parts.append(convolve(conv, frames))
-    return torch.cat(parts)
+    first, second, rest = frames[2:3], frames[2:4], frames[2:]
+    parts = [(first, 2), (second, 1), (rest, 0)][: len(rest)]
+    return torch.cat([convolve(conv, part, skipped) for part, skipped in parts])
 
 
 class RMSNorm(nn.Module):
@@ -147,7 +135,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         y = x
         for norm, conv in self.steps:  # a name is reused at each step, so that its last tensor is freed
-            y = convolve_causally(conv, y, state, norm.activate)
+            y = join_history(conv, y, state, norm.activate)
+            y = convolve_causally(conv, y, state)
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
 
@@ -210,10 +199,11 @@ class Upsample(nn.Module):
             x = frames
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
-        assert conv.bias is not None
         if conv not in state.kept:
             state.kept[conv] = doubling(conv.weight)
-        return convolve_doubled(x, state.kept[conv], conv.bias)
+        x = rearrange(x, "t h w c -> t c h w")
+        fine = F.conv_transpose2d(x, state.kept[conv], conv.bias, stride=2, padding=1)
+        return rearrange(fine, "t c h w -> t h w c")
 
 
 def doubling(weight: Tensor) -> Tensor:
@@ -228,19 +218,6 @@ def doubling(weight: Tensor) -> Tensor:
         first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
         weight = torch.stack([last, middle + last, first + middle, first], axis)
     return weight.permute(0, 3, 1, 2)
-
-
-def convolve_doubled(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """The transposed convolution of x [T, H, W, C] and such a kernel [C, O, 4, 4]: [T, 2H, 2W, O]."""
-    if not few_pixels(x, kernel):
-        fine = F.conv_transpose2d(rearrange(x, "t h w c -> t c h w"), kernel, bias, stride=2, padding=1)
-        return rearrange(fine, "t c h w -> t h w c")
-    parts = torch.einsum("thwc,coij->ijthwo", x, kernel)
-    height, width = 2 * x.shape[1], 2 * x.shape[2]
-    fine = x.new_zeros(len(x), height + 2, width + 2, kernel.shape[1])
-    for i, j in product(range(4), repeat=2):
-        fine[:, i : i + height : 2, j : j + width : 2] += parts[i, j]
-    return fine[:, 1:-1, 1:-1] + bias
 
 
 def add_average(y: Tensor, x: Tensor, starts: bool, *, frames: int, space: int) -> Tensor:
@@ -295,7 +272,7 @@ class Coder(nn.Module):
         return nn.ModuleList(layer for level in self.levels for layer in level.layers)
 
     def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve_causally(self.conv1, x, state)
+        return convolve_causally(self.conv1, join_history(self.conv1, x, state), state)
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
@@ -303,7 +280,7 @@ class Coder(nn.Module):
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
         norm, conv = self.last
-        return convolve_causally(conv, x, state, norm.activate)
+        return convolve_causally(conv, join_history(conv, x, state, norm.activate), state)
 
 
 class Encoder(Coder):
