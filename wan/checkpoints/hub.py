@@ -28,7 +28,6 @@ else:
 Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-# Weights are read by ranges; smaller files are fetched when they are opened.
 BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only

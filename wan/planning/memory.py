@@ -107,8 +107,7 @@ def _fewest_tiles(
             for sizes in (plan.expert_sizes.values() if plan.sampling else ())
         )
         limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
-        fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
-        chosen = next(fitting, len(ways) - 1)
+        chosen = next((n for n, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit), len(ways) - 1)
     return ways[min(chosen + finer, len(ways) - 1)]
 
 
