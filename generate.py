@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(e, BAD_INPUT, words, shown=speaks_alone())
     except WanError as e:
         return _report(e, FAILED, words)
+    except RuntimeError as e:
+        if "start new thread" not in str(e):  # Python's own
+            raise
+        return _report(WanError(f"{e}: a limit of this system; raise it (ulimit -u, ulimit -v)"), FAILED, words)
     except KeyboardInterrupt as e:
         return _report(WanError("interrupted"), e.code if isinstance(e, Stopped) else 128 + signal.SIGINT, words)
 

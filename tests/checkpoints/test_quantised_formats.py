@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.quantised_formats import FORMATS, Quantised
+from wan.checkpoints.quantised_formats import FORMATS, Quantised, int8_marker
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.utils.errors import InputError
@@ -84,11 +84,11 @@ class Case:
             numbers = self.random.integers(-127, 128, shape).astype(np.float32)
             stored = torch.from_numpy(numbers).to(torch.int8)
         count = {"tensor": (), "row": (shape[0], *[1] * (len(shape) - 1)), "none": (),
-                 "block": (shape[0] // 8, shape[-1] // 4)}[scales]  # fmt: skip
+                 "block": (shape[0] // 8, shape[-1] // 4), "group": (shape[0], shape[-1] // 4)}[scales]  # fmt: skip
         scale = torch.from_numpy(self.random.uniform(0.01, 0.1, count).astype(np.float32)).to(scale_dtype)
         factor = scale.float().numpy()
-        if scales == "block":
-            factor = np.repeat(np.repeat(factor, 8, 0), 4, 1)
+        if scales in ("block", "group"):
+            factor = np.repeat(np.repeat(factor, shape[0] // count[0], 0), 4, 1)
         truth = numbers if scales == "none" else numbers * factor
         self.truth[name] = rotated(truth, group) if group else truth
         self.tensors[theirs + ("._data" if spelling == ".weight._scale" else "")] = stored
@@ -153,6 +153,35 @@ def test_a_format_is_read(form: str, group: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "scales", "flags"),
+    [
+        ("float8_e4m3fn", "tensor", {"full_precision_matrix_mult": True}),
+        ("float8_e5m2", "row", {"orig_shape": [48, 256]}),
+        ("float8_e4m3fn_blockwise", "group", {"group_size": 4}),
+        ("int8_tensorwise", "tensor", {"per_row": False}),
+        ("int8_tensorwise", "row", int8_marker(0)),
+    ],
+)
+def test_flags_that_say_what_the_tensors_say(form: str, scales: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    case = Case((form, scales))
+    case.quantised("blocks.0.ffn.0.weight", form, scales, flags=flags, marked="tensor")
+    case.rest()
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, int8_marker(64))]
+)
+def test_rotations_by_default_and_as_they_are_written(group: int, marker: dict[str, Any], tmp_path: Path) -> None:
+    """ComfyUI rotates 256 inputs together where a marker says nothing else."""
+    case = Case(group)
+    case.quantised("blocks.0.ffn.0.weight", "int8_tensorwise", group=group, marked="metadata")
+    case.layers["blocks.0.ffn.0"] = marker
+    case.rest()
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("form", "change"),
     [
         ("int8_tensorwise", {"flags": {"convrot_v2": True}, "marked": "tensor"}),
@@ -193,11 +222,13 @@ def test_a_marker_of_another_type_is_refused(form: str, marker: str, tmp_path: P
 
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp8", "hybrid_mxfp8", "int8_blockwise", "a format of 2027"])
 def test_formats_that_are_not_read_are_refused_by_name(form: str, tmp_path: Path) -> None:
+    """With a program that runs them, where one is known."""
     case = Case(form)
     case.quantised("blocks.0.ffn.0.weight", form, marked="metadata")
     case.rest()
-    with pytest.raises(InputError, match=form):
+    with pytest.raises(InputError, match=form) as caught:
         case.save(tmp_path / "a.safetensors")
+    assert ("ComfyUI" in str(caught.value)) == ("2027" not in form)
 
 
 def refused(tmp_path: Path, change: Callable[[Case], object]) -> str:
@@ -217,7 +248,8 @@ def test_markers_and_companions_are_never_ignored(tmp_path: Path) -> None:
     assert "nvfp4" in refused(tmp_path, lambda c: c.tensors.update({f"{layer}.weight_scale_2": number}))
     assert "missing" in refused(tmp_path, lambda c: c.layers.update({"blocks.7.q": {"format": "int8_tensorwise"}}))
     assert "names no format" in refused(tmp_path, lambda c: c.layers.update({layer: {"convrot": True}}))
-    for text in (b"{", b"3", b"\xff", b"[" * 1000):
+    assert "[16, 64]" in refused(tmp_path, lambda c: c.tensors.update({f"{layer}.weight_scale": torch.ones(16, 64)}))
+    for text in (b"{", b"3", b"\xff", b"[" * 1000, b'{"format": "int8_tensorwise"}' + b" " * 65_536):
         marker = torch.tensor(list(text), dtype=torch.uint8)
         assert refused(tmp_path, lambda c, marker=marker: c.tensors.update({f"{layer}.comfy_quant": marker}))
 
@@ -272,6 +304,13 @@ def test_markers_in_the_headers_of_shards(tmp_path: Path) -> None:
     index = tmp_path / "a.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     case.assert_equal(as_ours(open_file(index), EXPERT, "a"))
+
+
+def test_metadata_of_another_version_is_refused(tmp_path: Path) -> None:
+    content = json.dumps({"format_version": "2.0", "layers": {}})
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "a.safetensors", {"_quantization_metadata": content})
+    with pytest.raises(InputError, match="another version"):
+        as_ours(open_file(tmp_path / "a.safetensors"), EXPERT, "a")
 
 
 def random_case(seed: int) -> tuple[Case, bool]:

@@ -300,6 +300,17 @@ def test_no_encoder(capsys, monkeypatch):
     assert "ffmpeg" in err[0]
 
 
+def test_a_limit_of_threads_is_one_line(tmp_path, capsys, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    code, _, lines = main(capsys, *T2V, *SMALL, "--prompt", "cat", "--save_dir", str(tmp_path))
+    errors = [line for line in lines if not line.startswith("warning: ")]
+    assert (code, len(errors)) == (1, 1), lines
+    assert "ulimit -u" in errors[0]
+
+
 def test_all_problems_at_once(capsys):
     words = ["--frame_num", "x", "--sample_steps", "0", "--size", "1*1", "--prompt_file", "absent.txt"]
     code, _, err = main(capsys, *words)

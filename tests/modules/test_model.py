@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.counters import CostCounter
 from tests.support import manifest, relative_error
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.doctor.numerics import IN_8_BITS
 from wan.modules import attention as backends
 from wan.modules.attention import BACKENDS, QUANTISED, Attend, Choice, available, choose
-from wan.modules.fused import EAGER, SHAPES, choose_passes, compiled, rotate
+from wan.modules.fused import EAGER, FP8, SHAPES, STRIP, Passes, choose_passes, compiled, rotate
 from wan.modules.model import Prompt, WanModel, rotary_table, sinusoid, spans_of
 from wan.modules.t5 import T5Norm
 from wan.utils.errors import InputError
@@ -218,6 +219,45 @@ def test_passes_take_each_row_by_itself() -> None:
             EAGER.add_norm(y[share], out[share], rows[0], rows[1], rows[2], 1e-6)
         results.append((y, out))
     assert all(map(torch.equal, *results))
+
+
+def test_a_cpu_takes_strips_of_rows_and_changes_no_bit() -> None:
+    """Two whole strips and a part of one, in bf16: a pass takes the memory of a strip at most."""
+    width = 1024
+    length = 5 * STRIP * torch.get_num_threads() // (2 * width)
+    torch.manual_seed(0)
+    x, table = torch.randn(length, width), torch.randn(length, 32, 2)
+    y, row, scale = x.flip(0).bfloat16(), torch.randn(width), torch.empty(length, 1)
+    sums = torch.randint(-99, 99, (length, width), dtype=torch.int32)
+    given = Passes(
+        norm=(x, row, row, 1e-6, y),
+        add=(x, y, row),
+        add_norm=(x, y, row, row, row, 1e-6),
+        rms_norm=(y, row.bfloat16(), 1e-6),
+        rms_norm_rotate=(y, row.bfloat16(), table, 1e-6),
+        guide=(y, x.bfloat16(), 11.0),
+        quantise=(y, y.to(FP8), scale),
+        scale_sums=(sums, scale.fill_(0.1), row, row, y),
+    )
+    for name, strips, plain, operands in zip(Passes._fields, EAGER, Passes(), given, strict=True):
+        results, peaks = [], []
+        for each in (strips, plain):
+            own = [o.clone() if isinstance(o, Tensor) else o for o in operands]
+            with CostCounter() as counter:
+                each(*own)
+            results.append([o for o in own if isinstance(o, Tensor)])
+            peaks.append(counter.peak)
+        assert all(map(torch.equal, *results)), name
+        assert peaks[0] <= peaks[1] / 2, name
+
+
+def test_the_columns_of_a_feed_forward_are_there_once() -> None:
+    with torch.device("meta"), torch.no_grad():
+        model = WanModel(dim=64, ffn_dim=1024, in_dim=4, out_dim=4, num_heads=1, num_layers=1, text_dim=8)
+        x = torch.empty(100, 64)
+        with CostCounter() as counter:
+            model.blocks[0].ffn(x)
+    assert counter.peak == 4 * 100 * (1024 + 64)
 
 
 def test_the_residual_stream_is_contiguous() -> None:

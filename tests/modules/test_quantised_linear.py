@@ -13,7 +13,7 @@ from tests.modules.test_model import random_model
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.doctor.numerics import rms_error
 from wan.modules import quantised_linear
-from wan.modules.fused import EAGER, FP8, compiled, quantise, scale_sums
+from wan.modules.fused import FP8, Passes, compiled, quantise, scale_sums
 from wan.modules.model import Prompt, WanModel
 from wan.modules.quantised_linear import (
     QuantisedLinear,
@@ -291,5 +291,5 @@ def test_activations_are_rounded_by_a_pass() -> None:
     model.use_passes(compiled())
     layers = [layer for layer in model.modules() if isinstance(layer, QuantisedLinear)]
     assert {layer.passes for layer in layers} == {compiled()}
-    assert EAGER.quantise is quantise
-    assert EAGER.scale_sums is scale_sums
+    assert Passes().quantise is quantise
+    assert Passes().scale_sums is scale_sums

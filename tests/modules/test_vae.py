@@ -1,6 +1,8 @@
 """The two video autoencoders against what the originals computed, and against diffusers on the same random weights."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -333,13 +335,18 @@ def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) ->
     torch.testing.assert_close(out, torch.nn.functional.silu(expected))
 
 
-@pytest.mark.parametrize(("channels", "side"), [(64, 3), (8, 9)])
+@pytest.mark.parametrize(("channels", "side", "called"), [(64, 3, "aten.addmm"), (8, 9, "aten.mkldnn_convolution")])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), (2, 1, 1))])
 @torch.no_grad()
-def test_both_kernels_of_a_cpu_are_the_convolution(channels: int, side: int) -> None:
-    """Frames of few pixels and many channels go to the one that wants plain weights, others to oneDNN."""
-    conv = Conv3d(channels, 8, 3, padding=(0, 1, 1))
-    x = torch.randn(1, 4, side, side, channels).permute(0, 4, 1, 2, 3)
-    assert conv.bias is not None
-    want = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=(0, 1, 1))
-    assert relative_error(conv(x), want) < STAGE
-    assert conv.weight.is_contiguous() == (channels == 64)
+def test_both_ways_of_a_cpu_are_the_convolution(
+    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: tuple[int, int, int], stride: Any
+) -> None:
+    """Few pixels and many weights are a matrix product, others go to oneDNN."""
+    monkeypatch.setattr("wan.modules.vae_layers.WEIGHTS_PER_PIXEL", 20)
+    conv = Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+    x = torch.randn(1, 5, side, side, channels).permute(0, 4, 1, 2, 3)
+    want = copy.deepcopy(conv).double()(x.double())
+    with CostCounter() as counter:
+        found = conv(x)
+    assert relative_error(found, want) < STAGE
+    assert any(operation.startswith(called) for operation in counter.by_operation)

@@ -110,7 +110,8 @@ def test_what_is_anothers_stays_as_it_is(order: tuple[int, int], shared: Path, t
     assert "Traceback" not in shown, shown
     assert state(shared, first) == before
     codes = dict(line.rsplit(": ", 1) for line in shown.splitlines() if line.startswith(f"{second} "))
-    expected = {"dry run": 0, "named": 0, "again": 0, "numbered": 0, "gallery": 2, "in the way": 2, "taken": 1}
+    expected = {"dry run": 0, "named": 0, "again": 0, "numbered": 0, "gallery": 2, "in the way": 2, "taken": 2}
+    assert f"error: --save_file {shared}/private.mp4 and {shared}/private.json belong to another user" in shown
     assert codes == {f"{second} {name}": str(code) for name, code in expected.items()}, shown
     made = {path.name for path in shared.glob("*.mp4") if path.stat().st_uid == second}
     assert made == {f"{second}.mp4", "t2v-A14B_0000_seed5_a_ball.mp4"}

@@ -28,7 +28,6 @@ else:
 Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-# Weights are read by ranges; smaller files are fetched when they are opened.
 BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
@@ -90,7 +89,17 @@ class HubPath(LocalPath):
         kept = try_to_load_from_cache(self.repository, self.inside, revision=self.revision)
         if self.suffix.lower() not in WEIGHT_SUFFIXES or isinstance(kept, str):
             return _download(self).open(mode, buffering, *text, **more)
-        return _open_remote(self, "none" if buffering == 0 else "readahead")
+        how = {"block_size": BLOCK, "cache_type": "readahead" if buffering else "none"}
+        file = _ask_hub(self, lambda: _file_system().open(self.as_posix(), **how))
+        fetch = file.cache.fetcher
+
+        def fetch_whole(start: int, end: int) -> bytes:
+            data: bytes = _ask_hub(self, lambda: fetch(start, min(end, file.size)))
+            _check_size(self, len(data), min(end, file.size) - start)
+            return data
+
+        file.cache.fetcher = fetch_whole
+        return file
 
 
 def exists(path: Path) -> bool:
@@ -99,19 +108,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # no permission, or a name too long
         return False
-
-
-def _open_remote(path: HubPath, cache_type: str) -> Any:
-    file = _ask_hub(path, lambda: _file_system().open(path.as_posix(), block_size=BLOCK, cache_type=cache_type))
-    fetch = file.cache.fetcher
-
-    def fetch_whole(start: int, end: int) -> bytes:
-        data: bytes = _ask_hub(path, lambda: fetch(start, min(end, file.size)))
-        _check_size(path, len(data), min(end, file.size) - start)
-        return data
-
-    file.cache.fetcher = fetch_whole
-    return file
 
 
 def place(name: str) -> HubPath | None:

@@ -30,8 +30,6 @@ STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
-CHECK_SUM_BEHIND = 8  # a flag of a record; with the sizes the check sum takes 16 bytes, in zip64 24
-ALIGNMENT = 64  # bytes, of each record's data in a file of torch.save
 RECORD_HEADER = 30  # bytes before a record's name in a zip; the last four are the lengths of name and padding
 MAX_DEPTH = 5  # of dictionaries in each other: one may hold itself
 # keys of dictionaries around the tensors
@@ -132,16 +130,16 @@ def _records(path: Path, infos: list[zipfile.ZipInfo], directory: int) -> dict[s
     ends = dict(pairwise([*sorted(info.header_offset for info in infos), directory]))
 
     def data_of(info: zipfile.ZipInfo) -> tuple[int, int]:
-        end = ends[info.header_offset] - (24 if max(info.header_offset, info.file_size) >= 0xFFFFFFFF else 16)
-        start = end - info.file_size  # by torch.save, which aligns data and puts its check sum behind: nothing is read
-        if not info.flag_bits & CHECK_SUM_BEHIND or start % ALIGNMENT or start <= info.header_offset:
+        # torch.save aligns the data and puts check sum and sizes behind it (flag 8; in zip64 24 bytes): nothing is read
+        behind = 24 if max(info.header_offset, info.file_size) >= 0xFFFFFFFF else 16
+        start = ends[info.header_offset] - behind - info.file_size
+        if not info.flag_bits & 8 or start % 64 or start <= info.header_offset:
             with path.open("rb", buffering=0) as file:
                 file.seek(info.header_offset + RECORD_HEADER - 4)
                 start = info.header_offset + RECORD_HEADER + sum(struct.unpack("<HH", file.read(4)))
         return start, info.file_size
 
-    stored = {info.filename.rpartition("/")[2]: info for info in infos if info.filename.split("/")[-2:-1] == ["data"]}
-    return {key: data_of(info) for key, info in stored.items()}
+    return {i.filename.rpartition("/")[2]: data_of(i) for i in infos if i.filename.split("/")[-2:-1] == ["data"]}
 
 
 def _find_tensors(path: Path, content: Any) -> dict[str, Pickled]:

@@ -2,13 +2,14 @@
 
 Shapes: R rows (tokens), D width, d head width. Rows do not depend on each other, so a pass may be given any share of
 them. A pass reads and writes memory far longer than it computes. PyTorch's compiler makes one kernel of each, which
-reads its inputs once and writes its output once; without a compiler the same functions run operation by operation.
+reads its inputs once and writes its output once; without a compiler the same functions run operation by operation, on
+a CPU for a strip of rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from wan.utils.errors import first_line
 
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
 LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}
+STRIP = 1 << 16  # numbers of a pass's rows that a core takes at a time: four tensors of float32 fit its second cache
 LEAST = 1e-12  # taken for a row's largest magnitude where it is smaller: a row of zeros has a scale too
 
 
@@ -114,7 +116,24 @@ class Passes(NamedTuple):
     scale_sums: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = scale_sums
 
 
-EAGER = Passes()
+def in_strips(each: Callable[..., None]) -> Callable[..., None]:
+    """The same pass; on a CPU all its steps over a few rows, then the next ones: what it makes between two steps stays
+    in the cores' caches, and is memory that they have had before. Operands with rows have two axes or more."""
+
+    @wraps(each)
+    def run(x: Tensor, *operands: Tensor | float) -> None:
+        rows = max(1, STRIP * torch.get_num_threads() // x.shape[1])
+        if not x.is_cpu or len(x) <= rows:
+            each(x, *operands)
+            return
+        for start in range(0, len(x), rows):
+            strip = slice(start, start + rows)
+            each(x[strip], *(o[strip] if isinstance(o, Tensor) and o.ndim > 1 else o for o in operands))
+
+    return run
+
+
+EAGER = Passes(*(in_strips(each) for each in Passes()))
 
 SAVED = 74  # bytes that compiled passes do not move, for each token, channel and layer of a forward (bf16; counted)
 RATE = 2e12  # bytes a second of a device's memory, about: cards differ by a factor of five
@@ -132,7 +151,7 @@ def compiled() -> Passes:
         config = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6's name
         setattr(config, limit, max(SHAPES, getattr(config, limit)))  # its own, 8: two sizes of videos that pin an image
-    return Passes(*(torch.compile(each, **options) for each in EAGER))
+    return Passes(*(torch.compile(each, **options) for each in Passes()))
 
 
 def choose_passes(device: torch.device, tokens: int, width: int, layers: int, forwards: int) -> tuple[Passes, str]:

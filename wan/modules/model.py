@@ -213,7 +213,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), Gelu(), nn.Linear(ffn_dim, dim))
 
     def forward(
         self, streams: list[Tensor], rows: Tensor, spans: Spans, rotary: Tensor, total: int, texts: Sequence[Texts]
@@ -245,6 +245,13 @@ class Block(nn.Module):
         for row, span in spans:
             self.passes.norm(x[span], scale[row], shift[row], self.eps, y[span])
         return y
+
+
+class Gelu(nn.Module):
+    """GELU, tanh form (arXiv 1606.08415, eq. 2), in place: a feed-forward's columns are there once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class Attention(nn.Module):

@@ -61,19 +61,16 @@ class UMT5Encoder(nn.Module):
         buckets = position_buckets(max(map(len, texts))).to(states[0].device)
         for unit, block in enumerate(self.blocks):
             with self.residency.use(unit):
-                for index, x in enumerate(states):  # one after the other: the old rows make room
-                    states[index] = block(x, buckets[: len(x), : len(x)])
-        for index, x in enumerate(states):
-            states[index] = self.norm(x)
-        return states
+                states = [block(states.pop(0), buckets[: len(ids), : len(ids)]) for ids in texts]  # old ones go at once
+        return [self.norm(states.pop(0)) for _ in texts]
 
     def activation_bytes(self, lengths: Sequence[int], itemsize: int) -> int:
         """The peak beside the weights while texts of these `lengths` are encoded together."""
-        (dim, dim_attn, dim_ffn, heads), n = self.widths, max(lengths)
+        (dim, dim_attn, dim_ffn, heads), n = self.widths, max(lengths, default=0)
         states = (sum(lengths) + 2 * n) * dim * itemsize  # of all texts; one's next state, and its norm
-        bias = n * n * (heads * itemsize + 8)  # and the int64 buckets
         attention = n * n * heads * 8 + 3 * n * dim_attn * itemsize  # scores in float32, their softmax; q, k, v
-        return states + bias + max(attention, 4 * n * dim_ffn * itemsize)  # the GELU's terms
+        gelu, bias = 4 * n * dim_ffn * itemsize, n * n * (heads * itemsize + 8)  # and the int64 buckets
+        return states + bias + max(attention, gelu)
 
     @staticmethod
     def unit_of(name: str) -> int | None:

@@ -30,7 +30,7 @@ ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad 
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
-PIXELS_PER_CHANNEL = 0.25  # of a frame: with fewer, rearranging the weights costs oneDNN more than its product saves
+WEIGHTS_PER_PIXEL = 6400  # with more, rearranging the weights costs oneDNN more than its product saves (measured)
 
 
 class ClipState:
@@ -48,20 +48,23 @@ class ClipState:
 
 
 class Conv3d(nn.Conv3d):
-    """On a CPU the faster one of PyTorch's two float32 kernels, which PyTorch itself chooses by C T H alone."""
+    """On a CPU in float32 by oneDNN, which PyTorch itself calls for large C T H alone, or for few pixels as a matrix
+    product of patches: oneDNN rearranges all weights in each call."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return super().forward(x)
-        few, aten = x[0, 0, 0].numel() < PIXELS_PER_CHANNEL * x.shape[1], torch.ops.aten
-        layout = torch.contiguous_format if few else torch.channels_last_3d
-        if not self.weight.is_contiguous(memory_format=layout):  # else each call would rearrange them
-            self.weight.data = self.weight.data.contiguous(memory_format=layout)
-        found: Tensor = (
-            aten.slow_conv3d(x, self.weight, self.kernel_size, self.bias, self.stride, self.padding) if few
-            else aten.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
-        )  # fmt: skip
-        return found
+        if self.weight.numel() < WEIGHTS_PER_PIXEL * x[0, 0].numel():
+            return torch.ops.aten.mkldnn_convolution(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1
+            )
+        _, rows, columns = map(int, self.padding)
+        patches = F.pad(x[0].permute(1, 2, 3, 0), (0, 0, columns, columns, rows, rows))
+        for axis in range(3):
+            patches = patches.unfold(axis, self.kernel_size[axis], self.stride[axis])
+        patches = rearrange(patches, "t h w c i j k -> t h w (i j k c)")
+        found = F.linear(patches, rearrange(self.weight, "o c i j k -> o (i j k c)"), self.bias)
+        return rearrange(found, "t h w o -> 1 o t h w")
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -207,10 +210,11 @@ def doubling(weight: Tensor) -> Tensor:
     weights that meet the same pixel leaves four convolutions of 2 x 2, one for each parity: 4/9 of the products, equal
     to rounding.
     """
-    for axis in (2, 3):
+    weight = weight.permute(1, 2, 3, 0).contiguous()  # sums of rows of O numbers, already in the result's layout
+    for axis in (1, 2):
         first, middle, last = weight.unbind(axis)  # row k of the transposed kernel leads from pixel i to 2i - 1 + k
         weight = torch.stack([last, middle + last, first + middle, first], axis)
-    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    return weight.permute(0, 3, 1, 2)
 
 
 def add_average(y: Tensor, x: Tensor, starts: bool, *, frames: int, space: int) -> Tensor:

@@ -38,7 +38,7 @@ def plan_videos(plan: Plan, sampling: Sampling, videos: Collection[Job | Video])
     tokenizer, most = plan.checkpoint.tokenizer, plan.config.text_len
     texts = {text for video in videos for text in plan.texts(video)}
     lengths = [most if plan.request.use_prompt_extend else min(most, tokenizer.count(text)) for text in texts]
-    plan = replace(plan, text_lengths=tuple(sorted(lengths, reverse=True)[:TEXTS]))
+    plan = replace(plan, text_lengths=tuple(sorted(lengths, reverse=True)[:TEXTS]) or (most,))
     return replace(plan, videos={kind: plan_video(plan, *kind) for kind in dict.fromkeys(map(video_kind, videos))})
 
 
@@ -86,12 +86,14 @@ def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> T
 
     As few as memory allows. finer: the next more, after the device ran out of memory.
     """
-    vae, ranks, (channels, length, rows, columns) = plan.checkpoint.vae.module, plan.layout.sequence, latent
-
-    def peak(tiles: Tiles) -> int:
-        return decode_peak(vae, (channels, length, rows, columns), ranks, tiles=tiles)
-
-    return _fewest_tiles(plan, latent, peak, int(plan.request.vae_tiling), finer)
+    vae, ranks, (c, f, h, w) = plan.checkpoint.vae.module, plan.layout.sequence, latent
+    return _fewest_tiles(
+        plan,
+        latent,
+        lambda tiles: decode_peak(vae, (c, f, h, w), ranks, tiles=tiles),
+        int(plan.request.vae_tiling),
+        finer,
+    )
 
 
 def _fewest_tiles(
@@ -105,8 +107,7 @@ def _fewest_tiles(
             for sizes in (plan.expert_sizes.values() if plan.sampling else ())
         )
         limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
-        fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
-        chosen = next(fitting, len(ways) - 1)
+        chosen = next((n for n, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit), len(ways) - 1)
     return ways[min(chosen + finer, len(ways) - 1)]
 
 
@@ -131,12 +132,11 @@ def _budget(plan: Plan, video: VideoPlan) -> Budget:
         frame = video.latent[0], 1, *video.latent[2:]
         work = max(work, decode_peak(vae, frame, ranks, tiles=video.tiles))
     image = latents + encode_peak(vae, video.encoded[1:], ranks, video.encode_tiles) if video.encoded else 0
-    encoder, lengths = plan.checkpoint.text_encoder.module, plan.text_lengths or (plan.config.text_len,)
     budget = fit(
         UNLIMITED if plan.room is None else plan.room, plan.expert_sizes, plan.text_sizes,
         activations=work + latents,
         decode=latents + decode_peak(vae, video.latent, ranks, tiles=video.tiles),
-        text_work=encoder.activation_bytes(lengths, plan.text_dtype.itemsize),
+        text_work=plan.checkpoint.text_encoder.module.activation_bytes(plan.text_lengths, plan.text_dtype.itemsize),
         tiles=video.tiles,
         keep=not plan.offload or plan.room is None,
         image=image,
