@@ -211,14 +211,16 @@ def test_image_branch_of_wan21_is_ignored(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": matrix.T.contiguous(),
         "diffusion_model.blocks.0.cross_attn.k_img.diff_b": vector,
         "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": vector,
+        "transformer.blocks.0.attn2.add_k_proj.lora_A.weight": matrix,
         "transformer.blocks.0.attn2.add_v_proj.lora_A.weight": matrix,
+        "transformer.condition_embedder.image_embedder.ff.net.2.lora_B.weight": matrix,
         "transformer.blocks.0.attn2.norm_added_k.diff": vector,
         "lora_unet_blocks_1_cross_attn_v_img.lora_up.weight": matrix,
     }
     lora = lora_of(tmp_path, spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED) | extra)
     assert_is_the_small_lora(lora)
     summary = check(lora, SHAPES).summary()
-    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 11 ignored (Wan2.1 image branch")
+    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 13 ignored (Wan2.1 image branch")
     assert summary.endswith(", 0 unmatched")
 
 
