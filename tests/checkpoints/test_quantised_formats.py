@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
 from wan.checkpoints.quantised_formats import FORMATS, Quantised, int8_marker
 from wan.checkpoints.safetensors_file import TensorStore
-from wan.checkpoints.weights import ALL_IN_ONE, EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
+from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.utils.errors import InputError
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }  # fmt: skip
 THEIRS = {EXPERT: diffusers_name, TEXT_ENCODER: text_name, VAE: vae_name}
 PREFIX = {EXPERT: "model.diffusion_model.", TEXT_ENCODER: "text_encoders.umt5xxl.transformer.", VAE: "vae."}
+ONE_FILE = {"model.diffusion_model.": EXPERT, "text_encoders.": TEXT_ENCODER, "vae.": VAE, "first_stage_model.": VAE}
 PREFIXES = ["", "model.", "module.", "_orig_mod.", "generator.", "generator_ema.", "pipe.dit.", "transformer_2."]
 H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
 FP8 = {"float8_e4m3fn": (torch.float8_e4m3fn, 4, 7), "float8_e5m2": (torch.float8_e5m2, 5, 15)}
@@ -169,11 +170,13 @@ def test_flags_that_say_what_the_tensors_say(form: str, scales: str, flags: dict
     case.assert_equal(case.save(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, int8_marker(64))]
-)
+WRITTEN = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 64}
+
+
+@pytest.mark.parametrize(("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, WRITTEN)])
 def test_rotations_by_default_and_as_they_are_written(group: int, marker: dict[str, Any], tmp_path: Path) -> None:
     """ComfyUI rotates 256 inputs together where a marker says nothing else."""
+    assert int8_marker(64) == WRITTEN
     case = Case(group)
     case.quantised("blocks.0.ffn.0.weight", "int8_tensorwise", group=group, marked="metadata")
     case.layers["blocks.0.ffn.0"] = marker
@@ -337,8 +340,8 @@ def test_names_behind_a_prefix(kind: str, prefix: str, tmp_path: Path) -> None:
     """What other programs put there; of a checkpoint in one file, the other parts and what is in none are left out."""
     case = Case(prefix, kind, theirs=kind == TEXT_ENCODER, prefix=prefix)
     case.rest()
-    if prefix in ALL_IN_ONE:
-        others = [other for other, part in ALL_IN_ONE.items() if part != kind]
+    if prefix.startswith(tuple(ONE_FILE)):
+        others = [other for other, part in ONE_FILE.items() if part != kind]
         case.tensors |= {f"{other}x.weight": torch.zeros(2) for other in [*others, "cond_stage_model."]}
     case.assert_equal(case.save(tmp_path / "a.safetensors"))
 
