@@ -171,3 +171,9 @@ def test_single_numbers_in_eight_bits(tmp_path: Path) -> None:
     save_file(values, tmp_path / "x.safetensors")
     found = TensorStore.open(tmp_path / "x.safetensors").scalars(values)
     assert found == {name: float(value.float()) for name, value in load_file(tmp_path / "x.safetensors").items()}
+
+
+def test_an_expert_for_sparse_attention_is_refused(tmp_path: Path) -> None:
+    tensors = expert(HIGH) | {"blocks.0.self_attn.proj_l.weight": torch.zeros(2, 2)}
+    with pytest.raises(InputError, match="sparse"):
+        open_expert(saved(tensors, tmp_path / "x.safetensors"))

@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }  # fmt: skip
 THEIRS = {EXPERT: diffusers_name, TEXT_ENCODER: text_name, VAE: vae_name}
 PREFIX = {EXPERT: "model.diffusion_model.", TEXT_ENCODER: "text_encoders.umt5xxl.transformer.", VAE: "vae."}
+ONE_FILE = {"model.diffusion_model.": EXPERT, "text_encoders.": TEXT_ENCODER, "vae.": VAE, "first_stage_model.": VAE}
 PREFIXES = ["", "model.", "module.", "_orig_mod.", "generator.", "generator_ema.", "pipe.dit.", "transformer_2."]
 H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
 FP8 = {"float8_e4m3fn": (torch.float8_e4m3fn, 4, 7), "float8_e5m2": (torch.float8_e5m2, 5, 15)}
@@ -169,11 +170,13 @@ def test_flags_that_say_what_the_tensors_say(form: str, scales: str, flags: dict
     case.assert_equal(case.save(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, int8_marker(64))]
-)
+WRITTEN = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 64}
+
+
+@pytest.mark.parametrize(("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, WRITTEN)])
 def test_rotations_by_default_and_as_they_are_written(group: int, marker: dict[str, Any], tmp_path: Path) -> None:
     """ComfyUI rotates 256 inputs together where a marker says nothing else."""
+    assert int8_marker(64) == WRITTEN
     case = Case(group)
     case.quantised("blocks.0.ffn.0.weight", "int8_tensorwise", group=group, marked="metadata")
     case.layers["blocks.0.ffn.0"] = marker
@@ -248,7 +251,6 @@ def test_markers_and_companions_are_never_ignored(tmp_path: Path) -> None:
     assert "nvfp4" in refused(tmp_path, lambda c: c.tensors.update({f"{layer}.weight_scale_2": number}))
     assert "missing" in refused(tmp_path, lambda c: c.layers.update({"blocks.7.q": {"format": "int8_tensorwise"}}))
     assert "names no format" in refused(tmp_path, lambda c: c.layers.update({layer: {"convrot": True}}))
-    assert "[16, 64]" in refused(tmp_path, lambda c: c.tensors.update({f"{layer}.weight_scale": torch.ones(16, 64)}))
     for text in (b"{", b"3", b"\xff", b"[" * 1000, b'{"format": "int8_tensorwise"}' + b" " * 65_536):
         marker = torch.tensor(list(text), dtype=torch.uint8)
         assert refused(tmp_path, lambda c, marker=marker: c.tensors.update({f"{layer}.comfy_quant": marker}))
@@ -306,11 +308,61 @@ def test_markers_in_the_headers_of_shards(tmp_path: Path) -> None:
     case.assert_equal(as_ours(open_file(index), EXPERT, "a"))
 
 
+def test_blocks_that_are_no_power_of_two_are_refused(tmp_path: Path) -> None:
+    """Blocks of 3 rows: 16 scales could as well be those of another height, rounded up."""
+    case = Case("x")
+    case.quantised("blocks.0.ffn.0.weight", "float8_e4m3fn", "block")
+    case.rest()
+    case.tensors["blocks.0.ffn.0.weight_scale"] = torch.ones(16, 64)
+    with pytest.raises(InputError, match=r"\[16, 64\]"):
+        case.save(tmp_path / "a.safetensors")
+
+
 def test_metadata_of_another_version_is_refused(tmp_path: Path) -> None:
     content = json.dumps({"format_version": "2.0", "layers": {}})
     save_file({"a.weight": torch.ones(1)}, tmp_path / "a.safetensors", {"_quantization_metadata": content})
     with pytest.raises(InputError, match="another version"):
         as_ours(open_file(tmp_path / "a.safetensors"), EXPERT, "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        *((EXPERT, f"{prefix}.") for prefix in (
+            "model.diffusion_model", "diffusion_model", "model", "module", "pipe.dit", "dit", "generator",
+            "generator_ema", "transformer", "transformer_2", "_orig_mod", "model._fsdp_wrapped_module",
+        )),
+        (TEXT_ENCODER, "text_encoders.umt5xxl.transformer."), (TEXT_ENCODER, "text_encoders.umt5xxl."),
+        (VAE, "vae."), (VAE, "first_stage_model."), (VAE, "model."),
+    ],
+)  # fmt: skip
+def test_names_behind_a_prefix(kind: str, prefix: str, tmp_path: Path) -> None:
+    """What other programs put there; of a checkpoint in one file, the other parts and what is in none are left out."""
+    case = Case(prefix, kind, theirs=kind == TEXT_ENCODER, prefix=prefix)
+    case.rest()
+    if prefix.startswith(tuple(ONE_FILE)):
+        others = [other for other, part in ONE_FILE.items() if part != kind]
+        case.tensors |= {f"{other}x.weight": torch.zeros(2) for other in [*others, "cond_stage_model."]}
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("marker", ["scaled_fp8", "spiece_model"])
+def test_what_is_no_weight_is_left_out(marker: str, tmp_path: Path) -> None:
+    case = Case(marker, TEXT_ENCODER)
+    case.rest()
+    case.tensors[marker] = torch.zeros(2, dtype=torch.uint8)
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+def test_a_pickle_by_any_name(tmp_path: Path) -> None:
+    """Its first bytes tell, where the suffix does not; where it does, what is cut off is a cut pickle."""
+    for suffix in (".pth", ".pt", ".bin", ".ckpt", ".model"):
+        file = tmp_path / f"a{suffix}"
+        torch.save({"a": torch.arange(3.0)}, file)
+        assert open_file(file).read("a").tolist() == [0, 1, 2]
+        file.write_bytes(file.read_bytes()[2:200])
+        with pytest.raises(InputError, match="safetensors" if suffix == ".model" else "pth file"):
+            open_file(file)
 
 
 def random_case(seed: int) -> tuple[Case, bool]:
