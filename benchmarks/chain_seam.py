@@ -1,4 +1,4 @@
-"""What a chain hands on: the last frame of a clip in pixels, as the mp4 shows it or before, or the last latent itself.
+"""Three ways to continue a clip: its last frame in pixels, as the mp4 shows it or before, or the last latent itself.
 
     python -m benchmarks.chain_seam
 

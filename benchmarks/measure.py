@@ -1,4 +1,4 @@
-"""What every benchmark prints and how it measures: the machine, interleaved medians, one form of table."""
+"""Shared by benchmarks: the machine's line, interleaved medians, one form of table."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _absent(size: str) -> list[Row]:
 
 
 def machine_rates(device: torch.device) -> list[Row]:
-    """What everything else is divided by, and what "auto" comes to."""
+    """The base that all other rows are divided by, and the choice of "auto"."""
     rates = f"{matmul_rate(device) / 1e12:.0f} TFLOP/s; {copy_rate(device) / 1e12:.2f} TB/s"
     chosen = choose("auto", device, torch.bfloat16, A14B["num_heads"], 128)
     return [Row("bf16 matmul 8192^3; device copy", rates), Row("what `--attention auto` picks", str(chosen))]
@@ -276,7 +276,7 @@ def share_of_the_rest(forward: Callable[[], object]) -> str:
 
 
 def works(repeats: int = 5) -> dict[str, Callable[[], list[Row]]]:
-    """What needs no GPU, by name."""
+    """Measurements without a GPU, by name."""
     return {"C1, C2 transformer": static_rows, "C3 transformer": partial(rows_beside_diffusers, repeats)}
 
 

@@ -3,11 +3,21 @@
 import re
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from tests.support import manifest
-from wan.checkpoints.key_mapping import diffusers_name, original, original_text, original_vae, text_name, vae_name
+from wan.checkpoints.key_mapping import (
+    LLAMA,
+    OURS,
+    diffusers_name,
+    original,
+    original_text,
+    original_vae,
+    text_name,
+    vae_name,
+)
 
 NETWORKS = [
     ("dit_t2v_a14b", diffusers_name, original),
@@ -30,6 +40,14 @@ def real_network(kind: str, blocks: int) -> Any:
     if kind == "vae2_2":
         return AutoencoderKLWan(base_dim=8, decoder_base_dim=12, is_residual=True, in_channels=12, out_channels=12)
     return UMT5EncoderModel(UMT5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=blocks, num_heads=2))
+
+
+def test_llama_cpps_names_are_those_of_its_package() -> None:
+    names = list(manifest("umt5_xxl"))
+    package = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 24)
+    there = [package.get_name(text_name(name), (".weight",)) for name in names]
+    assert there == [text_name(name, OURS, LLAMA) for name in names]
+    assert list(original_text(there, LLAMA).values()) == names
 
 
 @pytest.mark.parametrize(("kind", "theirs", "ours"), NETWORKS, ids=[row[0] for row in NETWORKS])

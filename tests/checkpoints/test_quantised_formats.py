@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan.checkpoints.key_mapping import diffusers_name, text_name, vae_name
-from wan.checkpoints.quantised_formats import FORMATS, Quantised
+from wan.checkpoints.quantised_formats import FORMATS, Quantised, int8_marker
 from wan.checkpoints.safetensors_file import TensorStore
 from wan.checkpoints.weights import EXPERT, TEXT_ENCODER, VAE, as_ours, open_file
 from wan.utils.errors import InputError
@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 }  # fmt: skip
 THEIRS = {EXPERT: diffusers_name, TEXT_ENCODER: text_name, VAE: vae_name}
 PREFIX = {EXPERT: "model.diffusion_model.", TEXT_ENCODER: "text_encoders.umt5xxl.transformer.", VAE: "vae."}
+ONE_FILE = {"model.diffusion_model.": EXPERT, "text_encoders.": TEXT_ENCODER, "vae.": VAE, "first_stage_model.": VAE}
 PREFIXES = ["", "model.", "module.", "_orig_mod.", "generator.", "generator_ema.", "pipe.dit.", "transformer_2."]
 H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
 FP8 = {"float8_e4m3fn": (torch.float8_e4m3fn, 4, 7), "float8_e5m2": (torch.float8_e5m2, 5, 15)}
@@ -84,11 +85,11 @@ class Case:
             numbers = self.random.integers(-127, 128, shape).astype(np.float32)
             stored = torch.from_numpy(numbers).to(torch.int8)
         count = {"tensor": (), "row": (shape[0], *[1] * (len(shape) - 1)), "none": (),
-                 "block": (shape[0] // 8, shape[-1] // 4)}[scales]  # fmt: skip
+                 "block": (shape[0] // 8, shape[-1] // 4), "group": (shape[0], shape[-1] // 4)}[scales]  # fmt: skip
         scale = torch.from_numpy(self.random.uniform(0.01, 0.1, count).astype(np.float32)).to(scale_dtype)
         factor = scale.float().numpy()
-        if scales == "block":
-            factor = np.repeat(np.repeat(factor, 8, 0), 4, 1)
+        if scales in ("block", "group"):
+            factor = np.repeat(np.repeat(factor, shape[0] // count[0], 0), 4, 1)
         truth = numbers if scales == "none" else numbers * factor
         self.truth[name] = rotated(truth, group) if group else truth
         self.tensors[theirs + ("._data" if spelling == ".weight._scale" else "")] = stored
@@ -153,6 +154,37 @@ def test_a_format_is_read(form: str, group: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "scales", "flags"),
+    [
+        ("float8_e4m3fn", "tensor", {"full_precision_matrix_mult": True}),
+        ("float8_e5m2", "row", {"orig_shape": [48, 256]}),
+        ("float8_e4m3fn_blockwise", "group", {"group_size": 4}),
+        ("int8_tensorwise", "tensor", {"per_row": False}),
+        ("int8_tensorwise", "row", int8_marker(0)),
+    ],
+)
+def test_flags_that_say_what_the_tensors_say(form: str, scales: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    case = Case((form, scales))
+    case.quantised("blocks.0.ffn.0.weight", form, scales, flags=flags, marked="tensor")
+    case.rest()
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+WRITTEN = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 64}
+
+
+@pytest.mark.parametrize(("group", "marker"), [(256, {"format": "int8_tensorwise", "convrot": True}), (64, WRITTEN)])
+def test_rotations_by_default_and_as_they_are_written(group: int, marker: dict[str, Any], tmp_path: Path) -> None:
+    """ComfyUI rotates 256 inputs together where a marker says nothing else."""
+    assert int8_marker(64) == WRITTEN
+    case = Case(group)
+    case.quantised("blocks.0.ffn.0.weight", "int8_tensorwise", group=group, marked="metadata")
+    case.layers["blocks.0.ffn.0"] = marker
+    case.rest()
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("form", "change"),
     [
         ("int8_tensorwise", {"flags": {"convrot_v2": True}, "marked": "tensor"}),
@@ -173,7 +205,7 @@ def test_a_format_is_read(form: str, group: int, tmp_path: Path) -> None:
         ("float8_e4m3fn_blockwise", {"scales": "row", "marked": "metadata"}),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(form: str, change: dict[str, Any], tmp_path: Path) -> None:
+def test_unknown_names_are_refused(form: str, change: dict[str, Any], tmp_path: Path) -> None:
     case = Case(form)
     case.quantised("blocks.0.ffn.0.weight", form, **change)
     case.rest()
@@ -193,11 +225,13 @@ def test_a_marker_of_another_type_is_refused(form: str, marker: str, tmp_path: P
 
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp8", "hybrid_mxfp8", "int8_blockwise", "a format of 2027"])
 def test_formats_that_are_not_read_are_refused_by_name(form: str, tmp_path: Path) -> None:
+    """With a program that runs them, where one is known."""
     case = Case(form)
     case.quantised("blocks.0.ffn.0.weight", form, marked="metadata")
     case.rest()
-    with pytest.raises(InputError, match=form):
+    with pytest.raises(InputError, match=form) as caught:
         case.save(tmp_path / "a.safetensors")
+    assert ("ComfyUI" in str(caught.value)) == ("2027" not in form)
 
 
 def refused(tmp_path: Path, change: Callable[[Case], object]) -> str:
@@ -217,7 +251,7 @@ def test_markers_and_companions_are_never_ignored(tmp_path: Path) -> None:
     assert "nvfp4" in refused(tmp_path, lambda c: c.tensors.update({f"{layer}.weight_scale_2": number}))
     assert "missing" in refused(tmp_path, lambda c: c.layers.update({"blocks.7.q": {"format": "int8_tensorwise"}}))
     assert "names no format" in refused(tmp_path, lambda c: c.layers.update({layer: {"convrot": True}}))
-    for text in (b"{", b"3", b"\xff", b"[" * 1000):
+    for text in (b"{", b"3", b"\xff", b"[" * 1000, b'{"format": "int8_tensorwise"}' + b" " * 65_536):
         marker = torch.tensor(list(text), dtype=torch.uint8)
         assert refused(tmp_path, lambda c, marker=marker: c.tensors.update({f"{layer}.comfy_quant": marker}))
 
@@ -272,6 +306,63 @@ def test_markers_in_the_headers_of_shards(tmp_path: Path) -> None:
     index = tmp_path / "a.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     case.assert_equal(as_ours(open_file(index), EXPERT, "a"))
+
+
+def test_blocks_that_are_no_power_of_two_are_refused(tmp_path: Path) -> None:
+    """Blocks of 3 rows: 16 scales could as well be those of another height, rounded up."""
+    case = Case("x")
+    case.quantised("blocks.0.ffn.0.weight", "float8_e4m3fn", "block")
+    case.rest()
+    case.tensors["blocks.0.ffn.0.weight_scale"] = torch.ones(16, 64)
+    with pytest.raises(InputError, match=r"\[16, 64\]"):
+        case.save(tmp_path / "a.safetensors")
+
+
+def test_metadata_of_another_version_is_refused(tmp_path: Path) -> None:
+    content = json.dumps({"format_version": "2.0", "layers": {}})
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "a.safetensors", {"_quantization_metadata": content})
+    with pytest.raises(InputError, match="another version"):
+        as_ours(open_file(tmp_path / "a.safetensors"), EXPERT, "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        *((EXPERT, f"{prefix}.") for prefix in (
+            "model.diffusion_model", "diffusion_model", "model", "module", "pipe.dit", "dit", "generator",
+            "generator_ema", "transformer", "transformer_2", "_orig_mod", "model._fsdp_wrapped_module",
+        )),
+        (TEXT_ENCODER, "text_encoders.umt5xxl.transformer."), (TEXT_ENCODER, "text_encoders.umt5xxl."),
+        (VAE, "vae."), (VAE, "first_stage_model."), (VAE, "model."),
+    ],
+)  # fmt: skip
+def test_names_behind_a_prefix(kind: str, prefix: str, tmp_path: Path) -> None:
+    """What other programs put there; of a checkpoint in one file, the other parts and what is in none are left out."""
+    case = Case(prefix, kind, theirs=kind == TEXT_ENCODER, prefix=prefix)
+    case.rest()
+    if prefix.startswith(tuple(ONE_FILE)):
+        others = [other for other, part in ONE_FILE.items() if part != kind]
+        case.tensors |= {f"{other}x.weight": torch.zeros(2) for other in [*others, "cond_stage_model."]}
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("marker", ["scaled_fp8", "spiece_model"])
+def test_what_is_no_weight_is_left_out(marker: str, tmp_path: Path) -> None:
+    case = Case(marker, TEXT_ENCODER)
+    case.rest()
+    case.tensors[marker] = torch.zeros(2, dtype=torch.uint8)
+    case.assert_equal(case.save(tmp_path / "a.safetensors"))
+
+
+def test_a_pickle_by_any_name(tmp_path: Path) -> None:
+    """Its first bytes tell, where the suffix does not; where it does, what is cut off is a cut pickle."""
+    for suffix in (".pth", ".pt", ".bin", ".ckpt", ".model"):
+        file = tmp_path / f"a{suffix}"
+        torch.save({"a": torch.arange(3.0)}, file)
+        assert open_file(file).read("a").tolist() == [0, 1, 2]
+        file.write_bytes(file.read_bytes()[2:200])
+        with pytest.raises(InputError, match="safetensors" if suffix == ".model" else "pth file"):
+            open_file(file)
 
 
 def random_case(seed: int) -> tuple[Case, bool]:

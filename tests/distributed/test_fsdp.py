@@ -86,6 +86,7 @@ def guided_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], list[int]]:
     return [alone, both], [sent.counts["weights"], sent_together.counts["weights"]]
 
 
+@sharded
 def test_a_guided_step_gathers_each_block_once() -> None:
     (whole, _), _ = guided_of_a_rank(Runtime())
     for (alone, both), (twice, once) in run_ranks(guided_of_a_rank, 2):

@@ -112,7 +112,7 @@ def test_one_tensor_in_two_spellings_is_refused(changes: dict[str, Tensor], tmp_
         open_expert(path)
 
 
-def test_what_is_no_expert(tmp_path: Path) -> None:
+def test_files_that_are_no_expert_are_refused(tmp_path: Path) -> None:
     lora = lora_dir("t2v-A14B") / "high_noise_model.safetensors"
     with pytest.raises(LoraError, match=r"not a full expert, .* is missing \(a LoRA goes to --lora\)"):
         open_expert(lora)

@@ -162,7 +162,7 @@ def test_unusable_alpha(alpha: float, tmp_path: Path) -> None:
 
 
 def differences(target: dict[str, Tensor], prefix: str, modulation: str) -> dict[str, Tensor]:
-    """What an extractor makes of a full-weight difference: pairs for large matrices, differences for the rest."""
+    """An extractor's files for a full-weight difference: pairs for large matrices, differences for the rest."""
     store, tensors = base(), {}
     for name, weight in target.items():
         change, stem = weight - store.read(name), name.rpartition(".")[0]
@@ -211,14 +211,16 @@ def test_image_branch_of_wan21_is_ignored(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": matrix.T.contiguous(),
         "diffusion_model.blocks.0.cross_attn.k_img.diff_b": vector,
         "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": vector,
+        "transformer.blocks.0.attn2.add_k_proj.lora_A.weight": matrix,
         "transformer.blocks.0.attn2.add_v_proj.lora_A.weight": matrix,
+        "transformer.condition_embedder.image_embedder.ff.net.2.lora_B.weight": matrix,
         "transformer.blocks.0.attn2.norm_added_k.diff": vector,
         "lora_unet_blocks_1_cross_attn_v_img.lora_up.weight": matrix,
     }
     lora = lora_of(tmp_path, spelled(small_pairs(), "diffusion_model.{}.", alpha=STORED) | extra)
     assert_is_the_small_lora(lora)
     summary = check(lora, SHAPES).summary()
-    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 11 ignored (Wan2.1 image branch")
+    assert summary.startswith("20/20 pairs, alpha/rank 0.5, 13 ignored (Wan2.1 image branch")
     assert summary.endswith(", 0 unmatched")
 
 
@@ -282,6 +284,8 @@ def lightning_tensors() -> dict[str, Tensor]:
 
 
 Q = "diffusion_model.blocks.0.self_attn.q"
+FOREIGN = ("b_norm", "boft_r", "ia3_l", "lora_a", "lora_b", "lora_embedding_A", "lora_embedding_B", "lora_mid",
+           "oft_diag", "reshape_weight", "set_weight", "w_norm")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,10 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         ({f"{Q}.dora_scale": torch.ones(1, 64)}, r"q.dora_scale is \[1, 64\], not one norm for each of the 64 rows"),
         ({"diffusion_model.head.head.dora_scale": torch.ones(64)}, "head.dora_scale has no LoRA beside it"),
         ({f"{Q}.lora_mid.weight": torch.ones(4, 4)}, r"of a kind not supported: lora_mid"),
-        ({f"{Q}.w_norm": torch.ones(4), f"{Q}.set_weight": torch.ones(4)}, r"not supported: set_weight, w_norm"),
+        (
+            {f"{Q}.{kind}{'.weight' * kind.startswith('lora')}": torch.ones(4) for kind in FOREIGN},
+            f"not supported: {', '.join(FOREIGN)}$",
+        ),
         ({"diffusion_model.blocks.9.self_attn.q.lora_up.weight": torch.ones(4)}, r"1 of 61 tensors \(first: diffusion"),
         ({"text_encoder.layers.0.q.lora_A.weight": torch.ones(4)}, r"match no part of the model; --lora_allow_partial"),
         (

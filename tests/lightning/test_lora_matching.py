@@ -77,8 +77,12 @@ def test_task_of_reads_the_channels() -> None:
         ("pipe.dit.blocks.0.ffn.2.dora_scale", "blocks.0.ffn.2", "magnitude", None),
         ("_orig_mod.blocks.0._fsdp_wrapped_module.ffn.2.lora_down.weight", "blocks.0.ffn.2", "down", None),
         ("module.generator.blocks.0.ffn.2.lora_A.weight", "blocks.0.ffn.2", "down", None),
+        *((f"{prefix}.blocks.0.ffn.2.alpha", "blocks.0.ffn.2", "alpha", None) for prefix in (
+            "model", "model.diffusion_model", "transformer", "unet", "dit", "generator_ema",
+            "_checkpoint_wrapped_module",
+        )),
     ],
-)
+)  # fmt: skip
 def test_parse(raw: str, stem: str, kind: str, expert: str | None) -> None:
     assert lora_matching.parse_key(raw) == lora_matching.Key(raw, stem, kind, expert)
 

@@ -225,7 +225,7 @@ def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
+def test_existing_files_stay_until_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_text("before")
     with VideoWriter(path, 16) as video:

@@ -297,7 +297,7 @@ def test_peak_of_an_images_encoding_is_predicted(known: int, tiles: tuple[int, i
 
 
 def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is between norm and SiLU never leaves the cache, and strips change no bit."""
+    """Intermediates between norm and SiLU stay in the cache, and strips change no bit."""
     with torch.device("meta"), torch.inference_mode():
         monkeypatch.setitem(STRIPS, "meta", STRIPS["cuda"])
         x, norm = torch.empty(2, 360, 640, 192), RMSNorm(192, axes=3)

@@ -174,7 +174,7 @@ def test_tiles_encode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
 
 @pytest.mark.parametrize("level", range(4))
 def test_decoder_rim_is_how_far_a_level_reaches(vae: WanVAE, level: int) -> None:
-    """What is not a number spreads exactly as far as the convolutions read."""
+    """NaN spreads exactly as far as the convolutions read."""
     channels = vae.decoder.levels[level].layers[0].steps[0][1].in_channels
     x = torch.ones(2, 1, 40, channels, dtype=torch.float64)
     x[:, :, 0] = torch.nan

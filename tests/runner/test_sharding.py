@@ -103,7 +103,7 @@ def test_the_whole_file_is_no_shard() -> None:
         ({"shard": "1/2", "extend_only": "x.txt"}, "leave it out with --extend_only"),
     ],
 )
-def test_what_cannot_be(flags: dict[str, object], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=re.escape(sentence)):
         outcome(**flags)
 
@@ -142,9 +142,9 @@ def test_two_shards_make_what_one_process_makes(capsys: pytest.CaptureFixture[st
     assert generate.main(words(3, Path("one"))) == 0
     for shard in ("2/2", "1/2"):
         assert generate.main(words(3, Path("many"), "--shard", shard)) == 0
-    told = capsys.readouterr()
-    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", told.err, re.M)
-    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", told.out, re.M)
+    printed = capsys.readouterr()
+    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", printed.err, re.M)
+    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", printed.out, re.M)
     (record,) = Path("many").glob("t2v-A14B_0002_*.json")
     assert json.loads(record.read_text())["job"]["index"] == 2
     assert_equal_videos(Path("many"), Path("one"), 3)

@@ -28,7 +28,6 @@ else:
 Reply = TypeVar("Reply")
 
 PLACE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?:/(\S(?:.*\S)?))?")
-# Weights are read by ranges; smaller files are fetched when they are opened.
 BESIDE = (*WEIGHT_SUFFIXES, ".json", ".model")  # fetched of a folder
 BLOCK = 1 << 20  # bytes of one request: more than most headers
 WAITS = (1.0, 4.0)  # seconds before a busy hub is asked again; the library itself does so for files only
@@ -114,13 +113,8 @@ def exists(path: Path) -> bool:
 def place(name: str) -> HubPath | None:
     """The place on the hub that a name means; None if it is no such name, or may mean something here."""
     match = PLACE.fullmatch(name)
-    if (
-        not match
-        or os.path.exists(name.partition("/")[0])
-        or (not match[3] and match[1].lower().endswith(WEIGHT_SUFFIXES))
-    ):
-        return None
-    return HubPath(name)
+    is_file = match and not match[3] and match[1].lower().endswith(WEIGHT_SUFFIXES)
+    return None if not match or is_file or os.path.exists(name.partition("/")[0]) else HubPath(name)
 
 
 def located(flag: str, name: str) -> Path:

@@ -139,8 +139,7 @@ def _records(path: Path, infos: list[zipfile.ZipInfo], directory: int) -> dict[s
                 start = info.header_offset + RECORD_HEADER + sum(struct.unpack("<HH", file.read(4)))
         return start, info.file_size
 
-    stored = {info.filename.rpartition("/")[2]: info for info in infos if info.filename.split("/")[-2:-1] == ["data"]}
-    return {key: data_of(info) for key, info in stored.items()}
+    return {i.filename.rpartition("/")[2]: data_of(i) for i in infos if i.filename.split("/")[-2:-1] == ["data"]}
 
 
 def _find_tensors(path: Path, content: Any) -> dict[str, Pickled]:

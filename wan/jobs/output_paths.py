@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -84,8 +83,8 @@ def check_outputs(
         ways = f"--overwrite replaces it, --resume skips what is finished, or choose another {other}"
         refuse([path for path in there if path not in refused], f"{flag}{{}} already exist{{s}}; {ways}")
     elif hasattr(os, "geteuid"):  # in a sticky folder only root, its owner and the file's may replace a file
-        owners = {path: (0, path.parent.stat().st_uid, path.lstat().st_uid) for path in there}
-        kept = [p for p in there if p.parent.stat().st_mode & stat.S_ISVTX and os.geteuid() not in owners[p]]
+        here, me = {path: path.parent.stat() for path in there}, os.geteuid()
+        kept = [p for p in there if here[p].st_mode & 0o1000 and me not in (0, here[p].st_uid, p.lstat().st_uid)]
         refuse(kept, f"{flag}{{}} belong{{s}} to another user, and lie{{s}} in a sticky folder; choose another name")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):

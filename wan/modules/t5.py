@@ -61,8 +61,7 @@ class UMT5Encoder(nn.Module):
         buckets = position_buckets(max(map(len, texts))).to(states[0].device)
         for unit, block in enumerate(self.blocks):
             with self.residency.use(unit):
-                # one after the other: a text's old rows make room
-                states = [block(states.pop(0), buckets[: len(ids), : len(ids)]) for ids in texts]
+                states = [block(states.pop(0), buckets[: len(ids), : len(ids)]) for ids in texts]  # old ones go at once
         return [self.norm(states.pop(0)) for _ in texts]
 
     def activation_bytes(self, lengths: Sequence[int], itemsize: int) -> int:

@@ -83,9 +83,7 @@ def what_fits(plan: Plan, kind: VideoKind) -> str:
 
 def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
     """Tiles in which the frames of a `latent` [C, f, h, w] are decoded, or each process's share of them.
-
-    As few as memory allows. finer: the next more, after the device ran out of memory.
-    """
+    As few as memory allows. finer: the next more, after the device ran out of memory."""
     vae, ranks, (c, f, h, w) = plan.checkpoint.vae.module, plan.layout.sequence, latent
     return _fewest_tiles(
         plan,
@@ -107,8 +105,7 @@ def _fewest_tiles(
             for sizes in (plan.expert_sizes.values() if plan.sampling else ())
         )
         limit = usable_bytes(plan.room) - plan.weight_bytes["VAE"] - experts
-        fitting = (index for index, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit)
-        chosen = next(fitting, len(ways) - 1)
+        chosen = next((n for n, tiles in enumerate(ways) if DECODING * peak(tiles) <= limit), len(ways) - 1)
     return ways[min(chosen + finer, len(ways) - 1)]
 
 
