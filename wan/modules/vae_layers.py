@@ -79,10 +79,7 @@ def join_history(
     straight behind the history, so that joining the two costs no pass of its own."""
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
-    if conv in state.kept:
-        frames[:history] = state.kept[conv]
-    else:
-        frames[:history].zero_()
+    frames[:history] = state.kept.get(conv, 0)
     write(x, frames[history:])
     state.kept[conv] = frames[-history:].clone()  # a view would hold the whole chunk in memory
     return frames
