@@ -108,7 +108,7 @@ def count_decode(
 ) -> Cost:
     """Cost of one decode at full size on a GPU, or of the busiest of several; nothing is computed.
 
-    length: of the latent, in place of the full one.
+    length: of the latent, instead of the full one.
     """
     channels, full, height, width = FULL_SIZE[kind]
     vae, latent = released(kind), torch.empty(channels, length or full, height, width, device="meta")

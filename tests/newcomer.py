@@ -263,7 +263,7 @@ def shown(received: str, columns: int) -> list[str]:
     lines = []
     for line in received.replace("\r\n", "\n").split("\n"):
         left = ""
-        for part in line.split("\r"):  # written over what stands there; CLEAR empties the rest
+        for part in line.split("\r"):  # overwrites the line; CLEAR empties the rest
             left = part.replace(CLEAR, "") + ("" if CLEAR in part else left[len(part) :])
         lines += [left[first : first + columns] for first in range(0, max(1, len(left)), columns)]
     return lines[:-1] if lines[-1] == "" else lines

@@ -15,7 +15,7 @@ END_TO_END = 1e-4
 
 
 def flags_of(case: dict) -> list[str]:
-    """The command that the golden case stands for."""
+    """The command of the golden case."""
     arguments = case["args"]
     step = 32 if case["task"] == "ti2v-5B" else 16
     size = arguments.get("size") or [arguments["max_area"] // step, step]  # with an image only the area counts

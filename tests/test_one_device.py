@@ -41,7 +41,7 @@ RUNS = (  # with steps of both experts, guided and not
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses what a GPU would. What is copied to the host is zeros."""
+    """Refuses what a GPU would. Copies to the host are zeros."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.name().partition(".")[0]

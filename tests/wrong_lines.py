@@ -1,7 +1,7 @@
 """Wrong command lines, made by a seed: `python -m tests.wrong_lines [--count 500] [--seed 0] [--show]`.
 
-Each is a good line with one thing wrong in it. The answer must be exit code 2 and one line on stderr, which names what
-is wrong: the flag, the row, the file. Anything else is a finding and exit code 1.
+Each is a good line with one fault. The answer must be exit code 2 and one line on stderr, which names the flag, row or
+file at fault. Anything else is a finding and exit code 1.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def test_names_behind_a_prefix(kind: str, prefix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", ["scaled_fp8", "spiece_model"])
-def test_what_is_no_weight_is_left_out(marker: str, tmp_path: Path) -> None:
+def test_tensors_that_are_no_weights_are_left_out(marker: str, tmp_path: Path) -> None:
     case = Case(marker, TEXT_ENCODER)
     case.rest()
     case.tensors[marker] = torch.zeros(2, dtype=torch.uint8)

@@ -423,7 +423,7 @@ def test_8_bits_in_plan_record_and_replay(form, how, capsys):
     saved = (
         json.loads(plain.splitlines()[0])["weight_bytes"]["high expert"] - record["plan"]["weight_bytes"]["high expert"]
     )
-    assert saved == 3 * matrices - 4 * rows, "a byte in place of four, and a scale a row"
+    assert saved == 3 * matrices - 4 * rows, "a byte instead of four, and a scale per row"
     code, out, err = main(capsys, "--replay", "a.json", "--dry_run")
     assert (code, line in out) == (0, True), err
 

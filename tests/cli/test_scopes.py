@@ -1,4 +1,4 @@
-"""Every option says what it has a say in, and --resume goes by it: equal videos are found, others are not."""
+"""Every option says what it affects, and --resume goes by it: equal videos are found, others are not."""
 
 import dataclasses
 import json

@@ -219,11 +219,11 @@ def forward_after_a_failed_one(runtime: Runtime, place: str) -> list[Tensor]:
     model = load_expert(torch.float32, mesh, split=True)
 
     def fail(*_: object) -> None:
-        raise ValueError("no room")
+        raise ValueError("no memory")
 
     if runtime.team.rank == 1:
         failing = model.get_submodule(place).register_forward_hook(fail)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="no memory"):
         mesh.team.all_or_none(lambda: tiny_forwards(model))
     if runtime.team.rank == 1:
         failing.remove()

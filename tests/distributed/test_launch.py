@@ -234,7 +234,7 @@ def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
         nonlocal met
         for index in range(5):
             if team.rank == failing and index == 2:
-                raise JobError("no room")
+                raise JobError("no memory")
             team.barrier()
             met += 1
 
@@ -250,7 +250,7 @@ def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
 def test_a_rank_that_fails_is_missed_at_the_next_meeting(failing: int) -> None:
     assert (
         run_ranks(leave_in_the_midst, 3, failing)
-        == [(2, f"process 2 on {socket.gethostname()}: no room" if failing else "no room")] * 3
+        == [(2, f"process 2 on {socket.gethostname()}: no memory" if failing else "no memory")] * 3
     )
 
 
@@ -312,7 +312,7 @@ def test_an_environment_that_lacks_something(
 
 
 def place(runtime: Runtime, gpus: int, seen: list[str], printed: bool = False) -> tuple[bool, int | None]:
-    """Whether a process with so many GPUs visible takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process;
+    """Whether a process that sees this number of GPUs takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process;
     printed: whether the launcher numbers those of a machine."""
     taken: list[int] = []
     torch.cuda.device_count, torch.cuda.set_device = lambda: gpus, taken.append  # type: ignore[assignment]

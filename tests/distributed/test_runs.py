@@ -308,7 +308,7 @@ def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path:
 
 
 def short_of_memory(words: list[str]) -> int:
-    """generate.py where the last process has no room to decode its region at once."""
+    """generate.py where the last process lacks memory to decode its region at once."""
     original = WanVAE.decode
 
     def faulty(self: WanVAE, *arguments: Any, **more: Any) -> Iterator[torch.Tensor]:

@@ -163,7 +163,7 @@ def test_a_writer_that_stops_early_does_not_hold_up_the_others() -> None:
 
 
 def test_tiles_are_planned_for_a_share() -> None:
-    """In 12 GB a process alone decodes 720p in tiles; each of four has room for its share of it."""
+    """With 12 GB one process decodes 720p in tiles; for each of four its share fits whole."""
     here = Machine(torch.device("cpu"), TESTS, TESTS)
     alone = released_plan("t2v-A14B", True, 12 * 10**9, here)
     shared = replace(alone, layout=Layout(4, 4, 1))

@@ -173,7 +173,7 @@ def test_record(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
+    """Raised as a signal would be: nothing catches it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:

@@ -22,7 +22,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def quantised(dtype: torch.dtype, by_row: bool, scale_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(tensors of a quantised file, what they stand for): all linear weights of the blocks."""
+    """(tensors of a quantised file, the weights that they encode): all linear weights of the blocks."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     stored, exact = weights(), weights()
     for name, weight in weights().items():

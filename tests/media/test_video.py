@@ -300,7 +300,7 @@ def test_a_stuck_encoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: it stops the first pass, then the second."""
+    """A limit on the size of files acts as a full disk: it stops the first pass, then the second."""
     script = f"""
 import resource, torch
 from pathlib import Path

@@ -89,7 +89,7 @@ def test_other_shapes_are_refused(change: dict, named: str) -> None:
         WanVAE.from_shapes(shapes)
 
 
-# What the originals computed
+# Results of the originals
 
 
 def golden_vae(task: str) -> WanVAE:

@@ -61,7 +61,7 @@ def open_task(task: str, lora_mode: str | None) -> Original:
 
 
 def use_slots(count: int, monkeypatch: pytest.MonkeyPatch, batch_guidance: bool = False) -> None:
-    """As if the device had room for so many."""
+    """As if this number fitted on the device."""
     budget = SimpleNamespace(
         slots=count, resident=False, tiles=(1, 1), batch_guidance=batch_guidance, vae_leaves=True, between=1
     )

@@ -159,7 +159,7 @@ def start(number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def has_made(number: int, count: int) -> bool:
-    """Whether a process has saved so many videos, and is at another one."""
+    """Whether a process has saved this number of videos, and is at another one."""
     log = Path(f"log{number}").read_text()
     return log.count("saved ") >= count and "video " in log.rpartition("saved ")[2]
 
@@ -176,7 +176,7 @@ def test_forty_videos_by_four_processes_two_of_them_killed(sharded: bool) -> Non
     commands = [words(40, folder, *shard) for shard in shards]
     processes = [start(number, command) for number, command in enumerate(commands)]
     for victim in chance.sample(range(4), 2):
-        wanted = chance.randrange(4)  # of its videos so many are whole
+        wanted = chance.randrange(4)  # the number of its videos that are whole
         while not has_made(victim, wanted):
             assert processes[victim].poll() is None
             time.sleep(0.02)
