@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning.merge import Merge
-from wan.checkpoints.pth_file import Strided
 from wan.checkpoints.quantised_formats import Quantised, int8_rotations
-from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.safetensors_file import Entry, TensorStore
 from wan.configs.precision import keeps_float32
 from wan.modules.fused import FP8
 from wan.modules.quantised_linear import EIGHT_BITS, QuantisedLinear, rotation_of, round_rows, scale_name
@@ -196,8 +195,8 @@ def _place_by_threads(
     def bring(piece: Piece) -> int:
         own, buffer = free.pop()
         try:
-            whole = isinstance(own.store[piece.name], Strided)  # is read whole each time
-            rows, size = piece.rows or slice(None), PIECE_BYTES if whole else STRIP_BYTES
+            plain = type(own.store[piece.name]) is Entry  # other reads take memory, each anew
+            rows, size = piece.rows or slice(None), STRIP_BYTES if plain else PIECE_BYTES
             for strip in own.pieces([piece.name], lambda _: rows, size):
                 own.place(strip, own.read(strip, buffer), targets)
         finally:
