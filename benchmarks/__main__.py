@@ -2,7 +2,7 @@
 
     python -m benchmarks [--gpu] [--minutes 9] [--keep FILE] [--plot growth.png]
 
-What has been measured is kept as soon as it is there: a run that was ended goes on where it stopped. What needs a GPU
+Results are kept as soon as they are there: a run that was ended goes on where it stopped. What needs a GPU
 comes first where there is one. Times of networks are CPU seconds of this process where there is no GPU, so that other
 work counts less.
 """

@@ -1,4 +1,4 @@
-"""What a chain hands on: the last frame of a clip in pixels, as the mp4 shows it or before, or the last latent itself.
+"""Three ways to continue a clip: its last frame in pixels, as the mp4 shows it or before, or the last latent itself.
 
     python -m benchmarks.chain_seam
 
@@ -54,7 +54,7 @@ def main() -> None:
             handed_on = [vae.encode(pixels[:, None]) for pixels in (i2v_tensor(picture, (64, 64)), expected)]
             found = [psnr(frame(vae, each, 0), expected) for each in (*handed_on, latent[:, -1:])]
             rows.append([str(number), *(f"{each:.1f} dB" for each in found)])
-    grid("What the next clip starts from, against the last frame of the one before it", rows)
+    grid("Start of the next clip, against the last frame of the one before it", rows)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class SentBytes(TorchDispatchMode):
 
 
 def count(layout: Layout, rank: int, network: NetworkSizes, tokens: int, file: Path | None) -> Counter[str]:
-    """What `rank` sends in one forward of a network of zeros; sharded if its weights are in a `file`."""
+    """Bytes that `rank` sends in one forward of a network of zeros; sharded if its weights are in a `file`."""
     device = torch.device("cpu")
     mesh = make_mesh(layout, "cpu", rank)
     with torch.device("meta"):

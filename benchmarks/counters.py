@@ -24,7 +24,7 @@ class CostCounter(TorchDispatchMode):
 
     traffic: bytes read + written; calls: operations; live, peak: bytes of tensors made inside and still referenced, now
     and at most. Weights and other tensors made before are not part of `live`.
-    cache: bytes of the device's cache. A tensor made inside stays there until so many bytes, its own among them, have
+    cache: bytes of the device's cache. A tensor made inside stays there until that many bytes, its own included, have
     passed: read by then it costs nothing, and gone by then it was never written to memory.
     """
 

@@ -43,7 +43,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
         "not tried": "number", "joined": "number", "not joined": "number"}),
     "error": ("the run ends with this exit code", {"code": "number", "problems": "list"}),
 }  # fmt: skip
-# What the lists and objects of a plan hold, by their field: those of each entry.
+# Fields of the entries of a plan's lists and objects, by the list's own field.
 EVENT_PARTS: dict[str, tuple[str, dict[str, str]]] = {
     "steps": ("guidance 1: none", {"timestep": "number", "expert": "text", "guidance": "number", "lora": "number"}),
     "jobs": ("the videos; done: --resume has found it", {

@@ -81,7 +81,7 @@ def write_headers(folder: Path, task: str, layers: int | None, width: int | None
 
 
 def unread(source: Source, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
-    """In place of `Source.read`: the buffer as it is, for where nothing depends on what weights are."""
+    """Instead of `Source.read`: the buffer as it is, for where nothing depends on what weights are."""
     entry = source.store[piece.name]
     shape = entry.shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *entry.shape[1:])
     dtype, width = DTYPES[entry.dtype]
@@ -192,8 +192,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--videos", type=int, default=2, help="the first one warms up")
     parser.add_argument("--image", default=None)
-    parser.add_argument("--layers", type=int, default=None, help="in place of the released depth")
-    parser.add_argument("--width", type=int, default=None, help="in place of the released width")
+    parser.add_argument("--layers", type=int, default=None, help="instead of the released depth")
+    parser.add_argument("--width", type=int, default=None, help="instead of the released width")
     report([row("", Run(**vars(parser.parse_args())), "", None)])
 
 

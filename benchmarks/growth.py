@@ -36,7 +36,7 @@ SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 
 @dataclass(frozen=True)
 class Video:
-    """What is asked for; the defaults are the point that each table starts from."""
+    """The request; the defaults are the point that each table starts from."""
 
     frames: int = 81
     size: tuple[int, int] = SIZES["720p"]
@@ -56,7 +56,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run, on one rank: operations by stage, bytes that its transformer moves in memory, bytes sent."""
+    """Costs of a run, on one rank: operations by stage, bytes that its transformer moves in memory, bytes sent."""
 
     denoise: float
     decode: float

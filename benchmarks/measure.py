@@ -1,4 +1,4 @@
-"""What every benchmark prints and how it measures: the machine, interleaved medians, one form of table."""
+"""Shared by benchmarks: the machine's line, interleaved medians, one form of table."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ NEEDS_A_GPU = "needs a GPU"
 def run(works: Mapping[str, Callable[[], list[Row]]], keep: Path | None = None, seconds: float = math.inf) -> int:
     """Do each work, whose name says what it measures, and report the rows of all; how many failed or were not begun.
 
-    keep: gets each work's rows as soon as they are there. What it has of this machine and commit is not done again, so
-    a run that was killed goes on where it stopped. After so many `seconds` no further work is begun.
+    keep: gets each work's rows as soon as they are there. Rows of this machine and commit are not measured again, so
+    a run that was killed goes on where it stopped. After `seconds` no further work is begun.
     """
     here, end = machine().partition(", ")[2], time.perf_counter() + seconds
     done = {name: rows for name, rows in _kept(keep, here) if name in works} if keep else {}

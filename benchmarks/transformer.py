@@ -130,6 +130,7 @@ def rows_beside_diffusers(repeats: int) -> list[Row]:
     found = [Row(what, f"{words[1]} (**{seconds[0] / seconds[1]:.2f} x**)", "1.1 x diffusers", peer)]
     if len(ways) > 2:
         ratios = f"**{seconds[0] / seconds[3]:.2f} x**; {seconds[2] / seconds[3]:.2f} x compiled"
+        ratios += f", not compiled {seconds[2] / seconds[1]:.2f} x compiled"
         figure = f"{words[3]} ({ratios}), compiling took {compiling[1]:.0f} s"
         limit = "1.0 x diffusers compiled"
         found.append(Row("the same, our passes compiled, diffusers' module compiled whole", figure, limit,
@@ -181,7 +182,7 @@ def _absent(size: str) -> list[Row]:
 
 
 def machine_rates(device: torch.device) -> list[Row]:
-    """What everything else is divided by, and what "auto" comes to."""
+    """The base that all other rows are divided by, and the choice of "auto"."""
     rates = f"{matmul_rate(device) / 1e12:.0f} TFLOP/s; {copy_rate(device) / 1e12:.2f} TB/s"
     chosen = choose("auto", device, torch.bfloat16, A14B["num_heads"], 128)
     return [Row("bf16 matmul 8192^3; device copy", rates), Row("what `--attention auto` picks", str(chosen))]
@@ -275,7 +276,7 @@ def share_of_the_rest(forward: Callable[[], object]) -> str:
 
 
 def works(repeats: int = 5) -> dict[str, Callable[[], list[Row]]]:
-    """What needs no GPU, by name."""
+    """Measurements without a GPU, by name."""
     return {"C1, C2 transformer": static_rows, "C3 transformer": partial(rows_beside_diffusers, repeats)}
 
 

@@ -39,12 +39,12 @@ KINDS = {"2.1": VAES[16], "2.2": VAES[48]}
 
 
 def gpu_works() -> dict[str, Callable[[], list[Row]]]:
-    """What is measured on a GPU, by name."""
+    """Measurements on a GPU, by name."""
     return {f"G7 VAE {kind}": partial(full_size, kind) for kind in KINDS}
 
 
 def works() -> dict[str, Callable[[], list[Row]]]:
-    """What is measured anywhere, by name."""
+    """Measurements on any machine, by name."""
     timed = {f"C4 VAE {kind}": partial(time_decode, kind) for kind in KINDS}
     return {
         "C4 VAE counted": counted_rows,
@@ -106,9 +106,9 @@ def count_decode(
     cache: int = CACHE,
     length: int | None = None,
 ) -> Cost:
-    """What one decode at full size costs on a GPU, or the share of the busiest of several; nothing is computed.
+    """Cost of one decode at full size on a GPU, or of the busiest of several; nothing is computed.
 
-    length: of the latent, in place of the full one.
+    length: of the latent, instead of the full one.
     """
     channels, full, height, width = FULL_SIZE[kind]
     vae, latent = released(kind), torch.empty(channels, length or full, height, width, device="meta")

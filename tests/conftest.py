@@ -34,7 +34,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """What is compared, to the bit, with what a process of one thread makes."""
+    """Tests that compare, to the bit, with a process of one thread."""
     import torch  # only now: it reads OMP_NUM_THREADS
 
     threads = torch.get_num_threads()

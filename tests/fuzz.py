@@ -238,7 +238,7 @@ def use_lora(path: Path, weights: Path, rng: random.Random) -> None:
 
 
 def expert_case(rng: random.Random, folder: Path) -> None:
-    """A full expert in one file, one layer in int8 with a scale a row; damaged in its header."""
+    """A full expert in one file, one layer in int8 with a scale per row; damaged in its header."""
     plain, path = folder / "plain.safetensors", folder / "expert.safetensors"
     if not plain.exists():
         base = TensorStore.open(checkpoint(TASK) / "low_noise_model" / "diffusion_pytorch_model.safetensors.index.json")

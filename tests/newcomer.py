@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
     command: str
     code: int = 0
-    told: tuple[str, ...] = ()  # what the terminal shows at the end
+    says: tuple[str, ...] = ()  # what the terminal shows at the end
     files: tuple[str, ...] = ()  # patterns of files that are there then
     before: Callable[[Path], None] | None = None  # in the clone
     at: str = ""  # once the terminal shows this...
@@ -124,25 +124,25 @@ def kill_one(launcher: int, _: int) -> None:
 
 TASKS: dict[str, list[Step]] = {
     "1 the two commands": [
-        Step("make demo", told=("1 saved",), files=("demo/t2v*.mp4", "demo/i2v*.mp4", "demo/t2v*.png")),
+        Step("make demo", says=("1 saved",), files=("demo/t2v*.mp4", "demo/i2v*.mp4", "demo/t2v*.png")),
     ],
-    "2 what can my machine do": [Step("python -m wan.doctor", told=("nothing wrong", "t2v-A14B"))],
+    "2 what can my machine do": [Step("python -m wan.doctor", says=("nothing wrong", "t2v-A14B"))],
     "3 a plan for a machine that is not here": [
         Step(f"python generate.py --task t2v-A14B --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} --vram 24 --dry_run",
              2, ("hf download Wan-AI/Wan2.2-T2V-A14B", "hf download lightx2v/Wan2.2-Lightning")),
         Step(f"python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} "
-             "--vram 24 --dtype bf16 --dry_run", told=("21 of 41 blocks stay", "dry run: nothing was made"),
+             "--vram 24 --dtype bf16 --dry_run", says=("21 of 41 blocks stay", "dry run: nothing was made"),
              before=write_weights),
         Step("python generate.py --task i2v-A14B --ckpt_dir Wan2.2-I2V-A14B --image examples/shapes/first_frame.png "
-             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", told=("steps 1 to 15", "blocks stay")),
+             "--prompt 'a cat' --vram 24 --dtype bf16 --dry_run", says=("steps 1 to 15", "blocks stay")),
         Step("python generate.py --task ti2v-5B --ckpt_dir Wan2.2-TI2V-5B --prompt 'a cat' --vram 24 --dtype bf16 "
-             "--dry_run", told=("50 steps", "1280x704, 121 frames")),
+             "--dry_run", says=("50 steps", "1280x704, 121 frames")),
         Step("python generate.py --ckpt_dir Wan2.2-T2V-A14B --prompt 'a cat' --vram 3 --dry_run", 2,
              ("needs at least",)),
     ],
     "4 a prompt of my own": [
         Step(f"python generate.py {T2V} --size 96x64 --frame_num 17 {PROMPT} --save_file my/red.mp4 --preview",
-             told=("none of those that 'shapes' was trained for", "saved my/red.mp4"),
+             says=("none of those that 'shapes' was trained for", "saved my/red.mp4"),
              files=("my/red.mp4", "my/red.png")),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --save_file my/red.mp4", 2,
              ("my/red.mp4 and my/red.json already exist",)),
@@ -154,7 +154,7 @@ TASKS: dict[str, list[Step]] = {
              before=draw_pictures),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image jpeg.png --save_file my/b.mp4", files=("my/b.mp4",)),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image clear.png --dry_run",
-             told=("transparency was dropped",)),
+             says=("transparency was dropped",)),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image huge.png", 2,
              ("too large", "at most 100 megapixels")),
         Step(f"python generate.py {I2V} {SMALL} {PROMPT} --image text.png", 2, ("text.png: not an image",)),
@@ -163,18 +163,18 @@ TASKS: dict[str, list[Step]] = {
         Step(f"python generate.py {BATCH}", 2, ("five.jsonl line 3: size 100*64",), before=write_bad_prompts),
         Step(f"python generate.py {BATCH}", 130, ("1 saved, 4 not tried", "--resume"),
              ("batch/*_0000_*.mp4",), mend_prompts, at="video 0001 (2 of 5)", do=interrupt),
-        Step(f"python generate.py {BATCH} --resume", told=("4 saved, 1 there already", "video 0004 (5 of 5)"),
+        Step(f"python generate.py {BATCH} --resume", says=("4 saved, 1 there already", "video 0004 (5 of 5)"),
              files=("batch/*_0000_*.mp4", "batch/*_0004_*.mp4")),
     ],
     "7 once more, with another seed": [
-        Step("python generate.py --replay demo/t2v*.json --base_seed 7 --save_dir again", told=("seed 7",),
+        Step("python generate.py --replay demo/t2v*.json --base_seed 7 --save_dir again", says=("seed 7",),
              files=("again/*_seed7_*_replay.mp4",)),
         Step("python generate.py --replay Makefile", 2, ("--replay Makefile: ",)),
     ],
     "8 LoRAs": [
         Step("python -m lightning inspect examples/shapes/lora-t2v --ckpt_dir examples/shapes/Wan2.2-T2V-A14B",
-             told=("40/40 pairs", "--lora_dir examples/shapes/lora-t2v")),
-        Step(f"python generate.py {T2V} {SMALL} {PROMPT} --lora_strength 0.8 --dry_run", told=("strength 0.8",)),
+             says=("40/40 pairs", "--lora_dir examples/shapes/lora-t2v")),
+        Step(f"python generate.py {T2V} {SMALL} {PROMPT} --lora_strength 0.8 --dry_run", says=("strength 0.8",)),
         Step("python generate.py --task t2v-A14B --ckpt_dir examples/shapes/Wan2.2-T2V-A14B --lora_dir "
              f"examples/tiny/lora-t2v {SMALL} {PROMPT} --dry_run", 2, ("20 of 60 tensors do not fit the model",)),
         Step("python -m lightning inspect README.md", 2, ("error: README.md: not a safetensors file",)),
@@ -189,33 +189,33 @@ TASKS: dict[str, list[Step]] = {
     ],
     "10 two processes": [
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {SMALL} --dit_fsdp --t5_fsdp --ulysses_size 2 "
-             "--prompt_file examples/prompt_list.txt --save_dir two", told=("3 saved",), files=("two/*_0002_*.mp4",)),
+             "--prompt_file examples/prompt_list.txt --save_dir two", says=("3 saved",), files=("two/*_0002_*.mp4",)),
         Step(f"torchrun --nproc-per-node 2 generate.py {T2V} {LONG} {PROMPT} --ulysses_size 2 --save_dir three", 1,
              ("error: ", "SIGKILL"), at="| 2/200 ", do=kill_one, foreign=True),
     ],
     "11 a 12 GB card and a spreadsheet": [
         Step(f"python generate.py --task t2v-A14B --size 720p --ckpt_dir Wan2.2-T2V-A14B --lora_dir {RELEASE} "
-             "--prompt 'a cat' --vram 12 --dry_run", told=("of 41 blocks stay", "81 frames"), before=write_weights),
+             "--prompt 'a cat' --vram 12 --dry_run", says=("of 41 blocks stay", "81 frames"), before=write_weights),
         Step(f"python generate.py {T2V} {SMALL} --prompt_file sheet.csv --save_dir sheet --gallery --resume",
-             told=("5 saved", "'notes'", "sheet/index.html"), files=("sheet/*_0004_seed4_*.mp4",), before=write_sheet),
+             says=("5 saved", "'notes'", "sheet/index.html"), files=("sheet/*_0004_seed4_*.mp4",), before=write_sheet),
         Step(f"python generate.py {T2V} {SMALL} --prompt_file sheet.csv --save_dir sheet --resume",
-             told=("5 there already",)),
+             says=("5 there already",)),
     ],
     "12 the original's scripts and a folder of LoRAs": [
         Step("python script.py", files=("script.mp4",), before=write_script),
         Step(f"python generate.py {T2V.replace('--lora_dir', '--lora')}/high_noise_model.safetensors:0.8 {SMALL} "
-             f"{PROMPT} --dry_run", told=("strength 0.8",)),
+             f"{PROMPT} --dry_run", says=("strength 0.8",)),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --sweep lora_strength=0.5,1 --sweep base_seed=1,2 "
-             "--save_dir sweep", told=("4 saved", "read again 1 time"), files=("sweep/*_0003_*lora_strength1*.mp4",)),
+             "--save_dir sweep", says=("4 saved", "read again 1 time"), files=("sweep/*_0003_*lora_strength1*.mp4",)),
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --task s2v-14B", 2, ("S2V",)),
     ],
     "13 eight GPUs and Slurm": [
         Step(f"python generate.py {T2V} {SMALL} {PROMPT} --dit_fsdp --ulysses_size 8", 2, ("torchrun",)),
         Step("env SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=0 "
              f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt "
-             "--shard slurm --base_seed 1 --save_dir array", told=("1 saved",)),
+             "--shard slurm --base_seed 1 --save_dir array", says=("1 saved",)),
         Step(f"python generate.py {T2V} {SMALL} --prompt_file examples/prompt_list.txt --shard 1/2 --base_seed 1 "
-             "--save_dir array --resume", told=("2 saved",), files=("array/*_0002_*.mp4",)),
+             "--save_dir array --resume", says=("2 saved",), files=("array/*_0002_*.mp4",)),
     ],
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def typed(command: str, clone: Path, env: dict[str, str], columns: int, step: St
 
 
 def _expanded(word: str, clone: Path) -> list[str]:
-    """What a shell makes of a word with a star."""
+    """A word with a star as a shell expands it."""
     found = sorted(path.relative_to(clone).as_posix() for path in clone.glob(word)) if "*" in word else []
     return found or [word]
 
@@ -263,18 +263,18 @@ def shown(received: str, columns: int) -> list[str]:
     lines = []
     for line in received.replace("\r\n", "\n").split("\n"):
         left = ""
-        for part in line.split("\r"):  # written over what stands there; CLEAR empties the rest
+        for part in line.split("\r"):  # overwrites the line; CLEAR empties the rest
             left = part.replace(CLEAR, "") + ("" if CLEAR in part else left[len(part) :])
         lines += [left[first : first + columns] for first in range(0, max(1, len(left)), columns)]
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def findings(step: Step, code: int, received: str, columns: int, clone: Path) -> list[str]:
-    """What is not as it should be."""
+    """Sentences about everything that is wrong."""
     whole, found = "\n".join(shown(received, 1 << 20)), []
     if code != step.code:
         found.append(f"exit code {code}, not {step.code}")
-    found += [f"does not say {text!r}" for text in step.told if text not in whole]
+    found += [f"does not say {text!r}" for text in step.says if text not in whole]
     found += [f"there is no {pattern}" for pattern in step.files if not any(clone.glob(pattern))]
     drawn = [part for part in received.replace("\r\n", "\n").split("\r") if "\n" not in part]
     found += [f"wider than the terminal: {part}" for part in drawn if disp_len(part.replace(CLEAR, "")) >= columns]

@@ -1,4 +1,4 @@
-"""What several tests need: the golden numbers, the small checkpoints, and settings to run them with."""
+"""Shared by tests: the golden numbers, the small checkpoints, and settings to run them with."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ LORAS = {"t2v-A14B": "lora-t2v", "i2v-A14B": "lora-i2v", "ti2v-5B": "lora-ti2v"}
 
 @cache
 def golden() -> dict[str, Tensor]:
-    """What the original pipelines computed, by `case.stage`."""
+    """Results of the original pipelines, by `case.stage`."""
     return load_file(TESTS / "golden" / "expected.safetensors")
 
 

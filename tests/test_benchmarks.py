@@ -21,11 +21,11 @@ def test_a_run_that_was_ended_goes_on_where_it_stopped(
 
     keep = tmp_path / "build" / "kept.jsonl"
     assert run({"a": lambda: work("a"), "b": lambda: work("b", fails=True), "c": lambda: work("c")}, keep) == 1
-    told = capsys.readouterr()
-    assert "| c second | 3 s |  | 2 s |" in told.out
-    assert "b first" not in told.out
-    assert "RuntimeError: the GPU is full" in told.err
-    assert told.err.endswith("not measured: b\n")
+    printed = capsys.readouterr()
+    assert "| c second | 3 s |  | 2 s |" in printed.out
+    assert "b first" not in printed.out
+    assert "RuntimeError: the GPU is full" in printed.err
+    assert printed.err.endswith("not measured: b\n")
 
     with keep.open("a") as file:
         file.write('{"machine": "cut o')  # killed while it wrote

@@ -53,7 +53,7 @@ def machine(root: Path = ROOT, disk: Path = ROOT) -> Machine:
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
-    """Of a whole examination."""
+    """Findings of a whole examination."""
     return list(doctor.findings_of("cpu", ROOT, tmp_path_factory.mktemp("disk"), small=True))
 
 

@@ -15,7 +15,7 @@ END_TO_END = 1e-4
 
 
 def flags_of(case: dict) -> list[str]:
-    """The command that the golden case stands for."""
+    """The command of the golden case."""
     arguments = case["args"]
     step = 32 if case["task"] == "ti2v-5B" else 16
     size = arguments.get("size") or [arguments["max_area"] // step, step]  # with an image only the area counts
@@ -178,7 +178,7 @@ def test_resume_goes_on_with_the_seed_that_was_drawn(tmp_path: Path) -> None:
 
 
 def test_a_baked_checkpoint_runs_as_the_release_that_is_in_it(tmp_path: Path) -> None:
-    """Four guidance-free steps without being told, bit-equal to base and LoRA; and no second distillation on top."""
+    """Four guidance-free steps by default, bit-equal to base and LoRA; and no second distillation on top."""
     from lightning.__main__ import main as lightning
 
     release = tmp_path / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"

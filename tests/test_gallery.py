@@ -112,8 +112,8 @@ def test_nothing_in_a_record_is_markup(tmp_path: Path) -> None:
     assert text.count("<") == empty.count("<")
     assert text.count(">") == empty.count(">")
     assert text.count("\u2028") == text.count("\u2029") == 0
-    told = [prompt.replace("\ud800", "?") for prompt in HOSTILE]
-    assert sorted(entry["prompt"] for entry in entries(page)) == sorted(told)
+    printed = [prompt.replace("\ud800", "?") for prompt in HOSTILE]
+    assert sorted(entry["prompt"] for entry in entries(page)) == sorted(printed)
 
 
 def test_it_names_nothing_outside_and_asks_no_network(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
         (lambda r: r["job"].update(source="prompts.csv line 3"), "row", "prompts.csv line 3"),
     ],
 )
-def test_what_differs_is_shown(change: Callable, name: str, shown: str, tmp_path: Path) -> None:
+def test_differences_are_shown(change: Callable, name: str, shown: str, tmp_path: Path) -> None:
     made = put(tmp_path, 1, "a", name="b")
     (plain,) = entries(write_page(tmp_path))
     change(made)

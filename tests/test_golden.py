@@ -46,7 +46,7 @@ def task(case: dict) -> Original:
 
 
 def started(task: Original, case: dict) -> Start:
-    """What the task makes of the case's image and size."""
+    """The case's image and size as the task prepares them."""
     image, size = image_of(case), case["args"].get("size")
     if image is not None:
         size = video_size(task.plan.config, image.size, (case["args"]["max_area"], 1))

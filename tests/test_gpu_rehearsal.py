@@ -69,7 +69,7 @@ def flags(task: str, folder: Path, out: Path) -> list[str]:
 
 
 def check(seen: dict[str, Any], room: int, title: str) -> None:
-    """What was planned holds: every stage takes at most that, the stage that takes most at least 90 % of it.
+    """Every stage takes at most the planned bytes, the largest one at least 90 % of them.
 
     Prints a table's row.
     """
@@ -219,7 +219,7 @@ def test_sharded_weights_on_four_gpus(task: str, tmp_path: Path) -> None:
         ({"FAKE_GPU_CC": 75}, "auto", "use --dtype fp32"),
     ],
 )
-def test_a_gpu_that_cannot_be_used_is_told_in_one_line(settings: dict[str, Any], device: str, sentence: str) -> None:
+def test_an_unusable_gpu_is_one_line(settings: dict[str, Any], device: str, sentence: str) -> None:
     words = ["--ckpt_dir", str(checkpoint("t2v-A14B")), "--size", "64*48", "--frame_num", "5", "--prompt", "cat"]
     done = run("generate.py", *words, "--device", device, "--dry_run", **settings)
     assert done.returncode == 2

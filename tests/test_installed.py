@@ -15,7 +15,7 @@ ROOT = TESTS.parent
 
 
 @pytest.mark.parametrize("words", [["generate.py", "--help"], ["-m", "wan.doctor"], ["-m", "wan.gallery"]])
-def test_a_python_without_the_packages_is_told_so_in_a_line(words: list[str]) -> None:
+def test_a_python_without_the_packages_gets_one_line(words: list[str]) -> None:
     run = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     (line,) = run.stderr.splitlines()

@@ -1,6 +1,6 @@
-"""Plain English: habits that made our texts hard to read, kept out of documents and the program.
+"""Plain English: habits that made our texts hard to read, kept out of documents, the program and its tests.
 
-Documents have none, nor have the program's docstrings, comments, help and messages.
+Documents have none, nor have docstrings, comments, help, messages and the names of tests.
 """
 
 import io
@@ -57,9 +57,15 @@ def test_documents_have_no_habits(page: Path) -> None:
     assert habits_of(page) == []
 
 
-def test_the_program_has_no_habits() -> None:
-    files = [ROOT / "generate.py", *(ROOT / "wan").rglob("*.py"), *(ROOT / "lightning").rglob("*.py")]
+@pytest.mark.parametrize("folder", ["wan", "lightning", "tests", "benchmarks", "examples"])
+def test_the_program_has_no_habits(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)] + [ROOT / "generate.py"]
     assert [found for path in files for found in habits_of(path)] == []
+
+
+def test_names_of_tests_have_no_habits() -> None:
+    names = [name for path in TESTS.rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))]
+    assert [name for name in names if re.search(r"_told\b|_tells_|_stands?_|_lies_|^test_(what|of)_", name)] == []
 
 
 def test_the_habits_are_recognised(tmp_path: Path) -> None:

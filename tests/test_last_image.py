@@ -176,7 +176,7 @@ def outcome(**flags: object) -> Generate:
         ),
     ],
 )
-def test_what_cannot_be(flags: dict[str, object], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         outcome(**flags)
 

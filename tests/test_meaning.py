@@ -1,4 +1,4 @@
-"""What a video shows is what was asked for: the small trained checkpoint through `generate.py`, judged by its pixels.
+"""A video shows what its prompt asks for: the small trained checkpoint through `generate.py`, judged by its pixels.
 
 Numbers may agree to the last bit while experts are swapped or guidance has the wrong sign on both sides; here a
 detector, which knows nothing of the program, looks at the mp4.

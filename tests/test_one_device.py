@@ -41,7 +41,7 @@ RUNS = (  # with steps of both experts, guided and not
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses what a GPU would. What is copied to the host is zeros."""
+    """Refuses what a GPU would. Copies to the host are zeros."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.name().partition(".")[0]
@@ -152,7 +152,7 @@ def test_nor_with_weights_in_8_bits(
     assert len(layers) == 2 * 2 * 10
 
 
-def test_what_a_gpu_refuses_is_refused() -> None:
+def test_a_gpus_limits_are_refused() -> None:
     host, device = torch.ones(2, 2), torch.ones(2, 2, device=META)
     with OneDevice():
         device.copy_(host)

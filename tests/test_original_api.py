@@ -27,7 +27,7 @@ def pipe() -> wan.WanT2V:
         ({"shift": float("nan")}, "shift nan is out of range"),
     ],
 )
-def test_what_the_command_line_refuses_is_refused(pipe: wan.WanT2V, more: dict, sentence: str) -> None:
+def test_the_python_api_refuses_what_the_command_line_refuses(pipe: wan.WanT2V, more: dict, sentence: str) -> None:
     with pytest.raises(InputError) as raised:
         pipe.generate("a cat", **{"size": (64, 48), "frame_num": 5, **more})
     assert sentence in str(raised.value)

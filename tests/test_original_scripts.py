@@ -187,7 +187,7 @@ def test_a_refusal_leaves_the_users_prompt(service: Any) -> None:
 
 
 @pytest.mark.usefixtures("service")
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="DASH_API_KEY"):
         DashScopePromptExpander(task="t2v-A14B")
     with pytest.raises(InputError, match="no such folder"):

@@ -86,7 +86,7 @@ def renoised(
 
 
 class Waves:
-    """A nonlinear velocity field in place of the network."""
+    """A nonlinear velocity field instead of the network."""
 
     def ready(self, name: str, lora: float):
         def network(latent, timestep, prompt, pinned):  # noqa: ARG001 - as the model is called
@@ -160,7 +160,7 @@ def test_explicit_counts_and_scales_win() -> None:
 
 
 class Field:
-    """A velocity field in place of the network: what it is asked is written down."""
+    """A velocity field instead of the network, which records its inputs."""
 
     def __init__(self, value: float = 1.0) -> None:
         self.value, self.asked = value, []

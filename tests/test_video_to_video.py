@@ -300,7 +300,7 @@ def test_a_row_with_a_strength_of_its_own_needs_a_video(video: dict[str, str], c
     ],
 )
 @pytest.mark.usefixtures("here")
-def test_what_cannot_be(flags: dict[str, Any], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, Any], sentence: str) -> None:
     if task := flags.get("task"):
         flags = {**flags, "ckpt_dir": str(checkpoint(task)), "lora_dir": str(lora_dir(task))}
     with pytest.raises(InputError, match=sentence):

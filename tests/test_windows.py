@@ -83,7 +83,7 @@ def test_windows_are_blended_by_weights_that_fall_linearly() -> None:
     assert torch.allclose(found, want[None, :, None, None].expand_as(found))
 
 
-def test_what_a_prompt_becomes_is_kept_from_window_to_window_and_not_beside_anothers() -> None:
+def test_keys_and_values_are_kept_between_windows_of_one_prompt() -> None:
     layer, texts = nn.Identity(), [Prompt(torch.full((1, 1), float(n))) for n in range(2)]
     made: list[float] = []
 
@@ -220,7 +220,7 @@ def test_the_plan_is_of_one_window_and_counts_them_all() -> None:
         ),
     ],
 )
-def test_what_cannot_be(flags: dict[str, Any], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, Any], sentence: str) -> None:
     if name := flags.get("task"):
         flags = {**flags, "ckpt_dir": str(checkpoint(name)), "lora_dir": str(lora_dir(name))}
     with pytest.raises(InputError, match=sentence):

@@ -1,7 +1,7 @@
 """Wrong command lines, made by a seed: `python -m tests.wrong_lines [--count 500] [--seed 0] [--show]`.
 
-Each is a good line with one thing wrong in it. The answer must be exit code 2 and one line on stderr, which names what
-is wrong: the flag, the row, the file. Anything else is a finding and exit code 1.
+Each is a good line with one fault. The answer must be exit code 2 and one line on stderr, which names the flag, row or
+file at fault. Anything else is a finding and exit code 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def base(task: str, prompt: bool) -> list[str]:
 
 
 def make_files(folder: Path) -> None:
-    """What the lines below mean by their names."""
+    """The files that the lines below name."""
     texts = {
         "text.txt": "text", "empty.txt": "\n", "two.txt": "a\nb\n",
         "rows.txt": '{"prompt": "a"}\n', "list.txt": '[\n{"prompt": "a"}\n]\n',
@@ -186,7 +186,7 @@ def data_in_text(rng: random.Random) -> Wrong:
 
 
 def bad_row(rng: random.Random) -> Wrong:
-    key, value, *told = rng.choice(
+    key, value, *printed = rng.choice(
         [
             ("seed", "x"), ("seed", 1.5), ("frame_num", 80), ("frame_num", 100_001), ("size", "63*64"), ("size", ""),
             ("size", "64"), ("promt", "a"), ("image", 5), ("save_file", "../x.mp4"), ("save_file", "/x.mp4"),
@@ -196,7 +196,7 @@ def bad_row(rng: random.Random) -> Wrong:
     number, row = rng.randrange(1, 5), {"prompt": "a", key: value}
     lines = [json.dumps({"prompt": f"cat {n}"}) for n in range(1, number)] + [json.dumps(row)]
     Path("bad.jsonl").write_text("\n".join(lines))
-    return Wrong(["--prompt_file", "bad.jsonl"], (f"bad.jsonl line {number}: ", *told), prompt=False)
+    return Wrong(["--prompt_file", "bad.jsonl"], (f"bad.jsonl line {number}: ", *printed), prompt=False)
 
 
 def bad_picture_in_row(rng: random.Random) -> Wrong:
@@ -282,10 +282,10 @@ def answer(wrong: Wrong) -> tuple[int, str, list[str]]:
 
 
 def finding(wrong: Wrong, code: int, out: str, lines: list[str]) -> str | None:
-    """What is wrong with an answer; None if nothing is."""
+    """The fault of an answer; None without one."""
     event = {"event": "error", "code": 2, "problems": [line.removeprefix("error: ") for line in lines]}
-    told = json.dumps(event, ensure_ascii=False) + "\n" if "--json" in wrong.words else ""
-    if (code, out, len(lines)) != (2, told, wrong.lines):
+    printed = json.dumps(event, ensure_ascii=False) + "\n" if "--json" in wrong.words else ""
+    if (code, out, len(lines)) != (2, printed, wrong.lines):
         return f"exit code {code}, {len(lines)} lines"
     if not all(line.startswith("error: ") and line.isprintable() and len(line) <= LONGEST for line in lines):
         return "no line for a terminal"
@@ -294,7 +294,7 @@ def finding(wrong: Wrong, code: int, out: str, lines: list[str]) -> str | None:
 
 
 def run(count: int, seed: int, show: bool = False) -> list[str]:
-    """What is wrong with the answers to `count` lines."""
+    """The faults of the answers to `count` lines."""
     findings = []
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         make_files(Path(folder))
@@ -303,11 +303,11 @@ def run(count: int, seed: int, show: bool = False) -> list[str]:
             kind = KINDS[number % len(KINDS)]
             wrong = kind(rng)
             code, out, lines = answer(wrong)
-            told = f"{kind.__name__}: {' '.join(map(repr, wrong.words))}\n    " + "\n    ".join(lines)
+            printed = f"{kind.__name__}: {' '.join(map(repr, wrong.words))}\n    " + "\n    ".join(lines)
             if show:
-                print(told)
+                print(printed)
             if found := finding(wrong, code, out, lines):
-                findings.append(f"{found}: {told}")
+                findings.append(f"{found}: {printed}")
     return findings
 
 

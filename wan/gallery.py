@@ -81,7 +81,11 @@ def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence
             kept[entry["options"].get(across, "default"), entry["options"].get(down, "default" if down else "")] = entry
     if not kept:
         return None
-    columns, rows = (sorted({key[axis] for key in kept}, key=_natural) for axis in (0, 1))
+    number = re.compile(r"-?\d+(\.\d+)?").fullmatch
+    columns, rows = (
+        sorted({key[axis] for key in kept}, key=lambda value: (float(value) if number(value) else math.inf, value))
+        for axis in (0, 1)
+    )
     first = next(kept[x, y] for y in rows for x in columns if (x, y) in kept)
     files = {key: folder / entry["file"] for key, entry in kept.items()}
     found = {files[key]: compare(files[key], folder / first["file"]) for key in kept}
@@ -90,10 +94,6 @@ def _swept_table(folder: Path, entries: Sequence[dict[str, Any]], axes: Sequence
     save_montage(cells, (first["width"], first["height"]), frames, first["fps"], folder / "grid.mp4")
     shown = [[kept[x, y] | {"metrics": found[files[x, y]]} if (x, y) in kept else None for x in columns] for y in rows]
     return {"across": across, "down": down, "columns": columns, "rows": rows, "cells": shown}
-
-
-def _natural(value: str) -> tuple[float, str]:
-    return float(value) if re.fullmatch(r"-?\d+(\.\d+)?", value) else math.inf, value
 
 
 def find_entries(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

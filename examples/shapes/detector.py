@@ -17,7 +17,7 @@ NONE = "nothing"
 
 
 def judge(frames: np.ndarray) -> Scene:
-    """What the frames show. An attribute that cannot be read is "nothing"."""
+    """The attributes that the frames show. An attribute that cannot be read is "nothing"."""
     frames = frames.astype(np.float32)
     border = np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)])
     ground = np.median(border, axis=0)

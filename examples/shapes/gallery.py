@@ -85,7 +85,7 @@ def picture(strips: dict[str, np.ndarray]) -> Image.Image:
 
 
 def corner(row: int, column: int) -> tuple[int, int]:
-    """Where a frame stands in the picture."""
+    """Place of a frame in the picture."""
     cell = SCALE * SIDE + GAP
     return EDGE + column * cell, row * (LINE + cell) + LINE
 

@@ -180,6 +180,6 @@ class Stage:
         return kept["step"]
 
     def _share(self, step: int) -> float:
-        """Of the learning rate: a linear rise, then half a cosine down to a fiftieth."""
+        """Schedule of the learning rate: a linear rise, then half a cosine down to a fiftieth."""
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.falls else 1.0
         return min(1.0, (step + 1) / WARM_UP) * fall

@@ -17,7 +17,7 @@ from examples.shapes.world import COLOURS, MOTIONS, SHAPES, Scene, draw
 WIDTH, TEXT_LENGTH = 64, 512
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]  # their places are UMT5's
 WORDS = ["a", *COLOURS, *SHAPES, "moves", "stays", "left", "right", "up", "down", "still", "on", "background"]
-SLOTS = 11  # the ten tokens of a caption, and one row that stands for the padding
+SLOTS = 11  # the ten tokens of a caption, and one row for the padding
 
 
 def tokenizer() -> Tokenizer:
@@ -83,7 +83,7 @@ def encode(encoder: UMT5EncoderModel, texts: list[str]) -> tuple[Tensor, Tensor]
     """Rows [B, SLOTS, WIDTH] and what is added to their attention scores [B, SLOTS].
 
     Wan attends to 512 rows, all behind the text's own zeros and equal. One of them with the logarithm of their number
-    added to its score stands for them all.
+    added to its score counts for them all.
     """
     words = tokenizer()
     rows, scores = torch.zeros(len(texts), SLOTS, WIDTH), torch.full((len(texts), SLOTS), -torch.inf)

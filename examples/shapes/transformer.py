@@ -112,7 +112,7 @@ class Clips:
         return cls(**joined, **torch.load(folder / "text.pt")["captions"])
 
     def channels(self, index: Tensor) -> Tensor:
-        """What stands beside the noisy latents for image-to-video: [B, 20, L, h, w]."""
+        """Channels beside the noisy latents for image-to-video: [B, 20, L, h, w]."""
         return beside(self.images[index])
 
 

@@ -39,7 +39,7 @@ HELD_OUT = 45  # combinations that no training clip shows
 
 @dataclass(frozen=True, order=True)
 class Scene:
-    """What a clip shows; position and size are left open."""
+    """The content of a clip; position and size are left open."""
 
     colour: str
     shape: str

@@ -61,7 +61,7 @@ def test_all_missing_files_are_listed_with_the_download_command(folder: Path) ->
         assert part in text
 
 
-def test_a_folder_of_diffusers_layout_is_told_what_it_lacks(folder: Path) -> None:
+def test_a_diffusers_folder_names_its_missing_files(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
     (text,) = problems(folder)
     for part in ("transformer/config.json", "transformer_2/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer",

@@ -1,4 +1,4 @@
-"""Single files as other front ends publish them, in place of a checkpoint's parts or without any folder."""
+"""Single files as other front ends publish them, instead of a checkpoint's parts or without any folder."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_single_files_make_the_folders_latents(tmp_path: Path) -> None:
     assert torch.equal(made(tmp_path / "b", "--ckpt_dir", str(SOURCE), *files), expected)
 
 
-def test_scaled_fp8_text_encoders_read_as_what_they_stand_for(tmp_path: Path) -> None:
+def test_scaled_fp8_text_encoders_decode_to_their_weights(tmp_path: Path) -> None:
     tensors, exact = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, {}
     for name, tensor in torch.load(T5_FILE).items():
         tensors[text_name(name)], exact[name] = tensor, tensor

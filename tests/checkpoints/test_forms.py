@@ -1,6 +1,6 @@
 """generate.py makes one video of one set of weights, whatever form they come in: folders of both layouts, files, GGUF.
 
-Quantised forms are held to the video of the numbers that they stand for, bit for bit, and to the unquantised one in dB.
+Quantised forms are held to the video of the numbers that they encode, bit for bit, and to the unquantised one in dB.
 """
 
 import json
@@ -88,7 +88,7 @@ def drawn(where: str, spelling: Callable[[str], str]) -> tuple[dict[str, np.ndar
 @pytest.mark.parametrize(
     ("spelling", "piece_bytes"), [(str, 16 << 20), (diffusers_name, 1000)], ids=["whole", "diffusers-in-pieces"]
 )
-def test_quantised_experts_with_a_lora_are_the_numbers_they_stand_for(
+def test_quantised_experts_with_a_lora_decode_to_their_weights(
     spelling: Callable[[str], str], piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)

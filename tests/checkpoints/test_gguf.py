@@ -45,7 +45,7 @@ def stored_raw(path: Path, raw: np.ndarray, kind: str, name: str = "a", shape: t
 
 
 def numbers_of(path: Path) -> dict[str, np.ndarray]:
-    """What the package itself reads: its reader, and its dequantisation of each whole tensor."""
+    """The package's own reader, and its dequantisation of each whole tensor."""
     return {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors
     }
@@ -282,7 +282,7 @@ def test_hostile_files(content: bytes, sentence: str, tmp_path: Path, capsys: py
     assert sentence in line
 
 
-def test_without_the_package_the_command_that_gets_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "expert.gguf", weights())
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(TensorFileError, match=r"GGUF files need the package gguf: pip install gguf"):

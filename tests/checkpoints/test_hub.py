@@ -254,7 +254,7 @@ def seed(plan: str) -> str:
     return plan.split("seed ")[1].split()[0]
 
 
-def test_of_large_files_little_is_fetched(tmp_path: Path) -> None:
+def test_little_of_large_files_is_fetched(tmp_path: Path) -> None:
     """A LoRA of full size, without content but for its alphas, and a large .pth: they open as they do here."""
     folder = tmp_path / "there"
     folder.mkdir()
@@ -294,7 +294,7 @@ print(float(open_file(fetch(pickled)).read("7")[-1]))
     )
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
+def test_files_absent_on_the_hub_are_one_line(hub: Hub, tmp_path: Path) -> None:
     asked = {
         "--ckpt_dir owner/other": "owner/other",
         "--ckpt_dir owner/name@v9": "owner/name@v9",
@@ -333,9 +333,9 @@ def test_a_faulty_hub_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert run.stdout.endswith(f"{[2] * len(FAULTS) + [0]}\n"), run.stdout + run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     for fault, words in FAULTS.items():
-        told = [line for line in lines if f"owner/{fault}" in line]
-        assert told, run.stderr
-        assert all(word in line for word in words for line in told), told
+        printed = [line for line in lines if f"owner/{fault}" in line]
+        assert printed, run.stderr
+        assert all(word in line for word in words for line in printed), printed
     assert not list(tmp_path.rglob("outside*"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".tmp", ".incomplete")]

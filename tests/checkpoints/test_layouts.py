@@ -30,7 +30,7 @@ def bake(task: str, out: Path, *more: str) -> Path:
 
 
 def latents(task: str, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
-    """Of one short video: [C, f, h, w]."""
+    """Latent of one short video: [C, f, h, w]."""
     made = CLASSES[task](config_of(task, dtype), folder, device=CPU, **more)
     image = Image.open(TINY / "input.png").convert("RGB").resize((64, 64)) if task != "t2v-A14B" else None
     video = Video("a cat, “quoted”", "", (64, 64), 5, 7, image)
@@ -110,7 +110,7 @@ def test_a_wrong_file_is_one_line(
     assert sentence in line
 
 
-def test_what_is_not_there_is_listed(tmp_path: Path) -> None:
+def test_missing_files_are_listed(tmp_path: Path) -> None:
     folder = bake("t2v-A14B", tmp_path / "out")
     shutil.rmtree(folder / "vae")
     next((folder / "transformer_2").glob("*.index.json")).unlink()
@@ -119,7 +119,7 @@ def test_what_is_not_there_is_listed(tmp_path: Path) -> None:
     assert "hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir Wan2.2-T2V-A14B-Diffusers" in text
 
 
-def test_a_release_that_diffusers_cannot_sample_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_release_diffusers_cannot_sample_gets_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = tmp_path / "FastWan2.2-TI2V-5B-lora.safetensors"
     shutil.copy(next(lora_dir("ti2v-5B").glob("*.safetensors")), lora)
     bake("ti2v-5B", tmp_path / "out", "--lora", str(lora))

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_stands_in_for_a_file_is_said(place: str, folder: Path) -> None:
+def test_a_pointer_or_web_page_in_place_of_a_file_is_named(place: str, folder: Path) -> None:
     for content, sign in (
         (LFS, "Git LFS pointer"),
         ("\n<!DOCTYPE html><html><title>Sign in", "HTML page"),
@@ -55,13 +55,13 @@ def test_half_a_download_is_refused(place: str, folder: Path) -> None:
     assert any(f"{Path(place).name}.aria2" in text for text in problems(folder))
 
 
-def test_a_folder_one_level_too_high_or_too_deep_is_told_from_the_right_one(folder: Path) -> None:
+def test_a_folder_one_level_off_gets_the_right_one_suggested(folder: Path) -> None:
     for wrong in (folder.parent, folder / "high_noise_model"):
         (text,) = problems(wrong)
         assert f"but {folder} has them all" in text
 
 
-def test_the_hubs_cache_folder_is_told_from_the_snapshot_in_it(folder: Path, tmp_path: Path) -> None:
+def test_the_hubs_cache_folder_leads_to_its_snapshot(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "models--Wan-AI--Wan2.2-T2V-A14B"
     snapshot = cache / "snapshots" / ("0" * 40)
     shutil.copytree(folder, snapshot)
@@ -70,7 +70,7 @@ def test_the_hubs_cache_folder_is_told_from_the_snapshot_in_it(folder: Path, tmp
         assert f"but {snapshot} has them all" in text
 
 
-def test_both_experts_from_the_same_weights_are_said(folder: Path) -> None:
+def test_equal_experts_give_a_warning(folder: Path) -> None:
     assert not open_checkpoint(folder, config_of(TASK)).warnings
     shutil.copytree(folder / "high_noise_model", folder / "low_noise_model", dirs_exist_ok=True)
     (text,) = open_checkpoint(folder, config_of(TASK)).warnings

@@ -205,7 +205,7 @@ def test_rotations_by_default_and_as_they_are_written(group: int, marker: dict[s
         ("float8_e4m3fn_blockwise", {"scales": "row", "marked": "metadata"}),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(form: str, change: dict[str, Any], tmp_path: Path) -> None:
+def test_unknown_names_are_refused(form: str, change: dict[str, Any], tmp_path: Path) -> None:
     case = Case(form)
     case.quantised("blocks.0.ffn.0.weight", form, **change)
     case.rest()
@@ -347,7 +347,7 @@ def test_names_behind_a_prefix(kind: str, prefix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", ["scaled_fp8", "spiece_model"])
-def test_what_is_no_weight_is_left_out(marker: str, tmp_path: Path) -> None:
+def test_tensors_that_are_no_weights_are_left_out(marker: str, tmp_path: Path) -> None:
     case = Case(marker, TEXT_ENCODER)
     case.rest()
     case.tensors[marker] = torch.zeros(2, dtype=torch.uint8)

@@ -57,7 +57,7 @@ def test_a_plain_header(tmp_path: Path) -> None:
         b"\xff" * 20,
     ],
 )
-def test_what_the_format_does_not_allow(tmp_path: Path, header: object) -> None:
+def test_headers_that_the_format_forbids(tmp_path: Path, header: object) -> None:
     path = write(tmp_path / "a", header)
     with pytest.raises(TensorFileError) as raised:
         read_header(path)
@@ -74,17 +74,17 @@ def test_names_that_would_break_a_line(tmp_path: Path, name: str) -> None:
     assert str(raised.value).isprintable()
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+def test_files_written_by_the_library_are_read(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.ones((), dtype=torch.bfloat16)}
     (tmp_path / "a").write_bytes(save(tensors, {"k": "v"}))
     store = TensorStore.open(tmp_path / "a")
     assert all(torch.equal(store.read(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_name_that_stands_twice(tmp_path: Path) -> None:
+def test_a_name_that_is_there_twice(tmp_path: Path) -> None:
     """The format forbids it; its own reader lets it pass."""
     entry = json.dumps(ENTRY).encode()
-    with pytest.raises(TensorFileError, match="the key 'x' stands twice"):
+    with pytest.raises(TensorFileError, match="the key 'x' is given twice"):
         read_header(write(tmp_path / "a", b'{"x": %s, "x": %s}' % (entry, entry)))
 
 
@@ -96,7 +96,7 @@ def test_nothing_but_files_is_opened(tmp_path: Path) -> None:
             TensorStore.open(path)
 
 
-def test_no_permission_is_said(tmp_path: Path) -> None:
+def test_a_missing_permission_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a", {"x": ENTRY}).chmod(0)
     code = "import sys, pathlib; from wan.checkpoints.safetensors_file import read_header\n"
     code += "try: read_header(pathlib.Path(sys.argv[1]))\nexcept Exception as e: print(type(e).__name__, e)"

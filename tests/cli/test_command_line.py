@@ -345,13 +345,13 @@ def test_debug_shows_where(capsys):
         (["--sample_guide_scale", "3", "--negative_prompt", "cat " * 700], "--negative_prompt: the model reads 512"),
     ],
 )
-def test_warnings_of_what_has_no_effect(capsys, words, warning):
+def test_warnings_about_flags_without_effect(capsys, words, warning):
     code, out, err = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
     assert (code, err) == (0, [])
     assert [line.startswith(f"warning: {warning}") for line in out.splitlines()].count(True) == 1, out
 
 
-def test_what_has_an_effect_is_not_warned_of(capsys):
+def test_effective_flags_give_no_warning(capsys):
     words = ["--vram", "1", "--offload_model", "True", "--sample_guide_scale", "3", "--negative_prompt", "x"]
     code, out, _ = main(capsys, *T2V, *SMALL, "--prompt", "a cat", *words, "--dry_run")
     assert (code, "no effect" in out, "cut off" in out) == (0, False, False)
@@ -423,7 +423,7 @@ def test_8_bits_in_plan_record_and_replay(form, how, capsys):
     saved = (
         json.loads(plain.splitlines()[0])["weight_bytes"]["high expert"] - record["plan"]["weight_bytes"]["high expert"]
     )
-    assert saved == 3 * matrices - 4 * rows, "a byte in place of four, and a scale a row"
+    assert saved == 3 * matrices - 4 * rows, "a byte instead of four, and a scale per row"
     code, out, err = main(capsys, "--replay", "a.json", "--dry_run")
     assert (code, line in out) == (0, True), err
 
@@ -602,8 +602,8 @@ def test_process_that_is_interrupted():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_process_that_is_told_to_end(number, code):
-    """As Ctrl-C: finished steps are kept, the command that finishes the video is told, nothing half is left."""
+def test_a_terminated_process_cleans_up(number, code):
+    """As Ctrl-C: finished steps are kept, the command that finishes the video is printed, no half file is left."""
     script = f"""
 import os, sys
 import generate

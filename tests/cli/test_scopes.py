@@ -1,4 +1,4 @@
-"""Every option says what it has a say in, and --resume goes by it: equal videos are found, others are not."""
+"""Every option says what it affects, and --resume goes by it: equal videos are found, others are not."""
 
 import dataclasses
 import json
@@ -156,12 +156,12 @@ def test_every_option_has_a_scope_and_every_video_option_an_example_here() -> No
 
 
 @pytest.mark.parametrize("name", [name for name, change in OTHERS.items() if change])
-def test_what_changes_the_video_is_told_apart(name: str) -> None:
+def test_options_that_change_the_video_change_its_meaning(name: str) -> None:
     assert meaning(plan(**OTHERS[name])) != usual()
 
 
 @pytest.mark.parametrize("name", [*SAME, *SAME_START])
-def test_what_does_not_change_the_video_is_not(name: str) -> None:
+def test_options_that_do_not_change_the_video_keep_its_meaning(name: str) -> None:
     made = usual_plan()
     changed = dataclasses.replace(made, request=dataclasses.replace(made.request, **{name: (SAME | SAME_START)[name]}))
     assert meaning(changed) == usual()

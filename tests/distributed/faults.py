@@ -99,13 +99,13 @@ class Outcome:
 
     seconds: float
     codes: list[int | None]
-    told: str
+    printed: str
     left: list[str]  # files that are neither a whole video nor its record
     whole: int
 
     @property
     def last(self) -> str:
-        return (self.told.strip().splitlines() or [""])[-1]
+        return (self.printed.strip().splitlines() or [""])[-1]
 
 
 def look(folder: Path) -> tuple[int, list[str]]:
@@ -118,14 +118,14 @@ def look(folder: Path) -> tuple[int, list[str]]:
 
 def observe(work: Callable[[], int], folder: Path) -> Outcome:
     began = time.monotonic()
-    codes, told = launched(work, 2, folder, until_others_end=True)
+    codes, printed = launched(work, 2, folder, until_others_end=True)
     spent = time.monotonic() - began
     whole, left = look(folder)
-    return Outcome(spent, codes, "".join(told), left, whole)
+    return Outcome(spent, codes, "".join(printed), left, whole)
 
 
 def try_out(fault: Fault, folder: Path) -> tuple[Outcome, Outcome]:
-    """What comes of the fault, and of `--resume` after it."""
+    """The outcome of the fault, and of `--resume` after it."""
     if fault.what == "freeze":
         os.environ["WAN_PATIENCE"] = PATIENCE
     hurt = observe(partial(run_with_fault, fault, batch(folder)), folder)

@@ -26,6 +26,6 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
     unfinished = {"load": (), "write": (".part", ".lock")}.get(fault.where, (".lock",)) if stopped else ()
     allowed = (".latents.safetensors", *unfinished)
     assert all(name.endswith(allowed) for name in hurt.left), hurt
-    tracebacks = hurt.told.count("Traceback (most recent call last):")
-    assert tracebacks == (fault.what == "raise"), hurt.told
+    tracebacks = hurt.printed.count("Traceback (most recent call last):")
+    assert tracebacks == (fault.what == "raise"), hurt.printed
     assert (resumed.codes, resumed.whole, resumed.left) == ([0, 0], VIDEOS, [])

@@ -86,6 +86,7 @@ def guided_of_a_rank(runtime: Runtime) -> tuple[list[Tensor], list[int]]:
     return [alone, both], [sent.counts["weights"], sent_together.counts["weights"]]
 
 
+@sharded
 def test_a_guided_step_gathers_each_block_once() -> None:
     (whole, _), _ = guided_of_a_rank(Runtime())
     for (alone, both), (twice, once) in run_ranks(guided_of_a_rank, 2):
@@ -218,11 +219,11 @@ def forward_after_a_failed_one(runtime: Runtime, place: str) -> list[Tensor]:
     model = load_expert(torch.float32, mesh, split=True)
 
     def fail(*_: object) -> None:
-        raise ValueError("no room")
+        raise ValueError("no memory")
 
     if runtime.team.rank == 1:
         failing = model.get_submodule(place).register_forward_hook(fail)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="no memory"):
         mesh.team.all_or_none(lambda: tiny_forwards(model))
     if runtime.team.rank == 1:
         failing.remove()

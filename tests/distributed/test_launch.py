@@ -104,7 +104,7 @@ def job_error_on_one(runtime: Runtime) -> int:
         (first_is_killed, 0, "error: process 1 lost process 0, which was killed or crashed if it does not say"),
     ],
 )
-def test_a_failure_anywhere_ends_everyone_and_is_told_once(
+def test_a_failure_anywhere_ends_all_processes_with_one_message(
     work: Work, killed: int | None, words: str, tmp_path: Path
 ) -> None:
     codes, said = launched(partial(launch, work), 3, tmp_path)
@@ -217,13 +217,13 @@ def bug_on_one_of_an_agreeing_team(runtime: Runtime) -> int:
     return 0
 
 
-def test_a_peers_bug_is_told_once_with_its_traceback(tmp_path: Path) -> None:
+def test_a_peers_bug_is_printed_once_with_its_traceback(tmp_path: Path) -> None:
     codes, said = launched(partial(launch, bug_on_one_of_an_agreeing_team), 3, tmp_path)
-    (told,) = filter(None, said)
+    (printed,) = filter(None, said)
     assert codes == [1, 1, 1]
-    assert told.startswith("in process 1:\nTraceback (most recent call last):\n")
-    assert told.endswith("\nValueError: a bug\nerror: process 1: ValueError: a bug\n")
-    assert told.count("Traceback") == 1
+    assert printed.startswith("in process 1:\nTraceback (most recent call last):\n")
+    assert printed.endswith("\nValueError: a bug\nerror: process 1: ValueError: a bug\n")
+    assert printed.count("Traceback") == 1
 
 
 def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
@@ -234,23 +234,23 @@ def leave_in_the_midst(runtime: Runtime, failing: int) -> tuple[int, str]:
         nonlocal met
         for index in range(5):
             if team.rank == failing and index == 2:
-                raise JobError("no room")
+                raise JobError("no memory")
             team.barrier()
             met += 1
 
     try:
         team.all_or_none(work)
     except JobError as e:
-        told = str(e)
+        printed = str(e)
     assert team.gather(met) == [2] * team.size, "after it all are in step again"
-    return met, told
+    return met, printed
 
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_rank_that_fails_is_missed_at_the_next_meeting(failing: int) -> None:
     assert (
         run_ranks(leave_in_the_midst, 3, failing)
-        == [(2, f"process 2 on {socket.gethostname()}: no room" if failing else "no room")] * 3
+        == [(2, f"process 2 on {socket.gethostname()}: no memory" if failing else "no memory")] * 3
     )
 
 
@@ -265,7 +265,7 @@ def error_in_an_exchange(runtime: Runtime) -> int:
     return 0
 
 
-def test_what_fails_in_an_exchange_ends_the_run(tmp_path: Path) -> None:
+def test_a_failed_exchange_ends_the_run(tmp_path: Path) -> None:
     """The others are in it already; they notice by the connection that this process closes."""
     codes, said = launched(partial(launch, error_in_an_exchange), 2, tmp_path)
     assert (codes, said) == ([1, 1], ["", "error: process 1: OutOfMemoryError: CUDA out of memory\n"])
@@ -311,13 +311,13 @@ def test_an_environment_that_lacks_something(
     assert expected in capsys.readouterr().err
 
 
-def place(runtime: Runtime, gpus: int, seen: list[str], told: bool = False) -> tuple[bool, int | None]:
-    """Whether a process with so many GPUs visible takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process;
-    told: whether the launcher numbers those of a machine."""
+def place(runtime: Runtime, gpus: int, seen: list[str], printed: bool = False) -> tuple[bool, int | None]:
+    """Whether a process that sees this number of GPUs takes one, and which. seen: CUDA_VISIBLE_DEVICES of each process;
+    printed: whether the launcher numbers those of a machine."""
     taken: list[int] = []
     torch.cuda.device_count, torch.cuda.set_device = lambda: gpus, taken.append  # type: ignore[assignment]
     os.environ["CUDA_VISIBLE_DEVICES"] = seen[runtime.team.rank]
-    if told:
+    if printed:
         os.environ |= {"LOCAL_RANK": str(runtime.team.rank), "LOCAL_WORLD_SIZE": str(runtime.team.size)}
     store = dist.distributed_c10d._get_default_store()
     return _take_gpu(store, runtime.team.rank, runtime.team.size), taken[0] if taken else None

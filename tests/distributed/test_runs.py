@@ -93,7 +93,7 @@ def test_a_batch(ranks: int, more: list[str], count: int, alone: dict[str, torch
         (["--no_such_flag"], "no flag --no_such_flag"),
     ],
 )
-def test_bad_input_is_told_once(more: list[str], expected: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(more: list[str], expected: str, tmp_path: Path) -> None:
     codes, said = launched(partial(generate.main, flags(tmp_path, *more)), 2, tmp_path)
     assert codes == [2, 2]
     assert expected in said[0]
@@ -164,10 +164,10 @@ def test_kept_latents_are_decoded_together(tmp_path: Path) -> None:
     again, first = (read_frames(file).astype(int) for file in (tmp_path / "again.mp4", whole))
     assert abs(again - first).max() <= 1
     codes, said = launched(partial(generate.main, words), 2, tmp_path)
-    assert (codes, said[0].count("already exists"), said[1]) == ([2, 2], 1, "")
+    assert (codes, said[0].count("already exist"), said[1]) == ([2, 2], 1, "")
 
 
-def test_json_tells_of_the_jobs_of_all_groups(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_json_has_the_jobs_of_all_groups(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Three groups of one process; the record says how many processes there were."""
     codes, said = launched(partial(generate.main, flags(tmp_path, "--json")), 3, tmp_path)
     assert codes == [0] * 3, said
@@ -308,7 +308,7 @@ def test_kept_latents_where_one_process_cannot_load_its_vae(rank: str, tmp_path:
 
 
 def short_of_memory(words: list[str]) -> int:
-    """generate.py where the last process has no room to decode its region at once."""
+    """generate.py where the last process lacks memory to decode its region at once."""
     original = WanVAE.decode
 
     def faulty(self: WanVAE, *arguments: Any, **more: Any) -> Iterator[torch.Tensor]:

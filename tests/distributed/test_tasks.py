@@ -1,6 +1,6 @@
 """The three tasks over several processes: every golden case gives what one process gives.
 
-Latents, and the frames of a latent, to 1e-5. What a ring rounds differently the decoder of the random network amplifies
+Latents, and the frames of a latent, to 1e-5. The decoder of the random network amplifies a ring's other roundings
 (measured: 1.1e-5 of the frames), so from prompt to pixels the limit is that of the golden cases.
 """
 
@@ -109,7 +109,7 @@ def test_the_originals_interface() -> None:
 
 
 def make_with_odd_noise(runtime: Runtime, name: str) -> Tensor:
-    """Another kind of GPU draws other numbers from the same seed; here another seed stands for it."""
+    """Another kind of GPU draws other numbers from the same seed; here another seed does the same."""
     case = CASES[name]
     odd = {**case, "args": {**case["args"], "seed": case["args"]["seed"] + runtime.team.rank}}
     return make(odd, open_task(case, runtime, ulysses=2))[0]

@@ -87,12 +87,12 @@ def test_a_killed_process_ends_the_command(tmp_path: Path) -> None:
         assert process.wait(300) == 1, "and not after the hour of the program's patience"
     finally:
         process.kill()
-    told = (tmp_path / "all.txt").read_text()
+    printed = (tmp_path / "all.txt").read_text()
     lost = "lost another process, which was killed or crashed"
-    own = [line for line in told.splitlines() if line.startswith("error: ")]  # not those of torchrun's report
+    own = [line for line in printed.splitlines() if line.startswith("error: ")]  # not those of torchrun's report
     assert sum(lost in line for line in own) <= 1
     assert not list((tmp_path / "out").glob("*.part")), "torchrun's SIGTERM leaves time to tidy"
-    assert "Signal 9 (SIGKILL)" in told, "torchrun names the process"
+    assert "Signal 9 (SIGKILL)" in printed, "torchrun names the process"
 
 
 FAILS_ONCE = """
@@ -118,9 +118,9 @@ def test_torchrun_starts_again_where_a_process_was_killed(tmp_path: Path) -> Non
     (tmp_path / "start.py").write_text(FAILS_ONCE)
     words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "start.py"]
     process = start(tmp_path, "all", *words, *flags(tmp_path, "--ulysses_size", "2", "--resume"))
-    code, told = process.wait(300), (tmp_path / "all.txt").read_text()
-    assert code == 0, told
-    assert "4 saved, 1 there already" in told
+    code, printed = process.wait(300), (tmp_path / "all.txt").read_text()
+    assert code == 0, printed
+    assert "4 saved, 1 there already" in printed
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 5
     assert not list((tmp_path / "out").glob("*.part"))
 

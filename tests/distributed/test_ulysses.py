@@ -126,7 +126,7 @@ def test_a_rank_that_fails_before_the_gather_is_not_waited_for() -> None:
     assert run_ranks(fails_before_the_gather, 2) == ["no head"] * 2
 
 
-def test_what_a_ring_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rings_buffers_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in the middle, whose keys and values and the next ones are there: counted at sizes where the small
     tensors of logarithms are a tenth."""
     layout = Layout(4, 1, 4)
@@ -142,7 +142,7 @@ def test_what_a_ring_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.peak == pytest.approx(exchange_bytes(layout, 300, 1024, 2), rel=0.12)
 
 
-def test_what_an_exchange_holds_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exchanges_buffers_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside queries, keys and values, which are there before."""
     layout = Layout(4, 4, 1)
     mesh = cast(Any, SimpleNamespace(layout=layout, ulysses="a group", ring=None, ring_rank=0))

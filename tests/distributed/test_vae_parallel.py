@@ -19,7 +19,7 @@ from wan.distributed.vae_parallel import SplitVAE, decode_peak, divide
 from wan.doctor.forecast import released_plan
 from wan.doctor.machine import Machine
 from wan.modules.vae import WanVAE, released_vae
-from wan.modules.vae_layers import Region
+from wan.modules.vae_layers import Region, ResidualBlock
 from wan.offload.reader import Source, load
 from wan.planning.memory import plan_video
 from wan.utils.errors import JobError
@@ -80,16 +80,16 @@ def test_encode(task: str, ranks: int, grid: tuple[int, int]) -> None:
 
 
 def work_of_a_rank(runtime: Runtime, task: str) -> int:
-    """Pixels that this rank's convolutions of the decoder write."""
+    """Pixels that this rank's blocks of the decoder write."""
     pixels = 0
 
     def count(_module: torch.nn.Module, _inputs: object, out: Tensor) -> None:
         nonlocal pixels
-        pixels += out.shape[-2] * out.shape[-1] * out.shape[0 if out.ndim == 4 else 2]
+        pixels += out[..., 0].numel()
 
     vae = vae_of(task)
     for module in vae.decoder.upsamples.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+        if isinstance(module, ResidualBlock):
             module.register_forward_hook(count)
     mesh = mesh_of(runtime, runtime.team.size)
     split = vae if mesh.sequence is None else SplitVAE(vae, mesh)
@@ -163,7 +163,7 @@ def test_a_writer_that_stops_early_does_not_hold_up_the_others() -> None:
 
 
 def test_tiles_are_planned_for_a_share() -> None:
-    """In 12 GB a process alone decodes 720p in tiles; each of four has room for its share of it."""
+    """With 12 GB one process decodes 720p in tiles; for each of four its share fits whole."""
     here = Machine(torch.device("cpu"), TESTS, TESTS)
     alone = released_plan("t2v-A14B", True, 12 * 10**9, here)
     shared = replace(alone, layout=Layout(4, 4, 1))

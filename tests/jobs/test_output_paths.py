@@ -1,4 +1,4 @@
-"""Output files: inside the folder meant, in nobody's way, under names that can be written; and quickly told."""
+"""Output files: inside the right folder, replacing nothing, under names that can be written; checked quickly."""
 
 import errno
 import json
@@ -200,7 +200,7 @@ def test_resume_takes_its_own_and_nobody_elses(here: Path) -> None:
     assert problems("x.mp4", resume=True) == []
 
 
-def test_a_folder_in_the_way(here: Path) -> None:
+def test_a_folder_at_the_output_path_is_refused(here: Path) -> None:
     (here / "x.json").mkdir()
     assert problem("x.mp4", overwrite=True).startswith("x.json: is a folder")
 
@@ -220,7 +220,7 @@ def test_impossible_names(name: str, sentence: str) -> None:
     assert sentence in problem(name)
 
 
-def test_permissions_are_told(here: Path) -> None:
+def test_missing_permissions_are_named(here: Path) -> None:
     code = """
 import sys
 from pathlib import Path

@@ -127,7 +127,7 @@ def test_other_columns_are_named_in_one_warning(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "Negative Prompt": "b"}', "negative_prompt"),
     ],
 )  # fmt: skip
-def test_a_nearly_right_name_is_told_once(tmp_path: Path, name: str, content: str, meant: str) -> None:
+def test_a_nearly_right_name_is_suggested_once(tmp_path: Path, name: str, content: str, meant: str) -> None:
     found = problem(tmp_path / name, content)
     assert found.startswith(f"{tmp_path / name} line 1: unknown ")
     assert f"; did you mean {meant}?" in found
@@ -174,7 +174,7 @@ def test_prompts_that_look_a_little_like_data(tmp_path: Path, line: str) -> None
         ("p.csv", "prompt\n" + "a" * 200_000, "p.csv line 2: not valid CSV (field larger"),
     ],
 )
-def test_what_cannot_be_a_row(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
+def test_invalid_rows_are_refused(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
     assert sentence in problem(tmp_path / name, content)
 
 

@@ -53,7 +53,7 @@ def test_where_no_step_may_be_left_out_nothing_is_refused(values: dict[str, Any]
     assert chosen(quality="fast", **values) == ("bf16", "none", 0.0)
 
 
-def test_what_is_given_wins() -> None:
+def test_given_flags_win() -> None:
     assert chosen(quality="fast", vae_dtype="fp32", cache=0.0) == ("fp32", "none", 0.0)
     assert chosen(quality="high", cache=0.2) == ("bf16", "none", 0.2)
 

@@ -42,7 +42,7 @@ def run(task: str = "t2v-A14B", distilled: bool = False, **flags):
 
 
 def settled(made: Generate) -> SimpleNamespace:
-    """What was settled for all jobs, by name."""
+    """Settings of all jobs, by name."""
     weights = {**vars(made.weights), "preset": made.weights.release and made.weights.release.name}
     return SimpleNamespace(**{**vars(made.request), **weights, **vars(made.sampling)})
 

@@ -61,7 +61,7 @@ def test_combinations_change_weights_least() -> None:
         ("base_seed=1,1", "twice"), ("size=32*32,33*33", "33*33"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_swept_is_named(sweep: str, named: str, tmp_path: Path, capsys) -> None:
+def test_options_that_cannot_be_swept_are_named(sweep: str, named: str, tmp_path: Path, capsys) -> None:
     assert generate.main(words(tmp_path, "--sweep", sweep)) == 2
     assert named in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ def spelled(
     alpha: Tensor | None = None,
     module: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tensor]:
-    """LoRA tensors under other names. form: `{}` stands for the module; without alpha it is folded into up."""
+    """LoRA tensors under other names. form: `{}` is the module; without alpha it is folded into up."""
     tensors = {}
     for name, (up, down) in pairs.items():
         stem = form.format(module(name))

@@ -173,7 +173,7 @@ def test_record(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
+    """Raised as a signal would be: nothing catches it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
@@ -288,7 +288,7 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     refusal(tmp_path, "nothing in it matches", loras={"high": [Lora.open(wrong)], "low": []})
 
 
-def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bake_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(LoraError, match=r"--out needs 0\.0 GB, the disk of .* has 0\.0 GB free"):
         run(tmp_path / "out")
@@ -338,7 +338,7 @@ def test_settings_of_the_result_are_kept(tmp_path: Path) -> None:
     assert release_in(tmp_path / "style") is None
 
 
-def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+def test_all_misfits_are_reported_at_once(tmp_path: Path) -> None:
     wrong = write(tmp_path / "style.safetensors", {"blocks.9.ffn.0.diff_b": torch.ones(80)})
     bad = write(tmp_path / "bad.safetensors", {"blocks.0.ffn.0.diff_b": torch.ones(81)})
     with pytest.raises(LoraError) as caught:

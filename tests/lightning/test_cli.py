@@ -141,7 +141,7 @@ def test_inspect_says_what_a_whole_folder_is_good_for(tmp_path: Path, capsys: py
     assert "is a checkpoint in diffusers' layout" in capsys.readouterr().out
 
 
-def test_inspect_of_what_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_why_a_release_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "TurboWan2.2-I2V-A14B-high-720P.safetensors"
     sparse(file, {"blocks.0.self_attn.q.weight": ("BF16", (4, 4))})
     assert main(["inspect", str(file)]) == 2
@@ -192,7 +192,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     out, error = capsys.readouterr()
     assert sentence in error
     assert error.count("\n") == 1
-    assert bool(out) == ("small.safetensors" in arguments), "nothing is told of a file that is none"
+    assert bool(out) == ("small.safetensors" in arguments), "no report of a file that is none"
 
 
 def test_bake_with_stacked_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +369,7 @@ def test_every_shipped_file_is_judged_by_the_checkpoint_beside_it(
         assert generate.main([*last[2:], "--dry_run"]) == 0
 
 
-def test_of_a_network_in_another_folder_nothing_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_in_other_folders_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "downloads" / "of today"
     folder.mkdir(parents=True)
     for file in (lora_dir("t2v-A14B") / "high_noise_model.safetensors", checkpoint("ti2v-5B") / "Wan2.2_VAE.pth"):

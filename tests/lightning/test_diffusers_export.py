@@ -32,7 +32,7 @@ def bake(task: str, out: Path, *more: str) -> Path:
 
 
 def pipeline(folder: Path, task: str, exact: bool = True) -> Any:
-    """The real pipeline; its scheduler visits our levels, which it cannot be told to by settings, or its own."""
+    """The real pipeline; its scheduler visits our levels, which no setting makes it do, or its own."""
     import diffusers
 
     kind = diffusers.WanImageToVideoPipeline if task == "i2v-A14B" else diffusers.WanPipeline
@@ -95,7 +95,7 @@ def test_there_and_back_every_bit_is_the_same(task: str, tmp_path: Path) -> None
         assert (folder / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_what_is_missing_is_told_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_are_named_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts = tmp_path / "experts"
     experts.mkdir()
     for where in TASKS["t2v-A14B"].experts.values():

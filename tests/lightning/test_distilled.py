@@ -22,7 +22,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def quantised(dtype: torch.dtype, by_row: bool, scale_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(tensors of a quantised file, what they stand for): all linear weights of the blocks."""
+    """(tensors of a quantised file, the weights that they encode): all linear weights of the blocks."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     stored, exact = weights(), weights()
     for name, weight in weights().items():
@@ -112,7 +112,7 @@ def test_one_tensor_in_two_spellings_is_refused(changes: dict[str, Tensor], tmp_
         open_expert(path)
 
 
-def test_what_is_no_expert(tmp_path: Path) -> None:
+def test_files_that_are_no_expert_are_refused(tmp_path: Path) -> None:
     lora = lora_dir("t2v-A14B") / "high_noise_model.safetensors"
     with pytest.raises(LoraError, match=r"not a full expert, .* is missing \(a LoRA goes to --lora\)"):
         open_expert(lora)

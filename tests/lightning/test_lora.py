@@ -162,7 +162,7 @@ def test_unusable_alpha(alpha: float, tmp_path: Path) -> None:
 
 
 def differences(target: dict[str, Tensor], prefix: str, modulation: str) -> dict[str, Tensor]:
-    """What an extractor makes of a full-weight difference: pairs for large matrices, differences for the rest."""
+    """An extractor's files for a full-weight difference: pairs for large matrices, differences for the rest."""
     store, tensors = base(), {}
     for name, weight in target.items():
         change, stem = weight - store.read(name), name.rpartition(".")[0]

@@ -116,7 +116,7 @@ def test_an_absent_release_is_named_with_the_command_that_gets_it(folder_there: 
         assert problem.endswith("get it with: hf download lightx2v/Wan2.2-Lightning --local-dir Wan2.2-Lightning")
 
 
-def test_bake_tells_of_everything_that_is_wrong_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bake_reports_all_problems_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     Path("cut.safetensors").write_bytes(b"\0" * 7)
     loras = ["--lora", "absent", "--lora", f"{RELEASE}:99", "--lora", "cut.safetensors"]
     assert main(["bake", "--task", "t2v-A14B", "--ckpt_dir", ".", "--out", "baked", *loras]) == 2

@@ -103,7 +103,7 @@ def test_settings_count_for_the_only_file_beside_them(name: str, tmp_path: Path)
         assert_is_the_small_lora(lora, 0.25)
 
 
-def test_of_several_files_it_is_asked_which(tmp_path: Path) -> None:
+def test_several_files_raise_the_question_which(tmp_path: Path) -> None:
     first, second = peft_folder(tmp_path / "peft", "epoch1.safetensors", "epoch2.safetensors")
     for path in (first.parent, first, second):
         with pytest.raises(LoraError, match=r"which of its files|adapter_config.json beside it may belong"):

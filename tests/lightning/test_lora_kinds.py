@@ -206,7 +206,7 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         ("loha", {f"{Q}.hada_w1_a": torch.ones(64, 4, dtype=torch.int8)}, "is stored as I8"),
     ],
 )
-def test_what_does_not_fit_is_refused(maker: str, changes: dict, sentence: str, tmp_path: Path) -> None:
+def test_misfits_are_refused(maker: str, changes: dict, sentence: str, tmp_path: Path) -> None:
     tensors = {n: t for n, t in (file_of(maker, SPELLINGS["comfy"])[0] | changes).items() if t is not None}
     with pytest.raises(LoraError, match=sentence):
         check(lora_of(tmp_path, tensors), SHAPES)
@@ -252,7 +252,7 @@ def peft_config(kind: str, **settings: Any) -> Any:
         ("dora", {"r": 4, "lora_alpha": 2, "use_rslora": True}),
     ],
 )
-def test_what_peft_saves_merges_to_what_peft_merges(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_files_saved_by_peft_merge_as_peft_merges_them(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
     from peft import get_peft_model
 

@@ -14,7 +14,7 @@ from tests.support import lora_dir
 
 
 def outputs(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
-    """What every linear layer makes of one input."""
+    """The output of every linear layer for one input."""
     found = {}
     for name in names:
         module = model.get_submodule(name.removesuffix(".weight"))

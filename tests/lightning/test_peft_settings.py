@@ -57,14 +57,14 @@ def assert_adds(lora: Lora, expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_what_a_model_of_diffusers_saves(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_diffusers_model_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
     model, expected = adapted(settings)
     model.save_lora_adapter(tmp_path)
     assert_adds(Lora.open(tmp_path / FILE), expected)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_what_a_pipeline_of_diffusers_saves(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_diffusers_pipeline_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
     from diffusers import WanPipeline
     from peft.utils import get_peft_model_state_dict
 
@@ -75,7 +75,7 @@ def test_what_a_pipeline_of_diffusers_saves(settings: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_what_peft_saves_named_as_a_folder_or_as_its_file(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_peft_adapter_given_as_folder_or_file(settings: dict[str, Any], tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 

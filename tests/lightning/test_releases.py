@@ -1,4 +1,4 @@
-"""What is known of the published releases, and how their files are recognised."""
+"""Facts of the published releases, and how their files are recognised."""
 
 import shutil
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_releases_that_are_sampled_with_fresh_noise(name: str, kind: str, timest
         ("SFWan2.2-T2V-A14B/high_noise.safetensors", "causal variant"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
+def test_unsupported_releases_are_refused_by_name(name: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / name
     found = recognise(path)
     assert found is not None
@@ -253,6 +253,6 @@ def test_the_preset_for_first_and_last_images() -> None:
 @pytest.mark.parametrize(
     ("name", "near"), [("t2v-seko", "t2v-seko-v"), ("motion8", "motion-8"), ("ti2v-fastwam", "ti2v-fastwan")]
 )
-def test_a_mistyped_preset_is_told_the_nearest(name: str, near: str) -> None:
+def test_a_mistyped_preset_gets_the_nearest_suggested(name: str, near: str) -> None:
     with pytest.raises(LoraError, match=f"did you mean {near}"):
         preset(name)

@@ -131,7 +131,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_and_said(tmp_path, kind, orientation):
+def test_exif_orientation_is_applied_and_listed(tmp_path, kind, orientation):
     """A phone held upright: the original makes a video that lies on its side. A deviation on purpose."""
     upright = Image.fromarray(np.kron([[255, 0, 0], [0, 0, 128]], np.ones((16, 16))).astype(np.uint8)).convert("RGB")
     inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what takes the upright picture to what the sensor saw
@@ -246,7 +246,7 @@ def test_a_profile_that_means_srgb_leaves_the_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
-def test_the_first_frame_of_several_is_said(tmp_path, kind):
+def test_the_first_of_several_frames_is_listed(tmp_path, kind):
     first, second = Image.new("RGB", (20, 10), (255, 0, 0)), Image.new("RGB", (20, 10), (0, 255, 0))
     first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second])
     image = open_image(tmp_path / f"a.{kind}")
@@ -254,7 +254,7 @@ def test_the_first_frame_of_several_is_said(tmp_path, kind):
     assert np.asarray(image)[5, 5].tolist()[:2] == pytest.approx([255, 0], abs=3)
 
 
-def test_pixels_that_are_not_square_are_said(tmp_path):
+def test_pixels_that_are_not_square_are_listed(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png", dpi=(72, 96))
     assert "not square" in open_image(tmp_path / "a.png").info["changes"][0]
 
@@ -287,7 +287,7 @@ def test_the_last_decoded_frame_of_a_cut_clip(tmp_path, name):
     assert np.array_equal(np.asarray(image), np.asarray(whole))
 
 
-def test_what_a_clip_says_of_its_pixels(tmp_path):
+def test_a_clips_pixel_format_and_rotation(tmp_path):
     source = ["-f", "lavfi", "-i", "testsrc=size=64x96:rate=16:duration=0.5", "-pix_fmt", "yuv420p"]
     wide = ["-vf", "setsar=2/1,setparams=color_primaries=bt2020:color_trc=arib-std-b67:colorspace=bt2020nc"]
     ffmpeg(*source, *wide, "-c:v", "libx264", tmp_path / "a.mp4")
@@ -328,7 +328,7 @@ def test_an_mp4_gives_its_last_frame(tmp_path):
         open_image(tmp_path / "a.mp4")
 
 
-def test_no_permission_is_said(tmp_path):
+def test_a_missing_permission_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = """
 import sys

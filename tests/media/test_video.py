@@ -225,7 +225,7 @@ def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
+def test_existing_files_stay_until_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_text("before")
     with VideoWriter(path, 16) as video:
@@ -300,7 +300,7 @@ def test_a_stuck_encoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: it stops the first pass, then the second."""
+    """A limit on the size of files acts as a full disk: it stops the first pass, then the second."""
     script = f"""
 import resource, torch
 from pathlib import Path

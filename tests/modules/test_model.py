@@ -209,7 +209,7 @@ def test_shares_of_rows_give_the_numbers_of_the_whole(rows: int) -> None:
 
 
 def test_passes_take_each_row_by_itself() -> None:
-    """What is not a product is equal to the bit, whatever the shares."""
+    """Everything but products is equal to the bit, whatever the shares."""
     x, rows, table = torch.randn(24, 64), torch.randn(3, 64), rotary_table((2, 3, 4), 32, 0, 24, CPU)
     results = []
     for shares in ([slice(0, 24)], [slice(0, 5), slice(5, 24)]):
@@ -235,7 +235,7 @@ def test_a_cpu_takes_strips_of_rows_and_changes_no_bit() -> None:
         add_norm=(x, y, row, row, row, 1e-6),
         rms_norm=(y, row.bfloat16(), 1e-6),
         rms_norm_rotate=(y, row.bfloat16(), table, 1e-6),
-        guide=(y, x.bfloat16(), 11.0),
+        guide=(y, x.bfloat16(), 11.0, 2.5, 0.25),
         quantise=(y, y.to(FP8), scale),
         scale_sums=(sums, scale.fill_(0.1), row, row, y),
     )
@@ -405,7 +405,7 @@ def test_auto_needs_a_back_end_that_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "wan.doctor" in warnings[-1]
 
 
-def test_a_back_end_that_computes_something_else_is_told() -> None:
+def test_a_back_end_with_a_wrong_result_is_named() -> None:
     q = torch.randn(40, 2, 16, dtype=torch.bfloat16)
     right = BACKENDS["sdpa"](q, q[:30], q[:30])
     backends._check(right, q, q[:30])

@@ -61,7 +61,7 @@ def test_a_cpu_unpacks() -> None:
     assert not multiplies("fp8", CPU, torch.bfloat16)
 
 
-def test_a_plan_tells_why_weights_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_says_why_weights_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that raises, whatever it does so with, and one that is wrong are none."""
     assert why_unpacked("fp8", CPU, torch.float32) == "no CUDA GPU"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
@@ -100,7 +100,7 @@ def test_one_odd_axis_is_enough_to_unpack(
     assert layer.multiplies(torch.randn(3, inputs)) == multiplies
 
 
-def test_what_cuda_does_not_take_is_refused_without_it() -> None:
+def test_cudas_limits_are_refused_without_cuda() -> None:
     """So that the test above can fail."""
     layer = in_8_bits("fp8", torch.empty(32, 48, device="meta"), torch.empty(32, device="meta", dtype=torch.bfloat16))
     given = layer.quantised(torch.empty(77, 48, device="meta", dtype=torch.bfloat16))

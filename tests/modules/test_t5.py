@@ -41,7 +41,7 @@ def pair(dtype: torch.dtype, vocab: int, dim: int, attention: int, ffn: int, hea
     ours = UMT5Encoder(vocab=vocab, dim=dim, dim_attn=attention, dim_ffn=ffn, num_heads=heads, num_layers=layers)
     for name, parameter in ours.named_parameters():
         spread = 0.2 if parameter.ndim < 2 else dim**-0.5
-        if name.endswith("attn.q.weight"):  # T5 has no 1/sqrt(d): it stands in the scale of the query weights
+        if name.endswith("attn.q.weight"):  # T5 has no 1/sqrt(d): the query weights have that scale
             spread *= (attention // heads) ** -0.5
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, spread)
     config = UMT5Config(

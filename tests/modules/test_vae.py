@@ -17,7 +17,16 @@ from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest, relative_error
 from wan.checkpoints.pth_file import open_pickle
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
-from wan.modules.vae_layers import NORM_EPSILON, STRIPS, Conv3d, Region, RMSNorm, convolve, doubling
+from wan.modules.vae_layers import (
+    NORM_EPSILON,
+    STRIPS,
+    ClipState,
+    Region,
+    RMSNorm,
+    convolve,
+    convolve_causally,
+    doubling,
+)
 from wan.offload.reader import Source, load
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "Wan2.2-T2V-A14B"
@@ -80,7 +89,7 @@ def test_other_shapes_are_refused(change: dict, named: str) -> None:
         WanVAE.from_shapes(shapes)
 
 
-# What the originals computed
+# Results of the originals
 
 
 def golden_vae(task: str) -> WanVAE:
@@ -288,7 +297,7 @@ def test_peak_of_an_images_encoding_is_predicted(known: int, tiles: tuple[int, i
 
 
 def test_a_norm_reads_and_writes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is between norm and SiLU never leaves the cache, and strips change no bit."""
+    """Intermediates between norm and SiLU stay in the cache, and strips change no bit."""
     with torch.device("meta"), torch.inference_mode():
         monkeypatch.setitem(STRIPS, "meta", STRIPS["cuda"])
         x, norm = torch.empty(2, 360, 640, 192), RMSNorm(192, axes=3)
@@ -336,17 +345,28 @@ def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) ->
 
 
 @pytest.mark.parametrize(("channels", "side", "called"), [(64, 3, "aten.addmm"), (8, 9, "aten.mkldnn_convolution")])
-@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), (2, 1, 1))])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), (1, 1, 1)), ((3, 1, 1), (2, 1, 1))])
 @torch.no_grad()
 def test_both_ways_of_a_cpu_are_the_convolution(
-    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: tuple[int, int, int], stride: Any
+    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: Any, stride: Any
 ) -> None:
     """Few pixels and many weights are a matrix product, others go to oneDNN."""
     monkeypatch.setattr("wan.modules.vae_layers.WEIGHTS_PER_PIXEL", 20)
-    conv = Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
-    x = torch.randn(1, 5, side, side, channels).permute(0, 4, 1, 2, 3)
-    want = copy.deepcopy(conv).double()(x.double())
+    conv = nn.Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+    x = torch.randn(5, side, side, channels)
     with CostCounter() as counter:
-        found = conv(x)
-    assert relative_error(found, want) < STAGE
+        found = convolve(conv, x)
+    assert relative_error(found, convolve(copy.deepcopy(conv).double(), x.double())) < STAGE
     assert any(operation.startswith(called) for operation in counter.by_operation)
+
+
+@torch.no_grad()
+def test_a_cpu_makes_no_products_with_the_zeros_before_a_clip() -> None:
+    """Weights that would spoil them: the first frame needs one of three, the second two."""
+    conv, state = nn.Conv3d(4, 6, 3, padding=(0, 1, 1)), ClipState()
+    conv.weight[:, :, 0] = torch.nan
+    frames = torch.randn(5, 3, 4, 4)
+    first, later = (convolve_causally(conv, frames, state) for _ in range(2))
+    assert first.isnan().flatten(1).all(1).tolist() == [False, False, True]
+    assert not first[:2].isnan().any()
+    assert later.isnan().all()

@@ -174,7 +174,7 @@ def test_tiles_encode_to_the_whole(vae: WanVAE, grid: tuple[int, int], tiles: tu
 
 @pytest.mark.parametrize("level", range(4))
 def test_decoder_rim_is_how_far_a_level_reaches(vae: WanVAE, level: int) -> None:
-    """What is not a number spreads exactly as far as the convolutions read."""
+    """NaN spreads exactly as far as the convolutions read."""
     channels = vae.decoder.levels[level].layers[0].steps[0][1].in_channels
     x = torch.ones(2, 1, 40, channels, dtype=torch.float64)
     x[:, :, 0] = torch.nan
@@ -243,11 +243,12 @@ def test_tiles_cover_the_grid_once() -> None:
 def test_patches_are_channels_with_columns_before_rows() -> None:
     vae = random_vae("2.2")
     seen: list[Tensor] = []
-    vae.encoder.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    run_first = vae.encoder.run_first
+    vae.encoder.run_first = lambda x, state: seen.append(x) or run_first(x, state)
     clip = torch.zeros(3, 1, 16, 16)
     clip[:, 0, 2:4, 6:8] = torch.arange(12.0).reshape(3, 2, 2)  # blocks [[a, b], [c, d]]
     vae.encode(clip)
-    assert seen[0][0, :, -1, 1, 3].tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]  # a, c, b, d
+    assert seen[0][0, 1, 3].tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]  # a, c, b, d
     head = vae.decoder.head["2"]
     head.weight.data.zero_()
     head.bias.data = torch.arange(12.0) / 12

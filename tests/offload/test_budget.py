@@ -1,4 +1,4 @@
-"""What fits where: from the released sizes to slots and peaks, without a weight."""
+"""From the released sizes to slots and peaks, without a weight."""
 
 from collections.abc import Callable
 from functools import cache
@@ -119,7 +119,7 @@ def test_the_sizes_are_those_of_the_networks(dtype: torch.dtype, text: bool) -> 
         (80, 82, False),
     ],
 )
-def test_passes_go_together_where_parts_pass_through_and_there_is_room(
+def test_passes_go_together_where_blocks_stream_and_memory_suffices(
     free: int, slots: int, batch_guidance: bool
 ) -> None:
     alone, budget = a14b(free, 5.4), a14b(free, 5.4, second_pass=int(1.55 * GB))

@@ -56,7 +56,7 @@ def test_every_unit_is_there_in_time(
 
 
 def fewest_loads(uses: tuple[int, ...], slots: int, ahead: int) -> int:
-    """By trying everything. What the last `ahead` uses were does not give way."""
+    """By trying everything. Blocks of the last `ahead` uses stay."""
 
     @cache
     def rest(index: int, here: frozenset[int]) -> int:

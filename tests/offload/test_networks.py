@@ -1,4 +1,4 @@
-"""What a step sets the experts to, and what leaves the device when; what streams is in `test_streaming.py`."""
+"""How a step sets the experts up, and which weights leave the device when; streaming is in `test_streaming.py`."""
 
 import pytest
 import torch

@@ -275,14 +275,14 @@ def test_two_blocks_share_a_slot(task: str, parts: int) -> None:
     assert sizes.resident == before.resident
 
 
-def test_what_streams_is_halved() -> None:
+def test_streamed_bytes_are_halved() -> None:
     """By the plan for 8 GB: from files in fp8; other files come to the device as they are."""
     rows = {(row[2], row[6]): float(row[7].split(" / ")[0]) for row in streamed("t2v-A14B", 8)}
     assert rows["bf16", "bf16"] == rows["fp8", "bf16"] == pytest.approx(28.7, abs=0.1)
     assert rows["fp8", "fp8"] < 0.55 * rows["bf16", "bf16"]
 
 
-def test_attention_in_8_bits_takes_room() -> None:
+def test_attention_in_8_bits_takes_memory() -> None:
     plan = released_plan("t2v-A14B", True, 24 * 10**9, replace(HERE, device=torch.device("cuda")))
     work = [
         budget.stages["denoise"]["work"]
@@ -299,8 +299,8 @@ def test_a_file_in_fp8_is_read_in_fp8(tmp_path: Path) -> None:
         tensors[scale_name(name)] = scale[:, None]
     model = blueprint()
     source = Source(store_of(tmp_path, tensors), parameter_dtypes(torch.float32, False, model))
-    networks, told = Networks({"model": (model, source)}, CPU), list[int]()
-    networks.prefetcher.preload(told.append)
+    networks, reported = Networks({"model": (model, source)}, CPU), list[int]()
+    networks.prefetcher.preload(reported.append)
     streaming = [name for name, _ in model.named_parameters() if model.unit_of(name) is not None]
     assert networks.prefetcher.brought == sum(tensors[n].nbytes for n in streaming if not n.endswith("_scale"))
-    assert sum(told) == sum(source.store[n].bytes for n in streaming if n in source.store), "as progress counts a file"
+    assert sum(reported) == sum(source.store[n].bytes for n in streaming if n in source.store), "as files count"

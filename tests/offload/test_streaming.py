@@ -61,7 +61,7 @@ def open_task(task: str, lora_mode: str | None) -> Original:
 
 
 def use_slots(count: int, monkeypatch: pytest.MonkeyPatch, batch_guidance: bool = False) -> None:
-    """As if the device had room for so many."""
+    """As if this number fitted on the device."""
     budget = SimpleNamespace(
         slots=count, resident=False, tiles=(1, 1), batch_guidance=batch_guidance, vae_leaves=True, between=1
     )
@@ -96,7 +96,7 @@ def test_latents_do_not_depend_on_the_slots(
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
-def test_of_a_guided_step_each_part_comes_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_block_comes_once_per_guided_step(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two videos of three guided steps through two slots: each part comes once a step, and not once a pass."""
     brought = {}
     for batch_guidance in (False, True):
@@ -395,7 +395,7 @@ def test_a_full_host_is_one_sentence() -> None:
         allocate(1 << 60)
 
 
-def test_what_was_not_planned_is_a_bug(file: Path) -> None:
+def test_an_unplanned_use_is_a_bug(file: Path) -> None:
     networks = networks_of(TensorStore.open(file), 2)
     with pytest.raises(AssertionError, match="block 0 is used, 1 was planned"), networks.prefetcher.job([1, 2]):  # noqa: SIM117 - the inner `with` must run inside the job
         with networks.prefetcher.use(0):
@@ -606,7 +606,7 @@ def test_a_released_text_encoder_is_gone() -> None:
     assert {file.suffix for file in part.weights.files} == {".pth"}
 
 
-def test_there_are_as_many_readers_as_said(file: Path) -> None:
+def test_the_number_of_readers(file: Path) -> None:
     most = [0]
 
     def count(_: str) -> None:

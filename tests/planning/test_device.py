@@ -75,7 +75,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(words: str, driver: bo
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy"])
-def test_a_gpu_without_room_for_a_context_is_told(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_too_full_for_a_context_is_one_line(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> NoReturn:
         raise RuntimeError(f"{words}\nCUDA kernel errors might be asynchronously reported")
 

@@ -69,7 +69,7 @@ def test_a_close_disk_is_a_warning(tmp_path: Path, free: Any, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/proc/videos", "/sys/videos"])
-def test_what_takes_no_files_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_takes_no_files_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/proc/self").exists():
         pytest.skip("no such file system here")
     assert generate.main(command("t2v-A14B", "--save_dir", folder, "--dry_run")) == 2

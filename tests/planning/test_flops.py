@@ -46,7 +46,7 @@ def test_a_fused_function_reads_and_writes_once() -> None:
     assert (counter.calls, counter.peak) == (1, 0)
 
 
-def test_what_is_used_up_at_once_stays_in_the_cache() -> None:
+def test_small_intermediates_stay_in_the_cache() -> None:
     with torch.device("meta"):
         a = torch.empty(100)
         with CostCounter(cache=1000) as counter:

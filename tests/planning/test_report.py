@@ -1,4 +1,4 @@
-"""What a plan says of memory, time and jobs, on the command line's dry run."""
+"""A plan's lines about memory, time and jobs, on the command line's dry run."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def _kept() -> str:
     return (cache_folder() / "rates.json").read_text()
 
 
-def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_have_a_line_each_and_many_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     lines = plan(capsys)
     assert line(lines, "job 0000: ").startswith("job 0000: a cat that sits sits")
     assert "...: 64x64, 5 frames" in line(lines, "job 0000: ")
@@ -86,7 +86,7 @@ def test_jobs_are_told_in_a_line_each_and_many_are_summed_up(capsys: pytest.Capt
     assert line(lines, "... and 28 more, the last one ")
 
 
-def test_what_is_done_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_jobs_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(T2V) == 0
     capsys.readouterr()
     lines = plan(capsys, "--num_videos", "2", "--resume")
@@ -119,7 +119,7 @@ def test_a_plan_for_a_card_that_is_not_here(capsys: pytest.CaptureFixture[str]) 
     ("flags", "helps"),
     [(["--dtype", "fp32"], "--dtype bf16"), (["--dtype", "bf16", "--lora_mode", "adapter"], "--lora_mode merge")],
 )
-def test_a_card_that_is_too_small_is_told_the_way_that_fits(
+def test_a_card_too_small_gets_the_option_that_fits(
     flags: list[str], helps: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [*T2V[:-1], "a cat", *flags]  # so that the text stage takes less than denoising

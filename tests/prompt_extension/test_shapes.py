@@ -57,7 +57,7 @@ def test_the_bare_prompt_is_taken(service, shape):
 
 
 @pytest.mark.parametrize("shape", BAD_TEXTS)
-def test_what_is_no_prompt_keeps_the_users(service, shape):
+def test_an_answer_that_is_no_prompt_keeps_the_users(service, shape):
     text, word = BAD_TEXTS[shape]
     service.plan = [(200, choice(text))]
     kept_because(word)

@@ -128,7 +128,7 @@ RULES = {  # what each kind must ask for, in both languages
 
 
 @pytest.mark.parametrize(("has_image", "has_words"), KINDS)
-def test_what_the_system_prompts_ask_for(has_image, has_words):
+def test_system_prompts_ask_for_lengths_and_language(has_image, has_words):
     english = " ".join(system_prompt("en", has_image=has_image, has_words=has_words).split())
     chinese = system_prompt("zh", has_image=has_image, has_words=has_words)
     for in_english, in_chinese in RULES[has_image, has_words]:

@@ -201,7 +201,7 @@ def test_the_record(tmp_path: Path) -> None:
     assert record["peak_memory_bytes"]["RAM"] > 1e6
 
 
-def test_seconds_are_of_this_video_and_of_what_all_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_count_this_video_and_shared_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reading of the clock is one second later: equal jobs have equal times, however many went before."""
     now = iter(range(10**6))
     monkeypatch.setattr("wan.utils.progress.time.perf_counter", lambda: float(next(now)))
@@ -268,9 +268,9 @@ def test_nan_in_a_decoded_chunk(tmp_path: Path) -> None:
 def test_out_of_memory_says_where_and_what_needs_less(tmp_path: Path) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nlong")
     setattr(error, STAGE, "denoise")
-    told = wan.runner.video_job.reason(error, make_run(tmp_path, ["one"]).jobs[0])
-    assert told.startswith("out of memory on the device (CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "in denoise of 64x48, 13 frames; a smaller --size" in told
+    printed = wan.runner.video_job.reason(error, make_run(tmp_path, ["one"]).jobs[0])
+    assert printed.startswith("out of memory on the device (CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "in denoise of 64x48, 13 frames; a smaller --size" in printed
     with pytest.raises(RuntimeError) as of_the_host:
         torch.empty(10**15)
     assert "out of memory" in wan.runner.video_job.reason(of_the_host.value)
@@ -285,13 +285,13 @@ def test_an_error_of_the_allocator_names_its_variable() -> None:
     )
 
 
-def test_decode_tells_how_many_frames_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decode_counts_the_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_jobs(make_run(tmp_path, ["one"]), Progress(json=True), load=Models) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["total"] for event in events if event["event"] == "begin" and event["stage"] == "decode"] == [13]
 
 
-def test_a_batch_tells_what_is_left(tmp_path: Path) -> None:
+def test_a_batch_shows_the_time_left(tmp_path: Path) -> None:
     said = Outcome(make_run(tmp_path)).said.splitlines()
     videos = [line for line in said if line.startswith("video ")]
     assert [line.endswith(" left for all)") for line in videos] == [False, True, True]
@@ -348,7 +348,7 @@ def test_the_command_finishes_the_job(tmp_path: Path) -> None:
 
 
 def test_decoding_kept_latents_removes_leftovers(tmp_path: Path) -> None:
-    """What a process that was killed in decode left goes when the video is made after all."""
+    """Leftovers of a process killed in decode are removed when the video is made after all."""
     run = make_run(tmp_path, ["one"], save_latents=True)
     Outcome(run)
     dead = make_part(tmp_path / "x.mp4")
@@ -366,7 +366,7 @@ def raw_frames(path: Path) -> Iterator[bytes]:
     return reader
 
 
-def test_what_decode_only_refuses(tmp_path: Path) -> None:
+def test_decode_only_refuses_bad_input(tmp_path: Path) -> None:
     Outcome(make_run(tmp_path, ["one"], save_latents=True))
     latents, target = tmp_path / "0.latents.safetensors", tmp_path / "x.mp4"
     plan, quiet = planned(), Progress(quiet=True)
@@ -534,7 +534,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["1.json", "1.mp4", "2.json", "2.mp4", "file"]
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_a_file_at_the_output_path_is_refused(tmp_path: Path) -> None:
     for i in (0, 2):
         (tmp_path / f"{i}.mp4").write_text("mine")
     with pytest.raises(InputError) as caught:

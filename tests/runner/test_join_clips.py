@@ -54,7 +54,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one run makes of `ROWS`: a folder to look at or to copy."""
+    """The folder of one run of `ROWS`, to look at or to copy."""
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         go_to(folder, patch)
@@ -105,10 +105,10 @@ def latent(name: str, folder: str = "out") -> torch.Tensor:
 def test_a_chain_of_three(task: str, image: bool, capsys: pytest.CaptureFixture[str]) -> None:
     rows()
     assert generate.main(chain("--preview", task=task, image=image)) == 0
-    told = capsys.readouterr()
-    assert "(from the last frame of job 0001), 5 frames" in told.out
-    assert "jobs 0000, 0001, 0002 joined, 17 frames -> out/a_chain.mp4" in told.out
-    assert "3 saved, 1 joined" in told.err
+    printed = capsys.readouterr()
+    assert "(from the last frame of job 0001), 5 frames" in printed.out
+    assert "jobs 0000, 0001, 0002 joined, 17 frames -> out/a_chain.mp4" in printed.out
+    assert "3 saved, 1 joined" in printed.err
     made = clips()
     assert [len(clip) for clip in made] == FRAMES
     joined = read_frames(Path("out/a_chain.mp4"))
@@ -363,13 +363,13 @@ def test_the_joined_video_has_the_name_that_is_given() -> None:
         ({"num_videos": 2, "given": [{"prompt": "a"}, {"prompt": "b"}], "save_file": "x.mp4"}, "2 chains are joined"),
     ],
 )
-def test_what_cannot_be(flags: dict[str, Any], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, Any], sentence: str) -> None:
     Path("p.txt").write_text(PICTURE)
     with pytest.raises(InputError, match=re.escape(sentence)):
         outcome(**flags)
 
 
-def test_what_is_in_the_way_of_the_joined_video(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_at_the_joined_videos_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     rows()
     Path("out").mkdir()
     Path("out/a_chain.mp4").write_bytes(b"mine")

@@ -42,7 +42,7 @@ def test_latents_of_another_video_are_not_used(tmp_path: Path) -> None:
     assert Outcome(run).calls[3:] == ["sample 0", "decode"]
 
 
-def test_what_lies_beside_a_whole_video_is_put_right(tmp_path: Path) -> None:
+def test_files_beside_a_whole_video_are_repaired(tmp_path: Path) -> None:
     Outcome(make_run(tmp_path, ["one"], save_latents=True))
     beside = Beside.of(tmp_path / "0.mp4")
     record = json.loads(beside.record.read_text())
@@ -63,7 +63,7 @@ def test_latents_left_between_saving_and_tidying_go(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["0.json", "0.mp4"]
 
 
-def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     """Parts of this run's videos go, finished ones included; another run's stay."""
     for _ in range(2):
         for name in ("0.mp4", "0.json", "0.latents.safetensors"):
@@ -137,7 +137,7 @@ def test_no_room_while_loading_is_one_line(tmp_path: Path) -> None:
         run_jobs(make_run(tmp_path, ["one"]), Progress(quiet=True), load=Full)
 
 
-def test_a_replay_tells_what_differs(tmp_path: Path) -> None:
+def test_a_replay_names_the_differences(tmp_path: Path) -> None:
     Outcome(make_run(tmp_path, ["one"]))
     record = json.loads((tmp_path / "0.json").read_text())
     record["meaning"]["ckpt_dir"]["high expert"] = ["00"]
@@ -146,10 +146,10 @@ def test_a_replay_tells_what_differs(tmp_path: Path) -> None:
     outcome = resolve({"replay": str(tmp_path / "0.json"), "save_dir": str(tmp_path / "out")})
     assert isinstance(outcome, Generate)
     assert outcome.replayed is not None
-    told = "\n".join(differences(make_plan(outcome, Runtime()), outcome.replayed))
-    assert "--ckpt_dir is not what the record was made with" in told
-    assert "made with torch 1.0, here is" in told
-    assert len(told.splitlines()) == 2
+    printed = "\n".join(differences(make_plan(outcome, Runtime()), outcome.replayed))
+    assert "--ckpt_dir is not what the record was made with" in printed
+    assert "made with torch 1.0, here is" in printed
+    assert len(printed.splitlines()) == 2
     record["schema"] = 1
     (tmp_path / "0.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="written by another version of this program"):
@@ -173,7 +173,7 @@ def test_a_name_that_was_chosen_is_made_under_that_name(tmp_path: Path) -> None:
     assert Outcome(row_plan(tmp_path, [], **named)).models is None, "both are there now"
 
 
-def test_what_resume_cannot_make_up_is_said(tmp_path: Path) -> None:
+def test_resume_names_files_it_cannot_restore(tmp_path: Path) -> None:
     """A sheet is made of the video; latents and frames of steps are not, and a run that asks for them says so."""
     Outcome(make_run(tmp_path, ["one"]))
     outcome = Outcome(make_run(tmp_path, ["one"], resume=True, save_latents=True, preview=True, preview_steps=True))

@@ -103,7 +103,7 @@ def test_the_whole_file_is_no_shard() -> None:
         ({"shard": "1/2", "extend_only": "x.txt"}, "leave it out with --extend_only"),
     ],
 )
-def test_what_cannot_be(flags: dict[str, object], sentence: str) -> None:
+def test_invalid_combinations_are_refused(flags: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=re.escape(sentence)):
         outcome(**flags)
 
@@ -142,9 +142,9 @@ def test_two_shards_make_what_one_process_makes(capsys: pytest.CaptureFixture[st
     assert generate.main(words(3, Path("one"))) == 0
     for shard in ("2/2", "1/2"):
         assert generate.main(words(3, Path("many"), "--shard", shard)) == 0
-    told = capsys.readouterr()
-    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", told.err, re.M)
-    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", told.out, re.M)
+    printed = capsys.readouterr()
+    assert re.search(r"^video 0002 \(2 of 2\): many/t2v-A14B_0002_", printed.err, re.M)
+    assert re.search(r"^job 0002: .* -> many/t2v-A14B_0002_", printed.out, re.M)
     (record,) = Path("many").glob("t2v-A14B_0002_*.json")
     assert json.loads(record.read_text())["job"]["index"] == 2
     assert_equal_videos(Path("many"), Path("one"), 3)
@@ -159,7 +159,7 @@ def start(number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def has_made(number: int, count: int) -> bool:
-    """Whether a process has saved so many videos, and is at another one."""
+    """Whether a process has saved this number of videos, and is at another one."""
     log = Path(f"log{number}").read_text()
     return log.count("saved ") >= count and "video " in log.rpartition("saved ")[2]
 
@@ -176,7 +176,7 @@ def test_forty_videos_by_four_processes_two_of_them_killed(sharded: bool) -> Non
     commands = [words(40, folder, *shard) for shard in shards]
     processes = [start(number, command) for number, command in enumerate(commands)]
     for victim in chance.sample(range(4), 2):
-        wanted = chance.randrange(4)  # of its videos so many are whole
+        wanted = chance.randrange(4)  # the number of its videos that are whole
         while not has_made(victim, wanted):
             assert processes[victim].poll() is None
             time.sleep(0.02)

@@ -94,7 +94,7 @@ def state(folder: Path, user: int) -> dict[Path, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("order", [(ANN, BOB), (BOB, ANN)], ids=["Ann first", "Bob first"])
-def test_what_is_anothers_stays_as_it_is(order: tuple[int, int], shared: Path, tmp_path: Path) -> None:
+def test_files_of_others_stay(order: tuple[int, int], shared: Path, tmp_path: Path) -> None:
     first, second = order
     (shared / "tmp").mkdir()
     (shared / "tmp").chmod(0o1777)

@@ -107,7 +107,7 @@ def test_prompts_written_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (code, events[-1]["event"], events[-1]["code"]) == (2, "error", 2)
 
 
-def test_what_ends_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_that_end_a_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, (error,) = run("--prompt", "a cat", "--frame_num", "6")
     assert (code, error["event"], error["code"]) == (2, "error", 2)
     assert error["problems"][0].startswith("--frame_num 6 is not of the form")

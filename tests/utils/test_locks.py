@@ -97,7 +97,7 @@ def test_it_is_released_where_the_block_fails(tmp_path: Path) -> None:
 
 def test_a_living_holder_keeps_it_and_a_killed_one_does_not(tmp_path: Path) -> None:
     """The next holder removes what the killed one left of this video, and of no other."""
-    video, told = tmp_path / "a.mp4", []
+    video, printed = tmp_path / "a.mp4", []
     process = hold(video)
     other = make_part(tmp_path / "other.mp4")
     process.send_signal(signal.SIGSTOP)  # frozen is not dead, however long
@@ -108,9 +108,9 @@ def test_a_living_holder_keeps_it_and_a_killed_one_does_not(tmp_path: Path) -> N
     clean_up([video], pytest.fail)
     assert len(names(tmp_path)) == 3
     kill(process)
-    with locked(video, told.append):
+    with locked(video, printed.append):
         assert names(tmp_path) == sorted([".a.mp4.lock", other.name])
-    assert len(told) == 1
+    assert len(printed) == 1
     assert names(tmp_path) == [other.name]
 
 
@@ -189,7 +189,7 @@ IN_THE_WAY: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("make", IN_THE_WAY)
-def test_what_is_no_file_at_the_name_is_one_sentence(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_a_folder_or_pipe_at_the_name_is_one_sentence(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / ".a.mp4.lock")
     with pytest.raises(JobError, match=r"\.a\.mp4\.lock"), locked(tmp_path / "a.mp4", pytest.fail):
         pass
@@ -227,18 +227,18 @@ def test_a_file_system_that_stays_broken_is_one_sentence(tmp_path: Path, monkeyp
 def test_without_locks_a_file_marks_the_video_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    told: list[str] = []
+    printed: list[str] = []
     monkeypatch.setattr(files, "_without_locks", set())
     failing(monkeypatch, number, 10_000, fcntl.LOCK_EX)
     video = tmp_path / "a.mp4"
     for _ in range(2):
-        with locked(video, told.append):
+        with locked(video, printed.append):
             assert ".a.mp4.softlock" in names(tmp_path)
-            with pytest.raises(LockedElsewhere), locked(video, told.append):
+            with pytest.raises(LockedElsewhere), locked(video, printed.append):
                 pytest.fail("two holders")
         assert names(tmp_path) == []
-    assert len(told) == 1
-    assert str(tmp_path) in told[0]
+    assert len(printed) == 1
+    assert str(tmp_path) in printed[0]
 
 
 def test_without_locks_a_killed_process_of_this_machine_is_known_by_its_mark(

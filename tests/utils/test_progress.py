@@ -1,4 +1,4 @@
-"""What is shown while a run works, and the times by stage."""
+"""Lines shown while a run works, and the times by stage."""
 
 import fcntl
 import io
@@ -238,7 +238,7 @@ def test_nothing_is_left_of_a_line_that_is_interrupted() -> None:
     assert stream.getvalue().split("^C")[1].endswith("\r\x1b[K")
 
 
-def test_what_is_left_of_a_batch(clock: list[float]) -> None:
+def test_time_left_of_a_batch(clock: list[float]) -> None:
     """Judged by the finished videos and their work; what failed tells nothing, and is done with."""
     log = io.StringIO()
     progress = Progress(stream=log)

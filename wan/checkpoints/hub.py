@@ -113,13 +113,8 @@ def exists(path: Path) -> bool:
 def place(name: str) -> HubPath | None:
     """The place on the hub that a name means; None if it is no such name, or may mean something here."""
     match = PLACE.fullmatch(name)
-    if (
-        not match
-        or os.path.exists(name.partition("/")[0])
-        or (not match[3] and match[1].lower().endswith(WEIGHT_SUFFIXES))
-    ):
-        return None
-    return HubPath(name)
+    is_file = match and not match[3] and match[1].lower().endswith(WEIGHT_SUFFIXES)
+    return None if not match or is_file or os.path.exists(name.partition("/")[0]) else HubPath(name)
 
 
 def located(flag: str, name: str) -> Path:

@@ -53,7 +53,8 @@ class SplitVAE:
     ) -> Iterator[Tensor]:
         """[z, L, h, w], the same on every rank -> chunks [3, t, H, W] on rank 0; the others yield none.
         Every rank must run the iterator to its end, in `Team.all_or_none`: each chunk is an exchange."""
-        height, width = latent.shape[-2:]
+        (height, width), group = latent.shape[-2:], self.mesh.sequence
+        assert group is not None, "a rank alone uses the WanVAE itself"
         regions, frame = divide(height, width, self.size), Region(0, height, 0, width).scaled(self.stride[1])
         windows = [region.scaled(self.stride[1]) for region in regions]
         counts = [4 * len(part) for part in torch.empty(latent.shape[1]).split(chunk)]
@@ -64,21 +65,16 @@ class SplitVAE:
             region = regions[self.rank]
             parts = self.vae.decode(latent, chunk, fitting(tiles, region), region, convert)
         for part, count in zip(parts, counts, strict=True):
-            received = self._gather(padded(part.to(self.device), 3 * count * max(window.area for window in windows)))
+            sent = padded(part.to(self.device), 3 * count * max(window.area for window in windows))
+            received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
+            with self.mesh.team.exchange():
+                dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
             if self.rank == 0:
                 video = received[0].new_empty(3, count, *frame.sides)
                 for window, flat in zip(windows, received, strict=False):
                     target = video[:, :, window.top : window.bottom, window.left : window.right]
                     target.copy_(flat[: target.numel()].view(target.shape))
                 yield video
-
-    def _gather(self, sent: Tensor) -> list[Tensor]:
-        received = [] if self.rank else [torch.empty_like(sent) for _ in range(self.size)]
-        group = self.mesh.sequence
-        assert group is not None
-        with self.mesh.team.exchange():
-            dist.gather(sent, received or None, dst=dist.get_global_rank(group, 0), group=group)
-        return received
 
 
 def encode_peak(vae: WanVAE, shape: tuple[int, int, int], ranks: int, tiles: tuple[int, int] = (1, 1)) -> int:

@@ -85,7 +85,7 @@ def check_outputs(
     elif hasattr(os, "geteuid"):  # in a sticky folder only root, its owner and the file's may replace a file
         here, me = {path: path.parent.stat() for path in there}, os.geteuid()
         kept = [p for p in there if here[p].st_mode & 0o1000 and me not in (0, here[p].st_uid, p.lstat().st_uid)]
-        refuse(kept, f"{flag}{{}} belong{{s}} to another user, and lie{{s}} in a sticky folder; choose another name")
+        refuse(kept, f"{flag}{{}} belong{{s}} to another user, in a sticky folder; choose another name")
     for folder in sorted({file.parent.absolute() for file in written}):
         if trouble := folder_problem(folder):
             check.problem(f"{trouble}; choose another --save_dir")

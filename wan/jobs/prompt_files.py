@@ -233,9 +233,8 @@ def _row(path: Path, source: str, values: object, problems: list[str]) -> Row | 
         problems.append(f"{source}: a prompt with its settings is one JSON object such as {EXAMPLE}")
         return None
     meant = {key: closest(str(key)[:100].lower(), KEYS) for key in values if key not in KEYS}
-    hints = {
-        key: f"did you mean {close}?" if close else f"allowed are {', '.join(KEYS)}" for key, close in meant.items()
-    }
+    allowed = f"allowed are {', '.join(KEYS)}"
+    hints = {key: f"did you mean {close}?" if close else allowed for key, close in meant.items()}
     faults = [f"unknown key {cut(repr(key))}; {hint}" for key, hint in hints.items()]
     given = {key: value for key, value in values.items() if value is not None and key in KEYS}
     if "prompt" not in given and "prompt" not in meant.values():

@@ -59,13 +59,9 @@ def video_size(config: TaskConfig, picture: tuple[int, int], size: tuple[int, in
         raise InputError(f"an image of {width}x{height} is too long and thin for this --size, which is used as an area")
     if config.image_fit != "crop":
         return columns, rows
-
-    def ratio_error(found: tuple[int, int]) -> float:
-        ratio, reached = width / height, found[0] / found[1]
-        return max(ratio / reached, reached / ratio)
-
-    height_first = math.floor(area / rows / step) * step, rows
-    return min(height_first, (columns, math.floor(area / columns / step) * step), key=ratio_error)
+    ways = (math.floor(area / rows / step) * step, rows), (columns, math.floor(area / columns / step) * step)
+    ratio = width / height
+    return min(ways, key=lambda found: max(ratio / (found[0] / found[1]), found[0] / found[1] / ratio))
 
 
 def open_image(path: Path) -> Image.Image:

@@ -122,10 +122,10 @@ def in_strips(each: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(each)
     def run(x: Tensor, *operands: Tensor | float) -> None:
-        rows = max(1, STRIP * torch.get_num_threads() // x.shape[1])
-        if not x.is_cpu or len(x) <= rows:
+        if not x.is_cpu or x.numel() <= STRIP:
             each(x, *operands)
             return
+        rows = max(1, STRIP * torch.get_num_threads() // x.shape[1])
         for start in range(0, len(x), rows):
             strip = slice(start, start + rows)
             each(x[strip], *(o[strip] if isinstance(o, Tensor) and o.ndim > 1 else o for o in operands))

@@ -201,9 +201,7 @@ class Head(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, attention to the text, feed-forward; the first and last modulated by the timestep.
-
-    Norms hold their weights only: `passes` computes them.
-    """
+    Norms hold their weights only: `passes` computes them."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -341,9 +339,7 @@ class Prompt:
 
 class Residency:
     """Where a network's weights are when it computes. The plain case: all of them on the device, always.
-
-    A unit is a group of weights that is used together, numbered in the order of their use; see `unit_of`.
-    """
+    A unit is a group of weights that is used together, numbered in the order of their use; see `unit_of`."""
 
     batch_guidance = False  # each unit runs all passes over one latent before the next begins, so it is brought once
 

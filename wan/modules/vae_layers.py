@@ -30,7 +30,7 @@ ENCODER_RIM = (8, 9)  # latent cells before and after; strided convolutions pad 
 NORM_EPSILON = 1e-24  # the square of the smallest length by which the original divides
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
-WEIGHTS_PER_PIXEL = 6400  # with more, rearranging the weights costs oneDNN more than its product saves (measured)
+WEIGHTS_PER_PIXEL = 5500  # of a convolution on a CPU: with more, a matrix product of patches is faster (measured)
 
 
 class ClipState:
@@ -47,35 +47,29 @@ class ClipState:
         return first
 
 
-class Conv3d(nn.Conv3d):
-    """On a CPU in float32 by oneDNN, which PyTorch itself calls for large C T H alone, or for few pixels as a matrix
-    product of patches: oneDNN rearranges all weights in each call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return super().forward(x)
-        if self.weight.numel() < WEIGHTS_PER_PIXEL * x[0, 0].numel():
-            return torch.ops.aten.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1
-            )
-        _, rows, columns = map(int, self.padding)
-        patches = F.pad(x[0].permute(1, 2, 3, 0), (0, 0, columns, columns, rows, rows))
-        for axis in range(3):
-            patches = patches.unfold(axis, self.kernel_size[axis], self.stride[axis])
-        patches = rearrange(patches, "t h w c i j k -> t h w (i j k c)")
-        found = F.linear(patches, rearrange(self.weight, "o c i j k -> o (i j k c)"), self.bias)
-        return rearrange(found, "t h w o -> 1 o t h w")
-
-
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame. A kernel of one pixel is a matrix product."""
+def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
+    """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame, without the first `skipped` frames of the kernel. A
+    kernel of one pixel is a matrix product, as are patches of few pixels: oneDNN rearranges weights in each call."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     if math.prod(conv.kernel_size) == 1:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
+    weight = conv.weight[:, :, skipped:] if skipped else conv.weight
+    in_onednn = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if in_onednn and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel():
+        rows, columns = map(int, conv.padding[-2:])
+        x = F.pad(x, (0, 0, columns, columns, rows, rows))
+        for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
+            x = x.unfold(axis, *sizes)
+        return F.linear(x.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias)
     if isinstance(conv, nn.Conv2d):
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
-    return rearrange(conv(x[None].permute(0, 4, 1, 2, 3))[0], "c t h w -> t h w c")
+    x = x[None].permute(0, 4, 1, 2, 3)
+    if in_onednn:  # which PyTorch itself calls for large C T H alone
+        x = torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
+    else:
+        x = F.conv3d(x, weight, conv.bias, conv.stride, conv.padding)
+    return rearrange(x[0], "c t h w -> t h w c")
 
 
 def join_history(
@@ -85,13 +79,19 @@ def join_history(
     straight behind the history, so that joining the two costs no pass of its own."""
     history = conv.kernel_size[0] - conv.stride[0]
     frames = x.new_empty(history + x.shape[0], *x.shape[1:])
-    if conv in state.kept:
-        frames[:history] = state.kept[conv]
-    else:
-        frames[:history].zero_()
+    frames[:history] = state.kept.get(conv, 0)
     write(x, frames[history:])
     state.kept[conv] = frames[-history:].clone()  # a view would hold the whole chunk in memory
     return frames
+
+
+def convolve_causally(conv: nn.Conv3d, frames: Tensor, state: ClipState) -> Tensor:
+    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip."""
+    if not state.starts_clip(conv) or not frames.is_cpu:
+        return convolve(conv, frames)
+    first, second, rest = frames[2:3], frames[2:4], frames[2:]
+    parts = [(first, 2), (second, 1), (rest, 0)][: len(rest)]
+    return torch.cat([convolve(conv, part, skipped) for part, skipped in parts])
 
 
 class RMSNorm(nn.Module):
@@ -122,18 +122,18 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.channels = channels, out_channels
         norm1, norm2 = RMSNorm(channels, axes=3), RMSNorm(out_channels, axes=3)
-        conv1 = Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
-        conv2 = Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
+        conv1 = nn.Conv3d(channels, out_channels, 3, padding=(0, 1, 1))
+        conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=(0, 1, 1))
         # The numbers are the checkpoint's; those between had no parameters.
         self.residual = nn.ModuleDict({"0": norm1, "2": conv1, "3": norm2, "6": conv2})
         self.steps = (norm1, conv1), (norm2, conv2)
-        self.shortcut = Conv3d(channels, out_channels, 1) if channels != out_channels else None
+        self.shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         y = x
         for norm, conv in self.steps:  # a name is reused at each step, so that its last tensor is freed
             y = join_history(conv, y, state, norm.activate)
-            y = convolve(conv, y)
+            y = convolve_causally(conv, y, state)
         return y.add_(x if self.shortcut is None else convolve(self.shortcut, x))
 
 
@@ -159,7 +159,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2, padding=2)})
-        self.time_conv = Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         # The windows start at pixel 0 and only the far border is padded. Padding by a whole stride and dropping the
@@ -180,7 +180,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
-        self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, state: ClipState) -> Tensor:
         """The time convolution's two halves of channels are the earlier and the later frame: they are interleaved while
@@ -257,9 +257,9 @@ class Coder(nn.Module):
     def __init__(self, channels: int, first: int, inner: int, last: int, out_channels: int) -> None:
         super().__init__()
         self.levels: list[Level] = []
-        self.conv1 = Conv3d(channels, first, 3, padding=(0, 1, 1))
+        self.conv1 = nn.Conv3d(channels, first, 3, padding=(0, 1, 1))
         self.middle = nn.ModuleList([ResidualBlock(inner, inner), FrameAttention(inner), ResidualBlock(inner, inner)])
-        self.last = RMSNorm(last, axes=3), Conv3d(last, out_channels, 3, padding=(0, 1, 1))
+        self.last = RMSNorm(last, axes=3), nn.Conv3d(last, out_channels, 3, padding=(0, 1, 1))
         self.head = nn.ModuleDict({"0": self.last[0], "2": self.last[1]})
 
     def register(self, name: str, nested: bool) -> nn.ModuleList:
@@ -269,7 +269,7 @@ class Coder(nn.Module):
         return nn.ModuleList(layer for level in self.levels for layer in level.layers)
 
     def run_first(self, x: Tensor, state: ClipState) -> Tensor:
-        return convolve(self.conv1, join_history(self.conv1, x, state))
+        return convolve_causally(self.conv1, join_history(self.conv1, x, state), state)
 
     def run_middle(self, x: Tensor, state: ClipState) -> Tensor:
         before, attention, after = self.middle
@@ -277,7 +277,7 @@ class Coder(nn.Module):
 
     def run_head(self, x: Tensor, state: ClipState) -> Tensor:
         norm, conv = self.last
-        return convolve(conv, join_history(conv, x, state, norm.activate))
+        return convolve_causally(conv, join_history(conv, x, state, norm.activate), state)
 
 
 class Encoder(Coder):

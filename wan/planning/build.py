@@ -68,9 +68,14 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
         if weights.ckpt_dir is None:
             raise checks.error()
     plan = open_plan(request, config, weights, runtime, checks, before=before)
-    if not request.dry_run and (fetched := _local(weights, config)) != weights:
-        weights = fetched
-        plan = open_plan(request, config, weights, runtime, checks)
+    if not request.dry_run:
+        fetched = replace(
+            weights,
+            ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.not_of_folder(config))),
+            loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
+            files={part: hub.fetch(file) for part, file in weights.files.items()},
+        )
+        plan = open_plan(request, config, fetched, runtime, checks) if fetched != weights else plan
     warnings = [*outcome.warnings, *plan.warnings]
     if isinstance(outcome, Decode):
         return replace(plan, warnings=tuple(warnings))
@@ -85,15 +90,6 @@ def make_plan(outcome: Generate | Decode, runtime: Runtime, before: Plan | None 
     if not plan.uses_negative and any(job.negative_prompt != config.sample_neg_prompt for job in plan.jobs):
         warnings.append("a negative prompt has no effect here: no step is guided (--sample_guide_scale 1, no --nag)")
     return replace(plan, warnings=tuple(warnings))
-
-
-def _local(weights: Weights, config: TaskConfig) -> Weights:
-    return replace(
-        weights,
-        ckpt_dir=weights.ckpt_dir and hub.fetch(weights.ckpt_dir, patterns(config, weights.not_of_folder(config))),
-        loras=tuple(replace(lora, path=hub.fetch(lora.path)) for lora in weights.loras),
-        files={part: hub.fetch(file) for part, file in weights.files.items()},
-    )
 
 
 def open_plan(

@@ -83,9 +83,7 @@ def what_fits(plan: Plan, kind: VideoKind) -> str:
 
 def decode_tiles(plan: Plan, latent: Sequence[int], *, finer: bool = False) -> Tiles:
     """Tiles in which the frames of a `latent` [C, f, h, w] are decoded, or each process's share of them.
-
-    As few as memory allows. finer: the next more, after the device ran out of memory.
-    """
+    As few as memory allows. finer: the next more, after the device ran out of memory."""
     vae, ranks, (c, f, h, w) = plan.checkpoint.vae.module, plan.layout.sequence, latent
     return _fewest_tiles(
         plan,

@@ -25,9 +25,8 @@ class WanError(Exception):
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         listed = [problems] if isinstance(problems, str) else problems
-        self.problems = [
-            p if len(p) <= LONGEST else f"{p[:LONGEST]}..." for p in listed
-        ]  # values of files are any size
+        # values of files are any size
+        self.problems = [p if len(p) <= LONGEST else f"{p[:LONGEST]}..." for p in listed]
         super().__init__(self.problems)  # from which pickle makes it anew in another process
 
     def __str__(self) -> str:
