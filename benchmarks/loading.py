@@ -101,7 +101,7 @@ def stream_transformer(path: Path) -> Networks:
 
 
 def write_diffusers(folder: Path, layers: int = 2, rank: int = 64) -> None:
-    """0.7 GB a layer of random float32 in diffusers' layout with a LoRA on every linear layer of its blocks, and the
+    """0.7 GB per layer of random float32 in diffusers' layout with a LoRA on every linear layer of its blocks, and the
     same in bf16."""
     from diffusers import WanTransformer3DModel
 
