@@ -463,6 +463,9 @@ def test_weights_do_not_depend_on_the_pieces(piece_bytes: int, monkeypatch: pyte
     part = open_checkpoint(checkpoint(TASK), config_of(TASK)).experts["high"]
     dtype = parameter_dtypes(torch.bfloat16, False)
     want = load(part.module, Source(part.weights, dtype), CPU).state_dict()
+    monkeypatch.setattr("wan.offload.reader.STRIP_BYTES", piece_bytes)
+    strips = load(part.module, Source(part.weights, dtype), CPU).state_dict()
+    assert all(torch.equal(strips[name], tensor) for name, tensor in want.items())
     monkeypatch.setattr("wan.offload.reader.PIECE_BYTES", piece_bytes)
     found = load(part.module, Source(part.weights, dtype), CPU).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
@@ -517,18 +520,18 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.Mon
 
 
 def test_loading_large_weights_peaks_at_the_final_bytes(tmp_path: Path) -> None:
-    """0.7 GB of float32 on disk becomes 0.37 GB of bf16; measured 1.21 of the final bytes, at most 1.25 allowed."""
+    """0.7 GB of float32 on disk becomes 0.37 GB of bf16; measured 1.05 of the final bytes, at most 1.12 allowed."""
     write_transformer(tmp_path / "model.safetensors", layers=10)
     assert (tmp_path / "model.safetensors").stat().st_size > 0.7e9
-    _, final, peak = fresh("transformer", tmp_path / "model.safetensors")
+    _, final, peak, _ = fresh("transformer", tmp_path / "model.safetensors")
     assert final > 3.5e8
-    assert peak < 1.25
+    assert peak < 1.12
 
 
 @pytest.mark.slow
 def test_loading_a_text_encoder_peaks_at_the_final_bytes(tmp_path: Path) -> None:
     """0.55 GB of bf16 in a .pth becomes 1.1 GB of float32; mapped pages must not stay resident."""
     write_text_encoder(tmp_path / "t5.pth", layers=20)
-    _, final, peak = fresh("text_encoder", tmp_path / "t5.pth")
+    _, final, peak, _ = fresh("text_encoder", tmp_path / "t5.pth")
     assert final > 1e9
     assert peak < 1.25

@@ -1,5 +1,7 @@
 """The streamed merge equals the plain formula bit for bit, on any slice, in any order, for any file."""
 
+import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from lightning import merge as merge_module
 from lightning.lora import Lora, check
 from lightning.merge import Merge
 from tests.lightning.support import STORED, base, diffusers_module, lora_of, merged, plain, small_pairs, spelled
-from tests.support import lora_dir
+from tests.support import checkpoint, config_of, lora_dir
+from wan.checkpoints.checkpoint import open_checkpoint
 from wan.checkpoints.safetensors_file import TensorStore
+from wan.offload.reader import Source, load
 from wan.utils.errors import LoraError
 
 SHAPES = base().shapes
@@ -64,6 +68,27 @@ def test_a_weight_in_shares_reads_each_row_of_its_pair_once(tmp_path: Path, monk
     for start in range(0, 1000, 250):
         merge(f"{Q}.weight", weight[start : start + 250], slice(start, start + 250))
     assert sum(bytes_read) == up.nbytes + down.nbytes
+
+
+def test_a_load_merges_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strip by strip, to the bit what one merge of the whole weight gives."""
+    part = open_checkpoint(checkpoint("t2v-A14B"), config_of("t2v-A14B")).experts["high"]
+    merge = Merge([small_lora()], part.weights.shapes)
+    expected = {name: merge(name, part.weights.read(name)).clone() for name in part.weights}
+    call, two, shares = Merge.__call__, threading.Barrier(2), itertools.count()
+
+    def together(self: Merge, name: str, weight: Tensor, rows: slice | None = None) -> Tensor:
+        found = call(self, name, weight, rows)
+        if next(shares) < 2:
+            two.wait(10)  # for another thread, which must not write into what this one has made
+        return found
+
+    monkeypatch.setattr(Merge, "__call__", together)
+    monkeypatch.setattr("wan.offload.reader.STRIP_BYTES", 16 * 64 * 4)
+    model = load(part.module, Source(part.weights, lambda _: torch.float32, merge), torch.device("cpu"))
+    assert next(shares) > 2 * len(merge.deltas)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_untouched_weights_come_back_as_they_are() -> None:

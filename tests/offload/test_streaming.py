@@ -625,7 +625,7 @@ def test_host_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
     """
     path = tmp_path / "model.safetensors"
     write_transformer(path, layers=20)
-    _, whole, peak = fresh("streamed", path)
+    _, whole, peak, _ = fresh("streamed", path)
     block, texts = whole / 20, 20 * 2 * 2 * 512 * 1024
     assert peak * whole <= 3 * block + (READERS + 1) * PIECE_BYTES + texts + 80e6
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning.merge import Merge
 from wan.checkpoints.quantised_formats import Quantised, int8_rotations
-from wan.checkpoints.safetensors_file import TensorStore
+from wan.checkpoints.safetensors_file import Entry, TensorStore
 from wan.configs.precision import keeps_float32
 from wan.modules.fused import FP8
 from wan.modules.quantised_linear import EIGHT_BITS, QuantisedLinear, rotation_of, round_rows, scale_name
@@ -29,6 +29,7 @@ from wan.utils.accelerator import Accelerator
 from wan.utils.errors import InputError, JobError, first_line
 
 PIECE_BYTES = 16 << 20  # a power of two: pinned memory is handed out in such sizes
+STRIP_BYTES = 2 << 20  # read, checked, merged and cast, one after the other, it stays in a core's cache
 READERS = 4
 CPU = torch.device("cpu")
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,7 +62,9 @@ class Source:
         self._finite: set[tuple[str, int]] = set()  # pieces by first row
         self._scales: dict[tuple[str, int], Tensor] = {}  # of pieces that stay as they are stored
 
-    def pieces(self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None)) -> Iterator[Piece]:
+    def pieces(
+        self, names: Iterable[str], rows: Callable[[str], slice] = lambda _: slice(None), size: int | None = None
+    ) -> Iterator[Piece]:
         """`names` (or `rows` of each) in the order of the file, in nearly equal pieces; scales come with weights."""
         for name in self.store.in_file_order(name for name in names if name in self.store):
             entry = self.store[name]
@@ -69,10 +72,18 @@ class Source:
                 yield Piece(self, name, None)
                 continue
             start, stop, _ = rows(name).indices(entry.shape[0])
-            count = max(1, math.ceil(entry.rows(slice(start, stop)).bytes / PIECE_BYTES))
-            step = max(1, math.ceil((stop - start) / count))
-            for first in range(start, stop, step):
-                yield Piece(self, name, slice(first, min(first + step, stop)))
+            total = stop - start
+            count = min(total, max(1, math.ceil(entry.rows(slice(start, stop)).bytes / (size or PIECE_BYTES))))
+            for i in range(count):  # of nearly equal size: products of few rows may be summed in another order
+                yield Piece(self, name, slice(start + total * i // count, start + total * (i + 1) // count))
+
+    def fork(self) -> Source:
+        """This source for another thread: its merge has buffers of its own."""
+        twin = copy.copy(self)
+        if twin.merge:
+            twin.merge = copy.copy(twin.merge)
+            twin.merge.free_buffers()
+        return twin
 
     def read(self, piece: Piece, buffer: Tensor) -> Tensor:
         """The piece in the file's dtype, in `buffer`. ReadError; InputError if it holds NaN or Inf."""
@@ -89,7 +100,7 @@ class Source:
         except OSError as e:
             raise ReadError(f"{file}: tensor {piece.name} cannot be read ({e.strerror or e})") from e
         if key not in self._finite:
-            if not _is_finite(tensor) or not _is_finite(self._scales.get(key, torch.ones(1))):
+            if not _is_finite(tensor) or (key in self._scales and not _is_finite(self._scales[key])):
                 raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf: the file is corrupt")
             self._finite.add(key)
         return tensor
@@ -166,9 +177,9 @@ def fill(
     targets = {
         name: torch.empty(module.get_parameter(name).shape, dtype=source.dtype(name), device=home) for name in names
     }
-    if home.type == "cpu" and source.merge is None:
-        _place_by_threads(pieces, targets, report)
-    else:  # one thread does a merge and the copies to a device
+    if home.type == "cpu":
+        _place_by_threads(source, pieces, targets, report)
+    else:  # one thread does the copies to a device
         for piece, tensor in read_ahead(pieces, home):
             report(piece.bytes)
             source.place(piece, tensor, targets)
@@ -176,15 +187,20 @@ def fill(
         set_parameter(module.get_submodule(name.rpartition(".")[0]), name, target)
 
 
-def _place_by_threads(pieces: list[Piece], targets: Mapping[str, Tensor], report: Callable[[int], None]) -> None:
-    free = _buffers(pieces, READERS)  # one for each thread
+def _place_by_threads(
+    source: Source, pieces: list[Piece], targets: Mapping[str, Tensor], report: Callable[[int], None]
+) -> None:
+    free = [(source.fork(), buffer) for buffer in _buffers(pieces, READERS)]  # one for each thread
 
-    def bring(piece: Piece) -> int:  # in one thread, while it is in that core's cache
-        buffer = free.pop()
+    def bring(piece: Piece) -> int:
+        own, buffer = free.pop()
         try:
-            piece.source.place(piece, piece.source.read(piece, buffer), targets)
+            plain = type(own.store[piece.name]) is Entry  # other reads take memory, each anew
+            rows, size = piece.rows or slice(None), STRIP_BYTES if plain else PIECE_BYTES
+            for strip in own.pieces([piece.name], lambda _: rows, size):
+                own.place(strip, own.read(strip, buffer), targets)
         finally:
-            free.append(buffer)
+            free.append((own, buffer))
         return piece.bytes
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
@@ -217,7 +233,7 @@ def _is_finite(tensor: Tensor) -> bool:
         return not (tensor.view(torch.uint8) & 0x7F == 0x7F).any()  # NaN, beside the sign; e4m3 has no infinities
     # the sum of finite numbers may overflow: then look at each. bf16, summed as float32, would be copied first
     wide = torch.float32 if tensor.dtype == torch.float16 else None
-    return bool(torch.isfinite(tensor.sum(dtype=wide)) or torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum(dtype=wide)) or bool(torch.isfinite(tensor).all())
 
 
 def _stamp(file: Path) -> tuple[int, int]:
