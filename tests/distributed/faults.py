@@ -23,8 +23,8 @@ import torch
 import generate
 from tests.distributed.ranks import launched
 from tests.support import checkpoint, lora_dir, read_frames
+from wan.distributed import vae_parallel
 from wan.distributed.ulysses import SequenceAttention
-from wan.distributed.vae_parallel import SplitVAE
 from wan.media import video
 from wan.offload.reader import Source
 from wan.utils.progress import Progress
@@ -34,7 +34,7 @@ WHATS = ("kill", "raise", "freeze", "memory", "interrupt")
 PLACES: dict[str, tuple[Any, str, int]] = {
     "load": (Source, "place", 20),
     "step": (SequenceAttention, "__call__", 8),
-    "decode": (SplitVAE, "_gather", 2),
+    "decode": (vae_parallel, "padded", 2),
     "write": (video, "publish", 1),
 }
 VIDEOS, FRAMES = 3, 9

@@ -344,19 +344,30 @@ def test_norms_of_the_autoencoder_divide_by_the_smallest_lengths(size: float) ->
     torch.testing.assert_close(out, torch.nn.functional.silu(expected))
 
 
-@pytest.mark.parametrize(("channels", "side", "called"), [(64, 3, "aten.addmm"), (8, 9, "aten.mkldnn_convolution")])
+@pytest.mark.parametrize(
+    ("channels", "side", "few", "error", "called"),
+    [(64, 3, 0, STAGE, "aten.addmm"), (8, 9, 0, STAGE, "aten.mkldnn_convolution"), (8, 9, 1 << 17, 7e-8, "aten.addmm")],
+)
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), (1, 1, 1)), ((3, 1, 1), (2, 1, 1))])
 @torch.no_grad()
-def test_both_ways_of_a_cpu_are_the_convolution(
-    monkeypatch: pytest.MonkeyPatch, channels: int, side: int, called: str, kernel: Any, stride: Any
+def test_all_ways_of_a_cpu_are_the_convolution(
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    side: int,
+    few: int,
+    error: float,
+    called: str,
+    kernel: Any,
+    stride: Any,
 ) -> None:
-    """Few pixels and many weights are a matrix product, others go to oneDNN."""
+    """Few pixels and many weights are a matrix product, others go to oneDNN; few of both are summed in 64 bits."""
+    monkeypatch.setattr("wan.modules.vae_layers.FEW_NUMBERS", few)
     monkeypatch.setattr("wan.modules.vae_layers.WEIGHTS_PER_PIXEL", 20)
     conv = nn.Conv3d(channels, 8, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
     x = torch.randn(5, side, side, channels)
     with CostCounter() as counter:
         found = convolve(conv, x)
-    assert relative_error(found, convolve(copy.deepcopy(conv).double(), x.double())) < STAGE
+    assert relative_error(found, convolve(copy.deepcopy(conv).double(), x.double())) < error
     assert any(operation.startswith(called) for operation in counter.by_operation)
 
 

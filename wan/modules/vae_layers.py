@@ -31,6 +31,7 @@ NORM_EPSILON = 1e-24  # the square of the smallest length by which the original 
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
 WEIGHTS_PER_PIXEL = 5500  # of a convolution on a CPU: with more, a matrix product of patches is faster (measured)
+FEW_NUMBERS = 1 << 16  # in weights and patches: summed in 64 bits, as later norms magnify the errors of a small grid
 
 
 class ClipState:
@@ -55,12 +56,15 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     weight = conv.weight[:, :, skipped:] if skipped else conv.weight
     in_onednn = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if in_onednn and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel():
+    pixels = x[..., 0].numel()
+    few = (pixels + len(weight)) * weight[0].numel() < FEW_NUMBERS
+    if in_onednn and (few or weight.numel() > WEIGHTS_PER_PIXEL * pixels):
         rows, columns = map(int, conv.padding[-2:])
-        x = F.pad(x, (0, 0, columns, columns, rows, rows))
+        patches = F.pad(x, (0, 0, columns, columns, rows, rows))
         for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
-            x = x.unfold(axis, *sizes)
-        return F.linear(x.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias)
+            patches = patches.unfold(axis, *sizes)
+        factors = patches.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias
+        return F.linear(*(factor.double() if few else factor for factor in factors)).to(x.dtype)
     if isinstance(conv, nn.Conv2d):
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
