@@ -121,7 +121,7 @@ def out_of_range(rng: random.Random) -> Wrong:
     if OPTIONS[name].read is whole:
         value = rng.choice([str(int(low) - 1), str(int(high) + 1), str(10 ** rng.randrange(20, 60))])
     else:
-        value = rng.choice([f"{low / 2}", f"{high * 2}", "-1", "nan", "inf", "1e6"])
+        value = rng.choice([f"{low / 2 or -0.5}", f"{high * 2}", "-1", "nan", "inf", "1e6"])
     return Wrong([f"--{name}={value}"], (f"--{name} ",))
 
 
