@@ -5,7 +5,6 @@ python -m benchmarks.batches [--rows 10000] [--repeats 3]
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.full_run import write_headers
-from benchmarks.measure import ROOT, Row, report
+from benchmarks.measure import ROOT, Row, flags, report
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
@@ -83,9 +82,8 @@ def rows(count: int = 10_000, repeats: int = 3) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, repeats=3)
     parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median is taken")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     report(rows(given.rows, given.repeats))

@@ -5,11 +5,10 @@ python -m benchmarks.command_line [--repeats 5]
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 
-from benchmarks.measure import ROOT, Row, interleaved, report
+from benchmarks.measure import ROOT, Row, flags, interleaved, report
 
 
 def run(*flags: str) -> None:
@@ -31,9 +30,7 @@ def rows(repeats: int = 5) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is taken")
-    report(rows(parser.parse_args().repeats))
+    report(rows(flags(__doc__, repeats=5).parse_args().repeats))
 
 
 if __name__ == "__main__":

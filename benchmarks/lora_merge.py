@@ -8,7 +8,6 @@ the file at every call, the other two have it in memory.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.measure import Row, interleaved, report
+from benchmarks.measure import Row, flags, interleaved, report
 from lightning.lora import Lora
 from lightning.merge import Merge
 
@@ -26,10 +25,9 @@ MODULE, ALPHA = "blocks.0.self_attn.q", 8.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, repeats=7)
     parser.add_argument("--size", type=int, default=5120, help="rows and columns of the weight")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -92,6 +93,13 @@ def _kept(file: Path, here: str) -> Iterator[tuple[str, list[Row]]]:
             entry = json.loads(line)
             if entry["machine"] == here:
                 yield entry["work"], [Row(*row) for row in entry["rows"]]
+
+
+def flags(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The parser of a benchmark's command line, with `--repeats`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help="measurements of which the median is taken")
+    return parser
 
 
 def report(rows: Sequence[Row]) -> None:

@@ -6,12 +6,10 @@ and negative prompt, both padded to 512 tokens, here in transformers' UMT5 with 
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from benchmarks.loading import text_encoder
-from benchmarks.measure import Row, interleaved, randomise, report
+from benchmarks.measure import Row, flags, interleaved, randomise, report
 
 LAYERS = 6
 
@@ -40,9 +38,7 @@ def rows(repeats: int = 5) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is taken")
-    report(rows(parser.parse_args().repeats))
+    report(rows(flags(__doc__, repeats=5).parse_args().repeats))
 
 
 if __name__ == "__main__":

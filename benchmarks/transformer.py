@@ -6,7 +6,6 @@ full-size forward against the roofline (G1-G3).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counters import CostCounter, FlopCounterMode, attention
-from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, rms_error, run, synchronize
+from benchmarks.measure import NEEDS_A_GPU, Row, flags, interleaved, randomise, rms_error, run, synchronize
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.modules.attention import BACKENDS, available, choose
 from wan.modules.fused import EAGER, Passes, compiled
@@ -281,9 +280,7 @@ def works(repeats: int = 5) -> dict[str, Callable[[], list[Row]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median is taken")
-    run({**works(parser.parse_args().repeats), **gpu_works()})
+    run({**works(flags(__doc__, repeats=5).parse_args().repeats), **gpu_works()})
 
 
 if __name__ == "__main__":

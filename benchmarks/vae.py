@@ -9,7 +9,6 @@ small size and on a GPU at full size, in turn in one process; loading and moving
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.counters import CostCounter, FlopCounterMode
-from benchmarks.measure import NEEDS_A_GPU, Row, interleaved, randomise, report
+from benchmarks.measure import NEEDS_A_GPU, Row, flags, interleaved, randomise, report
 from benchmarks.transformer import matmul_rate
 from wan.checkpoints.key_mapping import vae_name
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
@@ -78,10 +77,9 @@ def full_size(kind: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, repeats=3)
     parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT", help="of the timed video; default: small")
     parser.add_argument("--frames", type=int, default=None, help="of the timed video, 4n + 1; default 5")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also diffusers' decoder compiled: minutes on a CPU")
     given = vars(parser.parse_args())
     timed = [row for kind in KINDS for row in (*time_decode(kind, **given), *time_small(kind, given["repeats"]))]

@@ -52,6 +52,7 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
     """Apply nn.Conv3d to [T, H, W, C], or nn.Conv2d frame by frame, without the first `skipped` frames of the kernel. A
     kernel of one pixel is a matrix product, as are patches of few pixels: oneDNN rearranges weights in each call."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    assert conv.bias is not None
     if math.prod(conv.kernel_size) == 1:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     weight = conv.weight[:, :, skipped:] if skipped else conv.weight
@@ -63,8 +64,9 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
         patches = F.pad(x, (0, 0, columns, columns, rows, rows))
         for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
             patches = patches.unfold(axis, *sizes)
-        factors = patches.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias
-        return F.linear(*(factor.double() if few else factor for factor in factors)).to(x.dtype)
+        patches, weight = patches.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1)
+        wide = torch.float64 if few else x.dtype
+        return F.linear(patches.to(wide), weight.to(wide), conv.bias.to(wide)).to(x.dtype)
     if isinstance(conv, nn.Conv2d):
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
