@@ -27,7 +27,7 @@ from wan.configs import TASKS, task_of
 from wan.configs.task import PATCH
 from wan.modules.model import released_shapes
 from wan.utils.argument_parser import Parser, outside, pair
-from wan.utils.errors import InputError, LoraError, WanError, print_errors
+from wan.utils.errors import InputError, LoraError, exit_code, print_errors
 from wan.utils.progress import tell
 
 ELSEWHERE = dict.fromkeys(("output", "output_dir", "out_dir", "save_dir", "o"), "--out")  # other programs' names
@@ -40,16 +40,12 @@ SHOWN_SETTINGS = ("steps", "solver", "shift", "timesteps", "guidance", "lora_ste
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted. Errors are one line on stderr."""
-    try:
+
+    def work() -> int:
         args = _build_parser().read(sys.argv[1:] if arguments is None else arguments)
         return int(args.command(args))
-    except WanError as e:
-        return print_errors(e.problems)
-    except OSError as e:
-        return print_errors([str(e)])
-    except KeyboardInterrupt:
-        tell(sys.stderr, "interrupted; the same command goes on where this one stopped\n")
-        return 130
+
+    return exit_code(work, "interrupted; the same command goes on where this one stopped")
 
 
 def _build_parser() -> Parser:

@@ -177,7 +177,10 @@ def expert_of(path: Path | str) -> str | None:
             sure = near_wan and not follower
         else:
             sure = side[1:] == "n" or follower in FOLLOWS or (near_wan and follower not in DESCRIBES)
-        if side in OTHERS and (sure or _has_partner(path, word)):
+        other = OTHERS.get(side, side)  # in the same capitals as the word
+        other = other.upper() if word[0].isupper() else other.capitalize() if word[0].istitle() else other
+        beside = path.with_name(path.name[: word.start()] + other + path.name[word.end() :])
+        if side in OTHERS and (sure or exists(beside)):
             named.add("high" if side in SIDES else "low")
     return named.pop() if len(named) == 1 else None
 
@@ -185,10 +188,3 @@ def expert_of(path: Path | str) -> str | None:
 def named_expert(path: Path) -> str | None:
     """The expert that a LoRA is named after; PEFT's own file is named by its folder."""
     return expert_of(path.absolute().parent if path.stem == PEFT_STEM else path)
-
-
-def _has_partner(path: Path, word: re.Match[str]) -> bool:
-    """Whether another file beside it differs in this word alone: low for high, in the same capitals."""
-    other = OTHERS[word[0].lower()]
-    other = other.upper() if word[0].isupper() else other.capitalize() if word[0].istitle() else other
-    return exists(path.with_name(path.name[: word.start()] + other + path.name[word.end() :]))

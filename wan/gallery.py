@@ -26,7 +26,7 @@ from wan.cli.options import VARIED, Request
 from wan.configs import TASKS
 from wan.media.video import CONTAINERS, read_record
 from wan.utils.argument_parser import Parser, not_one_of
-from wan.utils.errors import InputError, WanError, print_errors
+from wan.utils.errors import InputError, WanError, exit_code
 from wan.utils.files import Beside, write_file
 from wan.utils.progress import tell
 
@@ -184,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")
     grid = "a table of the videos by two options, such as --grid x=lora_strength y=base_seed, and a montage"
     parser.add_argument("--grid", metavar=("x=NAME", "y=NAME"), nargs=2, default=[], help=grid)
-    try:
+
+    def work() -> int:
         given = parser.read(sys.argv[1:] if argv is None else argv)
         folder, axes = given.folder, [axis.removeprefix("x=").removeprefix("y=") for axis in given.grid]
         if odd := [axis for axis in axes if axis not in VARIED]:
@@ -192,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
         tell(sys.stdout, f"{write_page(folder, axes)}\n")
-    except WanError as e:
-        return print_errors(e.problems)
-    return 0
+        return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

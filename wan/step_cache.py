@@ -32,19 +32,18 @@ class StepCache:
         """The next step's network, or its substitute."""
 
         def forward(latent: Tensor, *inputs: object) -> Tensor:
-            if len(self.made) + 1 not in self._always and self._skips(latent[: self._x.shape[0]]):
-                self.made.append(False)
-                return self._x + (self._last_v - self._last_x)
+            if len(self.made) + 1 not in self._always:
+                x = latent[: self._x.shape[0]]
+                change = self._slope * _size(x - self._x) / _size(self._last_v)
+                self._x, self._change = x, self.same(self._change + change)
+                if self._change < self.limit:
+                    self.made.append(False)
+                    return self._x + (self._last_v - self._last_x)
             velocity = self.inner.ready(name, lora)(latent, *inputs)
             self._keep(latent[: velocity.shape[-4]], velocity)
             return velocity
 
         return forward
-
-    def _skips(self, x: Tensor) -> bool:
-        change = self._slope * _size(x - self._x) / _size(self._last_v)
-        self._x, self._change = x, self.same(self._change + change)
-        return bool(self._change < self.limit)
 
     def _keep(self, x: Tensor, v: Tensor) -> None:
         if self.made:

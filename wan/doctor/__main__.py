@@ -31,7 +31,7 @@ from wan.doctor.machine import WRONG, DoctorCheck, Finding, Machine, devices, ex
 from wan.doctor.numerics import attention_checks, golden_checks, lora_merge, quantised_layer, vae_in_bf16
 from wan.modules.quantised_linear import KERNELS
 from wan.utils.argument_parser import Parser
-from wan.utils.errors import InputError, print_errors
+from wan.utils.errors import exit_code
 from wan.utils.progress import tell
 
 ROOT = Path(__file__).parents[2]  # of a clone; an installed package has no examples there
@@ -47,10 +47,10 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--root", type=Path, default=ROOT, metavar="CLONE", help="a clone of the repository, for the expected numbers")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--small", action="store_true", help=argparse.SUPPRESS)
-    try:
-        args = parser.read(sys.argv[1:] if words is None else words)
-    except InputError as e:
-        return print_errors(e.problems)
+    return exit_code(lambda: _examine_all(parser.read(sys.argv[1:] if words is None else words)))
+
+
+def _examine_all(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     findings = []
     for finding in findings_of(args.device, args.root, args.disk, args.small):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 from wan.utils.progress import tell
@@ -54,6 +54,17 @@ def print_errors(problems: Iterable[str], code: int = BAD_INPUT) -> int:
     for problem in problems:
         tell(sys.stderr, f"error: {problem}\n")
     return code
+
+
+def exit_code(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of a command, `work`. Expected failures become `error:` lines, Ctrl-C a line and 130."""
+    try:
+        return work()
+    except (WanError, OSError) as e:
+        return print_errors(getattr(e, "problems", [str(e)]))
+    except KeyboardInterrupt:
+        tell(sys.stderr, f"{interrupted}\n")
+        return 130
 
 
 def first_line(error: BaseException) -> str:
