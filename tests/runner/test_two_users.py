@@ -102,7 +102,8 @@ def test_files_of_others_stay(order: tuple[int, int], shared: Path, tmp_path: Pa
     leave(shared, first, second)
     before = state(shared, first)
     words = [sys.executable, "-c", PROGRAM, shared, tmp_path, ckpt, second]
-    variables = {**os.environ, "TMPDIR": str(shared / "tmp"), "PYTHONPATH": str(TESTS.parent)}
+    # one thread: the fork of a process that has used several hangs in OpenMP
+    variables = {**os.environ, "TMPDIR": str(shared / "tmp"), "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, words)], env=variables, capture_output=True, text=True, check=False, cwd=TESTS.parent
     )
