@@ -178,7 +178,7 @@ def test_decoder_rim_is_how_far_a_level_reaches(vae: WanVAE, level: int) -> None
     channels = vae.decoder.levels[level].layers[0].steps[0][1].in_channels
     x = torch.ones(2, 1, 40, channels, dtype=torch.float64)
     x[:, :, 0] = torch.nan
-    state = ClipState()
+    state = ClipState(40)
     with torch.no_grad():
         for each in vae.decoder.levels[level:]:
             x = each(x, state)

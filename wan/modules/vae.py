@@ -130,7 +130,7 @@ class WanVAE(nn.Module):
                 part.cut(features, region).copy_(made)
             return features
         window = region.grown(*ENCODER_RIM, frame)
-        state, constant = ClipState(), video.shape[1]
+        state, constant = ClipState(frame.area), video.shape[1]
         stream = self._pixel_chunks(video, window.scaled(rows), frames, chunk)
         for stage in self.encoder.stages(state):
             constant = stage.constant_after(constant)
@@ -140,7 +140,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode_features(self, features: Tensor, chunk: int = 1) -> Tensor:
         """Finish the encoding of whole frames: [L, h, w, C] -> [z, L, h, w]."""
-        state = ClipState()
+        state = ClipState(features[0, ..., 0].numel())
         code = torch.cat([self.encoder.finish(part, state) for part in features.split(chunk)])
         mean, inverse_std = self._statistics(code.device)
         latent = (convolve(self.conv1, code)[..., : self.z_dim].float() - mean) * inverse_std
@@ -214,7 +214,7 @@ class WanVAE(nn.Module):
         if chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
         mean, inverse_std = self._statistics(self.conv2.weight.device)
-        state = ClipState()
+        state = ClipState(latent[0, 0].numel())
         code = rearrange(latent, "z l h w -> l h w z").to(mean) / inverse_std + mean
         code = convolve(self.conv2, code.to(self.conv2.weight.dtype))
         return torch.cat([self.decoder.start(part, state) for part in code.split(chunk)])
@@ -222,7 +222,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def decode_region(self, features: Tensor, region: Region, chunk: int = 2) -> Iterator[Tensor]:
         """The region's pixels of each chunk in turn, [3, t, rows, columns] float32 in [-1, 1]."""
-        state = ClipState()
+        state = ClipState(features[0, ..., 0].numel())
         for part in features.split(chunk):
             pixels = self.decoder.finish(part, region, state)
             pixels = rearrange(pixels, "t h w (c q p) -> c t (h p) (w q)", p=self.patch, q=self.patch)

@@ -31,13 +31,15 @@ NORM_EPSILON = 1e-24  # the square of the smallest length by which the original 
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
 WEIGHTS_PER_PIXEL = 5500  # of a convolution on a CPU: with more, a matrix product of patches is faster (measured)
-FEW_NUMBERS = 1 << 16  # in weights and patches: summed in 64 bits, as later norms magnify the errors of a small grid
+FEW_PRODUCTS = 400_000  # of a layer's weights and the latent's cells: summed in 64 bits
 
 
 class ClipState:
-    """State of one pass over one clip, by layer, kept from chunk to chunk. A new pass starts with a new one."""
+    """State of one pass over one clip, by layer, kept from chunk to chunk. A new pass starts with a new one.
+    cells: of one frame of the whole latent."""
 
-    def __init__(self) -> None:
+    def __init__(self, cells: int) -> None:
+        self.cells = cells
         self.kept: dict[nn.Module, Tensor] = {}
         self._started: set[object] = set()
 
@@ -57,16 +59,12 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     weight = conv.weight[:, :, skipped:] if skipped else conv.weight
     in_onednn = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    pixels = x[..., 0].numel()
-    few = (pixels + len(weight)) * weight[0].numel() < FEW_NUMBERS
-    if in_onednn and (few or weight.numel() > WEIGHTS_PER_PIXEL * pixels):
+    if in_onednn and weight.numel() > WEIGHTS_PER_PIXEL * x[..., 0].numel():
         rows, columns = map(int, conv.padding[-2:])
-        patches = F.pad(x, (0, 0, columns, columns, rows, rows))
+        x = F.pad(x, (0, 0, columns, columns, rows, rows))
         for axis, sizes in enumerate(zip(weight.shape[2:], conv.stride, strict=True), 5 - weight.ndim):
-            patches = patches.unfold(axis, *sizes)
-        patches, weight = patches.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1)
-        wide = torch.float64 if few else x.dtype
-        return F.linear(patches.to(wide), weight.to(wide), conv.bias.to(wide)).to(x.dtype)
+            x = x.unfold(axis, *sizes)
+        return F.linear(x.movedim(3, -1).flatten(3), weight.movedim(1, -1).flatten(1), conv.bias)
     if isinstance(conv, nn.Conv2d):
         return rearrange(conv(rearrange(x, "t h w c -> t c h w")), "t c h w -> t h w c")
     # The batch axis comes before the permutation: only so do the strides of a batch of one count as channels last.
@@ -74,7 +72,7 @@ def convolve(conv: nn.Module, x: Tensor, skipped: int = 0) -> Tensor:
     if in_onednn:  # which PyTorch itself calls for large C T H alone
         x = torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
     else:
-        x = F.conv3d(x, weight, conv.bias, conv.stride, conv.padding)
+        x = F.conv3d(x, weight.to(x.dtype), conv.bias.to(x.dtype), conv.stride, conv.padding)
     return rearrange(x[0], "c t h w -> t h w c")
 
 
@@ -92,12 +90,15 @@ def join_history(
 
 
 def convolve_causally(conv: nn.Conv3d, frames: Tensor, state: ClipState) -> Tensor:
-    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip."""
-    if not state.starts_clip(conv) or not frames.is_cpu:
-        return convolve(conv, frames)
-    first, second, rest = frames[2:3], frames[2:4], frames[2:]
-    parts = [(first, 2), (second, 1), (rest, 0)][: len(rest)]
-    return torch.cat([convolve(conv, part, skipped) for part, skipped in parts])
+    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip, and sums those of small
+    networks and pictures in 64 bits, where that costs little: later norms magnify the errors of single pixels."""
+    few = frames.is_cpu and state.cells * conv.weight.numel() < FEW_PRODUCTS
+    x = frames.double() if few else frames
+    parts = [(x, 0)]
+    if state.starts_clip(conv) and x.is_cpu:
+        parts = [(x[2:3], 2), (x[2:4], 1), (x[2:], 0)][: len(x) - 2]
+    made = [convolve(conv, part, skipped).to(frames.dtype) for part, skipped in parts]
+    return torch.cat(made) if len(made) > 1 else made[0]
 
 
 class RMSNorm(nn.Module):

@@ -217,7 +217,7 @@ def encode_operations(
     for window in [region.grown(*vae_layers.ENCODER_RIM, frame) for region in regions or [frame]]:
         rows, columns = scale * (window.bottom - window.top), scale * (window.right - window.left)
         constant, length = 1 if still else 4 * frames - 3, 4  # length: of a chunk where the stage begins
-        for stage, inside in zip(encoder.stages(vae_layers.ClipState()), layers, strict=True):
+        for stage, inside in zip(encoder.stages(vae_layers.ClipState(frame.area)), layers, strict=True):
             constant = stage.constant_after(constant)
             shorter = length // 2 if stage.halves_time else length  # where it ends
             running = min(frames - 1, 1 - (1 - constant) // shorter)
