@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.full_run import write_headers
-from benchmarks.measure import ROOT, Row, flags, report
+from benchmarks.measure import ROOT, Row, command_parser, report
 from wan.distributed.launch import Runtime
 from wan.jobs.job import Generate
 from wan.jobs.resolve import resolve
@@ -82,7 +82,7 @@ def rows(count: int = 10_000, repeats: int = 3) -> list[Row]:
 
 
 def main() -> None:
-    parser = flags(__doc__, repeats=3)
+    parser = command_parser(__doc__, repeats=3)
     parser.add_argument("--rows", type=int, default=10_000)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

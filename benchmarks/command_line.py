@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks.measure import ROOT, Row, flags, interleaved, report
+from benchmarks.measure import ROOT, Row, command_parser, interleaved, report
 
 
 def run(*flags: str) -> None:
@@ -30,7 +30,7 @@ def rows(repeats: int = 5) -> list[Row]:
 
 
 def main() -> None:
-    report(rows(flags(__doc__, repeats=5).parse_args().repeats))
+    report(rows(command_parser(__doc__, repeats=5).parse_args().repeats))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def fresh(loader: str, path: Path, threads: int | None = None) -> Load:
 def measure(loader: str, path: Path) -> None:
     if loader.startswith("diffusers"):
         import peft  # noqa: F401 - what an import takes is not a load's
-        from diffusers import WanTransformer3DModel  # noqa: F401
+        from diffusers import WanTransformer3DModel  # noqa: F401 - likewise
     before, start, spent = peak_resident(), time.perf_counter(), time.process_time()
     module = LOADERS[loader](path)
     seconds, spent = time.perf_counter() - start, time.process_time() - spent

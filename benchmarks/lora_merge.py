@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.measure import Row, flags, interleaved, report
+from benchmarks.measure import Row, command_parser, interleaved, report
 from lightning.lora import Lora
 from lightning.merge import Merge
 
@@ -25,7 +25,7 @@ MODULE, ALPHA = "blocks.0.self_attn.q", 8.0
 
 
 def main() -> None:
-    parser = flags(__doc__, repeats=7)
+    parser = command_parser(__doc__, repeats=7)
     parser.add_argument("--size", type=int, default=5120, help="rows and columns of the weight")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

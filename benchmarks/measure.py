@@ -95,7 +95,7 @@ def _kept(file: Path, here: str) -> Iterator[tuple[str, list[Row]]]:
                 yield entry["work"], [Row(*row) for row in entry["rows"]]
 
 
-def flags(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+def command_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """The parser of a benchmark's command line, with `--repeats`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of which the median is taken")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.loading import text_encoder
-from benchmarks.measure import Row, flags, interleaved, randomise, report
+from benchmarks.measure import Row, command_parser, interleaved, randomise, report
 
 LAYERS = 6
 
@@ -38,7 +38,7 @@ def rows(repeats: int = 5) -> list[Row]:
 
 
 def main() -> None:
-    report(rows(flags(__doc__, repeats=5).parse_args().repeats))
+    report(rows(command_parser(__doc__, repeats=5).parse_args().repeats))
 
 
 if __name__ == "__main__":

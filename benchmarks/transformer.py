@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counters import CostCounter, FlopCounterMode, attention
-from benchmarks.measure import NEEDS_A_GPU, Row, flags, interleaved, randomise, rms_error, run, synchronize
+from benchmarks.measure import NEEDS_A_GPU, Row, command_parser, interleaved, randomise, rms_error, run, synchronize
 from wan.checkpoints.key_mapping import diffusers_name
 from wan.modules.attention import BACKENDS, available, choose
 from wan.modules.fused import EAGER, Passes, compiled
@@ -280,7 +280,7 @@ def works(repeats: int = 5) -> dict[str, Callable[[], list[Row]]]:
 
 
 def main() -> None:
-    run({**works(flags(__doc__, repeats=5).parse_args().repeats), **gpu_works()})
+    run({**works(command_parser(__doc__, repeats=5).parse_args().repeats), **gpu_works()})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.counters import CostCounter, FlopCounterMode
-from benchmarks.measure import NEEDS_A_GPU, Row, flags, interleaved, randomise, report
+from benchmarks.measure import NEEDS_A_GPU, Row, command_parser, interleaved, randomise, report
 from benchmarks.transformer import matmul_rate
 from wan.checkpoints.key_mapping import vae_name
 from wan.configs.vae_statistics import LATENT_MEAN, LATENT_STD
@@ -77,7 +77,7 @@ def full_size(kind: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = flags(__doc__, repeats=3)
+    parser = command_parser(__doc__, repeats=3)
     parser.add_argument("--size", default=None, metavar="WIDTHxHEIGHT", help="of the timed video; default: small")
     parser.add_argument("--frames", type=int, default=None, help="of the timed video, 4n + 1; default 5")
     parser.add_argument("--compiled", action="store_true", help="also diffusers' decoder compiled: minutes on a CPU")

@@ -173,14 +173,15 @@ def expert_of(path: Path | str) -> str | None:
     near_wan, named = _WAN.search(name), set()
     for word, follower in zip(words, [*(each[0].lower() for each in words[1:]), ""], strict=True):
         side = word[0].lower()
+        if side not in OTHERS:
+            continue
         if len(side) == 1:
             sure = near_wan and not follower
         else:
             sure = side[1:] == "n" or follower in FOLLOWS or (near_wan and follower not in DESCRIBES)
-        other = OTHERS.get(side, side)  # in the same capitals as the word
+        other = OTHERS[side]  # in the same capitals as the word
         other = other.upper() if word[0].isupper() else other.capitalize() if word[0].istitle() else other
-        beside = path.with_name(path.name[: word.start()] + other + path.name[word.end() :])
-        if side in OTHERS and (sure or exists(beside)):
+        if sure or exists(path.with_name(path.name[: word.start()] + other + path.name[word.end() :])):
             named.add("high" if side in SIDES else "low")
     return named.pop() if len(named) == 1 else None
 

@@ -178,7 +178,7 @@ def _finite(value: Any) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with an error on stderr if no page was written."""
+    """Exit code: 0, 2 with an error on stderr if no page was written, or 130 when interrupted."""
     text = "Write one page over the videos in a folder and below it: with prompts, seeds and settings."
     parser = Parser(prog="python -m wan.gallery", description=text)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the videos are; index.html is written there")

@@ -16,8 +16,9 @@ from benchmarks.vae import CACHE, count_decode, to_diffusers
 from examples.shapes.world import held_out, render
 from tests.support import CASES, TINY, assert_decodes, checkpoint, golden, manifest, relative_error
 from wan.checkpoints.pth_file import open_pickle
-from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE
+from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAES, WanVAE, released_vae
 from wan.modules.vae_layers import (
+    FEW_PRODUCTS,
     NORM_EPSILON,
     STRIPS,
     ClipState,
@@ -360,14 +361,39 @@ def test_both_ways_of_a_cpu_are_the_convolution(
     assert any(operation.startswith(called) for operation in counter.by_operation)
 
 
-@pytest.mark.parametrize(("cells", "rounded_once"), [(60, True), (62, False)])
+@pytest.mark.parametrize(
+    ("channels", "cells", "rounded_once"), [(16, 60, True), (16, 62, False), (14, 60, False)], ids=str
+)
 @torch.no_grad()
-def test_products_of_small_networks_and_pictures_are_summed_in_64_bits(cells: int, rounded_once: bool) -> None:
-    """In every tile: cells are those of the whole latent. 16 x 15 x 27 weights."""
-    conv, frames = nn.Conv3d(16, 15, 3, padding=(0, 1, 1)), torch.randn(5, 7, 9, 16)
+def test_long_sums_of_few_products_are_added_in_64_bits(channels: int, cells: int, rounded_once: bool) -> None:
+    conv, frames = nn.Conv3d(channels, 15, 3, padding=(0, 1, 1)), torch.randn(5, 7, 9, channels)
     exact = convolve_causally(copy.deepcopy(conv).double(), frames.double(), ClipState(cells))
     found = convolve_causally(conv, frames, ClipState(cells))
     assert torch.equal(found, exact.float()) == rounded_once
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_released_networks_add_in_their_own_precision(task: str) -> None:
+    """From 64x64 on, the smallest video that anybody makes with them."""
+    vae = released_vae(task)
+    convolutions = [layer for layer in vae.modules() if isinstance(layer, nn.Conv3d) and layer.kernel_size[1] > 1]
+    least = min(layer.weight.numel() for layer in convolutions)
+    assert least * (64 // vae.stride[1]) ** 2 >= FEW_PRODUCTS
+
+
+def test_every_tile_counts_the_cells_of_the_whole_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    class Counted(ClipState):
+        def __init__(self, cells: int) -> None:
+            counted.append(cells)
+            super().__init__(cells)
+
+    monkeypatch.setattr("wan.modules.vae.ClipState", Counted)
+    vae = golden_vae("t2v-A14B")
+    video = whole(vae, torch.randn(vae.z_dim, 2, 4, 6), tiles=(2, 3))
+    vae.encode(video, tiles=(2, 3))
+    assert counted == [4 * 6] * 14, "whole frames and six tiles, both ways"
 
 
 @torch.no_grad()

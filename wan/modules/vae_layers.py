@@ -31,12 +31,11 @@ NORM_EPSILON = 1e-24  # the square of the smallest length by which the original 
 # Bytes that a core's second cache, or a GPU's, holds beside what streams past (A100 40 MB, H100 50, RTX 4090 72).
 STRIPS = {"cpu": 1 << 20, "cuda": 1 << 24}
 WEIGHTS_PER_PIXEL = 5500  # of a convolution on a CPU: with more, a matrix product of patches is faster (measured)
-FEW_PRODUCTS = 400_000  # of a layer's weights and the latent's cells: summed in 64 bits
+LONG_SUM, FEW_PRODUCTS = 400, 400_000  # terms of a sum; a layer's weights times the cells of a latent frame
 
 
 class ClipState:
-    """State of one pass over one clip, by layer, kept from chunk to chunk. A new pass starts with a new one.
-    cells: of one frame of the whole latent."""
+    """State of one pass over one clip, by layer, kept between chunks. cells: of one frame of the whole latent."""
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
@@ -90,10 +89,10 @@ def join_history(
 
 
 def convolve_causally(conv: nn.Conv3d, frames: Tensor, state: ClipState) -> Tensor:
-    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip, and sums those of small
-    networks and pictures in 64 bits, where that costs little: later norms magnify the errors of single pixels."""
-    few = frames.is_cpu and state.cells * conv.weight.numel() < FEW_PRODUCTS
-    x = frames.double() if few else frames
+    """`conv` of what `join_history` gave. A CPU makes no products with the zeros before a clip, and adds long sums of
+    few products in 64 bits, at next to no cost: norms can magnify an error. Whole pictures decide, so tiles agree."""
+    long, few = conv.weight[0].numel() > LONG_SUM, state.cells * conv.weight.numel() < FEW_PRODUCTS
+    x = frames.double() if frames.is_cpu and long and few else frames
     parts = [(x, 0)]
     if state.starts_clip(conv) and x.is_cpu:
         parts = [(x[2:3], 2), (x[2:4], 1), (x[2:], 0)][: len(x) - 2]
